@@ -1,0 +1,152 @@
+"""Every deployable stage described once: ordered inputs and outputs, batch profile, tolerances.
+
+A tensor's name here is the argument of the stage module's ``forward``, the name in the ONNX
+graph, the binding of the engine and the tensor of the Triton model. Nothing else may spell it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+DType = Literal["float32", "int64"]
+#: The one dynamic axis of every stage: how many samples run together.
+BATCH = "batch"
+#: The dynamic token axis of the `text` stage.
+TOKENS = "tokens"
+#: Columns of `coefficients`; see `lfdm_export.sampling`, which fills them.
+COEFFICIENTS = 11
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output.
+
+    Attributes:
+        name: its name everywhere.
+        dtype: as the caller sees it (a lower precision inside the graph does not show).
+        shape: ints for fixed axes, names for dynamic ones.
+        low, high: range of the values, for random test inputs; normal(0, 1) where both are None.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int | str, ...]
+    low: float | None = None
+    high: float | None = None
+
+    def concrete(self, **axes: int) -> tuple[int, ...]:
+        """The shape with its dynamic axes filled in, e.g. ``concrete(batch=2)``."""
+        return tuple(axes[axis] if isinstance(axis, str) else axis for axis in self.shape)
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One deployable stage.
+
+    Attributes:
+        name: file stem of its graph, and its name everywhere.
+        inputs, outputs: in order.
+        batch: smallest, usual and largest batch an engine is built for.
+        tolerance: largest |error| of its outputs against float32 PyTorch, by precision, relative to
+            the output's own largest magnitude or 1, whichever is greater.
+    """
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    batch: tuple[int, int, int]
+    tolerance: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes that the stages' shapes are made of; all fixed at export.
+
+    Attributes:
+        image_size: H = W of the image, pixels.
+        latent_size: h = w of the latent.
+        frames: T, frames of a clip.
+        chunk_frames: F, frames that one run of `decode` gives; at most `frames`.
+        skip_channels: channels of the encoder outputs, full size first; the last is `feature`'s.
+        context_channels: channels of `context`.
+        text_width: size of the text embedding.
+    """
+
+    image_size: int
+    latent_size: int
+    frames: int
+    chunk_frames: int
+    skip_channels: tuple[int, ...]
+    context_channels: int
+    text_width: int
+
+
+def stage_specs(g: Geometry, *, with_text: bool = False) -> dict[str, StageSpec]:
+    """All stages of a model of that geometry, in the order in which a clip passes through them.
+
+    Args:
+        g: the sizes.
+        with_text: include `text`, which only a bundle with a text encoder has.
+    """
+    side, latent_side = g.image_size, g.latent_size
+
+    def f32(name: str, *shape: int | str, low: float | None = None, high: float | None = None) -> TensorSpec:
+        return TensorSpec(name, "float32", (BATCH, *shape), low, high)
+
+    image = f32("image", 3, side, side, low=0.0, high=1.0)
+    skips = tuple(
+        f32("feature" if last else f"skip_{level}", channels, side >> level, side >> level, low=0.0, high=2.0)
+        for level, channels in enumerate(g.skip_channels)
+        for last in [level == len(g.skip_channels) - 1]
+    )
+    context = f32("context", g.context_channels, latent_side, latent_side)
+    latent_shape = (3, g.frames, latent_side, latent_side)
+    history = f32("history", 2, *latent_shape)
+    denoise_inputs = (
+        f32("noisy_latent", *latent_shape),
+        context,
+        f32("text_embedding", g.text_width),
+        TensorSpec("timestep", "int64", (BATCH,), 0, 999),
+    )
+    guidance = (f32("guidance_scale", low=0.0, high=5.0),)
+    update_inputs = (history, f32("noise", *latent_shape), f32("coefficients", COEFFICIENTS, low=-1.0, high=1.0))
+    denoise_outputs = (f32("predicted_noise", *latent_shape),)
+    step_outputs = (f32("next_latent", *latent_shape), f32("next_history", 2, *latent_shape))
+    chunk = f32("latent", 3, g.chunk_frames, latent_side, latent_side, low=-1.0, high=1.0)
+    images = ("frames", "warped")
+
+    specs = [
+        StageSpec("encode", (image,), (*skips, context), (1, 1, 32), {"fp32": 2e-5}),
+        StageSpec("denoise", denoise_inputs, denoise_outputs, (1, 1, 32), {"fp32": 2e-4}),
+        StageSpec("denoise_guided", denoise_inputs + guidance, denoise_outputs, (1, 1, 16), {"fp32": 1e-3}),
+        StageSpec("step", denoise_inputs + update_inputs, step_outputs, (1, 1, 32), {"fp32": 2e-4}),
+        StageSpec("step_guided", denoise_inputs + guidance + update_inputs, step_outputs, (1, 1, 16), {"fp32": 1e-3}),
+        StageSpec(
+            "decode",
+            (image, *skips, chunk),
+            tuple(f32(name, 3, g.chunk_frames, side, side, low=0.0, high=1.0) for name in images),
+            (1, 1, 8),
+            {"fp32": 1e-4},
+        ),
+        StageSpec(
+            "estimate_motion",
+            (image, f32("driving", 3, side, side, low=0.0, high=1.0)),
+            (f32("latent", 3, latent_side, latent_side, low=-1.0, high=1.0),),
+            (1, 1, 32),
+            {"fp32": 5e-4},
+        ),
+    ]
+    if with_text:
+        tokens = (BATCH, TOKENS)
+        specs.append(
+            StageSpec(
+                "text",
+                (TensorSpec("input_ids", "int64", tokens, 0, 100), TensorSpec("attention_mask", "int64", tokens, 1, 1)),
+                (f32("text_embedding", g.text_width),),
+                (1, 1, 32),
+                {"fp32": 1e-4},
+            )
+        )
+    return {spec.name: spec for spec in specs}
