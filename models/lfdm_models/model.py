@@ -1,0 +1,32 @@
+"""A loaded LFAE and DM that belong together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_models.config import LfdmConfig
+from lfdm_models.diffusion import Diffusion
+from lfdm_models.lfae import Lfae
+
+
+@dataclass
+class LfdmModel:
+    """Both networks in eval mode, and what is known about them.
+
+    Attributes:
+        config: their architecture.
+        lfae: autoencoder.
+        diffusion: UNet and schedule.
+        provenance: where the weights come from (file names, hashes, whether they were trained).
+        label_embeddings: text embedding (text_width,) float32 of each known label, if the weights
+            bring their own; else a text encoder gives them at export.
+    """
+
+    config: LfdmConfig
+    lfae: Lfae
+    diffusion: Diffusion
+    provenance: dict[str, object] = field(default_factory=dict)
+    label_embeddings: dict[str, NDArray[np.float32]] = field(default_factory=dict)
