@@ -21,6 +21,10 @@ class BundleError(LfdmExportError):
     """A bundle is missing, incomplete, altered, or of another format version."""
 
 
+class ExportError(LfdmExportError):
+    """A model cannot be exported as asked."""
+
+
 class EngineError(LfdmExportError):
     """An engine cannot be built or run on this machine."""
 

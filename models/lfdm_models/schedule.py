@@ -57,7 +57,9 @@ class Schedule:
         """
         shape = (len(self.betas),) if np.ndim(self.betas) == 1 else ()
         if shape in ((), (0,)):
-            raise ValueError(f"schedule buffer 'betas' must be a vector with an entry a step, not {np.shape(self.betas)}")
+            raise ValueError(
+                f"schedule buffer 'betas' must be a vector with an entry a step, not {np.shape(self.betas)}"
+            )
         for name, values in self.buffers().items():
             if values.dtype != np.float32 or values.shape != shape:
                 found = f"{values.dtype} {values.shape}"

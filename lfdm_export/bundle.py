@@ -1,0 +1,218 @@
+"""The exported folder, read with suspicion; `lfdm_export.bundle_writer` writes it.
+
+Layout::
+
+    BUNDLE/manifest.json       see `lfdm_export.manifest`
+    BUNDLE/onnx/STAGE.onnx     and external data beside them (*.data)
+    BUNDLE/embeddings.npz      the label embeddings and the null embedding
+    BUNDLE/tokenizer/          only with a text encoder
+    BUNDLE/parity/             the verification report; may be written later, not hashed
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import zipfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_export.errors import BundleError, InputError
+from lfdm_export.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
+from lfdm_export.stages import StageSpec
+
+MANIFEST = "manifest.json"
+EMBEDDINGS = "embeddings.npz"
+ONNX_FOLDER = "onnx"
+TOKENIZER_FOLDER = "tokenizer"
+PARITY_FOLDER = "parity"
+# Arrays of EMBEDDINGS.
+LABEL_ROWS, NULL_ROW = "embeddings", "null"
+
+# What numpy and zipfile raise on a damaged archive, or on a lone array, which `with` cannot hold.
+_UNREADABLE_ARCHIVE = (
+    ValueError, KeyError, EOFError, AttributeError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+_CHUNK = 1 << 20
+Float32 = NDArray[np.float32]
+
+
+def onnx_path(stage: str) -> str:
+    """Path of a stage's graph inside a bundle."""
+    return f"{ONNX_FOLDER}/{stage}.onnx"
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """A bundle on disk whose manifest and files were found whole.
+
+    Attributes:
+        path: its folder.
+        manifest: what it says about itself.
+        embeddings: (labels, text_width) float32, in the order of ``manifest.labels``.
+        null_embedding: (text_width,) float32, stands for "no label".
+    """
+
+    path: Path
+    manifest: Manifest
+    embeddings: Float32 = field(repr=False)
+    null_embedding: Float32 = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, check_hashes: bool = True) -> Bundle:
+        """Open a bundle.
+
+        Args:
+            path: its folder.
+            check_hashes: read every file and compare its SHA-256; else only presence and size count.
+
+        Raises:
+            BundleError: there is no bundle, or it is incomplete, altered, or of another format version.
+        """
+        folder = Path(path)
+        if not folder.exists():
+            raise BundleError(f"there is no bundle at {folder}: no such folder; make one with lfdm-export")
+        if not folder.is_dir():
+            raise BundleError(f"{folder} is a file, expected the folder that lfdm-export wrote")
+        manifest = read_manifest(folder)
+        for name in _required_files(manifest):
+            if name not in manifest.files:
+                raise BundleError(f"{folder}: the manifest does not list {name}, which it must; export again")
+        for name, entry in manifest.files.items():
+            _check_file(folder, name, entry, check_hash=check_hashes)
+        embeddings, null = _read_embeddings(folder / EMBEDDINGS, len(manifest.labels), manifest.geometry.text_width)
+        return cls(folder, manifest, embeddings, null)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels that have an embedding."""
+        return self.manifest.labels
+
+    @property
+    def stages(self) -> dict[str, StageSpec]:
+        """Every stage by its name, in the order in which a clip passes through them."""
+        return {spec.name: spec for spec in self.manifest.stages}
+
+    def stage_path(self, stage: str) -> Path:
+        """File of a stage's graph.
+
+        Raises:
+            BundleError: the bundle has no such stage.
+        """
+        if stage not in self.stages:
+            raise BundleError(f"{self.path} has no stage {stage!r}; it has {', '.join(self.stages)}")
+        return self.path / onnx_path(stage)
+
+    def label_index(self, label: str) -> int:
+        """Row of a label; case and outer spaces do not count.
+
+        Raises:
+            InputError: the label is unknown.
+        """
+        folded = {known.strip().casefold(): index for index, known in enumerate(self.labels)}
+        index = folded.get(label.strip().casefold())
+        if index is not None:
+            return index
+        if not self.labels:
+            raise InputError(f"unknown label {label!r}: this bundle knows no labels; give a text embedding")
+        near = difflib.get_close_matches(label.strip().casefold(), folded, n=1)
+        hint = f"did you mean {self.labels[folded[near[0]]]!r}? " if near else ""
+        raise InputError(f"unknown label {label!r}: {hint}known are {', '.join(self.labels)}")
+
+    def embedding(self, label: str) -> Float32:
+        """Text embedding (text_width,) float32 of a label; see `label_index`.
+
+        Raises:
+            InputError: the label is unknown.
+        """
+        return self.embeddings[self.label_index(label)]
+
+
+def _required_files(manifest: Manifest) -> list[str]:
+    return [EMBEDDINGS, *(onnx_path(spec.name) for spec in manifest.stages)]
+
+
+def fingerprint(path: Path, *, sync: bool = False) -> FileEntry:
+    """SHA-256 and size of a file, which `sync` also makes durable on the disk."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(_CHUNK):
+            digest.update(block)
+            size += len(block)
+        if sync:
+            os.fsync(file.fileno())
+    return FileEntry(digest.hexdigest(), size)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a bundle, whose files are not looked at.
+
+    Raises:
+        BundleError: there is none, or it is not whole.
+    """
+    path = folder / MANIFEST
+    _require_inside(folder, MANIFEST)
+    if not path.is_file():
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with lfdm-export")
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path} is larger than any manifest; it is not one of a bundle")
+    try:
+        return Manifest.from_json(text)
+    except BundleError as error:
+        raise BundleError(f"{path}: {error}") from error
+
+
+def _require_inside(folder: Path, name: str) -> None:
+    real = (folder / name).resolve()
+    if not real.is_relative_to(folder.resolve()):
+        raise BundleError(f"{folder}: {name} is a link that leads out of the bundle, to {real}; export again")
+
+
+def _check_file(folder: Path, name: str, entry: FileEntry, *, check_hash: bool) -> None:
+    path = folder / name
+    _require_inside(folder, name)
+    if not path.is_file():
+        raise BundleError(f"{folder}: the file {name} is missing; export again")
+    try:
+        found = fingerprint(path) if check_hash else FileEntry(entry.sha256, path.stat().st_size)
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror or error}") from error
+    if found.bytes != entry.bytes:
+        raise BundleError(
+            f"{folder}: {name} was altered: found {found.bytes} bytes, expected {entry.bytes}; export again"
+        )
+    if found.sha256 != entry.sha256:
+        raise BundleError(
+            f"{folder}: {name} was altered: found SHA-256 {found.sha256}, expected {entry.sha256}; export again"
+        )
+
+
+def _read_embeddings(path: Path, labels: int, width: int) -> tuple[Float32, Float32]:
+    expected = {LABEL_ROWS: (labels, width), NULL_ROW: (width,)}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            for info in archive.zip.infolist():  # before anything is unpacked: a small file can claim to be huge
+                if info.file_size > 4 * (labels + 1) * width + 4096:
+                    raise BundleError(f"{path}: {info.filename} is larger than its labels need; export again")
+            arrays = {name: archive[name] for name in expected}
+    except (*_UNREADABLE_ARCHIVE, OSError) as error:
+        raise BundleError(f"{path} is no table of label embeddings ({error}); export again") from error
+    for name, shape in expected.items():
+        found = arrays[name]
+        if found.shape != shape or found.dtype != np.float32:
+            raise BundleError(f"{path}: {name} is {found.dtype} {found.shape}, expected float32 {shape}; export again")
+        if not np.isfinite(found).all():
+            raise BundleError(f"{path}: {name} holds values that are not finite; export again")
+        found.setflags(write=False)
+    return arrays[LABEL_ROWS], arrays[NULL_ROW]

@@ -1,0 +1,204 @@
+"""Writing a bundle: all or nothing, and never over anything but a bundle."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lfdm_export.bundle import (
+    EMBEDDINGS,
+    LABEL_ROWS,
+    MANIFEST,
+    NULL_ROW,
+    ONNX_FOLDER,
+    PARITY_FOLDER,
+    Bundle,
+    fingerprint,
+    read_manifest,
+)
+from lfdm_export.errors import BundleError, InputError
+from lfdm_export.manifest import Manifest
+
+_log = logging.getLogger(__name__)
+
+
+class BundleWriter:
+    """Builds a bundle in a temporary folder beside the target, and puts it there when it is whole.
+
+    A context that is left without `finish` (an exception, Ctrl-C, a full disk) leaves no trace, and a
+    bundle that was at the target stays as it was. A target that holds anything but a bundle is refused.
+
+    Example:
+        >>> with BundleWriter("mug") as writer:
+        ...     export_graphs(writer.folder / "onnx")
+        ...     writer.write_embeddings(embeddings, null)
+        ...     bundle = writer.finish(manifest)
+    """
+
+    def __init__(self, target: str | os.PathLike[str]) -> None:
+        """Name the folder that the bundle will be; nothing is touched yet."""
+        # Resolved, so that a link to a folder stays and what it points at is replaced.
+        self.target = Path(target).resolve()
+        self.folder = _beside(self.target, "partial")
+
+    def __enter__(self) -> BundleWriter:
+        """Make the temporary folder.
+
+        Raises:
+            BundleError: the target is no bundle, or its parent cannot be written.
+        """
+        with _one_at_a_time(self.target.parent):
+            _require_replaceable(self.target)
+        try:
+            (self.folder / ONNX_FOLDER).mkdir(parents=True)
+        except OSError as error:
+            raise BundleError(f"cannot write to {self.target.parent}: {error.strerror or error}") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove the temporary folder, unless `finish` has moved it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def write_embeddings(self, embeddings: ArrayLike, null: ArrayLike) -> None:
+        """Write the table of label embeddings.
+
+        Args:
+            embeddings: (labels, text_width), in the order of the manifest's labels.
+            null: (text_width,), the null embedding.
+
+        Raises:
+            InputError: a shape is wrong or a value not finite.
+        """
+        rows = {LABEL_ROWS: np.asarray(embeddings, np.float32), NULL_ROW: np.asarray(null, np.float32)}
+        if rows[LABEL_ROWS].ndim != 2 or rows[LABEL_ROWS].shape[1:] != rows[NULL_ROW].shape:
+            shapes = " and ".join(str(array.shape) for array in rows.values())
+            raise InputError(f"label and null embeddings have shapes {shapes}, expected (N, width) and (width,)")
+        if not all(np.isfinite(array).all() for array in rows.values()):
+            raise InputError("the label embeddings hold values that are not finite; make them again")
+        with (self.folder / EMBEDDINGS).open("wb") as file:
+            np.savez(file, **rows)  # type: ignore[arg-type]  # numpy's stub takes the arrays for `allow_pickle`
+
+    def finish(self, manifest: Manifest) -> Bundle:
+        """Hash all files, write the manifest last, and put the folder at the target in one rename.
+
+        Args:
+            manifest: its ``files`` are filled in here.
+
+        Raises:
+            BundleError: a file that the manifest needs was not written, the disk is full, or the target
+                has meanwhile become something else.
+        """
+        try:
+            files = {name: fingerprint(self.folder / name, sync=True) for name in _list_files(self.folder)}
+            whole = dataclasses.replace(manifest, files=dict(sorted(files.items())))
+            with (self.folder / MANIFEST).open("x", encoding="utf-8", newline="\n") as file:
+                file.write(whole.to_json())
+                file.flush()
+                os.fsync(file.fileno())
+            Bundle.open(self.folder, check_hashes=False)
+            for folder in (*(path for path in self.folder.rglob("*") if path.is_dir()), self.folder):
+                _sync_folder(folder)
+            with _one_at_a_time(self.target.parent):
+                _publish(self.folder, self.target)
+                return Bundle.open(self.target, check_hashes=False)
+        except OSError as error:
+            raise BundleError(f"cannot write the bundle {self.target}: {error.strerror or error}") from error
+
+
+def _beside(target: Path, word: str) -> Path:
+    """A hidden name in the same folder that nobody else has; same file system, so renames are atomic."""
+    return target.with_name(f".{target.name}.{word}-{uuid.uuid4().hex[:12]}")
+
+
+def _list_files(folder: Path) -> list[str]:
+    """Relative POSIX paths of all files but the manifest and the parity report."""
+    names = (
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()
+    )
+    return sorted(name for name in names if name != MANIFEST and not name.startswith(f"{PARITY_FOLDER}/"))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a folder's entries durable, where the system can (not on Windows)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _require_replaceable(target: Path) -> None:
+    """Refuse a target whose replacement would cost anybody a file that is not an export's.
+
+    Raises:
+        BundleError: the target is a file, a folder of other things, or a bundle with other things in it.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise BundleError(f"{target} is a file; choose another place for the bundle")
+    if not any(target.iterdir()):
+        return
+    advice = "choose another place for the bundle, or remove it yourself"
+    try:
+        manifest = read_manifest(target)
+    except BundleError as error:
+        raise BundleError(f"{target} exists and is not a bundle that could be replaced ({error}); {advice}") from error
+    foreign = [name for name in _list_files(target) if name not in manifest.files]
+    if foreign:
+        raise BundleError(f"{target} holds files that are no part of the bundle, such as {foreign[0]}; {advice}")
+
+
+def _publish(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`; a bundle there gives way, and comes back if anything fails."""
+    _require_replaceable(target)
+    aside = _beside(target, "old")
+    try:
+        if target.exists():
+            target.rename(aside)
+        _rename_new(folder, target)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    if aside.exists():
+        _log.warning("the bundle that was replaced could not be deleted wholly; remove %s", aside)
+    _sync_folder(target.parent)
+
+
+def _rename_new(folder: Path, target: Path) -> None:
+    os.rename(folder, target)  # noqa: PTH104  # Path.rename may replace a file on some systems
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Keep other exporters that publish into `folder` waiting, where the system can lock a folder."""
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        # Some network file systems have no locks; the renames are atomic there as well.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,91 @@
+"""What a pipeline makes: frames, and all that they were made from."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_export.errors import InputError
+from lfdm_export.media import ClipFormat, save_clip
+from lfdm_export.panels import panels as make_panels
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """One clip a sample.
+
+    Attributes:
+        frames: (B, T, H, W, 3) uint8.
+        warped: (B, T, H, W, 3) uint8, the image moved by the flow alone.
+        latent: (B, 3, T, h, w) float32: backward sampling grid (x, y), or its offset from the identity
+            if `residual_flow`; then occlusion; each scaled to [-1, 1].
+        source: (B, H, W, 3) uint8, the reference image after preprocessing.
+        residual_flow: what the latent's grid is.
+        labels: label or text of each sample, if it had any.
+        seeds: seed of each sample, if its noise came from one.
+    """
+
+    frames: NDArray[np.uint8] = field(repr=False)
+    warped: NDArray[np.uint8] = field(repr=False)
+    latent: NDArray[np.float32] = field(repr=False)
+    source: NDArray[np.uint8] = field(repr=False)
+    residual_flow: bool
+    labels: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        format: ClipFormat | None = None,  # noqa: A002 (the word that users look for)
+        panels: bool = False,
+        fps: float = 10.0,
+    ) -> tuple[Path, ...]:
+        """Write one file a sample; see `lfdm_export.media.save_clip` for endings and formats.
+
+        Args:
+            path: where to. Of several samples, sample i goes to ``NAME-i.ENDING``; an npz archive holds all.
+            format: overrides the ending.
+            panels: show source | generated | warped | deformed grid | occlusion side by side.
+            fps: frames a second.
+
+        Returns:
+            The paths written.
+
+        Raises:
+            InputError: the path, the format or fps cannot be used.
+            MissingDependencyError: MP4 without PyAV.
+        """
+        name = os.fspath(path)
+        if (format or Path(name).suffix.lower().removeprefix(".")) == "npz":
+            if panels:
+                raise InputError("panels are pictures, which an npz archive does not hold; choose another format")
+            return (save_clip(path, self.frames, format="npz", fps=fps, latent=self.latent, warped=self.warped),)
+        written = []
+        for index in range(len(self.frames)):
+            target = name if len(self.frames) == 1 else _numbered(name, index)
+            written.append(save_clip(target, self._pictures(index, panels), format=format, fps=fps))
+        return tuple(written)
+
+    def _pictures(self, index: int, panels: bool) -> NDArray[np.uint8]:
+        """(T, H, W, 3), or (T, H, 5W, 3) with panels."""
+        if not panels:
+            return self.frames[index]
+        return make_panels(
+            self.source[index],
+            self.frames[index],
+            self.warped[index],
+            self.latent[index],
+            residual_flow=self.residual_flow,
+        )
+
+
+def _numbered(name: str, index: int) -> str:
+    """``a.gif`` -> ``a-0.gif``; ``folder/`` -> ``folder-0/``."""
+    bare = name.rstrip("/" + os.sep)
+    slash, suffix = name[len(bare) :], Path(bare).suffix
+    return f"{bare[: len(bare) - len(suffix)]}-{index}{suffix}{slash}"

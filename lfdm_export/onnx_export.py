@@ -1,0 +1,179 @@
+"""Stage modules -> ONNX graphs whose names are the StageSpecs' and whose large weights lie beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from torch import Tensor, nn
+
+from lfdm_export.errors import ExportError
+from lfdm_export.ops.symbolic import DOMAIN, OPSET, VERSION
+from lfdm_export.ops.temporal_attention.onnx_function import temporal_attention_function
+from lfdm_export.ops.temporal_attention.reference import operator_name
+from lfdm_export.ops.thresholded_step.onnx_function import thresholded_step_function
+from lfdm_export.ops.warp.onnx_function import warp_functions
+from lfdm_export.stages import BATCH, StageSpec, TensorSpec
+
+logger = logging.getLogger(__name__)
+
+#: Weights of at least this many bytes go into the external data file.
+EXTERNAL_BYTES = 4096
+# External weights start on such boundaries, so that they can be mapped and read with wide accesses.
+_ALIGNMENT = 64
+# Of the traced batch: any but 0 and 1, which torch.export would take as constants.
+_TRACED_BATCH = 2
+
+
+def trace(module: nn.Module, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> ir.Model:
+    """Export one module with a dynamic batch.
+
+    Args:
+        module: takes `inputs` in order, gives `outputs` in order.
+        inputs, outputs: their specifications.
+
+    Returns:
+        The graph in memory, its weights shared with the module.
+
+    Raises:
+        ExportError: the graph came out with a fixed batch.
+    """
+    inputs, outputs = tuple(inputs), tuple(outputs)
+    examples = tuple(example(spec, _TRACED_BATCH) for spec in inputs)
+    batch = torch.export.Dim(BATCH, min=1, max=4096)
+    shapes: object = tuple({0: batch} for _ in inputs)
+    if _is_variadic(module):
+        shapes = ({0: batch}, tuple({0: batch} for _ in inputs[1:]))
+    # The exporter warns of its own workings, and of torchvision where that is not installed.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            examples,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in inputs],
+            output_names=[spec.name for spec in outputs],
+            dynamic_shapes=shapes,  # type: ignore[arg-type]
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model
+    for value, spec in zip(model.graph.inputs, inputs, strict=True):
+        # The exporter turns to other ways of tracing where one fails, and some forget the dynamic axes.
+        if value.shape is None or isinstance(value.shape[0], int):
+            raise ExportError(f"the exported graph has a fixed batch: input {spec.name} is {value.shape}; expected a dynamic one")
+    _add_functions(model)
+    _strip_metadata(model)
+    model.producer_name, model.producer_version = "lfdm-export", None
+    return model
+
+
+def example(spec: TensorSpec, batch: int, generator: torch.Generator | None = None) -> Tensor:
+    """A random input of a specification: uniform in its range, else normal; int64 uniform."""
+    shape = spec.concrete(batch=batch)
+    if spec.dtype == "int64":
+        assert spec.low is not None and spec.high is not None
+        return torch.randint(int(spec.low), int(spec.high) + 1, shape, generator=generator)
+    if spec.low is None or spec.high is None:
+        return torch.randn(shape, generator=generator)
+    return spec.low + (spec.high - spec.low) * torch.rand(shape, generator=generator)
+
+
+def select(model: ir.Model, spec: StageSpec) -> ir.Model:
+    """The part of a graph that gives a stage's outputs, with the stage's inputs.
+
+    Args:
+        model: has all of the stage's inputs and outputs, and others; it is left as it is.
+        spec: the stage.
+    """
+    part = model.clone()
+    graph = part.graph
+    by_name = {value.name: value for value in graph.outputs}
+    outputs = [by_name[output.name] for output in spec.outputs]
+    graph.outputs.clear()
+    graph.outputs.extend(outputs)
+    passes.RemoveUnusedNodesPass()(part)
+    wanted = {tensor.name for tensor in spec.inputs}
+    kept = [value for value in graph.inputs if value.name in wanted]
+    graph.inputs.clear()
+    graph.inputs.extend(kept)
+    passes.RemoveUnusedFunctionsPass()(part)
+    graph.name = spec.name
+    return part
+
+
+def save(models: Mapping[str, ir.Model], folder: Path, data_name: str) -> None:
+    """Write graphs that share one file of large weights; equal weights are stored once.
+
+    Args:
+        models: by stage name; written to `folder`/NAME.onnx.
+        folder: exists.
+        data_name: name of the weights' file in it.
+    """
+    offsets: dict[bytes, int] = {}
+    with (folder / data_name).open("wb") as data:
+        for name, model in models.items():
+            for value in model.graph.initializers.values():
+                tensor = value.const_value
+                assert tensor is not None
+                if tensor.nbytes < EXTERNAL_BYTES:
+                    continue
+                raw = np.ascontiguousarray(tensor.numpy()).tobytes()
+                key = hashlib.sha256(raw).digest()
+                if key not in offsets:
+                    data.write(b"\0" * (-data.tell() % _ALIGNMENT))
+                    offsets[key] = data.tell()
+                    data.write(raw)
+                value.const_value = ir.ExternalTensor(
+                    data_name,
+                    offsets[key],
+                    len(raw),
+                    tensor.dtype,
+                    shape=tensor.shape,  # type: ignore[arg-type]
+                    name=value.name or "",
+                    base_dir=folder,
+                )
+            logger.debug("writing %s", name)
+            proto = ir.to_proto(model)
+            (folder / f"{name}.onnx").write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def _is_variadic(module: nn.Module) -> bool:
+    return bool(module.forward.__code__.co_flags & 0x04)
+
+
+def _add_functions(model: ir.Model) -> None:
+    """Add the bodies of the domain's operators that the graph uses, and the domain itself."""
+    known = {function.name: function for function in warp_functions()}
+    for node in model.graph:
+        key = (node.domain, node.op_type, "")
+        if node.domain != DOMAIN or key in model.functions:
+            continue
+        if node.op_type == "ThresholdedStep":
+            proto = thresholded_step_function(node.attributes["weight"].as_float())
+        elif node.op_type in known:
+            proto = known[node.op_type]
+        else:
+            proto = temporal_attention_function(int(node.op_type.removeprefix(operator_name(0)[:-1])))
+        model.functions[key] = ir.from_proto(proto)
+    if any(domain == DOMAIN for domain, _, _ in model.functions):
+        model.graph.opset_imports[DOMAIN] = VERSION
+
+
+def _strip_metadata(model: ir.Model) -> None:
+    """Forget where in which program each node came from."""
+    for holder in (model, model.graph, *model.graph, *model.graph.inputs, *model.graph.initializers.values()):
+        holder.metadata_props.clear()
+        holder.doc_string = None
+    for node in model.graph:
+        for value in node.outputs:
+            value.metadata_props.clear()

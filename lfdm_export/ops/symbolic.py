@@ -1,0 +1,34 @@
+"""What all custom operators share: the domain, and how a node of it gets into an exported graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DOMAIN = "lfdm"
+VERSION = 1
+#: Opset of the graphs and of the functions in them: 23 has RotaryEmbedding and Attention.
+OPSET = 23
+
+Attributes = dict[str, int | float]
+
+
+def exporting() -> bool:
+    """Whether a graph is being exported, so that nodes are wanted instead of values."""
+    return torch.onnx.is_in_onnx_export()
+
+
+def node(op_type: str, inputs: Sequence[Tensor], attributes: Attributes, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Place one node of the domain; `shapes` are its outputs', all of the first input's dtype."""
+    return list(
+        torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::{op_type}",
+            inputs,
+            {**attributes, "plugin_namespace": DOMAIN, "plugin_version": str(VERSION)},
+            dtypes=[inputs[0].dtype] * len(shapes),
+            shapes=shapes,
+            version=VERSION,
+        )
+    )

@@ -1,0 +1,71 @@
+"""ThresholdedStep in torch; inside an ONNX export it places a node of domain `lfdm` instead.
+
+Source: dynamic thresholding of Saharia et al. (arXiv 2205.11487), Sec. 2.3, as the published LFDM applies it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lfdm_export import sampling
+from lfdm_export.ops.symbolic import exporting, node
+
+
+def quantile_rank(elements: int) -> tuple[int, float]:
+    """Where the 0.9 quantile of that many values lies: index of the lower order statistic, and the
+    weight of its upper neighbour. The rank is a float32 product, as in `torch.quantile`."""
+    rank = np.float32(0.9) * np.float32(elements - 1)
+    lower = math.floor(rank)
+    return lower, float(rank - np.float32(lower))
+
+
+def thresholded_step(
+    latent: Tensor, predicted_noise: Tensor, history: Tensor, noise: Tensor, coefficients: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One update of any sampler; the meaning of the coefficients is `lfdm_export.sampling`'s.
+
+    Args:
+        latent: the noisy latent x, (B, 3, T, h, w).
+        predicted_noise: the same shape.
+        history: carry and previous x0 estimate, (B, 2, 3, T, h, w).
+        noise: like `latent`.
+        coefficients: (B, 11).
+
+    Returns:
+        The next latent and the next history.
+    """
+    if exporting():
+        lower, weight = quantile_rank(math.prod(latent.shape[1:]))
+        inputs = [latent, predicted_noise, history, noise, coefficients]
+        attributes: dict[str, int | float] = {"rank": lower, "weight": weight}
+        next_latent, next_history = node(
+            "ThresholdedStep", inputs, attributes, [tuple(latent.shape), tuple(history.shape)]
+        )
+        return next_latent, next_history
+    c = coefficients.view(*coefficients.shape, *[1] * (latent.ndim - 1)).unbind(dim=1)
+    carry, previous = history.unbind(dim=1)
+    estimate = c[sampling.X0_FROM_LATENT] * latent + c[sampling.X0_FROM_PREDICTED_NOISE] * predicted_noise
+    magnitude = estimate.flatten(1).abs()
+    lower, weight = quantile_rank(magnitude.shape[1])
+    ordered = magnitude.sort(dim=1).values
+    above = ordered[:, min(lower + 1, magnitude.shape[1] - 1)]
+    bound = torch.lerp(ordered[:, lower], above, weight).clamp(min=1).view(-1, *[1] * (latent.ndim - 1))
+    x0 = torch.clamp(estimate, -bound, bound) / bound
+    next_latent = (
+        c[sampling.NEXT_FROM_LATENT] * latent
+        + c[sampling.NEXT_FROM_X0] * x0
+        + c[sampling.NEXT_FROM_PREDICTED_NOISE] * predicted_noise
+        + c[sampling.NEXT_FROM_CARRY] * carry
+        + c[sampling.NEXT_FROM_PREVIOUS_X0] * previous
+        + c[sampling.NEXT_FROM_NOISE] * noise
+    )
+    next_carry = (
+        c[sampling.CARRY_FROM_CARRY] * carry
+        + c[sampling.CARRY_FROM_X0] * x0
+        + c[sampling.CARRY_FROM_PREVIOUS_X0] * previous
+    )
+    return next_latent, torch.stack([next_carry, x0], dim=1)

@@ -1,0 +1,76 @@
+"""Warp and WarpBlend as model-local ONNX functions."""
+
+from __future__ import annotations
+
+import onnx
+import onnx.parser
+
+from lfdm_export.ops.symbolic import DOMAIN, OPSET
+
+_HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
+
+_RESIZE = """
+    zero = Constant <value_ints = [0]> ()
+    one = Constant <value_ints = [1]> ()
+    two = Constant <value_ints = [2]> ()
+    three = Constant <value_ints = [3]> ()
+    kept_axes = Shape <start = 0, end = 2> (motion)
+    full_size = Shape <start = 2, end = 4> (source)
+    full_shape = Concat <axis = 0> (kept_axes, full_size)
+    full = Resize <mode = "linear", coordinate_transformation_mode = "half_pixel"> (motion, , , full_shape)
+"""
+
+# GridSample wants one source a grid, so the source is repeated; a plugin needs no copies.
+_SAMPLE = """
+    grid_planes = Slice (resized, zero, two, one)
+    grid = Transpose <perm = [0, 2, 3, 1]> (grid_planes)
+    batch = Shape <start = 0, end = 1> (source)
+    all_frames = Shape <start = 0, end = 1> (motion)
+    frames = Div (all_frames, batch)
+    source_axes = Shape <start = 1> (source)
+    expanded_shape = Concat <axis = 0> (batch, frames, source_axes)
+    repeated_shape = Concat <axis = 0> (all_frames, source_axes)
+    unsqueezed = Unsqueeze (source, one)
+    expanded = Expand (unsqueezed, expanded_shape)
+    repeated = Reshape (expanded, repeated_shape)
+    warped = GridSample <mode = "linear", padding_mode = "zeros", align_corners = 0> (repeated, grid)
+"""
+
+_WARP = f"""
+{_HEADER}
+Warp (source, motion) => (warped) {{
+    {_RESIZE}
+    resized = Identity (full)
+    {_SAMPLE}
+}}
+"""
+
+_WARP_BLEND = f"""
+{_HEADER}
+WarpBlend <stride, phase_y, phase_x> (source, motion, previous) => (blended) {{
+    {_RESIZE}
+    first_row = Constant <value_int: int = @phase_y> ()
+    first_column = Constant <value_int: int = @phase_x> ()
+    step = Constant <value_int: int = @stride> ()
+    first_row_1d = Unsqueeze (first_row, zero)
+    first_column_1d = Unsqueeze (first_column, zero)
+    step_1d = Unsqueeze (step, zero)
+    starts = Concat <axis = 0> (first_row_1d, first_column_1d)
+    steps = Concat <axis = 0> (step_1d, step_1d)
+    image_axes = Constant <value_ints = [2, 3]> ()
+    resized = Slice (full, starts, full_size, image_axes, steps)
+    {_SAMPLE}
+    occlusion = Slice (resized, two, three, one)
+    visible = Mul (warped, occlusion)
+    unit = Constant <value_floats = [1.0]> ()
+    unit_cast = CastLike (unit, occlusion)
+    hidden_weight = Sub (unit_cast, occlusion)
+    hidden = Mul (previous, hidden_weight)
+    blended = Add (visible, hidden)
+}}
+"""
+
+
+def warp_functions() -> list[onnx.FunctionProto]:
+    """Warp(source, motion) and WarpBlend(source, motion, previous), as in `reference`."""
+    return [onnx.parser.parse_function(text) for text in (_WARP, _WARP_BLEND)]

@@ -1,0 +1,1 @@
+"""Faithful networks -> deployable stage modules; every rewrite is provable against the untouched network."""

@@ -1,0 +1,111 @@
+"""Attention blocks of the UNet rewritten for inference; activations are tokens-last, (B, T, P, C) with P = h·w."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lfdm_export.ops.temporal_attention import temporal_attention
+from lfdm_export.ops.temporal_attention.reference import TemporalWeights
+from lfdm_models.attention import Attention, Residual, SpatialLinearAttention
+
+_EPSILON = 1e-5
+
+
+def _gamma(block: Residual) -> Tensor:
+    """The scale of the block's channel layer norm, (C,)."""
+    return block.fn.norm.gamma.detach().flatten()
+
+
+class FoldedLinearAttention(nn.Module):
+    """x + spatial linear attention, with values and output projection folded around the small context.
+
+    With k softmaxed over the pixels, context = k (x Wv')' = (k x) Wv', so the (C-wide) input takes the place
+    of the values; and out = Wo context' q + b, so `Wo context'` is formed once a frame. Neither values nor
+    attention output are ever made, and nothing is permuted by heads. The norm's scale goes into the
+    projections, and q's factor into Wo.
+    """
+
+    def __init__(self, block: Residual) -> None:
+        super().__init__()
+        attention = block.fn.fn
+        assert isinstance(attention, SpatialLinearAttention)
+        self.heads = attention.heads
+        channels = attention.to_out.out_channels
+        weight = attention.to_qkv.weight.detach()[:, :, 0, 0] * _gamma(block)
+        q, k, v = weight.chunk(3)
+        head_width = q.shape[0] // self.heads
+        out = attention.to_out.weight.detach()[:, :, 0, 0] * attention.scale
+        self.register_buffer("query", q.t().contiguous())
+        self.register_buffer("key", k.contiguous())
+        self.register_buffer("value", v.view(self.heads, head_width, channels).transpose(1, 2).contiguous())
+        self.register_buffer("out", out.t().reshape(self.heads, head_width, channels).contiguous())
+        assert attention.to_out.bias is not None
+        self.register_buffer("bias", attention.to_out.bias.detach())
+        self.width = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, P, C) -> the same shape; N frames are independent."""
+        pixels, channels = x.shape[1:]
+        head_width = self.query.shape[1] // self.heads
+        normed = F.layer_norm(x, (channels,), eps=_EPSILON)
+        q = (normed @ self.query).unflatten(-1, (self.heads, head_width)).softmax(dim=-1).flatten(-2)
+        k = (self.key @ normed.transpose(1, 2)).softmax(dim=-1)
+        context = (k @ normed).unflatten(1, (self.heads, head_width)) @ self.value
+        projection = (context @ self.out).flatten(1, 2)
+        return x + (q @ projection + self.bias)
+
+
+class FoldedTemporalAttention(nn.Module):
+    """x + attention over time for each pixel, its rotary and position-bias tables constants."""
+
+    def __init__(self, block: Residual, bias: Tensor) -> None:
+        super().__init__()
+        attention = block.fn.fn.fn
+        assert isinstance(attention, Attention)
+        self.heads = attention.heads
+        frames = bias.shape[-1]
+        freqs = attention.rotary_emb.freqs.detach()
+        angle = torch.arange(frames, dtype=freqs.dtype)[:, None] * freqs
+        query, key, value = (w.t().contiguous() for w in attention.to_qkv.weight.detach().chunk(3))
+        weights = TemporalWeights(
+            gamma=_gamma(block),
+            query=query,
+            key=key,
+            value=value,
+            out=attention.to_out.weight.detach().t().contiguous(),
+            cos=angle.cos(),
+            sin=angle.sin(),
+            bias=bias.detach()[None].contiguous(),
+            position=torch.arange(frames)[None],
+        )
+        for name, tensor in weights._asdict().items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, P, T, C) -> the same shape."""
+        weights = TemporalWeights(*(getattr(self, name) for name in TemporalWeights._fields))
+        out = temporal_attention(x.flatten(0, 1), weights, heads=self.heads, pixels=x.shape[1])
+        return out.view(x.shape)
+
+
+class FoldedSpatialAttention(nn.Module):
+    """x + ordinary attention over the pixels of each frame."""
+
+    def __init__(self, block: Residual) -> None:
+        super().__init__()
+        attention = block.fn.fn.fn
+        assert isinstance(attention, Attention)
+        self.heads = attention.heads
+        qkv = attention.to_qkv.weight.detach() * _gamma(block)
+        for name, weight in zip("qkv", qkv.chunk(3), strict=True):
+            self.register_buffer(name, weight.t().contiguous())
+        self.register_buffer("out", attention.to_out.weight.detach().t().contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, P, C) -> the same shape."""
+        normed = F.layer_norm(x, (x.shape[-1],), eps=_EPSILON)
+        q, k, v = normed @ self.q, normed @ self.k, normed @ self.v
+        out, *_ = torch.onnx.ops.attention(q, k, v, q_num_heads=self.heads, kv_num_heads=self.heads)
+        return x + out @ self.out

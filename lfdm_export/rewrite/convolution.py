@@ -1,0 +1,81 @@
+"""Convolutions rewritten for inference: 3-D as 2-D, batch norm folded, nearest x2 as low-resolution phases."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def fold_time(conv: nn.Conv3d | nn.ConvTranspose3d) -> nn.Conv2d | nn.ConvTranspose2d:
+    """A 3-D convolution with a kernel of 1 in time, as the 2-D one that it is on (B·T, C, h, w)."""
+    kernel, stride, padding = (
+        cast(tuple[int, int], tuple(t)[1:]) for t in (conv.kernel_size, conv.stride, conv.padding)
+    )
+    folded: nn.Conv2d | nn.ConvTranspose2d
+    if isinstance(conv, nn.ConvTranspose3d):
+        folded = nn.ConvTranspose2d(conv.in_channels, conv.out_channels, kernel, stride, padding, device="meta")
+    else:
+        folded = nn.Conv2d(conv.in_channels, conv.out_channels, kernel, stride, padding, device="meta")
+    folded.weight = nn.Parameter(conv.weight.detach()[:, :, 0], requires_grad=False)
+    assert conv.bias is not None
+    folded.bias = nn.Parameter(conv.bias.detach(), requires_grad=False)
+    return folded
+
+
+def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """conv -> batch norm (running statistics) as one convolution."""
+    assert conv.bias is not None and norm.running_mean is not None and norm.running_var is not None
+    # In float64, so that folding costs one rounding.
+    factor = norm.weight.detach().double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    weight = conv.weight.detach().double() * factor[:, None, None, None]
+    bias = (conv.bias.detach().double() - norm.running_mean.double()) * factor + norm.bias.detach().double()
+    folded = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        cast(tuple[int, int], conv.kernel_size),
+        padding=cast(tuple[int, int], conv.padding),
+        device="meta",
+    )
+    folded.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
+    folded.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
+    return folded
+
+
+def phase_kernels(weight: Tensor) -> Tensor:
+    """3x3 kernels (out, in, 3, 3) on a nearest-x2 map -> 2x2 kernels (4, out, in, 2, 2) on the map itself.
+
+    Phase 2·py + px gives output pixels (2i + py, 2j + px). Row r of a 3x3 kernel meets the upsampled
+    row 2i + py + r - 1, which is row i + floor((py + r - 1) / 2) of the map: only two rows (and
+    columns) occur, i + py - 1 and i + py, and taps that meet the same pixel are summed.
+    """
+    out_channels, in_channels = weight.shape[:2]
+    kernels = weight.new_zeros(2, 2, out_channels, in_channels, 2, 2)
+    for py in range(2):
+        for px in range(2):
+            for r in range(3):
+                for c in range(3):
+                    row, column = (py + r - 1) // 2 + 1 - py, (px + c - 1) // 2 + 1 - px
+                    kernels[py, px, :, :, row, column] += weight[:, :, r, c]
+    return kernels.flatten(0, 1)
+
+
+def phase_convs(padded: Tensor, kernels: Tensor, bias: Tensor) -> list[Tensor]:
+    """The four phases of conv 3x3 (nearest x2) of a map.
+
+    Args:
+        padded: the map with one pixel of padding on each side, (N, in, h + 2, w + 2).
+        kernels: of `phase_kernels`, (4, out, in, 2, 2).
+        bias: (out,).
+
+    Returns:
+        Phases (py, px) = (0, 0), (0, 1), (1, 0), (1, 1), each (N, out, h, w).
+    """
+    height, width = padded.shape[2] - 2, padded.shape[3] - 2
+    return [
+        F.conv2d(padded[:, :, py : py + height + 1, px : px + width + 1], kernels[2 * py + px], bias)
+        for py in range(2)
+        for px in range(2)
+    ]

@@ -1,0 +1,123 @@
+"""The LFAE rewritten for inference: batch norm folded, one source for many frames, de-interleaved up-sampling."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lfdm_export.ops.warp import warp, warp_blend
+from lfdm_export.rewrite.convolution import fold_batch_norm, phase_convs, phase_kernels
+from lfdm_models.layers import DownBlock, ResidualBlock, SameBlock, UpBlock, coordinate_grid
+from lfdm_models.lfae import Lfae
+
+#: Phases of a de-interleaved map in the order of `phase_kernels`: (row, column).
+PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
+
+
+def fold_batch_norms(lfae: Lfae) -> Lfae:
+    """A copy of the LFAE whose batch norms behind a convolution are folded into it.
+
+    The first norm of a residual block stands behind an addition and stays.
+    """
+    folded = copy.deepcopy(lfae)
+    for block in folded.modules():
+        if isinstance(block, SameBlock | DownBlock | UpBlock):
+            block.conv = fold_batch_norm(block.conv, block.norm)
+            block.norm = nn.Identity()  # type: ignore[assignment]
+        elif isinstance(block, ResidualBlock):
+            block.conv1 = fold_batch_norm(block.conv1, block.norm2)
+            block.norm2 = nn.Identity()  # type: ignore[assignment]
+    return folded
+
+
+def dephase_kernel(weight: Tensor) -> Tensor:
+    """An odd, same-padded kernel (out, in, k, k) as one on the four phases of its input and output.
+
+    Input channels are (phase, channel), output channels (channel, phase) as `pixel_shuffle` reads them.
+    Full-size row 2i + q + d, d in -k // 2 .. k // 2, is row i + floor((q + d) / 2) of phase (q + d) mod 2.
+    """
+    out_channels, in_channels, size, _ = weight.shape
+    reach = size // 2
+    radius = (reach + 1) // 2
+    side = 2 * radius + 1
+    dephased = weight.new_zeros(out_channels, 2, 2, 2, 2, in_channels, side, side)
+    for qy, qx in PHASES:
+        for dy in range(-reach, reach + 1):
+            for dx in range(-reach, reach + 1):
+                row, ry = divmod(qy + dy, 2)
+                column, rx = divmod(qx + dx, 2)
+                dephased[:, qy, qx, ry, rx, :, row + radius, column + radius] += weight[:, :, dy + reach, dx + reach]
+    return dephased.reshape(4 * out_channels, 4 * in_channels, side, side)
+
+
+class PhasedUp(nn.Module):
+    """An Up block (its norm folded) as four low-resolution convolutions; gives the four phases."""
+
+    def __init__(self, block: UpBlock) -> None:
+        super().__init__()
+        assert block.conv.bias is not None
+        self.register_buffer("kernels", phase_kernels(block.conv.weight.detach()))
+        self.register_buffer("bias", block.conv.bias.detach())
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(N, in, h, w) -> four (N, out, h, w)."""
+        return [F.relu(phase) for phase in phase_convs(F.pad(x, (1, 1, 1, 1)), self.kernels, self.bias)]
+
+
+class Decode(nn.Module):
+    """Skips and latents of a chunk of frames -> frames and warped images.
+
+    The last Up block's output stays de-interleaved: it is blended phase by phase, and the final
+    convolution reads and writes phases; only the picture itself is interleaved.
+    """
+
+    def __init__(self, folded: Lfae, *, residual_flow: bool) -> None:
+        super().__init__()
+        generator = folded.generator
+        self.residual_flow = residual_flow
+        self.bottleneck = generator.bottleneck
+        self.ups = nn.ModuleList(PhasedUp(block) for block in generator.up_blocks)  # type: ignore[arg-type]
+        assert generator.final.bias is not None
+        self.register_buffer("final", dephase_kernel(generator.final.weight.detach()))
+        self.register_buffer("final_bias", generator.final.bias.detach().repeat_interleave(4))
+
+    def forward(self, image: Tensor, *skips_and_latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Decode F frames of each sample.
+
+        Args:
+            image: (B, 3, H, W) in [0, 1].
+            skips_and_latent: encoder outputs, full size first, `feature` last; then the latent (B, 3, F, h, w).
+
+        Returns:
+            frames and warped images, (B, 3, F, H, W) each, in [0, 1].
+        """
+        *skips, latent = skips_and_latent
+        batch, _, frames, _, _ = latent.shape
+        motion = self.motion(latent)
+        occlusion = motion[:, 2:3]
+        visible = warp(skips[-1], motion) * occlusion
+        out = self.bottleneck(visible)
+        out = visible + out * (1 - occlusion)
+        for skip, up in zip(reversed(skips[1:-1]), self.ups, strict=False):
+            whole = F.pixel_shuffle(torch.stack(up(out), dim=2).flatten(1, 2), 2)
+            out = warp_blend(skip, motion, whole)
+        phases = self.ups[-1](out)
+        blended = [
+            warp_blend(skips[0], motion, x, stride=2, phase=phase) for x, phase in zip(phases, PHASES, strict=True)
+        ]
+        final = F.conv2d(torch.cat(blended, dim=1), self.final, self.final_bias, padding=self.final.shape[-1] // 2)
+        picture = F.pixel_shuffle(torch.sigmoid(final), 2)
+        decoded = warp_blend(image, motion, picture), warp(image, motion)
+        first, second = (t.view(batch, frames, *t.shape[1:]).transpose(1, 2).contiguous() for t in decoded)
+        return first, second
+
+    def motion(self, latent: Tensor) -> Tensor:
+        """(B, 3, F, h, w) latent -> (B·F, 3, h, w): sampling grid x, y, and occlusion in [0, 1]."""
+        planes = latent.transpose(1, 2).flatten(0, 1)
+        grid = planes[:, :2]
+        if self.residual_flow:
+            grid = grid + coordinate_grid(grid.shape[2], grid.shape[3], grid).permute(2, 0, 1)
+        return torch.cat([grid, (planes[:, 2:3] + 1) / 2], dim=1)

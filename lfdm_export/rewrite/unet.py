@@ -1,0 +1,240 @@
+"""The 3-D UNet rewritten for inference: 2-D convolutions over (B·T, C, h, w), folded tables, shared branches.
+
+Every convolution of the network has a kernel of 1 in time, so frames are folded into the batch; 2-D
+convolutions are what every backend does best. Each rewrite is exact up to rounding, and is tested
+against the untouched network in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lfdm_export.rewrite.convolution import fold_time, phase_convs, phase_kernels
+from lfdm_export.rewrite.attention import FoldedLinearAttention, FoldedSpatialAttention, FoldedTemporalAttention
+from lfdm_models.unet import LATENT_CHANNELS, ConvBlock, ResBlock, Unet3D
+
+class UpsampledConv(nn.Module):
+    """Nearest x2, then a reflect-padded 3x3 convolution, as four 2x2 convolutions at the low resolution.
+
+    A reflected border pixel of the upsampled map is a copy of the border pixel of the low-resolution
+    one, so there the padding is replication.
+    """
+
+    def __init__(self, conv: nn.Conv3d) -> None:
+        super().__init__()
+        assert conv.bias is not None
+        self.register_buffer("weight", phase_kernels(conv.weight.detach()[:, :, 0]))
+        self.register_buffer("bias", conv.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) -> (N, C', 2h, 2w)."""
+        phases = phase_convs(F.pad(x, (1, 1, 1, 1), mode="replicate"), self.weight, self.bias)
+        return F.pixel_shuffle(torch.stack(phases, dim=2).flatten(1, 2), 2)
+
+
+class FoldedConvBlock(nn.Module):
+    """conv -> group norm over the clip -> scale and shift -> SiLU, the middle two as one affine map."""
+
+    def __init__(self, block: ConvBlock, frames: int) -> None:
+        super().__init__()
+        self.conv = fold_time(block.proj)
+        self.frames, self.groups, self.epsilon = frames, block.norm.num_groups, block.norm.eps
+        self.register_buffer("gamma", block.norm.weight.detach())
+        self.register_buffer("beta", block.norm.bias.detach())
+
+    def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B·T, in, h, w) and two (B, out) -> (B·T, out, h, w)."""
+        out = self.conv(x)
+        channels, height, width = out.shape[1:]
+        grouped = out.view(-1, self.frames, self.groups, channels // self.groups * height * width)
+        mean = grouped.mean(dim=-1).mean(dim=1)
+        square = (grouped * grouped).mean(dim=-1).mean(dim=1)
+        rstd = torch.rsqrt(square - mean.square() + self.epsilon)
+        repeat = channels // self.groups
+        factor = rstd.repeat_interleave(repeat, dim=1) * self.gamma
+        offset = self.beta - mean.repeat_interleave(repeat, dim=1) * factor
+        if scale_shift is not None:
+            scale, shift = scale_shift
+            factor, offset = factor * (scale + 1), offset * (scale + 1) + shift
+        clip = out.view(-1, self.frames, channels, height, width)
+        modulated = clip * factor[:, None, :, None, None] + offset[:, None, :, None, None]
+        return F.silu(modulated).view(-1, channels, height, width)
+
+
+class FoldedResBlock(nn.Module):
+    """Two conv blocks beside a (projected) identity."""
+
+    def __init__(self, block: ResBlock, frames: int) -> None:
+        super().__init__()
+        self.block1 = FoldedConvBlock(block.block1, frames)
+        self.block2 = FoldedConvBlock(block.block2, frames)
+        self.res_conv = fold_time(block.res_conv) if isinstance(block.res_conv, nn.Conv3d) else None
+        self.channels = block.block2.proj.out_channels
+
+    def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B·T, in, h, w) and two (B, out) -> (B·T, out, h, w)."""
+        out = self.block2(self.block1(x, scale_shift))
+        return out + (x if self.res_conv is None else self.res_conv(x))
+
+
+class FoldedLevel(nn.Module):
+    """One level: two ResBlocks, linear attention, temporal attention."""
+
+    def __init__(self, level: nn.ModuleList, bias: Tensor) -> None:
+        super().__init__()
+        frames = bias.shape[-1]
+        self.block1 = FoldedResBlock(level[0], frames)  # type: ignore[arg-type]
+        self.block2 = FoldedResBlock(level[1], frames)  # type: ignore[arg-type]
+        self.spatial = FoldedLinearAttention(level[2])  # type: ignore[arg-type]
+        self.temporal = FoldedTemporalAttention(level[3], bias)  # type: ignore[arg-type]
+        self.frames = frames
+
+    def forward(self, x: Tensor, modulation: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """(B·T, in, h, w) -> (B·T, out, h, w); takes two entries off the modulation."""
+        x = self.block2(self.block1(x, modulation.pop(0)), modulation.pop(0))
+        height, width = x.shape[2:]
+        tokens = self.spatial(x.flatten(2).transpose(1, 2))
+        return _over_time(self.temporal, tokens, self.frames, height, width)
+
+
+def _over_time(temporal: FoldedTemporalAttention, tokens: Tensor, frames: int, height: int, width: int) -> Tensor:
+    """Run temporal attention on (B·T, P, C) tokens -> (B·T, C, h, w)."""
+    pixels, channels = tokens.shape[1:]
+    by_pixel = tokens.view(-1, frames, pixels, channels).transpose(1, 2)
+    out = temporal(by_pixel).permute(0, 2, 3, 1)
+    return out.reshape(-1, channels, height, width)
+
+
+class DeployableUnet(nn.Module):
+    """The UNet behind `context`, with frames folded into the batch.
+
+    Args:
+        unet: the faithful network; its weights are shared, not copied, where no rewrite changes them.
+        frames: T, fixed from here on.
+        guided: evaluate with and without the text in one pass. Both branches share everything up to
+            `init_temporal_attn`, which does not see the text.
+    """
+
+    def __init__(self, unet: Unet3D, frames: int, *, guided: bool = False) -> None:
+        super().__init__()
+        self.frames, self.guided = frames, guided
+        bias = unet.time_rel_pos_bias(frames).detach()
+        self.latent_conv = latent_half(unet.init_conv)
+        self.init_temporal = FoldedTemporalAttention(unet.init_temporal_attn, bias)
+        self.time_mlp = unet.time_mlp
+        self.register_buffer("null_embedding", unet.null_cond_emb.detach())
+        self.downs = nn.ModuleList(FoldedLevel(level, bias) for level in unet.downs)  # type: ignore[arg-type]
+        self.ups = nn.ModuleList(FoldedLevel(level, bias) for level in unet.ups)  # type: ignore[arg-type]
+        self.resample_down = nn.ModuleList(fold_time(level[4]) for level in list(unet.downs)[:-1])  # type: ignore
+        self.resample_up = nn.ModuleList(_fold_upsample(level[4]) for level in list(unet.ups)[:-1])  # type: ignore
+        self.mid_block1 = FoldedResBlock(unet.mid_block1, frames)
+        self.mid_spatial = FoldedSpatialAttention(unet.mid_spatial_attn)
+        self.mid_temporal = FoldedTemporalAttention(unet.mid_temporal_attn, bias)
+        self.mid_block2 = FoldedResBlock(unet.mid_block2, frames)
+        self.final_blocks = nn.ModuleList(FoldedResBlock(m[0], frames) for m in (unet.final_conv, unet.occlusion_map))  # type: ignore
+        self.final_convs = nn.ModuleList(fold_time(m[1]) for m in (unet.final_conv, unet.occlusion_map))  # type: ignore
+        self.modulation = FoldedModulation(unet)
+
+    def forward(
+        self,
+        noisy_latent: Tensor,
+        context: Tensor,
+        text_embedding: Tensor,
+        timestep: Tensor,
+        guidance_scale: Tensor | None = None,
+    ) -> Tensor:
+        """One evaluation.
+
+        Args:
+            noisy_latent: (B, 3, T, h, w).
+            context: (B, width, h, w), `init_conv`'s response to the feature, of `encode`.
+            text_embedding: (B, text_width).
+            timestep: (B,) int64.
+            guidance_scale: (B,), if `guided`.
+
+        Returns:
+            The predicted noise, (B, 3, T, h, w).
+        """
+        batch, _, frames, height, width = noisy_latent.shape
+        x = self.latent_conv(noisy_latent.transpose(1, 2).reshape(-1, LATENT_CHANNELS, height, width))
+        channels = x.shape[1]
+        x = (x.view(batch, frames, channels, height, width) + context[:, None]).view(-1, channels, height, width)
+        first = x
+        x = _over_time(self.init_temporal, x.flatten(2).transpose(1, 2), frames, height, width)
+        time = self.time_mlp(timestep.to(noisy_latent.dtype))
+        if self.guided:
+            first, x, time = first.repeat(2, 1, 1, 1), x.repeat(2, 1, 1, 1), time.repeat(2, 1)
+            text_embedding = torch.cat([text_embedding, self.null_embedding.expand(batch, -1)])
+        modulation = self.modulation(torch.cat([time, text_embedding], dim=1))
+
+        kept = []
+        for i, level in enumerate(self.downs):
+            x = level(x, modulation)
+            kept.append(x)
+            if i < len(self.resample_down):
+                x = self.resample_down[i](x)
+        x = self.mid_block1(x, modulation.pop(0))
+        size = x.shape[2:]
+        tokens = self.mid_spatial(x.flatten(2).transpose(1, 2))
+        x = _over_time(self.mid_temporal, tokens, frames, *size)
+        x = self.mid_block2(x, modulation.pop(0))
+        for i, level in enumerate(self.ups):
+            x = level(torch.cat([x, kept.pop()], dim=1), modulation)
+            if i < len(self.resample_up):
+                x = self.resample_up[i](x)
+        x = torch.cat([x, first], dim=1)
+        outputs = [conv(block(x)) for block, conv in zip(self.final_blocks, self.final_convs, strict=True)]
+        noise = torch.cat(outputs, dim=1).view(-1, frames, LATENT_CHANNELS, height, width).transpose(1, 2)
+        if not self.guided:
+            return noise.contiguous()
+        assert guidance_scale is not None
+        conditional, unconditional = noise.reshape(2, batch, *noise.shape[1:]).unbind()
+        return unconditional + guidance_scale[:, None, None, None, None] * (conditional - unconditional)
+
+
+class FoldedModulation(nn.Module):
+    """Every ResBlock's scale and shift from the condition in one product."""
+
+    def __init__(self, unet: Unet3D) -> None:
+        super().__init__()
+        blocks = [block for level in unet.downs for block in list(level)[:2]]  # type: ignore[call-overload]
+        blocks += [unet.mid_block1, unet.mid_block2]
+        blocks += [block for level in unet.ups for block in list(level)[:2]]  # type: ignore[call-overload]
+        linears = [block.mlp[1] for block in blocks]
+        self.register_buffer("weight", torch.cat([linear.weight.detach() for linear in linears]))
+        self.register_buffer("bias", torch.cat([linear.bias.detach() for linear in linears]))
+        self.widths = [linear.out_features // 2 for linear in linears]
+
+    def forward(self, condition: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(B, condition_width) -> for each block in the order of use its scale and shift, (B, C) each."""
+        halves = [width for width in self.widths for _ in range(2)]
+        parts = F.linear(F.silu(condition), self.weight, self.bias).split(halves, dim=1)
+        return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+def latent_half(init_conv: nn.Conv3d) -> nn.Conv2d:
+    """The part of `init_conv` that sees the noisy latent, without bias (that goes into `context`)."""
+    weight = init_conv.weight.detach()[:, :LATENT_CHANNELS, 0]
+    size = weight.shape[-1]
+    conv = nn.Conv2d(LATENT_CHANNELS, weight.shape[0], size, padding=size // 2, bias=False, device="meta")
+    conv.weight = nn.Parameter(weight, requires_grad=False)
+    return conv
+
+
+def context_half(init_conv: nn.Conv3d) -> nn.Conv2d:
+    """The part of `init_conv` that sees the feature, with the bias: the same at every frame and step."""
+    weight = init_conv.weight.detach()[:, LATENT_CHANNELS:, 0]
+    size = weight.shape[-1]
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], size, padding=size // 2, device="meta")
+    conv.weight = nn.Parameter(weight, requires_grad=False)
+    assert init_conv.bias is not None
+    conv.bias = nn.Parameter(init_conv.bias.detach(), requires_grad=False)
+    return conv
+
+
+def _fold_upsample(module: nn.Module) -> nn.Module:
+    if isinstance(module, nn.ConvTranspose3d):
+        return fold_time(module)
+    return UpsampledConv(module[1])  # type: ignore[index]

@@ -1,0 +1,51 @@
+"""Free text -> tokens, with the tokenizer that a bundle brings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_export.errors import BundleError, InputError, MissingDependencyError
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def tokenize(folder: Path, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Tokenise with special tokens, padded to the longest text.
+
+    Args:
+        folder: the bundle's tokenizer folder.
+        texts: one a sample.
+
+    Returns:
+        Token ids and attention mask, both (B, L) int64.
+
+    Raises:
+        BundleError: the tokenizer cannot be read.
+        InputError: a text is empty, or longer than the text encoder takes.
+        MissingDependencyError: the package tokenizers is not installed.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise MissingDependencyError("tokenizers", "free text", "text") from error
+    path = folder / TOKENIZER_FILE
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise BundleError(f"{path} is no tokenizer ({error}); export again") from error
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"text is {text!r}, expected a description of the motion in words")
+    encodings = tokenizer.encode_batch(list(texts))
+    for text, encoding in zip(texts, encodings, strict=True):
+        if encoding.overflowing:
+            shown = text if len(text) <= 40 else text[:37] + "..."
+            raise InputError(
+                f"the text {shown!r} has more than {len(encoding.ids)} tokens, the most the bundle takes; shorten it"
+            )
+    ids, mask = ([getattr(encoding, name) for encoding in encodings] for name in ("ids", "attention_mask"))
+    return np.array(ids, np.int64), np.array(mask, np.int64)

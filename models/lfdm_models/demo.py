@@ -1,0 +1,121 @@
+"""A small model with untrained weights, for trying everything out where no checkpoint is at hand.
+
+It shows nothing but that the machinery runs. So that one can see that it does, a few weights are
+set by hand: a clip is the photograph itself, softly moved by what the other, random weights make of
+label and noise.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lfdm_models.config import DmConfig, HourglassConfig, LfaeConfig, LfdmConfig
+from lfdm_models.diffusion import Diffusion
+from lfdm_models.labels import MUG
+from lfdm_models.lfae import Lfae
+from lfdm_models.model import LfdmModel
+
+#: For images of 64 pixels a side and more, in steps of 32.
+CONFIG = LfdmConfig(
+    LfaeConfig(
+        regions=4,
+        width=16,
+        max_width=64,
+        bottleneck_blocks=2,
+        flow_predictor=HourglassConfig(16, max_width=64, blocks=3),
+        region_predictor=HourglassConfig(16, max_width=64, blocks=3),
+        bg_predictor=HourglassConfig(16, max_width=64, blocks=3),
+    ),
+    DmConfig(width=16, multipliers=(1, 2, 4), heads=4, head_width=16, rotary_width=16, feature_channels=64),
+    # The latent is an offset from the identity, so that a latent near 0 moves little.
+    residual_flow=True,
+)
+
+# How much of the random weights' answer is mixed into the predicted noise.
+_WOBBLE = 0.15
+
+
+def untrained_model(seed: int = 0) -> LfdmModel:
+    """Make the small model; its labels are MUG's, with random embeddings in place of a text encoder's.
+
+    Args:
+        seed: of all weights and embeddings; the global random state is left alone.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        lfae, diffusion = Lfae(CONFIG.lfae), Diffusion(CONFIG.dm)
+        _calm_regions(lfae)
+        _show_the_image(lfae)
+        _predict_the_noise(diffusion)
+    rows = np.random.default_rng(seed).standard_normal((len(MUG), CONFIG.dm.text_width), dtype=np.float32)
+    return LfdmModel(
+        CONFIG,
+        lfae.eval().requires_grad_(False),
+        diffusion.eval().requires_grad_(False),
+        provenance={"trained": False, "made_by": "lfdm_models.demo", "seed": seed},
+        label_embeddings=dict(zip(MUG, rows, strict=True)),
+    )
+
+
+def _calm_regions(lfae: Lfae) -> None:
+    """Broad regions and a background that stays: random ones would be points, whose covariance has no inverse."""
+    lfae.region_predictor.regions.weight.mul_(0.1)
+    lfae.bg_predictor.fc.weight.mul_(0.02)
+    lfae.bg_predictor.fc.bias.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]))
+
+
+def _show_the_image(lfae: Lfae) -> None:
+    """Let the first channels carry the image's colours past the decoder.
+
+    At an occlusion of 1/2 the last conv sees half of a colour x; sigmoid(8 (x/2 - 1/4)) is near x.
+    """
+    generator = lfae.generator
+    colours = range(lfae.config.image_channels)
+    for colour in colours:
+        _set_tap(generator.first.conv, colour, colour, 1.0)
+        _set_tap(generator.final, colour, colour, 8.0)
+    # Elsewhere: what the decoder adds, faintly, and nothing in place of the colours.
+    last_up = generator.up_blocks[-1]
+    last_up.norm.weight[: len(colours)] = 0.0  # type: ignore[union-attr, index, operator]
+    generator.final.weight[:, len(colours) :] *= 0.5
+    generator.final.bias.fill_(-2.0)
+
+
+def _predict_the_noise(diffusion: Diffusion) -> None:
+    """Let the UNet predict noise that leaves an x0 near 0: the noisy latent over its own root mean square.
+
+    Group norm does that for a pair of channels (x, -x), and SiLU keeps it: silu(y) - silu(-y) = y.
+    """
+    unet = diffusion.denoise_fn
+    width = unet.config.width
+    for channel in range(3):  # the noisy latent passes through the first conv, to be concatenated at the end
+        _set_tap(unet.init_conv, channel, channel, 1.0)
+    for head, channels in ((unet.final_conv, (0, 1)), (unet.occlusion_map, (2,))):
+        block, last = head[0], head[1]
+        assert isinstance(last, nn.Conv3d)
+        for index, channel in enumerate(channels):
+            plus, minus = 2 * index, 2 * index + 1  # one of the 8 groups, of 2 channels
+            for out, sign in ((plus, 1.0), (minus, -1.0)):
+                _set_tap(block.block1.proj, out, width + channel, sign)
+                _set_tap(block.block2.proj, out, plus, sign)
+                block.block2.proj.weight[out, minus, 0, 1, 1] = -sign
+                block.res_conv.weight[out] = 0.0
+                block.res_conv.bias[out] = 0.0
+        carried = 2 * len(channels)
+        last.weight *= _WOBBLE
+        last.bias.zero_()
+        last.weight[:, :carried] = 0.0
+        for index in range(len(channels)):
+            last.weight[index, 2 * index], last.weight[index, 2 * index + 1] = 1.0, -1.0
+
+
+def _set_tap(conv: nn.Module, out: int, channel: int, value: float) -> None:
+    """Make output `out` nothing but `value` times one input channel, at the kernel's centre."""
+    weight, bias = conv.weight, conv.bias
+    assert isinstance(weight, Tensor)
+    assert isinstance(bias, Tensor)
+    weight[out] = 0.0
+    weight[(out, channel, *(size // 2 for size in weight.shape[2:]))] = value
+    bias[out] = 0.0

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The small models of the ordinary tests run faster on one thread; the full-size chains want every core.
+    # Set before torch is imported, and inherited by the commands that tests start.
+    if config.option.markexpr != "full":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of golden cases and photographs, which lies beside the repository."""
+    path = ROOT.parent / "shared"
+    assert path.is_dir(), f"{path} is missing: the golden cases lie beside the repository"
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden_checkpoints(
+    shared_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[Path, Path]]]:
+    """(LFAE, DM) of published size for each golden variant: 0.9 GB in all, removed at the end."""
+    make = runpy.run_path(str(shared_dir / "golden" / "make_checkpoints.py"))["make"]
+    folder = tmp_path_factory.mktemp("golden")
+    yield {name: make(name, folder / name) for name in ("mug128", "natops128")}
+    shutil.rmtree(folder)

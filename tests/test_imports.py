@@ -1,0 +1,232 @@
+"""Which module may import which: layers as data, and what must import on a bare machine."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = (ROOT, ROOT / "models")
+PACKAGES = ("lfdm_export", "lfdm_models")
+
+#: From the bottom up. A module imports from its own layer or from those before it. A name stands for
+#: the module and everything below it; the first that fits counts.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("lfdm_export.errors",),
+    # Plain facts and arithmetic; pictures and clips.
+    (
+        "lfdm_export.clip",
+        "lfdm_export.conditions",
+        "lfdm_export.gif",
+        "lfdm_export.json_codec",
+        "lfdm_export.media",
+        "lfdm_export.noise",
+        "lfdm_export.panels",
+        "lfdm_export.preprocess",
+        "lfdm_export.resize",
+        "lfdm_export.sampler_tables",
+        "lfdm_export.sampling",
+        "lfdm_export.stages",
+        "lfdm_export.tokenizer",
+        "lfdm_models.config",
+        "lfdm_models.labels",
+        "lfdm_models.schedule",
+    ),
+    # Networks, and files that become networks.
+    (
+        "lfdm_export.checkpoints",
+        "lfdm_export.model_folder",
+        "lfdm_export.recognise",
+        "lfdm_export.weight_files",
+        "lfdm_models",
+    ),
+    # Networks that become deployable modules.
+    ("lfdm_export.ops", "lfdm_export.rewrite"),
+    # Graphs, the folder that holds them, and what runs them.
+    (
+        "lfdm_export.bundle",
+        "lfdm_export.bundle_writer",
+        "lfdm_export.engines",
+        "lfdm_export.manifest",
+        "lfdm_export.onnx_export",
+        "lfdm_export.stage_runner",
+    ),
+    # What people ask for.
+    (
+        "lfdm_export.client",
+        "lfdm_export.export",
+        "lfdm_export.pipeline",
+        "lfdm_export.report",
+        "lfdm_export.serve",
+        "lfdm_export.triton",
+        "lfdm_export.verify",
+    ),
+    ("lfdm_export.cli",),
+)
+
+#: Not in the core's dependencies: no light module may need them to be imported.
+OPTIONAL = (
+    "av", "diffusers", "einops", "onnx", "onnxruntime", "onnxscript", "safetensors", "tensorrt", "tokenizers", "torch",
+    "transformers", "tritonclient",
+)  # fmt: skip
+
+#: The modules that may import optional packages at their top; every other one must do without.
+HEAVY = (
+    "lfdm_export.checkpoints",
+    "lfdm_export.export",
+    "lfdm_export.model_folder",
+    "lfdm_export.onnx_export",
+    "lfdm_export.ops",
+    "lfdm_export.rewrite",
+    "lfdm_export.verify",
+    "lfdm_export.weight_files",
+)
+#: Of the networks' package, only these do without.
+LIGHT_NETWORKS = ("lfdm_models", "lfdm_models.config", "lfdm_models.labels", "lfdm_models.schedule")
+
+BLOCKER = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {optional!r}:
+            raise ModuleNotFoundError("blocked: " + name, name=name)
+
+sys.meta_path.insert(0, Block())
+"""
+
+
+def below(module: str, parent: str) -> bool:
+    return module == parent or module.startswith(parent + ".")
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for source, package in zip(SOURCES, PACKAGES, strict=True):
+        for path in sorted((source / package).rglob("*.py")):
+            parts = path.relative_to(source).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def layer_of(module: str) -> int:
+    for level, names in enumerate(LAYERS):
+        if any(below(module, name) for name in names):
+            return level
+    raise AssertionError(f"{module} is in no layer: give it a place in LAYERS")
+
+
+def own_imports(path: Path, known: set[str]) -> Iterator[str]:
+    """Every module of this project that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            base = node.module or ""
+            names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names]
+        yield from (name for name in names if name.partition(".")[0] in PACKAGES)
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT.parent)
+
+
+MODULES = modules()
+LIGHT = [
+    name
+    for name in MODULES
+    if (name in LIGHT_NETWORKS if below(name, "lfdm_models") else not any(below(name, heavy) for heavy in HEAVY))
+]
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for module, path in MODULES.items():
+        if module == "lfdm_export":
+            continue  # the facade; it has a test of its own
+        for imported in own_imports(path, set(MODULES)):
+            if imported == "lfdm_export":
+                continue  # `from lfdm_export import __version__`; what else it gives is lazy
+            if layer_of(imported) > layer_of(module):
+                wrong.append(f"{module} imports {imported}")
+    assert wrong == []
+
+
+def test_networks_never_import_the_toolkit():
+    wrong = [
+        f"{module} imports {imported}"
+        for module, path in MODULES.items()
+        if below(module, "lfdm_models")
+        for imported in own_imports(path, set(MODULES))
+        if below(imported, "lfdm_export")
+    ]
+    assert wrong == []
+
+
+def test_no_import_cycles_at_import_time():
+    def top_level(path: Path) -> set[str]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found: set[str] = set()
+        for node in tree.body:
+            if isinstance(node, ast.ImportFrom) and node.module:
+                full = (f"{node.module}.{alias.name}" for alias in node.names)
+                found.update(name if name in MODULES else node.module for name in full)
+            elif isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+        return found & set(MODULES)
+
+    graph = {module: top_level(path) for module, path in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail, module))
+        if module not in done:
+            for other in sorted(graph[module] - {module}):
+                visit(other, (*trail, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_the_facade_loads_only_errors():
+    loaded = run_python("import sys, lfdm_export; print(sorted(m for m in sys.modules if m.startswith('lfdm_')))")
+    assert loaded.returncode == 0, loaded.stderr
+    assert ast.literal_eval(loaded.stdout) == ["lfdm_export", "lfdm_export.errors"]
+
+
+def test_the_facade_names_are_real():
+    import lfdm_export
+
+    for name, module in lfdm_export._LAZY.items():
+        path = MODULES.get(module)
+        assert path is not None, f"lfdm_export.{name} points at {module}, which does not exist"
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert name in {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}, name
+        assert name in dir(lfdm_export)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = lfdm_export.no_such_name
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_module_imports_on_a_bare_machine(module: str):
+    done = run_python(BLOCKER.format(optional=set(OPTIONAL)) + f"import {module}\n")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_blocker_blocks():
+    done = run_python(BLOCKER.format(optional=set(OPTIONAL)) + "import torch\n")
+    assert done.returncode != 0
+    assert "blocked: torch" in done.stderr
+
+
+def test_models_is_no_import_name():
+    done = run_python("import lfdm_models, importlib.util; assert importlib.util.find_spec('models') is None")
+    assert done.returncode == 0, done.stderr
