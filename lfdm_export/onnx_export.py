@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
@@ -20,7 +22,7 @@ from lfdm_export.ops.temporal_attention.onnx_function import temporal_attention_
 from lfdm_export.ops.temporal_attention.reference import operator_name
 from lfdm_export.ops.thresholded_step.onnx_function import thresholded_step_function
 from lfdm_export.ops.warp.onnx_function import warp_functions
-from lfdm_export.stages import BATCH, StageSpec, TensorSpec
+from lfdm_export.stages import BATCH, TOKENS, StageSpec, TensorSpec
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +30,10 @@ logger = logging.getLogger(__name__)
 EXTERNAL_BYTES = 4096
 # External weights start on such boundaries, so that they can be mapped and read with wide accesses.
 _ALIGNMENT = 64
-# Of the traced batch: any but 0 and 1, which torch.export would take as constants.
-_TRACED_BATCH = 2
+# Sizes of the dynamic axes while tracing: any but 0 and 1, which torch.export would take as constants.
+_TRACED_SIZES = {BATCH: 2, TOKENS: 7}
+# An axis that runs beyond these could not be indexed with 32 bits.
+_LARGEST = {BATCH: 4096, TOKENS: 512}
 
 
 def trace(module: nn.Module, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> ir.Model:
@@ -43,14 +47,17 @@ def trace(module: nn.Module, inputs: Iterable[TensorSpec], outputs: Iterable[Ten
         The graph in memory, its weights shared with the module.
 
     Raises:
-        ExportError: the graph came out with a fixed batch.
+        ExportError: the graph came out with a fixed size where a dynamic one is wanted.
     """
     inputs, outputs = tuple(inputs), tuple(outputs)
-    examples = tuple(example(spec, _TRACED_BATCH) for spec in inputs)
-    batch = torch.export.Dim(BATCH, min=1, max=4096)
-    shapes: object = tuple({0: batch} for _ in inputs)
-    if _is_variadic(module):
-        shapes = ({0: batch}, tuple({0: batch} for _ in inputs[1:]))
+    examples = tuple(example(spec, _TRACED_SIZES) for spec in inputs)
+    axes = {name: torch.export.Dim(name, min=1, max=maximum) for name, maximum in _LARGEST.items()}
+    shapes: tuple[object, ...] = tuple(
+        {index: axes[axis] for index, axis in enumerate(spec.shape) if isinstance(axis, str)} for spec in inputs
+    )
+    if module.forward.__code__.co_flags & inspect.CO_VARARGS:
+        named = module.forward.__code__.co_argcount - 1
+        shapes = (*shapes[:named], shapes[named:])
     # The exporter warns of its own workings, and of torchvision where that is not installed.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
@@ -62,24 +69,30 @@ def trace(module: nn.Module, inputs: Iterable[TensorSpec], outputs: Iterable[Ten
             opset_version=OPSET,
             input_names=[spec.name for spec in inputs],
             output_names=[spec.name for spec in outputs],
-            dynamic_shapes=shapes,  # type: ignore[arg-type]
+            dynamic_shapes=shapes,
             verbose=False,
         )
     assert program is not None
     model = program.model
     for value, spec in zip(model.graph.inputs, inputs, strict=True):
         # The exporter turns to other ways of tracing where one fails, and some forget the dynamic axes.
-        if value.shape is None or isinstance(value.shape[0], int):
-            raise ExportError(f"the exported graph has a fixed batch: input {spec.name} is {value.shape}; expected a dynamic one")
+        if value.shape is None or any(isinstance(n, int) != isinstance(m, int) for n, m in zip(value.shape, spec.shape)):
+            raise ExportError(f"the exported graph has lost a dynamic axis: {spec.name} is {value.shape}, expected {spec.shape}")
     _add_functions(model)
     _strip_metadata(model)
     model.producer_name, model.producer_version = "lfdm-export", None
     return model
 
 
-def example(spec: TensorSpec, batch: int, generator: torch.Generator | None = None) -> Tensor:
-    """A random input of a specification: uniform in its range, else normal; int64 uniform."""
-    shape = spec.concrete(batch=batch)
+def example(spec: TensorSpec, sizes: Mapping[str, int], generator: torch.Generator | None = None) -> Tensor:
+    """A random input of a specification: uniform in its range, else normal.
+
+    Args:
+        spec: the tensor.
+        sizes: of the dynamic axes, by name.
+        generator: source of randomness.
+    """
+    shape = spec.concrete(**sizes)
     if spec.dtype == "int64":
         assert spec.low is not None and spec.high is not None
         return torch.randint(int(spec.low), int(spec.high) + 1, shape, generator=generator)
@@ -147,10 +160,6 @@ def save(models: Mapping[str, ir.Model], folder: Path, data_name: str) -> None:
             (folder / f"{name}.onnx").write_bytes(proto.SerializeToString(deterministic=True))
 
 
-def _is_variadic(module: nn.Module) -> bool:
-    return bool(module.forward.__code__.co_flags & 0x04)
-
-
 def _add_functions(model: ir.Model) -> None:
     """Add the bodies of the domain's operators that the graph uses, and the domain itself."""
     known = {function.name: function for function in warp_functions()}
@@ -177,3 +186,17 @@ def _strip_metadata(model: ir.Model) -> None:
     for node in model.graph:
         for value in node.outputs:
             value.metadata_props.clear()
+
+
+def check(folder: Path, specs: Mapping[str, StageSpec]) -> None:
+    """Check every stage's file with `onnx.checker`, shape inference included.
+
+    Raises:
+        ExportError: a graph is not valid.
+    """
+    for name in specs:
+        path = folder / f"{name}.onnx"
+        try:
+            onnx.checker.check_model(str(path), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise ExportError(f"the exported graph {path.name} is not valid ONNX: {error}") from error

@@ -7,6 +7,8 @@ label and noise.
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -14,8 +16,10 @@ from torch import Tensor, nn
 from lfdm_models.config import DmConfig, HourglassConfig, LfaeConfig, LfdmConfig
 from lfdm_models.diffusion import Diffusion
 from lfdm_models.labels import MUG
+from lfdm_models.layers import UpBlock
 from lfdm_models.lfae import Lfae
 from lfdm_models.model import LfdmModel
+from lfdm_models.unet import LATENT_CHANNELS, ResBlock
 
 #: For images of 64 pixels a side and more, in steps of 32.
 CONFIG = LfdmConfig(
@@ -72,15 +76,15 @@ def _show_the_image(lfae: Lfae) -> None:
     At an occlusion of 1/2 the last conv sees half of a colour x; sigmoid(8 (x/2 - 1/4)) is near x.
     """
     generator = lfae.generator
-    colours = range(lfae.config.image_channels)
-    for colour in colours:
+    colours = lfae.config.image_channels
+    for colour in range(colours):
         _set_tap(generator.first.conv, colour, colour, 1.0)
-        _set_tap(generator.final, colour, colour, 8.0)
+        _set_tap(generator.final, colour, colour, 8.0, bias=-2.0)
     # Elsewhere: what the decoder adds, faintly, and nothing in place of the colours.
     last_up = generator.up_blocks[-1]
-    last_up.norm.weight[: len(colours)] = 0.0  # type: ignore[union-attr, index, operator]
-    generator.final.weight[:, len(colours) :] *= 0.5
-    generator.final.bias.fill_(-2.0)
+    assert isinstance(last_up, UpBlock)
+    last_up.norm.weight[:colours] = 0.0
+    generator.final.weight[:, colours:] *= 0.5
 
 
 def _predict_the_noise(diffusion: Diffusion) -> None:
@@ -90,32 +94,30 @@ def _predict_the_noise(diffusion: Diffusion) -> None:
     """
     unet = diffusion.denoise_fn
     width = unet.config.width
-    for channel in range(3):  # the noisy latent passes through the first conv, to be concatenated at the end
+    for channel in range(LATENT_CHANNELS):  # passed through the first conv, whose output comes back at the end
         _set_tap(unet.init_conv, channel, channel, 1.0)
     for head, channels in ((unet.final_conv, (0, 1)), (unet.occlusion_map, (2,))):
-        block, last = head[0], head[1]
+        block, last = head
+        assert isinstance(block, ResBlock)
         assert isinstance(last, nn.Conv3d)
+        last.weight *= _WOBBLE
+        nn.init.zeros_(cast(Tensor, last.bias))
         for index, channel in enumerate(channels):
-            plus, minus = 2 * index, 2 * index + 1  # one of the 8 groups, of 2 channels
-            for out, sign in ((plus, 1.0), (minus, -1.0)):
+            pair = plus, minus = 2 * index, 2 * index + 1  # one of the 8 groups, of 2 channels
+            for out, sign in zip(pair, (1.0, -1.0), strict=True):
                 _set_tap(block.block1.proj, out, width + channel, sign)
                 _set_tap(block.block2.proj, out, plus, sign)
                 block.block2.proj.weight[out, minus, 0, 1, 1] = -sign
-                block.res_conv.weight[out] = 0.0
-                block.res_conv.bias[out] = 0.0
-        carried = 2 * len(channels)
-        last.weight *= _WOBBLE
-        last.bias.zero_()
-        last.weight[:, :carried] = 0.0
-        for index in range(len(channels)):
-            last.weight[index, 2 * index], last.weight[index, 2 * index + 1] = 1.0, -1.0
+                _set_tap(block.res_conv, out, 0, 0.0)
+            # This output is the pair's difference; of the pair the other outputs take nothing.
+            last.weight[:, [plus, minus]] = 0.0
+            last.weight[index, plus], last.weight[index, minus] = 1.0, -1.0
 
 
-def _set_tap(conv: nn.Module, out: int, channel: int, value: float) -> None:
-    """Make output `out` nothing but `value` times one input channel, at the kernel's centre."""
-    weight, bias = conv.weight, conv.bias
-    assert isinstance(weight, Tensor)
-    assert isinstance(bias, Tensor)
-    weight[out] = 0.0
-    weight[(out, channel, *(size // 2 for size in weight.shape[2:]))] = value
-    bias[out] = 0.0
+def _set_tap(conv: nn.Module, out: int, channel: int, value: float, *, bias: float = 0.0) -> None:
+    """Make output `out` nothing but `value` times one input channel, at the kernel's centre, plus `bias`."""
+    assert isinstance(conv, nn.Conv2d | nn.Conv3d)
+    assert conv.bias is not None
+    conv.weight[out] = 0.0
+    conv.weight[(out, channel, *(size // 2 for size in conv.weight.shape[2:]))] = value
+    conv.bias[out] = bias

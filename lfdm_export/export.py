@@ -1,0 +1,200 @@
+"""A loaded model -> a bundle."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_export import onnx_export
+from lfdm_export.bundle import ONNX_FOLDER, TOKENIZER_FOLDER, Bundle
+from lfdm_export.bundle_writer import BundleWriter
+from lfdm_export.errors import ExportError, InputError
+from lfdm_export.manifest import TEXT_STAGE, Manifest
+from lfdm_export.preprocess import Preprocessing
+from lfdm_export.rewrite.stage_modules import stage_modules
+from lfdm_export.stages import Geometry, StageSpec, stage_specs
+from lfdm_models.config import LfdmConfig
+from lfdm_models.model import LfdmModel
+from lfdm_models.text import BertTextEncoder, TextEncoderError
+
+logger = logging.getLogger(__name__)
+
+#: Called with the stage at work, how many are done, and how many there are.
+Progress: TypeAlias = Callable[[str, int, int], None]
+#: Precisions that can be exported.
+ENGINES = ("fp32",)
+#: Frames that one run of `decode` gives: enough to keep every core busy, and 0.2 GB at 128 pixels.
+CHUNK_FRAMES = 8
+#: Stages that one traced graph gives, and the file that their weights share.
+_UNET_GRAPHS = {"step": ("step", "denoise"), "step_guided": ("step_guided", "denoise_guided")}
+_UNET_DATA = "unet.data"
+_VERSIONED = ("lfdm-export", "torch", "onnx", "onnxscript", "transformers")
+
+
+def export_bundle(
+    model: LfdmModel,
+    out_dir: str | os.PathLike[str],
+    *,
+    engine: str = "fp32",
+    frames: int = 40,
+    image_size: int = 128,
+    text_encoder: BertTextEncoder | str | os.PathLike[str] | None = None,
+    labels: Sequence[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export a model as a bundle, atomically: an interrupted export leaves what was there.
+
+    Args:
+        model: of `load_model`.
+        out_dir: becomes the bundle; must not exist, be empty, or be a bundle, which is then replaced.
+        engine: precision of the graphs: "fp32".
+        frames: T, frames of a clip; fixed in the bundle.
+        image_size: H = W in pixels; fixed in the bundle.
+        text_encoder: the BERT that the model was trained with: a folder, a hub name, or loaded. With it the
+            bundle takes free text.
+        labels: the known labels, embedded by the text encoder, or chosen among those that the model
+            brings. None keeps all that the model brings.
+        preprocessing: what the data set does to its pictures; None for the plain rule.
+        progress: called as ``progress(stage, done, total)``.
+
+    Returns:
+        The bundle.
+
+    Raises:
+        InputError: an argument cannot be used.
+        ExportError: the export came out wrong.
+        BundleError: the bundle cannot be written there.
+    """
+    if engine not in ENGINES:
+        raise InputError(f"unknown engine precision {engine!r}; expected one of {', '.join(ENGINES)}")
+    geometry = geometry_of(model.config, frames, image_size)
+    encoder = _load_encoder(text_encoder, geometry.text_width)
+    table = _label_table(model, labels, encoder)
+    specs = stage_specs(geometry, with_text=encoder is not None)
+    with BundleWriter(out_dir) as writer:
+        _write_graphs(model, encoder, specs, frames, writer.folder / ONNX_FOLDER, progress)
+        rows = np.array(list(table.values()), np.float32).reshape(len(table), geometry.text_width)
+        writer.write_embeddings(rows, model.diffusion.denoise_fn.null_cond_emb.detach().numpy()[0])
+        if encoder is not None:
+            encoder.save_tokenizer(writer.folder / TOKENIZER_FOLDER)
+        return writer.finish(
+            Manifest(
+                config=model.config,
+                geometry=geometry,
+                precision=engine,
+                stages=tuple(specs.values()),
+                labels=tuple(table),
+                preprocessing=preprocessing or Preprocessing(),
+                provenance=dict(model.provenance),
+                versions=_versions(),
+            )
+        )
+
+
+def geometry_of(config: LfdmConfig, frames: int, image_size: int) -> Geometry:
+    """The sizes of all stages.
+
+    Raises:
+        InputError: the networks cannot run on such images, or `frames` is below 1.
+    """
+    if frames < 1:
+        raise InputError(f"frames is {frames}, expected 1 or more")
+    try:
+        latent_size = config.latent_size(image_size)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return Geometry(
+        image_size=image_size,
+        latent_size=latent_size,
+        frames=frames,
+        chunk_frames=min(CHUNK_FRAMES, frames),
+        skip_channels=tuple(config.lfae.generator_channels(level) for level in range(config.lfae.down_blocks + 1)),
+        context_channels=config.dm.width,
+        text_width=config.dm.text_width,
+    )
+
+
+def _write_graphs(
+    model: LfdmModel,
+    encoder: BertTextEncoder | None,
+    specs: Mapping[str, StageSpec],
+    frames: int,
+    folder: Path,
+    progress: Progress | None,
+) -> None:
+    """Trace every stage and write its graph; the UNet's graphs share their weights' file."""
+    modules = stage_modules(model, frames)
+    if encoder is not None:
+        modules[TEXT_STAGE] = encoder
+    traced = [name for name in specs if not name.startswith("denoise")]
+    unet = {}
+    for done, name in enumerate(traced):
+        if progress is not None:
+            progress(name, done, len(traced))
+        spec = specs[name]
+        if name not in _UNET_GRAPHS:
+            onnx_export.save({name: onnx_export.trace(modules[name], spec.inputs, spec.outputs)}, folder, f"{name}.data")
+            continue
+        stages = [specs[stage] for stage in _UNET_GRAPHS[name]]
+        outputs = [tensor for stage in reversed(stages) for tensor in stage.outputs]
+        graph = onnx_export.trace(modules[name], spec.inputs, outputs)
+        unet |= {stage.name: onnx_export.select(graph, stage) for stage in stages}
+    onnx_export.save(unet, folder, _UNET_DATA)
+    onnx_export.check(folder, specs)
+    if progress is not None:
+        progress("done", len(traced), len(traced))
+
+
+def _load_encoder(
+    source: BertTextEncoder | str | os.PathLike[str] | None, text_width: int
+) -> BertTextEncoder | None:
+    if source is None:
+        return None
+    try:
+        encoder = source if isinstance(source, BertTextEncoder) else BertTextEncoder.load(source)
+    except TextEncoderError as error:
+        raise InputError(str(error)) from error
+    if encoder.width != text_width:
+        raise InputError(
+            f"the text encoder gives embeddings of {encoder.width} values, the DM expects {text_width}; "
+            "give the encoder that the DM was trained with"
+        )
+    return encoder
+
+
+def _label_table(
+    model: LfdmModel, labels: Sequence[str] | None, encoder: BertTextEncoder | None
+) -> dict[str, NDArray[np.float32]]:
+    """Embedding of each known label, by the text encoder if there is one."""
+    wanted = list(model.label_embeddings) if labels is None else list(labels)
+    if not wanted:
+        logger.info("the bundle knows no labels: give labels and a text encoder, or generate with text embeddings")
+        return {}
+    if encoder is not None:
+        return dict(zip(wanted, encoder.embed(wanted), strict=True))
+    missing = [label for label in wanted if label not in model.label_embeddings]
+    if missing:
+        raise InputError(
+            f"there is no text embedding for the label {missing[0]!r} (of {len(missing)} without one); "
+            "give the text encoder that the DM was trained with (the published models: bert-base-cased)"
+        )
+    return {label: model.label_embeddings[label] for label in wanted}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _VERSIONED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lfdm_export import sampling
+from lfdm_export.preprocess import prepare_images, to_float
+from lfdm_models.demo import CONFIG, untrained_model
+from lfdm_models.labels import MUG
+from lfdm_models.lfae import latent_to_flow
+from lfdm_models.model import LfdmModel
+from lfdm_models.schedule import cosine_schedule
+
+SIZE, FRAMES = 64, 4
+LATENT = CONFIG.latent_size(SIZE)
+
+
+@pytest.fixture(scope="module")
+def model() -> LfdmModel:
+    return untrained_model()
+
+
+@pytest.fixture(scope="module")
+def image() -> Tensor:
+    photo = Path(__file__).parent / "data" / "astronaut.jpg"
+    return torch.from_numpy(to_float(prepare_images(photo, SIZE)))
+
+
+def weights(model: LfdmModel) -> dict[str, Tensor]:
+    return {**model.lfae.state_dict(), **model.diffusion.state_dict()}
+
+
+def test_it_says_that_it_is_untrained(model: LfdmModel):
+    assert model.provenance["trained"] is False
+    assert not model.lfae.training
+    assert not model.diffusion.training
+
+
+def test_the_seed_decides_and_the_global_state_stays(model: LfdmModel):
+    before = torch.get_rng_state()
+    same, other = untrained_model(0), untrained_model(1)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(value, weights(same)[key]) for key, value in weights(model).items())
+    assert not all(torch.equal(value, weights(other)[key]) for key, value in weights(model).items())
+    np.testing.assert_array_equal(same.label_embeddings["fear"], model.label_embeddings["fear"])
+
+
+def test_it_brings_labels(model: LfdmModel):
+    assert tuple(model.label_embeddings) == MUG
+    rows = np.stack(list(model.label_embeddings.values()))
+    assert rows.shape == (len(MUG), CONFIG.dm.text_width)
+    assert rows.dtype == np.float32
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "unipc"])
+def test_a_clip_is_the_photograph_softly_moved(model: LfdmModel, image: Tensor, sampler: str):
+    skips = model.lfae.generator.encode(image)
+
+    def latent_of(label: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+        embedding = torch.from_numpy(model.label_embeddings[label])[None]
+
+        def denoise(noisy: Any, timestep: Any) -> Any:
+            inputs = torch.from_numpy(noisy), skips[-1], embedding, torch.from_numpy(timestep)
+            return model.diffusion.denoise_fn(*inputs).numpy()
+
+        source = sampling.seeded_noise([0], (3, FRAMES, LATENT, LATENT))
+        table = sampling.sampler_table(sampler, cosine_schedule(CONFIG.dm.training_steps), 10)
+        return sampling.sample(sampling.step_from_denoiser(denoise), table, source(sampling.START), source)
+
+    latent = latent_of("happiness")
+    assert 1e-3 < np.abs(latent[:, :2]).mean() < 0.1, "moved, but a few pixels at most"
+    assert np.abs(np.diff(latent, axis=2)).mean() > 1e-3, "frames differ"
+    assert np.abs(latent - latent_of("anger")).mean() > 1e-4, "labels differ"
+    flow = latent_to_flow(torch.from_numpy(latent[:, :, -1]), residual_flow=True)
+    frame = model.lfae.generator.decode(image, skips, flow).frame
+    correlation = np.corrcoef(frame.numpy().ravel(), image.numpy().ravel())[0, 1]
+    assert correlation > 0.8, "the photograph can be recognised"
+
+
+def test_motion_between_images_is_finite_and_small(model: LfdmModel, image: Tensor):
+    flow = model.lfae.estimate_motion(image, torch.roll(image, 3, dims=3))
+    identity = latent_to_flow(torch.zeros(1, 3, LATENT, LATENT), residual_flow=True).grid
+    assert torch.isfinite(flow.grid).all()
+    assert torch.isfinite(flow.occlusion).all()
+    assert (flow.grid - identity).abs().max() < 0.3
