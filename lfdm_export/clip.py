@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,6 +83,36 @@ class Clip:
             self.latent[index],
             residual_flow=self.residual_flow,
         )
+
+
+def rehearse_saving(
+    path: str | os.PathLike[str],
+    *,
+    format: ClipFormat | None = None,  # noqa: A002 (the word that users look for)
+    panels: bool = False,
+    fps: float = 10.0,
+) -> None:
+    """Save a tiny clip elsewhere, to learn before a long generation that a later `Clip.save` could not be.
+
+    Raises:
+        InputError: the ending, the format or fps cannot be used.
+        MissingDependencyError: MP4 without PyAV.
+    """
+    tiny = Clip(
+        frames=np.zeros((1, 1, 16, 16, 3), np.uint8),
+        warped=np.zeros((1, 1, 16, 16, 3), np.uint8),
+        latent=np.zeros((1, 3, 1, 4, 4), np.float32),
+        source=np.zeros((1, 16, 16, 3), np.uint8),
+        residual_flow=False,
+    )
+    name = os.fspath(path)
+    bare = name.rstrip("/" + os.sep)
+    with tempfile.TemporaryDirectory() as folder:
+        stand_in = os.path.join(folder, os.path.basename(bare)) + name[len(bare) :]  # noqa: PTH118, PTH119 (keeps the /)
+        try:
+            tiny.save(stand_in, format=format, panels=panels, fps=fps)
+        except InputError as error:
+            raise InputError(str(error).replace(stand_in, name).replace(stand_in.rstrip("/"), bare)) from error
 
 
 def _numbered(name: str, index: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -57,6 +58,22 @@ def embedding_rows(embedding: ArrayLike, width: int) -> NDArray[np.float32]:
     if not np.isfinite(rows).all():
         raise InputError("text_embedding holds values that are not finite; make it again")
     return rows
+
+
+def load_embedding(path: str | os.PathLike[str]) -> NDArray[np.generic]:
+    """A text embedding out of a .npy file; `embedding_rows` checks what is in it.
+
+    Raises:
+        InputError: there is no such file, or it is no array.
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or "it is no .npy array"
+        raise InputError(f"the embedding {path} cannot be read: {reason}; save it with numpy.save") from error
+    if not isinstance(loaded, np.ndarray):
+        raise InputError(f"the embedding {path} is an archive, expected one array; save it with numpy.save")
+    return loaded
 
 
 def finite_number(value: float, name: str) -> float:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lfdm_export import onnx_export
 from lfdm_export.bundle import ONNX_FOLDER, TOKENIZER_FOLDER, Bundle
 from lfdm_export.bundle_writer import BundleWriter
-from lfdm_export.errors import ExportError, InputError
+from lfdm_export.errors import InputError
 from lfdm_export.manifest import TEXT_STAGE, Manifest
 from lfdm_export.preprocess import Preprocessing
 from lfdm_export.rewrite.stage_modules import stage_modules
@@ -136,13 +137,15 @@ def _write_graphs(
     if encoder is not None:
         modules[TEXT_STAGE] = encoder
     traced = [name for name in specs if not name.startswith("denoise")]
-    unet = {}
+    unet: dict[str, ir.Model] = {}
     for done, name in enumerate(traced):
         if progress is not None:
             progress(name, done, len(traced))
         spec = specs[name]
         if name not in _UNET_GRAPHS:
-            onnx_export.save({name: onnx_export.trace(modules[name], spec.inputs, spec.outputs)}, folder, f"{name}.data")
+            onnx_export.save(
+                {name: onnx_export.trace(modules[name], spec.inputs, spec.outputs)}, folder, f"{name}.data"
+            )
             continue
         stages = [specs[stage] for stage in _UNET_GRAPHS[name]]
         outputs = [tensor for stage in reversed(stages) for tensor in stage.outputs]
@@ -154,9 +157,7 @@ def _write_graphs(
         progress("done", len(traced), len(traced))
 
 
-def _load_encoder(
-    source: BertTextEncoder | str | os.PathLike[str] | None, text_width: int
-) -> BertTextEncoder | None:
+def _load_encoder(source: BertTextEncoder | str | os.PathLike[str] | None, text_width: int) -> BertTextEncoder | None:
     if source is None:
         return None
     try:

@@ -41,7 +41,8 @@ def trace(module: nn.Module, inputs: Iterable[TensorSpec], outputs: Iterable[Ten
 
     Args:
         module: takes `inputs` in order, gives `outputs` in order.
-        inputs, outputs: their specifications.
+        inputs: specifications of what it takes.
+        outputs: specifications of what it gives.
 
     Returns:
         The graph in memory, its weights shared with the module.
@@ -76,8 +77,12 @@ def trace(module: nn.Module, inputs: Iterable[TensorSpec], outputs: Iterable[Ten
     model = program.model
     for value, spec in zip(model.graph.inputs, inputs, strict=True):
         # The exporter turns to other ways of tracing where one fails, and some forget the dynamic axes.
-        if value.shape is None or any(isinstance(n, int) != isinstance(m, int) for n, m in zip(value.shape, spec.shape)):
-            raise ExportError(f"the exported graph has lost a dynamic axis: {spec.name} is {value.shape}, expected {spec.shape}")
+        if value.shape is None or any(
+            isinstance(n, int) != isinstance(m, int) for n, m in zip(value.shape, spec.shape, strict=True)
+        ):
+            raise ExportError(
+                f"the exported graph has lost a dynamic axis: {spec.name} is {value.shape}, expected {spec.shape}"
+            )
     _add_functions(model)
     _strip_metadata(model)
     model.producer_name, model.producer_version = "lfdm-export", None
@@ -94,7 +99,8 @@ def example(spec: TensorSpec, sizes: Mapping[str, int], generator: torch.Generat
     """
     shape = spec.concrete(**sizes)
     if spec.dtype == "int64":
-        assert spec.low is not None and spec.high is not None
+        assert spec.low is not None
+        assert spec.high is not None
         return torch.randint(int(spec.low), int(spec.high) + 1, shape, generator=generator)
     if spec.low is None or spec.high is None:
         return torch.randn(shape, generator=generator)
@@ -151,7 +157,7 @@ def save(models: Mapping[str, ir.Model], folder: Path, data_name: str) -> None:
                     offsets[key],
                     len(raw),
                     tensor.dtype,
-                    shape=tensor.shape,  # type: ignore[arg-type]
+                    shape=tensor.shape,
                     name=value.name or "",
                     base_dir=folder,
                 )

@@ -57,8 +57,7 @@ def test_it_brings_labels(model: LfdmModel):
     assert rows.dtype == np.float32
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "unipc"])
-def test_a_clip_is_the_photograph_softly_moved(model: LfdmModel, image: Tensor, sampler: str):
+def test_a_clip_is_the_photograph_softly_moved(model: LfdmModel, image: Tensor):
     skips = model.lfae.generator.encode(image)
 
     def latent_of(label: str) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -69,7 +68,7 @@ def test_a_clip_is_the_photograph_softly_moved(model: LfdmModel, image: Tensor, 
             return model.diffusion.denoise_fn(*inputs).numpy()
 
         source = sampling.seeded_noise([0], (3, FRAMES, LATENT, LATENT))
-        table = sampling.sampler_table(sampler, cosine_schedule(CONFIG.dm.training_steps), 10)
+        table = sampling.sampler_table("ddim", cosine_schedule(CONFIG.dm.training_steps), 10)
         return sampling.sample(sampling.step_from_denoiser(denoise), table, source(sampling.START), source)
 
     latent = latent_of("happiness")
@@ -78,8 +77,9 @@ def test_a_clip_is_the_photograph_softly_moved(model: LfdmModel, image: Tensor, 
     assert np.abs(latent - latent_of("anger")).mean() > 1e-4, "labels differ"
     flow = latent_to_flow(torch.from_numpy(latent[:, :, -1]), residual_flow=True)
     frame = model.lfae.generator.decode(image, skips, flow).frame
-    correlation = np.corrcoef(frame.numpy().ravel(), image.numpy().ravel())[0, 1]
-    assert correlation > 0.8, "the photograph can be recognised"
+    inner = (..., slice(8, -8), slice(8, -8))  # beyond the border there is nothing to fetch
+    correlation = np.corrcoef(frame[inner].numpy().ravel(), image[inner].numpy().ravel())[0, 1]
+    assert correlation > 0.9, "the photograph can be recognised"
 
 
 def test_motion_between_images_is_finite_and_small(model: LfdmModel, image: Tensor):

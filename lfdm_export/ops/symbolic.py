@@ -20,7 +20,9 @@ def exporting() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
-def node(op_type: str, inputs: Sequence[Tensor], attributes: Attributes, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+def node(
+    op_type: str, inputs: Sequence[Tensor], attributes: Attributes, shapes: Sequence[Sequence[int]]
+) -> list[Tensor]:
     """Place one node of the domain; `shapes` are its outputs', all of the first input's dtype."""
     return list(
         torch.onnx.ops.symbolic_multi_out(

@@ -27,6 +27,12 @@ class FoldedLinearAttention(nn.Module):
     projections, and q's factor into Wo.
     """
 
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    bias: Tensor
+
     def __init__(self, block: Residual) -> None:
         super().__init__()
         attention = block.fn.fn
@@ -47,7 +53,7 @@ class FoldedLinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, P, C) -> the same shape; N frames are independent."""
-        pixels, channels = x.shape[1:]
+        channels = x.shape[-1]
         head_width = self.query.shape[1] // self.heads
         normed = F.layer_norm(x, (channels,), eps=_EPSILON)
         q = (normed @ self.query).unflatten(-1, (self.heads, head_width)).softmax(dim=-1).flatten(-2)
@@ -92,6 +98,11 @@ class FoldedTemporalAttention(nn.Module):
 
 class FoldedSpatialAttention(nn.Module):
     """x + ordinary attention over the pixels of each frame."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
 
     def __init__(self, block: Residual) -> None:
         super().__init__()

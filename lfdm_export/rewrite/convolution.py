@@ -26,8 +26,10 @@ def fold_time(conv: nn.Conv3d | nn.ConvTranspose3d) -> nn.Conv2d | nn.ConvTransp
 
 
 def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """conv -> batch norm (running statistics) as one convolution."""
-    assert conv.bias is not None and norm.running_mean is not None and norm.running_var is not None
+    """Conv -> batch norm (running statistics) as one convolution."""
+    assert conv.bias is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     # In float64, so that folding costs one rounding.
     factor = norm.weight.detach().double() / torch.sqrt(norm.running_var.double() + norm.eps)
     weight = conv.weight.detach().double() * factor[:, None, None, None]

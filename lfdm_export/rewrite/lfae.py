@@ -56,6 +56,9 @@ def dephase_kernel(weight: Tensor) -> Tensor:
 class PhasedUp(nn.Module):
     """An Up block (its norm folded) as four low-resolution convolutions; gives the four phases."""
 
+    kernels: Tensor
+    bias: Tensor
+
     def __init__(self, block: UpBlock) -> None:
         super().__init__()
         assert block.conv.bias is not None
@@ -73,6 +76,9 @@ class Decode(nn.Module):
     The last Up block's output stays de-interleaved: it is blended phase by phase, and the final
     convolution reads and writes phases; only the picture itself is interleaved.
     """
+
+    final: Tensor
+    final_bias: Tensor
 
     def __init__(self, folded: Lfae, *, residual_flow: bool) -> None:
         super().__init__()

@@ -7,13 +7,16 @@ against the untouched network in float64.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lfdm_export.rewrite.convolution import fold_time, phase_convs, phase_kernels
 from lfdm_export.rewrite.attention import FoldedLinearAttention, FoldedSpatialAttention, FoldedTemporalAttention
-from lfdm_models.unet import LATENT_CHANNELS, ConvBlock, ResBlock, Unet3D
+from lfdm_export.rewrite.convolution import fold_time, phase_convs, phase_kernels
+from lfdm_models.unet import LATENT_CHANNELS, ConvBlock, Level, ResBlock, Unet3D
+
 
 class UpsampledConv(nn.Module):
     """Nearest x2, then a reflect-padded 3x3 convolution, as four 2x2 convolutions at the low resolution.
@@ -21,6 +24,9 @@ class UpsampledConv(nn.Module):
     A reflected border pixel of the upsampled map is a copy of the border pixel of the low-resolution
     one, so there the padding is replication.
     """
+
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, conv: nn.Conv3d) -> None:
         super().__init__()
@@ -36,6 +42,9 @@ class UpsampledConv(nn.Module):
 
 class FoldedConvBlock(nn.Module):
     """conv -> group norm over the clip -> scale and shift -> SiLU, the middle two as one affine map."""
+
+    gamma: Tensor
+    beta: Tensor
 
     def __init__(self, block: ConvBlock, frames: int) -> None:
         super().__init__()
@@ -82,13 +91,12 @@ class FoldedResBlock(nn.Module):
 class FoldedLevel(nn.Module):
     """One level: two ResBlocks, linear attention, temporal attention."""
 
-    def __init__(self, level: nn.ModuleList, bias: Tensor) -> None:
+    def __init__(self, level: Level, bias: Tensor) -> None:
         super().__init__()
         frames = bias.shape[-1]
-        self.block1 = FoldedResBlock(level[0], frames)  # type: ignore[arg-type]
-        self.block2 = FoldedResBlock(level[1], frames)  # type: ignore[arg-type]
-        self.spatial = FoldedLinearAttention(level[2])  # type: ignore[arg-type]
-        self.temporal = FoldedTemporalAttention(level[3], bias)  # type: ignore[arg-type]
+        self.block1, self.block2 = (FoldedResBlock(block, frames) for block in level.blocks)
+        self.spatial = FoldedLinearAttention(level.spatial)
+        self.temporal = FoldedTemporalAttention(level.temporal, bias)
         self.frames = frames
 
     def forward(self, x: Tensor, modulation: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -117,6 +125,8 @@ class DeployableUnet(nn.Module):
             `init_temporal_attn`, which does not see the text.
     """
 
+    null_embedding: Tensor
+
     def __init__(self, unet: Unet3D, frames: int, *, guided: bool = False) -> None:
         super().__init__()
         self.frames, self.guided = frames, guided
@@ -125,16 +135,17 @@ class DeployableUnet(nn.Module):
         self.init_temporal = FoldedTemporalAttention(unet.init_temporal_attn, bias)
         self.time_mlp = unet.time_mlp
         self.register_buffer("null_embedding", unet.null_cond_emb.detach())
-        self.downs = nn.ModuleList(FoldedLevel(level, bias) for level in unet.downs)  # type: ignore[arg-type]
-        self.ups = nn.ModuleList(FoldedLevel(level, bias) for level in unet.ups)  # type: ignore[arg-type]
-        self.resample_down = nn.ModuleList(fold_time(level[4]) for level in list(unet.downs)[:-1])  # type: ignore
-        self.resample_up = nn.ModuleList(_fold_upsample(level[4]) for level in list(unet.ups)[:-1])  # type: ignore
+        self.downs = nn.ModuleList(FoldedLevel(level, bias) for level in unet.down_levels)
+        self.ups = nn.ModuleList(FoldedLevel(level, bias) for level in unet.up_levels)
+        self.resample_down = nn.ModuleList(_fold_resample(level.resample) for level in unet.down_levels)
+        self.resample_up = nn.ModuleList(_fold_resample(level.resample) for level in unet.up_levels)
         self.mid_block1 = FoldedResBlock(unet.mid_block1, frames)
         self.mid_spatial = FoldedSpatialAttention(unet.mid_spatial_attn)
         self.mid_temporal = FoldedTemporalAttention(unet.mid_temporal_attn, bias)
         self.mid_block2 = FoldedResBlock(unet.mid_block2, frames)
-        self.final_blocks = nn.ModuleList(FoldedResBlock(m[0], frames) for m in (unet.final_conv, unet.occlusion_map))  # type: ignore
-        self.final_convs = nn.ModuleList(fold_time(m[1]) for m in (unet.final_conv, unet.occlusion_map))  # type: ignore
+        heads = (unet.final_conv, unet.occlusion_map)
+        self.final_blocks = nn.ModuleList(FoldedResBlock(head.block, frames) for head in heads)
+        self.final_convs = nn.ModuleList(fold_time(head.conv) for head in heads)
         self.modulation = FoldedModulation(unet)
 
     def forward(
@@ -170,20 +181,17 @@ class DeployableUnet(nn.Module):
         modulation = self.modulation(torch.cat([time, text_embedding], dim=1))
 
         kept = []
-        for i, level in enumerate(self.downs):
+        for level, resample in zip(self.downs, self.resample_down, strict=True):
             x = level(x, modulation)
             kept.append(x)
-            if i < len(self.resample_down):
-                x = self.resample_down[i](x)
+            x = resample(x)
         x = self.mid_block1(x, modulation.pop(0))
         size = x.shape[2:]
         tokens = self.mid_spatial(x.flatten(2).transpose(1, 2))
         x = _over_time(self.mid_temporal, tokens, frames, *size)
         x = self.mid_block2(x, modulation.pop(0))
-        for i, level in enumerate(self.ups):
-            x = level(torch.cat([x, kept.pop()], dim=1), modulation)
-            if i < len(self.resample_up):
-                x = self.resample_up[i](x)
+        for level, resample in zip(self.ups, self.resample_up, strict=True):
+            x = resample(level(torch.cat([x, kept.pop()], dim=1), modulation))
         x = torch.cat([x, first], dim=1)
         outputs = [conv(block(x)) for block, conv in zip(self.final_blocks, self.final_convs, strict=True)]
         noise = torch.cat(outputs, dim=1).view(-1, frames, LATENT_CHANNELS, height, width).transpose(1, 2)
@@ -197,12 +205,15 @@ class DeployableUnet(nn.Module):
 class FoldedModulation(nn.Module):
     """Every ResBlock's scale and shift from the condition in one product."""
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, unet: Unet3D) -> None:
         super().__init__()
-        blocks = [block for level in unet.downs for block in list(level)[:2]]  # type: ignore[call-overload]
+        blocks = [block for level in unet.down_levels for block in level.blocks]
         blocks += [unet.mid_block1, unet.mid_block2]
-        blocks += [block for level in unet.ups for block in list(level)[:2]]  # type: ignore[call-overload]
-        linears = [block.mlp[1] for block in blocks]
+        blocks += [block for level in unet.up_levels for block in level.blocks]
+        linears = [cast(nn.Linear, block.mlp[1]) for block in blocks]
         self.register_buffer("weight", torch.cat([linear.weight.detach() for linear in linears]))
         self.register_buffer("bias", torch.cat([linear.bias.detach() for linear in linears]))
         self.widths = [linear.out_features // 2 for linear in linears]
@@ -234,7 +245,7 @@ def context_half(init_conv: nn.Conv3d) -> nn.Conv2d:
     return conv
 
 
-def _fold_upsample(module: nn.Module) -> nn.Module:
-    if isinstance(module, nn.ConvTranspose3d):
+def _fold_resample(module: nn.Module) -> nn.Module:
+    if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
         return fold_time(module)
-    return UpsampledConv(module[1])  # type: ignore[index]
+    return UpsampledConv(cast(nn.Conv3d, module[1])) if isinstance(module, nn.Sequential) else module

@@ -7,6 +7,7 @@ released state dicts.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -110,8 +111,8 @@ class SpatialLinearAttention(nn.Module):
         self.to_qkv = nn.Conv2d(channels, 3 * heads * head_width, 1, bias=False)
         self.to_out = nn.Conv2d(heads * head_width, channels, 1)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(B, C, T, H, W) -> the same shape; no position bias."""
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> the same shape."""
         batch, _, _, height, _ = x.shape
         frames = rearrange(x, "b c t h w -> (b t) c h w")
         q, k, v = (rearrange(t, "n (g d) h w -> n g d (h w)", g=self.heads) for t in self.to_qkv(frames).chunk(3, 1))
@@ -151,7 +152,8 @@ class PreNorm(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(B, C, T, H, W) -> the same shape."""
-        return self.fn(self.norm(x), bias)
+        normed = self.norm(x)
+        return cast(Tensor, self.fn(normed) if isinstance(self.fn, SpatialLinearAttention) else self.fn(normed, bias))
 
 
 class Residual(nn.Module):

@@ -75,11 +75,13 @@ class LfaeConfig:
         Raises:
             ValueError: a size is out of range, or the anti-alias kernel is of no known scale.
         """
-        _require(min(self.image_channels, self.regions, self.width, self.max_width) >= 1, f"sizes must be positive: {self}")
+        _require(
+            min(self.image_channels, self.regions, self.width, self.max_width) >= 1, f"sizes must be positive: {self}"
+        )
         _require(self.down_blocks >= 1 and self.bottleneck_blocks >= 0, f"block counts out of range: {self}")
         _require(self.region_pad >= 0, f"region_pad must be 0 or more, not {self.region_pad}")
         _require(self.region_temperature > 0, f"region_temperature must be above 0, not {self.region_temperature}")
-        _require(self.flow_stride >= 1, "unreachable")
+        _ = self.flow_stride  # raises where the kernel belongs to no stride
 
     @property
     def flow_stride(self) -> int:
@@ -90,7 +92,9 @@ class LfaeConfig:
         for stride in (1, 2, 4, 8, 16):
             if 2 * round(4 * (stride - 1) / 2) + 1 == self.antialias_size:
                 return stride
-        raise ValueError(f"an anti-alias kernel of side {self.antialias_size} belongs to no stride among 1, 2, 4, 8, 16")
+        raise ValueError(
+            f"an anti-alias kernel of side {self.antialias_size} belongs to no stride among 1, 2, 4, 8, 16"
+        )
 
     def generator_channels(self, level: int) -> int:
         """Channels of the generator's encoder output `level` (0 at full size)."""
@@ -140,7 +144,9 @@ class DmConfig:
         sizes = (self.width, self.heads, self.head_width, self.feature_channels, self.text_width, self.training_steps)
         _require(min(sizes) >= 1 and min(self.multipliers, default=0) >= 1, f"sizes must be positive: {self}")
         _require(self.width % 8 == 0, f"width must be a multiple of 8 (group norm), not {self.width}")
-        _require(self.position_buckets % 4 == 0, f"position_buckets must be a multiple of 4, not {self.position_buckets}")
+        _require(
+            self.position_buckets % 4 == 0, f"position_buckets must be a multiple of 4, not {self.position_buckets}"
+        )
         _require(
             self.rotary_width % 2 == 0 and 0 < self.rotary_width <= self.head_width,
             f"rotary_width must be even and at most head_width {self.head_width}, not {self.rotary_width}",
@@ -182,7 +188,8 @@ class LfdmConfig:
         stride = 2**self.lfae.down_blocks
         _require(
             self.lfae.flow_stride == stride,
-            f"the LFAE's features are the image / {stride}, its flow the image / {self.lfae.flow_stride}; the DM needs them equal",
+            f"the LFAE's features are the image / {stride}, its flow the image / {self.lfae.flow_stride}; "
+            "the DM needs them equal",
         )
 
     def latent_size(self, image_size: int) -> int:

@@ -38,7 +38,7 @@ CONFIG = LfdmConfig(
 )
 
 # How much of the random weights' answer is mixed into the predicted noise.
-_WOBBLE = 0.15
+_WOBBLE = 0.25
 
 
 def untrained_model(seed: int = 0) -> LfdmModel:

@@ -145,9 +145,7 @@ class AntiAliasDownsample(nn.Module):
 
 def coordinate_grid(height: int, width: int, like: Tensor) -> Tensor:
     """Corner-aligned pixel coordinates in [-1, 1], (H, W, 2), last axis (x, y), dtype and device of `like`."""
-    y, x = (
-        torch.arange(n, dtype=like.dtype, device=like.device) * (2 / (n - 1)) - 1 for n in (height, width)
-    )
+    y, x = (torch.arange(n, dtype=like.dtype, device=like.device) * (2 / (n - 1)) - 1 for n in (height, width))
     return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
 
 

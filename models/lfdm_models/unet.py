@@ -7,6 +7,7 @@ dicts.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -70,8 +71,62 @@ class ResBlock(nn.Module):
         return self.block2(self.block1(x, scale_shift)) + self.res_conv(x)
 
 
+class Level(nn.ModuleList):
+    """One resolution: two ResBlocks, spatial linear attention, temporal attention, and what changes the size."""
+
+    def __init__(
+        self, block1: ResBlock, block2: ResBlock, spatial: Residual, temporal: Residual, resample: nn.Module
+    ) -> None:
+        super().__init__([block1, block2, spatial, temporal, resample])
+
+    @property
+    def blocks(self) -> tuple[ResBlock, ResBlock]:
+        """Both ResBlocks, in order."""
+        return cast(ResBlock, self[0]), cast(ResBlock, self[1])
+
+    @property
+    def spatial(self) -> Residual:
+        """The linear attention."""
+        return cast(Residual, self[2])
+
+    @property
+    def temporal(self) -> Residual:
+        """The temporal attention."""
+        return cast(Residual, self[3])
+
+    @property
+    def resample(self) -> nn.Module:
+        """Down- or up-sampling; the identity at the coarsest, or last, level."""
+        return self[4]
+
+    def forward(self, x: Tensor, condition: Tensor, bias: Tensor) -> Tensor:
+        """All but the change of size: (B, in, T, H, W), (B, condition_width), (heads, T, T) -> (B, out, T, H, W)."""
+        for block in self.blocks:
+            x = block(x, condition)
+        return cast(Tensor, self.temporal(self.spatial(x), bias))
+
+
+class Head(nn.Sequential):
+    """ResBlock without condition, then a 1x1x1 conv."""
+
+    def __init__(self, in_channels: int, width: int, out_channels: int) -> None:
+        super().__init__(ResBlock(in_channels, width), nn.Conv3d(width, out_channels, 1))
+
+    @property
+    def block(self) -> ResBlock:
+        """The ResBlock."""
+        return cast(ResBlock, self[0])
+
+    @property
+    def conv(self) -> nn.Conv3d:
+        """The last conv."""
+        return cast(nn.Conv3d, self[1])
+
+
 class Unet3D(nn.Module):
     """Noisy latent, feature, timestep and text embedding -> predicted noise."""
+
+    null_cond_emb: Tensor
 
     def __init__(self, config: DmConfig) -> None:
         super().__init__()
@@ -88,14 +143,12 @@ class Unet3D(nn.Module):
         def linear(channels: int) -> Residual:
             return Residual(PreNorm(channels, SpatialLinearAttention(channels, config.heads, config.head_width)))
 
-        def level(in_channels: int, channels: int, resample: nn.Module) -> nn.ModuleList:
+        def level(in_channels: int, channels: int, resample: nn.Module) -> Level:
             blocks = ResBlock(in_channels, channels, condition), ResBlock(channels, channels, condition)
-            return nn.ModuleList([*blocks, linear(channels), temporal(channels), resample])
+            return Level(*blocks, linear(channels), temporal(channels), resample)
 
         self.time_rel_pos_bias = RelativePositionBias(config.position_buckets, config.heads)
-        self.init_conv = nn.Conv3d(
-            LATENT_CHANNELS + config.feature_channels, width, (1, 7, 7), padding=(0, 3, 3)
-        )
+        self.init_conv = nn.Conv3d(LATENT_CHANNELS + config.feature_channels, width, (1, 7, 7), padding=(0, 3, 3))
         self.init_temporal_attn = temporal(width)
         self.time_mlp = nn.Sequential(
             SinusoidalEmbedding(width), nn.Linear(width, time_width), nn.GELU(), nn.Linear(time_width, time_width)
@@ -119,8 +172,18 @@ class Unet3D(nn.Module):
             level(2 * b, a, nn.Identity() if i == deepest else _upsample(a, config.upsample))
             for i, (a, b) in enumerate(reversed(levels))
         )
-        self.final_conv = nn.Sequential(ResBlock(2 * width, width), nn.Conv3d(width, 2, 1))
-        self.occlusion_map = nn.Sequential(ResBlock(2 * width, width), nn.Conv3d(width, 1, 1))
+        self.final_conv = Head(2 * width, width, 2)
+        self.occlusion_map = Head(2 * width, width, 1)
+
+    @property
+    def down_levels(self) -> list[Level]:
+        """Finest first."""
+        return cast(list[Level], list(self.downs))
+
+    @property
+    def up_levels(self) -> list[Level]:
+        """Coarsest first."""
+        return cast(list[Level], list(self.ups))
 
     def forward(self, noisy_latent: Tensor, feature: Tensor, text_embedding: Tensor, timestep: Tensor) -> Tensor:
         """One evaluation.
@@ -143,17 +206,15 @@ class Unet3D(nn.Module):
         condition = torch.cat([self.time_mlp(timestep.to(noisy_latent.dtype)), text_embedding], dim=1)
 
         kept = []
-        for block1, block2, spatial, temporal, resample in self.downs:  # type: ignore[misc]
-            x = temporal(spatial(block2(block1(x, condition), condition)), bias)
+        for level in self.down_levels:
+            x = level(x, condition, bias)
             kept.append(x)
-            x = resample(x)
+            x = level.resample(x)
         x = self.mid_block1(x, condition)
         x = self.mid_temporal_attn(self.mid_spatial_attn(x), bias)
         x = self.mid_block2(x, condition)
-        for block1, block2, spatial, temporal, resample in self.ups:  # type: ignore[misc]
-            x = torch.cat([x, kept.pop()], dim=1)
-            x = temporal(spatial(block2(block1(x, condition), condition)), bias)
-            x = resample(x)
+        for level in self.up_levels:
+            x = level.resample(level(torch.cat([x, kept.pop()], dim=1), condition, bias))
         x = torch.cat([x, first], dim=1)
         return torch.cat([self.final_conv(x), self.occlusion_map(x)], dim=1)
 

@@ -48,7 +48,7 @@ def operator_name(chunks: int) -> str:
 
 
 def temporal_attention(x: Tensor, weights: TemporalWeights, *, heads: int, pixels: int) -> Tensor:
-    """x + attention over the frames of each pixel.
+    """X + attention over the frames of each pixel.
 
     Args:
         x: (B·P, T, C).

@@ -116,7 +116,7 @@ def thresholded_step_function(weight: float) -> onnx.FunctionProto:
     carry = [(s.CARRY_FROM_CARRY, "carry"), (s.CARRY_FROM_X0, "x0"), (s.CARRY_FROM_PREVIOUS_X0, "previous")]
     text = f"""
 <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
-ThresholdedStep <rank, weight> (latent, predicted_noise, history, noise, coefficients) => (next_latent, next_history) {{
+ThresholdedStep <lower_rank, weight> (latent, predicted_noise, history, noise, coefficients) => (next_latent, next_history) {{
     one = Constant <value_ints = [1]> ()
     flat = Constant <value_ints = [0, -1]> ()
     halves = Constant <value_ints = [0, 2, -1]> ()
@@ -124,9 +124,8 @@ ThresholdedStep <rank, weight> (latent, predicted_noise, history, noise, coeffic
     index_1 = Constant <value_int = 1> ()
     unit = Constant <value_floats = [1.0]> ()
     one_half = Constant <value_floats = [0.5]> ()
-    rank_i = Constant <value_int: int = @rank> ()
-    half_rank = Cast <to = 1> (rank_i)
-    rank = Identity (half_rank)
+    rank_i = Constant <value_int: int = @lower_rank> ()
+    rank = Cast <to = 1> (rank_i)
     next_rank = Add (rank, unit)
     weight = Constant <value_float: float = @weight> ()
     {columns}

@@ -16,8 +16,10 @@ from lfdm_export.ops.symbolic import exporting, node
 
 
 def quantile_rank(elements: int) -> tuple[int, float]:
-    """Where the 0.9 quantile of that many values lies: index of the lower order statistic, and the
-    weight of its upper neighbour. The rank is a float32 product, as in `torch.quantile`."""
+    """Index of the order statistic below the 0.9 quantile of that many values, and its upper neighbour's weight.
+
+    The rank is a float32 product, as in `torch.quantile`.
+    """
     rank = np.float32(0.9) * np.float32(elements - 1)
     lower = math.floor(rank)
     return lower, float(rank - np.float32(lower))
@@ -41,7 +43,7 @@ def thresholded_step(
     if exporting():
         lower, weight = quantile_rank(math.prod(latent.shape[1:]))
         inputs = [latent, predicted_noise, history, noise, coefficients]
-        attributes: dict[str, int | float] = {"rank": lower, "weight": weight}
+        attributes: dict[str, int | float] = {"lower_rank": lower, "weight": weight}
         next_latent, next_history = node(
             "ThresholdedStep", inputs, attributes, [tuple(latent.shape), tuple(history.shape)]
         )

@@ -5,7 +5,6 @@ Source: Ni et al., CVPR 2023 (arXiv 2303.13744), Sec. 3.2: out = warp(f)·o + ou
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from lfdm_export.ops.symbolic import exporting, node
@@ -29,7 +28,9 @@ def warp(source: Tensor, motion: Tensor) -> Tensor:
     return _sample_frames(source, resize(motion, size)[:, :2])
 
 
-def warp_blend(source: Tensor, motion: Tensor, previous: Tensor, *, stride: int = 1, phase: tuple[int, int] = (0, 0)) -> Tensor:
+def warp_blend(
+    source: Tensor, motion: Tensor, previous: Tensor, *, stride: int = 1, phase: tuple[int, int] = (0, 0)
+) -> Tensor:
     """warp(source)·o + previous·(1 - o), at every `stride`-th pixel from `phase` on.
 
     Args:

@@ -1,0 +1,11 @@
+"""The commands: each parses, calls the library, prints, and returns the exit status.
+
+0: done; 1: an error, told in one line; 2: wrong usage; 3: the export differs from its reference by more than
+its tolerance; 130: interrupted.
+"""
+
+from lfdm_export.cli.export import export_main
+from lfdm_export.cli.generate import generate_main
+from lfdm_export.cli.verify import verify_main
+
+__all__ = ["export_main", "generate_main", "verify_main"]

@@ -1,0 +1,131 @@
+"""What the commands have in common: common options, errors in one line, progress bars."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from lfdm_export import __version__
+from lfdm_export.errors import LfdmExportError, ParityError
+
+OK, FAILED, PARITY_FAILED, INTERRUPTED = 0, 1, 3, 130
+
+
+def make_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser whose help ends in examples."""
+    return argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        epilog="examples:\n" + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every command has."""
+    common = parser.add_argument_group("output")
+    common.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+
+
+def run(program: str, args: argparse.Namespace, command: Callable[[], int]) -> int:
+    """Run a command's body; turn whatever it raises into a line on stderr and an exit status.
+
+    Raises:
+        BaseException: whatever the body raised, with ``--debug``.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"{program}: %(levelname)s: %(message)s"))
+    logger = logging.getLogger("lfdm_export")
+    logger.addHandler(handler)
+    try:
+        return command()
+    except KeyboardInterrupt:
+        if args.debug:
+            raise
+        _complain(program, "interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        if args.debug:
+            raise
+        _complain(program, "error: " + _describe(error))
+        return PARITY_FAILED if isinstance(error, ParityError) else FAILED
+    finally:
+        logger.removeHandler(handler)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, LfdmExportError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    if isinstance(error, MemoryError):
+        return "out of memory; use fewer frames or a smaller image, or close other programs"
+    return f"{type(error).__name__}: {error} (a fault of this program: run again with --debug, and report it)"
+
+
+def _complain(program: str, message: str) -> None:
+    text = f"{program}: {' '.join(message.split())}"
+    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+def say(args: argparse.Namespace, text: object) -> None:
+    """Print a result on stdout, unless quiet. Text is printed as it is; tables may be rich's."""
+    if not args.quiet:
+        Console(soft_wrap=isinstance(text, str)).print(text, markup=False, highlight=False)
+
+
+class Bars:
+    """Progress bars on stderr, one a stage; none if quiet, or where nobody sees them.
+
+    Call it as the library's ``progress(stage, done, total)``.
+    """
+
+    def __init__(self, *, quiet: bool, names: dict[str, str] | None = None) -> None:
+        """Name stages otherwise than the library does, with `names`."""
+        console = Console(stderr=True)
+        self._names = names or {}
+        self._tasks: dict[str, TaskID] = {}
+        self._progress = Progress(
+            TextColumn("{task.description:<16}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=quiet or not console.is_terminal,
+        )
+
+    def __enter__(self) -> Bars:
+        """Start drawing."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the bars off the screen."""
+        self._progress.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show that `done` of `total` of a stage are done."""
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(self._names.get(stage, stage), total=total)
+        self._progress.update(self._tasks[stage], completed=done, total=total)
+
+
+class OneBar(Bars):
+    """A single bar, whose text is the stage at work: for stages that are counted together."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show that `done` of `total` stages are done and `stage` is at work."""
+        super().__call__("", done, total)
+        self._progress.update(self._tasks[""], description=self._names.get(stage, stage))

@@ -1,0 +1,69 @@
+"""The options that name a model, and the model that they name."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lfdm_models.labels import DATASETS, REGION_PAD
+
+if TYPE_CHECKING:
+    from lfdm_models.model import LfdmModel
+
+#: The small model with untrained weights, made on the spot.
+UNTRAINED = "untrained"
+
+
+def add_model_options(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """Add --lfae, --dm, --model, --dataset, --residual-flow and --region-pad."""
+    group = parser.add_argument_group("model", purpose)
+    group.add_argument("--lfae", metavar="FILE", help="LFAE checkpoint, .pth or .safetensors (RegionMM_*.pth)")
+    group.add_argument("--dm", metavar="FILE", help="DM checkpoint, .pth or .safetensors (flowdiff_*.pth)")
+    group.add_argument(
+        "--model", metavar="NAME_OR_FOLDER", help=f"a model folder, or {UNTRAINED!r}: a small model to try things out"
+    )
+    group.add_argument(
+        "--dataset",
+        choices=tuple(DATASETS),
+        help="what the checkpoints were trained on: gives the labels, preprocessing and --region-pad",
+    )
+    group.add_argument("--residual-flow", action="store_true", help="the DM was trained on residual flow")
+    group.add_argument(
+        "--region-pad",
+        type=int,
+        metavar="N",
+        help="padding of the region predictor's last conv: 3 for MUG, 0 for MHAD and NATOPS",
+    )
+
+
+def check_model_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse combinations that mean nothing: prints the usage and exits with status 2."""
+    if (args.lfae is None) != (args.dm is None):
+        parser.error("--lfae and --dm belong together: give both, or neither")
+    if args.model is not None and args.lfae is not None:
+        parser.error("give either --model, or --lfae and --dm")
+    if args.lfae is None and (args.residual_flow or args.region_pad is not None):
+        parser.error("--residual-flow and --region-pad are for --lfae and --dm; a model folder knows its own")
+
+
+def open_model(args: argparse.Namespace) -> LfdmModel:
+    """The model that the options name; the untrained one if they name none.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    if args.lfae is not None:
+        from lfdm_export.checkpoints import load_model
+
+        region_pad = args.region_pad
+        if region_pad is None and args.dataset is not None:
+            region_pad = REGION_PAD[args.dataset]
+        return load_model(args.lfae, args.dm, residual_flow=args.residual_flow, region_pad=region_pad)
+    if args.model in (None, UNTRAINED):
+        from lfdm_models.demo import untrained_model
+
+        return untrained_model()
+    from lfdm_export.model_folder import load_model_folder
+
+    return load_model_folder(Path(args.model))

@@ -1,0 +1,234 @@
+"""Custom operators: the ONNX functions under ONNX Runtime against the torch references."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from lfdm_export import sampling
+from lfdm_export.ops.symbolic import DOMAIN, OPSET, VERSION
+from lfdm_export.ops.temporal_attention import temporal_attention
+from lfdm_export.ops.temporal_attention.onnx_function import temporal_attention_function
+from lfdm_export.ops.temporal_attention.reference import TemporalWeights, operator_name
+from lfdm_export.ops.thresholded_step import quantile_rank, thresholded_step
+from lfdm_export.ops.thresholded_step.onnx_function import thresholded_step_function
+from lfdm_export.ops.warp import warp, warp_blend
+from lfdm_export.ops.warp.onnx_function import warp_functions
+
+Array = NDArray[np.generic]
+
+
+def run_node(
+    op_type: str,
+    functions: Sequence[onnx.FunctionProto],
+    feeds: dict[str, Array],
+    outputs: dict[str, int],
+    **attributes: int | float | str,
+) -> list[NDArray[np.float32]]:
+    """One node of the domain, as it stands in an exported graph, under ONNX Runtime; `outputs` are ranks by name."""
+    node = helper.make_node(
+        op_type, list(feeds), list(outputs), domain=DOMAIN, plugin_namespace=DOMAIN, plugin_version="1", **attributes
+    )
+    kinds = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
+    inputs = [helper.make_tensor_value_info(k, kinds[v.dtype], [None] * v.ndim) for k, v in feeds.items()]
+    graph = helper.make_graph(
+        [node], op_type, inputs, [helper.make_tensor_value_info(k, TensorProto.FLOAT, [None] * rank) for k, rank in outputs.items()]
+    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    model = helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10)
+    onnx.checker.check_model(model)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return list(session.run(list(outputs), feeds))
+
+
+def normal(seed: int, *shape: int) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def torch_of(array: Array) -> torch.Tensor:
+    return torch.from_numpy(np.array(array))
+
+
+# -- warp
+
+#: Grids reach a pixel through a resize and a scaling in float32: 1e-7 of a picture's width, times its contrast.
+WARP_TOLERANCE = 1e-5
+
+
+def motion(frames: int, height: int, width: int) -> NDArray[np.float32]:
+    """Grids that also run out of the picture, and hit its border and corners exactly."""
+    rng = np.random.default_rng(5)
+    grid = rng.uniform(-1.4, 1.4, (frames, 2, height, width)).astype(np.float32)
+    grid[0, :, 0, :2] = [[-1, 1], [-1, 1]]
+    return np.concatenate([grid, rng.random((frames, 1, height, width), dtype=np.float32)], axis=1)
+
+
+@pytest.mark.parametrize(("batch", "frames", "scale"), [(1, 1, 1), (1, 3, 4), (2, 3, 2)])
+def test_warp(batch: int, frames: int, scale: int) -> None:
+    field = motion(batch * frames, 6, 8)
+    source = normal(1, batch, 5, 6 * scale, 8 * scale)
+    (found,) = run_node("Warp", warp_functions(), {"source": source, "motion": field}, {"y": 4})
+    np.testing.assert_allclose(found, warp(torch_of(source), torch_of(field)).numpy(), atol=WARP_TOLERANCE)
+
+
+@pytest.mark.parametrize("phase", [(0, 0), (0, 1), (1, 0), (1, 1)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_warp_blend(stride: int, phase: tuple[int, int]) -> None:
+    if stride == 1:
+        phase = (0, 0)
+    field, source = motion(6, 6, 8), normal(1, 2, 5, 12, 16)
+    previous = normal(2, 6, 5, 12 // stride, 16 // stride)
+    feeds = {"source": source, "motion": field, "previous": previous}
+    attributes = {"stride": stride, "phase_y": phase[0], "phase_x": phase[1]}
+    (found,) = run_node("WarpBlend", warp_functions(), feeds, {"y": 4}, **attributes)
+    expected = warp_blend(*map(torch_of, feeds.values()), stride=stride, phase=phase)
+    np.testing.assert_allclose(found, expected.numpy(), atol=WARP_TOLERANCE)
+
+
+def test_phases_are_every_second_pixel_of_the_whole() -> None:
+    field, source, previous = (torch_of(t) for t in (motion(2, 4, 4), normal(1, 1, 3, 8, 8), normal(2, 2, 3, 8, 8)))
+    whole = warp_blend(source, field, previous)
+    for row in range(2):
+        for column in range(2):
+            part = warp_blend(source, field, previous[:, :, row::2, column::2], stride=2, phase=(row, column))
+            assert torch.equal(part, whole[:, :, row::2, column::2])
+
+
+def test_identity_motion_of_a_visible_source_changes_it_little() -> None:
+    # Corner-aligned grid, sampled as if it were not: the model's own mismatch moves at most half a pixel.
+    y, x = np.meshgrid(np.linspace(-1, 1, 16), np.linspace(-1, 1, 16), indexing="ij")
+    field = torch.tensor(np.stack([x, y, np.ones_like(x)])[None], dtype=torch.float32)
+    ramp = torch.linspace(0, 15, 16).expand(1, 1, 16, 16)
+    assert (warp(ramp, field)[..., 2:-2, 2:-2] - ramp[..., 2:-2, 2:-2]).abs().max() <= 0.5
+
+
+# -- thresholded step
+
+
+def run_step(
+    latent: Array, predicted: Array, history: Array, noise: Array, coefficients: Array
+) -> list[NDArray[np.float32]]:
+    lower, weight = quantile_rank(math.prod(latent.shape[1:]))
+    feeds = {
+        "latent": latent,
+        "predicted_noise": predicted,
+        "history": history,
+        "noise": noise,
+        "coefficients": coefficients,
+    }
+    functions = [thresholded_step_function(weight)]
+    return run_node("ThresholdedStep", functions, feeds, {"x": 5, "h": 6}, lower_rank=lower, weight=weight)
+
+
+def bound_of(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The bound that the ONNX function finds for x0 estimates (B, n): coefficients make x' = x0, P' = 0."""
+    batch, count = values.shape
+    latent = values.reshape(batch, 1, 1, count, 1)
+    zeros = np.zeros_like(latent)
+    coefficients = np.zeros((batch, 11), np.float32)
+    coefficients[:, sampling.X0_FROM_LATENT] = 1
+    coefficients[:, sampling.NEXT_FROM_X0] = 1
+    x0, _ = run_step(latent, zeros, np.zeros((batch, 2, *latent.shape[1:]), np.float32), zeros, coefficients)
+    return x0.reshape(batch, count)
+
+
+def thresholded(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    bound = torch.quantile(torch_of(values).abs(), 0.9, dim=1, keepdim=True).clamp(min=1).numpy()
+    return np.clip(values, -bound, bound) / bound
+
+
+def hostile_values(count: int) -> dict[str, NDArray[np.float32]]:
+    rng = np.random.default_rng(0)
+    sparse = np.zeros(count)
+    sparse[: count // 5] = 7.5
+    return {
+        "normal": rng.standard_normal(count) * 3,
+        "below one": rng.uniform(-0.5, 0.5, count),
+        "zeros": np.zeros(count),
+        "constant": np.full(count, -4.25),
+        "ties": rng.integers(-5, 6, count) * 1.5,
+        "mostly zeros": sparse,
+        "Cauchy": rng.standard_cauchy(count),
+        "e^8N": np.exp(8 * rng.standard_normal(count)),
+        "neighbouring floats": np.nextafter(np.float32(2), np.float32(3)) + rng.integers(0, 3, count) * 2.0**-22,
+        "huge": rng.uniform(1e37, 3e38, count),
+    }
+
+
+# 122,880 elements are a latent of the published models.
+@pytest.mark.parametrize("count", [122_880, 6_144, 1_007])
+def test_quantile_is_exact(count: int) -> None:
+    cases = hostile_values(count)
+    values = np.stack(list(cases.values())).astype(np.float32)
+    found, expected = bound_of(values), thresholded(values)
+    # torch's own interpolation may differ in its last bit where it uses a fused multiply-add.
+    for i, name in enumerate(cases):
+        np.testing.assert_allclose(found[i], expected[i], rtol=2.5e-7, atol=0, err_msg=name)
+    if count == 122_880:
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_step_combines_as_its_coefficients_say() -> None:
+    shape = (3, 3, 4, 8, 8)
+    latent, predicted, noise = (normal(seed, *shape) for seed in range(3))
+    history, coefficients = normal(3, 3, 2, *shape[1:]), normal(4, 3, 11)
+    coefficients[:, 0] *= 3  # so that the threshold bites in some samples
+    arguments = (latent, predicted, history, noise, coefficients)
+    found = run_step(*arguments)
+    for other in (
+        [t.numpy() for t in thresholded_step(*map(torch_of, arguments))],
+        sampling.apply_step(*arguments),
+    ):
+        for array, expected in zip(found, other, strict=True):
+            np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_step_of_a_sample_does_not_depend_on_its_neighbours() -> None:
+    shape = (2, 3, 2, 4, 4)
+    arguments = [normal(0, *shape), normal(1, *shape), normal(2, 2, 2, *shape[1:]), normal(3, *shape), normal(4, 2, 11)]
+    together = run_step(*arguments)
+    alone = run_step(*(a[1:] for a in arguments))
+    for both, one in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(both[1:], one)
+
+
+def test_function_needs_no_topk() -> None:
+    # TensorRT's stops at 3840, far below what the quantile of a latent would need.
+    assert not {node.op_type for node in thresholded_step_function(0.1).node} & {"TopK", "Loop", "NonZero"}
+
+
+# -- temporal attention
+
+
+@pytest.mark.parametrize("rotary_width", [8, 4], ids=["all rotated", "half rotated"])
+@pytest.mark.parametrize(("batch", "pixels", "chunks"), [(1, 6, 1), (2, 6, 3), (1, 7, 4)])
+def test_temporal_attention(batch: int, pixels: int, chunks: int, rotary_width: int) -> None:
+    frames, channels, heads, head_width = 5, 16, 2, 8
+    hidden = heads * head_width
+    angle = normal(9, frames, rotary_width // 2)
+    weights = {
+        "gamma": normal(1, channels),
+        "query": normal(2, channels, hidden),
+        "key": normal(3, channels, hidden),
+        "value": normal(4, channels, hidden),
+        "out": normal(5, hidden, channels),
+        "cos": np.cos(angle),
+        "sin": np.sin(angle),
+        "bias": normal(6, 1, heads, frames, frames),
+        "position": np.arange(frames)[None],
+    }
+    x = normal(7, batch * pixels, frames, channels)
+    functions = [temporal_attention_function(chunks)]
+    attributes = {"heads": heads, "rotary_width": rotary_width}
+    (found,) = run_node(operator_name(chunks), functions, {"x": x, **weights}, {"y": 3}, **attributes)
+    constants = TemporalWeights(**{name: torch_of(value) for name, value in weights.items()})
+    expected = temporal_attention(torch_of(x), constants, heads=heads, pixels=pixels).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
