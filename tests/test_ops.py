@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from lfdm_export import sampling
+from lfdm_export.ops.group_norm_silu import group_norm_silu
+from lfdm_export.ops.group_norm_silu.onnx_function import group_norm_silu_functions
 from lfdm_export.ops.symbolic import DOMAIN, OPSET, VERSION
 from lfdm_export.ops.temporal_attention import temporal_attention
 from lfdm_export.ops.temporal_attention.onnx_function import temporal_attention_function
@@ -31,7 +33,7 @@ def run_node(
     functions: Sequence[onnx.FunctionProto],
     feeds: dict[str, Array],
     outputs: dict[str, int],
-    **attributes: int | float | str,
+    **attributes: int | float | str | list[int],
 ) -> list[NDArray[np.float32]]:
     """One node of the domain, as it stands in an exported graph, under ONNX Runtime; `outputs` are ranks by name."""
     node = helper.make_node(
@@ -40,7 +42,10 @@ def run_node(
     kinds = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
     inputs = [helper.make_tensor_value_info(k, kinds[v.dtype], [None] * v.ndim) for k, v in feeds.items()]
     graph = helper.make_graph(
-        [node], op_type, inputs, [helper.make_tensor_value_info(k, TensorProto.FLOAT, [None] * rank) for k, rank in outputs.items()]
+        [node],
+        op_type,
+        inputs,
+        [helper.make_tensor_value_info(k, TensorProto.FLOAT, [None] * rank) for k, rank in outputs.items()],
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
     model = helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10)
@@ -203,6 +208,31 @@ def test_step_of_a_sample_does_not_depend_on_its_neighbours() -> None:
 def test_function_needs_no_topk() -> None:
     # TensorRT's stops at 3840, far below what the quantile of a latent would need.
     assert not {node.op_type for node in thresholded_step_function(0.1).node} & {"TopK", "Loop", "NonZero"}
+
+
+# -- group norm
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_group_norm_silu(modulated: bool) -> None:
+    batch, frames, channels, side, groups = 2, 3, 16, 4, 8
+    x = 2 + normal(1, batch * frames, channels, side, side)
+    feeds = {"x": x, "gamma": normal(2, channels), "beta": normal(3, channels)}
+    modulation = {"scale": normal(4, batch, channels), "shift": normal(5, batch, channels)} if modulated else {}
+    (found,) = run_node(
+        "ModulatedGroupNormSilu" if modulated else "GroupNormSilu",
+        group_norm_silu_functions(),
+        feeds | modulation,
+        {"y": 4},
+        grouped=[-1, frames, groups, channels // groups * side * side],
+        per_group=[1, groups, channels // groups],
+        per_channel=[-1, 1, channels, 1, 1],
+        clip=[-1, frames, channels, side, side],
+        flat=[-1, channels, side, side],
+    )
+    scale_shift = (torch_of(modulation["scale"]), torch_of(modulation["shift"])) if modulated else None
+    expected = group_norm_silu(*map(torch_of, feeds.values()), scale_shift, frames=frames, groups=groups)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
 # -- temporal attention

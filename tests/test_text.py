@@ -46,6 +46,16 @@ def encoder(encoder_folder: Path) -> BertTextEncoder:
     return BertTextEncoder.load(encoder_folder)
 
 
+def test_loading_prints_nothing(encoder_folder: Path, capsys: pytest.CaptureFixture[str]):
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    BertTextEncoder.load(encoder_folder)
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "")
+    assert logging.is_progress_bar_enabled() == enabled
+
+
 def test_tokens_have_special_tokens_and_padding(encoder: BertTextEncoder):
     ids, mask = encoder.tokenize(["jogging", "draw a circle"])
     cls, sep, pad = (WORDS.index(token) for token in ("[CLS]", "[SEP]", "[PAD]"))

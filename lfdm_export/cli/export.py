@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,6 +63,8 @@ def _export(args: argparse.Namespace) -> int:
         labels = read_labels(args.labels)
     if args.lfae is None and args.model is None:
         say(args, f"no checkpoints given: exporting the small model {UNTRAINED!r}, whose weights are untrained")
+    if args.quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when transformers is imported
     from lfdm_export.export import export_bundle
 
     model = open_model(args)

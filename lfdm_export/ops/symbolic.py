@@ -12,7 +12,7 @@ VERSION = 1
 #: Opset of the graphs and of the functions in them: 23 has RotaryEmbedding and Attention.
 OPSET = 23
 
-Attributes = dict[str, int | float]
+Attributes = dict[str, int | float | list[int]]
 
 
 def exporting() -> bool:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lfdm_export.ops.group_norm_silu import group_norm_silu
 from lfdm_export.rewrite.attention import FoldedLinearAttention, FoldedSpatialAttention, FoldedTemporalAttention
 from lfdm_export.rewrite.convolution import fold_time, phase_convs, phase_kernels
 from lfdm_models.unet import LATENT_CHANNELS, ConvBlock, Level, ResBlock, Unet3D
@@ -49,27 +50,13 @@ class FoldedConvBlock(nn.Module):
     def __init__(self, block: ConvBlock, frames: int) -> None:
         super().__init__()
         self.conv = fold_time(block.proj)
-        self.frames, self.groups, self.epsilon = frames, block.norm.num_groups, block.norm.eps
+        self.frames, self.groups = frames, block.norm.num_groups
         self.register_buffer("gamma", block.norm.weight.detach())
         self.register_buffer("beta", block.norm.bias.detach())
 
     def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """(B·T, in, h, w) and two (B, out) -> (B·T, out, h, w)."""
-        out = self.conv(x)
-        channels, height, width = out.shape[1:]
-        grouped = out.view(-1, self.frames, self.groups, channels // self.groups * height * width)
-        mean = grouped.mean(dim=-1).mean(dim=1)
-        square = (grouped * grouped).mean(dim=-1).mean(dim=1)
-        rstd = torch.rsqrt(square - mean.square() + self.epsilon)
-        repeat = channels // self.groups
-        factor = rstd.repeat_interleave(repeat, dim=1) * self.gamma
-        offset = self.beta - mean.repeat_interleave(repeat, dim=1) * factor
-        if scale_shift is not None:
-            scale, shift = scale_shift
-            factor, offset = factor * (scale + 1), offset * (scale + 1) + shift
-        clip = out.view(-1, self.frames, channels, height, width)
-        modulated = clip * factor[:, None, :, None, None] + offset[:, None, :, None, None]
-        return F.silu(modulated).view(-1, channels, height, width)
+        return group_norm_silu(self.conv(x), self.gamma, self.beta, scale_shift, frames=self.frames, groups=self.groups)
 
 
 class FoldedResBlock(nn.Module):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class BertTextEncoder(nn.Module):
         """
         try:
             from transformers import AutoModel, AutoTokenizer
+            from transformers.utils import logging as transformers_logging
         except ImportError as error:
             raise TextEncoderError(
                 "a text encoder needs the package 'transformers', which is not installed; "
@@ -57,6 +59,10 @@ class BertTextEncoder(nn.Module):
             ) from error
         local = Path(source).is_dir()
         name = str(source)
+        # Its bars are for who watches a download; what is read from a folder is there at once.
+        silenced = transformers_logging.is_progress_bar_enabled() and (local or not sys.stderr.isatty())
+        if silenced:
+            transformers_logging.disable_progress_bar()
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, use_fast=True)
             # The plain attention, as a graph of ordinary operators.
@@ -68,6 +74,9 @@ class BertTextEncoder(nn.Module):
             wanted = "a folder with config.json, weights and tokenizer files"
             advice = f"it must be {wanted}" if local else f"download it with network access, or give {wanted}"
             raise TextEncoderError(f"the text encoder {name!r} cannot be loaded ({reason}); {advice}") from error
+        finally:
+            if silenced:
+                transformers_logging.enable_progress_bar()
         if not getattr(tokenizer, "is_fast", False):
             raise TextEncoderError(
                 f"the text encoder {name!r} has no fast tokenizer (tokenizer.json); choose one that has"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lfdm_export.ops.symbolic import exporting, node
+from lfdm_export.ops.symbolic import Attributes, exporting, node
 
 #: Tokens (pixels x frames) of one sample whose queries, keys and values are in flight together, so that they
 #: stay in a core's cache. Measured: 8 to 32 pixels at 40 frames are equally good.
@@ -61,7 +61,7 @@ def temporal_attention(x: Tensor, weights: TemporalWeights, *, heads: int, pixel
     """
     if exporting():
         chunks = -(-pixels * x.shape[1] // CHUNK_TOKENS)
-        attributes: dict[str, int | float] = {"heads": heads, "rotary_width": 2 * weights.cos.shape[-1]}
+        attributes: Attributes = {"heads": heads, "rotary_width": 2 * weights.cos.shape[-1]}
         return node(operator_name(min(chunks, pixels)), [x, *weights], attributes, [tuple(x.shape)])[0]
     normed = F.layer_norm(x, x.shape[-1:], weights.gamma, eps=EPSILON)
     q, k, v = (

@@ -116,7 +116,8 @@ def thresholded_step_function(weight: float) -> onnx.FunctionProto:
     carry = [(s.CARRY_FROM_CARRY, "carry"), (s.CARRY_FROM_X0, "x0"), (s.CARRY_FROM_PREVIOUS_X0, "previous")]
     text = f"""
 <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
-ThresholdedStep <lower_rank, weight> (latent, predicted_noise, history, noise, coefficients) => (next_latent, next_history) {{
+ThresholdedStep <lower_rank, weight>
+    (latent, predicted_noise, history, noise, coefficients) => (next_latent, next_history) {{
     one = Constant <value_ints = [1]> ()
     flat = Constant <value_ints = [0, -1]> ()
     halves = Constant <value_ints = [0, 2, -1]> ()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lfdm_export import sampling
-from lfdm_export.ops.symbolic import exporting, node
+from lfdm_export.ops.symbolic import Attributes, exporting, node
 
 
 def quantile_rank(elements: int) -> tuple[int, float]:
@@ -43,7 +43,7 @@ def thresholded_step(
     if exporting():
         lower, weight = quantile_rank(math.prod(latent.shape[1:]))
         inputs = [latent, predicted_noise, history, noise, coefficients]
-        attributes: dict[str, int | float] = {"lower_rank": lower, "weight": weight}
+        attributes: Attributes = {"lower_rank": lower, "weight": weight}
         next_latent, next_history = node(
             "ThresholdedStep", inputs, attributes, [tuple(latent.shape), tuple(history.shape)]
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lfdm_export.ops.symbolic import exporting, node
+from lfdm_export.ops.symbolic import Attributes, exporting, node
 from lfdm_models.layers import resize, sample
 
 
@@ -44,7 +44,7 @@ def warp_blend(
         Like `previous`.
     """
     if exporting():
-        attributes: dict[str, int | float] = {"stride": stride, "phase_y": phase[0], "phase_x": phase[1]}
+        attributes: Attributes = {"stride": stride, "phase_y": phase[0], "phase_x": phase[1]}
         return node("WarpBlend", [source, motion, previous], attributes, [tuple(previous.shape)])[0]
     resized = resize(motion, (source.shape[2], source.shape[3]))[:, :, phase[0] :: stride, phase[1] :: stride]
     occlusion = resized[:, 2:3]

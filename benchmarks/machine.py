@@ -1,0 +1,88 @@
+"""What a measurement was taken on: hardware, versions, how busy the machine was."""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+#: Where results go unless told otherwise.
+RESULTS = Path(__file__).resolve().parent / "results"
+_PACKAGES = ("lfdm-export", "torch", "onnx", "onnxruntime", "onnxscript", "numpy")
+#: What decides how fast matrix products run.
+_FLAGS = (
+    "avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_bf16", "amx_int8",
+    "amx_tile", "asimd", "asimddp", "bf16", "i8mm", "sve",
+)  # fmt: skip
+#: Share of the cores that others may use before a measurement is called disturbed.
+_QUIET = 0.25
+
+
+def describe() -> dict[str, object]:
+    """Hardware, versions, date and load, ready for JSON."""
+    return {
+        "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
+        "cpu": _cpu_model(),
+        "cores": usable_cores(),
+        "flags": _cpu_flags(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "load_average": list(os.getloadavg()),
+    }
+
+
+def busy() -> str | None:
+    """A warning if others use the machine (the load of the last minute), else None."""
+    load, cores = os.getloadavg()[0], usable_cores()
+    if load <= _QUIET * cores:
+        return None
+    return f"the machine is busy: load average {load:.2f} on {cores} cores before the run; times and ratios are noisy"
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a result, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def _cpu_info() -> dict[str, str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in text.split("\n\n", 1)[0].splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+def _cpu_model() -> str:
+    info = _cpu_info()
+    name = info.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{key} {info[key]}" for key in ("cpu family", "model", "stepping") if key in info]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
+
+
+def _cpu_flags() -> list[str]:
+    info = _cpu_info()
+    present = set((info.get("flags") or info.get("Features") or "").split())
+    return [flag for flag in _FLAGS if flag in present]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,55 @@
+"""GroupNormSilu in torch; inside an ONNX export it places a node of domain `lfdm` instead.
+
+Source: Wu & He (arXiv 1803.08494); its modulation as in Ni et al., CVPR 2023 (arXiv 2303.13744), Sec. 3.3.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lfdm_export.ops.symbolic import Attributes, exporting, node
+
+EPSILON = 1e-5
+
+
+def group_norm_silu(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    scale_shift: tuple[Tensor, Tensor] | None = None,
+    *,
+    frames: int,
+    groups: int,
+) -> Tensor:
+    """SiLU(norm(x)·(scale + 1) + shift), with statistics over all frames of a clip.
+
+    Args:
+        x: (B·T, C, h, w); frames of one clip are neighbours.
+        gamma: scale of the norm, (C,).
+        beta: shift of the norm, (C,).
+        scale_shift: modulation, (B, C) each.
+        frames: T.
+        groups: of channels, that share statistics.
+
+    Returns:
+        Like `x`.
+    """
+    if exporting():
+        channels, height, width = x.shape[1:]
+        attributes: Attributes = {
+            "grouped": [-1, frames, groups, channels // groups * height * width],
+            "per_group": [1, groups, channels // groups],
+            "per_channel": [-1, 1, channels, 1, 1],
+            "clip": [-1, frames, channels, height, width],
+            "flat": [-1, channels, height, width],
+        }
+        inputs = [x, gamma, beta, *(scale_shift or ())]
+        name = "GroupNormSilu" if scale_shift is None else "ModulatedGroupNormSilu"
+        return node(name, inputs, attributes, [tuple(x.shape)])[0]
+    clip = x.unflatten(0, (-1, frames)).transpose(1, 2)
+    normed = F.group_norm(clip, groups, gamma, beta, EPSILON)
+    if scale_shift is not None:
+        scale, shift = (t[:, :, None, None, None] for t in scale_shift)
+        normed = normed * (scale + 1) + shift
+    return F.silu(normed).transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,429 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lfdm_export import __version__
+from lfdm_export.bundle import Bundle
+from lfdm_export.cli import export_main, generate_main, verify_main
+from lfdm_export.cli.console import Bars, OneBar
+from lfdm_export.cli.export import read_labels
+from lfdm_export.errors import InputError, ParityError
+from lfdm_export.pipeline import Pipeline
+from lfdm_export.preprocess import Preprocessing
+from lfdm_models.labels import MUG, NATOPS
+from tests.fake_bundle import EMBEDDINGS, FRAMES, SIZE, write_fake_bundle
+
+COMMANDS = {"lfdm-export": export_main, "lfdm-generate": generate_main, "lfdm-verify": verify_main}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_fake_bundle(tmp_path_factory.mktemp("cli") / "fake")
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)).save(path)
+    return str(path)
+
+
+def one_line(text: str) -> str:
+    assert text.count("\n") == 1, text
+    assert "Traceback" not in text
+    return text.rstrip("\n")
+
+
+# ------------------------------------------------------------------------------------ every command
+
+
+@pytest.mark.parametrize("program", COMMANDS)
+def test_help_has_examples_and_needs_nothing_heavy(program: str):
+    code = (
+        "import sys\nfrom lfdm_export import cli\n"
+        f"try:\n    cli.{COMMANDS[program].__name__}(['--help'])\n"
+        "except SystemExit as done:\n    assert done.code == 0\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'transformers', 'av', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: {program}" in done.stdout
+    assert "examples:" in done.stdout
+
+
+@pytest.mark.parametrize("program", COMMANDS)
+def test_version(program: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as done:
+        COMMANDS[program](["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"{program} {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        ("lfdm-export", ["--lfae", "a.pth"], "--lfae and --dm belong together"),
+        ("lfdm-export", ["--lfae", "a", "--dm", "b", "--model", "c"], "either --model, or"),
+        ("lfdm-export", ["--model", "c", "--residual-flow"], "a model folder knows its own"),
+        ("lfdm-export", ["--region-pad", "3"], "a model folder knows its own"),
+        ("lfdm-export", ["--dataset", "imagenet"], "invalid choice"),
+        ("lfdm-export", ["--frames", "many"], "invalid int value"),
+        ("lfdm-generate", [], "required: BUNDLE, --image, -o/--out"),
+        (
+            "lfdm-generate",
+            ["b", "--image", "i", "-o", "o.gif"],
+            "one of the arguments --label --text --embedding --drive",
+        ),
+        ("lfdm-generate", ["b", "--image", "i", "-o", "o.gif", "--label", "a", "--text", "b"], "not allowed with"),
+        (
+            "lfdm-generate",
+            ["b", "--image", "i", "-o", "o.gif", "--drive", "c", "--steps", "3"],
+            "--drive samples nothing",
+        ),
+        ("lfdm-generate", ["b", "--image", "i", "-o", "o.gif", "--label", "a", "--sampler", "euler"], "invalid choice"),
+        ("lfdm-verify", [], "required: BUNDLE"),
+        ("lfdm-verify", ["b", "--dm", "x"], "--lfae and --dm belong together"),
+    ],
+)
+def test_wrong_usage(program: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as done:
+        COMMANDS[program](arguments)
+    assert done.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------- generate
+
+
+def generate(bundle: Bundle, photo: str, *more: str) -> int:
+    return generate_main([str(bundle.path), "--image", photo, *more])
+
+
+def test_generate_writes_the_clip_and_says_where(
+    bundle: Bundle, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "clip.npz"
+    assert generate(bundle, photo, "--label", "happiness", "--out", str(out), "--seed", "3") == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[0] == f"clip  {out}"
+    assert "untrained" in printed.out
+    assert printed.err == "", "no progress bars where nobody sees them"
+    expected = Pipeline.open(bundle).generate(photo, label="happiness", seed=3)
+    with np.load(out) as archive:
+        np.testing.assert_array_equal(archive["latent"], expected.latent)
+        np.testing.assert_array_equal(archive["frames"], expected.frames)
+
+
+def test_quiet_prints_nothing(bundle: Bundle, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert generate(bundle, photo, "--label", "Anger", "-o", str(tmp_path / "a.gif"), "-q") == 0
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "")
+    assert (tmp_path / "a.gif").is_file()
+
+
+def test_options_reach_the_pipeline(bundle: Bundle, photo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: dict[str, Any] = {}
+    real = Pipeline.generate
+
+    def recording(self: Pipeline, image: Any, **arguments: Any) -> Any:
+        seen.update(arguments, image=image)
+        return real(self, image, **arguments)
+
+    monkeypatch.setattr(Pipeline, "generate", recording)
+    options = [
+        "--seed",
+        "5",
+        "--steps",
+        "3",
+        "--sampler",
+        "ddim",
+        "--eta",
+        "0.5",
+        "--guidance",
+        "2",
+        "--threads",
+        "1",
+        "--fps",
+        "5",
+        "--panels",
+        "--format",
+        "gif",
+    ]
+    assert generate(bundle, photo, "--label", "anger", "-o", str(tmp_path / "clip"), *options) == 0
+    seen.pop("progress")
+    assert seen == {
+        "image": photo,
+        "label": "anger",
+        "text": None,
+        "text_embedding": None,
+        "sampler": "ddim",
+        "steps": 3,
+        "eta": 0.5,
+        "guidance_scale": 2.0,
+        "seed": 5,
+    }
+    with Image.open(tmp_path / "clip") as image:
+        assert (image.format, image.width, image.info["duration"]) == ("GIF", 5 * SIZE, 200)
+
+
+def test_generate_from_an_embedding(bundle: Bundle, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    np.save(tmp_path / "e.npy", EMBEDDINGS[1])
+    arguments = ["--embedding", str(tmp_path / "e.npy"), "-o", str(tmp_path / "a.npz"), "-q"]
+    assert generate(bundle, photo, *arguments) == 0
+    expected = Pipeline.open(bundle).generate(photo, label="happiness")
+    with np.load(tmp_path / "a.npz") as archive:
+        np.testing.assert_array_equal(archive["latent"], expected.latent)
+    np.save(tmp_path / "e.npy", np.array([object()]), allow_pickle=True)
+    assert generate(bundle, photo, *arguments) == 1
+    assert "e.npy cannot be read: it is no .npy array" in one_line(capsys.readouterr().err)
+
+
+def test_generate_by_motion_transfer(bundle: Bundle, photo: str, tmp_path: Path):
+    driving = np.random.default_rng(1).integers(0, 256, (FRAMES + 2, SIZE, SIZE, 3), np.uint8)
+    np.savez(tmp_path / "drive.npz", frames=driving)
+    assert generate(bundle, photo, "--drive", str(tmp_path / "drive.npz"), "-o", str(tmp_path / "a.npz")) == 0
+    expected = Pipeline.open(bundle).transfer_motion(photo, driving)
+    with np.load(tmp_path / "a.npz") as archive:
+        np.testing.assert_array_equal(archive["frames"], expected.frames)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--label", "hapiness", "-o", "a.gif"], "unknown label 'hapiness': did you mean 'happiness'?"),
+        (["--text", "jump", "-o", "a.gif"], "this bundle has no text encoder"),
+        (["--embedding", "none.npy", "-o", "a.gif"], "none.npy cannot be read: No such file"),
+        (["--drive", "none.gif", "-o", "a.gif"], "none.gif does not exist"),
+        (["--label", "Anger", "-o", "a.gif", "--steps", "0"], "steps: found 0"),
+        (["--label", "Anger", "-o", "a.gif", "--threads", "0"], "threads is 0"),
+        (["--label", "Anger", "-o", "a.txt"], "the ending of a.txt is none that clips are written as"),
+        (["--label", "Anger", "-o", "clip"], "the ending of clip is none"),
+        (["--label", "Anger", "-o", "a.gif", "--fps", "0"], "fps is 0"),
+        (["--label", "Anger", "-o", "a.npz", "--panels"], "npz archive does not hold"),
+        (["--label", "Anger", "-o", "frames/", "--format", "gif"], "frames/ names a folder"),
+    ],
+)
+def test_errors_are_one_line(
+    bundle: Bundle,
+    photo: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+):
+    monkeypatch.chdir(tmp_path)
+    assert generate(bundle, photo, *arguments) == 1
+    line = one_line(capsys.readouterr().err)
+    assert line.startswith("lfdm-generate: error: ")
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_clip_that_cannot_be_written_shows_before_anything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    arguments = [str(tmp_path / "no bundle"), "--image", "none.png", "--label", "x", "-o"]
+    assert generate_main([*arguments, "a.txt"]) == 1
+    assert "the ending of a.txt" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert generate_main([*arguments, "a.mp4"]) == 1
+    assert "pip install 'lfdm-export[video]'" in capsys.readouterr().err
+    assert generate_main([*arguments, "a.gif"]) == 1
+    assert "there is no bundle at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "lfdm-generate: interrupted"),
+        (InputError("two\nlines [red]"), 1, "lfdm-generate: error: two lines [red]"),
+        (ParityError("differs"), 3, "lfdm-generate: error: differs"),
+        (OSError(28, "No space left on device", "a.gif"), 1, "lfdm-generate: error: a.gif: No space left on device"),
+        (MemoryError(), 1, "lfdm-generate: error: out of memory; use fewer frames"),
+        (TypeError("bad"), 1, "lfdm-generate: error: TypeError: bad (a fault of this program"),
+    ],
+)
+def test_every_error_has_its_status(
+    bundle: Bundle,
+    photo: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    status: int,
+    message: str,
+):
+    def fails(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Pipeline, "generate", fails)
+    assert generate(bundle, photo, "--label", "Anger", "-o", "a.gif", "-q") == status
+    assert one_line(capsys.readouterr().err).startswith(message)
+    with pytest.raises(type(error)):
+        generate(bundle, photo, "--label", "Anger", "-o", "a.gif", "--debug")
+
+
+def test_progress_bars_on_a_terminal(
+    bundle: Bundle, photo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert generate(bundle, photo, "--label", "Anger", "-o", str(tmp_path / "a.gif")) == 0
+    assert "denoise" in capsys.readouterr().err
+    assert generate(bundle, photo, "--label", "Anger", "-o", str(tmp_path / "a.gif"), "--quiet") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_bars_count(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with Bars(quiet=False, names={"a": "first"}) as bars:
+        bars("a", 0, 2)
+        bars("b", 3, 4)
+        bars("a", 2, 2)
+        found = {task.description: (task.completed, task.total) for task in bars._progress.tasks}
+    assert found == {"first": (2, 2), "b": (3, 4)}
+    with OneBar(quiet=False) as bar:
+        bar("encode", 0, 2)
+        bar("decode", 1, 2)
+        assert [(task.description, task.completed, task.total) for task in bar._progress.tasks] == [("decode", 1, 2)]
+    capsys.readouterr()
+
+
+# ------------------------------------------------------------------------------- export and verify
+
+
+@dataclass
+class FakeReport:
+    passed: bool
+    html_path: Path = Path("report.html")
+
+    def table(self) -> str:
+        return "stage  error"
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> dict[str, Any]:
+    """Stand-ins for the slow library functions, which note how they were called."""
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")  # so that it is put back
+    noted: dict[str, Any] = {"passed": True}
+
+    def export_bundle(model: Any, out_dir: Any, **arguments: Any) -> Bundle:
+        noted["export"] = {"model": model, "out_dir": out_dir, **arguments}
+        return bundle
+
+    def verify_bundle(opened: Bundle, **arguments: Any) -> FakeReport:
+        noted["verify"] = {"path": opened.path, **arguments}
+        return FakeReport(noted["passed"])
+
+    def load_model(lfae: Any, dm: Any, **arguments: Any) -> str:
+        noted["load"] = {"lfae": lfae, "dm": dm, **arguments}
+        return "loaded"
+
+    fakes: dict[str, dict[str, Any]] = {
+        "lfdm_export.export": {"export_bundle": export_bundle},
+        "lfdm_export.verify": {"verify_bundle": verify_bundle},
+        "lfdm_export.checkpoints": {"load_model": load_model},
+        "lfdm_export.model_folder": {"load_model_folder": lambda folder: f"from {folder}"},
+        "lfdm_models.demo": {"untrained_model": lambda: "untrained"},
+    }
+    for name, functions in fakes.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(functions)
+        monkeypatch.setitem(sys.modules, name, module)
+    return noted
+
+
+def test_export_of_nothing_is_the_untrained_model(calls: dict[str, Any], capsys: pytest.CaptureFixture[str]):
+    assert export_main([]) == 0
+    export = calls["export"]
+    export.pop("progress")
+    assert export == {
+        "model": "untrained",
+        "out_dir": Path("bundle"),
+        "engine": "fp32",
+        "frames": 40,
+        "image_size": 128,
+        "text_encoder": None,
+        "labels": None,
+        "preprocessing": Preprocessing(),
+    }
+    assert calls["verify"]["model"] == "untrained"
+    printed = capsys.readouterr().out
+    for part in ("untrained", "bundle  ", "stage  error", "report  report.html"):
+        assert part in printed
+
+
+def test_export_of_checkpoints(calls: dict[str, Any]):
+    files = ["--lfae", "a.pth", "--dm", "b.pth"]
+    options = ["--dataset", "natops", "--text-encoder", "bert", "--frames", "16", "--image-size", "64", "--out", "x"]
+    assert export_main([*files, *options, "--residual-flow", "--no-verify", "-q"]) == 0
+    assert calls["load"] == {"lfae": "a.pth", "dm": "b.pth", "residual_flow": True, "region_pad": 0}
+    export = calls["export"]
+    assert (export["model"], export["out_dir"], export["text_encoder"]) == ("loaded", Path("x"), "bert")
+    assert (export["frames"], export["image_size"], export["labels"]) == (16, 64, NATOPS)
+    assert export["preprocessing"] == Preprocessing.for_dataset("natops")
+    assert "verify" not in calls
+
+
+@pytest.mark.parametrize(
+    ("options", "pad"), [([], None), (["--dataset", "mug"], 3), (["--dataset", "mug", "--region-pad", "0"], 0)]
+)
+def test_region_pad(calls: dict[str, Any], options: list[str], pad: int | None):
+    assert export_main(["--lfae", "a.pth", "--dm", "b.pth", *options, "-q"]) == 0
+    assert calls["load"]["region_pad"] == pad
+    assert calls["export"]["labels"] == (MUG if options else None)
+
+
+def test_export_of_a_model_folder_with_labels(calls: dict[str, Any]):
+    assert export_main(["--model", "trained", "--labels", "jump, run", "-q"]) == 0
+    assert calls["export"]["model"] == "from trained"
+    assert calls["export"]["labels"] == ("jump", "run")
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_the_parity_decides_the_status(
+    calls: dict[str, Any], bundle: Bundle, capsys: pytest.CaptureFixture[str], passed: bool
+):
+    calls["passed"] = passed
+    status = 0 if passed else 3
+    assert export_main(["-q"]) == status
+    assert ("differs from the model by more than its tolerance" in capsys.readouterr().err) is not passed
+    assert verify_main([str(bundle.path), "--model", "trained", "--threads", "2"]) == status
+    assert calls["verify"]["model"] == "from trained"
+    assert calls["verify"]["threads"] == 2
+    printed = capsys.readouterr()
+    assert "report  report.html" in printed.out
+    assert ("differs" in printed.err) is not passed
+
+
+def test_verify_needs_the_model_of_a_bundle(calls: dict[str, Any], bundle: Bundle, capsys: pytest.CaptureFixture[str]):
+    assert verify_main([str(bundle.path)]) == 1
+    assert "was not exported from the untrained model; give --lfae and --dm" in one_line(capsys.readouterr().err)
+    assert "verify" not in calls
+
+
+def test_labels_from_a_file(tmp_path: Path):
+    (tmp_path / "labels.txt").write_text("jump\n\n  turn, left \nläuft\n", encoding="utf-8")
+    assert read_labels(str(tmp_path / "labels.txt")) == ("jump", "turn, left", "läuft")
+    assert read_labels("jump,run ,") == ("jump", "run")
+    with pytest.raises(InputError, match="does not exist"):
+        read_labels(str(tmp_path / "lables.txt"))
+    with pytest.raises(InputError, match="no labels"):
+        read_labels(" , ")
+    (tmp_path / "labels.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_labels(str(tmp_path / "labels.txt"))
+
+
+def test_a_misspelt_label_file_shows_before_the_model_is_loaded(calls: dict[str, Any]):
+    assert export_main(["--lfae", "a.pth", "--dm", "b.pth", "--labels", "none.txt", "-q"]) == 1
+    assert "load" not in calls
