@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -235,7 +236,8 @@ def naive(model: LfdmModel, task: Task, folder: Path, threads: int) -> Published
 
 def _export_one_to_one(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
     batch = torch.export.Dim("batch", min=1, max=64)
-    # The exporter warns of its own workings.
+    # The exporter warns of its own workings, and of torchvision where that is not installed.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
