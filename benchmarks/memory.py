@@ -58,9 +58,10 @@ def main() -> int:
     for name, result in results.items():
         fits = result["peak_bytes"] <= LIMITS[name]
         within &= fits
+        peak, imports, limit = (n / 1e9 for n in (result["peak_bytes"], result["imports_bytes"], LIMITS[name]))
+        verdict = "within" if fits else "BEYOND"
         print(
-            f"{name:10s} {result['peak_bytes'] / 1e9:5.2f} GB peak, of which imports {result['imports_bytes'] / 1e9:4.2f} GB; "
-            f"{result['seconds']:6.1f} s; limit {LIMITS[name] / 1e9:.0f} GB{'' if fits else ': EXCEEDED'}"
+            f"{name:10s} peak {peak:.2f} GB (imports {imports:.2f}), {verdict} {limit:.0f} GB; {result['seconds']:.1f} s"
         )
     return 0 if within else 1
 

@@ -5,6 +5,7 @@ Layout::
     BUNDLE/manifest.json       see `lfdm_export.manifest`
     BUNDLE/onnx/STAGE.onnx     and external data beside them (*.data)
     BUNDLE/embeddings.npz      the label embeddings and the null embedding
+    BUNDLE/reference.npz       what PyTorch gave, for verification; may be left out
     BUNDLE/tokenizer/          only with a text encoder
     BUNDLE/parity/             the verification report; may be written later, not hashed
 """
@@ -14,30 +15,25 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-import zipfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lfdm_export.archives import read_arrays
 from lfdm_export.errors import BundleError, InputError
 from lfdm_export.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
 from lfdm_export.stages import StageSpec
 
 MANIFEST = "manifest.json"
 EMBEDDINGS = "embeddings.npz"
+REFERENCE = "reference.npz"
 ONNX_FOLDER = "onnx"
 TOKENIZER_FOLDER = "tokenizer"
 PARITY_FOLDER = "parity"
 # Arrays of EMBEDDINGS.
 LABEL_ROWS, NULL_ROW = "embeddings", "null"
-
-# What numpy and zipfile raise on a damaged archive, or on a lone array, which `with` cannot hold.
-_UNREADABLE_ARCHIVE = (
-    ValueError, KeyError, EOFError, AttributeError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
 
 _CHUNK = 1 << 20
 Float32 = NDArray[np.float32]
@@ -108,6 +104,11 @@ class Bundle:
         if stage not in self.stages:
             raise BundleError(f"{self.path} has no stage {stage!r}; it has {', '.join(self.stages)}")
         return self.path / onnx_path(stage)
+
+    @property
+    def reference_path(self) -> Path | None:
+        """What PyTorch gave at export (see `lfdm_export.reference`), if the bundle holds it."""
+        return self.path / REFERENCE if REFERENCE in self.manifest.files else None
 
     def label_index(self, label: str) -> int:
         """Row of a label; case and outer spaces do not count.
@@ -199,19 +200,9 @@ def _check_file(folder: Path, name: str, entry: FileEntry, *, check_hash: bool) 
 
 
 def _read_embeddings(path: Path, labels: int, width: int) -> tuple[Float32, Float32]:
-    expected = {LABEL_ROWS: (labels, width), NULL_ROW: (width,)}
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            for info in archive.zip.infolist():  # before anything is unpacked: a small file can claim to be huge
-                if info.file_size > 4 * (labels + 1) * width + 4096:
-                    raise BundleError(f"{path}: {info.filename} is larger than its labels need; export again")
-            arrays = {name: archive[name] for name in expected}
-    except (*_UNREADABLE_ARCHIVE, OSError) as error:
-        raise BundleError(f"{path} is no table of label embeddings ({error}); export again") from error
-    for name, shape in expected.items():
-        found = arrays[name]
-        if found.shape != shape or found.dtype != np.float32:
-            raise BundleError(f"{path}: {name} is {found.dtype} {found.shape}, expected float32 {shape}; export again")
+    expected = {LABEL_ROWS: ("float32", (labels, width)), NULL_ROW: ("float32", (width,))}
+    arrays = read_arrays(path, expected, "table of label embeddings")
+    for name, found in arrays.items():
         if not np.isfinite(found).all():
             raise BundleError(f"{path}: {name} holds values that are not finite; export again")
         found.setflags(write=False)

@@ -22,12 +22,14 @@ from lfdm_export.bundle import (
     NULL_ROW,
     ONNX_FOLDER,
     PARITY_FOLDER,
+    REFERENCE,
     Bundle,
     fingerprint,
     read_manifest,
 )
 from lfdm_export.errors import BundleError, InputError
 from lfdm_export.manifest import Manifest
+from lfdm_export.reference import Reference
 
 _log = logging.getLogger(__name__)
 
@@ -89,6 +91,10 @@ class BundleWriter:
             raise InputError("the label embeddings hold values that are not finite; make them again")
         with (self.folder / EMBEDDINGS).open("wb") as file:
             np.savez(file, **rows)  # type: ignore[arg-type]  # numpy's stub takes the arrays for `allow_pickle`
+
+    def write_reference(self, reference: Reference) -> None:
+        """Write what PyTorch gives, so that the bundle can be verified without PyTorch and the checkpoints."""
+        reference.save(self.folder / REFERENCE)
 
     def finish(self, manifest: Manifest) -> Bundle:
         """Hash all files, write the manifest last, and put the folder at the target in one rename.

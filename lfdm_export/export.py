@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from lfdm_export import onnx_export
 from lfdm_export.bundle import ONNX_FOLDER, TOKENIZER_FOLDER, Bundle
 from lfdm_export.bundle_writer import BundleWriter
-from lfdm_export.errors import InputError
+from lfdm_export.errors import ExportError, InputError
 from lfdm_export.manifest import TEXT_STAGE, Manifest
 from lfdm_export.preprocess import Preprocessing
 from lfdm_export.rewrite.stage_modules import stage_modules
 from lfdm_export.stages import Geometry, StageSpec, stage_specs
 from lfdm_models.config import LfdmConfig
 from lfdm_models.model import LfdmModel
+from lfdm_models.schedule import cosine_schedule
 from lfdm_models.text import BertTextEncoder, TextEncoderError
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ def export_bundle(
     if engine not in ENGINES:
         raise InputError(f"unknown engine precision {engine!r}; expected one of {', '.join(ENGINES)}")
     geometry = geometry_of(model.config, frames, image_size)
+    _require_cosine_schedule(model)
     encoder = _load_encoder(text_encoder, geometry.text_width)
     table = _label_table(model, labels, encoder)
     specs = stage_specs(geometry, with_text=encoder is not None)
@@ -122,6 +124,18 @@ def geometry_of(config: LfdmConfig, frames: int, image_size: int) -> Geometry:
         context_channels=config.dm.width,
         text_width=config.dm.text_width,
     )
+
+
+def _require_cosine_schedule(model: LfdmModel) -> None:
+    """A bundle says how long the schedule is, not what it is: there is but one published."""
+    found = model.diffusion.schedule()
+    expected = cosine_schedule(found.steps)
+    for name, values in expected.buffers().items():
+        if not np.allclose(found.buffers()[name], values, rtol=1e-4, atol=1e-6):
+            raise ExportError(
+                f"the DM's noise schedule is not the cosine schedule of {found.steps} steps (its {name} differs); "
+                "expected the published schedule; train the DM with it"
+            )
 
 
 def _write_graphs(

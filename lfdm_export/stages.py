@@ -61,6 +61,26 @@ class StageSpec:
 
 
 @dataclass(frozen=True)
+class ChainTolerance:
+    """Largest errors of a whole clip of 10 DDIM steps against float32 PyTorch with the same noise.
+
+    Attributes:
+        latent_max, latent_mean: |error| of the latent after any step, largest and mean.
+        picture_max: |error| of frames and warped images, of values in [0, 1].
+        beyond_one_level: share of their 8-bit values that are off by more than one level.
+    """
+
+    latent_max: float
+    latent_mean: float
+    picture_max: float
+    beyond_one_level: float
+
+
+#: By precision, as the stages' own tolerances are.
+CHAIN_TOLERANCES: Mapping[str, ChainTolerance] = {"fp32": ChainTolerance(1e-3, 5e-5, 1e-3, 1e-4)}
+
+
+@dataclass(frozen=True)
 class Geometry:
     """The sizes that the stages' shapes are made of; all fixed at export.
 

@@ -19,10 +19,15 @@ if TYPE_CHECKING:
     from lfdm_export.bundle import Bundle
 
 PROGRAM = "lfdm-export"
+#: What the published models were trained with, by its name on the Hugging Face hub.
+PUBLISHED_ENCODER = "bert-base-cased"
+#: Value of --text-encoder that asks for none.
+NO_ENCODER = "none"
 _EXAMPLES = """\
   lfdm-export                                   a small untrained model, to try things out
-  lfdm-export --lfae RegionMM.pth --dm flowdiff.pth --dataset mug \\
-              --text-encoder bert-base-cased --out mug
+  lfdm-export --lfae RegionMM.pth --dm flowdiff.pth --dataset mug --out mug
+  lfdm-export --lfae RegionMM.pth --dm flowdiff.pth --dataset mhad \\
+              --text-encoder folder/of/bert-base-cased --out mhad
   lfdm-export --model trained/ --frames 20 --image-size 64 --out small
 """
 
@@ -49,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--text-encoder",
         metavar="FOLDER|NAME",
-        help="the BERT of the DM's training (bert-base-cased): embeds the labels, and lets the bundle take free text",
+        help="the BERT of the DM's training: embeds the labels, and lets the bundle take free text; "
+        f"with --dataset it is {PUBLISHED_ENCODER}; {NO_ENCODER!r} exports without labels and text",
     )
     group.add_argument("--no-verify", action="store_true", help="do not compare the bundle with the model")
     add_common_options(parser)
@@ -61,6 +67,11 @@ def _export(args: argparse.Namespace) -> int:
     labels = DATASETS[args.dataset] if args.dataset else None
     if args.labels is not None:
         labels = read_labels(args.labels)
+    encoder = args.text_encoder
+    if encoder is None and args.dataset is not None:
+        encoder = PUBLISHED_ENCODER
+    elif encoder == NO_ENCODER:
+        encoder, labels = None, None if args.labels is None else labels
     if args.lfae is None and args.model is None:
         say(args, f"no checkpoints given: exporting the small model {UNTRAINED!r}, whose weights are untrained")
     if args.quiet:
@@ -75,7 +86,7 @@ def _export(args: argparse.Namespace) -> int:
             engine=args.engine,
             frames=args.frames,
             image_size=args.image_size,
-            text_encoder=args.text_encoder,
+            text_encoder=encoder,
             labels=labels,
             preprocessing=Preprocessing.for_dataset(args.dataset),
             progress=progress,

@@ -72,7 +72,7 @@ class BertTextEncoder(nn.Module):
         except Exception as error:  # the hub's client, the JSON and the weight readers each have their own
             reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
             wanted = "a folder with config.json, weights and tokenizer files"
-            advice = f"it must be {wanted}" if local else f"download it with network access, or give {wanted}"
+            advice = f"it must be {wanted}" if local else f"try again with access to the hub, or give {wanted}"
             raise TextEncoderError(f"the text encoder {name!r} cannot be loaded ({reason}); {advice}") from error
         finally:
             if silenced:
