@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ class Case(NamedTuple):
     """One variant: its model and its golden arrays."""
 
     model: LfdmModel
-    golden: dict[str, NDArray[np.generic]]
+    golden: dict[str, NDArray[Any]]
 
     def error(self, found: NDArray[np.generic] | torch.Tensor, name: str) -> float:
         expected = self.golden[name]
@@ -231,9 +231,7 @@ def bundle_step(
     def step(
         noisy: Float32, timestep: NDArray[np.int64], history: Float32, noise: Float32, coefficients: Float32
     ) -> tuple[Float32, Float32]:
-        latent, next_history = pipeline.stages.run(
-            "step", noisy, context, text, timestep, history, noise, coefficients
-        )
+        latent, next_history = pipeline.stages.run("step", noisy, context, text, timestep, history, noise, coefficients)
         return latent, next_history
 
     return step

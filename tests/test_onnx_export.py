@@ -99,6 +99,8 @@ def session(bundle: Bundle, stage: str) -> onnxruntime.InferenceSession:
 
 
 class Scale(nn.Module):
+    weight: Tensor
+
     def __init__(self, fixed: bool) -> None:
         super().__init__()
         self.fixed = fixed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -16,6 +16,9 @@ from onnx import TensorProto, helper
 from lfdm_export import sampling
 from lfdm_export.ops.group_norm_silu import group_norm_silu
 from lfdm_export.ops.group_norm_silu.onnx_function import group_norm_silu_functions
+from lfdm_export.ops.spatial_attention import spatial_attention
+from lfdm_export.ops.spatial_attention.onnx_function import spatial_attention_function
+from lfdm_export.ops.spatial_attention.reference import SpatialWeights
 from lfdm_export.ops.symbolic import DOMAIN, OPSET, VERSION
 from lfdm_export.ops.temporal_attention import temporal_attention
 from lfdm_export.ops.temporal_attention.onnx_function import temporal_attention_function
@@ -31,14 +34,14 @@ Array = NDArray[np.generic]
 def run_node(
     op_type: str,
     functions: Sequence[onnx.FunctionProto],
-    feeds: dict[str, Array],
+    feeds: Mapping[str, Array],
     outputs: dict[str, int],
     **attributes: int | float | str | list[int],
 ) -> list[NDArray[np.float32]]:
     """One node of the domain, as it stands in an exported graph, under ONNX Runtime; `outputs` are ranks by name."""
-    node = helper.make_node(
-        op_type, list(feeds), list(outputs), domain=DOMAIN, plugin_namespace=DOMAIN, plugin_version="1", **attributes
-    )
+    node = helper.make_node(op_type, list(feeds), list(outputs), domain=DOMAIN)
+    attributes |= {"plugin_namespace": DOMAIN, "plugin_version": "1"}
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
     kinds = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
     inputs = [helper.make_tensor_value_info(k, kinds[v.dtype], [None] * v.ndim) for k, v in feeds.items()]
     graph = helper.make_graph(
@@ -231,11 +234,28 @@ def test_group_norm_silu(modulated: bool) -> None:
         flat=[-1, channels, side, side],
     )
     scale_shift = (torch_of(modulation["scale"]), torch_of(modulation["shift"])) if modulated else None
-    expected = group_norm_silu(*map(torch_of, feeds.values()), scale_shift, frames=frames, groups=groups)
+    gamma, beta = torch_of(feeds["gamma"]), torch_of(feeds["beta"])
+    expected = group_norm_silu(torch_of(x), gamma, beta, scale_shift, frames=frames, groups=groups)
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
-# -- temporal attention
+# -- attention
+
+
+def test_spatial_attention() -> None:
+    frames, pixels, channels, heads, hidden = 3, 6, 16, 2, 24
+    weights = {
+        "gamma": normal(1, channels),
+        "query": normal(2, channels, hidden),
+        "key": normal(3, channels, hidden),
+        "value": normal(4, channels, hidden),
+        "out": normal(5, hidden, channels),
+    }
+    x = normal(7, frames, pixels, channels)
+    functions = [spatial_attention_function()]
+    (found,) = run_node("SpatialAttention", functions, {"x": x, **weights}, {"y": 3}, heads=heads)
+    constants = SpatialWeights(**{name: torch_of(value) for name, value in weights.items()})
+    np.testing.assert_allclose(found, spatial_attention(torch_of(x), constants, heads=heads), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rotary_width", [8, 4], ids=["all rotated", "half rotated"])

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lfdm_export.ops.spatial_attention import spatial_attention
+from lfdm_export.ops.spatial_attention.reference import SpatialWeights
 from lfdm_export.ops.temporal_attention import temporal_attention
 from lfdm_export.ops.temporal_attention.reference import TemporalWeights
 from lfdm_models.attention import Attention, Residual, SpatialLinearAttention
@@ -99,24 +101,18 @@ class FoldedTemporalAttention(nn.Module):
 class FoldedSpatialAttention(nn.Module):
     """x + ordinary attention over the pixels of each frame."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out: Tensor
-
     def __init__(self, block: Residual) -> None:
         super().__init__()
         attention = block.fn.fn.fn
         assert isinstance(attention, Attention)
         self.heads = attention.heads
-        qkv = attention.to_qkv.weight.detach() * _gamma(block)
-        for name, weight in zip("qkv", qkv.chunk(3), strict=True):
-            self.register_buffer(name, weight.t().contiguous())
-        self.register_buffer("out", attention.to_out.weight.detach().t().contiguous())
+        query, key, value = (w.t().contiguous() for w in attention.to_qkv.weight.detach().chunk(3))
+        out = attention.to_out.weight.detach().t().contiguous()
+        weights = SpatialWeights(_gamma(block), query, key, value, out)
+        for name, tensor in weights._asdict().items():
+            self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, P, C) -> the same shape."""
-        normed = F.layer_norm(x, (x.shape[-1],), eps=_EPSILON)
-        q, k, v = normed @ self.q, normed @ self.k, normed @ self.v
-        out, *_ = torch.onnx.ops.attention(q, k, v, q_num_heads=self.heads, kv_num_heads=self.heads)
-        return x + out @ self.out
+        weights = SpatialWeights(*(getattr(self, name) for name in SpatialWeights._fields))
+        return spatial_attention(x, weights, heads=self.heads)
