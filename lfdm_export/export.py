@@ -18,6 +18,7 @@ from lfdm_export import onnx_export
 from lfdm_export.bundle import ONNX_FOLDER, TOKENIZER_FOLDER, Bundle
 from lfdm_export.bundle_writer import BundleWriter
 from lfdm_export.errors import ExportError, InputError
+from lfdm_export.faithful import make_reference
 from lfdm_export.manifest import TEXT_STAGE, Manifest
 from lfdm_export.preprocess import Preprocessing
 from lfdm_export.rewrite.stage_modules import stage_modules
@@ -38,7 +39,7 @@ CHUNK_FRAMES = 8
 #: Stages that one traced graph gives, and the file that their weights share.
 _UNET_GRAPHS = {"step": ("step", "denoise"), "step_guided": ("step_guided", "denoise_guided")}
 _UNET_DATA = "unet.data"
-_VERSIONED = ("lfdm-export", "torch", "onnx", "onnxscript", "transformers")
+_VERSIONED = ("lfdm-export", "numpy", "torch", "onnx", "onnxscript", "transformers")
 
 
 def export_bundle(
@@ -51,6 +52,7 @@ def export_bundle(
     text_encoder: BertTextEncoder | str | os.PathLike[str] | None = None,
     labels: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
+    reference: bool = True,
     progress: Progress | None = None,
 ) -> Bundle:
     """Export a model as a bundle, atomically: an interrupted export leaves what was there.
@@ -66,6 +68,8 @@ def export_bundle(
         labels: the known labels, embedded by the text encoder, or chosen among those that the model
             brings. None keeps all that the model brings.
         preprocessing: what the data set does to its pictures; None for the plain rule.
+        reference: run the untouched networks as well and keep what they give, so that anybody can verify the bundle
+            without them.
         progress: called as ``progress(stage, done, total)``.
 
     Returns:
@@ -80,7 +84,7 @@ def export_bundle(
         raise InputError(f"unknown engine precision {engine!r}; expected one of {', '.join(ENGINES)}")
     geometry = geometry_of(model.config, frames, image_size)
     _require_cosine_schedule(model)
-    encoder = _load_encoder(text_encoder, geometry.text_width)
+    encoder = load_text_encoder(text_encoder, geometry.text_width)
     table = _label_table(model, labels, encoder)
     specs = stage_specs(geometry, with_text=encoder is not None)
     with BundleWriter(out_dir) as writer:
@@ -89,6 +93,8 @@ def export_bundle(
         writer.write_embeddings(rows, model.diffusion.denoise_fn.null_cond_emb.detach().numpy()[0])
         if encoder is not None:
             encoder.save_tokenizer(writer.folder / TOKENIZER_FOLDER)
+        if reference:
+            writer.write_reference(make_reference(model, geometry, text_encoder=encoder, progress=progress))
         return writer.finish(
             Manifest(
                 config=model.config,
@@ -171,7 +177,14 @@ def _write_graphs(
         progress("done", len(traced), len(traced))
 
 
-def _load_encoder(source: BertTextEncoder | str | os.PathLike[str] | None, text_width: int) -> BertTextEncoder | None:
+def load_text_encoder(
+    source: BertTextEncoder | str | os.PathLike[str] | None, text_width: int
+) -> BertTextEncoder | None:
+    """A text encoder, loaded if it is not yet, that fits the DM; None for None.
+
+    Raises:
+        InputError: it cannot be loaded, or its embeddings are of another width.
+    """
     if source is None:
         return None
     try:

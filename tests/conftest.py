@@ -5,8 +5,13 @@ import runpy
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from lfdm_export.bundle import Bundle
+    from lfdm_models.model import LfdmModel
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,3 +40,19 @@ def golden_checkpoints(
     folder = tmp_path_factory.mktemp("golden")
     yield {name: make(name, folder / name) for name in ("mug128", "natops128")}
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def small_model() -> LfdmModel:
+    """The small untrained model; not to be changed."""
+    from lfdm_models.demo import untrained_model
+
+    return untrained_model()
+
+
+@pytest.fixture(scope="session")
+def small_bundle(small_model: LfdmModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle of it, of 10 frames of 64 pixels, whose last decoded chunk is not full; not to be changed."""
+    from lfdm_export import export_bundle
+
+    return export_bundle(small_model, tmp_path_factory.mktemp("small") / "bundle", frames=10, image_size=64)

@@ -280,7 +280,7 @@ def test_embeddings_that_unpack_to_gigabytes_are_refused(folder: Path):
         archive.writestr("embeddings.npy", npy(np.zeros((3000, WIDTH), np.float32)))
         archive.writestr("null.npy", npy(NULL))
     replace_embeddings(folder, buffer.getvalue())
-    with pytest.raises(BundleError, match="larger than its labels need"):
+    with pytest.raises(BundleError, match="larger than a table of label embeddings needs"):
         Bundle.open(folder)
 
 

@@ -304,7 +304,9 @@ def test_bars_count(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 @dataclass
 class FakeReport:
     passed: bool
-    html_path: Path = Path("report.html")
+
+    def write(self, folder: Path) -> Path:
+        return folder / "report.html"
 
     def table(self) -> str:
         return "stage  error"
@@ -355,10 +357,11 @@ def test_export_of_nothing_is_the_untrained_model(calls: dict[str, Any], capsys:
         "text_encoder": None,
         "labels": None,
         "preprocessing": Preprocessing(),
+        "reference": True,
     }
-    assert calls["verify"]["model"] == "untrained"
+    assert calls["verify"]["model"] is None, "the reference is the model's, stored at export"
     printed = capsys.readouterr().out
-    for part in ("untrained", "bundle  ", "stage  error", "report  report.html"):
+    for part in ("untrained", "bundle  ", "stage  error", "parity/report.html"):
         assert part in printed
 
 
@@ -371,7 +374,24 @@ def test_export_of_checkpoints(calls: dict[str, Any]):
     assert (export["model"], export["out_dir"], export["text_encoder"]) == ("loaded", Path("x"), "bert")
     assert (export["frames"], export["image_size"], export["labels"]) == (16, 64, NATOPS)
     assert export["preprocessing"] == Preprocessing.for_dataset("natops")
+    assert export["reference"] is False
     assert "verify" not in calls
+
+
+@pytest.mark.parametrize(
+    ("options", "encoder", "labels"),
+    [
+        ([], "bert-base-cased", MUG),
+        (["--text-encoder", "folder"], "folder", MUG),
+        (["--text-encoder", "none"], None, None),
+        (["--labels", "jump"], "bert-base-cased", ("jump",)),
+    ],
+)
+def test_published_data_sets_bring_their_text_encoder(
+    calls: dict[str, Any], options: list[str], encoder: str | None, labels: tuple[str, ...] | None
+):
+    assert export_main(["--lfae", "a", "--dm", "b", "--dataset", "mug", *options, "-q"]) == 0
+    assert (calls["export"]["text_encoder"], calls["export"]["labels"]) == (encoder, labels)
 
 
 @pytest.mark.parametrize(
@@ -401,14 +421,15 @@ def test_the_parity_decides_the_status(
     assert calls["verify"]["model"] == "from trained"
     assert calls["verify"]["threads"] == 2
     printed = capsys.readouterr()
-    assert "report  report.html" in printed.out
+    assert "parity/report.html" in printed.out
     assert ("differs" in printed.err) is not passed
 
 
-def test_verify_needs_the_model_of_a_bundle(calls: dict[str, Any], bundle: Bundle, capsys: pytest.CaptureFixture[str]):
-    assert verify_main([str(bundle.path)]) == 1
-    assert "was not exported from the untrained model; give --lfae and --dm" in one_line(capsys.readouterr().err)
-    assert "verify" not in calls
+def test_verify_without_a_model_takes_the_stored_reference(calls: dict[str, Any], bundle: Bundle):
+    assert verify_main([str(bundle.path), "-q"]) == 0
+    assert calls["verify"]["model"] is None
+    assert verify_main([str(bundle.path), "--lfae", "a", "--dm", "b", "--text-encoder", "bert", "-q"]) == 0
+    assert (calls["verify"]["model"], calls["verify"]["text_encoder"]) == ("loaded", "bert")
 
 
 def test_labels_from_a_file(tmp_path: Path):

@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lfdm_export.clip",
         "lfdm_export.conditions",
         "lfdm_export.gif",
+        "lfdm_export.machine",
         "lfdm_export.json_codec",
         "lfdm_export.media",
         "lfdm_export.noise",
@@ -49,11 +50,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lfdm_export.ops", "lfdm_export.rewrite"),
     # Graphs, the folder that holds them, and what runs them.
     (
+        "lfdm_export.archives",
         "lfdm_export.bundle",
         "lfdm_export.bundle_writer",
         "lfdm_export.engines",
+        "lfdm_export.faithful",
         "lfdm_export.manifest",
         "lfdm_export.onnx_export",
+        "lfdm_export.reference",
+        "lfdm_export.reference_inputs",
         "lfdm_export.stage_runner",
     ),
     # What people ask for.
@@ -62,9 +67,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lfdm_export.export",
         "lfdm_export.pipeline",
         "lfdm_export.report",
+        "lfdm_export.report_charts",
+        "lfdm_export.report_page",
+        "lfdm_export.report_table",
         "lfdm_export.serve",
         "lfdm_export.triton",
         "lfdm_export.verify",
+        "lfdm_export.verify_chain",
+        "lfdm_export.verify_stages",
     ),
     ("lfdm_export.cli",),
 )
@@ -79,11 +89,11 @@ OPTIONAL = (
 HEAVY = (
     "lfdm_export.checkpoints",
     "lfdm_export.export",
+    "lfdm_export.faithful",
     "lfdm_export.model_folder",
     "lfdm_export.onnx_export",
     "lfdm_export.ops",
     "lfdm_export.rewrite",
-    "lfdm_export.verify",
     "lfdm_export.weight_files",
 )
 #: Of the networks' package, only these do without.

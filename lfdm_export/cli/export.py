@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lfdm_export.cli.console import OK, PARITY_FAILED, Bars, OneBar, add_common_options, make_parser, run, say
+from lfdm_export.cli.console import OK, OneBar, add_common_options, make_parser, run, say
 from lfdm_export.cli.models import UNTRAINED, add_model_options, check_model_options, open_model
+from lfdm_export.cli.verify import verify_and_report
 from lfdm_export.errors import InputError
 from lfdm_export.preprocess import Preprocessing
 from lfdm_models.labels import DATASETS
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the BERT of the DM's training: embeds the labels, and lets the bundle take free text; "
         f"with --dataset it is {PUBLISHED_ENCODER}; {NO_ENCODER!r} exports without labels and text",
     )
-    group.add_argument("--no-verify", action="store_true", help="do not compare the bundle with the model")
+    group.add_argument("--no-verify", action="store_true", help="do not run PyTorch and compare")
     add_common_options(parser)
     return parser
 
@@ -89,20 +89,13 @@ def _export(args: argparse.Namespace) -> int:
             text_encoder=encoder,
             labels=labels,
             preprocessing=Preprocessing.for_dataset(args.dataset),
+            reference=not args.no_verify,
             progress=progress,
         )
     say(args, f"bundle  {bundle.path} ({describe(bundle)})")
     if args.no_verify:
         return OK
-    from lfdm_export.verify import verify_bundle
-
-    with Bars(quiet=args.quiet) as progress:
-        report = verify_bundle(bundle, model=model, progress=progress)
-    say(args, report.table())
-    say(args, f"report  {report.html_path}")
-    if not report.passed:
-        sys.stderr.write(f"{PROGRAM}: the bundle differs from the model by more than its tolerance\n")
-    return OK if report.passed else PARITY_FAILED
+    return verify_and_report(PROGRAM, args, bundle)
 
 
 def read_labels(value: str) -> tuple[str, ...]:

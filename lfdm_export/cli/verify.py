@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lfdm_export.cli.console import OK, PARITY_FAILED, Bars, add_common_options, make_parser, run, say
 from lfdm_export.cli.models import add_model_options, check_model_options, open_model
-from lfdm_export.errors import InputError
+
+if TYPE_CHECKING:
+    from lfdm_export.bundle import Bundle
+    from lfdm_models.model import LfdmModel
 
 PROGRAM = "lfdm-verify"
 _EXAMPLES = """\
@@ -20,11 +24,18 @@ _EXAMPLES = """\
 def verify_main(argv: Sequence[str] | None = None) -> int:
     """Run ``lfdm-verify``; returns the exit status (see `lfdm_export.cli`)."""
     parser = make_parser(
-        PROGRAM, "Compare a bundle with the model that it was exported from, stage by stage and as a whole.", _EXAMPLES
+        PROGRAM,
+        "Compare a bundle with the model that it was exported from, stage by stage and as a whole.",
+        _EXAMPLES,
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="folder that lfdm-export wrote")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (all cores)")
-    add_model_options(parser, "What the bundle was exported from; may be left out for the small untrained model.")
+    add_model_options(
+        parser,
+        "What the bundle was exported from: PyTorch runs again, on fresh inputs. Without it the bundle is compared "
+        "with what PyTorch gave at export, which is kept in it; that needs no PyTorch.",
+    )
+    parser.add_argument("--text-encoder", metavar="FOLDER|NAME", help="the bundle's, where a model is given")
     add_common_options(parser)
     args = parser.parse_args(argv)
     check_model_options(parser, args)
@@ -33,16 +44,30 @@ def verify_main(argv: Sequence[str] | None = None) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from lfdm_export.bundle import Bundle
-    from lfdm_export.verify import verify_bundle
 
     bundle = Bundle.open(args.bundle)
-    if args.lfae is None and args.model is None and bundle.manifest.provenance.get("made_by") != "lfdm_models.demo":
-        raise InputError(f"{args.bundle} was not exported from the untrained model; give --lfae and --dm, or --model")
-    model = open_model(args)
+    model = None if args.lfae is None and args.model is None else open_model(args)
+    return verify_and_report(PROGRAM, args, bundle, model=model, threads=args.threads, text_encoder=args.text_encoder)
+
+
+def verify_and_report(
+    program: str,
+    args: argparse.Namespace,
+    bundle: Bundle,
+    *,
+    model: LfdmModel | None = None,
+    threads: int | None = None,
+    text_encoder: str | None = None,
+) -> int:
+    """Verify a bundle, print the table, write the report into the bundle; returns the exit status."""
+    from lfdm_export.bundle import PARITY_FOLDER
+    from lfdm_export.verify import verify_bundle
+
     with Bars(quiet=args.quiet) as progress:
-        report = verify_bundle(bundle, model=model, threads=args.threads, progress=progress)
+        report = verify_bundle(bundle, model=model, threads=threads, text_encoder=text_encoder, progress=progress)
+    page = report.write(bundle.path / PARITY_FOLDER)
     say(args, report.table())
-    say(args, f"report  {report.html_path}")
+    say(args, f"report  {page}")
     if not report.passed:
-        sys.stderr.write(f"{PROGRAM}: the bundle differs from the model by more than its tolerance\n")
+        sys.stderr.write(f"{program}: the bundle differs from the model by more than its tolerance; see {page}\n")
     return OK if report.passed else PARITY_FAILED
