@@ -76,7 +76,12 @@ def count_graph(model: onnx.ModelProto, batch: int = 1) -> Count:
     model, shapes = _with_shapes(model, batch)
     flops: dict[str, int] = defaultdict(int)
     sampled = 0
+    # What comes of weights alone is computed once, when an engine loads the graph.
+    constant = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
+        if all(name in constant for name in node.input if name):
+            constant.update(node.output)
+            continue
         if node.op_type in _UNKNOWN:
             raise ValueError(f"operator {node.op_type} ({node.name!r}) is not known here; teach benchmarks/flops.py")
         if node.op_type == "GridSample":

@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -94,7 +95,9 @@ def export_bundle(
         if encoder is not None:
             encoder.save_tokenizer(writer.folder / TOKENIZER_FOLDER)
         if reference:
-            writer.write_reference(make_reference(model, geometry, text_encoder=encoder, progress=progress))
+            writer.write_reference(
+                make_reference(model, geometry, seed=secrets.randbits(32), text_encoder=encoder, progress=progress)
+            )
         return writer.finish(
             Manifest(
                 config=model.config,

@@ -17,7 +17,6 @@ from lfdm_export.noise import check_seeds
 from lfdm_export.preprocess import to_float, to_uint8
 from lfdm_export.reference import (
     MAX_VALUES,
-    STORED_SEED,
     TOKEN_COUNT,
     ChainReference,
     Reference,
@@ -51,7 +50,7 @@ def make_reference(
     model: LfdmModel,
     geometry: Geometry,
     *,
-    seed: int = STORED_SEED,
+    seed: int,
     text_encoder: BertTextEncoder | None = None,
     whole: bool = False,
     progress: Progress | None = None,

@@ -31,8 +31,6 @@ Float32: TypeAlias = NDArray[np.float32]
 UInt8: TypeAlias = NDArray[np.uint8]
 Int64: TypeAlias = NDArray[np.int64]
 
-#: Seed of the references that are stored in bundles.
-STORED_SEED = 20230326
 #: At most so many values of an output are kept in a stored reference.
 MAX_VALUES = 65_536
 #: Tokens of each text that the stage `text` is compared on; longer ones are cut, shorter ones padded.

@@ -429,7 +429,8 @@ def test_verify_without_a_model_takes_the_stored_reference(calls: dict[str, Any]
     assert verify_main([str(bundle.path), "-q"]) == 0
     assert calls["verify"]["model"] is None
     assert verify_main([str(bundle.path), "--lfae", "a", "--dm", "b", "--text-encoder", "bert", "-q"]) == 0
-    assert (calls["verify"]["model"], calls["verify"]["text_encoder"]) == ("loaded", "bert")
+    verify = calls["verify"]
+    assert (verify["model"], verify["text_encoder"]) == ("loaded", "bert")
 
 
 def test_labels_from_a_file(tmp_path: Path):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import numpy as np
+import onnx.numpy_helper
 import onnx.parser
 import pytest
 
@@ -70,6 +72,14 @@ def test_operators_cost_what_hand_counting_says(graph: str, expected: dict[str, 
 def test_functions_are_counted_inside() -> None:
     graph = "g (float[N,5,4] x, float[4,4] w) => (float[N,5,4] y) { y = lfdm.Twice (x, w) }"
     assert count(graph, function=FUNCTION) == {"MatMul": 2 * 2 * 20 * 4}
+
+
+def test_products_of_weights_alone_are_not_counted() -> None:
+    # Large enough that it is not folded away before counting.
+    graph = "g (float[N,128] x) => (float[N,128] y) { b = MatMul (a, a)  w = MatMul (b, a)  y = MatMul (x, w) }"
+    model = onnx.parser.parse_model(HEADER + graph)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((128, 128), np.float32), "a"))
+    assert count_graph(model).flops == {"MatMul": 2 * 128 * 128}
 
 
 def test_sampling_is_listed_by_its_bytes() -> None:

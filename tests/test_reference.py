@@ -93,13 +93,14 @@ def test_the_identity_belongs_to_flow_that_is_not_residual():
 
 
 def test_inputs_depend_on_the_seed_alone():
-    state = np.random.get_state()[1].copy()  # type: ignore[index, union-attr]  # noqa: NPY002
+    np.random.seed(7)  # noqa: NPY002  # the global state, which must be left alone
+    expected = np.random.RandomState(7).random_sample()
     first, again, other = (draw_inputs(CONFIG, GEOMETRY, seed) for seed in (1, 1, 2))
     assert sorted(first) == sorted(DRAWN)
     for name in DRAWN:
         np.testing.assert_array_equal(first[name], again[name])
         assert (first[name] != other[name]).any(), name
-    np.testing.assert_array_equal(state, np.random.get_state()[1])  # type: ignore[arg-type]  # noqa: NPY002
+    assert np.random.random_sample() == expected  # noqa: NPY002
 
 
 # ------------------------------------------------------------------------------- the networks' outputs
@@ -111,10 +112,10 @@ def test_denoising_is_the_untouched_unets(small_model: LfdmModel, reference: Ref
     scales = inputs["guidance_scale"].tolist()
     for sample in range(BATCH_SIZE):
         names = ("noisy_latent", "feature", "text_embedding", "timestep")
-        condition = [inputs[name][sample : sample + 1] for name in names]
+        latent, feature, embedding, timestep = (inputs[name][sample : sample + 1] for name in names)
         for stage, scale in (("denoise", 1.0), ("denoise_guided", scales[sample])):
             found = output(reference, stage, "predicted_noise")[sample]
-            np.testing.assert_allclose(found, unet.guided(*condition, scale)[0], atol=2e-5)
+            np.testing.assert_allclose(found, unet.guided(latent, feature, embedding, timestep, scale)[0], atol=2e-5)
 
 
 def test_context_is_the_features_share_of_the_first_convolution(small_model: LfdmModel, reference: Reference):
@@ -181,7 +182,7 @@ def test_without_labels_the_chain_has_an_embedding_of_its_own(small_model: LfdmM
 def test_progress_counts_to_the_end(small_model: LfdmModel):
     seen: list[tuple[str, int, int]] = []
     geometry = dataclasses.replace(GEOMETRY, frames=2, chunk_frames=1)
-    make_reference(small_model, geometry, progress=lambda *call: seen.append(call))
+    make_reference(small_model, geometry, seed=SEED, progress=lambda *call: seen.append(call))
     assert {name for name, _, _ in seen} == {"reference"}
     done, totals = [call[1] for call in seen], {call[2] for call in seen}
     assert done[0] == 0
@@ -192,7 +193,7 @@ def test_progress_counts_to_the_end(small_model: LfdmModel):
 def test_networks_that_give_nan_are_refused(small_model: LfdmModel):
     broken = dataclasses.replace(small_model, label_embeddings={"a": np.full(768, np.nan, np.float32)})
     with pytest.raises(ExportError, match="the model itself gives frames that are not finite"):
-        make_reference(broken, dataclasses.replace(GEOMETRY, frames=1, chunk_frames=1))
+        make_reference(broken, dataclasses.replace(GEOMETRY, frames=1, chunk_frames=1), seed=SEED)
 
 
 def test_seeds_out_of_range(small_model: LfdmModel):

@@ -79,12 +79,16 @@ def _show_the_image(lfae: Lfae) -> None:
     colours = lfae.config.image_channels
     for colour in range(colours):
         _set_tap(generator.first.conv, colour, colour, 1.0)
-        _set_tap(generator.final, colour, colour, 8.0, bias=-2.0)
     # Elsewhere: what the decoder adds, faintly, and nothing in place of the colours.
     last_up = generator.up_blocks[-1]
     assert isinstance(last_up, UpBlock)
     last_up.norm.weight[:colours] = 0.0
-    generator.final.weight[:, colours:] *= 0.5
+    final = generator.final.weight
+    final *= 0.5
+    final[:, :colours] = 0.0
+    for colour in range(colours):
+        final[(colour, colour, *(size // 2 for size in final.shape[2:]))] = 8.0
+    generator.final.bias.fill_(-2.0)  # type: ignore[union-attr]
 
 
 def _predict_the_noise(diffusion: Diffusion) -> None:
