@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lfdm_export.errors import ExportError
 from lfdm_export.ops.group_norm_silu.onnx_function import group_norm_silu_functions
+from lfdm_export.ops.small_conv.onnx_function import small_conv_function
 from lfdm_export.ops.spatial_attention.onnx_function import spatial_attention_function
 from lfdm_export.ops.symbolic import DOMAIN, OPSET, VERSION
 from lfdm_export.ops.temporal_attention.onnx_function import temporal_attention_function
@@ -172,7 +173,12 @@ def _add_functions(model: ir.Model) -> None:
     """Add the bodies of the domain's operators that the graph uses, and the domain itself."""
     known = {
         function.name: function
-        for function in (*warp_functions(), *group_norm_silu_functions(), spatial_attention_function())
+        for function in (
+            *warp_functions(),
+            *group_norm_silu_functions(),
+            spatial_attention_function(),
+            small_conv_function(),
+        )
     }
     for node in model.graph:
         key = (node.domain, node.op_type, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,6 +17,9 @@ from onnx import TensorProto, helper
 from lfdm_export import sampling
 from lfdm_export.ops.group_norm_silu import group_norm_silu
 from lfdm_export.ops.group_norm_silu.onnx_function import group_norm_silu_functions
+from lfdm_export.ops.small_conv import small_conv, suits_small_conv
+from lfdm_export.ops.small_conv.onnx_function import small_conv_function
+from lfdm_export.ops.small_conv.reference import transforms
 from lfdm_export.ops.spatial_attention import spatial_attention
 from lfdm_export.ops.spatial_attention.onnx_function import spatial_attention_function
 from lfdm_export.ops.spatial_attention.reference import SpatialWeights
@@ -42,13 +46,18 @@ def run_node(
     node = helper.make_node(op_type, list(feeds), list(outputs), domain=DOMAIN)
     attributes |= {"plugin_namespace": DOMAIN, "plugin_version": "1"}
     node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
-    kinds = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
+    kinds = {
+        np.dtype(np.float32): TensorProto.FLOAT,
+        np.dtype(np.float64): TensorProto.DOUBLE,
+        np.dtype(np.int64): TensorProto.INT64,
+    }
+    first = kinds[next(iter(feeds.values())).dtype]
     inputs = [helper.make_tensor_value_info(k, kinds[v.dtype], [None] * v.ndim) for k, v in feeds.items()]
     graph = helper.make_graph(
         [node],
         op_type,
         inputs,
-        [helper.make_tensor_value_info(k, TensorProto.FLOAT, [None] * rank) for k, rank in outputs.items()],
+        [helper.make_tensor_value_info(k, first, [None] * rank) for k, rank in outputs.items()],
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
     model = helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10)
@@ -237,6 +246,28 @@ def test_group_norm_silu(modulated: bool) -> None:
     gamma, beta = torch_of(feeds["gamma"]), torch_of(feeds["beta"])
     expected = group_norm_silu(torch_of(x), gamma, beta, scale_shift, frames=frames, groups=groups)
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-5)
+
+
+# -- small convolutions
+
+
+@pytest.mark.parametrize("size", [(2, 2), (4, 4), (2, 4)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_small_conv(size: tuple[int, int], dtype: type[np.floating[Any]]) -> None:
+    arrays = {"x": normal(1, 3, 5, *size), "weight": normal(2, 6, 5, 3, 3), "bias": normal(3, 6)}
+    matrices = zip(("kernel", "spread", "gather"), transforms(*size), strict=True)
+    feeds = {name: np.asarray(value, dtype) for name, value in (*arrays.items(), *matrices)}
+    (found,) = run_node("SmallConv", [small_conv_function()], feeds, {"y": 4}, height=size[0], width=size[1])
+    expected = small_conv(*(torch_of(feeds[name]) for name in arrays)).numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 if dtype is np.float64 else 1e-5)
+
+
+def test_where_small_convs_are_used() -> None:
+    kernel = torch.zeros(6, 5, 3, 3)
+    assert suits_small_conv(torch.zeros(1, 5, 4, 4), kernel)
+    assert not suits_small_conv(torch.zeros(1, 5, 8, 8), kernel)
+    assert not suits_small_conv(torch.zeros(1, 5, 3, 4), kernel), "half a tile"
+    assert not suits_small_conv(torch.zeros(1, 5, 4, 4), torch.zeros(6, 5, 1, 1))
 
 
 # -- attention

@@ -64,20 +64,21 @@ def phase_kernels(weight: Tensor) -> Tensor:
     return kernels.flatten(0, 1)
 
 
-def phase_convs(padded: Tensor, kernels: Tensor, bias: Tensor) -> list[Tensor]:
+def phase_convs(x: Tensor, kernels: Tensor, bias: Tensor, *, padding_mode: str = "constant") -> list[Tensor]:
     """The four phases of conv 3x3 (nearest x2) of a map.
 
     Args:
-        padded: the map with one pixel of padding on each side, (N, in, h + 2, w + 2).
+        x: the map, (N, in, h, w).
         kernels: of `phase_kernels`, (4, out, in, 2, 2).
         bias: (out,).
+        padding_mode: how the map goes on beyond its border: "constant" (zeros) or "replicate".
 
     Returns:
         Phases (py, px) = (0, 0), (0, 1), (1, 0), (1, 1), each (N, out, h, w).
     """
-    height, width = padded.shape[2] - 2, padded.shape[3] - 2
+    # Padded for each phase: ONNX Runtime takes zero padding into the convolution, slices of one padded map are copies.
     return [
-        F.conv2d(padded[:, :, py : py + height + 1, px : px + width + 1], kernels[2 * py + px], bias)
+        F.conv2d(F.pad(x, (1 - px, px, 1 - py, py), mode=padding_mode), kernels[2 * py + px], bias)
         for py in range(2)
         for px in range(2)
     ]

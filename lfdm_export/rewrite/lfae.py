@@ -67,7 +67,7 @@ class PhasedUp(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N, in, h, w) -> four (N, out, h, w)."""
-        return [F.relu(phase) for phase in phase_convs(F.pad(x, (1, 1, 1, 1)), self.kernels, self.bias)]
+        return [F.relu(phase) for phase in phase_convs(x, self.kernels, self.bias)]
 
 
 class Decode(nn.Module):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfdm_export.ops.group_norm_silu import group_norm_silu
+from lfdm_export.ops.small_conv import small_conv, suits_small_conv
 from lfdm_export.rewrite.attention import FoldedLinearAttention, FoldedSpatialAttention, FoldedTemporalAttention
 from lfdm_export.rewrite.convolution import fold_time, phase_convs, phase_kernels
 from lfdm_models.unet import LATENT_CHANNELS, ConvBlock, Level, ResBlock, Unet3D
@@ -37,7 +38,7 @@ class UpsampledConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, h, w) -> (N, C', 2h, 2w)."""
-        phases = phase_convs(F.pad(x, (1, 1, 1, 1), mode="replicate"), self.weight, self.bias)
+        phases = phase_convs(x, self.weight, self.bias, padding_mode="replicate")
         return F.pixel_shuffle(torch.stack(phases, dim=2).flatten(1, 2), 2)
 
 
@@ -56,7 +57,12 @@ class FoldedConvBlock(nn.Module):
 
     def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """(B·T, in, h, w) and two (B, out) -> (B·T, out, h, w)."""
-        return group_norm_silu(self.conv(x), self.gamma, self.beta, scale_shift, frames=self.frames, groups=self.groups)
+        if suits_small_conv(x, self.conv.weight):
+            assert self.conv.bias is not None
+            out = small_conv(x, self.conv.weight, self.conv.bias)
+        else:
+            out = self.conv(x)
+        return group_norm_silu(out, self.gamma, self.beta, scale_shift, frames=self.frames, groups=self.groups)
 
 
 class FoldedResBlock(nn.Module):
