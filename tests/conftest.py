@@ -23,6 +23,23 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+#: Largest absolute errors against golden arrays, by what was compared; printed when the tests are done.
+GOLDEN_ERRORS = pytest.StashKey[dict[str, float]]()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    errors = config.stash.get(GOLDEN_ERRORS, {})
+    if errors:
+        terminalreporter.section("largest absolute errors against the golden cases")
+        for name, error in errors.items():
+            terminalreporter.write_line(f"{name:<50} {error:.1e}")
+
+
+@pytest.fixture(scope="session")
+def golden_errors(request: pytest.FixtureRequest) -> dict[str, float]:
+    return request.config.stash.setdefault(GOLDEN_ERRORS, {})
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder of golden cases and photographs, which lies beside the repository."""

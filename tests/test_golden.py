@@ -24,15 +24,19 @@ LATENT = (1, 3, 40, 32, 32)
 
 
 class Case(NamedTuple):
-    """One variant: its model and its golden arrays."""
+    """One variant: its model, its golden arrays, and the errors found so far."""
 
+    variant: str
     model: LfdmModel
     golden: dict[str, NDArray[Any]]
+    errors: dict[str, float]
 
-    def error(self, found: NDArray[np.generic] | torch.Tensor, name: str) -> float:
+    def error(self, found: NDArray[np.generic] | torch.Tensor, name: str, whose: str = "networks") -> float:
         expected = self.golden[name]
         assert tuple(found.shape) == expected.shape
-        return float(np.abs(np.asarray(found) - expected).max())
+        error = float(np.abs(np.asarray(found) - expected).max())
+        self.errors[f"{self.variant} {whose} {name}"] = error
+        return error
 
     @property
     def image(self) -> torch.Tensor:
@@ -49,12 +53,15 @@ class Case(NamedTuple):
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def case(
-    request: pytest.FixtureRequest, shared_dir: Path, golden_checkpoints: dict[str, tuple[Path, Path]]
+    request: pytest.FixtureRequest,
+    shared_dir: Path,
+    golden_checkpoints: dict[str, tuple[Path, Path]],
+    golden_errors: dict[str, float],
 ) -> Iterator[Case]:
     with np.load(shared_dir / "golden" / f"cases_{request.param}.npz") as archive:
         golden = dict(archive)
     with torch.inference_mode():
-        yield Case(load_model(*golden_checkpoints[request.param]), golden)
+        yield Case(request.param, load_model(*golden_checkpoints[request.param]), golden, golden_errors)
 
 
 def stream(seed: int) -> Iterator[Float32]:
@@ -193,7 +200,7 @@ def pipeline(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
 def test_bundle(case: Case, pipeline: Pipeline) -> None:
     golden = case.golden
     encoded = pipeline.encode(golden["image_u8"])
-    assert case.error(encoded.skips[-1], "feature") <= 1e-5
+    assert case.error(encoded.skips[-1], "feature", "bundle") <= 1e-5
 
     for chain in chains_of(case):
         draws = stream(chain.seed)
@@ -205,22 +212,22 @@ def test_bundle(case: Case, pipeline: Pipeline) -> None:
             latent = clip.latent
         else:
             latent = sample(bundle_step(pipeline, encoded.context, golden["cond"]), chain.table, next(draws), draws)
-        difference = np.abs(latent - golden[chain.name])
-        assert difference.max() <= 1e-3, chain.name
-        assert difference.mean() <= 5e-5, chain.name
+        assert case.error(latent, chain.name, "bundle") <= 1e-3, chain.name
+        assert np.abs(latent - golden[chain.name]).mean() <= 5e-5, chain.name
         if chain.name != "ddim10_eta1_scale1":
             continue
         frames, warped = pipeline.decode(encoded, latent)
         index = golden["frame_index"]
-        assert case.error(frames[:, :, index], "frames") <= 1e-3
-        assert case.error(warped[:, :, index], "warped") <= 1e-3
+        assert case.error(frames[:, :, index], "frames", "bundle") <= 1e-3
+        assert case.error(warped[:, :, index], "warped", "bundle") <= 1e-3
+        case.error(clip.frames.astype(np.int16), "video_u8", "bundle")
         levels = np.abs(clip.frames.astype(np.int16) - golden["video_u8"])
         assert (levels <= 1).mean() >= 0.9999
         np.testing.assert_array_equal(clip.frames, to_uint8(frames))
     for timestep in ddpm_steps(case):
         step = bundle_step(pipeline, encoded.context, golden["cond"])
         found = sample(step, one_step(timestep), next(stream(7)), stream(14))
-        assert case.error(found, f"ddpm_step_t{timestep}") <= 1e-3, timestep
+        assert case.error(found, f"ddpm_step_t{timestep}", "bundle") <= 1e-3, timestep
 
 
 def bundle_step(
@@ -240,8 +247,8 @@ def bundle_step(
 @pytest.mark.full
 def test_bundle_estimates_motion(case: Case, pipeline: Pipeline) -> None:
     (latent,) = pipeline.stages.run("estimate_motion", case.image.numpy(), case.driving.numpy())
-    assert case.error(latent[:, :2].transpose(0, 2, 3, 1), "lfae_optical_flow") <= 5e-5
-    assert case.error((latent[:, 2:] + 1) / 2, "lfae_occlusion_map") <= 5e-5
+    assert case.error(latent[:, :2].transpose(0, 2, 3, 1), "lfae_optical_flow", "bundle") <= 5e-5
+    assert case.error((latent[:, 2:] + 1) / 2, "lfae_occlusion_map", "bundle") <= 5e-5
     clip = pipeline.transfer_motion(case.golden["image_u8"], np.asarray(case.golden["driving_u8"]))
     expected = to_uint8(np.asarray(case.golden["lfae_prediction"])[:, :, None])
     assert (np.abs(clip.frames.astype(np.int16) - expected) <= 1).mean() >= 0.9999

@@ -126,7 +126,9 @@ def test_a_hub_name_without_network_says_how_to_get_it(monkeypatch: pytest.Monke
         raise OSError("We couldn't connect to the hub.\nCheck your connection.")
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unreachable)
-    with pytest.raises(TextEncoderError, match=r"'some/encoder' cannot be loaded \(We couldn't connect.*access to the hub"):
+    with pytest.raises(
+        TextEncoderError, match=r"'some/encoder' cannot be loaded \(We couldn't connect.*access to the hub"
+    ):
         BertTextEncoder.load("some/encoder")
 
 
