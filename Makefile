@@ -41,7 +41,7 @@ demo: install
 	rm -rf demo
 	mkdir demo
 	$(BIN)/lfdm-export --engine fp32 --out demo/bundle
-	$(BIN)/lfdm-generate demo/bundle --image $(PHOTO) --label happiness --seed 0 --out demo/clip.gif
+	$(BIN)/lfdm-generate demo/bundle --image $(PHOTO) --label happiness --seed 0 --panels --out demo/clip.gif
 	@echo
 	@echo "clip           $(CURDIR)/demo/clip.gif"
 	@echo "bundle         $(CURDIR)/demo/bundle"

@@ -1,0 +1,252 @@
+"""``lfdm-train``: the two stages of training as commands.
+
+Exit status: 0 done; 1 an error, told in one line; 2 wrong usage; 130 stopped on request, with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lfdm_models.training.errors import TrainingError
+from lfdm_models.training.settings import (
+    DATA,
+    DEVICES,
+    DM_OPTIMISER,
+    LFAE_OPTIMISER,
+    PRECISIONS,
+    SIZES,
+    OptimiserSettings,
+    RunSettings,
+)
+
+if TYPE_CHECKING:
+    from lfdm_models.training.loop import Outcome
+    from lfdm_models.training.recipes import DataSettings
+
+PROGRAM = "lfdm-train"
+OK, FAILED, STOPPED = 0, 1, 130
+_EXAMPLES = """\
+  lfdm-train lfae --out runs/lfae --steps 20000
+  lfdm-train dm --lfae runs/lfae/lfae.pth --out runs/dm --steps 20000
+  lfdm-train lfae --data mug --root MUG --size published --image-size 128 --vgg vgg19.pth --out runs/mug-lfae \\
+              --steps 100000
+  lfdm-train dm --data mug --root MUG --size published --image-size 128 --frames 40 \\
+              --lfae runs/mug-lfae/lfae.pth --text-encoder bert-base-cased --out runs/mug-dm --steps 100000
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``lfdm-train``; returns the exit status."""
+    args = _parser().parse_args(argv)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(levelname)s: %(message)s"))
+    logger = logging.getLogger("lfdm_models")
+    logger.addHandler(handler)
+    try:
+        outcome = _train(args)
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return STOPPED
+    except Exception as error:
+        if args.debug:
+            raise
+        _complain("error: " + _describe(error))
+        return FAILED
+    finally:
+        logger.removeHandler(handler)
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in outcome.losses.items())
+    if not args.quiet:
+        Console(soft_wrap=True).print(f"step {outcome.step}: {losses}\ncheckpoint  {outcome.checkpoint}", markup=False)
+    if not outcome.finished:
+        _complain(f"stopped after step {outcome.step} of {args.steps}; go on with --resume")
+        return STOPPED
+    return OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Train the latent flow autoencoder (lfae), then the diffusion model (dm).",
+        epilog="examples:\n" + _EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    lfae = stages.add_parser("lfae", help="the autoencoder: how images move", allow_abbrev=False)
+    dm = stages.add_parser("dm", help="the diffusion model: which motion a label asks for", allow_abbrev=False)
+    lfae.add_argument("--vgg", type=Path, metavar="FILE", help="torchvision's weights of VGG-19, for the loss")
+    lfae.add_argument("--start", type=Path, metavar="FILE", help="an LFAE checkpoint to begin with")
+    dm.add_argument("--lfae", type=Path, required=True, metavar="FILE", help="the trained autoencoder")
+    dm.add_argument("--released-lfae", action="store_true", help="it is a released one, of the published size")
+    dm.add_argument("--text-encoder", metavar="FOLDER|NAME", help="a BERT that embeds the labels (fixed vectors)")
+    dm.add_argument(
+        "--residual-flow",
+        action=argparse.BooleanOptionalAction,
+        help="train on offsets from the identity (small: yes; published: no)",
+    )
+    _add_options(lfae, batch_size=16)
+    _add_options(dm, batch_size=8)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on where the run in that folder ended")
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the networks")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", choices=DATA, default="procedural", help="the data set (%(default)s)")
+    data.add_argument("--root", type=Path, metavar="DIR", help="its folder")
+    data.add_argument("--image-size", type=int, default=64, metavar="N", help="pixels a side (%(default)s)")
+    data.add_argument("--frames", type=int, default=16, metavar="T", help="frames of a clip (%(default)s)")
+    data.add_argument("--subjects", metavar="1,3,5", help="who is trained on (mhad, natops)")
+    data.add_argument("--no-jitter", action="store_true", help="leave colours as they are")
+    data.add_argument("--workers", type=int, default=0, metavar="N", help="processes that make examples")
+    run = parser.add_argument_group("run")
+    run.add_argument("--steps", type=int, required=True, metavar="N", help="steps of the optimiser")
+    run.add_argument("--batch-size", type=int, default=batch_size, metavar="N", help="examples a pass (%(default)s)")
+    run.add_argument("--accumulate", type=int, default=1, metavar="N", help="passes a step (%(default)s)")
+    run.add_argument("--learning-rate", type=float, metavar="RATE", help="(the published one)")
+    run.add_argument("--warm-up", type=int, default=0, metavar="N", help="steps in which the rate rises (%(default)s)")
+    run.add_argument("--clip-norm", type=float, default=0.0, metavar="X", help="longest gradient; 0: any (%(default)s)")
+    run.add_argument("--ema", type=float, default=0.999, metavar="X", help="decay of the mean weights (%(default)s)")
+    run.add_argument("--seed", type=int, default=0, metavar="N", help="of everything (%(default)s)")
+    run.add_argument("--device", choices=DEVICES, default="auto")
+    run.add_argument("--precision", choices=PRECISIONS, default="auto")
+    run.add_argument("--threads", type=int, metavar="N", help="threads on the CPU (all cores)")
+    run.add_argument("--checkpoint-every", type=int, default=500, metavar="N", help="steps (%(default)s)")
+    run.add_argument("--preview-every", type=int, default=0, metavar="N", help="steps; 0: never (%(default)s)")
+    run.add_argument("--log-every", type=int, default=50, metavar="N", help="steps (%(default)s)")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _train(args: argparse.Namespace) -> Outcome:
+    import torch
+
+    from lfdm_models.training import recipes
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    config = recipes.network_config(args.size, args.data)
+    data, run = _data(args), _run(args)
+    with _Bar(quiet=args.quiet, log_every=args.log_every) as bar:
+        if args.stage == "lfae":
+            return recipes.train_lfae(
+                config.lfae,
+                data,
+                _optimiser(args, LFAE_OPTIMISER),
+                run,
+                args.out,
+                vgg=args.vgg,
+                start=args.start,
+                resume=args.resume,
+                progress=bar,
+            )
+        if args.residual_flow is not None:
+            config = dataclasses.replace(config, residual_flow=args.residual_flow)
+        return recipes.train_dm(
+            config,
+            args.lfae,
+            data,
+            _optimiser(args, DM_OPTIMISER),
+            run,
+            args.out,
+            lfae_tells_config=not args.released_lfae,
+            text_encoder=args.text_encoder,
+            resume=args.resume,
+            progress=bar,
+        )
+
+
+def _data(args: argparse.Namespace) -> DataSettings:
+    from lfdm_models.training.recipes import DataSettings
+
+    subjects = None
+    if args.subjects is not None:
+        try:
+            subjects = tuple(int(part) for part in args.subjects.split(","))
+        except ValueError:
+            raise TrainingError(f"--subjects is {args.subjects!r}, expected numbers such as 1,3,5") from None
+    return DataSettings(args.data, args.root, args.image_size, args.frames, subjects, not args.no_jitter)
+
+
+def _run(args: argparse.Namespace) -> RunSettings:
+    return RunSettings(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        accumulate=args.accumulate,
+        seed=args.seed,
+        ema=args.ema,
+        checkpoint_every=args.checkpoint_every,
+        preview_every=args.preview_every,
+        log_every=args.log_every,
+        workers=args.workers,
+        device=args.device,
+        precision=args.precision,
+    )
+
+
+def _optimiser(args: argparse.Namespace, published: OptimiserSettings) -> OptimiserSettings:
+    rate = published.learning_rate if args.learning_rate is None else args.learning_rate
+    return dataclasses.replace(published, learning_rate=rate, warm_up=args.warm_up, clip_norm=args.clip_norm)
+
+
+def _describe(error: Exception) -> str:
+    from lfdm_models.text import TextEncoderError
+
+    if isinstance(error, TrainingError | TextEncoderError | ValueError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return f"{type(error).__name__}: {error} (a fault of this program: run again with --debug, and report it)"
+
+
+def _complain(message: str) -> None:
+    text = f"{PROGRAM}: {' '.join(message.split())}"
+    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+class _Bar:
+    """Progress on stderr: a bar on a terminal, a line now and then in a log file."""
+
+    def __init__(self, *, quiet: bool, log_every: int) -> None:
+        self._console = Console(stderr=True, soft_wrap=True)
+        self._log_every = 0 if quiet or self._console.is_terminal else log_every
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=quiet or not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("training")
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, done: int, total: int, losses: Mapping[str, float]) -> None:
+        text = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        self._progress.update(self._task, completed=done, total=total, description=text)
+        if self._log_every and done % self._log_every == 0:
+            self._console.print(f"step {done}/{total}  {text}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,186 @@
+"""The second stage: the DM learns to denoise flow, given the first frame and a label.
+
+Source: Ni et al., CVPR 2023 (arXiv 2303.13744), Sec. 3.3; Ho and Salimans, Classifier-Free Diffusion
+Guidance (arXiv 2207.12598).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lfdm_models.attention import Rotary
+from lfdm_models.config import LfdmConfig
+from lfdm_models.diffusion import Diffusion
+from lfdm_models.lfae import Lfae, flow_to_latent, latent_to_flow
+from lfdm_models.training.conditions import Float32Array
+from lfdm_models.training.lfae import plain
+from lfdm_models.training.previews import save_gif
+from lfdm_models.training.settings import Precision
+
+#: How often an example's embedding is replaced by the null one.
+NULL_PROBABILITY = 0.1
+_PREVIEW_STEPS = 25
+
+
+def new_diffusion(config: LfdmConfig, seed: int) -> Diffusion:
+    """A DM to be trained from nothing; the global random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        diffusion = Diffusion(config.dm)
+    for module in diffusion.modules():
+        if isinstance(module, Rotary):
+            module.freqs.requires_grad_(False)  # frequencies of positions are given, not learned
+    return diffusion
+
+
+class DmStage:
+    """Training of a DM; see `lfdm_models.training.loop.Stage`."""
+
+    name = "dm"
+    gpu_precision: Precision = "bf16"
+
+    def __init__(
+        self,
+        config: LfdmConfig,
+        lfae: Lfae,
+        diffusion: Diffusion,
+        embeddings: Mapping[str, Float32Array],
+        *,
+        examples: Mapping[str, Any],
+        null_probability: float = NULL_PROBABILITY,
+        preview_clips: Tensor | None = None,
+    ) -> None:
+        """Train `diffusion`.
+
+        Args:
+            config: of both networks.
+            lfae: trained; it is not changed.
+            diffusion: see `new_diffusion`.
+            embeddings: (text_width,) of each label, in the order of the examples' label numbers.
+            examples: what the examples are, in plain values: a resumed run must have the same.
+            null_probability: see `NULL_PROBABILITY`.
+            preview_clips: (N, 3, T, H, W) in [0, 1], for previews: their first frames, with label 0, 1, ….
+        """
+        self.config, self.diffusion = config, diffusion
+        self.lfae = lfae.eval().requires_grad_(False)
+        self.labels = list(embeddings)
+        self.table = torch.from_numpy(np.stack(list(embeddings.values())))
+        self.null_probability = null_probability
+        self.preview_clips = preview_clips
+        self.facts: dict[str, Any] = {
+            "stage": self.name,
+            "config": plain(config.dm),
+            "residual_flow": config.residual_flow,
+            "null probability": null_probability,
+            "labels": self.labels,
+            "examples": dict(examples),
+        }
+
+    @property
+    def network(self) -> nn.Module:
+        """The UNet; the schedule's buffers do not change."""
+        return self.diffusion.denoise_fn
+
+    def to(self, device: torch.device) -> None:
+        """Move both networks and the embeddings."""
+        self.lfae.to(device)
+        self.diffusion.to(device)
+        self.table = self.table.to(device)
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Clips -> what the DM learns to make, and what it is shown.
+
+        Args:
+            frames: (B, 3, T, H, W) in [0, 1]; the first is the reference.
+
+        Returns:
+            Latents (B, 3, T, h, w), and the reference's feature (B, C, h, w), both float32.
+        """
+        batch, channels, length, height, width = frames.shape
+        lfae = self.lfae
+        source = frames[:, :, 0]
+        driving = frames.transpose(1, 2).reshape(batch * length, channels, height, width)
+        # Autocast would leave the flow with 8 bits; it is the target.
+        with torch.autocast(frames.device.type, enabled=False):
+            repeated = source[:, None].expand(-1, length, -1, -1, -1).reshape_as(driving)
+            latent = flow_to_latent(lfae.estimate_motion(repeated, driving), residual_flow=self.config.residual_flow)
+            feature = lfae.generator.encode(source)[-1]
+        # Contiguous: convolutions of the UNet would be three times as slow.
+        return latent.unflatten(0, (batch, length)).transpose(1, 2).contiguous(), feature
+
+    def losses(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Mean squared error of the predicted noise, at a random step of the schedule each."""
+        latent, feature = self.encode(batch["frames"])
+        count, device = len(latent), latent.device
+        timestep = torch.randint(self.config.dm.training_steps, (count,), generator=generator, device=device)
+        noise = torch.randn(latent.shape, generator=generator, device=device)
+        signal, spread = (
+            buffer[timestep].view(-1, 1, 1, 1, 1)
+            for buffer in (
+                self.diffusion.get_buffer("sqrt_alphas_cumprod"),
+                self.diffusion.get_buffer("sqrt_one_minus_alphas_cumprod"),
+            )
+        )
+        unet = self.diffusion.denoise_fn
+        dropped = torch.rand(count, generator=generator, device=device) < self.null_probability
+        label = batch["label"]
+        embedding = torch.where((dropped | (label < 0))[:, None], unet.null_cond_emb, self.table[label.clamp(min=0)])
+        predicted = unet(signal * latent + spread * noise, feature, embedding, timestep)
+        return {"noise": F.mse_loss(predicted.float(), noise)}
+
+    def checkpoint(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The released layout, the labels with their embeddings, and what it was trained with under "training"."""
+        buffers = {key: value.detach().cpu() for key, value in self.diffusion.named_buffers(recurse=False)}
+        unet = {f"denoise_fn.{key}": value for key, value in weights.items()}
+        return {
+            "diffusion": {**buffers, **unet},
+            "labels": self.labels,
+            "label_embeddings": self.table.cpu(),
+            "training": self.facts,
+        }
+
+    @torch.no_grad()
+    def preview(self, weights: Mapping[str, Tensor], folder: Path, step: int) -> None:
+        """Rows of a real clip, and a clip made of its first frame by a few steps of DDIM (eta 0)."""
+        if self.preview_clips is None:
+            return
+        device = self.table.device
+        diffusion = Diffusion(self.config.dm).to(device).eval()
+        diffusion.denoise_fn.load_state_dict(weights)
+        clips = self.preview_clips.to(device)
+        labels = torch.arange(len(clips), device=device) % len(self.labels)
+        latents = self.sample(diffusion, clips, self.table[labels])
+        rows = [[clip, self.decode(clip[:, 0], latent)] for clip, latent in zip(clips, latents, strict=True)]
+        save_gif(folder / f"step_{step:07d}.gif", rows)
+
+    def sample(self, diffusion: Diffusion, clips: Tensor, embedding: Tensor) -> Tensor:
+        """Latents (B, 3, T, h, w) for the first frames of `clips` by DDIM without noise; for previews only.
+
+        Source: Song et al., Denoising Diffusion Implicit Models (arXiv 2010.02502), equation 12 with sigma 0.
+        """
+        latent, feature = self.encode(clips)
+        generator = torch.Generator(latent.device).manual_seed(0)
+        x = torch.randn(latent.shape, generator=generator, device=latent.device)
+        signal = diffusion.get_buffer("alphas_cumprod")
+        steps = torch.linspace(self.config.dm.training_steps - 1, 0, _PREVIEW_STEPS).long().tolist()
+        for now, after in zip(steps, [*steps[1:], -1], strict=True):
+            a, b = signal[now], signal[after] if after >= 0 else torch.ones_like(signal[0])
+            noise = diffusion.denoise_fn(x, feature, embedding, torch.full((len(x),), now, device=x.device))
+            estimate = ((x - (1 - a).sqrt() * noise) / a.sqrt()).clamp(-1, 1)
+            x = b.sqrt() * estimate + (1 - b).sqrt() * noise
+        return x
+
+    def decode(self, source: Tensor, latent: Tensor) -> Tensor:
+        """One image (3, H, W) and one latent (3, T, h, w) -> frames (3, T, H, W)."""
+        flow = latent_to_flow(latent.transpose(0, 1), residual_flow=self.config.residual_flow)
+        images = source[None].expand(latent.shape[1], -1, -1, -1).contiguous()
+        generator = self.lfae.generator
+        return generator.decode(images, generator.encode(images), flow).frame.transpose(0, 1)

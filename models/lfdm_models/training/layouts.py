@@ -1,0 +1,181 @@
+"""Where the published data sets, and one's own, have their clips on disk, and who is in which split."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lfdm_models.labels import MHAD, MUG, NATOPS
+from lfdm_models.training.errors import TrainingError
+from lfdm_models.training.pictures import Framing, is_clip
+
+logger = logging.getLogger(__name__)
+
+Split = Literal["train", "test"]
+FrameChoice = Literal["random", "spread"]
+
+_MUG_TRAIN = (8, 17, 21, 28, 30, 31, 34, 36, 37, 38, 39, 42, 43, 44, 45, 55, 60, 61, 62, 63, 71, 75, 76, 77, 83, 84)
+_MUG_TEST = (1, 2, 6, 7, 10, 13, 14, 20, 27, 32, 33, 40, 46, 48, 49, 52, 64, 65, 66, 70, 72, 73, 74, 78, 79, 82)
+_MHAD_NAME = re.compile(r"a(\d+)_s(\d+)_t(\d+)", re.IGNORECASE)
+_NATOPS_NAME = re.compile(r"g(\d+)_?s(\d+)", re.IGNORECASE)
+# UTD-MHAD has 27 actions; the published model knows all but this one ("sit to stand").
+_MHAD_ABSENT = 24
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A clip on disk.
+
+    Attributes:
+        path: a video, or a folder of pictures.
+        label: one of the data set's labels; "None" for a clip without one.
+    """
+
+    path: Path
+    label: str
+
+
+@dataclass(frozen=True)
+class DiskSet:
+    """The clips of one split of a data set.
+
+    Attributes:
+        name: of the data set.
+        entries: its clips, in order of their paths.
+        labels: all labels, in the order of their embeddings.
+        framing: what is done to pictures before they are scaled.
+        choice: how frames are chosen: sorted at random, the first fixed, or one from each of T equal spans.
+    """
+
+    name: str
+    entries: tuple[Entry, ...]
+    labels: tuple[str, ...]
+    framing: Framing
+    choice: FrameChoice
+
+
+def mug(root: Path, split: Split) -> DiskSet:
+    """MUG: folders of pictures, somewhere below a folder named by subject and one named by label.
+
+    The usual ``subjects3/SUBJECT/LABEL/takeNNN/*.jpg`` as well as ``SUBJECT/LABEL/*.jpg``; the split is the published
+    one.
+
+    Raises:
+        TrainingError: there is no such folder, or no clip of the split in it.
+    """
+    subjects = {f"{number:03d}" for number in (_MUG_TRAIN if split == "train" else _MUG_TEST)}
+    entries = []
+    for path in _clips_below(root):
+        parts = [part.lower() for part in path.relative_to(root).parts]
+        label = next((part for part in parts if part in MUG), None)
+        if label is not None and not subjects.isdisjoint(parts):
+            entries.append(Entry(path, label))
+    expected = "pictures in SUBJECT/LABEL/TAKE folders"
+    return DiskSet("mug", _some(entries, root, split, expected), MUG, Framing(), "random")
+
+
+def mhad(root: Path, split: Split, subjects: Sequence[int] | None = None) -> DiskSet:
+    """UTD-MHAD: videos (or folders of pictures) named ``aACTION_sSUBJECT_tTRIAL…``.
+
+    Args:
+        root: the folder, at any depth of which the clips are.
+        split: which half of the people; unless `subjects` says otherwise those with odd numbers train, as in the data
+            set's own protocol.
+        subjects: who is in this split.
+
+    Raises:
+        TrainingError: there is no such folder, or no clip of the split in it.
+    """
+    chosen = set(subjects) if subjects is not None else {n for n in range(1, 9) if (n % 2 == 1) == (split == "train")}
+    entries, odd = [], 0
+    for path in _clips_below(root):
+        match = _MHAD_NAME.search(path.name)
+        if match is None or int(match[2]) not in chosen or int(match[1]) == _MHAD_ABSENT:
+            continue
+        index = int(match[1]) - 1 - (int(match[1]) > _MHAD_ABSENT)
+        if 0 <= index < len(MHAD):
+            entries.append(Entry(path, MHAD[index]))
+        else:
+            odd += 1
+    _report(odd, root, "an action number out of 1 to 27")
+    framing = Framing(resize_first=(336, 480))
+    return DiskSet("mhad", _some(entries, root, split, "clips named a1_s1_t1_color.avi"), MHAD, framing, "spread")
+
+
+def natops(root: Path, split: Split, subjects: Sequence[int] | None = None) -> DiskSet:
+    """NATOPS: videos (or folders of pictures), one a gesture, named ``gGESTUREsSUBJECT…``.
+
+    Args:
+        root: the folder, at any depth of which the clips are.
+        split: which half of the people; unless `subjects` says otherwise 1 to 10 train and 11 to 20 test, which is
+            this project's choice: check it against the protocol that you compare with.
+        subjects: who is in this split.
+
+    Raises:
+        TrainingError: there is no such folder, or no clip of the split in it.
+    """
+    chosen = set(subjects if subjects is not None else range(1, 11) if split == "train" else range(11, 21))
+    entries, odd = [], 0
+    for path in _clips_below(root):
+        match = _NATOPS_NAME.search(path.name)
+        if match is None or int(match[2]) not in chosen:
+            continue
+        index = int(match[1]) - 1
+        if 0 <= index < len(NATOPS):
+            entries.append(Entry(path, NATOPS[index]))
+        else:
+            odd += 1
+    _report(odd, root, "a gesture number out of 1 to 24")
+    framing = Framing(frame_size=(320, 240), crop=(30, 10, 290, 239))
+    return DiskSet("natops", _some(entries, root, split, "clips named g01s01r01.avi"), NATOPS, framing, "spread")
+
+
+def plain(root: Path, split: Split) -> DiskSet:
+    """One's own clips: ``LABEL/CLIP``, a clip being a video, a GIF or a folder of pictures.
+
+    Where there are folders ``train`` and ``test``, those are the splits; else all clips train. Clips in a folder
+    ``None`` have no label.
+
+    Raises:
+        TrainingError: there is no such folder, or no clip of the split in it.
+    """
+    if (root / "train").is_dir() and (root / "test").is_dir():
+        base = root / split
+    elif split == "train":
+        base = root
+    else:
+        raise TrainingError(f"{root} has no folders train and test, so no clips for tests; sort the clips into both")
+    entries = []
+    for path in _clips_below(base):
+        parts = path.relative_to(base).parts
+        if len(parts) > 1:
+            entries.append(Entry(path, parts[0]))
+    found = _some(entries, base, split, "LABEL/CLIP, a clip being a video or a folder of pictures")
+    labels = tuple(sorted({entry.label for entry in found} - {"None"}))
+    if not labels:
+        raise TrainingError(f"{base} holds clips without a label only; put clips into folders named by label")
+    return DiskSet("plain", found, labels, Framing(), "spread")
+
+
+def _clips_below(root: Path) -> Iterator[Path]:
+    """Every video, and every folder that holds pictures, in the order of their paths."""
+    if not root.is_dir():
+        raise TrainingError(f"there is no folder {root}; give the folder of the data set")
+    for path in sorted(root.rglob("*")):
+        if not path.name.startswith(".") and is_clip(path):
+            yield path
+
+
+def _some(entries: Sequence[Entry], root: Path, split: str, expected: str) -> tuple[Entry, ...]:
+    if not entries:
+        raise TrainingError(f"{root} has no clips of the {split} split; expected {expected}")
+    return tuple(entries)
+
+
+def _report(count: int, root: Path, what: str) -> None:
+    if count:
+        logger.warning("%s: %d clips have %s and are left out", root, count, what)

@@ -1,0 +1,276 @@
+"""The loop that both stages are trained with.
+
+All that is random in step n is a function of the seed and n: there is no random state to be saved, and
+a run that was killed goes on, from its last checkpoint, with the bits that it would have had.
+
+    RUN/training.pt     everything that the next step needs
+    RUN/lfae.pth        or dm.pth: the checkpoint in the released layout, written after it
+    RUN/previews/       a GIF now and then
+    RUN/logs/           for TensorBoard, where it is installed
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lfdm_models.training.data import FramePairs, TrainingClips, batches
+from lfdm_models.training.devices import choose_device, choose_precision, matmul_precision
+from lfdm_models.training.ema import Ema
+from lfdm_models.training.errors import TrainingError
+from lfdm_models.training.files import load, save
+from lfdm_models.training.logs import Logs
+from lfdm_models.training.settings import OptimiserSettings, Precision, RunSettings
+
+logger = logging.getLogger(__name__)
+
+STATE = "training.pt"
+_FORMAT = {"format": "lfdm-training", "version": 1}
+#: (steps done, steps in all, losses by name) after every step.
+ReportProgress = Callable[[int, int, Mapping[str, float]], None]
+
+
+class Stage(Protocol):
+    """What is trained: the LFAE, or the DM."""
+
+    @property
+    def name(self) -> str:
+        """Name of the checkpoint without its ending."""
+        ...
+
+    @property
+    def gpu_precision(self) -> Precision:
+        """What "auto" means on a GPU."""
+        ...
+
+    @property
+    def network(self) -> nn.Module:
+        """What the optimiser changes."""
+        ...
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed; plain values."""
+        ...
+
+    def to(self, device: torch.device) -> None:
+        """Move everything to a device."""
+        ...
+
+    def losses(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """By name; their sum is made smaller."""
+        ...
+
+    def checkpoint(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The checkpoint in the released layout, for weights of the network."""
+        ...
+
+    def preview(self, weights: Mapping[str, Tensor], folder: Path, step: int) -> None:
+        """Write a picture of what the network can do by now."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        checkpoint: the file in the released layout.
+        step: steps done.
+        finished: all steps are done; else the run was asked to stop.
+        losses: of the last step.
+    """
+
+    checkpoint: Path
+    step: int
+    finished: bool
+    losses: dict[str, float]
+
+
+class _State:
+    """What changes while training."""
+
+    def __init__(self, stage: Stage, optimiser: OptimiserSettings, run: RunSettings, device: torch.device) -> None:
+        self.step = 0
+        self.network = stage.network
+        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        # foreach: one formula for all tensors, whatever the device; its bits are those of any other run.
+        self.adam = torch.optim.Adam(parameters, lr=optimiser.learning_rate, betas=optimiser.betas, foreach=True)
+        self.ema = Ema(self.network, run.ema)
+        self.device = device
+
+    def capture(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            **_FORMAT,
+            "facts": dict(facts),
+            "step": self.step,
+            "network": self.network.state_dict(),
+            "ema": self.ema.weights,
+            "optimizer": self.adam.state_dict(),
+        }
+
+    def restore(self, path: Path, facts: Mapping[str, Any]) -> None:
+        content = load(path, "the state of a training run")
+        if {key: content.get(key) for key in _FORMAT} != _FORMAT:
+            raise TrainingError(f"{path} is not the state of a training run, or of another version; start a new run")
+        different = [key for key in facts if content["facts"].get(key) != facts[key]]
+        if different:
+            key = different[0]
+            raise TrainingError(
+                f"{path} was trained with {key} = {content['facts'].get(key)}, this run has {facts[key]}; "
+                "give the same settings, or another folder"
+            )
+        self.network.load_state_dict(content["network"])
+        self.adam.load_state_dict(content["optimizer"])
+        for key, value in content["ema"].items():
+            self.ema.weights[key].copy_(value)
+        self.step = int(content["step"])
+
+
+def no_report(done: int, total: int, losses: Mapping[str, float]) -> None:
+    """Tell nobody."""
+
+
+def train(
+    stage: Stage,
+    examples: FramePairs | TrainingClips,
+    optimiser: OptimiserSettings,
+    run: RunSettings,
+    folder: Path,
+    *,
+    resume: bool = False,
+    progress: ReportProgress = no_report,
+) -> Outcome:
+    """Train until all steps are done, or SIGINT or SIGTERM asks for an end after the current step.
+
+    Args:
+        stage: what is trained.
+        examples: with what.
+        optimiser: how.
+        run: how long, and with what.
+        folder: of the run, see the module.
+        resume: go on from the folder's state, if there is one. The number of steps may be another; step sizes then
+            follow it.
+        progress: told of every step.
+
+    Raises:
+        TrainingError: the folder has a run already and is not to be resumed, or cannot be, or the loss is no number.
+    """
+    device = choose_device(run.device)
+    facts = {**stage.facts, **_facts(optimiser, run)}
+    if (folder / STATE).exists() and not resume:
+        raise TrainingError(f"{folder} holds a training run already; resume it, or choose another folder")
+    stage.to(device)
+    state = _State(stage, optimiser, run, device)
+    if (folder / STATE).exists():
+        state.restore(folder / STATE, facts)
+        logger.info("resuming %s after step %d", folder, state.step)
+    losses: dict[str, float] = {}
+    precision = choose_precision(run.precision, stage.gpu_precision, device)
+    start = state.step * run.accumulate * run.batch_size
+    data = batches(examples, run.batch_size, start=start, workers=run.workers, pin_memory=device.type == "cuda")
+    with _stop_requests() as asked, Logs(folder / "logs") as logs, matmul_precision(precision):
+        while state.step < run.steps and not asked.is_set():
+            losses = _step(stage, state, data, optimiser, run, precision)
+            done = state.step
+            if run.log_every and done % run.log_every == 0:
+                logs.write(done, {**losses, "learning rate": optimiser.rate(done - 1, run.steps)})
+            if run.checkpoint_every and done % run.checkpoint_every == 0 and done < run.steps:
+                _write(stage, state, facts, folder)
+            if run.preview_every and done % run.preview_every == 0:
+                stage.preview(state.ema.weights, folder / "previews", done)
+            progress(done, run.steps, losses)
+        path = _write(stage, state, facts, folder)
+    return Outcome(path, state.step, state.step >= run.steps, losses)
+
+
+def _step(
+    stage: Stage,
+    state: _State,
+    data: Iterator[dict[str, Tensor]],
+    optimiser: OptimiserSettings,
+    run: RunSettings,
+    precision: Precision,
+) -> dict[str, float]:
+    """One step of the optimiser; the mean losses of its forward passes."""
+    device = state.device
+    stage.network.train()
+    state.adam.zero_grad(set_to_none=True)
+    sums: dict[str, Tensor] = {}
+    for part in range(run.accumulate):
+        batch = {key: value.to(device, non_blocking=True) for key, value in next(data).items()}
+        seed = (run.seed * 0x9E3779B97F4A7C15 + state.step * run.accumulate + part) % 2**63
+        generator = torch.Generator(device).manual_seed(seed)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            losses = stage.losses(batch, generator)
+        total = torch.stack(list(losses.values())).sum()
+        if not torch.isfinite(total):
+            raise TrainingError(
+                f"the loss of step {state.step + 1} is {total.item()}: the training diverged; "
+                "go back to an older checkpoint with a smaller learning rate, or clip gradients"
+            )
+        (total / run.accumulate).backward()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float() / run.accumulate
+    parameters = state.adam.param_groups[0]["params"]
+    norm = nn.utils.clip_grad_norm_(parameters, optimiser.clip_norm or float("inf"), foreach=True)
+    if torch.isfinite(norm):
+        state.adam.param_groups[0]["lr"] = optimiser.rate(state.step, run.steps)
+        state.adam.step()
+        state.ema.update(state.network, state.step)
+    else:
+        logger.warning("step %d: the gradient is not finite; the step is left out", state.step + 1)
+    state.step += 1
+    return {name: value.item() for name, value in sums.items()} | {"gradient norm": float(norm)}
+
+
+def _write(stage: Stage, state: _State, facts: Mapping[str, Any], folder: Path) -> Path:
+    """The state first: whoever is killed between the two resumes from it and writes the other anew."""
+    save(folder / STATE, state.capture(facts))
+    path = folder / f"{stage.name}.pth"
+    on_cpu = {key: value.detach().cpu() for key, value in state.ema.weights.items()}
+    content = stage.checkpoint(on_cpu)
+    save(path, {**content, "example": state.step * int(facts["batch size"]), "epoch": 0, "step": state.step})
+    return path
+
+
+def _facts(optimiser: OptimiserSettings, run: RunSettings) -> dict[str, Any]:
+    """Settings that decide the weights, as plain values."""
+    return {
+        "batch size": run.batch_size * run.accumulate,
+        "accumulate": run.accumulate,
+        "seed": run.seed,
+        "ema": run.ema,
+        "optimiser": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(optimiser).items()},
+    }
+
+
+@contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; a second signal does what it always does."""
+    asked = threading.Event()
+    before: dict[signal.Signals, Any] = {}
+
+    def ask(number: int, _: FrameType | None) -> None:
+        logger.warning("asked to stop: finishing the current step")
+        asked.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,147 @@
+"""Clips on disk -> frames of the model's size.
+
+Source: the published model's way with pictures: scaled by area averaging so that the longer side fits,
+padded with black to a square, the smaller half of the padding first.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from lfdm_models.training.drawing import UInt8Array
+
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+ANIMATION_ENDINGS = (".gif",)
+VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
+
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+class ClipError(Exception):
+    """A clip cannot be read; the text is the reason."""
+
+
+@dataclass(frozen=True)
+class Framing:
+    """What a data set does to its pictures before they are scaled.
+
+    Attributes:
+        resize_first: (width, height) that every picture is scaled to before all else.
+        frame_size: (width, height) of the pictures that are cropped; others stay whole.
+        crop: (left, top, right, bottom) that is kept of them.
+    """
+
+    resize_first: tuple[int, int] | None = None
+    frame_size: tuple[int, int] | None = None
+    crop: tuple[int, int, int, int] | None = None
+
+    def prepare(self, picture: Image.Image, size: int) -> UInt8Array:
+        """A picture -> (size, size, 3) uint8, RGB."""
+        if self.resize_first is not None:
+            picture = picture.resize(self.resize_first, Image.Resampling.BOX)
+        if self.crop is not None and picture.size == self.frame_size:
+            picture = picture.crop(self.crop)
+        longer = max(picture.size)
+        width, height = (max(side * size // longer, 1) for side in picture.size)
+        # A box averages areas; where a picture grows it would only repeat pixels.
+        way = Image.Resampling.BOX if longer >= size else Image.Resampling.BILINEAR
+        fitted = picture.resize((width, height), way)
+        square = np.zeros((size, size, 3), np.uint8)
+        top, left = (size - height) // 2, (size - width) // 2
+        square[top : top + height, left : left + width] = np.asarray(fitted)
+        return square
+
+
+def is_clip(path: Path) -> bool:
+    """A video or animation by its ending, or a folder with pictures."""
+    if path.is_dir():
+        return any(entry.suffix.lower() in PICTURE_ENDINGS for entry in path.iterdir())
+    return path.suffix.lower() in (*VIDEO_ENDINGS, *ANIMATION_ENDINGS)
+
+
+class DiskClip:
+    """A clip that was opened: how many frames it has, and some of them on demand."""
+
+    def __init__(self, path: Path, framing: Framing, size: int) -> None:
+        """Open a clip: pictures are only listed, a video is decoded.
+
+        Args:
+            path: a folder of pictures, in natural order of their names, or a video or GIF.
+            framing: how frames are cropped.
+            size: to which they are scaled.
+
+        Raises:
+            ClipError: it cannot be read.
+        """
+        self._framing, self._size = framing, size
+        self._pictures: list[Path] = []
+        self._frames: list[UInt8Array] = []
+        try:
+            if path.is_dir():
+                self._pictures = sorted(
+                    (entry for entry in path.iterdir() if entry.suffix.lower() in PICTURE_ENDINGS), key=_natural
+                )
+            else:
+                opened = _video(path) if path.suffix.lower() in VIDEO_ENDINGS else _animation(path)
+                self._frames = [framing.prepare(frame, size) for frame in opened]
+        except _UNREADABLE as error:
+            raise ClipError(str(error) or type(error).__name__) from error
+
+    def __len__(self) -> int:
+        return len(self._pictures) or len(self._frames)
+
+    def read(self, indices: Sequence[int]) -> UInt8Array:
+        """Frames by index -> (n, size, size, 3) uint8.
+
+        Raises:
+            ClipError: a picture cannot be read.
+        """
+        frames = {index: self._frame(index) for index in dict.fromkeys(indices)}
+        return np.stack([frames[index] for index in indices])
+
+    def _frame(self, index: int) -> UInt8Array:
+        if self._frames:
+            return self._frames[index]
+        path = self._pictures[index]
+        try:
+            with Image.open(path) as picture:
+                upright: Image.Image = ImageOps.exif_transpose(picture).convert("RGB")
+                return self._framing.prepare(upright, self._size)
+        except _UNREADABLE as error:
+            raise ClipError(f"{path.name}: {error or type(error).__name__}") from error
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    return [(int(digits or -1), text) for digits, text in re.findall(r"(\d+)|(\D+)", path.name)]
+
+
+def _animation(path: Path) -> Iterator[Image.Image]:
+    with Image.open(path) as picture:
+        for index in range(getattr(picture, "n_frames", 1)):
+            picture.seek(index)
+            yield picture.convert("RGB")
+
+
+def _video(path: Path) -> Iterator[Image.Image]:
+    try:
+        import av
+    except ImportError:
+        raise ClipError("videos need the package 'av': pip install 'lfdm-export[video]'") from None
+    library: Any = av
+    try:
+        with library.open(str(path)) as container:
+            if not container.streams.video:
+                raise ClipError("it has no video")
+            for frame in container.decode(container.streams.video[0]):
+                pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                yield Image.fromarray(np.ascontiguousarray(pixels))
+    except library.FFmpegError as error:
+        raise ClipError(str(error)) from error

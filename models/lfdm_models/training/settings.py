@@ -1,0 +1,133 @@
+"""What a training run is told, as frozen dataclasses that check themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lfdm_models.config import DmConfig, HourglassConfig, LfaeConfig, LfdmConfig
+
+Precision = Literal["auto", "fp32", "tf32", "bf16"]
+Device = Literal["auto", "cpu", "cuda"]
+DataName = Literal["procedural", "mug", "mhad", "natops", "plain"]
+Size = Literal["small", "published"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+DEVICES: tuple[Device, ...] = get_args(Device)
+DATA: tuple[DataName, ...] = get_args(DataName)
+SIZES: tuple[Size, ...] = get_args(Size)
+
+#: For clips of 16 frames and 64x64 pixels: both networks take 7.9 MB as float32.
+SMALL = LfdmConfig(
+    LfaeConfig(
+        regions=8,
+        width=24,
+        max_width=64,
+        bottleneck_blocks=2,
+        flow_predictor=HourglassConfig(32, max_width=128, blocks=3),
+        region_predictor=HourglassConfig(16, max_width=96, blocks=3),
+        bg_predictor=HourglassConfig(8, max_width=64, blocks=4),
+    ),
+    DmConfig(
+        width=32,
+        multipliers=(1, 2, 4),
+        heads=4,
+        head_width=16,
+        rotary_width=16,
+        feature_channels=64,
+        text_width=64,
+    ),
+    # An offset is 0 where nothing moves: the mean of what the DM has to learn.
+    residual_flow=True,
+)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class OptimiserSettings:
+    """Adam, and what becomes of its step size.
+
+    Attributes:
+        learning_rate: at the start.
+        betas: of Adam.
+        milestones: shares of the run after each of which the step size is multiplied by `factor`.
+        factor: see `milestones`.
+        warm_up: steps in which the step size rises from 0.
+        clip_norm: gradients longer than this are shortened to it; 0: never.
+    """
+
+    learning_rate: float
+    betas: tuple[float, float]
+    milestones: tuple[float, ...] = ()
+    factor: float = 0.1
+    warm_up: int = 0
+    clip_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
+        _require(self.learning_rate > 0, f"learning_rate must be above 0, not {self.learning_rate}")
+        _require(all(0 <= beta < 1 for beta in self.betas), f"betas must be in [0, 1), not {self.betas}")
+        _require(all(0 < share <= 1 for share in self.milestones), f"milestones are shares, not {self.milestones}")
+        _require(self.factor > 0 and self.warm_up >= 0 and self.clip_norm >= 0, f"values out of range: {self}")
+
+    def rate(self, step: int, steps: int) -> float:
+        """Step size of step `step` (from 0) of `steps`."""
+        passed = sum(step >= share * steps for share in self.milestones)
+        ramp = min((step + 1) / self.warm_up, 1.0) if self.warm_up else 1.0
+        return self.learning_rate * self.factor**passed * ramp
+
+
+#: Spec: the published settings; its milestones are epochs 60 and 90 of 100.
+LFAE_OPTIMISER = OptimiserSettings(2e-4, (0.5, 0.999), milestones=(0.6, 0.9))
+DM_OPTIMISER = OptimiserSettings(1e-4, (0.9, 0.99))
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a run goes.
+
+    Attributes:
+        steps: steps of the optimiser.
+        batch_size: examples of one forward pass.
+        accumulate: forward passes a step.
+        seed: of everything.
+        ema: decay of the running mean of weights that becomes the checkpoint; 0: the weights themselves.
+        checkpoint_every, preview_every, log_every: steps between them; 0: only at the end (previews, logs: never).
+        workers: processes that make examples.
+        device: "auto" takes a GPU where there is one.
+        precision: "auto" is the stage's own choice on a GPU, and fp32 on a CPU.
+    """
+
+    steps: int
+    batch_size: int
+    accumulate: int = 1
+    seed: int = 0
+    ema: float = 0.999
+    checkpoint_every: int = 500
+    preview_every: int = 0
+    log_every: int = 50
+    workers: int = 0
+    device: Device = "auto"
+    precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
+        _require(
+            min(self.steps, self.batch_size, self.accumulate) >= 1,
+            f"steps, batch_size and accumulate must be 1 or more: {self}",
+        )
+        _require(0 <= self.seed < 2**63, f"seed must be 0 to 2^63 - 1, not {self.seed}")
+        _require(0 <= self.ema < 1, f"ema must be in [0, 1), not {self.ema}")
+        intervals = (self.checkpoint_every, self.preview_every, self.log_every, self.workers)
+        _require(min(intervals) >= 0, f"intervals and workers must be 0 or more: {self}")
