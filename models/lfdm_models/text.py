@@ -6,6 +6,7 @@ Its weights are the user's to bring: a local folder, or a name that the Hugging 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -59,6 +60,8 @@ class BertTextEncoder(nn.Module):
             ) from error
         local = Path(source).is_dir()
         name = str(source)
+        # The hub's client tells of each of its many attempts; the error below says it once.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         # Its bars are for who watches a download; what is read from a folder is there at once.
         silenced = transformers_logging.is_progress_bar_enabled() and (local or not sys.stderr.isatty())
         if silenced:
