@@ -122,8 +122,8 @@ class Bundle:
             return index
         if not self.labels:
             raise InputError(
-                f"unknown label {label!r}: this bundle was exported without labels; export it again with labels and its "
-                "model's text encoder (--dataset, or --labels and --text-encoder), or give a text embedding"
+                f"unknown label {label!r}: this bundle was exported without labels; export it anew with labels and the "
+                "text encoder of its model (--dataset, or --labels and --text-encoder), or give a text embedding"
             )
         near = difflib.get_close_matches(label.strip().casefold(), folded, n=1)
         hint = f"did you mean {self.labels[folded[near[0]]]!r}? " if near else ""
