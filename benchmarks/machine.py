@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
-import importlib.metadata
 import json
 import os
 import platform
 from pathlib import Path
+
+from lfdm_export.machine import package_versions, processor_info, processor_name
 
 #: Where results go unless told otherwise.
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -30,7 +31,7 @@ def describe() -> dict[str, object]:
         "flags": _cpu_flags(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": package_versions(_PACKAGES),
         "load_average": list(os.getloadavg()),
     }
 
@@ -56,33 +57,13 @@ def write_json(path: Path, content: object) -> None:
     temporary.replace(path)
 
 
-def _cpu_info() -> dict[str, str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return {}
-    pairs = (line.split(":", 1) for line in text.split("\n\n", 1)[0].splitlines() if ":" in line)
-    return {name.strip(): value.strip() for name, value in pairs}
-
-
 def _cpu_model() -> str:
-    info = _cpu_info()
-    name = info.get("model name") or platform.processor() or platform.machine()
+    info, name = processor_info(), processor_name()
     numbers = [f"{key} {info[key]}" for key in ("cpu family", "model", "stepping") if key in info]
     return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
 def _cpu_flags() -> list[str]:
-    info = _cpu_info()
+    info = processor_info()
     present = set((info.get("flags") or info.get("Features") or "").split())
     return [flag for flag in _FLAGS if flag in present]
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

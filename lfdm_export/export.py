@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
 import platform
@@ -20,6 +19,7 @@ from lfdm_export.bundle import ONNX_FOLDER, TOKENIZER_FOLDER, Bundle
 from lfdm_export.bundle_writer import BundleWriter
 from lfdm_export.errors import ExportError, InputError
 from lfdm_export.faithful import make_reference
+from lfdm_export.machine import package_versions
 from lfdm_export.manifest import TEXT_STAGE, Manifest
 from lfdm_export.preprocess import Preprocessing
 from lfdm_export.rewrite.stage_modules import stage_modules
@@ -107,7 +107,7 @@ def export_bundle(
                 labels=tuple(table),
                 preprocessing=preprocessing or Preprocessing(),
                 provenance=dict(model.provenance),
-                versions=_versions(),
+                versions={"python": platform.python_version(), **package_versions(_VERSIONED)},
             )
         )
 
@@ -219,13 +219,3 @@ def _label_table(
             "give the text encoder that the DM was trained with (the published models: bert-base-cased)"
         )
     return {label: model.label_embeddings[label] for label in wanted}
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _VERSIONED:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

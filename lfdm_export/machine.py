@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 _PACKAGES = ("lfdm-export", "numpy", "onnxruntime", "onnxruntime-gpu")
@@ -17,25 +18,36 @@ def environment(threads: int | None, *, with_torch: bool) -> dict[str, str]:
         threads: that engines were given; None for all cores.
         with_torch: torch took part.
     """
-    found = {"python": platform.python_version()}
-    for name in (*_PACKAGES, *["torch"] * with_torch):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
-        **found,
+        "python": platform.python_version(),
+        **package_versions((*_PACKAGES, *["torch"] * with_torch)),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor_name(),
         "threads": str(threads) if threads is not None else f"all of {os.cpu_count()} cores",
     }
 
 
-def _processor() -> str:
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Versions of those of the packages that are installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def processor_name() -> str:
     """The processor's name, as far as the system tells."""
+    return processor_info().get("model name") or platform.processor() or platform.machine()
+
+
+def processor_info() -> dict[str, str]:
+    """What Linux says of the first core, by its own names; empty elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
+        return {}
+    pairs = (line.split(":", 1) for line in text.split("\n\n", 1)[0].splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
