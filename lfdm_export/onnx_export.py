@@ -22,7 +22,6 @@ from lfdm_export.ops.small_conv.onnx_function import small_conv_function
 from lfdm_export.ops.spatial_attention.onnx_function import spatial_attention_function
 from lfdm_export.ops.symbolic import DOMAIN, OPSET, VERSION
 from lfdm_export.ops.temporal_attention.onnx_function import temporal_attention_function
-from lfdm_export.ops.temporal_attention.reference import operator_name
 from lfdm_export.ops.thresholded_step.onnx_function import thresholded_step_function
 from lfdm_export.ops.warp.onnx_function import warp_functions
 from lfdm_export.stages import BATCH, TOKENS, StageSpec, TensorSpec
@@ -35,7 +34,7 @@ EXTERNAL_BYTES = 4096
 _ALIGNMENT = 64
 # Sizes of the dynamic axes while tracing: any but 0 and 1, which torch.export would take as constants.
 _TRACED_SIZES = {BATCH: 2, TOKENS: 7}
-# An axis that runs beyond these could not be indexed with 32 bits.
+# How far the traced graph promises to go along a dynamic axis; BERT has 512 positions.
 _LARGEST = {BATCH: 4096, TOKENS: 512}
 
 
@@ -189,7 +188,7 @@ def _add_functions(model: ir.Model) -> None:
         elif node.op_type in known:
             proto = known[node.op_type]
         else:
-            proto = temporal_attention_function(int(node.op_type.removeprefix(operator_name(0)[:-1])))
+            proto = temporal_attention_function(node.attributes["chunks"].as_int())
         model.functions[key] = ir.from_proto(proto)
     if any(domain == DOMAIN for domain, _, _ in model.functions):
         model.graph.opset_imports[DOMAIN] = VERSION

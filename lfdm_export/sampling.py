@@ -62,6 +62,7 @@ __all__ = [
     "handed_noise",
     "noise_for",
     "quantile_0_9",
+    "quantile_rank",
     "sample",
     "sampler_table",
     "seeded_noise",
@@ -85,12 +86,21 @@ class Step(Protocol):
         """Take (B,3,T,h,w), (B,), (B,2,3,T,h,w), (B,3,T,h,w), (B,11); give the next latent and history."""
 
 
+def quantile_rank(elements: int) -> tuple[int, np.float32]:
+    """Index of the order statistic at or below the 0.9 quantile of that many values, and its upper neighbour's weight.
+
+    The rank is 0.9 * (n - 1) in float32, as in ``torch.quantile``.
+    """
+    rank = np.float32(0.9) * np.float32(elements - 1)
+    below = int(np.floor(rank))
+    return below, rank - np.float32(below)
+
+
 def quantile_0_9(magnitudes: Float32Array) -> Float32Array:
     """The 0.9 quantile over all elements of each sample, interpolated linearly.
 
-    The rank is 0.9 * (n - 1) in float32, as in ``torch.quantile``; between the order statistics a and b that
-    enclose it the value is that of ``torch.lerp``, a + w (b - a) or, for w >= 0.5, b - (b - a)(1 - w).
-    Where torch runs on fused multiply-adds its last bit can differ.
+    Between the order statistics a and b that enclose `quantile_rank` the value is that of ``torch.lerp``,
+    a + w (b - a) or, for w >= 0.5, b - (b - a)(1 - w). Where torch runs on fused multiply-adds its last bit can differ.
 
     Args:
         magnitudes: float32 (B, …), with one element a sample or more.
@@ -99,9 +109,8 @@ def quantile_0_9(magnitudes: Float32Array) -> Float32Array:
         float32 (B,).
     """
     flat = magnitudes.reshape(len(magnitudes), -1)
-    rank = np.float32(0.9) * np.float32(flat.shape[1] - 1)
-    below, above = int(np.floor(rank)), int(np.ceil(rank))
-    weight = rank - np.float32(below)
+    below, weight = quantile_rank(flat.shape[1])
+    above = below + 1 if weight else below
     ordered = np.partition(flat, sorted({below, above}), axis=1)
     a, b = ordered[:, below], ordered[:, above]
     return a + weight * (b - a) if weight < 0.5 else b - (b - a) * (np.float32(1) - weight)

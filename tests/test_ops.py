@@ -27,7 +27,7 @@ from lfdm_export.ops.symbolic import DOMAIN, OPSET, VERSION
 from lfdm_export.ops.temporal_attention import temporal_attention
 from lfdm_export.ops.temporal_attention.onnx_function import temporal_attention_function
 from lfdm_export.ops.temporal_attention.reference import TemporalWeights, operator_name
-from lfdm_export.ops.thresholded_step import quantile_rank, thresholded_step
+from lfdm_export.ops.thresholded_step import thresholded_step
 from lfdm_export.ops.thresholded_step.onnx_function import thresholded_step_function
 from lfdm_export.ops.warp import warp, warp_blend
 from lfdm_export.ops.warp.onnx_function import warp_functions
@@ -133,7 +133,7 @@ def test_identity_motion_of_a_visible_source_changes_it_little() -> None:
 def run_step(
     latent: Array, predicted: Array, history: Array, noise: Array, coefficients: Array
 ) -> list[NDArray[np.float32]]:
-    lower, weight = quantile_rank(math.prod(latent.shape[1:]))
+    lower, weight = sampling.quantile_rank(math.prod(latent.shape[1:]))
     feeds = {
         "latent": latent,
         "predicted_noise": predicted,
@@ -141,8 +141,8 @@ def run_step(
         "noise": noise,
         "coefficients": coefficients,
     }
-    functions = [thresholded_step_function(weight)]
-    return run_node("ThresholdedStep", functions, feeds, {"x": 5, "h": 6}, lower_rank=lower, weight=weight)
+    functions = [thresholded_step_function(float(weight))]
+    return run_node("ThresholdedStep", functions, feeds, {"x": 5, "h": 6}, lower_rank=lower, weight=float(weight))
 
 
 def bound_of(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -60,9 +60,9 @@ def temporal_attention(x: Tensor, weights: TemporalWeights, *, heads: int, pixel
         (B·P, T, C).
     """
     if exporting():
-        chunks = -(-pixels * x.shape[1] // CHUNK_TOKENS)
-        attributes: Attributes = {"heads": heads, "rotary_width": 2 * weights.cos.shape[-1]}
-        return node(operator_name(min(chunks, pixels)), [x, *weights], attributes, [tuple(x.shape)])[0]
+        chunks = min(-(-pixels * x.shape[1] // CHUNK_TOKENS), pixels)
+        attributes: Attributes = {"heads": heads, "rotary_width": 2 * weights.cos.shape[-1], "chunks": chunks}
+        return node(operator_name(chunks), [x, *weights], attributes, [tuple(x.shape)])[0]
     normed = F.layer_norm(x, x.shape[-1:], weights.gamma, eps=EPSILON)
     q, k, v = (
         (normed @ w).unflatten(-1, (heads, -1)).transpose(1, 2) for w in (weights.query, weights.key, weights.value)

@@ -97,7 +97,7 @@ def thresholded_step_function(weight: float) -> onnx.FunctionProto:
     """The function, for latents whose quantile has that interpolation weight.
 
     Args:
-        weight: of `quantile_rank`; it decides from which end the interpolation is done.
+        weight: of `sampling.quantile_rank`; it decides from which end the interpolation is done.
     """
     columns = "\n    ".join(
         f"i_{i} = Constant <value_ints = [{i}]> ()\n    c_{i} = Gather <axis = 1> (coefficients, i_{i})"

@@ -7,22 +7,11 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lfdm_export import sampling
 from lfdm_export.ops.symbolic import Attributes, exporting, node
-
-
-def quantile_rank(elements: int) -> tuple[int, float]:
-    """Index of the order statistic below the 0.9 quantile of that many values, and its upper neighbour's weight.
-
-    The rank is a float32 product, as in `torch.quantile`.
-    """
-    rank = np.float32(0.9) * np.float32(elements - 1)
-    lower = math.floor(rank)
-    return lower, float(rank - np.float32(lower))
 
 
 def thresholded_step(
@@ -41,9 +30,9 @@ def thresholded_step(
         The next latent and the next history.
     """
     if exporting():
-        lower, weight = quantile_rank(math.prod(latent.shape[1:]))
+        lower, weight = sampling.quantile_rank(math.prod(latent.shape[1:]))
         inputs = [latent, predicted_noise, history, noise, coefficients]
-        attributes: Attributes = {"lower_rank": lower, "weight": weight}
+        attributes: Attributes = {"lower_rank": lower, "weight": float(weight)}
         next_latent, next_history = node(
             "ThresholdedStep", inputs, attributes, [tuple(latent.shape), tuple(history.shape)]
         )
@@ -52,10 +41,10 @@ def thresholded_step(
     carry, previous = history.unbind(dim=1)
     estimate = c[sampling.X0_FROM_LATENT] * latent + c[sampling.X0_FROM_PREDICTED_NOISE] * predicted_noise
     magnitude = estimate.flatten(1).abs()
-    lower, weight = quantile_rank(magnitude.shape[1])
+    lower, weight = sampling.quantile_rank(magnitude.shape[1])
     ordered = magnitude.sort(dim=1).values
     above = ordered[:, min(lower + 1, magnitude.shape[1] - 1)]
-    bound = torch.lerp(ordered[:, lower], above, weight).clamp(min=1).view(-1, *[1] * (latent.ndim - 1))
+    bound = torch.lerp(ordered[:, lower], above, float(weight)).clamp(min=1).view(-1, *[1] * (latent.ndim - 1))
     x0 = torch.clamp(estimate, -bound, bound) / bound
     next_latent = (
         c[sampling.NEXT_FROM_LATENT] * latent
