@@ -75,7 +75,7 @@ class FoldedTemporalAttention(nn.Module):
         self.heads = attention.heads
         frames = bias.shape[-1]
         freqs = attention.rotary_emb.freqs.detach()
-        angle = torch.arange(frames, dtype=freqs.dtype)[:, None] * freqs
+        angle = torch.arange(frames, dtype=freqs.dtype, device=freqs.device)[:, None] * freqs
         query, key, value = (w.t().contiguous() for w in attention.to_qkv.weight.detach().chunk(3))
         weights = TemporalWeights(
             gamma=_gamma(block),

@@ -8,17 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lfdm_export.ops.cuda.dispatch import on_gpu
 
-def fold_time(conv: nn.Conv3d | nn.ConvTranspose3d) -> nn.Conv2d | nn.ConvTranspose2d:
+#: Phases of a de-interleaved map in the order of `phase_kernels`: (row, column).
+PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
+
+
+def fold_time(conv: nn.Conv3d) -> nn.Conv2d:
     """A 3-D convolution with a kernel of 1 in time, as the 2-D one that it is on (B·T, C, h, w)."""
     kernel, stride, padding = (
         cast(tuple[int, int], tuple(t)[1:]) for t in (conv.kernel_size, conv.stride, conv.padding)
     )
-    folded: nn.Conv2d | nn.ConvTranspose2d
-    if isinstance(conv, nn.ConvTranspose3d):
-        folded = nn.ConvTranspose2d(conv.in_channels, conv.out_channels, kernel, stride, padding, device="meta")
-    else:
-        folded = nn.Conv2d(conv.in_channels, conv.out_channels, kernel, stride, padding, device="meta")
+    folded = nn.Conv2d(conv.in_channels, conv.out_channels, kernel, stride, padding, device="meta")
     folded.weight = nn.Parameter(conv.weight.detach()[:, :, 0], requires_grad=False)
     assert conv.bias is not None
     folded.bias = nn.Parameter(conv.bias.detach(), requires_grad=False)
@@ -64,12 +65,23 @@ def phase_kernels(weight: Tensor) -> Tensor:
     return kernels.flatten(0, 1)
 
 
+def transposed_phase_kernels(weight: Tensor) -> Tensor:
+    """Transposed 4x4 kernels (in, out, 4, 4) of stride 2 and padding 1 -> 2x2 kernels (4, out, in, 2, 2).
+
+    Tap k of a transposed kernel takes input row i to output row 2i - 1 + k. So output row 2i takes tap 3 of row i - 1
+    and tap 1 of row i; output row 2i + 1 takes tap 2 of row i and tap 0 of row i + 1.
+    """
+    taps = ([3, 1], [2, 0])
+    phases = [weight[:, :, taps[py]][:, :, :, taps[px]].transpose(0, 1) for py in range(2) for px in range(2)]
+    return torch.stack(phases)
+
+
 def phase_convs(x: Tensor, kernels: Tensor, bias: Tensor, *, padding_mode: str = "constant") -> list[Tensor]:
-    """The four phases of conv 3x3 (nearest x2) of a map.
+    """The four phases of a doubled map.
 
     Args:
         x: the map, (N, in, h, w).
-        kernels: of `phase_kernels`, (4, out, in, 2, 2).
+        kernels: of `phase_kernels` or `transposed_phase_kernels`, (4, out, in, 2, 2).
         bias: (out,).
         padding_mode: how the map goes on beyond its border: "constant" (zeros) or "replicate".
 
@@ -82,3 +94,19 @@ def phase_convs(x: Tensor, kernels: Tensor, bias: Tensor, *, padding_mode: str =
         for py in range(2)
         for px in range(2)
     ]
+
+
+def interleave(phases: list[Tensor]) -> Tensor:
+    """Four phases (N, C, h, w), as `phase_convs` gives them -> the whole map (N, C, 2h, 2w)."""
+    first = phases[0]
+    if not on_gpu(first):
+        return F.pixel_shuffle(torch.stack(phases, dim=2).flatten(1, 2), 2)
+    # One pass over memory, and channels that lie together stay so.
+    batch, channels, height, width = first.shape
+    layout = torch.channels_last if first.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    whole = torch.empty(
+        (batch, channels, 2 * height, 2 * width), dtype=first.dtype, device=first.device, memory_format=layout
+    )
+    for phase, (row, column) in zip(phases, PHASES, strict=True):
+        whole[:, :, row::2, column::2] = phase
+    return whole

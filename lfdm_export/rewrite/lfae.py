@@ -9,12 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfdm_export.ops.warp import warp, warp_blend
-from lfdm_export.rewrite.convolution import fold_batch_norm, phase_convs, phase_kernels
+from lfdm_export.rewrite.convolution import PHASES, fold_batch_norm, interleave, phase_convs, phase_kernels
 from lfdm_models.layers import DownBlock, ResidualBlock, SameBlock, UpBlock, coordinate_grid
 from lfdm_models.lfae import Lfae
-
-#: Phases of a de-interleaved map in the order of `phase_kernels`: (row, column).
-PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
 def fold_batch_norms(lfae: Lfae) -> Lfae:
@@ -96,26 +93,26 @@ class Decode(nn.Module):
         Args:
             image: (B, 3, H, W) in [0, 1].
             skips_and_latent: encoder outputs, full size first, `feature` last; then the latent (B, 3, F, h, w).
+                In lower precision the encoder outputs have the weights' dtype; image and latent stay float32.
 
         Returns:
-            frames and warped images, (B, 3, F, H, W) each, in [0, 1].
+            frames and warped images, (B, 3, F, H, W) each, in [0, 1], of the image's dtype.
         """
         *skips, latent = skips_and_latent
         batch, _, frames, _, _ = latent.shape
         motion = self.motion(latent)
-        occlusion = motion[:, 2:3]
+        occlusion = motion[:, 2:3].to(skips[-1].dtype)
         visible = warp(skips[-1], motion) * occlusion
         out = self.bottleneck(visible)
         out = visible + out * (1 - occlusion)
         for skip, up in zip(reversed(skips[1:-1]), self.ups, strict=False):
-            whole = F.pixel_shuffle(torch.stack(up(out), dim=2).flatten(1, 2), 2)
-            out = warp_blend(skip, motion, whole)
+            out = warp_blend(skip, motion, interleave(up(out)))
         phases = self.ups[-1](out)
         blended = [
             warp_blend(skips[0], motion, x, stride=2, phase=phase) for x, phase in zip(phases, PHASES, strict=True)
         ]
         final = F.conv2d(torch.cat(blended, dim=1), self.final, self.final_bias, padding=self.final.shape[-1] // 2)
-        picture = F.pixel_shuffle(torch.sigmoid(final), 2)
+        picture = F.pixel_shuffle(torch.sigmoid(final.to(image.dtype)), 2)
         decoded = warp_blend(image, motion, picture), warp(image, motion)
         first, second = (t.view(batch, frames, *t.shape[1:]).transpose(1, 2).contiguous() for t in decoded)
         return first, second

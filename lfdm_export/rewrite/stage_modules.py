@@ -22,7 +22,7 @@ class Encode(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W) in [0, 1] -> skips (full size first), feature, context."""
-        outputs = self.generator.encode(image)
+        outputs = self.generator.encode(image.to(self.context.weight.dtype))
         return (*outputs, self.context(outputs[-1]))
 
 

@@ -13,33 +13,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lfdm_export.ops.cuda.dispatch import on_gpu
 from lfdm_export.ops.group_norm_silu import group_norm_silu
 from lfdm_export.ops.small_conv import small_conv, suits_small_conv
 from lfdm_export.rewrite.attention import FoldedLinearAttention, FoldedSpatialAttention, FoldedTemporalAttention
-from lfdm_export.rewrite.convolution import fold_time, phase_convs, phase_kernels
+from lfdm_export.rewrite.convolution import fold_time, interleave, phase_convs, phase_kernels, transposed_phase_kernels
 from lfdm_models.unet import LATENT_CHANNELS, ConvBlock, Level, ResBlock, Unet3D
 
 
-class UpsampledConv(nn.Module):
-    """Nearest x2, then a reflect-padded 3x3 convolution, as four 2x2 convolutions at the low resolution.
+class DoublingConv(nn.Module):
+    """Doubles a map by four 2x2 convolutions at its own resolution, one for each phase of the result.
 
-    A reflected border pixel of the upsampled map is a copy of the border pixel of the low-resolution
-    one, so there the padding is replication.
+    Of nearest x2 and a reflect-padded 3x3 convolution: a reflected border pixel of the upsampled map is a copy of the
+    border pixel of the low-resolution one, so there the padding is replication. Of a transposed convolution
+    4x4 of stride 2 it is zeros. (Transposed ones have no bfloat16 kernel in TensorRT for RTX 1.7, and few anywhere in
+    int8.)
     """
 
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, conv: nn.Conv3d) -> None:
+    def __init__(self, conv: nn.Conv3d | nn.ConvTranspose3d) -> None:
         super().__init__()
         assert conv.bias is not None
-        self.register_buffer("weight", phase_kernels(conv.weight.detach()[:, :, 0]))
+        weight = conv.weight.detach()[:, :, 0]
+        transposed = isinstance(conv, nn.ConvTranspose3d)
+        self.register_buffer("weight", transposed_phase_kernels(weight) if transposed else phase_kernels(weight))
         self.register_buffer("bias", conv.bias.detach())
+        self.padding_mode = "constant" if transposed else "replicate"
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, h, w) -> (N, C', 2h, 2w)."""
-        phases = phase_convs(x, self.weight, self.bias, padding_mode="replicate")
-        return F.pixel_shuffle(torch.stack(phases, dim=2).flatten(1, 2), 2)
+        return interleave(phase_convs(x, self.weight, self.bias, padding_mode=self.padding_mode))
 
 
 class FoldedConvBlock(nn.Module):
@@ -104,8 +109,10 @@ def _over_time(temporal: FoldedTemporalAttention, tokens: Tensor, frames: int, h
     """Run temporal attention on (B·T, P, C) tokens -> (B·T, C, h, w)."""
     pixels, channels = tokens.shape[1:]
     by_pixel = tokens.view(-1, frames, pixels, channels).transpose(1, 2)
-    out = temporal(by_pixel).permute(0, 2, 3, 1)
-    return out.reshape(-1, channels, height, width)
+    out = temporal(by_pixel)
+    if on_gpu(out):  # where convolutions are fastest on channels that lie together, as tokens' do
+        return out.transpose(1, 2).reshape(-1, height, width, channels).permute(0, 3, 1, 2)
+    return out.permute(0, 2, 3, 1).reshape(-1, channels, height, width)
 
 
 class DeployableUnet(nn.Module):
@@ -140,6 +147,7 @@ class DeployableUnet(nn.Module):
         self.final_blocks = nn.ModuleList(FoldedResBlock(head.block, frames) for head in heads)
         self.final_convs = nn.ModuleList(fold_time(head.conv) for head in heads)
         self.modulation = FoldedModulation(unet)
+        self.guidance = Guidance()
 
     def forward(
         self,
@@ -159,15 +167,18 @@ class DeployableUnet(nn.Module):
             guidance_scale: (B,), if `guided`.
 
         Returns:
-            The predicted noise, (B, 3, T, h, w).
+            The predicted noise, (B, 3, T, h, w), of the weights' dtype (float32 at least, if `guided`).
         """
         batch, _, frames, height, width = noisy_latent.shape
-        x = self.latent_conv(noisy_latent.transpose(1, 2).reshape(-1, LATENT_CHANNELS, height, width))
+        dtype = self.latent_conv.weight.dtype
+        x = self.latent_conv(noisy_latent.to(dtype).transpose(1, 2).reshape(-1, LATENT_CHANNELS, height, width))
         channels = x.shape[1]
-        x = (x.view(batch, frames, channels, height, width) + context[:, None]).view(-1, channels, height, width)
+        clip = x.view(batch, frames, channels, height, width) + context[:, None].to(dtype)
+        x = clip.view(-1, channels, height, width)
         first = x
         x = _over_time(self.init_temporal, x.flatten(2).transpose(1, 2), frames, height, width)
-        time = self.time_mlp(timestep.to(noisy_latent.dtype))
+        # In lower precision these layers stay float32: timesteps are not numbers of bfloat16.
+        time = self.time_mlp(timestep.to(cast(nn.Linear, self.time_mlp[1]).weight.dtype))
         if self.guided:
             first, x, time = first.repeat(2, 1, 1, 1), x.repeat(2, 1, 1, 1), time.repeat(2, 1)
             text_embedding = torch.cat([text_embedding, self.null_embedding.expand(batch, -1)])
@@ -188,11 +199,16 @@ class DeployableUnet(nn.Module):
         x = torch.cat([x, first], dim=1)
         outputs = [conv(block(x)) for block, conv in zip(self.final_blocks, self.final_convs, strict=True)]
         noise = torch.cat(outputs, dim=1).view(-1, frames, LATENT_CHANNELS, height, width).transpose(1, 2)
-        if not self.guided:
-            return noise.contiguous()
-        assert guidance_scale is not None
-        conditional, unconditional = noise.reshape(2, batch, *noise.shape[1:]).unbind()
-        return unconditional + guidance_scale[:, None, None, None, None] * (conditional - unconditional)
+        return noise.contiguous() if guidance_scale is None else self.guidance(noise, guidance_scale)
+
+
+class Guidance(nn.Module):
+    """Classifier-free guidance. A module of its own, so that its nodes can be told from the network's."""
+
+    def forward(self, noise: Tensor, scale: Tensor) -> Tensor:
+        """Predictions with, then without the text (2·B, 3, T, h, w), and scales (B,) -> (B, 3, T, h, w)."""
+        conditional, unconditional = noise.reshape(2, -1, *noise.shape[1:]).unbind()
+        return unconditional + scale[:, None, None, None, None] * (conditional - unconditional)
 
 
 class FoldedModulation(nn.Module):
@@ -214,7 +230,7 @@ class FoldedModulation(nn.Module):
     def forward(self, condition: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(B, condition_width) -> for each block in the order of use its scale and shift, (B, C) each."""
         halves = [width for width in self.widths for _ in range(2)]
-        parts = F.linear(F.silu(condition), self.weight, self.bias).split(halves, dim=1)
+        parts = F.linear(F.silu(condition).to(self.weight.dtype), self.weight, self.bias).split(halves, dim=1)
         return list(zip(parts[::2], parts[1::2], strict=True))
 
 
@@ -239,6 +255,8 @@ def context_half(init_conv: nn.Conv3d) -> nn.Conv2d:
 
 
 def _fold_resample(module: nn.Module) -> nn.Module:
-    if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
-        return fold_time(module)
-    return UpsampledConv(cast(nn.Conv3d, module[1])) if isinstance(module, nn.Sequential) else module
+    if isinstance(module, nn.Sequential):
+        return DoublingConv(cast(nn.Conv3d, module[1]))
+    if isinstance(module, nn.ConvTranspose3d):
+        return DoublingConv(module)
+    return fold_time(module) if isinstance(module, nn.Conv3d) else module

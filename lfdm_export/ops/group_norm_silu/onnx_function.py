@@ -1,7 +1,7 @@
 """GroupNormSilu and ModulatedGroupNormSilu as model-local ONNX functions.
 
-Statistics are taken a frame at a time and then averaged over the frames, so that (B·T, C, h, w) need not be
-permuted; norm and modulation are one product and one sum a value.
+Bodies hold for any floating type of `x`; statistics, norm, modulation and activation are float32 in all of
+them, and only the result is rounded to the type of `x`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,24 @@ import onnx.parser
 from lfdm_export.ops.group_norm_silu.reference import EPSILON
 from lfdm_export.ops.symbolic import DOMAIN, OPSET
 
-_BODY = """
+_FLOAT32 = onnx.TensorProto.FLOAT
+
+# Statistics are taken a frame at a time and then averaged over the frames, so that (B·T, C, h, w) need not be
+# permuted; norm and modulation are one product and one sum a value.
+_REDUCED = f"""
     last = Constant <value_ints = [-1]> ()
     one = Constant <value_ints = [1]> ()
     unit = Constant <value_floats = [1.0]> ()
-    epsilon = Constant <value_floats = [{epsilon}]> ()
+    epsilon = Constant <value_floats = [{EPSILON}]> ()
     grouped_shape = Constant <value_ints: ints = @grouped> ()
     per_group_shape = Constant <value_ints: ints = @per_group> ()
     per_channel_shape = Constant <value_ints: ints = @per_channel> ()
     clip_shape = Constant <value_ints: ints = @clip> ()
     flat_shape = Constant <value_ints: ints = @flat> ()
-    x_grouped = Reshape (x, grouped_shape)
+    x_32 = Cast <to = {_FLOAT32}> (x)
+    gamma_32 = Cast <to = {_FLOAT32}> (gamma)
+    beta_32 = Cast <to = {_FLOAT32}> (beta)
+    x_grouped = Reshape (x_32, grouped_shape)
     x_squared = Mul (x_grouped, x_grouped)
     frame_mean = ReduceMean <keepdims = 0> (x_grouped, last)
     frame_square = ReduceMean <keepdims = 0> (x_squared, last)
@@ -33,8 +40,8 @@ _BODY = """
     stable = Add (variance, epsilon)
     deviation = Sqrt (stable)
     rstd = Reciprocal (deviation)
-    gamma_grouped = Reshape (gamma, per_group_shape)
-    beta_grouped = Reshape (beta, per_group_shape)
+    gamma_grouped = Reshape (gamma_32, per_group_shape)
+    beta_grouped = Reshape (beta_32, per_group_shape)
     rstd_column = Unsqueeze (rstd, last)
     mean_column = Unsqueeze (mean, last)
     norm_factor_grouped = Mul (rstd_column, gamma_grouped)
@@ -42,43 +49,87 @@ _BODY = """
     norm_offset_grouped = Sub (beta_grouped, moved)
     norm_factor = Reshape (norm_factor_grouped, per_channel_shape)
     norm_offset = Reshape (norm_offset_grouped, per_channel_shape)
-    {modulation}
-    x_clip = Reshape (x, clip_shape)
+    %s
+    x_clip = Reshape (x_32, clip_shape)
     scaled = Mul (x_clip, factor)
     normed = Add (scaled, offset)
     gate = Sigmoid (normed)
     activated = Mul (normed, gate)
-    y = Reshape (activated, flat_shape)
+    activated_flat = Reshape (activated, flat_shape)
+    y = CastLike (activated_flat, x)
 """
 
-_MODULATION = """
-    scale_channels = Reshape (scale, per_channel_shape)
-    shift_channels = Reshape (shift, per_channel_shape)
+_REDUCED_MODULATION = f"""
+    scale_32 = Cast <to = {_FLOAT32}> (scale)
+    shift_32 = Cast <to = {_FLOAT32}> (shift)
+    scale_channels = Reshape (scale_32, per_channel_shape)
+    shift_channels = Reshape (shift_32, per_channel_shape)
     gain = Add (scale_channels, unit)
     factor = Mul (norm_factor, gain)
     gained = Mul (norm_offset, gain)
     offset = Add (gained, shift_channels)
 """
 
-_NO_MODULATION = """
+_REDUCED_PLAIN = """
     factor = Identity (norm_factor)
     offset = Identity (norm_offset)
 """
 
+# One layer of TensorRT's, behind a permutation to (B, C, T, h, w); it takes its statistics in float32 whatever
+# the type of `x` (attribute `stash_type`).
+_WHOLE = f"""
+    unit = Constant <value_floats = [1.0]> ()
+    clip_shape = Constant <value_ints: ints = @clip> ()
+    flat_shape = Constant <value_ints: ints = @flat> ()
+    gamma_like = CastLike (gamma, x)
+    beta_like = CastLike (beta, x)
+    x_clip = Reshape (x, clip_shape)
+    x_channels = Transpose <perm = [0, 2, 1, 3, 4]> (x_clip)
+    x_normed = GroupNormalization <epsilon = {EPSILON}, num_groups = %d> (x_channels, gamma_like, beta_like)
+    %s
+    gate = Sigmoid (normed)
+    activated = Mul (normed, gate)
+    activated_clip = Transpose <perm = [0, 2, 1, 3, 4]> (activated)
+    y = Reshape (activated_clip, flat_shape)
+"""
+
+_WHOLE_MODULATION = """
+    inner = Constant <value_ints = [2, 3, 4]> ()
+    scale_like = CastLike (scale, x)
+    shift_like = CastLike (shift, x)
+    unit_like = CastLike (unit, x)
+    gain = Add (scale_like, unit_like)
+    gain_channels = Unsqueeze (gain, inner)
+    shift_channels = Unsqueeze (shift_like, inner)
+    gained = Mul (x_normed, gain_channels)
+    normed = Add (gained, shift_channels)
+"""
+
+_WHOLE_PLAIN = "normed = Identity (x_normed)"
+
 
 def group_norm_silu_functions() -> list[onnx.FunctionProto]:
     """GroupNormSilu(x, gamma, beta) and ModulatedGroupNormSilu(x, gamma, beta, scale, shift), as in `reference`."""
+    return _functions(_REDUCED % _REDUCED_PLAIN, _REDUCED % _REDUCED_MODULATION)
+
+
+def whole_group_norm_silu_functions(groups: int) -> list[onnx.FunctionProto]:
+    """The same on GroupNormalization, for that number of groups."""
+    return _functions(_WHOLE % (groups, _WHOLE_PLAIN), _WHOLE % (groups, _WHOLE_MODULATION))
+
+
+def _functions(plain: str, modulated: str) -> list[onnx.FunctionProto]:
     return [
-        _function("GroupNormSilu", "x, gamma, beta", _NO_MODULATION),
-        _function("ModulatedGroupNormSilu", "x, gamma, beta, scale, shift", _MODULATION),
+        _function("GroupNormSilu", "x, gamma, beta", plain),
+        _function("ModulatedGroupNormSilu", "x, gamma, beta, scale, shift", modulated),
     ]
 
 
-def _function(name: str, inputs: str, modulation: str) -> onnx.FunctionProto:
+def _function(name: str, inputs: str, body: str) -> onnx.FunctionProto:
     text = f"""
 <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
 {name} <grouped, per_group, per_channel, clip, flat> ({inputs}) => (y) {{
-    {_BODY.format(epsilon=EPSILON, modulation=modulation)}
+    {body}
 }}
 """
     return onnx.parser.parse_function(text)

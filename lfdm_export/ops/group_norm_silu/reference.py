@@ -5,9 +5,11 @@ Source: Wu & He (arXiv 1803.08494); its modulation as in Ni et al., CVPR 2023 (a
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lfdm_export.ops.cuda.dispatch import on_gpu
 from lfdm_export.ops.symbolic import Attributes, exporting, node
 
 EPSILON = 1e-5
@@ -47,9 +49,41 @@ def group_norm_silu(
         inputs = [x, gamma, beta, *(scale_shift or ())]
         name = "GroupNormSilu" if scale_shift is None else "ModulatedGroupNormSilu"
         return node(name, inputs, attributes, [tuple(x.shape)])[0]
+    if on_gpu(x):
+        return folded_group_norm_silu(x, gamma, beta, scale_shift, frames=frames, groups=groups)
     clip = x.unflatten(0, (-1, frames)).transpose(1, 2)
     normed = F.group_norm(clip, groups, gamma, beta, EPSILON)
     if scale_shift is not None:
         scale, shift = (t[:, :, None, None, None] for t in scale_shift)
         normed = normed * (scale + 1) + shift
     return F.silu(normed).transpose(1, 2).flatten(0, 1)
+
+
+def folded_group_norm_silu(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    scale_shift: tuple[Tensor, Tensor] | None = None,
+    *,
+    frames: int,
+    groups: int,
+) -> Tensor:
+    """`group_norm_silu` as one product and one sum a value, without permuting anything, for either layout in memory.
+
+    A compiler makes two passes of it, one for the statistics. Arithmetic is float32 or wider.
+    """
+    channels, height, width = x.shape[1:]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        grouped = x.permute(0, 2, 3, 1).reshape(-1, frames * height * width, groups, channels // groups)
+    else:
+        grouped = x.reshape(-1, frames, groups, channels // groups * height * width)
+    variance, mean = torch.var_mean(grouped.to(wide), dim=(1, 3), correction=0)
+    deviation, mean = (t.repeat_interleave(channels // groups, dim=1) for t in (torch.rsqrt(variance + EPSILON), mean))
+    factor = deviation * gamma
+    offset = beta - mean * factor
+    if scale_shift is not None:
+        scale, shift = scale_shift
+        factor, offset = factor * (scale + 1), offset * (scale + 1) + shift
+    factor, offset = (t[:, None, :, None, None] for t in (factor, offset))
+    return F.silu(x.unflatten(0, (-1, frames)) * factor + offset).flatten(0, 1).to(x.dtype)

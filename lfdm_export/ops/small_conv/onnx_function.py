@@ -1,8 +1,8 @@
-"""SmallConv as a model-local ONNX function: Winograd's F(2x2, 3x3) in matrix products.
+"""SmallConv as a model-local ONNX function: Winograd's F(2x2, 3x3) in matrix products, or one Conv.
 
-The transforms of pixels are two products with small constant matrices, the convolution itself one batched
-product with 2.25 times fewer multiplications. Kernels are transformed inside the graph, so that weights
-are stored once and engines fold their transform when they load it.
+In Winograd's form the transforms of pixels are two products with small constant matrices, the convolution itself
+one batched product with 2.25 times fewer multiplications. Kernels are transformed inside the graph, so that
+weights are stored once and engines fold their transform when they load it.
 
 Source: Lavin & Gray, Fast Algorithms for Convolutional Neural Networks (arXiv 1509.09308), Sec. 4.1.
 """
@@ -54,6 +54,17 @@ SmallConv <height, width> (x, weight, bias, kernel, spread, gather) => (y) {{
     out_first = Transpose <perm = [0, 2, 1]> (biased)
     y_shape = Concat <axis = 0> (zero, out_channels, height_1d, width_1d)
     y = Reshape (out_first, y_shape)
+}}
+"""
+    return onnx.parser.parse_function(text)
+
+
+def plain_small_conv_function() -> onnx.FunctionProto:
+    """The same as one Conv, for backends whose own handles small maps well; the transforms go unused."""
+    text = f"""
+<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
+SmallConv <height, width> (x, weight, bias, kernel, spread, gather) => (y) {{
+    y = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (x, weight, bias)
 }}
 """
     return onnx.parser.parse_function(text)

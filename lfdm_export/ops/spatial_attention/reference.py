@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from lfdm_export.ops.cuda.dispatch import on_gpu
 from lfdm_export.ops.symbolic import exporting, node
 
 EPSILON = 1e-5
@@ -48,6 +49,8 @@ def spatial_attention(x: Tensor, weights: SpatialWeights, *, heads: int) -> Tens
     q, k, v = (
         (normed @ w).unflatten(-1, (heads, -1)).transpose(1, 2) for w in (weights.query, weights.key, weights.value)
     )
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    out = (logits.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
-    return x + out @ weights.out
+    if on_gpu(x):  # one fused kernel
+        attended = F.scaled_dot_product_attention(q, k, v)
+    else:
+        attended = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1) @ v
+    return x + attended.transpose(1, 2).flatten(2) @ weights.out

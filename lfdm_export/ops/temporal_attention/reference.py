@@ -11,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lfdm_export.ops.cuda.dispatch import on_gpu
 from lfdm_export.ops.symbolic import Attributes, exporting, node
 
 #: Tokens (pixels x frames) of one sample whose queries, keys and values are in flight together, so that they
 #: stay in a core's cache. Measured: 8 to 32 pixels at 40 frames are equally good.
 CHUNK_TOKENS = 1280
 EPSILON = 1e-5
+#: What an operator's name begins with; the number of its chunks follows.
+TEMPORAL_PREFIX = "TemporalAttentionIn"
 
 
 class TemporalWeights(NamedTuple):
@@ -44,7 +47,7 @@ class TemporalWeights(NamedTuple):
 
 def operator_name(chunks: int) -> str:
     """Name of the operator that works in that many chunks; a function's body has a fixed number of them."""
-    return f"TemporalAttentionIn{chunks}"
+    return f"{TEMPORAL_PREFIX}{chunks}"
 
 
 def temporal_attention(x: Tensor, weights: TemporalWeights, *, heads: int, pixels: int) -> Tensor:
@@ -68,9 +71,11 @@ def temporal_attention(x: Tensor, weights: TemporalWeights, *, heads: int, pixel
         (normed @ w).unflatten(-1, (heads, -1)).transpose(1, 2) for w in (weights.query, weights.key, weights.value)
     )
     q, k = rotate(q, weights.cos, weights.sin), rotate(k, weights.cos, weights.sin)
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + weights.bias
-    out = (logits.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
-    return x + out @ weights.out
+    if on_gpu(x):  # one fused kernel
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=weights.bias)
+    else:
+        attended = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + weights.bias).softmax(dim=-1) @ v
+    return x + attended.transpose(1, 2).flatten(2) @ weights.out
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """ThresholdedStep as a model-local ONNX function, with an exact quantile that needs no TopK.
 
 TensorRT's TopK stops at 3840; the 0.9 quantile of a latent's 122,880 values would need 12,289. So
-the lower order statistic is bracketed by bisection on counts, then picked exactly as the smallest value
+the lower order statistic is bracketed by counting, then picked exactly as the smallest value
 above the bracket's lower end; its upper neighbour is itself if enough values equal it, else the
-smallest value above it.
+smallest value above it. Bisection counts least, which suits a CPU; a search with many pivots at once has few rounds,
+which suits a GPU, and TensorRT's builder, whose time for latents of some thousand values grows exponentially
+with the rounds.
 """
 
 from __future__ import annotations
@@ -17,6 +19,11 @@ from lfdm_export.ops.symbolic import DOMAIN, OPSET
 #: From 2^-126 .. 2^128, 8 halvings of the exponent's range leave a factor of 2, and 24 halvings of
 #: that neighbouring floats; two to spare.
 BISECTIONS = 34
+#: Intervals that a round of the search with many pivots divides the bracket into.
+LANES = 64
+#: Rounds of it with pivots in geometric and in arithmetic progression: two leave a factor of 2^(254 / 64^2), a gap of
+#: 2^-4.5 of the lower end; four times 6 bits less is below half of the distance between neighbouring floats.
+GEOMETRIC_ROUNDS, ARITHMETIC_ROUNDS = 2, 4
 
 # Values at or below the smallest normal float count as zero: where the quantile is below 1 the bound is 1.
 _START = """
@@ -43,6 +50,41 @@ _BISECT = """
     enough_{i} = Greater (count_{i}, rank)
     low_{j} = Where (enough_{i}, low_{i}, middle_{i})
     high_{j} = Where (enough_{i}, middle_{i}, high_{i})
+"""
+
+_LANES = """
+    fractions = Constant <value = float[1, {lanes}] {{{fractions}}}> ()
+    magnitude_row = Unsqueeze (magnitude, one)
+    {rounds}
+"""
+
+_GEOMETRIC_PIVOTS = """
+    log_low_{i} = Log (low_{i})
+    log_high_{i} = Log (high_{i})
+    log_gap_{i} = Sub (log_high_{i}, log_low_{i})
+    log_part_{i} = Mul (log_gap_{i}, fractions)
+    log_pivots_{i} = Add (log_low_{i}, log_part_{i})
+    rough_pivots_{i} = Exp (log_pivots_{i})
+    capped_pivots_{i} = Min (rough_pivots_{i}, high_{i})
+    pivots_{i} = Max (capped_pivots_{i}, low_{i})
+"""
+
+_ARITHMETIC_PIVOTS = """
+    gap_{i} = Sub (high_{i}, low_{i})
+    part_{i} = Mul (gap_{i}, fractions)
+    pivots_{i} = Add (low_{i}, part_{i})
+"""
+
+_NARROW = """
+    pivot_column_{i} = Unsqueeze (pivots_{i}, last)
+    within_{i} = LessOrEqual (magnitude_row, pivot_column_{i})
+    within_f_{i} = Cast <to = 1> (within_{i})
+    count_{i} = ReduceSum <keepdims = 0> (within_f_{i}, last)
+    enough_{i} = Greater (count_{i}, rank)
+    lows_{i} = Where (enough_{i}, low_{i}, pivots_{i})
+    highs_{i} = Where (enough_{i}, pivots_{i}, high_{i})
+    low_{j} = ReduceMax <keepdims = 1> (lows_{i}, one)
+    high_{j} = ReduceMin <keepdims = 1> (highs_{i}, one)
 """
 
 _SELECT = """
@@ -93,12 +135,24 @@ def _combine(result: str, terms: list[tuple[int, str]]) -> str:
     return "\n    ".join(lines)
 
 
-def thresholded_step_function(weight: float) -> onnx.FunctionProto:
+def _search(pivots_at_once: bool) -> tuple[str, int]:
+    """ONNX text that narrows the bracket of the lower order statistic, and the number of its rounds."""
+    if not pivots_at_once:
+        return "".join(_BISECT.format(i=i, j=i + 1) for i in range(BISECTIONS)), BISECTIONS
+    kinds = [_GEOMETRIC_PIVOTS] * GEOMETRIC_ROUNDS + [_ARITHMETIC_PIVOTS] * ARITHMETIC_ROUNDS
+    rounds = "".join((pivots + _NARROW).format(i=i, j=i + 1) for i, pivots in enumerate(kinds))
+    fractions = [lane / LANES for lane in range(1, LANES)]
+    return _LANES.format(lanes=len(fractions), fractions=", ".join(map(str, fractions)), rounds=rounds), len(kinds)
+
+
+def thresholded_step_function(weight: float, *, pivots_at_once: bool = False) -> onnx.FunctionProto:
     """The function, for latents whose quantile has that interpolation weight.
 
     Args:
         weight: of `sampling.quantile_rank`; it decides from which end the interpolation is done.
+        pivots_at_once: search with many pivots in few rounds, instead of bisection.
     """
+    search, rounds = _search(pivots_at_once)
     columns = "\n    ".join(
         f"i_{i} = Constant <value_ints = [{i}]> ()\n    c_{i} = Gather <axis = 1> (coefficients, i_{i})"
         for i in range(11)
@@ -119,6 +173,7 @@ def thresholded_step_function(weight: float) -> onnx.FunctionProto:
 ThresholdedStep <lower_rank, weight>
     (latent, predicted_noise, history, noise, coefficients) => (next_latent, next_history) {{
     one = Constant <value_ints = [1]> ()
+    last = Constant <value_ints = [-1]> ()
     flat = Constant <value_ints = [0, -1]> ()
     halves = Constant <value_ints = [0, 2, -1]> ()
     index_0 = Constant <value_int = 0> ()
@@ -140,8 +195,8 @@ ThresholdedStep <lower_rank, weight>
     magnitude = Abs (estimate)
     zeros = Sub (c_0, c_0)
     {_START}
-    {"".join(_BISECT.format(i=i, j=i + 1) for i in range(BISECTIONS))}
-    {_SELECT.format(last=BISECTIONS)}
+    {search}
+    {_SELECT.format(last=rounds)}
     {_LERP_BELOW_HALF if weight < 0.5 else _LERP_FROM_HALF}
     bound = Max (quantile, unit)
     negative_bound = Neg (bound)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lfdm_export import sampling
+from lfdm_export.ops.cuda.dispatch import has_kernel
 from lfdm_export.ops.symbolic import Attributes, exporting, node
 
 
@@ -19,9 +20,11 @@ def thresholded_step(
 ) -> tuple[Tensor, Tensor]:
     """One update of any sampler; the meaning of the coefficients is `lfdm_export.sampling`'s.
 
+    On a GPU this is the kernel of `kernel.cuh`.
+
     Args:
         latent: the noisy latent x, (B, 3, T, h, w).
-        predicted_noise: the same shape.
+        predicted_noise: the same shape; of the same dtype, or narrower.
         history: carry and previous x0 estimate, (B, 2, 3, T, h, w).
         noise: like `latent`.
         coefficients: (B, 11).
@@ -37,6 +40,17 @@ def thresholded_step(
             "ThresholdedStep", inputs, attributes, [tuple(latent.shape), tuple(history.shape)]
         )
         return next_latent, next_history
+    if has_kernel(latent):
+        from lfdm_export.ops.thresholded_step.gpu import thresholded_step_on_gpu
+
+        return thresholded_step_on_gpu(latent, predicted_noise, history, noise, coefficients)
+    return thresholded_step_in_torch(latent, predicted_noise, history, noise, coefficients)
+
+
+def thresholded_step_in_torch(
+    latent: Tensor, predicted_noise: Tensor, history: Tensor, noise: Tensor, coefficients: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`thresholded_step` by torch's own operators, on any device."""
     c = coefficients.view(*coefficients.shape, *[1] * (latent.ndim - 1)).unbind(dim=1)
     carry, previous = history.unbind(dim=1)
     estimate = c[sampling.X0_FROM_LATENT] * latent + c[sampling.X0_FROM_PREDICTED_NOISE] * predicted_noise

@@ -1,4 +1,8 @@
-"""Warp and WarpBlend as model-local ONNX functions."""
+"""Warp and WarpBlend as model-local ONNX functions.
+
+Bodies hold for any floating type of `source` and `previous`; coordinates, sampling and blending are float32, and
+only the result is rounded to the type of `source`.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,11 @@ import onnx.parser
 
 from lfdm_export.ops.symbolic import DOMAIN, OPSET
 
+_FLOAT32 = onnx.TensorProto.FLOAT
 _HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
 
-_RESIZE = """
+_RESIZE = f"""
+    motion_32 = Cast <to = {_FLOAT32}> (motion)
     zero = Constant <value_ints = [0]> ()
     one = Constant <value_ints = [1]> ()
     two = Constant <value_ints = [2]> ()
@@ -17,11 +23,12 @@ _RESIZE = """
     kept_axes = Shape <start = 0, end = 2> (motion)
     full_size = Shape <start = 2, end = 4> (source)
     full_shape = Concat <axis = 0> (kept_axes, full_size)
-    full = Resize <mode = "linear", coordinate_transformation_mode = "half_pixel"> (motion, , , full_shape)
+    full = Resize <mode = "linear", coordinate_transformation_mode = "half_pixel"> (motion_32, , , full_shape)
 """
 
 # GridSample wants one source a grid, so the source is repeated; a plugin needs no copies.
-_SAMPLE = """
+_SAMPLE = f"""
+    source_32 = Cast <to = {_FLOAT32}> (source)
     grid_planes = Slice (resized, zero, two, one)
     grid = Transpose <perm = [0, 2, 3, 1]> (grid_planes)
     batch = Shape <start = 0, end = 1> (source)
@@ -30,10 +37,10 @@ _SAMPLE = """
     source_axes = Shape <start = 1> (source)
     expanded_shape = Concat <axis = 0> (batch, frames, source_axes)
     repeated_shape = Concat <axis = 0> (all_frames, source_axes)
-    unsqueezed = Unsqueeze (source, one)
+    unsqueezed = Unsqueeze (source_32, one)
     expanded = Expand (unsqueezed, expanded_shape)
     repeated = Reshape (expanded, repeated_shape)
-    warped = GridSample <mode = "linear", padding_mode = "zeros", align_corners = 0> (repeated, grid)
+    sampled = GridSample <mode = "linear", padding_mode = "zeros", align_corners = 0> (repeated, grid)
 """
 
 _WARP = f"""
@@ -42,6 +49,7 @@ Warp (source, motion) => (warped) {{
     {_RESIZE}
     resized = Identity (full)
     {_SAMPLE}
+    warped = CastLike (sampled, source)
 }}
 """
 
@@ -61,12 +69,13 @@ WarpBlend <stride, phase_y, phase_x> (source, motion, previous) => (blended) {{
     resized = Slice (full, starts, full_size, image_axes, steps)
     {_SAMPLE}
     occlusion = Slice (resized, two, three, one)
-    visible = Mul (warped, occlusion)
+    previous_32 = Cast <to = {_FLOAT32}> (previous)
+    visible = Mul (sampled, occlusion)
     unit = Constant <value_floats = [1.0]> ()
-    unit_cast = CastLike (unit, occlusion)
-    hidden_weight = Sub (unit_cast, occlusion)
-    hidden = Mul (previous, hidden_weight)
-    blended = Add (visible, hidden)
+    hidden_weight = Sub (unit, occlusion)
+    hidden = Mul (previous_32, hidden_weight)
+    mixed = Add (visible, hidden)
+    blended = CastLike (mixed, source)
 }}
 """
 

@@ -1,0 +1,109 @@
+"""The host build: the same kernels through a C++ compiler, so that their arithmetic can be tested without a GPU.
+
+A grid's blocks run one after the other, and so do a block's threads between barriers. It is no way to compute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from lfdm_export.errors import EngineError
+from lfdm_export.ops.cuda.source import ROOT, Kernel, Launch, program
+
+#: As on the GPU: nothing is contracted. Unrolling is asked for in CUDA's own words.
+FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+#: Orders in which a block's threads can run; see `shim.cuh`.
+THREAD_ORDERS = (0, 1, 2)
+
+_LAUNCH = """
+extern "C" void lfdm_launch(int x, int y, int z, int blocks_x, int order) {
+    lfdm::launch() = {x, y, z, blocks_x, order};
+}
+"""
+
+
+class HostKernels:
+    """Kernels that were built for the host."""
+
+    def __init__(self, library: Path, kernels: Sequence[Kernel]) -> None:
+        """Load what `build` made of these kernels."""
+        self._library = ctypes.CDLL(str(library))
+        self._kernels = {kernel.name: kernel for kernel in kernels}
+
+    def run(
+        self, name: str, launch: Launch[int], inputs: Sequence[int], outputs: Sequence[int], order: int = 0
+    ) -> None:
+        """Run a kernel's whole grid.
+
+        Args:
+            name: of the kernel.
+            launch: its grid and scalars.
+            inputs: addresses of what it reads.
+            outputs: addresses of what it writes.
+            order: of a block's threads, one of `THREAD_ORDERS`.
+
+        Raises:
+            KeyError: it was not built.
+        """
+        kernel = self._kernels[name]
+        assert (len(inputs), len(outputs)) == kernel.pointers
+        assert len(launch.scalars) == kernel.scalars
+        function = getattr(self._library, name)
+        function.restype = None
+        arguments = [
+            *map(ctypes.c_void_p, inputs),
+            *map(ctypes.c_int32, launch.scalars),
+            *map(ctypes.c_void_p, outputs),
+        ]
+        for z, y, x in itertools.product(*(range(size) for size in reversed(launch.grid))):
+            self._library.lfdm_launch(x, y, z, launch.grid[0], order)
+            function(*arguments)
+
+
+def build(kernels: Sequence[Kernel], library: Path, *, flags: Sequence[str] = (), main: str = "") -> Path:
+    """Compile kernels for the host.
+
+    Args:
+        kernels: what to build.
+        library: the file to write: a shared library, or a program if there is a `main`.
+        flags: further compiler flags.
+        main: C++ text that goes after the kernels.
+
+    Returns:
+        `library`.
+
+    Raises:
+        EngineError: there is no C++ compiler, or it does not take the text.
+    """
+    compiler = find_compiler()
+    source = library.with_suffix(".cpp")
+    source.write_text(program(kernels) + _LAUNCH + main, encoding="utf-8")
+    kind = () if main else ("-shared", "-fPIC")
+    command = [compiler, *FLAGS, *flags, *kind, f"-I{ROOT}", str(source), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise EngineError(f"{compiler} does not take the kernels: {done.stderr.strip()}")
+    return library
+
+
+def find_compiler() -> str:
+    """A C++17 compiler: what the variable CXX names, else g++, clang++ or c++.
+
+    Raises:
+        EngineError: there is none.
+    """
+    named = os.environ.get("CXX")
+    for name in (named,) if named else ("g++", "clang++", "c++"):
+        found = shutil.which(name)
+        if found is not None:
+            return found
+    raise EngineError(
+        f"building kernels for the host needs a C++17 compiler, found no {named or 'g++, clang++ or c++'}; "
+        "install one (Debian: apt-get install g++), or name it in CXX"
+    )

@@ -1,0 +1,89 @@
+"""ThresholdedStep and its noise on tensors of a GPU: operators of torch around the kernels."""
+# An operator's shape function has its operator's arguments.
+# ruff: noqa: ARG001
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lfdm_export import sampling
+from lfdm_export.ops.cuda.launcher import STORAGES, launch
+from lfdm_export.ops.thresholded_step.kernels import noise_kernel, noise_launch, step_kernel, step_launch
+
+
+def thresholded_step_on_gpu(
+    latent: Tensor, predicted_noise: Tensor, history: Tensor, noise: Tensor, coefficients: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `reference.thresholded_step`; the predicted noise may be narrower than the others."""
+    return _step(latent, predicted_noise, history, noise, coefficients)
+
+
+def noise_on_gpu(seeds: Tensor, step: Tensor, shape: Sequence[int]) -> Tensor:
+    """Standard normal noise: the values of `lfdm_export.noise.noise_for`, drawn where they are needed.
+
+    The step lies in the GPU's memory, so that a captured graph can be replayed for every step.
+
+    Args:
+        seeds: (B,) int64, whose bits are the seeds'.
+        step: (1,) int64, from 0; -1 for the start of a chain.
+        shape: of one sample.
+
+    Returns:
+        (B, *shape) float32.
+    """
+    return _noise(seeds, step, list(shape))
+
+
+@torch.library.custom_op(
+    "lfdm::thresholded_step",
+    mutates_args=(),
+    schema="(Tensor latent, Tensor predicted_noise, Tensor history, Tensor noise, Tensor coefficients) "
+    "-> (Tensor, Tensor)",
+)
+def _step(
+    latent: Tensor, predicted_noise: Tensor, history: Tensor, noise: Tensor, coefficients: Tensor
+) -> tuple[Tensor, Tensor]:
+    state = latent.dtype
+    inputs = [
+        _dense(latent),
+        _dense(predicted_noise),
+        _dense(history.to(state)),
+        _dense(noise.to(state)),
+        _dense(coefficients.to(torch.float32)),
+    ]
+    elements = math.prod(latent.shape[1:])
+    lower, weight = sampling.quantile_rank(elements)
+    results = _step_results(*inputs)
+    kernel = step_kernel(STORAGES[state], STORAGES[predicted_noise.dtype])
+    launch(kernel, step_launch(elements, lower, float(weight), len(latent)), inputs, results)
+    return results
+
+
+@_step.register_fake
+def _step_results(
+    latent: Tensor, predicted_noise: Tensor, history: Tensor, noise: Tensor, coefficients: Tensor
+) -> tuple[Tensor, Tensor]:
+    return latent.new_empty(latent.shape), latent.new_empty(history.shape)
+
+
+@torch.library.custom_op("lfdm::noise", mutates_args=(), schema="(Tensor seeds, Tensor step, int[] shape) -> Tensor")
+def _noise(seeds: Tensor, step: Tensor, shape: list[int]) -> Tensor:
+    result = _noise_result(seeds, step, shape)
+    elements = math.prod(shape)
+    launch(noise_kernel(), noise_launch(elements, len(seeds)), [_dense(seeds), _dense(step)], [result])
+    return result
+
+
+@_noise.register_fake
+def _noise_result(seeds: Tensor, step: Tensor, shape: list[int]) -> Tensor:
+    return seeds.new_empty((seeds.shape[0], *shape), dtype=torch.float32)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor in C order, at a multiple of 16 bytes, which a part of another need not be."""
+    dense = tensor.contiguous()
+    return dense if dense.data_ptr() % 16 == 0 else dense.clone()

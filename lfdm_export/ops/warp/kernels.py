@@ -1,0 +1,71 @@
+"""The kernels of `kernel.cuh` by storage type and layout, and how they are launched."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+from lfdm_export.ops.cuda.source import ITEM_SIZES, SHORT_NAMES, Kernel, Launch, Storage
+
+#: Of source, activation and result: (N, C, H, W) or (N, H, W, C) in memory. The motion is always planar.
+Layout = Literal["planar", "channels_last"]
+
+_HEADER = "warp/kernel.cuh"
+_THREADS = 256
+# As in kernel.cuh.
+_TILE_SIDE, _SLICE_PACKS, _PACK_BYTES = 8, 16, 16
+_STRIP_PACKS, _STRIP_PACK_BYTES, _SLICE_CHANNELS = 128, 4, 32
+
+Size = TypeVar("Size")
+
+
+def warp_kernel(storage: Storage, layout: Layout, *, blend: bool) -> Kernel:
+    """Warp(source, motion), or WarpBlend(source, motion, previous), into a result.
+
+    Args:
+        storage: of source, previous activation and result; the motion is float32.
+        layout: of the same.
+        blend: there is a previous activation.
+    """
+    name = f"lfdm_warp_{'blend_' if blend else ''}{layout}_{SHORT_NAMES[storage]}"
+    macro = "LFDM_WARP_BLEND_KERNEL" if blend else "LFDM_WARP_KERNEL"
+    definition = f"{macro}({name}, {storage}, warp_{layout})"
+    return Kernel(name, _HEADER, definition, _THREADS, (3 if blend else 2, 1), 9)
+
+
+def warp_launch(
+    storage: Storage,
+    layout: Layout,
+    source: tuple[int, int, int],
+    motion: tuple[int, int],
+    frames: Size,
+    frames_of_each: Size,
+    *,
+    stride: int = 1,
+    phase: tuple[int, int] = (0, 0),
+) -> Launch[Size]:
+    """How a kernel is launched.
+
+    Args:
+        storage: see `warp_kernel`.
+        layout: see `warp_kernel`.
+        source: (C, H, W).
+        motion: (h, w).
+        frames: of the result, all samples together.
+        frames_of_each: of one sample.
+        stride: see `reference.warp_blend`.
+        phase: first row and column.
+    """
+    channels, height, width = source
+    rows, columns = height // stride, width // stride
+    if layout == "channels_last":
+        tiles = _divide_up(rows, _TILE_SIDE) * _divide_up(columns, _TILE_SIDE)
+        slices = _divide_up(channels, _SLICE_PACKS * _PACK_BYTES // ITEM_SIZES[storage])
+    else:
+        tiles = _divide_up(rows * columns, _STRIP_PACKS * _STRIP_PACK_BYTES // ITEM_SIZES[storage])
+        slices = _divide_up(channels, _SLICE_CHANNELS)
+    scalars = (frames_of_each, channels, height, width, *motion, stride, *phase)
+    return Launch((tiles, frames, slices), scalars)
+
+
+def _divide_up(size: int, part: int) -> int:
+    return -(-size // part)

@@ -1,0 +1,137 @@
+// Runs every kernel on buffers of exactly the size that it may touch, with coordinates of every kind, under a sanitizer.
+// Given the name of a buffer, that one is a few values short, which must be noticed.
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace {
+
+std::string shortened;
+
+template <class T>
+std::unique_ptr<T[]> buffer(const char* name, size_t count) {
+    // A block of its own on the heap, so that its ends are watched.
+    auto values = std::make_unique<T[]>(shortened == name ? count - 4 : count);
+    std::memset(values.get(), 0, sizeof(T) * (shortened == name ? count - 4 : count));
+    return values;
+}
+
+uint32_t state = 1;
+
+float random_float() {  // in [0, 1)
+    state = state * 1664525u + 1013904223u;
+    return float(state >> 8) / 16777216.0f;
+}
+
+float coordinate(int size) {
+    const float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+    const float wild[] = {nan, infinity, -infinity, 3.4e38f, -3.4e38f, 1e9f, -1e9f, 2147483648.0f, -2147483648.0f,
+                          -1.0f, 1.0f, -1.0f + 1.0f / size, 1.0f - 1.0f / size, -1.0f - 1.0f / size,
+                          1.0f + 1.0f / size};
+    const int kind = int(random_float() * 32);
+    if (kind < 15) return wild[kind];
+    if (kind < 18) return std::nextafter(1.0f + 1.0f / size, kind == 15 ? -9.0f : 9.0f);
+    if (kind < 20) return std::nextafter(-1.0f - 1.0f / size, kind == 18 ? -9.0f : 9.0f);
+    return 3.0f * random_float() - 1.5f;
+}
+
+void launch_at(int x, int y, int blocks_x) { lfdm::launch() = {x, y, 0, blocks_x, 0}; }
+
+struct Case {
+    int batch, frames, channels, motion_height, motion_width, height, width, stride;
+};
+
+template <class T, class Blend, class Warp>
+void check_warp(Blend blend, Warp warp, bool planar, const Case& c) {
+    const int rows = c.height / c.stride, columns = c.width / c.stride, all = c.batch * c.frames;
+    auto source = buffer<T>("source", size_t(c.batch) * c.channels * c.height * c.width);
+    auto motion = buffer<float>("motion", size_t(all) * 3 * c.motion_height * c.motion_width);
+    auto previous = buffer<T>("previous", size_t(all) * c.channels * rows * columns);
+    auto result = buffer<T>("result", size_t(all) * c.channels * rows * columns);
+    const size_t plane = size_t(c.motion_height) * c.motion_width, planes = shortened == "motion" ? 0 : size_t(all);
+    for (size_t i = 0; i < planes * 3 * plane; ++i) {
+        const size_t which = i / plane % 3;
+        motion[i] = which == 2 ? random_float() : coordinate(which == 0 ? c.width : c.height);
+    }
+    const int pack = 16 / int(sizeof(T)), pixels = lfdm::STRIP_PACKS * 4 / int(sizeof(T));
+    const int across = (rows + 7) / 8 * ((columns + 7) / 8);
+    const int tiles = planar ? (rows * columns + pixels - 1) / pixels : across;
+    const int slice = planar ? lfdm::SLICE_CHANNELS : lfdm::SLICE_PACKS * pack;
+    for (int phase = 0; phase < c.stride * c.stride; ++phase)
+        for (int z = 0; z * slice < c.channels; ++z)
+            for (int y = 0; y < all; ++y)
+                for (int x = 0; x < tiles; ++x) {
+                    lfdm::launch() = {x, y, z, tiles, 0};
+                    blend(source.get(), motion.get(), previous.get(), c.frames, c.channels, c.height, c.width,
+                          c.motion_height, c.motion_width, c.stride, phase / 2, phase % 2, result.get());
+                    if (c.stride == 1)
+                        warp(source.get(), motion.get(), c.frames, c.channels, c.height, c.width, c.motion_height,
+                             c.motion_width, 1, 0, 0, result.get());
+                }
+}
+
+template <class S, class P, class Step>
+void check_step(Step step, int elements) {
+    const int batch = 2, splits = 3;
+    auto latent = buffer<S>("latent", size_t(batch) * elements);
+    auto predicted = buffer<P>("predicted", size_t(batch) * elements);
+    auto history = buffer<S>("history", size_t(batch) * 2 * elements);
+    auto noise = buffer<S>("noise", size_t(batch) * elements);
+    auto coefficients = buffer<float>("coefficients", size_t(batch) * 11);
+    auto next = buffer<S>("next", size_t(batch) * elements);
+    auto next_history = buffer<S>("next_history", size_t(batch) * 2 * elements);
+    for (int i = 0; i < batch * 11; ++i) coefficients[i] = 1.0f + i;
+    if (shortened != "latent")
+        for (int i = 0; i < batch * elements; ++i) latent[i] = lfdm::store<S>(i % 7 ? 9.0f * random_float() : coordinate(9));
+    const int rank = int(0.9f * (elements - 1));
+    for (int y = 0; y < batch; ++y)
+        for (int x = 0; x < splits; ++x) {
+            launch_at(x, y, splits);
+            step(latent.get(), predicted.get(), history.get(), noise.get(), coefficients.get(), elements, rank,
+                 int(lfdm::bits_of(0.25f)), next.get(), next_history.get());
+        }
+}
+
+void check_noise(int elements) {
+    auto seeds = buffer<lfdm::uint64>("seeds", 2);
+    auto step = buffer<lfdm::int64>("step", 1);
+    auto noise = buffer<float>("noise", size_t(2) * elements);
+    step[0] = -1;
+    for (int y = 0; y < 2; ++y)
+        for (int x = 0; x * 1024 < elements; ++x) {
+            launch_at(x, y, (elements + 1023) / 1024);
+            lfdm_noise(seeds.get(), step.get(), elements, noise.get());
+        }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    if (count > 1) shortened = arguments[1];
+    const Case cases[] = {
+        {1, 1, 3, 8, 8, 8, 8, 1},   {2, 2, 8, 4, 4, 16, 16, 1}, {2, 2, 8, 4, 4, 16, 16, 2}, {1, 2, 9, 4, 6, 13, 17, 1},
+        {1, 1, 1, 1, 1, 1, 1, 1},   {1, 1, 40, 3, 5, 6, 10, 2}, {1, 1, 136, 2, 2, 4, 4, 1},  {1, 3, 2, 5, 1, 10, 2, 1},
+    };
+    for (const Case& c : cases) {
+        using namespace lfdm;
+        check_warp<float>(lfdm_warp_blend_planar_f32, lfdm_warp_planar_f32, true, c);
+        check_warp<float16>(lfdm_warp_blend_planar_f16, lfdm_warp_planar_f16, true, c);
+        check_warp<bfloat16>(lfdm_warp_blend_planar_bf16, lfdm_warp_planar_bf16, true, c);
+        check_warp<float>(lfdm_warp_blend_channels_last_f32, lfdm_warp_channels_last_f32, false, c);
+        check_warp<float16>(lfdm_warp_blend_channels_last_f16, lfdm_warp_channels_last_f16, false, c);
+        check_warp<bfloat16>(lfdm_warp_blend_channels_last_bf16, lfdm_warp_channels_last_bf16, false, c);
+    }
+    for (int elements : {1024, 1025, 5000, 3, 2, 1}) {
+        using namespace lfdm;
+        check_step<float, float>(lfdm_thresholded_step_f32, elements);
+        check_step<float, float16>(lfdm_thresholded_step_f32_f16, elements);
+        check_step<float, bfloat16>(lfdm_thresholded_step_f32_bf16, elements);
+        check_step<float16, float16>(lfdm_thresholded_step_f16, elements);
+        check_step<bfloat16, bfloat16>(lfdm_thresholded_step_bf16, elements);
+        check_noise(elements);
+    }
+    std::puts("all runs done");
+}

@@ -1,0 +1,55 @@
+"""What the tests of kernels share: arrays of 16-bit floats as their bits, and the kernels there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import torch
+from numpy.typing import NDArray
+
+from lfdm_export.ops.cuda.source import Kernel, Storage
+from lfdm_export.ops.thresholded_step.kernels import STORAGES, noise_kernel, step_kernel
+from lfdm_export.ops.warp.kernels import Layout, warp_kernel
+
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+TORCH: dict[Storage, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+KERNELS: tuple[Kernel, ...] = (
+    *(warp_kernel(storage, layout, blend=blend) for storage in TORCH for layout in LAYOUTS for blend in (False, True)),
+    *(step_kernel(*storages) for storages in STORAGES),
+    noise_kernel(),
+)
+
+
+def stored(tensor: torch.Tensor, storage: Storage, layout: Layout = "planar") -> NDArray[Any]:
+    """The tensor as a kernel reads it; 16-bit floats as their bits."""
+    values = tensor.to(TORCH[storage])
+    if layout == "channels_last":
+        values = values.permute(0, 2, 3, 1)
+    values = values.contiguous()
+    return values.numpy() if storage == "float32" else values.view(torch.uint16).numpy()
+
+
+def empty(shape: tuple[int, ...], storage: Storage, layout: Layout = "planar") -> NDArray[Any]:
+    """Memory for a result, filled with NaN, so that what is not written shows."""
+    return stored(torch.full(shape, torch.nan), storage, layout)
+
+
+def values_of(array: NDArray[Any], storage: Storage, layout: Layout = "planar") -> torch.Tensor:
+    """What a kernel stored, as planar float64."""
+    tensor = torch.from_numpy(array)
+    if storage != "float32":
+        tensor = tensor.view(TORCH[storage])
+    if layout == "channels_last":
+        tensor = tensor.permute(0, 3, 1, 2)
+    return tensor.double()
+
+
+def addresses(arrays: Sequence[NDArray[Any]]) -> list[int]:
+    """Where they lie in memory, in C order."""
+    assert all(array.flags.c_contiguous for array in arrays)
+    return [array.ctypes.data for array in arrays]
