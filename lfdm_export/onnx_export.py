@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import logging
@@ -17,6 +18,7 @@ from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
 from lfdm_export.errors import ExportError
+from lfdm_export.graphs.policy import node_name
 from lfdm_export.ops.group_norm_silu.onnx_function import group_norm_silu_functions
 from lfdm_export.ops.small_conv.onnx_function import small_conv_function
 from lfdm_export.ops.spatial_attention.onnx_function import spatial_attention_function
@@ -34,6 +36,8 @@ EXTERNAL_BYTES = 4096
 _ALIGNMENT = 64
 # Sizes of the dynamic axes while tracing: any but 0 and 1, which torch.export would take as constants.
 _TRACED_SIZES = {BATCH: 2, TOKENS: 7}
+# Where the exporter says which modules a node came from.
+_SCOPES = "pkg.torch.onnx.name_scopes"
 # How far the traced graph promises to go along a dynamic axis; BERT has 512 positions.
 _LARGEST = {BATCH: 4096, TOKENS: 512}
 
@@ -86,6 +90,7 @@ def trace(module: nn.Module, inputs: Iterable[TensorSpec], outputs: Iterable[Ten
                 f"the exported graph has lost a dynamic axis: {spec.name} is {value.shape}, expected {spec.shape}"
             )
     _add_functions(model)
+    _name_nodes(model)
     _strip_metadata(model)
     model.producer_name, model.producer_version = "lfdm-export", None
     return model
@@ -192,6 +197,15 @@ def _add_functions(model: ir.Model) -> None:
         model.functions[key] = ir.from_proto(proto)
     if any(domain == DOMAIN for domain, _, _ in model.functions):
         model.graph.opset_imports[DOMAIN] = VERSION
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Name each node by the module that it came from, and by its first output: see `graphs.policy`."""
+    for node in model.graph:
+        # The path from the root, module by module; the last entry is the operation.
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+        module = scopes[-2] if len(scopes) > 1 and scopes[0] == "" else ""
+        node.name = node_name(module, node.outputs[0].name or "")
 
 
 def _strip_metadata(model: ir.Model) -> None:

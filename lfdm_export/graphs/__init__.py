@@ -1,0 +1,1 @@
+"""Passes over exported graphs: bodies that suit a backend, and lower precisions."""
