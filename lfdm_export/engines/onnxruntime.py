@@ -95,6 +95,8 @@ def _options(threads: int | None, allow_spinning: bool) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if allow_spinning else "0")
     # Else its idle threads would go on waiting busily while the next stage's engine runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # It drops a Relu before a float8 QuantizeLinear as if that had no negative values (1.32).
+    options.add_session_config_entry("optimization.disable_specified_optimizers", "ReluQuantRewrite")
     return options
 
 

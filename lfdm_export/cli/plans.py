@@ -1,0 +1,128 @@
+"""The options of targets and plans, and the making of plans."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lfdm_export.cli.console import OneBar, say
+from lfdm_export.targets import AUTO, PLAN_TARGETS, RTX_ARCHITECTURES, TARGETS, Choice, find_target
+
+if TYPE_CHECKING:
+    from lfdm_export.bundle import Bundle
+    from lfdm_export.engines.plans import BuildOptions
+
+#: Value of --target that asks for graphs alone.
+NO_TARGET = "none"
+_COMPATIBLE = ("ampere+", "same-capability")
+# Options that say how plans are made.
+_BUILDING = ("gpus", "optimization_level", "hardware_compatible", "version_compatible", "strip")
+
+
+def add_target_option(parser: argparse._ActionsContainer) -> None:
+    """Add --target of a command that runs a bundle."""
+    parser.add_argument(
+        "--target",
+        choices=(AUTO, *TARGETS),
+        default=AUTO,
+        help="what runs the stages; auto: TensorRT, or TensorRT for RTX, where the bundle has plans for it and the "
+        "GPU is there, else ONNX Runtime",
+    )
+
+
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """Add --target, --plans and how plans are built."""
+    group = parser.add_argument_group(
+        "plans",
+        "What TensorRT runs; built for a GPU. ONNX Runtime and OpenVINO take the graphs, which are always there.",
+    )
+    group.add_argument(
+        "--target",
+        choices=(AUTO, *TARGETS, NO_TARGET),
+        help="make plans for it; auto (the default below fp32): TensorRT if it and a GPU are there, else TensorRT for "
+        "RTX, which needs no GPU; none (the default of fp32)",
+    )
+    group.add_argument(
+        "--plans", type=Path, metavar="BUNDLE", help="make the plans of a bundle that is there; export nothing"
+    )
+    group.add_argument(
+        "--gpus",
+        type=lambda text: tuple(name.strip().upper() for name in text.split(",")),
+        metavar="SM89,…",
+        help=f"TensorRT for RTX: architectures to build for, of {', '.join(RTX_ARCHITECTURES)} (all but SM75)",
+    )
+    group.add_argument("--optimization-level", type=int, metavar="0-5", help="more builds longer (the builder's own)")
+    group.add_argument(
+        "--hardware-compatible", choices=_COMPATIBLE, help="TensorRT: other GPUs that the plans shall run on"
+    )
+    group.add_argument("--version-compatible", action="store_true", help="TensorRT: run under later versions too")
+    group.add_argument(
+        "--strip",
+        action="store_true",
+        help="TensorRT: plans without weights, which are read from the graphs: new weights need no new plans",
+    )
+
+
+def check_plan_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse combinations that mean nothing: prints the usage and exits with status 2."""
+    if args.plans is not None and args.target == NO_TARGET:
+        parser.error("--plans makes plans: leave out --target none")
+    given = [name for name in _BUILDING if getattr(args, name)]
+    if given and args.target in (NO_TARGET, "onnxruntime", "openvino"):
+        parser.error(f"--{given[0].replace('_', '-')} is for plans; --target {args.target} has none")
+
+
+def choose_target(args: argparse.Namespace, precision: str) -> Choice | None:
+    """What plans are made for, and why; None where nobody asked for any.
+
+    Raises:
+        EngineError: what was asked for cannot be had here.
+    """
+    name = args.target
+    if name is None:
+        asked = args.plans is not None or any(getattr(args, option) for option in _BUILDING)
+        name = AUTO if asked or precision != "fp32" else NO_TARGET
+    if name == NO_TARGET:
+        return None
+    return find_target(name, "export" if name in (AUTO, *PLAN_TARGETS) else "run", precision, gpus=args.gpus)
+
+
+def make_bundle_plans(args: argparse.Namespace, bundle: Bundle, choice: Choice | None) -> tuple[str, ...]:
+    """Make the plans that were asked for, and tell what became of them; gives the targets to verify the bundle with."""
+    if choice is None:
+        return (AUTO,)
+    if choice.target is None:
+        say(args, f"plans   none, graphs only: {choice.reason}")
+        return (AUTO,)
+    say(args, f"target  {choice.target}: {choice.reason}")
+    if choice.target not in PLAN_TARGETS:
+        return (choice.target,)
+    from lfdm_export.engines.plans import PlanFolder
+    from lfdm_export.plan_making import make_plans
+    from lfdm_export.targets import lacking, this_machine
+
+    with OneBar(quiet=args.quiet) as progress:
+        made = make_plans(bundle, choice.target, options=_options(args), gpus=args.gpus, progress=progress)
+    built = [one.record for one in made if one.how == "built"]
+    megabytes = sum(one.record.plan.bytes for one in made) / 1e6
+    took = f", {sum(record.seconds for record in built):.0f} s" if built else ""
+    peak = f", {max(record.peak_bytes for record in built) / 1e9:.2f} GB of memory at most" if built else ""
+    say(
+        args,
+        f"plans   {PlanFolder(bundle.path, choice.target).path} ({len(made)} stages, {megabytes:.1f} MB; "
+        f"{len(built)} built, {len(made) - len(built)} kept{took}{peak})",
+    )
+    runs = not lacking(choice.target, "run", bundle.manifest.precision, this_machine())
+    return (AUTO, choice.target) if runs else (AUTO,)
+
+
+def _options(args: argparse.Namespace) -> BuildOptions:
+    from lfdm_export.engines.plans import BuildOptions
+
+    return BuildOptions(
+        optimization_level=args.optimization_level,
+        hardware_compatible=args.hardware_compatible or "none",
+        version_compatible=args.version_compatible,
+        strip=args.strip,
+    )

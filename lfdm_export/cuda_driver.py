@@ -1,0 +1,276 @@
+"""The few calls of NVIDIA's driver that running plans takes, through `ctypes`: no package beside the driver.
+
+The driver's API and the runtime's, which TensorRT uses, share the primary context, streams and pointers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from lfdm_export.errors import EngineError
+
+#: Address in the GPU's memory.
+DevicePointer: TypeAlias = int
+#: A stream, event or executable graph, as the driver names it.
+Handle: TypeAlias = int
+
+_int, _uint, _size = ctypes.c_int, ctypes.c_uint, ctypes.c_size_t
+_device_pointer, _handle = ctypes.c_uint64, ctypes.c_void_p
+_out_int, _out_handle = ctypes.POINTER(_int), ctypes.POINTER(_handle)
+
+#: Parameters of each call; all return an error code. Source: CUDA driver API reference, `cuda.h`.
+SIGNATURES: Mapping[str, tuple[Any, ...]] = {
+    "cuInit": (_uint,),
+    "cuGetErrorString": (_int, ctypes.POINTER(ctypes.c_char_p)),
+    "cuDriverGetVersion": (_out_int,),
+    "cuDeviceGetCount": (_out_int,),
+    "cuDeviceGet": (_out_int, _int),
+    "cuDeviceGetName": (_handle, _int, _int),
+    "cuDeviceGetAttribute": (_out_int, _int, _int),
+    "cuDeviceTotalMem_v2": (ctypes.POINTER(_size), _int),
+    "cuDevicePrimaryCtxRetain": (_out_handle, _int),
+    "cuDevicePrimaryCtxRelease_v2": (_int,),
+    "cuCtxSetCurrent": (_handle,),
+    "cuMemAlloc_v2": (ctypes.POINTER(_device_pointer), _size),
+    "cuMemFree_v2": (_device_pointer,),
+    "cuMemAllocHost_v2": (_out_handle, _size),
+    "cuMemFreeHost": (_handle,),
+    "cuMemcpyHtoDAsync_v2": (_device_pointer, _handle, _size, _handle),
+    "cuMemcpyDtoHAsync_v2": (_handle, _device_pointer, _size, _handle),
+    "cuMemcpyDtoDAsync_v2": (_device_pointer, _device_pointer, _size, _handle),
+    "cuMemsetD8Async": (_device_pointer, ctypes.c_ubyte, _size, _handle),
+    "cuStreamCreate": (_out_handle, _uint),
+    "cuStreamDestroy_v2": (_handle,),
+    "cuStreamSynchronize": (_handle,),
+    "cuStreamBeginCapture_v2": (_handle, _int),
+    "cuStreamEndCapture": (_handle, _out_handle),
+    "cuGraphInstantiateWithFlags": (_out_handle, _handle, ctypes.c_ulonglong),
+    "cuGraphLaunch": (_handle, _handle),
+    "cuGraphDestroy": (_handle,),
+    "cuGraphExecDestroy": (_handle,),
+    "cuEventCreate": (_out_handle, _uint),
+    "cuEventRecord": (_handle, _handle),
+    "cuEventSynchronize": (_handle,),
+    "cuEventDestroy_v2": (_handle,),
+}
+
+_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+_NON_BLOCKING, _NO_TIMING = 1, 2
+# Only calls of the capturing thread are refused while it captures.
+_CAPTURE_THREAD_LOCAL = 1
+_NO_DEVICE = 100
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU.
+
+    Attributes:
+        name: its maker's.
+        compute_capability: major and minor, (8, 9) for instance.
+        memory: bytes.
+        driver: newest CUDA version that the driver takes, "13.0" for instance.
+    """
+
+    name: str
+    compute_capability: tuple[int, int]
+    memory: int
+    driver: str
+
+    @property
+    def architecture(self) -> str:
+        """Its compute capability as NVIDIA's tools spell it: "SM89"."""
+        major, minor = self.compute_capability
+        return f"SM{major}{minor}"
+
+
+class CudaDriver:
+    """The driver's calls that are needed, on the first GPU; an error code becomes an `EngineError`."""
+
+    def __init__(self, library: Any) -> None:
+        """Use a loaded driver library; nothing is called yet.
+
+        Args:
+            library: what `ctypes.CDLL` gave.
+        """
+        self._library = library
+        for name, parameters in SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = parameters, _int
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call by name.
+
+        Raises:
+            EngineError: the driver reports an error.
+        """
+        code = getattr(self._library, name)(*arguments)
+        if code:
+            raise EngineError(f"the GPU's driver failed in {name}: {self._describe(code)}")
+
+    def gpus(self) -> tuple[Gpu, ...]:
+        """All GPUs that are visible (``CUDA_VISIBLE_DEVICES`` counts).
+
+        Raises:
+            EngineError: the driver cannot be used.
+        """
+        code = self._library.cuInit(0)
+        if code == _NO_DEVICE:
+            return ()
+        if code:
+            raise EngineError(f"the GPU's driver failed in cuInit: {self._describe(code)}")
+        version = self._integer("cuDriverGetVersion")
+        driver = f"{version // 1000}.{version % 1000 // 10}"
+        return tuple(self._gpu(index, driver) for index in range(self._integer("cuDeviceGetCount")))
+
+    def _gpu(self, index: int, driver: str) -> Gpu:
+        device = self._integer("cuDeviceGet", index)
+        name, memory = ctypes.create_string_buffer(256), _size()
+        self.call("cuDeviceGetName", name, len(name), device)
+        self.call("cuDeviceTotalMem_v2", ctypes.byref(memory), device)
+        major, minor = (
+            self._integer("cuDeviceGetAttribute", attribute, device)
+            for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR)
+        )
+        return Gpu(name.value.decode(errors="replace"), (major, minor), memory.value, driver)
+
+    def use_first_gpu(self) -> None:
+        """Make the first GPU's primary context the calling thread's.
+
+        Raises:
+            EngineError: there is no GPU, or it cannot be used.
+        """
+        self.call("cuInit", 0)
+        self.call("cuCtxSetCurrent", self._made("cuDevicePrimaryCtxRetain", self._integer("cuDeviceGet", 0)))
+
+    def allocate(self, size: int) -> DevicePointer:
+        """Memory on the GPU, 256-byte aligned.
+
+        Raises:
+            EngineError: there is not enough.
+        """
+        pointer = _device_pointer()
+        self.call("cuMemAlloc_v2", ctypes.byref(pointer), size)
+        return pointer.value
+
+    def free(self, pointer: DevicePointer) -> None:
+        """Give memory of `allocate` back; waits for what uses it."""
+        self.call("cuMemFree_v2", pointer)
+
+    def allocate_pinned(self, size: int) -> int:
+        """Memory of the host that copies can run from and to by themselves; its address."""
+        return self._made("cuMemAllocHost_v2", size)
+
+    def free_pinned(self, address: int) -> None:
+        """Give memory of `allocate_pinned` back."""
+        self.call("cuMemFreeHost", address)
+
+    def upload(self, target: DevicePointer, source: int, size: int, stream: Handle) -> None:
+        """Queue a copy of `size` bytes from pinned host memory."""
+        self.call("cuMemcpyHtoDAsync_v2", target, source, size, stream)
+
+    def download(self, target: int, source: DevicePointer, size: int, stream: Handle) -> None:
+        """Queue a copy of `size` bytes into pinned host memory."""
+        self.call("cuMemcpyDtoHAsync_v2", target, source, size, stream)
+
+    def copy(self, target: DevicePointer, source: DevicePointer, size: int, stream: Handle) -> None:
+        """Queue a copy of `size` bytes within the GPU."""
+        self.call("cuMemcpyDtoDAsync_v2", target, source, size, stream)
+
+    def clear(self, target: DevicePointer, size: int, stream: Handle) -> None:
+        """Queue setting `size` bytes to zero."""
+        self.call("cuMemsetD8Async", target, 0, size, stream)
+
+    def create_stream(self) -> Handle:
+        """A stream that does not wait for the default one."""
+        return self._made("cuStreamCreate", _NON_BLOCKING)
+
+    def destroy_stream(self, stream: Handle) -> None:
+        """Give a stream back."""
+        self.call("cuStreamDestroy_v2", stream)
+
+    def synchronize(self, stream: Handle) -> None:
+        """Wait until all that was queued is done."""
+        self.call("cuStreamSynchronize", stream)
+
+    def begin_capture(self, stream: Handle) -> None:
+        """Record what is queued from now on in place of doing it."""
+        self.call("cuStreamBeginCapture_v2", stream, _CAPTURE_THREAD_LOCAL)
+
+    def end_capture(self, stream: Handle) -> Handle:
+        """What was recorded since `begin_capture`, ready to be launched."""
+        graph = self._made("cuStreamEndCapture", leading=(stream,))
+        try:
+            return self._made("cuGraphInstantiateWithFlags", graph, 0)
+        finally:
+            self.call("cuGraphDestroy", graph)
+
+    def abandon_capture(self, stream: Handle) -> None:
+        """End a capture in which something failed; the stream can be used again."""
+        self.call("cuGraphDestroy", self._made("cuStreamEndCapture", leading=(stream,)))
+
+    def launch(self, graph: Handle, stream: Handle) -> None:
+        """Queue all of a recorded graph."""
+        self.call("cuGraphLaunch", graph, stream)
+
+    def destroy_graph(self, graph: Handle) -> None:
+        """Give a graph of `end_capture` back."""
+        self.call("cuGraphExecDestroy", graph)
+
+    def record(self, stream: Handle) -> Handle:
+        """An event that is done when all that was queued so far is."""
+        event = self._made("cuEventCreate", _NO_TIMING)
+        self.call("cuEventRecord", event, stream)
+        return event
+
+    def wait(self, event: Handle) -> None:
+        """Wait for an event of `record`, and give it back."""
+        self.call("cuEventSynchronize", event)
+        self.forget(event)
+
+    def forget(self, event: Handle) -> None:
+        """Give an event of `record` back."""
+        self.call("cuEventDestroy_v2", event)
+
+    def _integer(self, name: str, *arguments: Any) -> int:
+        found = _int()
+        self.call(name, ctypes.byref(found), *arguments)
+        return found.value
+
+    def _made(self, name: str, *arguments: Any, leading: tuple[Any, ...] = ()) -> Handle:
+        handle = _handle()
+        self.call(name, *leading, ctypes.byref(handle), *arguments)
+        return handle.value or 0
+
+    def _describe(self, code: int) -> str:
+        text = ctypes.c_char_p()
+        known = self._library.cuGetErrorString(code, ctypes.byref(text)) == 0 and text.value is not None
+        return f"{text.value.decode(errors='replace')} (error {code})" if known and text.value else f"error {code}"
+
+
+def load_driver() -> CudaDriver:
+    """This machine's driver.
+
+    Raises:
+        EngineError: there is none.
+    """
+    try:
+        return CudaDriver(ctypes.CDLL(_LIBRARY))
+    except (OSError, AttributeError) as error:
+        raise EngineError(f"there is no NVIDIA driver of CUDA 12 or newer ({_LIBRARY} cannot be loaded)") from error
+
+
+@functools.cache
+def find_gpus() -> tuple[tuple[Gpu, ...], str]:
+    """All GPUs of this machine, and where there is none the reason; asked once a process."""
+    try:
+        gpus = load_driver().gpus()
+    except EngineError as error:
+        return (), str(error)
+    return gpus, "" if gpus else "the NVIDIA driver sees no GPU"

@@ -1,0 +1,51 @@
+"""What every backend's engine is to those who use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_export.engines.feeds import Array
+from lfdm_export.sampler_tables import SamplerTable
+from lfdm_export.stages import StageSpec
+
+Float32: TypeAlias = NDArray[np.float32]
+
+
+class Engine(Protocol):
+    """One loaded stage."""
+
+    spec: StageSpec
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run it once, on exactly the stage's inputs, by name; gives its outputs, by name."""
+
+
+class StateLoop(Protocol):
+    """Chains of a sampling stage for one batch size, whose state stays where the engine runs.
+
+    A chain is ``begin``, ``step`` for each row of the table, ``finish``; ``latent`` may be asked for in between.
+    """
+
+    def begin(self, start: Float32, fixed: Mapping[str, Array], table: SamplerTable) -> None:
+        """Begin with the latent `start` (batch, 3, T, h, w) and the inputs that no step changes, by name."""
+
+    def step(self, index: int, noise: Float32 | None) -> None:
+        """Take the step of a row of the table, with noise (batch, 3, T, h, w) or none; need not wait for it."""
+
+    def latent(self) -> Float32:
+        """The latent (batch, 3, T, h, w) after the last step; waits for it."""
+
+    def finish(self) -> Float32:
+        """`latent` of a chain that is done."""
+
+
+@runtime_checkable
+class KeepsState(Protocol):
+    """An engine that can keep the state of sampling where it runs."""
+
+    def denoise_loop(self, batch: int) -> StateLoop:
+        """A loop for a batch size, at most the stage's largest."""

@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+from lfdm_export import sampling
+from lfdm_export.bundle import Bundle
+from lfdm_export.engines.onnxruntime import OnnxRuntimeEngine
+from lfdm_export.engines.openvino import OpenVinoEngine
+from lfdm_export.engines.openvino_cache import CompiledCache, cache_key
+from lfdm_export.errors import EngineError, MissingDependencyError
+from lfdm_export.pipeline import Pipeline
+from lfdm_export.sampling import apply_step
+from lfdm_export.stages import StageSpec, TensorSpec
+from tests.fake_bundle import SPECS, fake_graph, predicted_noise
+
+Feeds = dict[str, Any]
+DENOISE = SPECS["denoise"]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("engine") / "denoise.onnx"
+    onnx.save(fake_graph(DENOISE), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(path: Path) -> OpenVinoEngine:
+    return OpenVinoEngine(path, DENOISE, threads=1)
+
+
+def feeds_for(spec: StageSpec, **axes: int) -> Feeds:
+    rng = np.random.default_rng(0)
+    return {
+        tensor.name: rng.standard_normal(tensor.concrete(**axes)).astype(np.float32)
+        if tensor.dtype == "float32"
+        else rng.integers(0, 20, tensor.concrete(**axes))
+        for tensor in spec.inputs
+    }
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_run_gives_the_graphs_outputs(engine: OpenVinoEngine, batch: int):
+    feeds = feeds_for(DENOISE, batch=batch)
+    outputs = engine.run(feeds)
+    assert list(outputs) == ["predicted_noise"]
+    expected = predicted_noise(*(feeds[tensor.name] for tensor in DENOISE.inputs)).astype(np.float32)
+    np.testing.assert_allclose(outputs["predicted_noise"].astype(np.float32), expected, atol=1e-6)
+
+
+def test_views_are_fine_and_results_are_the_callers(engine: OpenVinoEngine):
+    feeds = feeds_for(DENOISE, batch=2)
+    turned = {name: np.asfortranarray(array)[::-1] for name, array in feeds.items()}
+    expected = engine.run({name: array[::-1].copy() for name, array in feeds.items()})
+    found = engine.run(turned)["predicted_noise"]
+    engine.run(feeds)  # must not write into what was given before
+    np.testing.assert_array_equal(found, expected["predicted_noise"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.pop("context"), "'denoise' lacks the input context"),
+        (lambda f: f.update(more=f["context"]), "'denoise' has the unexpected input more"),
+        (lambda f: f.update(context=f["context"].astype(np.float64)), "context has dtype float64, expected float32"),
+        (lambda f: f.update(context=f["context"][:, :2]), r"context has shape \(2, 2, 4, 4\), expected"),
+        (lambda f: f.update(context=f["context"][:1]), "batch = 2"),
+    ],
+)
+def test_feeds_are_checked(engine: OpenVinoEngine, change: Callable[[Feeds], object], message: str):
+    feeds = feeds_for(DENOISE, batch=2)
+    change(feeds)
+    with pytest.raises(EngineError, match=message):
+        engine.run(feeds)
+
+
+def test_two_dynamic_axes(tmp_path: Path):
+    onnx.save(fake_graph(SPECS["text"]), tmp_path / "text.onnx")
+    engine = OpenVinoEngine(tmp_path / "text.onnx", SPECS["text"], threads=1)
+    for tokens in (4, 7):
+        feeds = feeds_for(SPECS["text"], batch=1, tokens=tokens)
+        total = float((feeds["input_ids"] * feeds["attention_mask"]).sum())
+        found: NDArray[Any] = engine.run(feeds)["text_embedding"]
+        np.testing.assert_allclose(found, np.full((1, 6), total))
+
+
+def test_no_file(tmp_path: Path):
+    with pytest.raises(EngineError, match=r"no graph at .*x\.onnx; export again"):
+        OpenVinoEngine(tmp_path / "x.onnx", DENOISE)
+
+
+@pytest.mark.parametrize("data", [b"", b"not a graph", None])
+def test_damaged_file(path: Path, tmp_path: Path, data: bytes | None):
+    whole = path.read_bytes()
+    damaged = tmp_path / "denoise.onnx"
+    damaged.write_bytes(whole[: len(whole) // 2] if data is None else data)
+    with pytest.raises(EngineError, match=r"cannot load .*denoise\.onnx.*export again|not the stage") as caught:
+        OpenVinoEngine(damaged, DENOISE)
+    assert "\n" not in str(caught.value)
+
+
+def external(model: onnx.ModelProto, location: str, length: int | None = None) -> onnx.ModelProto:
+    for tensor in model.graph.initializer:
+        onnx.external_data_helper.set_external_data(
+            tensor, location, offset=0, length=len(tensor.raw_data) if length is None else length
+        )
+        tensor.ClearField("raw_data")
+    return model
+
+
+def test_external_weights_must_lie_beside_the_graph_and_be_whole(tmp_path: Path):
+    (tmp_path / "secret").write_bytes(bytes(4096))
+    folder = tmp_path / "onnx"
+    folder.mkdir()
+    graph = folder / "denoise.onnx"
+    graph.write_bytes(external(fake_graph(DENOISE), "../secret").SerializeToString())
+    with pytest.raises(EngineError, match="weights lie elsewhere"):
+        OpenVinoEngine(graph, DENOISE)
+    graph.write_bytes(external(fake_graph(DENOISE), "weights").SerializeToString())
+    with pytest.raises(EngineError, match="cannot load"):
+        OpenVinoEngine(graph, DENOISE)
+    (folder / "weights").write_bytes(bytes(1))
+    with pytest.raises(EngineError, match="too short"):
+        OpenVinoEngine(graph, DENOISE)
+
+
+def with_input(change: Callable[[TensorSpec], TensorSpec]) -> StageSpec:
+    return replace(DENOISE, inputs=(change(DENOISE.inputs[0]), *DENOISE.inputs[1:]))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (SPECS["step"], "not the stage 'step': its inputs are noisy_latent, context, text_embedding, timestep, ex"),
+        (replace(DENOISE, inputs=DENOISE.inputs[::-1]), "its inputs are"),
+        (
+            replace(DENOISE, outputs=(replace(DENOISE.outputs[0], name="noise"),)),
+            "outputs are predicted_noise, expected noise",
+        ),
+        (with_input(lambda t: replace(t, dtype="int64")), "noisy_latent has ONNX's type 1, expected 7"),
+        (with_input(lambda t: replace(t, shape=("batch", 4, 5, 4, 4))), "noisy_latent has shape .*expected"),
+        (with_input(lambda t: replace(t, shape=("batch", 3))), "noisy_latent has shape"),
+    ],
+)
+def test_the_graph_of_another_stage_is_refused(path: Path, spec: StageSpec, message: str):
+    with pytest.raises(EngineError, match=message):
+        OpenVinoEngine(path, spec)
+
+
+def test_a_failing_run_names_the_stage(tmp_path: Path):
+    onnx.save(
+        fake_graph(DENOISE, "    predicted_noise = Reshape (noisy_latent, timestep)\n"), tmp_path / "denoise.onnx"
+    )
+    engine = OpenVinoEngine(tmp_path / "denoise.onnx", DENOISE, threads=1)
+    with pytest.raises(EngineError, match="stage 'denoise' failed in OpenVINO"):
+        engine.run(feeds_for(DENOISE, batch=2))
+
+
+def test_inputs_that_lead_nowhere_are_still_the_stages(tmp_path: Path):
+    onnx.save(fake_graph(DENOISE, "    predicted_noise = Neg (noisy_latent)\n"), tmp_path / "denoise.onnx")
+    engine = OpenVinoEngine(tmp_path / "denoise.onnx", DENOISE, threads=1)
+    for batch in (1, 2):
+        feeds = feeds_for(DENOISE, batch=batch)
+        np.testing.assert_array_equal(engine.run(feeds)["predicted_noise"], -feeds["noisy_latent"])
+    del feeds["context"]
+    with pytest.raises(EngineError, match="lacks the input context"):
+        engine.run(feeds)
+
+
+def test_options_are_checked(path: Path):
+    with pytest.raises(EngineError, match="threads is 0"):
+        OpenVinoEngine(path, DENOISE, threads=0)
+    with pytest.raises(EngineError, match="unknown precision 'fp4' for OpenVINO; expected one of fp32"):
+        OpenVinoEngine(path, DENOISE, precision="fp4")
+
+
+def test_a_precision_that_the_processor_has_not_is_no_silent_fp32(path: Path, monkeypatch: pytest.MonkeyPatch):
+    import openvino
+
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "INT8"])
+    with pytest.raises(EngineError, match=r"no bf16 for OpenVINO .*export fp32"):
+        OpenVinoEngine(path, DENOISE, precision="bf16")
+    # What an int8 graph does not quantise is no promise.
+    OpenVinoEngine(path, DENOISE, precision="int8")
+
+
+@pytest.mark.parametrize("package", ["openvino", "onnx"])
+def test_missing_packages(path: Path, package: str):
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from lfdm_export.engines.openvino import OpenVinoEngine\n"
+        "from lfdm_export.errors import MissingDependencyError\n"
+        "from lfdm_export.stages import StageSpec\n"
+        f"try:\n    OpenVinoEngine({str(path)!r}, StageSpec('denoise', (), (), (1, 1, 1), {{}}))\n"
+        "except MissingDependencyError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert package in done.stdout, done.stderr
+    assert "pip install 'lfdm-export[openvino]'" in done.stdout
+
+
+def run_both(bundle: Bundle, stage: str, feeds: Feeds, **options: Any) -> tuple[Feeds, Feeds]:
+    path, spec = bundle.stage_path(stage), bundle.stages[stage]
+    expected = OnnxRuntimeEngine(path, spec, threads=1).run(feeds)
+    return OpenVinoEngine(path, spec, threads=1, **options).run(feeds), expected
+
+
+def drawn(bundle: Bundle, stage: str, batch: int) -> Feeds:
+    """Feeds within the ranges of the stage's specification."""
+    rng = np.random.default_rng(1)
+
+    def draw(tensor: TensorSpec) -> Any:
+        shape = tensor.concrete(batch=batch)
+        if tensor.dtype == "int64":
+            return rng.integers(0, 999, shape)
+        if tensor.low is None or tensor.high is None:
+            return rng.standard_normal(shape, np.float32)
+        return rng.uniform(tensor.low, tensor.high, shape).astype(np.float32)
+
+    return {tensor.name: draw(tensor) for tensor in bundle.stages[stage].inputs}
+
+
+@pytest.mark.parametrize(("stage", "batch"), [("encode", 2), ("step", 1), ("step_guided", 2), ("decode", 1)])
+def test_stages_agree_with_onnxruntime(small_bundle: Bundle, stage: str, batch: int):
+    found, expected = run_both(small_bundle, stage, drawn(small_bundle, stage, batch))
+    assert list(found) == list(expected)
+    for name, array in expected.items():
+        scale = max(1.0, float(np.abs(array).max()))
+        assert np.abs(found[name] - array).max() <= small_bundle.stages[stage].tolerance["fp32"] * scale, name
+
+
+def has_bf16() -> bool:
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def test_bf16_rounds_the_network_but_not_coordinates_and_update(small_bundle: Bundle):
+    if not has_bf16():  # the refusal is tested above, on every machine
+        with pytest.raises(EngineError, match="no bf16"):
+            run_both(small_bundle, "decode", drawn(small_bundle, "decode", 1), precision="bf16")
+        return
+    feeds = drawn(small_bundle, "decode", 1)
+    found, expected = run_both(small_bundle, "decode", feeds, precision="bf16")
+    # Were the coordinates rounded, an error of 2^-9 would move the samples by an eighth of a pixel.
+    assert np.abs(found["warped"] - expected["warped"]).max() < 1e-4
+    assert 0 < np.abs(found["frames"] - expected["frames"]).max() < 5e-2
+
+    feeds = drawn(small_bundle, "step", 1)
+    # An update that takes nothing from the prediction: c2 x + c7 noise, exact in float32.
+    feeds["coefficients"] = np.zeros((1, 11), np.float32)
+    feeds["coefficients"][0, [sampling.NEXT_FROM_LATENT, sampling.NEXT_FROM_NOISE]] = 0.7, 0.3
+    found, _ = run_both(small_bundle, "step", feeds, precision="bf16")
+    exact, _ = apply_step(
+        feeds["noisy_latent"], np.zeros_like(feeds["noise"]), feeds["history"], feeds["noise"], feeds["coefficients"]
+    )
+    np.testing.assert_allclose(found["next_latent"], exact, atol=1e-6)
+    denoise = {name: feeds[name] for name in ("noisy_latent", "context", "text_embedding", "timestep")}
+    rounded, whole = run_both(small_bundle, "denoise", denoise, precision="bf16")
+    assert 0 < np.abs(rounded["predicted_noise"] - whole["predicted_noise"]).max() < 0.3
+
+
+def test_a_clip(small_bundle: Bundle):
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    clips = []
+    for target in ("onnxruntime", "openvino"):
+        pipe = Pipeline(small_bundle, threads=1, target=target)
+        clips.append(pipe.generate(image, label="happiness", steps=3, seed=1))
+    difference = np.abs(clips[0].frames.astype(int) - clips[1].frames)
+    assert (difference <= 1).mean() > 0.999
+
+
+def test_the_cache_serves_exactly_what_it_was_made_of(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "cache"
+    feeds = feeds_for(DENOISE, batch=1)
+    expected = OpenVinoEngine(path, DENOISE, threads=1, cache=folder).run(feeds)["predicted_noise"]
+    (entry,) = folder.iterdir()
+    whole = entry.read_bytes()
+
+    import openvino
+
+    def compile_model(*_: object) -> None:
+        raise AssertionError("it was in the cache")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(openvino.Core, "compile_model", compile_model)
+        found = OpenVinoEngine(path, DENOISE, threads=1, cache=folder).run(feeds)["predicted_noise"]
+        np.testing.assert_array_equal(found, expected)
+        with pytest.raises(AssertionError):  # another thread count is another program
+            OpenVinoEngine(path, DENOISE, threads=2, cache=folder).run(feeds)
+    for damaged in (whole[:-1], whole[: len(whole) // 2], b"", b"{}\n"):
+        entry.write_bytes(damaged)
+        again = OpenVinoEngine(path, DENOISE, threads=1, cache=folder).run(feeds)["predicted_noise"]
+        np.testing.assert_array_equal(again, expected)
+        assert [one.name for one in folder.iterdir()] == [entry.name]
+        assert len(entry.read_bytes()) > len(damaged), "the damaged entry was not replaced"
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_itself(path: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("no folder")
+    engine = OpenVinoEngine(path, DENOISE, threads=1, cache=tmp_path / "file")
+    assert engine.run(feeds_for(DENOISE, batch=1))["predicted_noise"].shape == (1, 3, 5, 4, 4)
+
+
+def test_cache_keys():
+    weights = {"w": np.arange(4, dtype=np.uint8)}
+    key = cache_key(b"graph", weights, {"threads": 1})
+    assert key == cache_key(b"graph", {"w": weights["w"].copy()}, {"threads": 1})
+    others = [
+        cache_key(b"grapf", weights, {"threads": 1}),
+        cache_key(b"graph", {"w": weights["w"][::-1].copy()}, {"threads": 1}),
+        cache_key(b"graph", {"v": weights["w"]}, {"threads": 1}),
+        cache_key(b"graph", weights, {"threads": 2}),
+    ]
+    assert key not in others
+    assert len(set(others)) == len(others)
+
+
+def test_cache_entries(tmp_path: Path):
+    cache = CompiledCache(tmp_path / "deep" / "folder")
+    assert cache.read("a", "key") is None
+    cache.write("a", "key", b"blob")
+    assert cache.read("a", "key") == b"blob"
+    assert cache.read("a", "other") is None
+    assert cache.read("b", "key") is None
+    cache.write("a", "other", memoryview(b"more"))
+    assert cache.read("a", "key") is None
+    assert cache.read("a", "other") == b"more"
+
+
+def test_missing_openvino(path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingDependencyError, match=r"openvino.*pip install 'lfdm-export\[openvino\]'"):
+        OpenVinoEngine(path, DENOISE)

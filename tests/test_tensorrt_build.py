@@ -1,0 +1,429 @@
+"""Real builds by TensorRT for RTX, which needs no GPU for them; and what TensorRT's own builder is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx
+import pytest
+
+from lfdm_export.bundle import Bundle
+from lfdm_export.cuda_driver import find_gpus
+from lfdm_export.engines import tensorrt_api, tensorrt_build
+from lfdm_export.engines.plan_graph import builder_graph
+from lfdm_export.engines.plans import BuildOptions, PlanFolder
+from lfdm_export.engines.tensorrt_api import Api, load_api
+from lfdm_export.engines.tensorrt_build import BuildRequest, build_in_child, profile_of
+from lfdm_export.errors import EngineError, MissingDependencyError
+from lfdm_export.ops.cuda.host import find_compiler
+from lfdm_export.plan_making import PlanMade, make_plans
+from lfdm_export.stage_runner import StageRunner
+from tests.fake_bundle import SPECS, fake_graph
+
+#: Of each sort one: an encoder, the sampling step with attention, warping, the LFAE's own path.
+STAGES = ("encode", "step", "decode", "estimate_motion")
+
+
+@pytest.fixture(scope="module")
+def bundle(small_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A copy, into which plans may be written."""
+    return Bundle.open(shutil.copytree(small_bundle.path, tmp_path_factory.mktemp("plans") / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def made(bundle: Bundle) -> dict[str, PlanMade]:
+    return {one.stage: one for one in make_plans(bundle, "tensorrt-rtx", stages=STAGES)}
+
+
+# --------------------------------------------------------------------------- TensorRT for RTX itself
+
+
+def test_rtx_builds_the_model_without_a_gpu(made: dict[str, PlanMade], bundle: Bundle):
+    assert {stage: one.how for stage, one in made.items()} == dict.fromkeys(STAGES, "built")
+    for one in made.values():
+        assert one.path.stat().st_size == one.record.plan.bytes > 100_000
+        assert one.record.seconds > 0
+        assert 1e8 < one.record.peak_bytes < 4e9
+        layers = one.record.layers
+        assert isinstance(layers["of kind"], dict)
+        assert sum(layers["of kind"].values()) == layers["network layers"]
+    library = made["step"].record.fingerprint.library
+    assert library == load_api("tensorrt-rtx").title
+    assert library.startswith("TensorRT for RTX 1.7.1")
+    leftovers = [path.name for path in PlanFolder(bundle.path, "tensorrt-rtx").path.iterdir() if path.name[0] == "."]
+    assert leftovers == []
+
+
+def test_what_was_built_is_what_the_graph_is_made_of(made: dict[str, PlanMade]):
+    kinds: dict[str, Any] = {stage: one.record.layers["of kind"] for stage, one in made.items()}
+    assert kinds["step"]["rotary_embedding"] > 0
+    assert kinds["step"]["softmax"] > 0
+    assert kinds["decode"]["grid_sample"] > 0
+    assert kinds["encode"]["convolution"] == 4
+    sources = made["step"].record.fingerprint.sources
+    assert list(sources) == ["onnx/step.onnx", "onnx/unet.data"]
+
+
+def test_the_plans_are_kept(made: dict[str, PlanMade], bundle: Bundle):
+    again = make_plans(bundle, "tensorrt-rtx", stages=STAGES)
+    assert [one.how for one in again] == ["kept"] * len(STAGES)
+    assert [one.record for one in again] == [made[stage].record for stage in STAGES]
+
+
+def test_a_plan_says_what_it_holds_but_does_not_run_here(made: dict[str, PlanMade], bundle: Bundle):
+    gpus, reason = find_gpus()
+    if gpus:
+        return  # it does run
+    with pytest.raises(EngineError, match=rf"cannot be had here: .* runs only on a GPU, and {re.escape(reason[:20])}"):
+        StageRunner(bundle, target="tensorrt-rtx").engine("encode")
+
+
+@pytest.mark.parametrize("gpus", [("SM89",), ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")])
+def test_every_architecture_can_be_built_for(bundle: Bundle, tmp_path: Path, gpus: tuple[str, ...]):
+    spec = bundle.stages["encode"]
+    request = BuildRequest("tensorrt-rtx", "encode", str(bundle.stage_path("encode")), profile_of(spec), gpus=gpus)
+    result = build_in_child(tmp_path, request, builder_graph(bundle, "encode", "tensorrt-rtx")[0])
+    assert (tmp_path / "plan").stat().st_size > 100_000
+    assert result.layers["network layers"] == 9
+
+
+def test_a_graph_that_the_builder_refuses_is_told_in_its_words(tmp_path: Path):
+    model = fake_graph(SPECS["denoise"], "    predicted_noise = Bernoulli (noisy_latent)\n")
+    request = BuildRequest("tensorrt-rtx", "denoise", "x.onnx", profile_of(SPECS["denoise"]), gpus=("SM89",))
+    with pytest.raises(
+        EngineError, match=r"TensorRT for RTX could not build stage 'denoise': the graph is refused: .*"
+    ):
+        build_in_child(tmp_path, request, model.SerializeToString())
+    assert not (tmp_path / "plan").exists()
+
+
+def test_what_is_no_graph_at_all(tmp_path: Path):
+    request = BuildRequest("tensorrt-rtx", "denoise", "x.onnx", profile_of(SPECS["denoise"]), gpus=("SM89",))
+    with pytest.raises(EngineError, match="could not build stage 'denoise': the graph is refused"):
+        build_in_child(tmp_path, request, b"no graph")
+
+
+def test_a_plan_for_the_gpu_that_is_not_here_is_told(tmp_path: Path, bundle: Bundle):
+    if find_gpus()[0]:
+        return  # it is here
+    spec = bundle.stages["encode"]
+    request = BuildRequest(
+        "tensorrt-rtx", "encode", str(bundle.stage_path("encode")), profile_of(spec), gpus=("CURRENT",)
+    )
+    with pytest.raises(EngineError, match=r"could not build stage 'encode': .*[Cc][Uu][Dd][Aa]"):
+        build_in_child(tmp_path, request, builder_graph(bundle, "encode", "tensorrt-rtx")[0])
+
+
+def test_the_structure_is_what_is_left_without_the_weights(bundle: Bundle, tmp_path: Path):
+    graph, structure, files = builder_graph(bundle, "encode", "tensorrt-rtx")
+    assert files == ("encode.data",)
+    folder = shutil.copytree(bundle.path, tmp_path / "copy")
+    model = onnx.load(folder / "onnx" / "encode.onnx", load_external_data=False)
+    small = next(tensor for tensor in model.graph.initializer if not tensor.external_data)
+    small.raw_data = bytes(len(small.raw_data))
+    onnx.save(model, folder / "onnx" / "encode.onnx")
+    changed = dataclasses.replace(bundle, path=folder)
+    other_graph, other_structure, _ = builder_graph(changed, "encode", "tensorrt-rtx")
+    assert other_graph != graph
+    assert other_structure == structure
+    small.dims[0] += 1
+    onnx.save(model, folder / "onnx" / "encode.onnx")
+    assert builder_graph(changed, "encode", "tensorrt-rtx")[1] != structure
+
+
+# ------------------------------------------------------------------------------- packages that differ
+
+
+def test_bindings_and_libraries_of_different_versions_are_refused(monkeypatch: pytest.MonkeyPatch):
+    import tensorrt_rtx_bindings
+
+    monkeypatch.setattr(tensorrt_rtx_bindings, "__version__", "1.6.1.120")
+    with pytest.raises(
+        EngineError, match=r"bindings of TensorRT for RTX are of version 1\.6\.1, its libraries of 1\.7"
+    ):
+        load_api.__wrapped__("tensorrt-rtx")
+
+
+def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(MissingDependencyError, match=r"TensorRT needs the package 'tensorrt'.*lfdm-export\[tensorrt\]"):
+        load_api.__wrapped__("tensorrt")
+
+
+def test_an_old_tensorrt_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.9.0.34"))
+    with pytest.raises(EngineError, match=r"TensorRT 10\.9\.0\.34 is too old, expected 10\.12 or newer"):
+        load_api.__wrapped__("tensorrt")
+
+
+def test_errors_are_kept_for_the_exception_that_follows():
+    api = load_api("tensorrt-rtx")
+    severity = api.module.ILogger.Severity
+    api.take_errors()
+    api.logger.log(severity.ERROR, "one\n  thing")
+    api.logger.log(severity.WARNING, "no matter")
+    api.logger.log(severity.INTERNAL_ERROR, "Thread context has not been set! Using global log stream.")
+    assert api.take_errors() == "one thing"
+    assert api.take_errors() == "it does not say why"
+
+
+# ------------------------------------------------------------------------- what TensorRT itself is told
+
+
+class Names:
+    """An enumeration whose every member is its own name, and a position as an integer."""
+
+    def __init__(self, *names: str) -> None:
+        for position, name in enumerate(names):
+            setattr(self, name, Member(name, position))
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    name: str
+    position: int
+
+    def __int__(self) -> int:
+        return self.position
+
+
+class FakeProfile:
+    def __init__(self) -> None:
+        self.shapes: dict[str, Any] = {}
+
+    def set_shape(self, name: str, smallest: Any, usual: Any, largest: Any) -> None:
+        self.shapes[name] = smallest, usual, largest
+
+
+class FakeCache:
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def serialize(self) -> bytes:
+        return self.data + b" and more"
+
+
+class FakeConfig:
+    def __init__(self) -> None:
+        self._flags = {"TF32"}
+        self.profiling_verbosity: Any = None
+        self.builder_optimization_level = 3
+        self.hardware_compatibility_level: Any = None
+        self._profiles: list[FakeProfile] = []
+        self._cache: FakeCache | None = None
+
+    def set_flag(self, flag: Member) -> None:
+        self._flags.add(flag.name)
+
+    def clear_flag(self, flag: Member) -> None:
+        self._flags.discard(flag.name)
+
+    def add_optimization_profile(self, profile: FakeProfile) -> None:
+        self._profiles.append(profile)
+
+    def create_timing_cache(self, data: bytes) -> FakeCache:
+        return FakeCache(data)
+
+    def set_timing_cache(self, cache: FakeCache, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        if cache.data == b"of another GPU":
+            return False
+        self._cache = cache
+        return True
+
+    def get_timing_cache(self) -> FakeCache | None:
+        return self._cache
+
+
+class FakeNetwork:
+    num_layers = 1
+
+    def get_layer(self, index: int) -> Any:
+        output = SimpleNamespace(dtype=Member("HALF", 1))
+        return SimpleNamespace(type=Member("CONVOLUTION", 0), num_outputs=1, get_output=lambda _: output)
+
+
+class FakeBuilder:
+    last: FakeBuilder
+
+    def __init__(self, logger: Any) -> None:
+        FakeBuilder.last = self
+        self._config, self._profile, self._network_flags = FakeConfig(), FakeProfile(), -1
+
+    def create_network(self, flags: int) -> FakeNetwork:
+        self._network_flags = flags
+        return FakeNetwork()
+
+    def create_builder_config(self) -> FakeConfig:
+        return self._config
+
+    def create_optimization_profile(self) -> FakeProfile:
+        return self._profile
+
+    def build_serialized_network(self, network: FakeNetwork, config: FakeConfig) -> bytes:
+        return b"a plan"
+
+
+class FakeParser:
+    num_errors = 0
+
+    def __init__(self, network: FakeNetwork, logger: Any) -> None:
+        pass
+
+    def parse(self, model: bytes, path: str) -> bool:
+        return True
+
+
+FLAGS = ("REFIT", "TF32", "VERSION_COMPATIBLE", "STRIP_PLAN")
+LEVELS = ("NONE", "AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY")
+CREATION = ("STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS", "PREFER_JIT_PYTHON_PLUGINS")
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> Api:
+    """TensorRT, as far as its builder is asked; no plugins."""
+    module = SimpleNamespace(
+        Builder=FakeBuilder,
+        OnnxParser=FakeParser,
+        NetworkDefinitionCreationFlag=Names(*CREATION),
+        BuilderFlag=Names(*FLAGS),
+        ProfilingVerbosity=Names("DETAILED"),
+        HardwareCompatibilityLevel=Names(*LEVELS),
+    )
+    monkeypatch.setattr("lfdm_export.ops.plugins.register_plugins", lambda: ())
+    return Api("tensorrt", module, "11.4.0", SimpleNamespace(errors=[]))
+
+
+def told(api: Api, **changes: Any) -> FakeBuilder:
+    """What the builder of TensorRT is told for a request."""
+    request = dataclasses.replace(
+        BuildRequest("tensorrt", "step", "step.onnx", {"timestep": ((1,), (2,), (32,))}), **changes
+    )
+    plan, layers = tensorrt_build._built(api, request, b"")
+    assert plan == b"a plan"
+    assert layers == {"network layers": 1, "of kind": {"convolution": 1}, "outputs of type": {"half": 1}}
+    return FakeBuilder.last
+
+
+def test_networks_are_strongly_typed_and_plugins_ahead_of_time(api: Api):
+    builder = told(api)
+    assert builder._network_flags == 0b11
+    assert builder._profile.shapes == {"timestep": ((1,), (2,), (32,))}
+    assert builder._config._profiles == [builder._profile]
+    assert builder._config.profiling_verbosity.name == "DETAILED"
+    assert builder._config.hardware_compatibility_level.name == "NONE"
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags"),
+    [
+        ({}, set()),
+        ({"tf32": True}, {"TF32"}),
+        ({"options": BuildOptions(version_compatible=True)}, {"VERSION_COMPATIBLE"}),
+        ({"options": BuildOptions(strip=True)}, {"STRIP_PLAN", "REFIT"}),
+    ],
+)
+def test_flags(api: Api, changes: dict[str, Any], flags: set[str]):
+    assert told(api, **changes)._config._flags == flags
+
+
+def test_levels(api: Api):
+    for wanted, level in (("ampere+", "AMPERE_PLUS"), ("same-capability", "SAME_COMPUTE_CAPABILITY")):
+        found = told(api, options=BuildOptions(hardware_compatible=wanted))  # type: ignore[arg-type]
+        assert found._config.hardware_compatibility_level.name == level
+    assert told(api, options=BuildOptions(optimization_level=5))._config.builder_optimization_level == 5
+    assert told(api)._config.builder_optimization_level == 3
+
+
+def test_what_was_measured_is_kept_for_the_next_build(api: Api, tmp_path: Path):
+    path = tmp_path / "timing.cache"
+    told(api, timing_cache=str(path))
+    assert path.read_bytes() == b" and more"
+    told(api, timing_cache=str(path))
+    assert path.read_bytes() == b" and more and more"
+    path.write_bytes(b"of another GPU")
+    told(api, timing_cache=str(path))
+    assert path.read_bytes() == b" and more"
+    told(api, timing_cache=str(tmp_path / "nowhere" / "timing.cache"))
+    assert [one.name for one in tmp_path.iterdir()] == ["timing.cache"]
+
+
+def test_no_builder_and_no_plan_are_errors(api: Api, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any) -> None:
+        api.logger.errors.append("out of memory")
+
+    monkeypatch.setattr(FakeBuilder, "build_serialized_network", refuse)
+    with pytest.raises(EngineError, match=r"^out of memory$"):
+        told(api)
+    object.__setattr__(api, "module", SimpleNamespace(Builder=refuse))
+    with pytest.raises(EngineError, match=r"^no builder: out of memory$"):
+        tensorrt_build._built(api, BuildRequest("tensorrt", "step", "", {}), b"")
+
+
+def test_plugins_are_registered_for_tensorrt_alone(api: Api, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+    monkeypatch.setattr("lfdm_export.ops.plugins.register_plugins", lambda: asked.append("plugins"))
+    tensorrt_build._network_flags(api)
+    assert asked == ["plugins"]
+    assert tensorrt_build._network_flags(dataclasses.replace(api, target="tensorrt-rtx")) == 1
+    assert asked == ["plugins"]
+
+
+# ----------------------------------------------------------------------------- the real ones' names
+
+_NAMES_OF_TENSORRT = """
+import json, sys
+from pathlib import Path
+from tests.plugin_driver import load_bindings
+trt = load_bindings(Path(sys.argv[1]), sys.argv[2])
+wanted = json.loads(sys.argv[3])
+asked = [(kind, name) for kind, names in wanted.items() for name in names]
+missing = [f"{kind}.{name}" for kind, name in asked if not hasattr(getattr(trt, kind), name)]
+print(json.dumps(missing))
+"""
+
+
+def own_names(kind: type) -> list[str]:
+    names = {name for name in vars(kind) if not name.startswith("_")} - {"last", "batch", "num_layers"}
+    return sorted(names | {name for name in vars(kind()) if not name.startswith("_")} if kind is FakeConfig else names)
+
+
+def test_tensorrt_has_every_name_that_is_used(tmp_path: Path):
+    """TensorRT's own Python classes, in 11.4; no library of it is needed to look at them."""
+    from tests import fake_gpu
+
+    wanted = {
+        "Builder": own_names(FakeBuilder),
+        "IBuilderConfig": own_names(FakeConfig),
+        "IOptimizationProfile": own_names(FakeProfile),
+        "ITimingCache": ["serialize"],
+        "INetworkDefinition": ["num_layers", "get_layer"],
+        "OnnxParser": ["parse", "num_errors", "get_error"],
+        "ParserError": ["desc"],
+        "NetworkDefinitionCreationFlag": CREATION,
+        "BuilderFlag": FLAGS,
+        "HardwareCompatibilityLevel": LEVELS,
+        "ProfilingVerbosity": ["DETAILED"],
+        "LayerInformationFormat": ["JSON"],
+        "EngineInspector": ["get_engine_information"],
+        "Runtime": [*own_names(fake_gpu.FakeRuntime), "engine_host_code_allowed"],
+        "ICudaEngine": [*own_names(fake_gpu.FakeEngine), "create_engine_inspector"],
+        "IExecutionContext": own_names(fake_gpu.FakeContext),
+        "IRuntimeConfig": ["set_execution_context_allocation_strategy"],
+        "Refitter": own_names(fake_gpu.FakeRefitter),
+        "OnnxParserRefitter": own_names(fake_gpu.FakeParserRefitter),
+        "ExecutionContextAllocationStrategy": ["USER_MANAGED"],
+    }
+    command = [sys.executable, "-c", _NAMES_OF_TENSORRT, str(tmp_path), find_compiler(), json.dumps(wanted)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(tensorrt_api.__file__).parents[2]
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []
