@@ -1,0 +1,170 @@
+"""What a stream tells while a clip is made, and the clip that it amounts to. No network here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_export.client.jobs import Asked, Job, Plan, make_clip, make_plan, read_timings
+from lfdm_export.clip import Clip
+from lfdm_export.errors import InputError, ServerError
+from lfdm_export.serving.contract import Array
+from lfdm_export.serving.model_facts import ModelFacts
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`step` of `steps` sampling steps are done."""
+
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, eq=False)
+class Preview:
+    """Some frames as the clip would be by the estimate after `step` of `steps`.
+
+    Attributes:
+        step: steps that are done.
+        steps: steps that there are.
+        indices: (n,) int32, which frames of the clip these are.
+        frames: (n, H, W, 3) uint8.
+    """
+
+    step: int
+    steps: int
+    indices: NDArray[np.int32] = field(repr=False)
+    frames: NDArray[np.uint8] = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Frames:
+    """Frames of the clip, final.
+
+    Attributes:
+        indices: (n,) int32, which frames of the clip these are.
+        frames: (n, H, W, 3) uint8.
+    """
+
+    indices: NDArray[np.int32] = field(repr=False)
+    frames: NDArray[np.uint8] = field(repr=False)
+
+    @property
+    def first_frame(self) -> int:
+        """Index of the first of them."""
+        return int(self.indices[0])
+
+
+@dataclass(frozen=True)
+class Done:
+    """The clip is whole.
+
+    Attributes:
+        timings: seconds, and sampling steps, by the names of `lfdm_export.serving.contract.TIMINGS`.
+    """
+
+    timings: Mapping[str, float]
+
+
+Event: TypeAlias = Progress | Preview | Frames | Done
+
+
+def plan_stream(asked: Asked, facts: ModelFacts, *, preview_every: int, progress_every: int) -> tuple[Plan, Job]:
+    """The request of one streamed sample.
+
+    Raises:
+        InputError: an argument cannot be used, or there are several samples.
+    """
+    plan = make_plan(asked, facts)
+    if len(plan.jobs) != 1:
+        raise InputError(
+            f"found {len(plan.jobs)} samples, expected one a stream; open a stream for each, or use generate"
+        )
+    every = {"preview_every": preview_every, "progress_every": progress_every}
+    for name, value in every.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+            raise InputError(f"{name} is {value!r}, expected a number of steps, or 0 for none")
+    (job,) = plan.jobs
+    tensors = {**job.tensors, **{name: np.array([value], np.int32) for name, value in every.items() if value}}
+    return plan, Job(tensors, job.request_id)
+
+
+class Assembly:
+    """Turns the responses of one stream into events, and its frames into a clip."""
+
+    def __init__(self, plan: Plan, job: Job, facts: ModelFacts) -> None:
+        """Nothing has come yet."""
+        self._plan, self._job, self._facts = plan, job, facts
+        self._frames = np.zeros((facts.frames, facts.image_size, facts.image_size, 3), np.uint8)
+        self._have = np.zeros(facts.frames, bool)
+        self._timings: Array | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the last response has come."""
+        return self._timings is not None
+
+    def take(self, tensors: Mapping[str, Array]) -> Event:
+        """The event that a response is.
+
+        Args:
+            tensors: of the response, as `lfdm_export.client.wire.decode` gave them.
+
+        Raises:
+            ServerError: it is none that may come here.
+        """
+        kind = tensors["kind"][0].decode() if "kind" in tensors else "nothing"
+        if self.done:
+            raise self._wrong(f"{kind!r} after the end")
+        if kind == "progress":
+            return Progress(*self._steps(tensors))
+        if kind == "preview":
+            return Preview(*self._steps(tensors), *self._pictures(tensors))
+        if kind == "frames":
+            indices, frames = self._pictures(tensors)
+            self._frames[indices], self._have[indices] = frames, True
+            return Frames(indices, frames)
+        if kind == "done":
+            if "timings" not in tensors or not self._have.all():
+                raise self._wrong(f"the end after {self._have.sum()} of {len(self._have)} frames")
+            self._timings = tensors["timings"]
+            return Done(read_timings(tensors["timings"]))
+        raise self._wrong(f"{kind!r}")
+
+    def clip(self) -> Clip:
+        """The clip, without warped images and latent.
+
+        Raises:
+            ServerError: the stream is not at its end.
+        """
+        if self._timings is None:
+            raise self._wrong(f"{self._have.sum()} of {len(self._have)} frames and no end")
+        answer = {"frames": self._frames, "timings": self._timings}
+        return make_clip([answer], self._plan, self._facts)
+
+    def _steps(self, tensors: Mapping[str, Array]) -> tuple[int, int]:
+        if "step" not in tensors or "steps" not in tensors:
+            raise self._wrong("a response without step and steps")
+        return int(tensors["step"][0]), int(tensors["steps"][0])
+
+    def _pictures(self, tensors: Mapping[str, Array]) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        if "frames" not in tensors or "frame_indices" not in tensors:
+            raise self._wrong("a response without frames and frame_indices")
+        frames, indices = tensors["frames"], tensors["frame_indices"]
+        expected = (len(indices), *self._frames.shape[1:])
+        if frames.shape != expected or len(indices) == 0 or indices.min() < 0 or indices.max() >= len(self._have):
+            raise self._wrong(
+                f"frames {indices.tolist()} of shape {frames.shape}, expected {expected} of {len(self._have)} frames"
+            )
+        return indices, frames
+
+    def _wrong(self, found: str) -> ServerError:
+        return ServerError(
+            f"the server's stream holds {found}; the model was exchanged, or server and client differ in version",
+            "INTERNAL",
+            self._job.request_id,
+        )

@@ -1,0 +1,225 @@
+"""What a caller asks for, as the requests of its samples; and their answers, as a clip. No network here."""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lfdm_export.clip import Clip
+from lfdm_export.conditions import common_batch, embedding_rows, finite_number, per_sample, sample_seeds, seed_count
+from lfdm_export.errors import InputError, ServerError
+from lfdm_export.preprocess import ImageLike, prepare_images
+from lfdm_export.sampler_tables import SAMPLERS
+from lfdm_export.serving.contract import CLIP_OUTPUTS, MAX_PRIORITY, TIMINGS, Array
+from lfdm_export.serving.model_facts import ModelFacts
+
+#: Called with what is counted, how much of it is done, and out of how much.
+Report: TypeAlias = Callable[[str, int, int], None]
+#: Seeds travel as signed 64-bit integers.
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The arguments of `Client.generate`, which documents them."""
+
+    image: ImageLike
+    label: str | Sequence[str] | None = None
+    text: str | Sequence[str] | None = None
+    text_embedding: ArrayLike | None = None
+    sampler: str | None = None
+    steps: int | None = None
+    eta: float | None = None
+    guidance_scale: float | None = None
+    seed: int | Sequence[int] | None = None
+    warped: bool = False
+    latent: bool = False
+    priority: int = 0
+    deadline: float | None = None
+    request_id: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One sample: one request.
+
+    Attributes:
+        tensors: the request's inputs, by name.
+        request_id: its id.
+    """
+
+    tensors: Mapping[str, Array]
+    request_id: str
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All samples of a call.
+
+    Attributes:
+        jobs: one a sample.
+        outputs: names of the outputs that are wanted.
+        source: (B, H, W, 3) uint8, the prepared images.
+        words: label or text of each sample, if it has any.
+        seeds: of each sample.
+        priority: of all.
+    """
+
+    jobs: tuple[Job, ...]
+    outputs: tuple[str, ...]
+    source: NDArray[np.uint8] = field(repr=False)
+    words: tuple[str, ...] | None
+    seeds: tuple[int, ...]
+    priority: int
+
+
+def make_plan(asked: Asked, facts: ModelFacts) -> Plan:
+    """Requests for what is asked.
+
+    The photograph is scaled here, as the server would: a prepared image has 49 kB, a photograph megabytes.
+
+    Raises:
+        InputError: an argument cannot be used.
+    """
+    source = prepare_images(asked.image, facts.image_size, facts.preprocessing)
+    name, words, conditions = _conditions(asked, facts)
+    # Known before it is sent, so that a request that is sent again gives the same clip, and the caller can repeat it.
+    seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
+    batch = common_batch({"images": len(source), name + "s": len(conditions), "seeds": seed_count(seed)})
+    seeds = sample_seeds(seed, batch)
+    if max(seeds) > MAX_SEED:
+        raise InputError(f"seed: found {max(seeds)}, expected 0 to 2^63 - 1; choose one in that range")
+    if isinstance(asked.priority, bool) or not isinstance(asked.priority, int) or abs(asked.priority) > MAX_PRIORITY:
+        raise InputError(f"priority is {asked.priority!r}, expected an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}")
+    if asked.request_id == "" or (asked.request_id is not None and not asked.request_id.isprintable()):
+        raise InputError(f"request_id is {asked.request_id!r}, expected printable characters, or none for a new one")
+    common, base_id = _sampling(asked), asked.request_id or uuid.uuid4().hex
+    jobs = tuple(
+        Job(
+            tensors={
+                "image": source[index % len(source)],
+                name: conditions[index % len(conditions)],
+                "seed": np.array([seeds[index]], np.int64),
+                **common,
+            },
+            request_id=base_id if batch == 1 else f"{base_id}-{index}",
+        )
+        for index in range(batch)
+    )
+    wanted = {"frames": True, "warped": asked.warped, "latent": asked.latent, "timings": True}
+    return Plan(
+        jobs=jobs,
+        outputs=tuple(spec.name for spec in CLIP_OUTPUTS if wanted[spec.name]),
+        source=np.repeat(source, batch // len(source), axis=0),
+        words=None if words is None else words * (batch // len(words)),
+        seeds=seeds,
+        priority=asked.priority,
+    )
+
+
+def text_tensor(value: str) -> Array:
+    """A string as a BYTES tensor of one element."""
+    array = np.empty(1, np.object_)
+    array[0] = value.encode()
+    return array
+
+
+def _conditions(asked: Asked, facts: ModelFacts) -> tuple[str, tuple[str, ...] | None, list[Array]]:
+    """Name of the input, words if it has any, and its tensor for each sample."""
+    given = {"label": asked.label, "text": asked.text, "text_embedding": asked.text_embedding}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
+        raise InputError(f"found {len(names)} of label, text and text_embedding, expected exactly one")
+    if asked.text_embedding is not None:
+        return "text_embedding", None, list(embedding_rows(asked.text_embedding, facts.text_width))
+    if asked.label is not None:
+        # The server looks for the label; what it is called there is what the clip says.
+        known = {label.strip().casefold(): label for label in facts.labels}
+        labels = per_sample(asked.label, "label")
+        words = tuple(known.get(label.strip().casefold(), label) for label in labels)
+        return "label", words, [text_tensor(label) for label in words]
+    assert asked.text is not None
+    texts = per_sample(asked.text, "text")
+    return "text", texts, [text_tensor(text) for text in texts]
+
+
+def _sampling(asked: Asked) -> dict[str, Array]:
+    """The inputs that all samples share; the server checks the ranges that depend on its model."""
+    tensors: dict[str, Array] = {}
+    if asked.sampler is not None:
+        if asked.sampler not in SAMPLERS:
+            known = ", ".join(SAMPLERS)
+            raise InputError(f"sampler: found {asked.sampler!r}, expected one of {known}; choose one of these")
+        tensors["sampler"] = text_tensor(asked.sampler)
+    if asked.steps is not None:
+        if (
+            isinstance(asked.steps, bool)
+            or not isinstance(asked.steps, int | np.integer)
+            or not 0 < asked.steps < 2**31
+        ):
+            raise InputError(f"steps: found {asked.steps!r}, expected an integer from 1; choose one in that range")
+        tensors["steps"] = np.array([asked.steps], np.int32)
+    for name, value in (("eta", asked.eta), ("guidance_scale", asked.guidance_scale)):
+        if value is not None:
+            tensors[name] = np.array([finite_number(value, name)], np.float32)
+    return tensors
+
+
+def check_answer(answer: Mapping[str, Array], plan: Plan, job: Job, facts: ModelFacts) -> None:
+    """Compare an answer with what was asked for.
+
+    Raises:
+        ServerError: an output is missing, or its size is not the model's.
+    """
+    missing = [name for name in plan.outputs if name not in answer]
+    if missing:
+        raise ServerError(f"the server's answer lacks {', '.join(missing)}", "INTERNAL", job.request_id)
+    size, small = facts.image_size, facts.latent_size
+    expected = {
+        "frames": (facts.frames, size, size, 3),
+        "warped": (facts.frames, size, size, 3),
+        "latent": (3, facts.frames, small, small),
+    }
+    for name, shape in expected.items():
+        if name in answer and answer[name].shape != shape:
+            raise ServerError(
+                f"{name} in the server's answer has shape {answer[name].shape}, expected {shape}; "
+                "the model was exchanged while the client was open: open a new one",
+                "INTERNAL",
+                job.request_id,
+            )
+
+
+def make_clip(answers: Sequence[Mapping[str, Array]], plan: Plan, facts: ModelFacts) -> Clip:
+    """The clip of all samples, from their checked answers in order."""
+    size, small, batch = facts.image_size, facts.latent_size, len(answers)
+    # What was not asked for has no frames.
+    absent: dict[str, Array] = {
+        "warped": np.empty((0, size, size, 3), np.uint8),
+        "latent": np.empty((3, 0, small, small), np.float32),
+    }
+
+    def together(name: str) -> Array:
+        return np.stack([answer[name] if name in answer else absent[name] for answer in answers])
+
+    return Clip(
+        frames=together("frames"),
+        warped=together("warped"),
+        latent=together("latent"),
+        source=plan.source[:batch],
+        residual_flow=facts.residual_flow,
+        labels=plan.words,
+        seeds=plan.seeds,
+        timings=tuple(read_timings(answer["timings"]) for answer in answers),
+    )
+
+
+def read_timings(values: Array) -> dict[str, float]:
+    """Timings by name, in seconds but for `steps`."""
+    return {name: float(value) for name, value in zip(TIMINGS, values, strict=True)}

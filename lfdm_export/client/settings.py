@@ -1,0 +1,257 @@
+"""How a client reaches its server: address, TLS, token, limits, and when it tries again."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lfdm_export.errors import InputError, MissingDependencyError
+
+Compression = Literal["gzip", "deflate"]
+
+#: Triton's usual port for gRPC.
+GRPC_PORT = 8001
+#: Characters of a token in an HTTP header. Source: RFC 9110, field values; spaces and controls are left out.
+_TOKEN = re.compile(r"[\x21-\x7e]+")
+_HEADER = re.compile(r"[a-z0-9_.-]+")
+
+
+@dataclass(frozen=True)
+class Tls:
+    """Encryption, and who proves what to whom.
+
+    Attributes:
+        root_certificates: PEM file of the authorities that may have signed the server's certificate; gRPC's own
+            list of public ones if None.
+        private_key: PEM file of the client's key, where the server asks clients for certificates.
+        certificate_chain: PEM file of the client's certificate, with `private_key`.
+        server_name: the name that the server's certificate carries, where it is not the address's.
+    """
+
+    root_certificates: str | os.PathLike[str] | None = None
+    private_key: str | os.PathLike[str] | None = None
+    certificate_chain: str | os.PathLike[str] | None = None
+    server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check that key and certificate come together.
+
+        Raises:
+            InputError: one is there without the other.
+        """
+        if (self.private_key is None) != (self.certificate_chain is None):
+            raise InputError("a client's private key and its certificate belong together; give both, or neither")
+
+    def credentials(self) -> Any:
+        """What gRPC makes of it.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        grpc = import_grpc()
+        parts = (self.root_certificates, self.private_key, self.certificate_chain)
+        return grpc.ssl_channel_credentials(*(None if path is None else _pem(path) for path in parts))
+
+
+@dataclass(frozen=True)
+class Retry:
+    """When a request is sent again: only if the server was not to be had, and had answered nothing.
+
+    The pause before attempt n + 1 is drawn from 0.5 … 1 times ``first_pause * 2^(n - 1)``, at most `longest_pause`: 4
+    to 8 seconds in all, in which a server loads a model again whose process has died.
+
+    Attributes:
+        attempts: in all; 1 never tries again.
+        first_pause: seconds.
+        longest_pause: seconds.
+    """
+
+    attempts: int = 5
+    first_pause: float = 0.5
+    longest_pause: float = 8.0
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            InputError: out of range.
+        """
+        if self.attempts < 1:
+            raise InputError(f"attempts is {self.attempts}, expected 1 or more")
+        if not 0 <= self.first_pause <= self.longest_pause:
+            raise InputError(
+                f"first_pause is {self.first_pause}, longest_pause {self.longest_pause}, expected 0 or more, in order"
+            )
+
+    def pause(self, attempt: int, draw: float) -> float:
+        """Seconds to wait after attempt number `attempt` (from 1), for a `draw` from 0 … 1."""
+        whole = min(self.longest_pause, self.first_pause * 2.0 ** (attempt - 1))
+        return whole * (0.5 + 0.5 * draw)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything about a connection but the address.
+
+    Attributes:
+        tls: None for plain text.
+        token: sent as ``authorization: Bearer TOKEN``; never shown or logged.
+        headers: sent with every request, names in lower case; never shown or logged either.
+        plain_token: allow a token or headers over plain text to another machine, as where a service mesh encrypts.
+        timeout: seconds that a request may take in all, where it does not say so itself.
+        retry: when it is sent again.
+        compression: of what is sent, and allowed for what comes back.
+        max_message_bytes: of one answer or request. A clip of 40 frames of 128 x 128 has 2 MB, 4.5 MB with all outputs.
+        keepalive: seconds between pings on a silent connection; None for none. gRPC servers close connections that
+            ping more often than they allow (by default every 300 s).
+        concurrency: samples of one batch that are under way at a time.
+    """
+
+    tls: Tls | None = None
+    token: str | None = field(default=None, repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    plain_token: bool = False
+    timeout: float = 300.0
+    retry: Retry = field(default_factory=Retry)
+    compression: Compression | None = None
+    max_message_bytes: int = 256 << 20
+    keepalive: float | None = None
+    concurrency: int = 16
+
+    def __post_init__(self) -> None:
+        """Check ranges and characters.
+
+        Raises:
+            InputError: a value cannot be used; a token's or header's value is never part of the message.
+        """
+        if self.token is not None and not _TOKEN.fullmatch(self.token):
+            raise InputError("the token is empty or holds spaces or other characters that a header cannot carry")
+        for name, value in self.headers.items():
+            if (
+                not _HEADER.fullmatch(name)
+                or name.startswith("grpc-")
+                or not value.isprintable()
+                or not value.isascii()
+            ):
+                raise InputError(
+                    f"the header {name!r} cannot be sent: its name must be of a-z, 0-9, _ . -, its value ASCII"
+                )
+        if not self.timeout > 0:
+            raise InputError(f"timeout is {self.timeout}, expected seconds above 0")
+        if self.compression not in (None, "gzip", "deflate"):
+            raise InputError(f"compression is {self.compression!r}, expected gzip, deflate or none")
+        if not 1 << 20 <= self.max_message_bytes < 1 << 31:
+            raise InputError(f"max_message_bytes is {self.max_message_bytes}, expected 1 MiB to 2 GiB")
+        if self.keepalive is not None and self.keepalive < 1:
+            raise InputError(f"keepalive is {self.keepalive}, expected 1 second or more, or none")
+        if self.concurrency < 1:
+            raise InputError(f"concurrency is {self.concurrency}, expected 1 or more")
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """The headers of every request."""
+        token = () if self.token is None else (("authorization", f"Bearer {self.token}"),)
+        return (*token, *self.headers.items())
+
+    def grpc_compression(self) -> Any:
+        """The compression by the name that gRPC has for it."""
+        kinds = import_grpc().Compression
+        return {None: kinds.NoCompression, "gzip": kinds.Gzip, "deflate": kinds.Deflate}[self.compression]
+
+    def channel_options(self) -> list[tuple[str, Any]]:
+        """What gRPC channels are opened with."""
+        options: list[tuple[str, Any]] = [
+            ("grpc.max_send_message_length", self.max_message_bytes),
+            ("grpc.max_receive_message_length", self.max_message_bytes),
+            # A server that comes back is found within `longest_pause`; gRPC would wait up to 120 s.
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 2000),
+        ]
+        if self.keepalive is not None:
+            options += [
+                ("grpc.keepalive_time_ms", round(self.keepalive * 1000)),
+                ("grpc.http2.max_pings_without_data", 0),
+            ]
+        if self.tls is not None and self.tls.server_name is not None:
+            options.append(("grpc.ssl_target_name_override", self.tls.server_name))
+        return options
+
+    def check_address(self, address: str) -> str:
+        """The address as gRPC takes it.
+
+        Raises:
+            InputError: it is none, or a token would travel to it in plain text.
+        """
+        scheme, slashes, rest = address.partition("://")
+        if slashes:
+            raise InputError(
+                f"{address} begins with {scheme}://, expected the server's gRPC port as HOST:PORT; "
+                f"try {rest.partition('/')[0].partition(':')[0] or 'HOST'}:{GRPC_PORT}"
+            )
+        host, colon, port = address.rpartition(":")
+        if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536 or "/" in address:
+            raise InputError(f"{address!r} is no HOST:PORT; give the server's gRPC port, such as localhost:{GRPC_PORT}")
+        if self.tls is None and (self.token or self.headers) and not self.plain_token and not _is_loopback(host):
+            raise InputError(
+                f"the token would travel to {host} in plain text; use TLS, or allow it where the network encrypts"
+            )
+        return address
+
+
+def token_from_environment(name: str) -> str:
+    """The token that an environment variable holds.
+
+    Raises:
+        InputError: there is none.
+    """
+    value = os.environ.get(name, "").strip()
+    if not value:
+        raise InputError(f"the environment variable {name} is not set or empty; put the token into it")
+    return value
+
+
+def import_grpc() -> Any:
+    """The module `grpc`, for which Triton's client asks too.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        import grpc
+    except ImportError:
+        raise MissingDependencyError("tritonclient[grpc]", "talking to a server", "client") from None
+    return grpc
+
+
+def import_protocol() -> tuple[Any, Any]:
+    """Triton's protobuf messages and gRPC stubs: `service_pb2`, `service_pb2_grpc`.
+
+    Raises:
+        MissingDependencyError: they are not installed.
+    """
+    try:
+        from tritonclient.grpc import service_pb2, service_pb2_grpc
+    except (ImportError, RuntimeError):  # RuntimeError is how tritonclient says that gRPC is missing
+        raise MissingDependencyError("tritonclient[grpc]", "talking to a server", "client") from None
+    return service_pb2, service_pb2_grpc
+
+
+def _pem(path: str | os.PathLike[str]) -> bytes:
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{os.fspath(path)} cannot be read: {error.strerror}; give a PEM file") from error
+    if b"-----BEGIN" not in data:
+        raise InputError(f"{os.fspath(path)} is no PEM file, expected one with a line -----BEGIN …")
+    return data
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
