@@ -1,0 +1,176 @@
+"""``lfdm-serve``: bundle -> running Triton server."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from lfdm_export.cli.console import OK, add_common_options, make_parser, run, say
+from lfdm_export.errors import InputError
+from lfdm_export.serving.order import POLICIES, Policy
+from lfdm_export.serving.requests import Limits
+from lfdm_export.serving.server_files import SERVER_VARIABLE, find_server, install_server
+from lfdm_export.serving.settings import DEVICES, ServingSettings
+from lfdm_export.serving.supervisor import ServerOptions, TritonServer, wait_for_signal
+from lfdm_export.targets import AUTO, TARGETS
+
+if TYPE_CHECKING:
+    from lfdm_export.bundle import Bundle
+
+PROGRAM = "lfdm-serve"
+_EXAMPLES = """\
+  lfdm-serve --install-server
+  lfdm-serve mug
+  lfdm-serve mug --host 0.0.0.0 --slots 8 --queue 128
+  lfdm-serve mug --tritonserver /opt/tritonserver/bin/tritonserver --trace trace.json
+"""
+
+
+def serve_main(argv: Sequence[str] | None = None) -> int:
+    """Run ``lfdm-serve``; returns the exit status (see `lfdm_export.cli`)."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.bundle is None and not args.install_server:
+        parser.error("give a bundle to serve, or --install-server")
+    return run(PROGRAM, args, lambda: _serve(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        PROGRAM,
+        "Serve a bundle with Triton Inference Server, until SIGINT or SIGTERM; then finish what it has.",
+        _EXAMPLES,
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", nargs="?", help="folder that lfdm-export wrote")
+    server = parser.add_argument_group("server")
+    server.add_argument(
+        "--install-server", action="store_true", help="fetch the server (55 MB, through pip), unless it is there"
+    )
+    server.add_argument(
+        "--tritonserver", metavar="FILE", help=f"the server to start; else {SERVER_VARIABLE}, PATH, the installed one"
+    )
+    defaults = ServerOptions()
+    server.add_argument("--host", default=defaults.host, help="address to listen on (%(default)s)")
+    for name, port in (("http", defaults.http_port), ("grpc", defaults.grpc_port), ("metrics", defaults.metrics_port)):
+        server.add_argument(f"--{name}-port", type=int, default=port, metavar="N", help="0: a free one (%(default)s)")
+    server.add_argument(
+        "--start-timeout", type=float, default=defaults.start_timeout, metavar="S", help="%(default)g s"
+    )
+    server.add_argument(
+        "--drain-timeout", type=float, default=defaults.drain_timeout, metavar="S", help="at the end (%(default)g s)"
+    )
+    server.add_argument("--trace", metavar="FILE", help="write traces of requests")
+    server.add_argument("--trace-rate", type=int, default=1, metavar="N", help="of one request in N (%(default)s)")
+    server.add_argument(
+        "--server-argument",
+        action="append",
+        default=[],
+        metavar="ARG",
+        help="for tritonserver, such as --log-verbose=1",
+    )
+    server.add_argument("--verbose", action="store_true", help="show everything that the server says")
+    _add_sampling_options(parser)
+    add_common_options(parser)
+    return parser
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    settings, limits = ServingSettings(), Limits()
+    sampler = parser.add_argument_group("sampler")
+    sampler.add_argument("--slots", type=int, default=settings.slots, metavar="N", help="clips in a step (%(default)s)")
+    sampler.add_argument(
+        "--queue", type=int, default=settings.queue_limit, metavar="N", help="clips that may wait (%(default)s)"
+    )
+    sampler.add_argument(
+        "--policy",
+        choices=POLICIES,
+        default=settings.policy,
+        help="step: clips join and leave at each step (%(default)s)",
+    )
+    sampler.add_argument(
+        "--fixed-batch",
+        action="store_true",
+        help="a clip has the same bits in any company, at the price of full batches",
+    )
+    sampler.add_argument(
+        "--target", choices=(AUTO, *TARGETS), default=settings.target, help="what runs it (%(default)s)"
+    )
+    sampler.add_argument("--device", choices=DEVICES, default=settings.device, help="of ONNX Runtime (%(default)s)")
+    sampler.add_argument("--threads", type=int, default=0, metavar="N", help="of each engine (all cores)")
+    bounds = parser.add_argument_group("limits of a request")
+    bounds.add_argument("--max-image-bytes", type=int, default=limits.image_bytes, metavar="N", help="(%(default)s)")
+    bounds.add_argument("--max-image-pixels", type=int, default=limits.image_pixels, metavar="N", help="(%(default)s)")
+    bounds.add_argument("--max-steps", type=int, default=limits.steps, metavar="N", help="(%(default)s)")
+    bounds.add_argument("--max-guidance", type=float, default=limits.guidance_scale, metavar="X", help="(%(default)g)")
+
+
+def _serve(args: argparse.Namespace) -> int:
+    if args.install_server:
+        files = install_server()
+        say(args, f"server   {files.binary}")
+        if args.bundle is None:
+            return OK
+    from lfdm_export.bundle import Bundle
+    from lfdm_export.serving.triton_repository import write_repository
+
+    # Until the server is ready and drains at a signal: clean up as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    options, settings = _server_options(args), _settings(args)
+    files = find_server(args.tritonserver)
+    bundle = Bundle.open(args.bundle)
+    with tempfile.TemporaryDirectory(prefix="lfdm-serve-") as folder:
+        repository = write_repository(bundle, Path(folder) / "repository", settings=settings, copy_bundle=False)
+        with TritonServer(files, repository, options) as server:
+            _announce(args, bundle, server)
+            wait_for_signal(server)
+            say(args, "stopping: requests in flight are finished")
+    return OK
+
+
+def _announce(args: argparse.Namespace, bundle: Bundle, server: TritonServer) -> None:
+    options = server.options
+    say(args, f"serving  {bundle.path}")
+    say(args, f"gRPC     {options.host}:{options.grpc_port}")
+    say(args, f"HTTP     http://{options.host}:{options.http_port}")
+    say(args, f"metrics  http://{options.host}:{options.metrics_port}/metrics")
+    say(args, "ready")
+
+
+def _server_options(args: argparse.Namespace) -> ServerOptions:
+    return ServerOptions(
+        host=args.host,
+        http_port=args.http_port,
+        grpc_port=args.grpc_port,
+        metrics_port=args.metrics_port,
+        start_timeout=args.start_timeout,
+        drain_timeout=args.drain_timeout,
+        trace_file=args.trace,
+        trace_rate=args.trace_rate,
+        verbose=args.verbose,
+        arguments=tuple(args.server_argument),
+    )
+
+
+def _settings(args: argparse.Namespace) -> ServingSettings:
+    limits = Limits(
+        image_bytes=args.max_image_bytes,
+        image_pixels=args.max_image_pixels,
+        steps=args.max_steps,
+        guidance_scale=args.max_guidance,
+    )
+    if args.threads < 0:
+        raise InputError(f"--threads is {args.threads}, expected 1 or more, or 0 for all cores")
+    return ServingSettings(
+        slots=args.slots,
+        queue_limit=args.queue,
+        policy=cast(Policy, args.policy),
+        fixed_batch=args.fixed_batch,
+        threads=args.threads,
+        target=args.target,
+        device=args.device,
+        limits=limits,
+    )

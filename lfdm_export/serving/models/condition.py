@@ -1,0 +1,93 @@
+"""`lfdm_condition`: what the clip is made from besides the picture, checked before any of it costs anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_export.conditions import embedding_rows
+from lfdm_export.errors import InputError
+from lfdm_export.manifest import TEXT_STAGE
+from lfdm_export.preprocess import to_float
+from lfdm_export.sampler_tables import SamplerTable
+from lfdm_export.serving.contract import Array
+from lfdm_export.serving.models.stub import Loaded, answer_each, load
+from lfdm_export.serving.requests import parse_condition, parse_sampling
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """What a clip is sampled with.
+
+    Attributes:
+        embedding: (text_width,) float32.
+        table: the sampler's steps.
+        guidance_scale: of classifier-free guidance.
+        seed: of the noise.
+    """
+
+    embedding: NDArray[np.float32]
+    table: SamplerTable
+    guidance_scale: float
+    seed: int
+
+
+def conditions(tensors: Mapping[str, Array], loaded: Loaded) -> Conditions:
+    """What a request's tensors mean for this bundle.
+
+    Raises:
+        InputError: one of them cannot be used.
+    """
+    limits, pipeline = loaded.settings.limits, loaded.pipeline
+    # Everything that is cheap to check comes before the text encoder runs.
+    asked, given = parse_sampling(tensors, limits), parse_condition(tensors, limits)
+    table = pipeline.sampler_table(asked.sampler, asked.steps, asked.eta)
+    if table.steps > limits.steps:
+        raise InputError(
+            f"{table.name} would take {table.steps} steps, this server allows {limits.steps}; ask for fewer"
+        )
+    if given.label is not None:
+        embedding = pipeline.bundle.embedding(given.label)
+    elif given.text is not None:
+        embedding = pipeline.embed_text([given.text])[0]
+    else:
+        assert given.text_embedding is not None  # one of the three is there
+        embedding = embedding_rows(given.text_embedding, pipeline.bundle.manifest.geometry.text_width)[0]
+    default = pipeline.bundle.manifest.sampler.guidance_scale
+    scale = default if asked.guidance_scale is None else asked.guidance_scale
+    return Conditions(embedding, table, scale, asked.seed)
+
+
+def warm_up_text(loaded: Loaded) -> None:
+    """Load the text encoder, if the bundle has one, and run it once."""
+    if TEXT_STAGE in loaded.pipeline.bundle.stages:
+        loaded.pipeline.embed_text(["warm-up"])
+
+
+class ConditionModel:
+    """The model that Triton sees."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Open the bundle and load its text encoder."""
+        self._loaded = load(args)
+        warm_up_text(self._loaded)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer each request with the picture as the networks take it, and all that the sampler needs."""
+        return answer_each(requests, self._loaded.interface, self._condition)
+
+    def _condition(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+        found = conditions(tensors, self._loaded)
+        return {
+            "image": to_float(tensors["pixels"][None]),
+            "text_embedding": found.embedding,
+            "seed": np.array([found.seed], np.int64),
+            "guidance_scale": np.array([found.guidance_scale], np.float32),
+            "timesteps": found.table.timesteps,
+            "coefficients": found.table.coefficients,
+            "draws_noise": found.table.draws_noise,
+        }

@@ -1,0 +1,115 @@
+"""`lfdm_decode`: skips and latent -> frames, a chunk at a time, with our own engine or through another model's runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+from lfdm_export.errors import EngineError, InputError
+from lfdm_export.pipeline import Encoded, Pipeline
+from lfdm_export.preprocess import to_uint8
+from lfdm_export.serving.contract import Array, RequestCancelledError
+from lfdm_export.serving.models.stub import failure, load, response
+from lfdm_export.serving.triton_config import DECODE_MODEL_PARAMETER
+
+#: A chunk of latent (1, 3, F, h, w) -> frames and warped images, (1, 3, F, H, W) float32.
+DecodeChunk = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
+
+
+def chunk_starts(frames: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """First frame of each chunk, and how many of its frames an earlier chunk gave: as `Pipeline` cuts a clip.
+
+    Args:
+        frames: of the clip.
+        chunk: frames of one run of decode; at most `frames`.
+    """
+    for start in range(0, frames, chunk):
+        begin = min(start, frames - chunk)
+        yield begin, start - begin
+
+
+class DecodeModel:
+    """The model that Triton sees."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Load the engine and run it once, unless another model has it."""
+        loaded = load(args)
+        self._pipeline, self._interface = loaded.pipeline, loaded.interface
+        self._chunk_model = loaded.parameters.get(DECODE_MODEL_PARAMETER)
+        if self._chunk_model is None:
+            warm_up_decode(self._pipeline)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer each request with the frames, and what else was asked for."""
+        answers = []
+        for request in requests:
+            try:
+                answers.append(self._answer(request))
+            except Exception as error:  # noqa: BLE001 (each request has its own answer)
+                answers.append(failure(error))
+        return answers
+
+    def _answer(self, request: Any) -> Any:
+        began = time.monotonic()
+        asked = set(request.requested_output_names())
+        # Those of the encoder are left where they are: on the GPU, where Triton's own engine runs.
+        tensors = {spec.name: pb_utils.get_input_tensor_by_name(request, spec.name) for spec in self._interface.inputs}
+        missing = [name for name, tensor in tensors.items() if tensor is None]
+        if missing:
+            raise InputError(f"the inputs {', '.join(missing)} are missing")
+        latent, timings = (tensors.pop(name).as_numpy() for name in ("latent", "sample_timings"))
+        decode = self._through_model(list(tensors.values())) if self._chunk_model else self._own(list(tensors.values()))
+        frames, warped = self._clip(request, latent, decode, asked)
+        times = np.append(timings, np.float32(time.monotonic() - began))
+        return response({"frames": frames, "warped": warped, "timings": times}, asked)
+
+    def _clip(self, request: Any, latent: Array, decode: DecodeChunk, asked: set[str]) -> list[NDArray[np.uint8]]:
+        """Frames and warped images (T, H, W, 3); the latter are left black where nobody asked for them."""
+        geometry = self._pipeline.bundle.manifest.geometry
+        frames, size = geometry.frames, geometry.image_size
+        clips = [np.zeros((frames, size, size, 3), np.uint8) for _ in range(2)]
+        for begin, given in chunk_starts(frames, geometry.chunk_frames):
+            if request.is_cancelled():
+                raise RequestCancelledError("the request was cancelled")
+            part = slice(begin + given, begin + geometry.chunk_frames)
+            decoded = decode(np.ascontiguousarray(latent[None, :, begin : begin + geometry.chunk_frames]))
+            for name, clip, pictures in zip(("frames", "warped"), clips, decoded, strict=True):
+                if name in asked:
+                    clip[part] = to_uint8(pictures[:, :, given:])[0]
+        return clips
+
+    def _own(self, tensors: list[Any]) -> DecodeChunk:
+        image, *skips = (tensor.as_numpy() for tensor in tensors)
+        encoded = Encoded(image, tuple(skips), np.empty(0, np.float32))
+        return lambda latent: self._pipeline.decode(encoded, latent)
+
+    def _through_model(self, tensors: list[Any]) -> DecodeChunk:
+        """One call into the server for each chunk (not for each step: a call costs milliseconds)."""
+
+        def decode(latent: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+            call = pb_utils.InferenceRequest(
+                model_name=self._chunk_model,
+                requested_output_names=["frames", "warped"],
+                inputs=[*tensors, pb_utils.Tensor("latent", latent)],
+                preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
+            )
+            answer = call.exec()
+            if answer.has_error():
+                raise EngineError(f"{self._chunk_model} failed: {answer.error().message()}")
+            frames, warped = (
+                pb_utils.get_output_tensor_by_name(answer, name).as_numpy() for name in ("frames", "warped")
+            )
+            return frames, warped
+
+        return decode
+
+
+def warm_up_decode(pipeline: Pipeline) -> None:
+    """Load the engine of decode and run it once, on zeros."""
+    spec = pipeline.bundle.stages["decode"]
+    pipeline.stages.run("decode", *(np.zeros(tensor.concrete(batch=1), np.float32) for tensor in spec.inputs))

@@ -1,0 +1,43 @@
+"""`lfdm_encode`: picture -> skips, feature and context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lfdm_export.pipeline import Encoded, Pipeline
+from lfdm_export.serving.contract import Array
+from lfdm_export.serving.models.stub import answer_each, load
+
+
+def encode(pipeline: Pipeline, image: Array) -> Encoded:
+    """Encode one picture (1, 3, size, size) float32."""
+    *skips, context = pipeline.stages.run("encode", image)
+    return Encoded(image, tuple(skips), context)
+
+
+def warm_up_encode(pipeline: Pipeline) -> None:
+    """Load the engine of encode and run it once, on a black picture."""
+    size = pipeline.bundle.manifest.geometry.image_size
+    encode(pipeline, np.zeros((1, 3, size, size), np.float32))
+
+
+class EncodeModel:
+    """The model that Triton sees."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Load the engine and run it once."""
+        loaded = load(args)
+        self._pipeline, self._interface = loaded.pipeline, loaded.interface
+        warm_up_encode(self._pipeline)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer each request with the stage's outputs."""
+        return answer_each(requests, self._interface, self._encode)
+
+    def _encode(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+        encoded = encode(self._pipeline, tensors["image"])
+        outputs = (*encoded.skips, encoded.context)
+        return {spec.name: array for spec, array in zip(self._interface.outputs, outputs, strict=True)}

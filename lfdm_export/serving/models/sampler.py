@@ -1,0 +1,64 @@
+"""The running sampler of a model's process: one loop that all its requests share."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+from lfdm_export.errors import EngineError
+from lfdm_export.serving.models.metrics import Metrics
+from lfdm_export.serving.models.stub import Loaded, log_error
+from lfdm_export.serving.step_batcher import StepBatcher
+
+#: Seconds between two looks at whether the loop lives.
+_LOOK = 0.5
+#: Seconds in which a dead loop's requests are told of it before the process ends.
+_LAST_WORDS = 1.0
+
+
+class RunningSampler:
+    """A `StepBatcher` over a bundle, its metrics, and a watch that ends the process if its loop dies."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        """Load the engines, run each once, and start the loop."""
+        pipeline, settings, manifest = loaded.pipeline, loaded.settings, loaded.pipeline.bundle.manifest
+        warm_up_steps(loaded)
+        self.metrics = Metrics(loaded.interface.name, settings.slots)
+        self.batcher = StepBatcher(
+            pipeline.stages,
+            manifest.geometry,
+            pipeline.bundle.null_embedding,
+            slots=settings.slots,
+            queue_limit=settings.queue_limit,
+            fixed_batch=settings.fixed_batch,
+            policy=settings.policy,
+            observer=self.metrics,
+        )
+        self.metrics.follow(lambda: self.batcher.stats().outstanding)
+        self._closing = threading.Event()
+        threading.Thread(target=self._watch, name="lfdm-watch", daemon=True).start()
+
+    def close(self) -> None:
+        """End the loop; requests that are left get an error."""
+        self._closing.set()
+        self.batcher.close()
+        self.metrics.close()
+
+    def _watch(self) -> None:
+        while not self._closing.wait(_LOOK):
+            if not self.batcher.alive:
+                log_error(EngineError("the sampler's loop has died; the process ends, so that it is started anew"))
+                time.sleep(_LAST_WORDS)
+                os._exit(1)
+            if self.batcher.stats().outstanding == 0:  # the last step's figures would stay
+                self.metrics.idle()
+
+
+def warm_up_steps(loaded: Loaded) -> None:
+    """Load both sampling engines and run each once, on zeros."""
+    import numpy as np
+
+    for name in ("step", "step_guided"):
+        spec = loaded.pipeline.bundle.stages[name]
+        loaded.pipeline.stages.run(name, *(np.zeros(tensor.concrete(batch=1), tensor.dtype) for tensor in spec.inputs))

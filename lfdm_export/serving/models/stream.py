@@ -1,0 +1,250 @@
+"""`lfdm_stream`: the whole way of a clip in one decoupled model, with previews, and frames as they are decoded.
+
+Three threads work for all streams: one prepares (picture, label, encode), the sampler's loop steps, one decodes and
+sends. A client that goes away is noticed before the next step or chunk.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+from lfdm_export.pipeline import Encoded
+from lfdm_export.preprocess import to_float, to_uint8
+from lfdm_export.serving.contract import (
+    QUEUE_FULL_MESSAGE,
+    STREAM_INPUTS,
+    Array,
+    OverloadedError,
+    RequestCancelledError,
+    StreamKind,
+    preview_indices,
+)
+from lfdm_export.serving.jobs import Sampled, SampleJob
+from lfdm_export.serving.models.condition import conditions, warm_up_text
+from lfdm_export.serving.models.decode import chunk_starts, warm_up_decode
+from lfdm_export.serving.models.encode import encode, warm_up_encode
+from lfdm_export.serving.models.preprocess import prepared_pixels
+from lfdm_export.serving.models.sampler import RunningSampler
+from lfdm_export.serving.models.stub import Loaded, custom_parameters, deadline, failure, inputs, load, log_error
+from lfdm_export.serving.requests import check_request, parse_priority, parse_sampling
+
+_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class StreamModel:
+    """The model that Triton sees."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Load all engines, run each once, and start the threads."""
+        self._loaded = load(args)
+        warm_up_text(self._loaded)
+        warm_up_encode(self._loaded.pipeline)
+        warm_up_decode(self._loaded.pipeline)
+        self._sampler = RunningSampler(self._loaded)
+        self._preparing = ThreadPoolExecutor(1, "lfdm-prepare")
+        self._decoding = ThreadPoolExecutor(1, "lfdm-decode")
+        self._lock, self._live = threading.Lock(), 0
+        self._sampler.metrics.follow(lambda: self._live)
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Hand each request to the threads, which will answer it."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._accept(request, sender)
+            except Exception as error:  # noqa: BLE001 (each request has its own answer)
+                sender.send(failure(error, stream=True), flags=_FINAL)
+
+    def finalize(self) -> None:
+        """End the threads; streams that are left get an error."""
+        self._preparing.shutdown(cancel_futures=True)
+        self._sampler.close()
+        self._decoding.shutdown(cancel_futures=True)
+
+    def _accept(self, request: Any, sender: Any) -> None:
+        limit = self._loaded.settings.slots + self._loaded.settings.queue_limit
+        with self._lock:
+            if self._live >= limit:
+                self._sampler.metrics.rejected()
+                raise OverloadedError(
+                    f"{QUEUE_FULL_MESSAGE}: found {self._live} streams at work or waiting, which is the limit; send it "
+                    "again later"
+                )
+            self._live += 1
+        try:
+            stream = _Stream(self, sender, inputs(request, self._loaded.interface), _sampling_of(request))
+            self._preparing.submit(stream.guarded(stream.prepare))
+        except BaseException:
+            self.ended()
+            raise
+
+    # --- For streams ------------------------------------------------------------------------------
+
+    @property
+    def loaded(self) -> Loaded:
+        """Bundle, settings, interface."""
+        return self._loaded
+
+    @property
+    def sampler(self) -> RunningSampler:
+        """What draws the samples."""
+        return self._sampler
+
+    def decode_later(self, work: Callable[[], None]) -> None:
+        """Have the decoding thread do something."""
+        self._decoding.submit(work)
+
+    def ended(self) -> None:
+        """A stream has had its last response."""
+        with self._lock:
+            self._live -= 1
+
+
+def _sampling_of(request: Any) -> tuple[int, float | None]:
+    """Priority and deadline of a request."""
+    return parse_priority(custom_parameters(request)), deadline(request)
+
+
+class _Stream:
+    """One request on its way."""
+
+    def __init__(
+        self, model: StreamModel, sender: Any, tensors: Mapping[str, Array], urgency: tuple[int, float | None]
+    ) -> None:
+        self._model, self._sender, self._tensors = model, sender, tensors
+        self._priority, self._deadline = urgency
+        self._began = time.monotonic()
+        self._steps = 0
+        self._encoded: Encoded | None = None
+        self._preview: tuple[int, NDArray[np.float32]] | None = None
+        # Guards the order of responses, and that nothing follows the last one.
+        self._lock, self._over = threading.Lock(), False
+
+    def guarded(self, work: Callable[[], None]) -> Callable[[], None]:
+        """`work`, any error of which ends the stream."""
+
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001 (the stream's own answer)
+                self._fail(error)
+
+        return run
+
+    def prepare(self) -> None:
+        """Make of the tensors what the sampler takes, and hand it over."""
+        loaded, tensors = self._model.loaded, self._tensors
+        self._check_wanted()
+        check_request(tensors, STREAM_INPUTS)
+        found = conditions(tensors, loaded)
+        reports = parse_sampling(tensors, loaded.settings.limits)
+        pixels = prepared_pixels(tensors, loaded)
+        self._encoded = encode(loaded.pipeline, to_float(pixels[None]))
+        self._steps = found.table.steps
+        job = SampleJob(
+            context=self._encoded.context,
+            embedding=found.embedding,
+            table=found.table,
+            guidance_scale=found.guidance_scale,
+            seed=found.seed,
+            priority=self._priority,
+            deadline=self._deadline,
+            preview_every=reports.preview_every or None,
+            progress_every=reports.progress_every or None,
+        )
+        self._model.sampler.batcher.submit(
+            job,
+            on_done=self._on_done,
+            on_error=self._fail,
+            on_preview=self._on_preview,
+            on_progress=lambda step: self._respond("progress", step),
+            is_cancelled=self._sender.is_cancelled,
+        )
+
+    def _on_preview(self, step: int, latent: NDArray[np.float32]) -> None:
+        """Keep the newest estimate for when the decoding thread has time."""
+        with self._lock:
+            waiting, self._preview = self._preview is not None, (step, latent)
+        if not waiting:
+            self._model.decode_later(self.guarded(self._show_preview))
+
+    def _on_done(self, sampled: Sampled) -> None:
+        self._model.decode_later(self.guarded(partial(self._decode, sampled)))
+
+    def _show_preview(self) -> None:
+        with self._lock:
+            preview, self._preview = self._preview, None
+        if preview is None or self._over:
+            return
+        self._check_wanted()
+        step, latent = preview
+        geometry = self._model.loaded.pipeline.bundle.manifest.geometry
+        indices = preview_indices(geometry.frames, geometry.chunk_frames)
+        frames = self._frames(np.ascontiguousarray(latent[:, :, indices]))
+        self._respond("preview", step, {"frame_indices": indices, "frames": frames})
+
+    def _decode(self, sampled: Sampled) -> None:
+        """Decode and send chunk by chunk, then say that it is done."""
+        began = time.monotonic()
+        geometry = self._model.loaded.pipeline.bundle.manifest.geometry
+        for begin, given in chunk_starts(geometry.frames, geometry.chunk_frames):
+            self._check_wanted()
+            end = begin + geometry.chunk_frames
+            frames = self._frames(sampled.latent[:, :, begin:end])[given:]
+            indices = np.arange(begin + given, end, dtype=np.int32)
+            self._respond("frames", self._steps, {"frame_indices": indices, "frames": frames})
+            if begin == 0:
+                self._model.sampler.metrics.first_frame(time.monotonic() - self._began)
+        times = sampled.timings
+        timings = np.array([times.queued, times.sampling, times.steps, time.monotonic() - began], np.float32)
+        outputs = {"frame_count": np.array([geometry.frames], np.int32), "timings": timings}
+        self._respond("done", self._steps, outputs, last=True)
+
+    def _frames(self, latent: NDArray[np.float32]) -> NDArray[np.uint8]:
+        assert self._encoded is not None
+        frames, _warped = self._model.loaded.pipeline.decode(self._encoded, latent)
+        return to_uint8(frames)[0]
+
+    def _check_wanted(self) -> None:
+        if self._sender.is_cancelled():
+            raise RequestCancelledError("the request was cancelled")
+
+    def _respond(
+        self, kind: StreamKind, step: int, outputs: Mapping[str, Array] | None = None, *, last: bool = False
+    ) -> None:
+        tensors: dict[str, Array] = {
+            "kind": np.array([kind.encode()], np.object_),
+            "step": np.array([step], np.int32),
+            "steps": np.array([self._steps], np.int32),
+            **(outputs or {}),
+        }
+        answer = pb_utils.InferenceResponse(
+            [pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in tensors.items()]
+        )
+        self._send(answer, last=last)
+
+    def _fail(self, error: Exception) -> None:
+        self._send(failure(error, stream=True), last=True)
+
+    def _send(self, answer: Any, *, last: bool) -> None:
+        """Send a response, unless the stream is over; a client that is gone ends it."""
+        with self._lock:
+            if self._over:
+                return
+            self._over = last
+            try:
+                self._sender.send(answer, flags=_FINAL if last else 0)
+            except Exception as error:  # noqa: BLE001 (who asked is gone; the others are not)
+                log_error(error)
+                last = self._over = True
+        if last:
+            self._model.ended()

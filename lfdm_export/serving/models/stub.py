@@ -1,0 +1,170 @@
+"""Between our models and Triton's Python backend: settings, tensors, errors, and a test that arrays arrive whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from lfdm_export.bundle import Bundle
+from lfdm_export.engines.onnxruntime import Device
+from lfdm_export.errors import EngineError, InputError, LfdmExportError
+from lfdm_export.pipeline import Pipeline
+from lfdm_export.serving.contract import Array, OverloadedError, RequestCancelledError
+from lfdm_export.serving.interfaces import ModelInterface, interfaces
+from lfdm_export.serving.settings import ServingSettings
+
+#: What a model makes of one request's tensors.
+Function = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """What a model starts from.
+
+    Attributes:
+        settings: from its configuration.
+        parameters: all string parameters of its configuration.
+        pipeline: over the bundle.
+        interface: its own inputs and outputs.
+    """
+
+    settings: ServingSettings
+    parameters: Mapping[str, str]
+    pipeline: Pipeline
+    interface: ModelInterface
+
+
+def load(args: Mapping[str, str]) -> Loaded:
+    """Read a model's configuration and open the bundle; its engines are not loaded yet.
+
+    Args:
+        args: what Triton hands to `initialize`.
+
+    Raises:
+        LfdmExportError: arrays do not pass the backend unchanged, or the bundle cannot be opened.
+    """
+    _end_with_server()
+    check_arrays()
+    config = json.loads(args["model_config"])
+    parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
+    settings = ServingSettings.from_parameters(parameters)
+    # `model_repository` is the folder of this model.
+    folder = settings.bundle_folder(Path(args["model_repository"]).parent)
+    # Its hashes were compared when the repository was written; each model would read all weights again.
+    bundle = Bundle.open(folder, check_hashes=False)
+    pipeline = Pipeline.open(
+        bundle, threads=settings.threads or None, device=cast(Device, settings.device), target=settings.target
+    )
+    return Loaded(settings, parameters, pipeline, interfaces(bundle.manifest.geometry)[args["model_name"]])
+
+
+def _end_with_server() -> None:
+    """End this process when the server is gone, which the backend does not always notice."""
+    server = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == server:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="lfdm-server-watch", daemon=True).start()
+
+
+def check_arrays() -> None:
+    """Pass an array through the backend and back.
+
+    A backend that was built with an older pybind11 gives other values under NumPy 2, without any error.
+
+    Raises:
+        EngineError: it comes back changed.
+    """
+    sent = np.arange(1.0, 5.0, dtype=np.float32)
+    # By a capsule of the backend's own: reading NumPy 1.26's hangs it.
+    got = pb_utils.Tensor.from_dlpack("check", pb_utils.Tensor("check", sent).to_dlpack()).as_numpy()
+    if got.shape != sent.shape or got.dtype != sent.dtype or not (got == sent).all():
+        raise EngineError(
+            f"Triton's Python backend does not work with NumPy {np.__version__}: it turned {sent} into {got}; "
+            "serve with lfdm-serve, which gives the models a NumPy that the server can use, or take a newer server"
+        )
+
+
+def inputs(request: Any, interface: ModelInterface) -> dict[str, Array]:
+    """The tensors that a request has, as arrays of our own."""
+    found = {}
+    for spec in interface.inputs:
+        tensor = pb_utils.get_input_tensor_by_name(request, spec.name)
+        if tensor is not None:
+            found[spec.name] = tensor.as_numpy()
+    return found
+
+
+def response(tensors: Mapping[str, Array], asked: Iterable[str]) -> Any:
+    """A response of those tensors that were asked for."""
+    wanted = set(asked)
+    return pb_utils.InferenceResponse(
+        [pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in tensors.items() if name in wanted]
+    )
+
+
+def failure(error: Exception, *, stream: bool = False) -> Any:
+    """The response that tells of an error; what was not raised on purpose is logged with its traceback.
+
+    Args:
+        error: what happened.
+        stream: say the status in the message too, as ``[INVALID_ARGUMENT] …``: Triton's streams send none.
+    """
+    code, status, message = pb_utils.TritonError.INTERNAL, "INTERNAL", str(error)
+    if isinstance(error, InputError):
+        code, status = pb_utils.TritonError.INVALID_ARG, "INVALID_ARGUMENT"
+    elif isinstance(error, OverloadedError):
+        code, status = pb_utils.TritonError.UNAVAILABLE, "UNAVAILABLE"
+    elif isinstance(error, RequestCancelledError):
+        code, status = pb_utils.TritonError.CANCELLED, "CANCELLED"
+    elif not isinstance(error, LfdmExportError):
+        message = f"{type(error).__name__}: {error} (a fault of the server: see its log)"
+        log_error(error)
+    if stream:
+        message = f"[{status}] {message}"
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+
+def log_error(error: BaseException) -> None:
+    """Write an error with its traceback into the server's log."""
+    import traceback
+
+    pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
+
+
+def answer_each(requests: Sequence[Any], interface: ModelInterface, function: Function) -> list[Any]:
+    """Answer requests one by one, so that one that fails does not take the others with it."""
+    answers = []
+    for request in requests:
+        try:
+            if request.is_cancelled():
+                raise RequestCancelledError("the request was cancelled")
+            answers.append(response(function(inputs(request, interface)), request.requested_output_names()))
+        except Exception as error:  # noqa: BLE001 (each request has its own answer)
+            answers.append(failure(error))
+    return answers
+
+
+def custom_parameters(request: Any) -> dict[str, object]:
+    """The custom parameters of a request."""
+    text = request.parameters()
+    found: dict[str, object] = json.loads(text) if text else {}
+    return found
+
+
+def deadline(request: Any) -> float | None:
+    """When the request's timeout ends, in the seconds of `time.monotonic`; None if it has none."""
+    microseconds: int = request.timeout()
+    return time.monotonic() + microseconds / 1e6 if microseconds else None

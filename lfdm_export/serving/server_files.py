@@ -1,0 +1,278 @@
+"""Where `tritonserver` is, and how to get it: the real server out of a wheel, for a machine without NVIDIA's container.
+
+The wheel is unpacked, not installed: its requirement of NumPy 1 must not reach the project's environment. What its
+Python backend needs is put beside it: the stub of the running Python, and an environment with the NumPy that this
+backend can use, in which the project's own packages are found too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import re
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lfdm_export.errors import LfdmExportError
+
+logger = logging.getLogger(__name__)
+
+#: The wheel that carries the server, and what must be in it.
+WHEEL, WHEEL_VERSION, SERVER_VERSION = "nvidia-pytriton", "0.7.0", "2.51.0"
+WHEEL_SHA256 = "21f063ff93bb426d0c06b7a55e7eb9efcfe62c0dddd9a908e9877e18710128df"
+#: The last NumPy whose arrays the server's Python backend reads: it was built with pybind11 2.10, which knows no
+#: NumPy 2, and gives zeros under it.
+NUMPY_VERSION = "1.26.4"
+#: Names a tritonserver in place of those on PATH.
+SERVER_VARIABLE = "LFDM_TRITONSERVER"
+#: Where the unpacked server is kept, in place of the user's cache folder.
+HOME_VARIABLE = "LFDM_SERVER_HOME"
+_STUB = "triton_python_backend_stub"
+_KEPT = ("pytriton/tritonserver/", "nvidia_pytriton.libs/", f"nvidia_pytriton-{WHEEL_VERSION}.dist-info/")
+_INSTALL = "lfdm-serve --install-server"
+
+
+class ServerFilesError(LfdmExportError):
+    """No `tritonserver` was found, or it cannot be used."""
+
+
+@dataclass(frozen=True)
+class ServerFiles:
+    """What it takes to start a server.
+
+    Attributes:
+        binary: `tritonserver`.
+        backends: folder of its backends; None for those that it finds itself.
+        libraries: folders to put before the loader's path.
+        python_bin: folder to put first on PATH: its `python3` says where the models' packages are.
+    """
+
+    binary: Path
+    backends: Path | None
+    libraries: tuple[Path, ...]
+    python_bin: Path
+
+    def environment(self) -> dict[str, str]:
+        """The environment variables for the server's process."""
+        variables = dict(os.environ)
+        variables["PATH"] = os.pathsep.join([str(self.python_bin), variables.get("PATH", os.defpath)])
+        paths = [*map(str, self.libraries), *filter(None, [variables.get("LD_LIBRARY_PATH")])]
+        if paths:
+            variables["LD_LIBRARY_PATH"] = os.pathsep.join(paths)
+        return variables
+
+
+def server_home() -> Path:
+    """The user's folder for unpacked servers."""
+    if said := os.environ.get(HOME_VARIABLE):
+        return Path(said)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lfdm-export"
+
+
+def find_server(said: str | os.PathLike[str] | None = None) -> ServerFiles:
+    """Find a server: the one that is named, LFDM_TRITONSERVER, one on PATH, or the wheel's.
+
+    Args:
+        said: path of a `tritonserver`, or None.
+
+    Raises:
+        ServerFilesError: there is none, or the wheel's cannot be used with this Python.
+    """
+    named = said or os.environ.get(SERVER_VARIABLE)
+    if named:
+        found = shutil.which(os.fspath(named))
+        if found is None:
+            raise ServerFilesError(f"there is no tritonserver that can be run at {os.fspath(named)}; check the path")
+        return _foreign(Path(found))
+    on_path = shutil.which("tritonserver")
+    if on_path is not None:
+        return _foreign(Path(on_path))
+    return _installed()
+
+
+def install_server() -> ServerFiles:
+    """Fetch the wheel with pip, unpack it into `server_home`, and make the models' environment; what is there is kept.
+
+    Raises:
+        ServerFilesError: this machine or Python has no such server, or something cannot be fetched or written.
+    """
+    _check_machine()
+    try:
+        if not _server_folder().is_dir():
+            _unpack_wheel()
+        if not _models_environment().is_dir():
+            _make_models_environment()
+    except OSError as error:
+        raise ServerFilesError(f"the server cannot be put into {server_home()}: {error}") from error
+    return _installed()
+
+
+def _foreign(binary: Path) -> ServerFiles:
+    """A server that we did not unpack, such as the container's: its models run in this program's environment."""
+    return ServerFiles(binary, None, (), Path(sys.executable).parent)
+
+
+def _installed() -> ServerFiles:
+    folder, environment = _server_folder(), _models_environment()
+    if not folder.is_dir() or not environment.is_dir():
+        raise ServerFilesError(
+            f"no tritonserver was found: none on PATH, none in {server_home()}; get it with {_INSTALL} (55 MB, through "
+            f"pip), or name one with --tritonserver or {SERVER_VARIABLE}"
+        )
+    server = folder / "pytriton" / "tritonserver"
+    libraries = (folder / "nvidia_pytriton.libs", Path(sysconfig.get_config_var("LIBDIR") or sys.base_prefix))
+    files = ServerFiles(server / "bin" / "tritonserver", _backends(server), libraries, environment / "bin")
+    _check_stub(files)
+    return files
+
+
+def _check_machine() -> None:
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+        raise ServerFilesError(
+            f"{WHEEL} has no server for {platform.system()} on {platform.machine()}, only for Linux on x86_64; "
+            "use NVIDIA's container there"
+        )
+
+
+# --- The server -----------------------------------------------------------------------------------
+
+
+def _server_folder() -> Path:
+    return server_home() / f"tritonserver-{SERVER_VERSION}-{WHEEL_SHA256[:8]}"
+
+
+def _unpack_wheel() -> None:
+    logger.info("fetching Triton Inference Server %s (%s %s)", SERVER_VERSION, WHEEL, WHEEL_VERSION)
+    with _replacing(_server_folder()) as part:
+        part.mkdir(parents=True)
+        wheel = _fetch_wheel(part)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(part, [name for name in archive.namelist() if name.startswith(_KEPT)])
+        wheel.unlink()
+        server = part / "pytriton" / "tritonserver"
+        for program in (server / "bin" / "tritonserver", *server.glob(f"python_backend_stubs/*/{_STUB}")):
+            program.chmod(0o755)
+
+
+def _fetch_wheel(folder: Path) -> Path:
+    """Download the wheel with pip, which keeps to the user's index, proxy and certificates, and compares the hash."""
+    wanted = folder / "wheel.txt"
+    wanted.write_text(f"{WHEEL}=={WHEEL_VERSION} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
+    _pip("download", "--no-deps", "--only-binary=:all:", "--require-hashes", "-r", str(wanted), "-d", str(folder))
+    wanted.unlink()
+    wheels = list(folder.glob("*.whl"))
+    if len(wheels) != 1 or hashlib.sha256(wheels[0].read_bytes()).hexdigest() != WHEEL_SHA256:
+        raise ServerFilesError(f"pip fetched {[wheel.name for wheel in wheels]}, expected one wheel of {WHEEL}")
+    return wheels[0]
+
+
+def _backends(server: Path) -> Path:
+    """The folder of backends with the stub of the running Python, which must lie beside the backend's library."""
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    stub = server / "python_backend_stubs" / version / _STUB
+    if not stub.is_file():
+        have = ", ".join(sorted(path.name for path in (server / "python_backend_stubs").iterdir()))
+        raise ServerFilesError(f"the server has no stub for Python {version}, only for {have}; use one of these")
+    folder = server / f"backends-{version}"
+    if not folder.is_dir():
+        with _replacing(folder) as part:
+            shutil.copytree(server / "backends", part, copy_function=_link)
+            _link(stub, part / "python" / _STUB)
+    return folder
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _check_stub(files: ServerFiles) -> None:
+    """Let the loader look for the stub's libraries: libpython above all, which many Pythons come without."""
+    stub = (files.backends or Path()) / "python" / _STUB
+    try:
+        done = subprocess.run(
+            ["ldd", str(stub)], capture_output=True, text=True, check=False, timeout=30, env=files.environment()
+        )
+    except OSError:
+        return  # no ldd: the server itself says what it lacks
+    missing = re.findall(r"(\S+) => not found", done.stdout)
+    if missing:
+        raise ServerFilesError(
+            f"the server's Python backend needs {', '.join(missing)}, which the loader does not find; install it "
+            f"(Debian: libpython{sys.version_info[0]}.{sys.version_info[1]}), or use a Python that was built with "
+            "--enable-shared"
+        )
+
+
+# --- The environment of the models ----------------------------------------------------------------
+
+
+def _package_folders() -> tuple[str, ...]:
+    """Where this Python finds its packages."""
+    folders = [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
+    return tuple(dict.fromkeys(folder for folder in folders if Path(folder).is_dir()))
+
+
+def _own_folders() -> tuple[str, ...]:
+    """Where this program's packages are imported from, which need not be installed."""
+    import lfdm_models
+
+    packages = (Path(__file__).parents[1], Path(lfdm_models.__file__).parent)
+    return tuple(dict.fromkeys(str(package.parent) for package in packages))
+
+
+def _models_environment() -> Path:
+    """One for each Python and set of packages that it stands before."""
+    facts = "\n".join([os.path.realpath(sys.executable), NUMPY_VERSION, *_package_folders(), *_own_folders()])
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    return server_home() / f"models-python{version}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
+
+
+def _make_models_environment() -> None:
+    logger.info("making the environment of the models, with NumPy %s", NUMPY_VERSION)
+    if sys.version_info >= (3, 13):
+        logger.info("NumPy %s has no wheel for this Python: it is built, which takes minutes", NUMPY_VERSION)
+    target = _models_environment()
+    with _replacing(target) as part:
+        venv.create(part, symlinks=True, with_pip=False)
+        packages = part / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+        _pip("install", "--no-deps", "--target", str(packages), f"numpy=={NUMPY_VERSION}")
+        # After the environment's own packages; `addsitedir` also follows the .pth files that editable installs leave.
+        lines = [f"import site; site.addsitedir({folder!r})" for folder in _package_folders()]
+        (packages / "lfdm_export.pth").write_text("\n".join([*_own_folders(), *lines]) + "\n", encoding="utf-8")
+
+
+def _pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:] or ["no message"]
+        raise ServerFilesError(f"pip {arguments[0]} failed ({' '.join(errors)}); mend that, then repeat {_INSTALL}")
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A path beside `target` to fill, which takes its place when it is whole."""
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield part
+        if not target.is_dir():  # else another process was faster
+            part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,161 @@
+"""A Triton model repository out of a bundle: configurations, thin `model.py` files, engines."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from lfdm_export.bundle import ONNX_FOLDER, Bundle
+from lfdm_export.errors import BundleError, ExportError
+from lfdm_export.serving.contract import (
+    CLIP_MODEL,
+    CONDITION_MODEL,
+    DECODE_MODEL,
+    ENCODE_MODEL,
+    PREPROCESS_MODEL,
+    SAMPLE_MODEL,
+    STREAM_MODEL,
+)
+from lfdm_export.serving.interfaces import DECODE_CHUNK_MODEL
+from lfdm_export.serving.model_facts import ModelFacts
+from lfdm_export.serving.settings import ServingSettings
+from lfdm_export.serving.triton_config import ENGINE_FILES, TritonEngine, config_text, model_configs
+from lfdm_export.stages import Geometry
+
+#: The class behind each Python model.
+_CLASSES: Mapping[str, str] = {
+    PREPROCESS_MODEL: "preprocess.PreprocessModel",
+    CONDITION_MODEL: "condition.ConditionModel",
+    ENCODE_MODEL: "encode.EncodeModel",
+    SAMPLE_MODEL: "sample.SampleModel",
+    DECODE_MODEL: "decode.DecodeModel",
+    STREAM_MODEL: "stream.StreamModel",
+}
+#: Stages that an engine of Triton may run, by the model that is that engine.
+_ENGINE_STAGES: Mapping[str, str] = {ENCODE_MODEL: "encode", DECODE_CHUNK_MODEL: "decode"}
+#: Where a bundle lies inside a repository: Triton takes every folder of a repository for a model, and looks at nothing
+#: in a model's folder but its configuration and its versions.
+BUNDLE_PLACE = f"{SAMPLE_MODEL}/bundle"
+_VERSION = "1"
+#: Keeps the folder of the ensemble's version, which has no file, where only files are kept.
+_PLACEHOLDER = ".gitkeep"
+
+
+def write_repository(
+    bundle: Bundle,
+    target: str | os.PathLike[str],
+    *,
+    settings: ServingSettings | None = None,
+    engines: TritonEngine = "python",
+    copy_bundle: bool = True,
+) -> Path:
+    """Write a repository that serves one bundle, with its exact shapes.
+
+    Args:
+        bundle: what is served.
+        target: folder of the repository; one that was written earlier is replaced.
+        settings: how it is served; its `bundle` is set here.
+        engines: what runs encode and decode: "python" for our own runner, which serves everywhere; "onnxruntime" or
+            "tensorrt" for Triton's backends of NVIDIA's container, with the bundle's graphs or plans as their models.
+        copy_bundle: put a copy of the bundle into the repository, so that it can be moved; else refer to its path.
+
+    Returns:
+        The repository's path.
+
+    Raises:
+        ExportError: something else is at `target`, or it cannot be written.
+        BundleError: the bundle has no plans for "tensorrt".
+        MissingDependencyError: tritonclient is not installed.
+    """
+    place = BUNDLE_PLACE if copy_bundle else str(bundle.path.resolve())
+    settings = replace(settings or ServingSettings(), bundle=place)
+    manifest = bundle.manifest
+
+    def fill(folder: Path) -> None:
+        _write_models(folder, manifest.geometry, settings, ModelFacts.of(manifest), engines)
+        if engines != "python":
+            for model, stage in _ENGINE_STAGES.items():
+                _place_engine(bundle, stage, engines, folder / model / _VERSION)
+        if copy_bundle:
+            shutil.copytree(bundle.path, folder / BUNDLE_PLACE)
+
+    return _write(Path(target), fill)
+
+
+def write_open_repository(target: str | os.PathLike[str]) -> Path:
+    """Write the repository for any bundle, which the environment variable LFDM_BUNDLE names: all sizes are open.
+
+    Raises:
+        ExportError: something else is at `target`, or it cannot be written.
+        MissingDependencyError: tritonclient is not installed.
+    """
+    return _write(Path(target), lambda folder: _write_models(folder, None, ServingSettings(), None, "python"))
+
+
+def _write(target: Path, fill: Callable[[Path], None]) -> Path:
+    """Fill a folder beside `target`, and put it in its place."""
+    if target.exists() and not (target / CLIP_MODEL / "config.pbtxt").is_file() and not _is_empty_folder(target):
+        raise ExportError(f"{target} is there and is no model repository of this program; choose another folder")
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
+    try:
+        part.mkdir(parents=True)
+        fill(part)
+        if target.exists():
+            target.rename(old)
+        part.rename(target)
+    except OSError as error:
+        raise ExportError(f"the repository {target} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _write_models(
+    folder: Path, geometry: Geometry | None, settings: ServingSettings, facts: ModelFacts | None, engines: TritonEngine
+) -> None:
+    """Every model's folder: configuration, and in its one version what runs it."""
+    for name, config in model_configs(geometry, settings, facts=facts, engines=engines).items():
+        version = folder / name / _VERSION
+        version.mkdir(parents=True)
+        (folder / name / "config.pbtxt").write_text(config_text(config), encoding="utf-8")
+        if config.backend == "python":
+            module, class_name = _CLASSES[name].split(".")
+            text = f"from lfdm_export.serving.models.{module} import {class_name} as TritonPythonModel  # noqa: F401\n"
+            (version / "model.py").write_text(text, encoding="utf-8")
+        elif name == CLIP_MODEL:
+            (version / _PLACEHOLDER).touch()
+
+
+def _place_engine(bundle: Bundle, stage: str, engines: TritonEngine, version: Path) -> None:
+    """Put a stage's plan, or its graph and the weights beside it, where Triton looks for the model."""
+    target = version / ENGINE_FILES[engines]
+    if engines == "tensorrt":
+        plan = bundle.path / "plans" / "tensorrt" / f"{stage}.plan"
+        if not plan.is_file():
+            raise BundleError(
+                f"{bundle.path} has no TensorRT plan of {stage} at {plan.relative_to(bundle.path)}; "
+                "build it on the machine that will serve: lfdm-export --target tensorrt"
+            )
+        shutil.copyfile(plan, target)
+        return
+    graph = bundle.stage_path(stage)
+    shutil.copyfile(graph, target)
+    for data in _external_files(bundle, graph):
+        shutil.copyfile(data, version / data.name)
+
+
+def _external_files(bundle: Bundle, graph: Path) -> list[Path]:
+    """Files with weights of a graph: those of the bundle whose names it holds."""
+    content = graph.read_bytes()
+    names = [name.removeprefix(f"{ONNX_FOLDER}/") for name in bundle.manifest.files if name.endswith(".data")]
+    return [graph.parent / name for name in names if name.encode() in content]

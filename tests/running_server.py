@@ -1,0 +1,139 @@
+"""A real server on a small bundle, started as people start it, and what tests ask it with."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc as triton
+
+from lfdm_export.serving.contract import CLIP_MODEL, STREAM_INPUTS, WireTensor
+
+#: A request of the tests that takes longer is lost.
+DEADLINE = 120.0
+_SPECS: Mapping[str, WireTensor] = {spec.name: spec for spec in STREAM_INPUTS}
+
+
+def tensor(spec: WireTensor, value: Any) -> np.ndarray:
+    """A plain value as the array that a tensor takes."""
+    if isinstance(value, np.ndarray):
+        return value
+    values = value if isinstance(value, list) else [value]
+    return np.array([one.encode() if isinstance(one, str) else one for one in values], spec.dtype)
+
+
+def inputs_of(values: Mapping[str, Any]) -> list[triton.InferInput]:
+    """A request's inputs for tritonclient; numbers and strings become what the contract says."""
+    found = []
+    for name, value in values.items():
+        spec = _SPECS[name]
+        array = tensor(spec, value)
+        made = triton.InferInput(name, list(array.shape), spec.datatype)
+        made.set_data_from_numpy(array)
+        found.append(made)
+    return found
+
+
+def json_input(name: str, value: Any) -> dict[str, Any]:
+    """An input in Triton's JSON."""
+    array = np.asarray(value if isinstance(value, list) else [value])
+    datatype = _SPECS[name].datatype
+    return {"name": name, "datatype": datatype, "shape": list(array.shape), "data": array.ravel().tolist()}
+
+
+@dataclass
+class RunningServer:
+    """Addresses of a running server, and short ways to ask it."""
+
+    grpc: str
+    http: str
+    metrics_url: str
+
+    def client(self) -> triton.InferenceServerClient:
+        """A new gRPC client."""
+        return triton.InferenceServerClient(self.grpc)
+
+    def infer(
+        self,
+        client: triton.InferenceServerClient,
+        values: Mapping[str, Any],
+        outputs: Sequence[str] = ("frames",),
+        *,
+        model: str = CLIP_MODEL,
+        **options: Any,
+    ) -> dict[str, np.ndarray]:
+        """One request over gRPC, and the outputs that were asked for."""
+        asked = [triton.InferRequestedOutput(name) for name in outputs]
+        result = client.infer(
+            model, inputs_of(values), outputs=asked, client_timeout=options.pop("client_timeout", DEADLINE), **options
+        )
+        return {name: result.as_numpy(name) for name in outputs}
+
+    def post(self, model: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> tuple[int, Any]:
+        """Status and answer of a request in JSON."""
+        request = urllib.request.Request(
+            f"{self.http}/v2/models/{model}/infer", json.dumps(body).encode(), dict(headers or {})
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=DEADLINE) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics page: values by name with labels."""
+        with urllib.request.urlopen(self.metrics_url, timeout=DEADLINE) as answer:
+            lines = answer.read().decode().splitlines()
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
+
+
+class ServeCommand:
+    """``lfdm-serve`` as a process of its own."""
+
+    def __init__(self, bundle: Path, *options: str) -> None:
+        """Start it and wait until it says that it is ready."""
+        code = "import sys; from lfdm_export.cli import serve_main; sys.exit(serve_main())"
+        ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, str(bundle), *ports, *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
+        self.errors: list[str] = []
+        self._reader = threading.Thread(target=self._read_errors, daemon=True)
+        self._reader.start()
+        self.said: list[str] = []
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said.append(line.rstrip())
+            if self.said[-1] == "ready":
+                break
+        text = "\n".join(self.said)
+        assert self.said[-1:] == ["ready"], f"lfdm-serve did not start: {text}\n{self.stop()}"
+        found = {name: re.search(rf"^{name} +(\S+)$", text, re.MULTILINE) for name in ("gRPC", "HTTP", "metrics")}
+        self.server = RunningServer(*(match.group(1) for match in found.values() if match is not None))
+
+    def _read_errors(self) -> None:
+        assert self.process.stderr is not None
+        self.errors.extend(line.rstrip() for line in self.process.stderr)
+
+    def stop(self) -> str:
+        """End it as a terminal does; what it wrote on stderr."""
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(120)
+        self._reader.join(10)
+        return "\n".join(self.errors)

@@ -1,0 +1,1 @@
+from lfdm_export.serving.models.encode import EncodeModel as TritonPythonModel  # noqa: F401
