@@ -38,6 +38,27 @@ class Flow(NamedTuple):
     occlusion: Tensor
 
 
+class Candidates(NamedTuple):
+    """The motions that a flow is mixed of, and how: the background's first, then one a region.
+
+    Attributes:
+        logits: of the mixture at each pixel (B, K + 1, h, w).
+        motions: backward sampling grids (B, K + 1, h, w, 2).
+        deformed: the source, at the flow's size, moved by each (B, K + 1, 3, h, w).
+        visible: logits of the occlusion map (B, 1, h, w).
+    """
+
+    logits: Tensor
+    motions: Tensor
+    deformed: Tensor
+    visible: Tensor
+
+    def flow(self) -> Flow:
+        """The mixture."""
+        mask = F.softmax(self.logits, dim=1)
+        return Flow((mask[..., None] * self.motions).sum(dim=1), torch.sigmoid(self.visible))
+
+
 class PixelwiseFlowPredictor(nn.Module):
     """Source image and two sets of regions -> dense flow and occlusion."""
 
@@ -51,6 +72,10 @@ class PixelwiseFlowPredictor(nn.Module):
 
     def forward(self, image: Tensor, source: Regions, driving: Regions, background: Tensor) -> Flow:
         """(B, 3, H, W), two Regions and (B, 3, 3) -> Flow at the flow's size."""
+        return self.candidates(image, source, driving, background).flow()
+
+    def candidates(self, image: Tensor, source: Regions, driving: Regions, background: Tensor) -> Candidates:
+        """(B, 3, H, W), two Regions and (B, 3, 3) -> what the flow is mixed of."""
         small = self.down(image)
         batch, channels, height, width = small.shape
         grid = coordinate_grid(height, width, small)
@@ -60,11 +85,10 @@ class PixelwiseFlowPredictor(nn.Module):
         maps = motions.shape[1]
         repeated = small[:, None].expand(-1, maps, -1, -1, -1).reshape(batch * maps, channels, height, width)
         deformed = sample(repeated, motions.view(batch * maps, height, width, 2))
-        joined = torch.cat([heatmaps[:, :, None], deformed.view(batch, maps, channels, height, width)], dim=2)
+        deformed = deformed.view(batch, maps, channels, height, width)
+        joined = torch.cat([heatmaps[:, :, None], deformed], dim=2)
         prediction = self.hourglass(joined.flatten(1, 2))
-        mask = F.softmax(self.mask(prediction), dim=1)
-        flow = (mask[..., None] * motions).sum(dim=1)
-        return Flow(flow, torch.sigmoid(self.occlusion(prediction)))
+        return Candidates(self.mask(prediction), motions, deformed, self.occlusion(prediction))
 
 
 def inverse_2x2(matrix: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from lfdm_models.training.settings import (
     DATA,
     DEVICES,
     DM_OPTIMISER,
+    LEARN,
     LFAE_OPTIMISER,
     PRECISIONS,
     SIZES,
@@ -41,17 +42,23 @@ _EXAMPLES = """\
               --steps 100000
   lfdm-train dm --data mug --root MUG --size published --image-size 128 --frames 40 \\
               --lfae runs/mug-lfae/lfae.pth --text-encoder bert-base-cased --out runs/mug-dm --steps 100000
+  lfdm-train evaluate bundle
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``lfdm-train``; returns the exit status."""
     args = _parser().parse_args(argv)
+    if args.stage == "evaluate":  # the toolkit's command answers before it comes to this
+        _complain("error: evaluate measures exported bundles, and comes with lfdm_export: run lfdm-train")
+        return FAILED
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(levelname)s: %(message)s"))
     logger = logging.getLogger("lfdm_models")
     logger.addHandler(handler)
     try:
+        if args.stage == "classifier":
+            return _train_classifier(args)
         outcome = _train(args)
     except KeyboardInterrupt:
         _complain("interrupted")
@@ -75,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Train the latent flow autoencoder (lfae), then the diffusion model (dm).",
+        description="Train the latent flow autoencoder (lfae), then the diffusion model (dm); measure what they make.",
         epilog="examples:\n" + _EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -84,15 +91,23 @@ def _parser() -> argparse.ArgumentParser:
     lfae = stages.add_parser("lfae", help="the autoencoder: how images move", allow_abbrev=False)
     dm = stages.add_parser("dm", help="the diffusion model: which motion a label asks for", allow_abbrev=False)
     lfae.add_argument("--vgg", type=Path, metavar="FILE", help="torchvision's weights of VGG-19, for the loss")
+    lfae.add_argument("--learn", choices=LEARN, default="all", help="what is trained; go on with --start (%(default)s)")
+    lfae.add_argument("--equivariance", type=float, default=10.0, metavar="X", help="weight (%(default)s)")
+    lfae.add_argument("--landmarks", type=float, default=0.0, metavar="X", help="weight; procedural data (%(default)s)")
+    lfae.add_argument("--mixture", type=float, default=0.0, metavar="X", help="weight (%(default)s)")
+    lfae.add_argument("--from-first", action="store_true", help="the source is always a clip's first frame")
     lfae.add_argument("--start", type=Path, metavar="FILE", help="an LFAE checkpoint to begin with")
     dm.add_argument("--lfae", type=Path, required=True, metavar="FILE", help="the trained autoencoder")
     dm.add_argument("--released-lfae", action="store_true", help="it is a released one, of the published size")
+    dm.add_argument("--signal-std", type=float, default=0.0, metavar="X", help="weigh errors by noise level; 0: do not")
     dm.add_argument("--text-encoder", metavar="FOLDER|NAME", help="a BERT that embeds the labels (fixed vectors)")
     dm.add_argument(
         "--residual-flow",
         action=argparse.BooleanOptionalAction,
         help="train on offsets from the identity (small: yes; published: no)",
     )
+    _add_classifier(stages.add_parser("classifier", help="what judges clips in evaluate", allow_abbrev=False))
+    stages.add_parser("evaluate", help="measure an exported bundle: lfdm-train evaluate --help", add_help=False)
     _add_options(lfae, batch_size=16)
     _add_options(dm, batch_size=8)
     return parser
@@ -108,6 +123,7 @@ def _add_options(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
     data.add_argument("--image-size", type=int, default=64, metavar="N", help="pixels a side (%(default)s)")
     data.add_argument("--frames", type=int, default=16, metavar="T", help="frames of a clip (%(default)s)")
     data.add_argument("--subjects", metavar="1,3,5", help="who is trained on (mhad, natops)")
+    data.add_argument("--pool", type=int, default=0, metavar="N", help="procedural clips, kept in memory")
     data.add_argument("--no-jitter", action="store_true", help="leave colours as they are")
     data.add_argument("--workers", type=int, default=0, metavar="N", help="processes that make examples")
     run = parser.add_argument_group("run")
@@ -115,7 +131,9 @@ def _add_options(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
     run.add_argument("--batch-size", type=int, default=batch_size, metavar="N", help="examples a pass (%(default)s)")
     run.add_argument("--accumulate", type=int, default=1, metavar="N", help="passes a step (%(default)s)")
     run.add_argument("--learning-rate", type=float, metavar="RATE", help="(the published one)")
+    run.add_argument("--beta1", type=float, metavar="X", help="of Adam (the published one)")
     run.add_argument("--warm-up", type=int, default=0, metavar="N", help="steps in which the rate rises (%(default)s)")
+    run.add_argument("--cosine", action="store_true", help="let the rate fall along half a cosine")
     run.add_argument("--clip-norm", type=float, default=0.0, metavar="X", help="longest gradient; 0: any (%(default)s)")
     run.add_argument("--ema", type=float, default=0.999, metavar="X", help="decay of the mean weights (%(default)s)")
     run.add_argument("--seed", type=int, default=0, metavar="N", help="of everything (%(default)s)")
@@ -127,6 +145,32 @@ def _add_options(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
     run.add_argument("--log-every", type=int, default=50, metavar="N", help="steps (%(default)s)")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _add_classifier(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="a .safetensors file")
+    parser.add_argument("--clips", type=int, default=1600, metavar="N", help="procedural clips (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1500, metavar="N", help="steps of the optimiser (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything (%(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads on the CPU (all cores)")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _train_classifier(args: argparse.Namespace) -> int:
+    import torch
+
+    from lfdm_models.training.classifier import ClassifierSettings, save_classifier, train_classifier
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    settings = ClassifierSettings(args.clips, args.steps, args.seed)
+    with _Bar(quiet=args.quiet, log_every=500) as bar:
+        network = train_classifier(settings, lambda done, total: bar(done, total, {}))
+    save_classifier(network, args.out)
+    if not args.quiet:
+        Console(soft_wrap=True).print(f"classifier  {args.out}", markup=False)
+    return OK
 
 
 def _train(args: argparse.Namespace) -> Outcome:
@@ -148,6 +192,11 @@ def _train(args: argparse.Namespace) -> Outcome:
                 args.out,
                 vgg=args.vgg,
                 start=args.start,
+                learn=args.learn,
+                equivariance=args.equivariance,
+                landmarks=args.landmarks,
+                mixture=args.mixture,
+                from_first=args.from_first,
                 resume=args.resume,
                 progress=bar,
             )
@@ -162,6 +211,7 @@ def _train(args: argparse.Namespace) -> Outcome:
             args.out,
             lfae_tells_config=not args.released_lfae,
             text_encoder=args.text_encoder,
+            signal_std=args.signal_std,
             resume=args.resume,
             progress=bar,
         )
@@ -176,7 +226,7 @@ def _data(args: argparse.Namespace) -> DataSettings:
             subjects = tuple(int(part) for part in args.subjects.split(","))
         except ValueError:
             raise TrainingError(f"--subjects is {args.subjects!r}, expected numbers such as 1,3,5") from None
-    return DataSettings(args.data, args.root, args.image_size, args.frames, subjects, not args.no_jitter)
+    return DataSettings(args.data, args.root, args.image_size, args.frames, subjects, not args.no_jitter, args.pool)
 
 
 def _run(args: argparse.Namespace) -> RunSettings:
@@ -197,7 +247,13 @@ def _run(args: argparse.Namespace) -> RunSettings:
 
 def _optimiser(args: argparse.Namespace, published: OptimiserSettings) -> OptimiserSettings:
     rate = published.learning_rate if args.learning_rate is None else args.learning_rate
-    return dataclasses.replace(published, learning_rate=rate, warm_up=args.warm_up, clip_norm=args.clip_norm)
+    published = dataclasses.replace(
+        published, cosine=args.cosine, milestones=() if args.cosine else published.milestones
+    )
+    betas = published.betas if args.beta1 is None else (args.beta1, published.betas[1])
+    return dataclasses.replace(
+        published, learning_rate=rate, betas=betas, warm_up=args.warm_up, clip_norm=args.clip_norm
+    )
 
 
 def _describe(error: Exception) -> str:

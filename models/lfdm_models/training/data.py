@@ -7,28 +7,38 @@ of worker processes.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lfdm_models.training import procedural
+from lfdm_models.training.characters import Character
 from lfdm_models.training.drawing import Float32Array, UInt8Array
 from lfdm_models.training.draws import Draws
 from lfdm_models.training.errors import TrainingError
+from lfdm_models.training.landmarks import landmarks
 from lfdm_models.training.layouts import DiskSet, FrameChoice
+from lfdm_models.training.motions import Motion
 from lfdm_models.training.pictures import ClipError, DiskClip
+
+if TYPE_CHECKING:
+    from typing_extensions import NotRequired  # typing has it from Python 3.11 on
 
 logger = logging.getLogger(__name__)
 
 #: Label number of a clip without one.
 NO_LABEL = -1
+#: Number of a clip that will not come again.
+NO_CLIP = -1
 # Purposes of streams of draws. A stream a clip is below; examples begin here.
 _EXAMPLES = 2**32
 _SHUFFLE = 2**48
@@ -37,17 +47,26 @@ _PATIENCE = 100
 
 
 class Pair(TypedDict):
-    """Two frames of a clip: `source` and `driving`, (3, H, W) float32 in [0, 1] ((B, 3, H, W) in a batch)."""
+    """Two frames of a clip: `source` and `driving`, (3, H, W) float32 in [0, 1] ((B, 3, H, W) in a batch).
+
+    With landmarks, also theirs, (N, 5) float32: see `lfdm_models.training.landmarks`.
+    """
 
     source: Tensor
     driving: Tensor
+    source_landmarks: NotRequired[Tensor]
+    driving_landmarks: NotRequired[Tensor]
 
 
 class LabelledClip(TypedDict):
-    """`frames` (3, T, H, W) float32 in [0, 1] and the number of the `label`, int64; a batch adds B in front."""
+    """`frames` (3, T, H, W) float32 in [0, 1] and the number of the `label`, int64; a batch adds B in front.
+
+    `clip` is the place in a pool, int64, where the same frames come again under the same number; else `NO_CLIP`.
+    """
 
     frames: Tensor
     label: Tensor
+    clip: Tensor
 
 
 #: (frames of the clip) -> frames that are taken.
@@ -74,17 +93,22 @@ class ClipSource(Protocol):
 
 @dataclass(frozen=True)
 class ProceduralClips:
-    """Drawn characters without end.
+    """Drawn characters: without end, or a pool of them that is kept in memory and shuffled anew in every epoch.
 
     Attributes:
         size: pixels a side.
         frames: of every clip.
         seed: of the order; clips come from `procedural.TRAINING_SEEDS`.
+        pool: how many clips there are; 0: without end. A pool costs frames * size^2 * 3 bytes a clip, and a clip is
+            drawn once only.
     """
 
     size: int
     frames: int
     seed: int
+    pool: int = 0
+    _drawn: dict[int, UInt8Array] = field(default_factory=dict, repr=False, compare=False)
+    _parts: dict[int, tuple[Character, Motion]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -97,11 +121,39 @@ class ProceduralClips:
         return "spread"
 
     def read(self, number: int, choose: Choose) -> tuple[UInt8Array, int]:
-        """See `ClipSource`; only the chosen frames are drawn."""
-        seeds = procedural.TRAINING_SEEDS
-        character, motion = procedural.clip_parts(seeds[Draws(self.seed, number).integer(len(seeds))])
-        moments = np.asarray(choose(self.frames)) / (self.frames - 1)
-        return procedural.render(character, motion, moments, self.size), self.labels.index(motion.label)
+        """See `ClipSource`; without a pool, only the chosen frames are drawn."""
+        clip, chosen = self.clip_of(number), list(choose(self.frames))
+        who, motion = self._parts_of(clip)
+        label = self.labels.index(motion.label)
+        if not self.pool:
+            return procedural.render(who, motion, self._moments(chosen), self.size), label
+        if clip not in self._drawn:
+            self._drawn[clip] = procedural.render(who, motion, self._moments(range(self.frames)), self.size)
+        return self._drawn[clip][chosen], label
+
+    def landmarks(self, number: int, frames: Sequence[int]) -> Float32Array:
+        """Landmarks of frames of example `number`: (n, N, 3), see `lfdm_models.training.landmarks`."""
+        who, motion = self._parts_of(self.clip_of(number))
+        return landmarks(who, motion.pose(self._moments(frames)))
+
+    def _moments(self, frames: Sequence[int]) -> NDArray[np.float64]:
+        return np.asarray(frames) / (self.frames - 1)
+
+    def clip_of(self, number: int) -> int:
+        """Which clip example `number` is taken from: its place in the pool, or `number` without one."""
+        if not self.pool:
+            return number
+        epoch, place = divmod(number, self.pool)
+        return int(_permutation(self.pool, self.seed, epoch)[place])
+
+    def _parts_of(self, clip: int) -> tuple[Character, Motion]:
+        parts = self._parts.get(clip)
+        if parts is None:
+            seeds = procedural.TRAINING_SEEDS
+            parts = procedural.clip_parts(seeds[Draws(self.seed, clip).integer(len(seeds))])
+            if self.pool:
+                self._parts[clip] = parts
+        return parts
 
 
 class DiskClips:
@@ -221,22 +273,32 @@ class FramePairs(Dataset[Pair]):
         source: the clips.
         seed: of the choice of frames and colours.
         jitter: change of colours; None leaves them.
+        from_first: whether the source is always the first frame, as it is where the LFAE is tested and used.
+        landmarks: whether examples tell where the landmarks are; of procedural clips only.
     """
 
     source: ClipSource
     seed: int
     jitter: ColourJitter | None = None
+    from_first: bool = False
+    landmarks: bool = False
 
     def __getitem__(self, number: int) -> Pair:
         draws = Draws(self.seed, _EXAMPLES + number)
+        chosen: list[int] = []
 
         def choose(count: int) -> Sequence[int]:
-            first = draws.integer(count)
-            return first, (first + 1 + draws.integer(count - 1)) % count
+            first = 0 if self.from_first else draws.integer(count)
+            chosen[:] = first, (first + 1 + draws.integer(count - 1)) % count
+            return chosen
 
         frames, _ = self.source.read(number, choose)
         tensor = _to_tensor(frames, self.jitter, draws)
-        return {"source": tensor[:, 0].contiguous(), "driving": tensor[:, 1].contiguous()}
+        pair: Pair = {"source": tensor[:, 0].contiguous(), "driving": tensor[:, 1].contiguous()}
+        if self.landmarks and isinstance(self.source, ProceduralClips):
+            source, driving = torch.from_numpy(self.source.landmarks(number, chosen))
+            pair["source_landmarks"], pair["driving_landmarks"] = source, driving
+        return pair
 
 
 @dataclass(frozen=True)
@@ -259,7 +321,11 @@ class TrainingClips(Dataset[LabelledClip]):
         draws = Draws(self.seed, _EXAMPLES + number)
         choice = self.source.choice
         frames, label = self.source.read(number, lambda count: choose_frames(count, self.frames, choice, draws))
-        return {"frames": _to_tensor(frames, self.jitter, draws), "label": torch.tensor(label)}
+        clip = NO_CLIP
+        if isinstance(self.source, ProceduralClips) and self.source.pool and self.jitter is None:
+            clip = self.source.clip_of(number)
+        tensor = _to_tensor(frames, self.jitter, draws)
+        return {"frames": tensor, "label": torch.tensor(label), "clip": torch.tensor(clip)}
 
 
 def _to_tensor(frames: UInt8Array, jitter: ColourJitter | None, draws: Draws) -> Tensor:
@@ -271,16 +337,15 @@ def _to_tensor(frames: UInt8Array, jitter: ColourJitter | None, draws: Draws) ->
 
 
 class _From(Sampler[int]):
-    """Example numbers from `start` on, without end."""
+    """Example numbers from `start` on, without end: of every `parts` batches the one at place `part`."""
 
-    def __init__(self, start: int) -> None:
-        self.start = start
+    def __init__(self, start: int, batch_size: int, part: int, parts: int) -> None:
+        self.start, self.batch_size = start + part * batch_size, batch_size
+        self.stride = parts * batch_size
 
     def __iter__(self) -> Iterator[int]:
-        number = self.start
-        while True:
-            yield number
-            number += 1
+        for first in itertools.count(self.start, self.stride):
+            yield from range(first, first + self.batch_size)
 
 
 def _leave_interrupts(_: int) -> None:
@@ -289,21 +354,30 @@ def _leave_interrupts(_: int) -> None:
 
 
 def batches(
-    examples: FramePairs | TrainingClips, batch_size: int, *, start: int, workers: int, pin_memory: bool = False
+    examples: FramePairs | TrainingClips,
+    batch_size: int,
+    *,
+    start: int,
+    workers: int,
+    part: int = 0,
+    parts: int = 1,
+    pin_memory: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of examples without end.
 
     Args:
         examples: where they come from.
         batch_size: examples in a batch.
-        start: number of the first example.
+        start: number of the first example, of all parts.
         workers: processes that make them; 0: this one. It does not change what comes.
+        part: which of every `parts` batches is given; the others are for other processes.
+        parts: see `part`.
         pin_memory: for copies to a GPU.
     """
     loader: DataLoader[dict[str, Tensor]] = DataLoader(
         examples,  # type: ignore[arg-type]  # a TypedDict of tensors is a dict of tensors
         batch_size,
-        sampler=_From(start),
+        sampler=_From(start, batch_size, part, parts),
         num_workers=workers,
         pin_memory=pin_memory,
         # Nothing in the examples draws from torch's global state; the loader itself shall not either.

@@ -6,13 +6,12 @@ Guidance (arXiv 2207.12598).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfdm_models.attention import Rotary
@@ -20,12 +19,15 @@ from lfdm_models.config import LfdmConfig
 from lfdm_models.diffusion import Diffusion
 from lfdm_models.lfae import Lfae, flow_to_latent, latent_to_flow
 from lfdm_models.training.conditions import Float32Array
+from lfdm_models.training.data import NO_CLIP
 from lfdm_models.training.lfae import plain
 from lfdm_models.training.previews import save_gif
 from lfdm_models.training.settings import Precision
 
 #: How often an example's embedding is replaced by the null one.
 NULL_PROBABILITY = 0.1
+#: See `noise_weight`.
+MOST_WEIGHT = 25.0
 _PREVIEW_STEPS = 25
 
 
@@ -38,6 +40,27 @@ def new_diffusion(config: LfdmConfig, seed: int) -> Diffusion:
         if isinstance(module, Rotary):
             module.freqs.requires_grad_(False)  # frequencies of positions are given, not learned
     return diffusion
+
+
+def noise_weight(signal: Tensor, spread: Tensor, signal_std: float) -> Tensor:
+    """What an error of the predicted noise counts, 0 … 1, at a noise level.
+
+    A latent of a standard deviation s far below 1, as residual flow is, decides little of the noise that has to be
+    predicted: only where the noise is as small as s does it show, and there its unforeseeable details cost the most.
+    Errors are therefore weighed as those of the estimated latent, over its variance given the noisy one:
+    1 + (noise / s)^2, cut at `MOST_WEIGHT` and divided by it.
+
+    Args:
+        signal: share of the latent in the noisy one, sqrt of the cumulative alpha.
+        spread: share of the noise.
+        signal_std: s; 0 for 1 everywhere.
+
+    Source: the weighting of Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models
+    (arXiv 2206.00364), Table 1, for a network that predicts noise.
+    """
+    if not signal_std:
+        return torch.ones_like(signal)
+    return (1 + (spread / (signal * signal_std)).square()).clamp(max=MOST_WEIGHT) / MOST_WEIGHT
 
 
 class DmStage:
@@ -55,6 +78,7 @@ class DmStage:
         *,
         examples: Mapping[str, Any],
         null_probability: float = NULL_PROBABILITY,
+        signal_std: float = 0.0,
         preview_clips: Tensor | None = None,
     ) -> None:
         """Train `diffusion`.
@@ -66,19 +90,23 @@ class DmStage:
             embeddings: (text_width,) of each label, in the order of the examples' label numbers.
             examples: what the examples are, in plain values: a resumed run must have the same.
             null_probability: see `NULL_PROBABILITY`.
+            signal_std: how far latents usually are from their mean; weighs errors, see `noise_weight`. 0: all count
+                the same, as published.
             preview_clips: (N, 3, T, H, W) in [0, 1], for previews: their first frames, with label 0, 1, ….
         """
         self.config, self.diffusion = config, diffusion
         self.lfae = lfae.eval().requires_grad_(False)
         self.labels = list(embeddings)
+        self._encoded: dict[int, tuple[Tensor, Tensor]] = {}
         self.table = torch.from_numpy(np.stack(list(embeddings.values())))
-        self.null_probability = null_probability
+        self.null_probability, self.signal_std = null_probability, signal_std
         self.preview_clips = preview_clips
         self.facts: dict[str, Any] = {
             "stage": self.name,
             "config": plain(config.dm),
             "residual_flow": config.residual_flow,
             "null probability": null_probability,
+            "signal std": signal_std,
             "labels": self.labels,
             "examples": dict(examples),
         }
@@ -116,9 +144,25 @@ class DmStage:
         # Contiguous: convolutions of the UNet would be three times as slow.
         return latent.unflatten(0, (batch, length)).transpose(1, 2).contiguous(), feature
 
+    def _encode_once(self, frames: Tensor, clips: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """`encode`, kept in memory for clips that come again.
+
+        They are encoded one by one: a batch of another size may give other last bits, and what a clip comes in a batch
+        with depends on where a run was resumed.
+        """
+        if min(clips) < 0:
+            return self.encode(frames)
+        for index, clip in enumerate(clips):
+            if clip not in self._encoded:
+                self._encoded[clip] = self.encode(frames[index : index + 1])
+        latents, features = zip(*(self._encoded[clip] for clip in clips), strict=True)
+        return torch.cat(latents), torch.cat(features)
+
     def losses(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Mean squared error of the predicted noise, at a random step of the schedule each."""
-        latent, feature = self.encode(batch["frames"])
+        frames = batch["frames"]
+        clips = batch["clip"].tolist() if "clip" in batch else [NO_CLIP] * len(frames)
+        latent, feature = self._encode_once(frames, clips)
         count, device = len(latent), latent.device
         timestep = torch.randint(self.config.dm.training_steps, (count,), generator=generator, device=device)
         noise = torch.randn(latent.shape, generator=generator, device=device)
@@ -134,7 +178,8 @@ class DmStage:
         label = batch["label"]
         embedding = torch.where((dropped | (label < 0))[:, None], unet.null_cond_emb, self.table[label.clamp(min=0)])
         predicted = unet(signal * latent + spread * noise, feature, embedding, timestep)
-        return {"noise": F.mse_loss(predicted.float(), noise)}
+        error = (predicted.float() - noise).square().mean(dim=(1, 2, 3, 4))
+        return {"noise": (noise_weight(signal, spread, self.signal_std).flatten() * error).mean()}
 
     def checkpoint(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
         """The released layout, the labels with their embeddings, and what it was trained with under "training"."""

@@ -7,7 +7,7 @@ import numpy as np
 from lfdm_models.training.characters import Character, darker
 from lfdm_models.training.drawing import Canvas, Patch, UInt8Array, bowl, ellipse, segment
 from lfdm_models.training.face import draw_face
-from lfdm_models.training.head import Head, exact
+from lfdm_models.training.head import Float64Array, Head, exact
 from lfdm_models.training.motions import Pose
 
 
@@ -78,15 +78,25 @@ def _draw_body(canvas: Canvas, who: Character) -> None:
         canvas.fill(collar, bowl(collar.u, collar.v, 0.24, 0.1, 0.16, 0.02), who.trim)
 
 
+def hand_at(who: Character, pose: Pose, distance: float) -> tuple[Float64Array, Float64Array]:
+    """A point of the forearm by its distance from the elbow; the hand's centre is at 0.58."""
+    cos, sin = _forearm(who, pose)
+    elbow_x, elbow_y = who.hand_side * 0.66, 1.2 - 0.42 * pose.arm_raise
+    return elbow_x + distance * sin, elbow_y - distance * cos
+
+
+def _forearm(who: Character, pose: Pose) -> tuple[Float64Array, Float64Array]:
+    """Cosine and sine of its angle."""
+    angle = pose.arm_swing + who.hand_side * 0.06
+    return exact(np.cos(angle)), exact(np.sin(angle))
+
+
 def _draw_arm(canvas: Canvas, who: Character, pose: Pose) -> None:
     """A sleeve and a mitten, turned about the elbow, which is below the picture."""
-    side = who.hand_side
-    elbow_x, elbow_y = side * 0.66, 1.2 - 0.42 * pose.arm_raise
-    angle = pose.arm_swing + side * 0.06
-    cos, sin = exact(np.cos(angle)), exact(np.sin(angle))
+    cos, sin = _forearm(who, pose)
 
     def along(distance: float, reach: float) -> Patch:
-        x, y = elbow_x + distance * sin, elbow_y - distance * cos
+        x, y = hand_at(who, pose, distance)
         return canvas.patch(x, y, (reach, reach), cos=cos, sin=sin)
 
     sleeve = along(-0.05, 0.58)
@@ -95,7 +105,7 @@ def _draw_arm(canvas: Canvas, who: Character, pose: Pose) -> None:
     cuff = along(0.43, 0.2)
     canvas.fill(cuff, segment(cuff.u, cuff.v, 0.09, 0.055), who.trim)
     hand = along(0.58, 0.28)
-    thumb_u, thumb_v = hand.u + np.float32(side * 0.115), hand.v - np.float32(0.03)
+    thumb_u, thumb_v = hand.u + np.float32(who.hand_side * 0.115), hand.v - np.float32(0.03)
     skin = darker(who.skin, 0.97)
     canvas.fill(hand, ellipse(thumb_u, thumb_v, 0.06, 0.085), darker(who.skin, 0.9))
     canvas.fill(hand, ellipse(hand.u, hand.v, 0.125, 0.165), skin)

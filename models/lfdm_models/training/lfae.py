@@ -6,24 +6,37 @@ Source: Ni et al., CVPR 2023 (arXiv 2303.13744), Sec. 3.2.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfdm_models.config import HourglassConfig, LfaeConfig
+from lfdm_models.generator import Candidates, warp
+from lfdm_models.layers import coordinate_grid
 from lfdm_models.lfae import Lfae
+from lfdm_models.regions import Regions
 from lfdm_models.training.equivariance import PlaneMap, affine_loss, shift_loss
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.files import load
 from lfdm_models.training.losses import PerceptualLoss, PyramidLoss
 from lfdm_models.training.previews import save_gif
-from lfdm_models.training.settings import Precision
+from lfdm_models.training.settings import Learn, Precision
 
 #: Top-level entries of a checkpoint that hold weights.
 PARTS = ("generator", "region_predictor", "bg_predictor")
+# Logits of a new LFAE: of occlusion; of a region's motion where its heatmap has risen by 1; of the background's,
+# above all regions together.
+_VISIBLE, _HEATMAP_TAP, _STILL = 3.0, 8.0, 2.0
+_TINY = 1e-8
+# How far colours may be off where a motion is right.
+_MIXTURE_SPREAD = 0.02
+# How far what is decoded is taken to be.
+_DECODED_ERROR = 0.04
 _HOURGLASSES = ("flow_predictor", "region_predictor", "bg_predictor")
 
 
@@ -32,7 +45,8 @@ def new_lfae(config: LfaeConfig, seed: int, image_size: int) -> Lfae:
 
     The regions begin broad: as points, their covariances would have no inverse. The background begins still: as
     grids are corner-aligned and yet sampled by pixel centres, a picture stays where it is under a grid of n points
-    times (n - 1) / n.
+    times (n - 1) / n. A flow begins as the background's but where a region has come to, and everything as visible: the
+    start is a copy of the source, and no pixel is so sure of the background that it could not learn of a region.
 
     Args:
         config: its architecture.
@@ -40,12 +54,22 @@ def new_lfae(config: LfaeConfig, seed: int, image_size: int) -> Lfae:
         image_size: pixels a side that it will see.
     """
     still = 1 - config.flow_stride / image_size
+    maps = config.regions + 1
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         lfae = Lfae(config)
         lfae.region_predictor.regions.weight.mul_(0.3)
         lfae.bg_predictor.fc.weight.zero_()
         lfae.bg_predictor.fc.bias.copy_(torch.tensor([still, 0.0, 0.0, 0.0, still, 0.0]))
+        flow = lfae.generator.pixelwise_flow_predictor
+        flow.occlusion.weight.mul_(0.1)
+        nn.init.constant_(flow.occlusion.bias, _VISIBLE)  # type: ignore[arg-type]
+        flow.mask.weight.zero_()
+        for region in range(1, maps):
+            heatmap = config.flow_predictor.channels(0) + region * (1 + config.image_channels)
+            flow.mask.weight[(region, heatmap, *(side // 2 for side in flow.mask.kernel_size))] = _HEATMAP_TAP
+        flow.mask.bias.zero_()  # type: ignore[union-attr]
+        flow.mask.bias[0] = math.log(config.regions) + _STILL  # type: ignore[index]
     return lfae
 
 
@@ -62,6 +86,9 @@ class LfaeStage:
         similarity: PerceptualLoss | PyramidLoss,
         *,
         equivariance: float = 10.0,
+        landmarks: float = 0.0,
+        mixture: float = 0.0,
+        learn: Learn = "all",
         examples: Mapping[str, Any],
         preview_clips: Tensor | None = None,
     ) -> None:
@@ -71,10 +98,16 @@ class LfaeStage:
             lfae: see `new_lfae`.
             similarity: how a rebuilt frame is compared with the real one.
             equivariance: weight of both equivariance losses.
+            landmarks: weight of the loss that draws the first regions to the examples' landmarks, if they have any.
+            mixture: weight of `mixture_loss`.
+            learn: "motion" compares the warped source and trains nothing that decodes: most of the work is there, and
+                motion is found without it. "regions" trains these alone. A run that trains more can start from the
+                result.
             examples: what the examples are, in plain values: a resumed run must have the same.
             preview_clips: (N, 3, T, H, W) in [0, 1], for previews.
         """
         self.lfae, self.similarity, self.weight = lfae, similarity, equivariance
+        self.landmarks, self.mixture, self.learn = landmarks, mixture, learn
         self.preview_clips = preview_clips
         self.facts: dict[str, Any] = {
             "stage": self.name,
@@ -82,6 +115,9 @@ class LfaeStage:
             "loss": type(similarity).__name__,
             "loss weight": similarity.weight,
             "equivariance": equivariance,
+            "landmarks": landmarks,
+            "mixture": mixture,
+            "learn": learn,
             "examples": dict(examples),
         }
 
@@ -98,19 +134,32 @@ class LfaeStage:
     def losses(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Of rebuilding `driving` from `source`, and of regions that do not follow a bent image."""
         source, driving = batch["source"], batch["driving"]
-        lfae, generator_network = self.lfae, self.lfae.generator
-        regions = lfae.region_predictor(driving)
-        flow = generator_network.pixelwise_flow_predictor(
-            source, lfae.region_predictor(source), regions, lfae.bg_predictor(source, driving)
-        )
-        frame = generator_network.decode(source, generator_network.encode(source), flow).frame
+        lfae, network = self.lfae, self.lfae.generator
         plane_map = PlaneMap.random(len(driving), generator)
-        bent = lfae.region_predictor(plane_map.bend(driving))
-        return {
-            "similarity": self.similarity(frame, driving),
-            "shift": self.weight * shift_loss(regions, bent, plane_map),
-            "affine": self.weight * affine_loss(regions, bent, plane_map),
+        # Cheap, and in need of all bits: regions are found by a softmax of logits times 10.
+        with torch.autocast(driving.device.type, enabled=False):
+            before, after = lfae.region_predictor(source), lfae.region_predictor(driving)
+            bent = lfae.region_predictor(plane_map.bend(driving))
+        losses = {
+            "shift": self.weight * shift_loss(after, bent, plane_map),
+            "affine": self.weight * affine_loss(after, bent, plane_map),
         }
+        if self.landmarks:
+            parts = (before, batch["source_landmarks"]), (after, batch["driving_landmarks"])
+            total = torch.stack([landmark_loss(regions, points) for regions, points in parts]).mean()
+            losses["landmarks"] = self.landmarks * total
+        if self.learn == "regions":
+            return losses
+        with torch.autocast(driving.device.type, enabled=False):
+            background = lfae.bg_predictor(source, driving)
+        candidates = network.pixelwise_flow_predictor.candidates(source, before, after, background)
+        flow = candidates.flow()
+        if self.mixture:
+            losses["mixture"] = self.mixture * mixture_loss(candidates, network.pixelwise_flow_predictor.down(driving))
+        if self.learn == "motion":
+            return {"similarity": self.similarity(warp(source, flow), driving), **losses}
+        frame = network.decode(source, network.encode(source), flow).frame
+        return {"similarity": self.similarity(frame.float(), driving), **losses}
 
     def checkpoint(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
         """The released layout, and what it was trained with under "training"."""
@@ -134,6 +183,51 @@ class LfaeStage:
             decoded = lfae(driving[:1].expand_as(driving).contiguous(), driving)
             rows.append([clip, decoded.frame.transpose(0, 1), decoded.warped.transpose(0, 1)])
         save_gif(folder / f"step_{step:07d}.gif", rows)
+
+
+def landmark_loss(regions: Regions, landmarks: Tensor) -> Tensor:
+    """How far heatmaps are from a Gaussian about each landmark, which lies as the landmark does: a mean divergence.
+
+    The smaller a region shall be, the more it counts.
+
+    Args:
+        regions: at least as many as landmarks; the first of them are compared.
+        landmarks: (B, N, 5): x, y, angle, two sizes; see `lfdm_models.training.landmarks`.
+    """
+    heatmap = regions.heatmap[:, : landmarks.shape[1]]
+    height, width = heatmap.shape[2:]
+    # Pixels of a heatmap are counted from corner to corner, those of a picture by their centres.
+    scale = landmarks.new_tensor([width / (width - 1), height / (height - 1)])
+    grid = coordinate_grid(height, width, heatmap).view(1, 1, height * width, 2)
+    offset = grid - (landmarks[:, :, :2] * scale)[:, :, None]
+    cos, sin = landmarks[:, :, 2:3].cos(), landmarks[:, :, 2:3].sin()
+    across = offset[..., 0] * cos + offset[..., 1] * sin
+    along = offset[..., 1] * cos - offset[..., 0] * sin
+    squared = (across / landmarks[:, :, 3:4]) ** 2 + (along / landmarks[:, :, 4:5]) ** 2
+    wanted = F.softmax(-0.5 * squared, dim=2)
+    logarithm = torch.log(heatmap.flatten(2) + _TINY)
+    divergence = (wanted * (torch.log(wanted + _TINY) - logarithm)).sum(dim=2)
+    weight = 1 / (landmarks[:, :, 3] * landmarks[:, :, 4])
+    return (divergence * weight).sum() / weight.sum()
+
+
+def mixture_loss(candidates: Candidates, driving: Tensor) -> Tensor:
+    """How badly the motions explain the driving frame, if each of them is as likely as it counts in the flow.
+
+    Minus the logarithm of a sum over motions of probability times exp(-error / 0.02), and of what is occluded: the
+    decoder has to make that, at an error of its own. Unlike the error of the rebuilt frame, this has a gradient
+    wherever another motion, or none, explains a pixel better, however sure the flow is; else the flow stays with the
+    background, and occlusion with what is visible, because both begin better than what has not learned yet.
+
+    Args:
+        candidates: of the flow.
+        driving: the driving frame at the flow's size (B, 3, h, w).
+    """
+    error = (candidates.deformed.float() - driving[:, None]).abs().mean(dim=2)
+    share = F.log_softmax(candidates.logits.float(), dim=1) - error / _MIXTURE_SPREAD
+    visible = candidates.visible.float().squeeze(1)
+    explained = F.logsigmoid(visible) + torch.logsumexp(share, dim=1)
+    return -torch.logaddexp(explained, F.logsigmoid(-visible) - _DECODED_ERROR / _MIXTURE_SPREAD).mean()
 
 
 def load_lfae(path: Path, config: LfaeConfig | None = None) -> tuple[Lfae, dict[str, Any]]:

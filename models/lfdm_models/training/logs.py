@@ -12,13 +12,15 @@ from typing import Any
 class Logs:
     """Appends to ``losses.jsonl``, and to event files if tensorboard can be imported."""
 
-    def __init__(self, folder: Path) -> None:
-        """Write into `folder`, which is made when there is something to write."""
-        self._folder = folder
+    def __init__(self, folder: Path, *, events: bool = True) -> None:
+        """Write into `folder`, which is made when there is something to write; event files only if asked for."""
+        self._folder, self._events = folder, events
         self._writer: Any = None
 
     def __enter__(self) -> Logs:
         """Look for tensorboard."""
+        if not self._events:
+            return self
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:

@@ -7,6 +7,8 @@ a run that was killed goes on, from its last checkpoint, with the bits that it w
     RUN/lfae.pth        or dm.pth: the checkpoint in the released layout, written after it
     RUN/previews/       a GIF now and then
     RUN/logs/           for TensorBoard, where it is installed
+
+Several processes train together where ``accelerate launch`` starts them: see `lfdm_models.training.processes`.
 """
 
 from __future__ import annotations
@@ -25,11 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from lfdm_models.training.data import FramePairs, TrainingClips, batches
-from lfdm_models.training.devices import choose_device, choose_precision, matmul_precision
+from lfdm_models.training.devices import choose_precision, matmul_precision
 from lfdm_models.training.ema import Ema
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.files import load, save
 from lfdm_models.training.logs import Logs
+from lfdm_models.training.processes import Processes
 from lfdm_models.training.settings import OptimiserSettings, Precision, RunSettings
 
 logger = logging.getLogger(__name__)
@@ -166,8 +169,9 @@ def train(
     Raises:
         TrainingError: the folder has a run already and is not to be resumed, or cannot be, or the loss is no number.
     """
-    device = choose_device(run.device)
-    facts = {**stage.facts, **_facts(optimiser, run)}
+    processes = Processes(run.device)
+    device = processes.device
+    facts = {**stage.facts, **_facts(optimiser, run, processes.count)}
     if (folder / STATE).exists() and not resume:
         raise TrainingError(f"{folder} holds a training run already; resume it, or choose another folder")
     stage.to(device)
@@ -177,12 +181,21 @@ def train(
         logger.info("resuming %s after step %d", folder, state.step)
     losses: dict[str, float] = {}
     precision = choose_precision(run.precision, stage.gpu_precision, device)
-    start = state.step * run.accumulate * run.batch_size
-    data = batches(examples, run.batch_size, start=start, workers=run.workers, pin_memory=device.type == "cuda")
-    with _stop_requests() as asked, Logs(folder / "logs") as logs, matmul_precision(precision):
-        while state.step < run.steps and not asked.is_set():
-            losses = _step(stage, state, data, optimiser, run, precision)
+    data = batches(
+        examples,
+        run.batch_size,
+        start=state.step * run.accumulate * run.batch_size * processes.count,
+        workers=run.workers,
+        part=processes.rank,
+        parts=processes.count,
+        pin_memory=device.type == "cuda",
+    )
+    with _stop_requests() as asked, Logs(folder / "logs", events=processes.first) as logs, matmul_precision(precision):
+        while state.step < run.steps and not processes.any(asked.is_set()):
+            losses = _step(stage, state, data, optimiser, run, precision, processes)
             done = state.step
+            if not processes.first:
+                continue
             if run.log_every and done % run.log_every == 0:
                 logs.write(done, {**losses, "learning rate": optimiser.rate(done - 1, run.steps)})
             if run.checkpoint_every and done % run.checkpoint_every == 0 and done < run.steps:
@@ -190,7 +203,10 @@ def train(
             if run.preview_every and done % run.preview_every == 0:
                 stage.preview(state.ema.weights, folder / "previews", done)
             progress(done, run.steps, losses)
-        path = _write(stage, state, facts, folder)
+        path = folder / f"{stage.name}.pth"
+        if processes.first:
+            _write(stage, state, facts, folder)
+        processes.wait()  # until the files are there
     return Outcome(path, state.step, state.step >= run.steps, losses)
 
 
@@ -201,20 +217,22 @@ def _step(
     optimiser: OptimiserSettings,
     run: RunSettings,
     precision: Precision,
+    processes: Processes,
 ) -> dict[str, float]:
-    """One step of the optimiser; the mean losses of its forward passes."""
+    """One step of the optimiser; the mean losses of its forward passes, in all processes."""
     device = state.device
     stage.network.train()
     state.adam.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for part in range(run.accumulate):
         batch = {key: value.to(device, non_blocking=True) for key, value in next(data).items()}
-        seed = (run.seed * 0x9E3779B97F4A7C15 + state.step * run.accumulate + part) % 2**63
+        number = (state.step * run.accumulate + part) * processes.count + processes.rank
+        seed = (run.seed * 0x9E3779B97F4A7C15 + number) % 2**63
         generator = torch.Generator(device).manual_seed(seed)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             losses = stage.losses(batch, generator)
         total = torch.stack(list(losses.values())).sum()
-        if not torch.isfinite(total):
+        if processes.any(not bool(torch.isfinite(total))):
             raise TrainingError(
                 f"the loss of step {state.step + 1} is {total.item()}: the training diverged; "
                 "go back to an older checkpoint with a smaller learning rate, or clip gradients"
@@ -223,6 +241,10 @@ def _step(
         for name, value in losses.items():
             sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float() / run.accumulate
     parameters = state.adam.param_groups[0]["params"]
+    processes.average([parameter.grad for parameter in parameters if parameter.grad is not None])
+    # What batch norm has seen: weights are the same everywhere, and this shall be.
+    processes.average([buffer for buffer in stage.network.buffers() if buffer.is_floating_point()])
+    processes.average(list(sums.values()))
     norm = nn.utils.clip_grad_norm_(parameters, optimiser.clip_norm or float("inf"), foreach=True)
     if torch.isfinite(norm):
         state.adam.param_groups[0]["lr"] = optimiser.rate(state.step, run.steps)
@@ -244,10 +266,11 @@ def _write(stage: Stage, state: _State, facts: Mapping[str, Any], folder: Path) 
     return path
 
 
-def _facts(optimiser: OptimiserSettings, run: RunSettings) -> dict[str, Any]:
+def _facts(optimiser: OptimiserSettings, run: RunSettings, processes: int) -> dict[str, Any]:
     """Settings that decide the weights, as plain values."""
     return {
-        "batch size": run.batch_size * run.accumulate,
+        "batch size": run.batch_size * run.accumulate * processes,
+        **({"processes": processes} if processes > 1 else {}),
         "accumulate": run.accumulate,
         "seed": run.seed,
         "ema": run.ema,

@@ -26,11 +26,12 @@ from lfdm_models.training.data import (
 )
 from lfdm_models.training.dm import DmStage, new_diffusion
 from lfdm_models.training.errors import TrainingError
+from lfdm_models.training.landmarks import LANDMARKS
 from lfdm_models.training.lfae import LfaeStage, load_lfae, new_lfae
 from lfdm_models.training.loop import Outcome, ReportProgress, no_report, train
 from lfdm_models.training.losses import PerceptualLoss, PyramidLoss
 from lfdm_models.training.procedural import HELD_OUT_SEEDS, LABELS, sample_clip
-from lfdm_models.training.settings import SMALL, DataName, OptimiserSettings, RunSettings, Size
+from lfdm_models.training.settings import SMALL, DataName, Learn, OptimiserSettings, RunSettings, Size
 from lfdm_models.training.vgg import Vgg19
 
 _PREVIEWS = 4
@@ -47,6 +48,7 @@ class DataSettings:
         image_size: pixels a side.
         frames: of a clip.
         subjects: of the training split, where it is not the usual one (MHAD, NATOPS).
+        pool: of the procedural set: how many clips there are, all kept in memory, or 0 for clips without end.
         jitter: whether colours are changed; they never are for the procedural set, whose colours vary by themselves.
     """
 
@@ -56,6 +58,7 @@ class DataSettings:
     frames: int = 16
     subjects: tuple[int, ...] | None = None
     jitter: bool = True
+    pool: int = 0
 
     def open(self, seed: int) -> ClipSource:
         """The clips.
@@ -66,7 +69,9 @@ class DataSettings:
         if self.name == "procedural":
             if self.root is not None:
                 raise TrainingError(f"the procedural data set needs no folder, but {self.root} is given; name its data")
-            return ProceduralClips(self.image_size, self.frames, seed)
+            return ProceduralClips(self.image_size, self.frames, seed, self.pool)
+        if self.pool:
+            raise TrainingError(f"a pool is of the procedural clips, but the data set is {self.name!r}; leave it out")
         if self.root is None:
             raise TrainingError(f"the data set {self.name!r} needs its folder; give it with --root")
         if self.subjects is not None and self.name not in ("mhad", "natops"):
@@ -93,7 +98,7 @@ class DataSettings:
             "frames": self.frames,
             "jitter": self.colours is not None,
             "labels": list(source.labels),
-            "clips": len(source.clips.entries) if isinstance(source, DiskClips) else None,
+            "clips": len(source.clips.entries) if isinstance(source, DiskClips) else self.pool or None,
         }
 
 
@@ -113,6 +118,11 @@ def train_lfae(
     *,
     vgg: Path | None = None,
     start: Path | None = None,
+    learn: Learn = "all",
+    equivariance: float = 10.0,
+    landmarks: float = 0.0,
+    mixture: float = 0.0,
+    from_first: bool = False,
     resume: bool = False,
     progress: ReportProgress = no_report,
 ) -> Outcome:
@@ -127,11 +137,21 @@ def train_lfae(
         progress: see there.
         vgg: weights of VGG-19 for the perceptual loss; without them the pyramid loss serves.
         start: an LFAE checkpoint of that architecture to begin with.
+        learn: see `LfaeStage`.
+        equivariance: see there.
+        landmarks: see there.
+        mixture: see there.
+        from_first: see `FramePairs`.
         resume: see there.
 
     Raises:
         TrainingError: see `loop.train`; or data or weights cannot be had.
     """
+    if landmarks and (data.name != "procedural" or config.regions < len(LANDMARKS)):
+        raise TrainingError(
+            f"landmarks are of the procedural data set, for {len(LANDMARKS)} regions or more; "
+            f"the data set is {data.name!r} and regions are {config.regions}; set their weight to 0"
+        )
     source = data.open(run.seed)
     lfae = new_lfae(config, run.seed, data.image_size)
     if start is not None:
@@ -139,10 +159,14 @@ def train_lfae(
     stage = LfaeStage(
         lfae,
         PerceptualLoss(Vgg19.load(vgg)) if vgg is not None else PyramidLoss(),
-        examples=data.facts(source),
+        learn=learn,
+        equivariance=equivariance,
+        landmarks=landmarks,
+        mixture=mixture,
+        examples={**data.facts(source), "from first": from_first},
         preview_clips=_preview_clips(source, data) if run.preview_every else None,
     )
-    examples = FramePairs(source, run.seed, data.colours)
+    examples = FramePairs(source, run.seed, data.colours, from_first, landmarks > 0)
     return train(stage, examples, optimiser, run, folder, resume=resume, progress=progress)
 
 
@@ -156,6 +180,7 @@ def train_dm(
     *,
     lfae_tells_config: bool = True,
     text_encoder: str | None = None,
+    signal_std: float = 0.0,
     resume: bool = False,
     progress: ReportProgress = no_report,
 ) -> Outcome:
@@ -173,6 +198,7 @@ def train_dm(
         lfae_tells_config: whether the checkpoint tells its architecture, as those of `train_lfae` do; else it is
             that of `config`.
         text_encoder: folder or name of a BERT that embeds the labels; without one they get fixed vectors.
+        signal_std: see `DmStage`.
         resume: see there.
 
     Raises:
@@ -198,6 +224,7 @@ def train_dm(
         network,
         new_diffusion(config, run.seed),
         embeddings,
+        signal_std=signal_std,
         examples={**data.facts(source), "lfae": _fingerprint(network.state_dict())},
         preview_clips=_preview_clips(source, data) if run.preview_every else None,
     )

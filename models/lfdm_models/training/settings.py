@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -11,16 +12,19 @@ Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
 DataName = Literal["procedural", "mug", "mhad", "natops", "plain"]
 Size = Literal["small", "published"]
+#: What of an LFAE is trained: regions from landmarks; also the flow, by the warped source; all of it.
+Learn = Literal["regions", "motion", "all"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DEVICES: tuple[Device, ...] = get_args(Device)
 DATA: tuple[DataName, ...] = get_args(DataName)
+LEARN: tuple[Learn, ...] = get_args(Learn)
 SIZES: tuple[Size, ...] = get_args(Size)
 
-#: For clips of 16 frames and 64x64 pixels: both networks take 7.9 MB as float32.
+#: For clips of 16 frames and 64x64 pixels.
 SMALL = LfdmConfig(
     LfaeConfig(
-        regions=8,
-        width=24,
+        regions=11,
+        width=16,
         max_width=64,
         bottleneck_blocks=2,
         flow_predictor=HourglassConfig(32, max_width=128, blocks=3),
@@ -28,17 +32,21 @@ SMALL = LfdmConfig(
         bg_predictor=HourglassConfig(8, max_width=64, blocks=4),
     ),
     DmConfig(
-        width=32,
-        multipliers=(1, 2, 4),
-        heads=4,
-        head_width=16,
-        rotary_width=16,
+        width=16,
+        multipliers=(1, 4, 8),
+        heads=2,
+        head_width=8,
+        rotary_width=8,
         feature_channels=64,
         text_width=64,
     ),
     # An offset is 0 where nothing moves: the mean of what the DM has to learn.
     residual_flow=True,
 )
+
+
+#: What a step size that falls along a cosine ends at, as a share of its first value.
+COSINE_END = 0.02
 
 
 def _require(condition: bool, message: str) -> None:
@@ -56,6 +64,7 @@ class OptimiserSettings:
         milestones: shares of the run after each of which the step size is multiplied by `factor`.
         factor: see `milestones`.
         warm_up: steps in which the step size rises from 0.
+        cosine: whether the step size falls along half a cosine, to `COSINE_END` of its value at the end.
         clip_norm: gradients longer than this are shortened to it; 0: never.
     """
 
@@ -65,6 +74,7 @@ class OptimiserSettings:
     factor: float = 0.1
     warm_up: int = 0
     clip_norm: float = 0.0
+    cosine: bool = False
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -81,6 +91,8 @@ class OptimiserSettings:
         """Step size of step `step` (from 0) of `steps`."""
         passed = sum(step >= share * steps for share in self.milestones)
         ramp = min((step + 1) / self.warm_up, 1.0) if self.warm_up else 1.0
+        if self.cosine:
+            ramp *= COSINE_END + (1 - COSINE_END) * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
         return self.learning_rate * self.factor**passed * ramp
 
 

@@ -1,0 +1,112 @@
+"""``lfdm-train``: trains (`lfdm_models.training.cli`), and measures what was trained and exported."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lfdm_export.cli.console import OK, Bars, add_common_options, make_parser, run, say
+from lfdm_export.errors import InputError, LfdmExportError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from lfdm_export.evaluate import Setting
+
+PROGRAM = "lfdm-train evaluate"
+_EXAMPLES = """\
+  lfdm-train evaluate bundle
+  lfdm-train evaluate bundle --samplers ddim,dpm++2m --steps 5,10,25 --clips 20 --out evaluation
+  lfdm-train evaluate bundle --samplers none         the autoencoder alone
+"""
+_NONE = "none"
+
+
+def train_main(argv: Sequence[str] | None = None) -> int:
+    """Run ``lfdm-train``; returns the exit status (see `lfdm_export.cli`)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["evaluate"]:
+        return evaluate_main(words[1:])
+    from lfdm_models.training.cli import main
+
+    return main(words)
+
+
+def evaluate_main(argv: Sequence[str]) -> int:
+    """Run ``lfdm-train evaluate``; returns the exit status."""
+    parser = make_parser(
+        PROGRAM, "Measure a bundle on procedural characters that no training has seen: see its table.", _EXAMPLES
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder that lfdm-export wrote")
+    parser.add_argument("--clips", type=int, default=12, metavar="N", help="of each label (%(default)s)")
+    parser.add_argument(
+        "--samplers", default="ddim,dpm++2m,unipc", metavar="A,B", help=f"samplers, or {_NONE!r} (%(default)s)"
+    )
+    parser.add_argument(
+        "--steps", default="10,25,50", metavar="N,M", help="steps of each; ddpm takes all of its own (%(default)s)"
+    )
+    parser.add_argument("--eta", type=float, metavar="X", help="of ddim (the sampler's own)")
+    parser.add_argument("--guidance-scale", type=float, metavar="X", help="(the bundle's own)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of characters and noise (%(default)s)")
+    parser.add_argument("--classifier", type=Path, metavar="FILE", help="of motions (the one that is shipped)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (all cores)")
+    parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="folder of the report (BUNDLE/evaluation)")
+    add_common_options(parser)
+    args = parser.parse_args(argv)
+    return run(PROGRAM, args, lambda: _evaluate(args))
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    for package in ("torch", "safetensors"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(package, "evaluation", "train")
+    import torch
+
+    from lfdm_export.evaluate import evaluate_bundle
+    from lfdm_export.evaluate_report import markdown, write_evaluation
+    from lfdm_export.pipeline import Pipeline
+    from lfdm_models.training.classifier import load_classifier, shipped_classifier
+    from lfdm_models.training.errors import TrainingError
+
+    settings = choose_settings(args.samplers, args.steps, args.eta, args.guidance_scale)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    pipeline = Pipeline.open(args.bundle, threads=args.threads)
+    try:
+        classifier = shipped_classifier() if args.classifier is None else load_classifier(args.classifier)
+    except TrainingError as error:
+        raise LfdmExportError(str(error)) from error
+    with Bars(quiet=args.quiet) as progress:
+        evaluation = evaluate_bundle(
+            pipeline, classifier, settings, clips=args.clips, seed=args.seed, progress=progress
+        )
+    folder = args.out if args.out is not None else pipeline.bundle.path / "evaluation"
+    written = write_evaluation(evaluation, folder)
+    say(args, markdown(evaluation))
+    say(args, "\n".join(f"report  {path}" for path in written))
+    return OK
+
+
+def choose_settings(samplers: str, steps: str, eta: float | None, guidance_scale: float | None) -> tuple[Setting, ...]:
+    """Every sampler with every number of steps; "ddpm" once, for it takes every step of the schedule.
+
+    Raises:
+        InputError: steps are no numbers.
+    """
+    from lfdm_export.evaluate import Setting
+
+    if samplers == _NONE:
+        return ()
+    try:
+        counts = [int(part) for part in steps.split(",")]
+    except ValueError:
+        raise InputError(f"--steps is {steps!r}, expected numbers such as 10,25,50") from None
+    settings = []
+    for sampler in (part.strip() for part in samplers.split(",")):
+        if sampler == "ddpm":
+            settings.append(Setting(sampler, None, None, guidance_scale))
+        else:
+            settings += [Setting(sampler, n, eta if sampler == "ddim" else None, guidance_scale) for n in counts]
+    return tuple(settings)
