@@ -1,0 +1,319 @@
+"""Clips on a GPU: the published program's way in PyTorch, and ours; stage by stage and end to end.
+
+Ours are the deployable modules with our kernels, every stage one CUDA graph: the step's graph takes its coefficients,
+timestep and noise by an index that it advances itself, so that a clip is encode, ten launches of one graph, decode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gpu_kernels import published_step
+from benchmarks.gpu_timing import captured
+from lfdm_export import sampling
+from lfdm_export.noise import START, seeded_noise
+from lfdm_export.ops.thresholded_step.gpu import noise_on_gpu
+from lfdm_export.rewrite.precision import channels_last, in_precision
+from lfdm_export.rewrite.stage_modules import stage_modules
+from lfdm_models.lfae import latent_to_flow
+from lfdm_models.model import LfdmModel
+
+#: Frames of all samples that ours decodes at once; more fill no GPU better, and take memory.
+DECODED_AT_ONCE = 320
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What clips to make.
+
+    Attributes:
+        image: (B, 3, H, W) float32 in [0, 1], on the device.
+        embedding: (B, text_width) float32.
+        seeds: one a sample.
+        table: the sampler; DDIM, whose step the published program's way is written for.
+        frames: T.
+        latent_size: h = w.
+    """
+
+    image: Tensor
+    embedding: Tensor
+    seeds: tuple[int, ...]
+    table: sampling.SamplerTable
+    frames: int
+    latent_size: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of one sample's latent."""
+        return 3, self.frames, self.latent_size, self.latent_size
+
+
+class Clips(Protocol):
+    """A way to make the clips of a task, as stages that work on tensors of their own."""
+
+    def encode(self) -> object:
+        """Image -> what the other stages need."""
+
+    def start(self) -> object:
+        """Set the chain to its start."""
+
+    def step(self) -> object:
+        """One step of the chain."""
+
+    def decode(self) -> Tensor:
+        """All frames of the latent as it is: (B, 3, T, H, W) float32."""
+
+    def latent(self) -> Tensor:
+        """The latent as it is, (B, 3, T, h, w) float32."""
+
+
+def make(clips: Clips, steps: int) -> Tensor:
+    """A whole clip, (B, 3, T, H, W)."""
+    clips.encode()
+    clips.start()
+    for _ in range(steps):
+        clips.step()
+    return clips.decode()
+
+
+def make_task(model: LfdmModel, batch: int, device: torch.device, *, image_size: int, frames: int, steps: int) -> Task:
+    """Smooth pictures, embeddings and seeds, the same for the same batch."""
+    random = np.random.default_rng(0)
+    coarse = torch.from_numpy(random.random((batch, 3, 8, 8), dtype=np.float32))
+    image = nn.functional.interpolate(coarse, size=(image_size, image_size), mode="bicubic").clamp(0, 1)
+    embedding = random.standard_normal((batch, model.config.dm.text_width), np.float32) * np.float32(0.3)
+    table = sampling.sampler_table("ddim", model.diffusion.schedule(), steps, None)
+    latent_size = image_size >> model.config.lfae.down_blocks
+    return Task(
+        image.to(device), torch.from_numpy(embedding).to(device), tuple(range(batch)), table, frames, latent_size
+    )
+
+
+class Published:
+    """The faithful networks: the whole feature in every step, frame by frame through encoder and decoder.
+
+    Args:
+        model: on the device.
+        task: what to make.
+        lower: dtype of autocast, None for float32.
+        graphs: capture the network and the decoding of a frame.
+        compiled: let torch.compile make the network and the decoding.
+    """
+
+    def __init__(
+        self,
+        model: LfdmModel,
+        task: Task,
+        *,
+        lower: torch.dtype | None = None,
+        graphs: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        self._task, self._lower = task, lower
+        self._device = device = task.image.device
+        self._generator, self._residual = model.lfae.generator, model.config.residual_flow
+        unet: Callable[..., Tensor] = model.diffusion.denoise_fn
+        decode: Callable[..., Tensor] = self._decode_frame
+        if compiled:
+            unet, decode = torch.compile(unet, dynamic=False), torch.compile(decode, dynamic=False)
+        batch, table = len(task.image), task.table
+        source = seeded_noise(task.seeds, task.shape)
+        draws = [source(START), *(source(i) for i in range(table.steps))]
+        self._draws = torch.from_numpy(np.stack(draws)).to(device)
+        rows = torch.from_numpy(table.coefficients).to(device)
+        self._rows = rows[:, None].expand(-1, batch, -1).reshape(table.steps, batch, 11, 1, 1, 1, 1).contiguous()
+        self._times = torch.from_numpy(np.ascontiguousarray(table.timesteps)).to(device)[:, None].expand(-1, batch)
+        self._times = self._times.contiguous()
+        self._x, self._index = torch.empty_like(self._draws[0]), 0
+        self._row, self._time = torch.empty_like(self._rows[0]), torch.empty_like(self._times[0])
+        self._feature = torch.empty(0)
+        self._plane = torch.zeros(batch, 3, task.latent_size, task.latent_size, device=device)
+        self.encode()
+        prepare = captured if graphs else _as_it_is
+        self._predict = prepare(lambda: self._predicted_noise(unet), device)
+        self._frame = prepare(lambda: decode(task.image, self._plane), device)
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self._lower is None:
+            return contextlib.nullcontext()
+        # Weights in a cache would be gone when a captured graph reads them again.
+        return torch.autocast(self._device.type, dtype=self._lower, cache_enabled=False)
+
+    def _predicted_noise(self, unet: Callable[..., Tensor]) -> Tensor:
+        with torch.no_grad(), self._precision():
+            return unet(self._x, self._feature, self._task.embedding, self._time)
+
+    def _decode_frame(self, image: Tensor, latent: Tensor) -> Tensor:
+        with torch.no_grad(), self._precision():
+            flow = latent_to_flow(latent, residual_flow=self._residual)
+            return self._generator.decode(image, self._generator.encode(image), flow).frame
+
+    def encode(self) -> None:
+        """See `Clips`."""
+        with torch.no_grad(), self._precision():
+            feature = self._generator.encode(self._task.image)[-1].float()
+        if self._feature.numel():
+            self._feature.copy_(feature)
+        else:
+            self._feature = feature
+
+    def start(self) -> None:
+        """See `Clips`."""
+        self._index = 0
+        self._x.copy_(self._draws[0])
+
+    def step(self) -> None:
+        """See `Clips`."""
+        i = self._index % self._task.table.steps
+        self._row.copy_(self._rows[i])
+        self._time.copy_(self._times[i])
+        predicted = self._predict().float()
+        self._x.copy_(published_step(self._x, predicted, self._draws[i + 1], self._row))
+        self._index += 1
+
+    def decode(self) -> Tensor:
+        """See `Clips`."""
+        frames = []
+        for i in range(self._task.frames):
+            self._plane.copy_(self._x[:, :, i])
+            frames.append(self._frame().float().clone())
+        return torch.stack(frames, dim=2)
+
+    def latent(self) -> Tensor:
+        """See `Clips`."""
+        return self._x.clone()
+
+
+class Ours:
+    """The deployable modules with our kernels.
+
+    Args:
+        model: on any device, float32.
+        task: what to make.
+        dtype: of weights and activations.
+        graphs: capture every stage.
+        compiled: let torch.compile make step and decoder.
+        last: channels last.
+    """
+
+    def __init__(
+        self,
+        model: LfdmModel,
+        task: Task,
+        dtype: torch.dtype,
+        *,
+        graphs: bool = True,
+        compiled: bool = False,
+        last: bool = True,
+    ) -> None:
+        device, batch, table = task.image.device, len(task.image), task.table
+        stages = stage_modules(model, task.frames)
+        modules = in_precision({name: stages[name] for name in ("encode", "step", "decode")}, dtype)
+        if last:
+            channels_last(modules)
+        modules = {name: module.to(device) for name, module in modules.items()}
+        self.modules = dict(modules)
+        if compiled:
+            for name in ("step", "decode"):
+                modules[name] = torch.compile(modules[name], dynamic=False)  # type: ignore[assignment]
+        self._task = task
+        self._seeds = torch.tensor(np.array(task.seeds, np.uint64).view(np.int64), device=device)
+        self._rows = torch.from_numpy(table.coefficients).to(device)
+        self._times = torch.from_numpy(np.ascontiguousarray(table.timesteps)).to(device)
+        self._index = torch.zeros(1, dtype=torch.int64, device=device)
+        self._first = torch.full((1,), START, dtype=torch.int64, device=device)
+        self._x = torch.zeros(batch, *task.shape, device=device)
+        self._history = torch.zeros(batch, 2, *task.shape, device=device)
+        self.chunk = _chunk(task.frames, batch)
+        self._part = torch.zeros(batch, 3, self.chunk, task.latent_size, task.latent_size, device=device)
+        prepare = captured if graphs else _as_it_is
+        self._encode = prepare(lambda: _run(modules["encode"], task.image), device)
+        self._encoded: tuple[Tensor, ...] = self._encode()
+        self._start = prepare(self._set_start, device)
+        self._step = prepare(lambda: self._one_step(modules["step"]), device)
+        *skips, _ = self._encoded
+        self._decode = prepare(lambda: _run(modules["decode"], task.image, *skips, self._part), device)
+
+    def _set_start(self) -> None:
+        self._index.zero_()
+        self._history.zero_()
+        self._x.copy_(noise_on_gpu(self._seeds, self._first, self._task.shape))
+
+    def _one_step(self, step: nn.Module) -> None:
+        batch = len(self._x)
+        index = self._index.clamp(max=len(self._times) - 1)
+        row = self._rows.index_select(0, index).expand(batch, -1)
+        time = self._times.index_select(0, index).expand(batch)
+        noise = noise_on_gpu(self._seeds, index, self._task.shape)
+        inputs = (self._x, self._encoded[-1], self._task.embedding, time, self._history, noise, row)
+        _, latent, history = _run(step, *inputs)
+        self._x.copy_(latent)
+        self._history.copy_(history)
+        self._index.add_(1)
+
+    def encode(self) -> None:
+        """See `Clips`."""
+        encoded = self._encode()
+        if encoded is not self._encoded:  # not captured: what follows reads the first run's tensors
+            for old, new in zip(self._encoded, encoded, strict=True):
+                old.copy_(new)
+
+    def start(self) -> None:
+        """See `Clips`."""
+        self._start()
+
+    def step(self) -> None:
+        """See `Clips`."""
+        self._step()
+
+    def decode(self) -> Tensor:
+        """See `Clips`."""
+        frames = []
+        for first in range(0, self._task.frames, self.chunk):
+            self._part.copy_(self._x[:, :, first : first + self.chunk])
+            frames.append(self._decode()[0].clone())
+        return torch.cat(frames, dim=2)
+
+    def latent(self) -> Tensor:
+        """See `Clips`."""
+        return self._x.clone()
+
+    def flops(self) -> dict[str, float]:
+        """Operations of one sample: of a step, and of the decoding of a frame; multiply-adds count as two."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        batch, device = len(self._x), self._x.device
+        found = {}
+        row, time = self._rows[:1].expand(batch, -1), self._times[:1].expand(batch)
+        inputs = (self._x, self._encoded[-1], self._task.embedding, time, self._history, self._x, row)
+        *skips, _ = self._encoded
+        for name, arguments, runs in (
+            ("step", inputs, batch),
+            ("decode", (self._task.image, *skips, self._part), batch * self.chunk),
+        ):
+            with FlopCounterMode(display=False) as counter:
+                _run(self.modules[name].to(device), *arguments)
+            found["step" if name == "step" else "decoded frame"] = counter.get_total_flops() / runs
+        return found
+
+
+def _chunk(frames: int, batch: int) -> int:
+    """Frames of a clip that are decoded at once: a divisor of all of them."""
+    most = max(1, DECODED_AT_ONCE // batch)
+    return max(part for part in range(1, frames + 1) if frames % part == 0 and part <= most)
+
+
+def _run(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return module(*inputs)
+
+
+def _as_it_is(run: Callable[[], Any], _device: torch.device) -> Callable[[], Any]:
+    return run

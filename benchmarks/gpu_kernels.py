@@ -1,0 +1,265 @@
+"""The CUDA kernels on the GPU itself: right, and how fast against what PyTorch does and what memory gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.gpu_timing import Budget, Timing, captured, measure
+from lfdm_export import sampling
+from lfdm_export.noise import noise_for
+from lfdm_export.ops.thresholded_step import thresholded_step
+from lfdm_export.ops.thresholded_step.gpu import noise_on_gpu
+from lfdm_export.ops.thresholded_step.reference import thresholded_step_in_torch
+from lfdm_export.ops.warp import warp, warp_blend
+from lfdm_export.ops.warp.reference import warp_blend_in_torch, warp_in_torch
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FORMS = {"planar": torch.contiguous_format, "channels_last": torch.channels_last}
+#: Sizes of the published decoder: channels, side of the map, stride of the phases.
+LEVELS = {
+    "128x128x64": (64, 128, 1),
+    "64x64x128": (128, 64, 1),
+    "32x32x256": (256, 32, 1),
+    "phase of 128": (64, 128, 2),
+}
+TOY_LEVELS = {"16x16x8": (8, 16, 1), "phase of 16": (8, 16, 2)}
+#: Largest errors against float64 that count as right, relative to the largest value: rounding of the result, and
+#: coordinates that are float32.
+LIMITS = {"fp32": 2e-5, "fp16": 1e-3, "bf16": 8e-3}
+
+Record = dict[str, Any]
+
+
+class WrongResultError(Exception):
+    """A kernel gives what it should not."""
+
+
+def ceilings(device: torch.device, *, toy: bool) -> Record:
+    """What the GPU gives at best: bytes a second of a copy, operations a second of a matrix product."""
+    size = 1 << (22 if toy else 30)
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    timing = measure(lambda: target.copy_(source), device)
+    copy = {"bytes": 2 * size, "bytes_a_second": 2 * size / timing.median, "seconds": timing.plain()}
+    side = 256 if toy else 8192
+    products = {}
+    for name in ("fp32", "tf32", "fp16", "bf16"):
+        dtype = DTYPES.get(name, torch.float32)
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+        timing = measure(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
+        products[name] = {"flops_a_second": 2 * side**3 / timing.median, "side": side, "seconds": timing.plain()}
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return {"copy": copy, "matrix_product": products}
+
+
+def _random(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+
+
+def _motion(frames: int, side: int, device: torch.device, *, wild: bool = False) -> Tensor:
+    """Flows of a moving picture: the identity, stirred; some pixels look outside, or nowhere."""
+    line = torch.linspace(-1, 1, side)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="ij")[::-1]).to(device)
+    offset = F.interpolate(_random(1, (frames, 2, 4, 4), device) * 0.2, size=(side, side), mode="bilinear")
+    motion = torch.cat([grid + offset, _random(2, (frames, 1, side, side), device).sigmoid()], dim=1)
+    if wild:
+        values = torch.tensor([math.nan, math.inf, -math.inf, 3e38, -3e38, 1e9, -1.0, 1.0], device=device)
+        motion[:, :2, 0, : len(values)] = values
+    return motion.contiguous()
+
+
+def checks(device: torch.device, *, toy: bool) -> Record:
+    """Every kernel against its reference in float64 on the device.
+
+    Raises:
+        WrongResultError: one is wrong; the message says which and by how much.
+    """
+    found: Record = {}
+    levels = TOY_LEVELS if toy else LEVELS
+    for dtype_name, dtype in DTYPES.items():
+        for form_name, form in FORMS.items():
+            for level, (channels, side, stride) in levels.items():
+                name = f"warp {level} {dtype_name} {form_name}"
+                found[name] = _check_warp(channels, side, stride, dtype, form, device)
+            found[f"warp 3 channels {dtype_name} {form_name}"] = _check_warp(3, 24, 1, dtype, form, device)
+    found["noise"] = _check_noise(device, 1001 if toy else 122_880)
+    for name, count in {"whole": 768 if toy else 122_880, "odd": 1007}.items():
+        found[f"thresholded step {name}"] = _check_step(count, device)
+    wrong = [
+        f"{name}: {value['error']:.2e}, at most {_limit(name):.0e}"
+        for name, value in found.items()
+        if not value["error"] <= _limit(name)
+    ]
+    if wrong:
+        raise WrongResultError(f"kernels differ from float64: {'; '.join(wrong)}")
+    return found
+
+
+def _limit(name: str) -> float:
+    if not name.startswith("warp"):
+        return 0.0 if name != "noise" else 1.0
+    return next(limit for dtype, limit in LIMITS.items() if f" {dtype} " in name)
+
+
+def _check_warp(
+    channels: int, side: int, stride: int, dtype: torch.dtype, form: torch.memory_format, device: torch.device
+) -> Record:
+    """Largest error of both operators; a value that was not written counts as infinite."""
+    frames, batch = 6, 2
+    source = _random(3, (batch, channels, side, side), device).to(dtype).to(memory_format=form)
+    motion = _motion(frames, max(side // 4, 8), device, wild=True)
+    shape = (frames, channels, side // stride, side // stride)
+    previous = _random(4, shape, device).to(dtype).to(memory_format=form)
+    phase = (stride - 1, 0)
+    found = [warp(source, motion), warp_blend(source, motion, previous, stride=stride, phase=phase)]
+    wide = (source.double(), motion.double())
+    expected = [warp_in_torch(*wide), warp_blend_in_torch(*wide, previous.double(), stride=stride, phase=phase)]
+    errors = [
+        float((one.double() - other).abs().nan_to_num(nan=math.inf).max() / other.abs().max())
+        for one, other in zip(found, expected, strict=True)
+    ]
+    return {"error": max(errors), "warp": errors[0], "warp_blend": errors[1]}
+
+
+def _check_step(count: int, device: torch.device) -> Record:
+    """How many values differ from NumPy's, which they should equal to the last bit."""
+    rng = np.random.default_rng(0)
+    latent = np.stack([rng.standard_normal(count) * 3, rng.uniform(-0.5, 0.5, count), rng.standard_cauchy(count),
+                       np.full(count, -4.25), rng.integers(-5, 6, count) * 1.5]).astype(np.float32)  # fmt: skip
+    batch = len(latent)
+    shape = (batch, count)
+    predicted, noise = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+    history = rng.standard_normal((batch, 2, count)).astype(np.float32)
+    coefficients = rng.standard_normal((batch, 11)).astype(np.float32)
+    arrays = (latent, predicted, history, noise, coefficients)
+    expected = sampling.apply_step(*arrays)
+    tensors = [torch.from_numpy(array).to(device) for array in arrays]
+    found = [tensor.cpu().numpy() for tensor in thresholded_step(*tensors)]
+    different = sum(int((a != b).sum()) for a, b in zip(found, expected, strict=True))
+    # A narrower prediction is what a float16 network gives.
+    half = thresholded_step(tensors[0], tensors[1].half(), *tensors[2:])
+    exact = sampling.apply_step(latent, predicted.astype(np.float16).astype(np.float32), *arrays[2:])
+    different += sum(int((a.cpu().numpy() != b).sum()) for a, b in zip(half, exact, strict=True))
+    return {"error": float(different), "values": 6 * latent.size}
+
+
+def _check_noise(device: torch.device, count: int) -> Record:
+    """Largest difference from the host's draws in units in the last place, and how many differ."""
+    seeds = [0, 7, 2**64 - 1]
+    expected = noise_for(seeds, 3, (count,))
+    on_device = torch.tensor(np.array(seeds, np.uint64).view(np.int64), device=device)
+    found = noise_on_gpu(on_device, torch.tensor([3], device=device), (count,)).cpu().numpy()
+    steps = np.abs(found.view(np.int32).astype(np.int64) - expected.view(np.int32))
+    return {"error": float(steps.max()), "different": int((steps > 0).sum()), "values": int(steps.size)}
+
+
+def torch_warp_blend(source: Tensor, motion: Tensor, previous: Tensor, stride: int, phase: tuple[int, int]) -> Tensor:
+    """What PyTorch offers for it: interpolate, grid_sample, blend. The grid is rounded, as grid_sample demands."""
+    frames = len(motion) // len(source)
+    full = F.interpolate(motion, size=source.shape[2:], mode="bilinear", align_corners=False)
+    resized = full[:, :, phase[0] :: stride, phase[1] :: stride].to(source.dtype)
+    repeated = source[:, None].expand(-1, frames, -1, -1, -1).flatten(0, 1)
+    warped = F.grid_sample(repeated, resized[:, :2].permute(0, 2, 3, 1), align_corners=False)
+    occlusion = resized[:, 2:3]
+    return warped * occlusion + previous * (1 - occlusion)
+
+
+def warp_speed(device: torch.device, budget: Budget, *, toy: bool) -> Record:
+    """WarpBlend at the decoder's sizes: seconds, bytes a second, and PyTorch's operators beside it.
+
+    Bytes are those that must move: `previous` in, the result out, source and motion once. Inputs take turns, so that
+    together they exceed the L2 cache.
+    """
+    found: Record = {}
+    for level, (channels, side, stride) in (TOY_LEVELS if toy else LEVELS).items():
+        for frames in (2,) if toy else (8, 40):
+            for dtype_name, dtype in DTYPES.items():
+                budget.need(5, "timing a warp")
+                found[f"{level} {dtype_name} {frames} frames"] = _time_warp(
+                    channels, side, stride, frames, dtype, device, sets=2 if toy else 320 // frames
+                )
+    return found
+
+
+def _time_warp(
+    channels: int, side: int, stride: int, frames: int, dtype: torch.dtype, device: torch.device, sets: int
+) -> Record:
+    motion, phase = _motion(frames, max(side // 4, 8), device), (0, 0)
+    if side >= 32:
+        motion = _motion(frames, 32, device)
+    small = side // stride
+    source = _random(5, (1, channels, side, side), device).to(dtype)
+    previous = [_random(6, (frames, channels, small, small), device).to(dtype) for _ in range(sets)]
+    size = source.element_size()
+    total = 2 * previous[0].numel() * size + source.numel() * size + motion.numel() * 4
+    record: Record = {"bytes": total}
+    for form_name, form in FORMS.items():
+        first, others = source.to(memory_format=form), [p.to(memory_format=form) for p in previous]
+        ours = _each(lambda p, s=first: warp_blend(s, motion, p, stride=stride, phase=phase), others, device)  # type: ignore[misc]
+        theirs = _each(lambda p, s=first: torch_warp_blend(s, motion, p, stride, phase), others, device)  # type: ignore[misc]
+        copy = _each(torch.clone, others, device)
+        record[form_name] = {
+            "seconds": ours.plain(),
+            "bytes_a_second": total / ours.median,
+            "pytorch_seconds": theirs.plain(),
+            "times_pytorch": theirs.median / ours.median,
+            "copy_seconds": copy.plain(),
+        }
+    return record
+
+
+def _each(run: Callable[[Tensor], Tensor], inputs: list[Tensor], device: torch.device) -> Timing:
+    """Time of one run, of many in a graph, so that the host's launches do not count."""
+    run(inputs[0])
+
+    def all_of_them() -> None:
+        for tensor in inputs:
+            run(tensor)
+
+    return measure(captured(all_of_them, device), device, seconds=0.15).divided(len(inputs))
+
+
+def published_step(latent: Tensor, predicted: Tensor, noise: Tensor, c: Tensor) -> Tensor:
+    """The published program's way of a DDIM step behind the network: `torch.quantile`, clamp, update."""
+    x0 = c[:, 0] * latent + c[:, 1] * predicted
+    bound = torch.quantile(x0.flatten(1).abs(), 0.9, dim=1).clamp(min=1).view(-1, *[1] * (latent.ndim - 1))
+    x0 = x0.clamp(-bound, bound) / bound
+    return c[:, 2] * latent + c[:, 3] * x0 + c[:, 4] * predicted + c[:, 7] * noise
+
+
+def step_speed(device: torch.device, budget: Budget, *, toy: bool) -> Record:
+    """ThresholdedStep and the noise, and PyTorch's operators beside them, for batches.
+
+    The kernels run in a graph, as they do in a clip; PyTorch's operators as they are called.
+    """
+    shape = (3, 2, 8, 8) if toy else (3, 40, 32, 32)
+    found: Record = {}
+    for batch in (1, 2) if toy else (1, 8, 32):
+        budget.need(5, "timing a step")
+        latent, predicted, noise = (_random(seed, (batch, *shape), device) for seed in range(3))
+        history, coefficients = torch.stack([latent, noise], dim=1), _random(4, (batch, 11), device)
+        columns = coefficients.view(batch, 11, 1, 1, 1, 1)
+        seeds, step = torch.arange(batch, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+        arguments = (latent, predicted, history, noise, coefficients)
+        small = (latent * 1e-3, predicted * 1e-3, *arguments[2:])
+        runs: dict[str, Callable[[], Any]] = {
+            "kernel": lambda a=arguments: thresholded_step(*a),  # type: ignore[misc]
+            "kernel, quantile below 1": lambda a=small: thresholded_step(*a),  # type: ignore[misc]
+            "our operators": lambda a=arguments: thresholded_step_in_torch(*a),  # type: ignore[misc]
+            "published operators": lambda a=(latent, predicted, noise, columns): published_step(*a),  # type: ignore[misc]
+            "noise kernel": lambda a=seeds, b=step: noise_on_gpu(a, b, shape),  # type: ignore[misc]
+            "torch.randn": lambda a=latent: torch.randn_like(a),  # type: ignore[misc]
+        }
+        found[f"batch {batch}"] = {
+            name: measure(captured(run, device) if "kernel" in name else run, device, seconds=0.15).plain()
+            for name, run in runs.items()
+        }
+    return found

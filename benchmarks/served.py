@@ -1,0 +1,157 @@
+"""A server under measurement: `lfdm-serve` in a process of its own, its metrics, its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+#: Seconds that a server may take to be ready, and to stop.
+_START, _STOP = 300.0, 90.0
+_SERVE = "import sys; from lfdm_export.cli import serve_main; sys.exit(serve_main())"
+_METRIC = re.compile(r'^(\w+)\{model="(\w+)"(?:,\w+="(\w+)")?\} (\S+)$')
+
+
+class ServerFailed(Exception):
+    """The server did not start, or has gone."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server.
+
+    Attributes:
+        address: of gRPC, HOST:PORT.
+        metrics_url: its metrics page.
+        pid: of lfdm-serve.
+    """
+
+    address: str
+    metrics_url: str
+    pid: int
+
+    def metrics(self, model: str = "lfdm_sample") -> dict[str, float]:
+        """Our own metrics of one model, by name, or by name and outcome (``lfdm_requests_total.finished``)."""
+        with urllib.request.urlopen(self.metrics_url, timeout=10) as answer:  # our own server
+            lines = answer.read().decode().splitlines()
+        found = filter(None, map(_METRIC.match, lines))
+        return {".".join(filter(None, (one[1], one[3]))): float(one[4]) for one in found if one[2] == model}
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of each process of the server's, shared pages divided among those who share them."""
+        usage = {}
+        for pid in _descendants(self.pid):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                usage[_name(pid)] = _proportional_bytes(pid)
+        return usage
+
+
+@contextlib.contextmanager
+def serve(bundle: Path, log: Path, options: Sequence[str]) -> Iterator[Served]:
+    """A server on free ports, ready; stopped at the end.
+
+    Args:
+        bundle: what it serves.
+        log: file for what it says.
+        options: more of lfdm-serve's.
+
+    Raises:
+        ServerFailed: it does not get ready.
+    """
+    ports = [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _SERVE, str(bundle), *ports, *options], stdout=file, stderr=file
+        )
+    try:
+        yield _wait_ready(process, log)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(_STOP)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def tell_logs(folder: Path) -> None:
+    """Print what the servers said last, when something went wrong."""
+    for log in sorted(folder.glob("*.log")):
+        lines = log.read_text(errors="replace").splitlines()[-40:]
+        print(f"--- {log.name}", *lines, sep="\n", file=sys.stderr)
+
+
+def _wait_ready(process: subprocess.Popen[bytes], log: Path) -> Served:
+    end = time.monotonic() + _START
+    while time.monotonic() < end:
+        said = log.read_text(errors="replace")
+        if re.search(r"^ready$", said, re.MULTILINE):
+            addresses = dict(re.findall(r"^(gRPC|metrics)\s+(\S+)$", said, re.MULTILINE))
+            return Served(addresses["gRPC"], addresses["metrics"], process.pid)
+        if process.poll() is not None:
+            raise ServerFailed(f"lfdm-serve ended with status {process.returncode}: {said[-2000:]}")
+        time.sleep(0.2)
+    raise ServerFailed(f"lfdm-serve was not ready within {_START:.0f} s: {log.read_text(errors='replace')[-2000:]}")
+
+
+class MemoryWatch:
+    """Samples a server's memory on a thread of its own."""
+
+    def __init__(self, served: Served, every: float) -> None:
+        """Begin.
+
+        Args:
+            served: the server.
+            every: seconds between samples.
+        """
+        #: Seconds since the beginning, and bytes by process.
+        self.samples: list[tuple[float, dict[str, int]]] = []
+        self._served, self._every, self._stop = served, every, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take no more samples."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        began = time.monotonic()
+        while not self._stop.wait(self._every):
+            self.samples.append((time.monotonic() - began, self._served.memory()))
+
+
+def _descendants(pid: int) -> list[int]:
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                after_name = (entry / "stat").read_text().rpartition(")")[2].split()
+                parents.setdefault(int(after_name[1]), []).append(int(entry.name))
+    found, pending = [], [pid]
+    while pending:
+        found.append(pending.pop())
+        pending.extend(parents.get(found[-1], ()))
+    return found
+
+
+def _name(pid: int) -> str:
+    """A process by what it is for: its model, if it runs one."""
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    models = [part for word in words[1:] for part in Path(word).parts if part.startswith("lfdm_")]
+    return models[0] if models else Path(words[0]).name
+
+
+def _proportional_bytes(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) << 10
+    return 0

@@ -1,0 +1,305 @@
+"""A long mixed load with faults: no answer may be lost or belong to somebody else, and memory must stay flat.
+
+Part of `benchmarks/throughput.py --soak MINUTES`. Clients work side by side, each doing one thing after the other,
+drawn at random: clips, streams with previews, priorities, deadlines that cannot be met, cancellations, streams that are
+left, connections that break off, and requests that are wrong in one of several ways. Each must end as it should:
+with the right clip, or the right error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.cells import GUIDED, SEED, connect, say
+from benchmarks.load import Order, make_orders
+from benchmarks.served import MemoryWatch, Served, serve, tell_logs
+from lfdm_export.errors import DeadlineError, InputError, LfdmExportError, ServerError
+from lfdm_export.serving.contract import RequestCancelledError
+
+if TYPE_CHECKING:
+    from lfdm_export.client import Client
+    from lfdm_export.pipeline import Pipeline
+
+#: Part of the time after which memory counts, and growth beyond which it is not flat.
+WARM_UP, FLAT = 0.3, 0.05
+#: Seconds between samples of memory.
+_EVERY = 2.0
+#: Clients.
+_CLIENTS = 6
+#: Options of the server.
+_SLOTS, _QUEUE = 4, 64
+
+
+@dataclass
+class Ledger:
+    """What was done and how it ended; for all clients.
+
+    Attributes:
+        done: what ended as it should, by kind.
+        wrong: what did not.
+    """
+
+    done: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def right(self, kind: str) -> None:
+        """Count something that ended as it should."""
+        with self._lock:
+            self.done[kind] += 1
+
+    def violation(self, what: str) -> None:
+        """Keep something that did not."""
+        with self._lock:
+            self.wrong.append(what)
+        say(f"VIOLATION {what}")
+
+
+def run_soak(bundle: Path, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Load a server for so many minutes.
+
+    Returns:
+        What was done, violations, memory, and lines that say so.
+    """
+    from lfdm_export.pipeline import Pipeline
+
+    seconds, pipeline = 60.0 * arguments.soak, Pipeline.open(bundle, threads=arguments.threads)
+    say(f"making {arguments.orders} clips to compare with")
+    orders = make_orders(pipeline, arguments.orders, tuple(arguments.steps), GUIDED, SEED)
+    options = [f"--slots={_SLOTS}", f"--queue={_QUEUE}", f"--threads={arguments.threads}"]
+    ledger = Ledger()
+    with serve(bundle, folder / "soak.log", options) as served:
+        memory, end = MemoryWatch(served, _EVERY), time.monotonic() + seconds
+        threads = [
+            threading.Thread(target=_work, args=(served, orders, pipeline, ledger, end, number), daemon=True)
+            for number in range(_CLIENTS)
+        ]
+        for thread in threads:
+            thread.start()
+        while time.monotonic() < end:
+            time.sleep(min(30.0, max(0.1, end - time.monotonic())))
+            say(f"{seconds - end + time.monotonic():.0f} s: {dict(ledger.done)}, {len(ledger.wrong)} violations")
+        for thread in threads:
+            thread.join(180.0)
+            if thread.is_alive():
+                ledger.violation("a client never had its answer")
+        memory.stop()
+        _check_after(served, orders, ledger)
+    result = _result(ledger, memory, seconds)
+    if result["violations"]:
+        tell_logs(folder)
+    return result
+
+
+def _work(served: Served, orders: Sequence[Order], pipeline: Pipeline, ledger: Ledger, end: float, number: int) -> None:
+    """One client."""
+    random = np.random.default_rng([SEED, number])
+    actions: tuple[tuple[Callable[[_Client], None], float], ...] = (
+        (_clip, 0.40), (_stream, 0.16), (_cancelled, 0.10), (_left, 0.08), (_broken_off, 0.04), (_too_late, 0.06),
+        (_wrong_request, 0.16),
+    )  # fmt: skip
+    kinds, shares = zip(*actions, strict=True)
+    with connect(served) as client:
+        me = _Client(served, client, orders, pipeline, ledger, random, number)
+        while time.monotonic() < end:
+            action = kinds[random.choice(len(kinds), p=shares)]
+            try:
+                action(me)
+            except Exception as error:  # noqa: BLE001 (whatever it is, it is to be reported)
+                ledger.violation(f"{action.__name__[1:]}: {type(error).__name__}: {error}")
+
+
+@dataclass
+class _Client:
+    """What an action works with."""
+
+    served: Served
+    client: Client
+    orders: Sequence[Order]
+    pipeline: Pipeline
+    ledger: Ledger
+    random: np.random.Generator
+    number: int
+    requests: int = 0
+
+    def order(self) -> Order:
+        """One of the orders."""
+        return self.orders[int(self.random.integers(len(self.orders)))]
+
+    def request_id(self) -> str:
+        """An id that nobody else has."""
+        self.requests += 1
+        return f"soak-{self.number}-{self.requests}"
+
+    def check(self, order: Order, frames: Any, kind: str) -> None:
+        """Whether the answer is the order's clip."""
+        if order.fits(frames):
+            self.ledger.right(kind)
+        else:
+            others = [index for index, other in enumerate(self.orders) if other.fits(frames)]
+            self.ledger.violation(f"{kind}: another clip came than was asked for; it is that of order {others}")
+
+
+def _clip(me: _Client) -> None:
+    order, priority = me.order(), int(me.random.integers(-2, 3))
+    me.check(order, me.client.generate(order.image, **order.settings(), priority=priority).frames, "clip")
+
+
+def _stream(me: _Client) -> None:
+    order, every = me.order(), int(me.random.integers(1, 5))
+    with me.client.stream(order.image, **order.settings(), preview_every=every, progress_every=1) as stream:
+        for _event in stream:
+            pass
+        me.check(order, stream.clip().frames, "stream")
+
+
+def _cancelled(me: _Client) -> None:
+    """Cancel from elsewhere, at any time: it ends as cancelled, or was done already."""
+    order, identity = me.order(), me.request_id()
+    canceller = threading.Timer(float(me.random.uniform(0, 3)), me.client.cancel, (identity,))
+    canceller.start()
+    try:
+        me.check(order, me.client.generate(order.image, **order.settings(), request_id=identity).frames, "clip")
+    except RequestCancelledError:
+        me.ledger.right("cancelled")
+    finally:
+        canceller.cancel()
+        canceller.join()
+
+
+def _left(me: _Client) -> None:
+    """Leave a stream at any event."""
+    order, events = me.order(), int(me.random.integers(1, 6))
+    with me.client.stream(order.image, **order.settings(), preview_every=1, progress_every=1) as stream:
+        for _count, _event in zip(range(events), stream, strict=False):
+            pass
+    me.ledger.right("left")
+
+
+def _broken_off(me: _Client) -> None:
+    """Close a connection under a clip: it ends as cancelled, or was done already."""
+    order = me.order()
+    with connect(me.served) as client:
+        closer = threading.Timer(float(me.random.uniform(0.05, 2)), client.close)
+        client.facts()
+        closer.start()
+        try:
+            me.check(order, client.generate(order.image, **order.settings()).frames, "clip")
+        except (RequestCancelledError, InputError):  # InputError: it was closed before it was sent
+            me.ledger.right("broken off")
+        finally:
+            closer.cancel()
+            closer.join()
+
+
+def _too_late(me: _Client) -> None:
+    order = me.order()
+    try:
+        me.check(order, me.client.generate(order.image, **order.settings(), deadline=0.05).frames, "clip")
+    except DeadlineError:
+        me.ledger.right("too late")
+
+
+def _wrong_request(me: _Client) -> None:
+    """A request that is wrong in one of several ways is told so, by the server where the client lets it pass."""
+    order = me.order()
+    settings = order.settings()
+    noise = np.full(me.pipeline.bundle.manifest.geometry.text_width, np.nan, np.float32)
+    attempts: dict[str, Callable[[], object]] = {
+        "unknown label": lambda: me.client.generate(order.image, **settings | {"label": "no such label"}),
+        "no steps": lambda: me.client.generate(order.image, **settings | {"steps": 0}),
+        "too many steps": lambda: me.client.generate(order.image, **settings | {"steps": 5000}),
+        "embedding": lambda: me.client.generate(order.image, **settings | {"label": None}, text_embedding=noise),
+        "guidance": lambda: me.client.generate(order.image, **settings | {"guidance_scale": 1e6}),
+        "no picture": lambda: _infer(me, b"this is no picture", order),
+        "half a picture": lambda: _infer(me, _png(order)[:200], order),
+    }
+    kind = list(attempts)[int(me.random.integers(len(attempts)))]
+    try:
+        attempts[kind]()
+    except InputError:
+        me.ledger.right(f"wrong: {kind}")
+    else:
+        me.ledger.violation(f"wrong: {kind}: it was not refused")
+
+
+def _infer(me: _Client, image: bytes, order: Order) -> None:
+    """A request with an encoded picture, past the client's own look at it.
+
+    Raises:
+        InputError: the server refuses it.
+    """
+    import tritonclient.grpc as triton
+
+    from lfdm_export.serving.contract import CLIP_MODEL
+
+    inputs = []
+    for name, value in (("image_bytes", image), ("label", order.label.encode())):
+        tensor = triton.InferInput(name, [1], "BYTES")
+        tensor.set_data_from_numpy(np.array([value], np.object_))
+        inputs.append(tensor)
+    client = triton.InferenceServerClient(me.served.address)
+    try:
+        client.infer(CLIP_MODEL, inputs, client_timeout=120.0)
+    except triton.InferenceServerException as error:
+        if "INVALID_ARGUMENT" not in str(error.status()):
+            raise ServerError(f"{error.status()}: {error.message()}") from error
+        raise InputError(error.message()) from error
+    finally:
+        client.close()
+
+
+def _png(order: Order) -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(order.image).save(file, "png")
+    return file.getvalue()
+
+
+def _check_after(served: Served, orders: Sequence[Order], ledger: Ledger) -> None:
+    """Nothing runs or waits any more, and the server works."""
+    time.sleep(3.0)
+    for model in ("lfdm_sample", "lfdm_stream"):
+        metrics = served.metrics(model)
+        left = {name: metrics.get(name, 0.0) for name in ("lfdm_slots_busy", "lfdm_waiting")}
+        if any(left.values()):
+            ledger.violation(f"{model} is not idle at the end: {left}")
+    try:
+        with connect(served) as client:
+            if not orders[0].fits(client.generate(orders[0].image, **orders[0].settings()).frames):
+                ledger.violation("the last clip is another one than was asked for")
+    except LfdmExportError as error:
+        ledger.violation(f"the last clip: {error}")
+
+
+def _result(ledger: Ledger, memory: MemoryWatch, seconds: float) -> dict[str, Any]:
+    totals = [(when, sum(usage.values())) for when, usage in memory.samples if when >= WARM_UP * seconds]
+    third = max(1, len(totals) // 3)
+    early, late = (statistics.median(size for _, size in part) for part in (totals[:third], totals[-third:]))
+    growth = late / early - 1
+    violations, count = list(ledger.wrong), sum(ledger.done.values())
+    if growth > FLAT:
+        violations.append(f"memory grew by {100 * growth:.1f}% after the warm-up, expected at most {100 * FLAT:.0f}%")
+    return {
+        "settings": {"seconds": seconds, "clients": _CLIENTS, "slots": _SLOTS, "queue": _QUEUE},
+        "done": dict(ledger.done),
+        "violations": violations,
+        "memory": {"early_bytes": early, "late_bytes": late, "growth": growth, "samples": memory.samples},
+        "report": [
+            f"{count} requests in {seconds / 60:.1f} minutes ended as they should: {dict(ledger.done)}",
+            f"memory of the server's processes: {early / 1e6:.0f} MB, later {late / 1e6:.0f} MB ({100 * growth:+.1f}%)",
+            *(f"VIOLATION {line}" for line in violations),
+        ],
+    }
