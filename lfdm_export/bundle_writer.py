@@ -22,6 +22,7 @@ from lfdm_export.bundle import (
     NULL_ROW,
     ONNX_FOLDER,
     PARITY_FOLDER,
+    PLANS_FOLDER,
     REFERENCE,
     Bundle,
     fingerprint,
@@ -32,6 +33,9 @@ from lfdm_export.manifest import Manifest
 from lfdm_export.reference import Reference
 
 _log = logging.getLogger(__name__)
+
+# What may be written into a bundle later, and is no part of it.
+_LATER = (f"{PARITY_FOLDER}/", f"{PLANS_FOLDER}/")
 
 
 class BundleWriter:
@@ -129,11 +133,11 @@ def _beside(target: Path, word: str) -> Path:
 
 
 def _list_files(folder: Path) -> list[str]:
-    """Relative POSIX paths of all files but the manifest and the parity report."""
+    """Relative POSIX paths of all files but the manifest, the parity report and the plans."""
     names = (
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()
     )
-    return sorted(name for name in names if name != MANIFEST and not name.startswith(f"{PARITY_FOLDER}/"))
+    return sorted(name for name in names if name != MANIFEST and not name.startswith(_LATER))
 
 
 def _sync_folder(folder: Path) -> None:
@@ -169,13 +173,18 @@ def _require_replaceable(target: Path) -> None:
 
 
 def _publish(folder: Path, target: Path) -> None:
-    """Rename `folder` to `target`; a bundle there gives way, and comes back if anything fails."""
+    """Rename `folder` to `target`; a bundle there gives way, and comes back if anything fails.
+
+    Its plans move into the new one: each says what it was made of, and serves as long as that is still there.
+    """
     _require_replaceable(target)
     aside = _beside(target, "old")
     try:
         if target.exists():
             target.rename(aside)
         _rename_new(folder, target)
+        with contextlib.suppress(OSError):  # most often there are none
+            (aside / PLANS_FOLDER).rename(target / PLANS_FOLDER)
     except BaseException:
         if aside.exists() and not target.exists():
             aside.rename(target)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lfdm_export.errors import CheckpointError, InputError
 from lfdm_export.recognise import recognise_dm, recognise_lfae
+from lfdm_export.training_facts import training_facts
 from lfdm_export.weight_files import PARTS, read_tensors, sha256, shorten
 from lfdm_models.config import DmConfig, LfaeConfig, LfdmConfig
 from lfdm_models.diffusion import Diffusion
@@ -21,6 +23,7 @@ from lfdm_models.lfae import Lfae
 from lfdm_models.model import LfdmModel
 from lfdm_models.schedule import Schedule, cosine_schedule
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _LFAE_PARTS, _DM_PART = PARTS[:3], PARTS[3]
@@ -32,18 +35,22 @@ def load_model(
     lfae: str | os.PathLike[str],
     dm: str | os.PathLike[str],
     *,
-    residual_flow: bool = False,
+    residual_flow: bool | None = None,
     region_pad: int | None = None,
 ) -> LfdmModel:
     """Load a pair of checkpoints, strictly; their architecture is recognised from keys and shapes.
+
+    Those of `lfdm-train` tell of themselves what weights do not show, their labels' embeddings among it.
 
     Args:
         lfae: file with the state dicts ``generator``, ``region_predictor`` and ``bg_predictor``; of
             ``torch.save`` (loaded without running anything in it) or safetensors.
         dm: file with the state dict ``diffusion``.
-        residual_flow: the DM was trained on flow as an offset from the identity grid.
+        residual_flow: the DM was trained on flow as an offset from the identity grid. None: as the checkpoint
+            tells, else it was not.
         region_pad: padding of the region predictor's last conv, which weights do not show: 3 for MUG, 0
-            for MHAD and NATOPS. None: 0 if the DM has a learned null embedding (NATOPS), else 3 (MUG).
+            for MHAD and NATOPS. None: as the checkpoint tells, else 0 if the DM has a learned null embedding
+            (NATOPS), else 3 (MUG).
 
     Returns:
         Both networks on the CPU in eval mode, float32, in memory of their own (the files may change).
@@ -51,18 +58,32 @@ def load_model(
     Raises:
         CheckpointError: a file is missing, damaged or no such checkpoint, its tensors are not those of
             the network, or the two do not fit each other.
-        InputError: `region_pad` is out of range.
+        InputError: `region_pad` is out of range, or an option is not what the checkpoint was trained with.
     """
     if region_pad is not None and (not isinstance(region_pad, int) or isinstance(region_pad, bool) or region_pad < 0):
         raise InputError(f"region_pad is {region_pad!r}, expected 3 (MUG), 0 (MHAD, NATOPS) or None")
     lfae_path, dm_path = Path(lfae).expanduser(), Path(dm).expanduser()
-    model = load_networks(lfae_path, dm_path, residual_flow=residual_flow, region_pad=region_pad)
+    told = training_facts(lfae_path, dm_path)
+    residual_flow = _agreed("residual_flow", residual_flow, told.residual_flow)
+    region_pad = _agreed("region_pad", region_pad, told.region_pad)
+    model = load_networks(lfae_path, dm_path, residual_flow=bool(residual_flow), region_pad=region_pad)
+    width = model.config.dm.text_width
+    if any(row.shape != (width,) for row in told.label_embeddings.values()):
+        raise CheckpointError(f"{dm_path}: its labels' embeddings are not of the network's width {width}")
+    model.label_embeddings = told.label_embeddings
     model.provenance = {
         "lfae": {"file": lfae_path.name, "sha256": sha256(lfae_path)},
         "dm": {"file": dm_path.name, "sha256": sha256(dm_path)},
-        "trained": None,  # nobody said
+        "trained": told.trained,
+        **told.geometry,
     }
     return model
+
+
+def _agreed(name: str, given: T | None, told: T | None) -> T | None:
+    if given is not None and told is not None and given != told:
+        raise InputError(f"{name} is {given}, but the checkpoint was trained with {told}; leave it out")
+    return told if given is None else given
 
 
 def load_networks(

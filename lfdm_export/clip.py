@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,13 +22,16 @@ class Clip:
 
     Attributes:
         frames: (B, T, H, W, 3) uint8.
-        warped: (B, T, H, W, 3) uint8, the image moved by the flow alone.
+        warped: (B, T, H, W, 3) uint8, the image moved by the flow alone; (B, 0, H, W, 3) where a server was not asked
+            for it.
         latent: (B, 3, T, h, w) float32: backward sampling grid (x, y), or its offset from the identity
-            if `residual_flow`; then occlusion; each scaled to [-1, 1].
+            if `residual_flow`; then occlusion; each scaled to [-1, 1]; (B, 3, 0, h, w) where a server was not asked
+            for it.
         source: (B, H, W, 3) uint8, the reference image after preprocessing.
         residual_flow: what the latent's grid is.
         labels: label or text of each sample, if it had any.
         seeds: seed of each sample, if its noise came from one.
+        timings: of each sample, from a server: see `lfdm_export.serving.contract.TIMINGS`.
     """
 
     frames: NDArray[np.uint8] = field(repr=False)
@@ -37,6 +41,7 @@ class Clip:
     residual_flow: bool
     labels: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
+    timings: tuple[Mapping[str, float], ...] | None = None
 
     def save(
         self,
@@ -65,7 +70,8 @@ class Clip:
         if (format or Path(name).suffix.lower().removeprefix(".")) == "npz":
             if panels:
                 raise InputError("panels are pictures, which an npz archive does not hold; choose another format")
-            return (save_clip(path, self.frames, format="npz", fps=fps, latent=self.latent, warped=self.warped),)
+            latent, warped = self.latent if self.latent.size else None, self.warped if self.warped.size else None
+            return (save_clip(path, self.frames, format="npz", fps=fps, latent=latent, warped=warped),)
         written = []
         for index in range(len(self.frames)):
             target = name if len(self.frames) == 1 else _numbered(name, index)
@@ -76,6 +82,8 @@ class Clip:
         """(T, H, W, 3), or (T, H, 5W, 3) with panels."""
         if not panels:
             return self.frames[index]
+        if not (self.latent.size and self.warped.size):
+            raise InputError("panels need the warped images and the latent; ask the server for both")
         return make_panels(
             self.source[index],
             self.frames[index],

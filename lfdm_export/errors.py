@@ -33,6 +33,32 @@ class ParityError(LfdmExportError):
     """An export differs from its reference by more than its tolerance."""
 
 
+class ServerError(LfdmExportError):
+    """A server failed to serve a request, or answered what it should not.
+
+    Attributes:
+        code: name of the gRPC status, such as "INTERNAL".
+        request_id: of the request, where there was one.
+    """
+
+    def __init__(self, message: str, code: str = "UNKNOWN", request_id: str = "") -> None:
+        """Say what happened, and to which request."""
+        super().__init__(message)
+        self.code, self.request_id = code, request_id
+
+
+class ServerUnavailableError(ServerError):
+    """No server is there, or it takes no more requests now; the same request may be sent again later."""
+
+
+class DeadlineError(ServerError, TimeoutError):
+    """A request was not answered in time."""
+
+
+class AuthenticationError(ServerError):
+    """The server, or what stands before it, does not accept the caller's token or certificate."""
+
+
 class MissingDependencyError(LfdmExportError, ImportError):
     """An optional package is needed for what was asked, and is not installed."""
 

@@ -15,10 +15,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lfdm_export import onnx_export
-from lfdm_export.bundle import ONNX_FOLDER, TOKENIZER_FOLDER, Bundle
+from lfdm_export.bundle import ONNX_FOLDER, PARITY_FOLDER, TOKENIZER_FOLDER, Bundle
 from lfdm_export.bundle_writer import BundleWriter
 from lfdm_export.errors import ExportError, InputError
 from lfdm_export.faithful import make_reference
+from lfdm_export.graphs.precisions import Traced, check_precision, typed_graphs
 from lfdm_export.machine import package_versions
 from lfdm_export.manifest import TEXT_STAGE, Manifest
 from lfdm_export.preprocess import Preprocessing
@@ -33,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 #: Called with the stage at work, how many are done, and how many there are.
 Progress: TypeAlias = Callable[[str, int, int], None]
-#: Precisions that can be exported.
-ENGINES = ("fp32",)
 #: Frames that one run of `decode` gives; from 2 to 20 the time a frame is the same, and memory grows with them.
 CHUNK_FRAMES = 8
 #: Stages that one traced graph gives, and the file that their weights share.
@@ -61,7 +60,7 @@ def export_bundle(
     Args:
         model: of `load_model`.
         out_dir: becomes the bundle; must not exist, be empty, or be a bundle, which is then replaced.
-        engine: precision of the graphs: "fp32".
+        engine: precision of the graphs, one of `stages.PRECISIONS`; see docs/precision.md.
         frames: T, frames of a clip; fixed in the bundle.
         image_size: H = W in pixels; fixed in the bundle.
         text_encoder: the BERT that the model was trained with: a folder, a hub name, or loaded. With it the
@@ -81,15 +80,19 @@ def export_bundle(
         ExportError: the export came out wrong.
         BundleError: the bundle cannot be written there.
     """
-    if engine not in ENGINES:
-        raise InputError(f"unknown engine precision {engine!r}; expected one of {', '.join(ENGINES)}")
+    check_precision(engine)
     geometry = geometry_of(model.config, frames, image_size)
     _require_cosine_schedule(model)
     encoder = load_text_encoder(text_encoder, geometry.text_width)
     table = _label_table(model, labels, encoder)
     specs = stage_specs(geometry, with_text=encoder is not None)
     with BundleWriter(out_dir) as writer:
-        _write_graphs(model, encoder, specs, frames, writer.folder / ONNX_FOLDER, progress)
+        graphs = trace_graphs(model, encoder, specs, frames, progress)
+        lowered = typed_graphs(Traced(graphs, model, geometry, table), engine, progress)
+        write_graphs(lowered.graphs, specs, writer.folder / ONNX_FOLDER)
+        if lowered.sensitivity is not None:
+            lowered.sensitivity.write(writer.folder / PARITY_FOLDER)
+        del graphs, lowered
         rows = np.array(list(table.values()), np.float32).reshape(len(table), geometry.text_width)
         writer.write_embeddings(rows, model.diffusion.denoise_fn.null_cond_emb.detach().numpy()[0])
         if encoder is not None:
@@ -147,37 +150,47 @@ def _require_cosine_schedule(model: LfdmModel) -> None:
             )
 
 
-def _write_graphs(
+def trace_graphs(
     model: LfdmModel,
     encoder: BertTextEncoder | None,
     specs: Mapping[str, StageSpec],
     frames: int,
-    folder: Path,
-    progress: Progress | None,
-) -> None:
-    """Trace every stage and write its graph; the UNet's graphs share their weights' file."""
+    progress: Progress | None = None,
+) -> dict[str, ir.Model]:
+    """The float32 graph of every stage, by name; their weights are the model's own where no rewrite changed them."""
     modules = stage_modules(model, frames)
     if encoder is not None:
         modules[TEXT_STAGE] = encoder
     traced = [name for name in specs if not name.startswith("denoise")]
-    unet: dict[str, ir.Model] = {}
+    graphs: dict[str, ir.Model] = {}
     for done, name in enumerate(traced):
         if progress is not None:
             progress(name, done, len(traced))
         spec = specs[name]
         if name not in _UNET_GRAPHS:
-            onnx_export.save(
-                {name: onnx_export.trace(modules[name], spec.inputs, spec.outputs)}, folder, f"{name}.data"
-            )
+            graphs[name] = onnx_export.trace(modules[name], spec.inputs, spec.outputs)
             continue
         stages = [specs[stage] for stage in _UNET_GRAPHS[name]]
         outputs = [tensor for stage in reversed(stages) for tensor in stage.outputs]
         graph = onnx_export.trace(modules[name], spec.inputs, outputs)
-        unet |= {stage.name: onnx_export.select(graph, stage) for stage in stages}
-    onnx_export.save(unet, folder, _UNET_DATA)
-    onnx_export.check(folder, specs)
+        graphs |= {stage.name: onnx_export.select(graph, stage) for stage in stages}
     if progress is not None:
         progress("done", len(traced), len(traced))
+    return graphs
+
+
+def write_graphs(graphs: Mapping[str, ir.Model], specs: Mapping[str, StageSpec], folder: Path) -> None:
+    """Write every stage's graph and check it; the UNet's graphs share their weights' file.
+
+    Raises:
+        ExportError: a graph is not valid ONNX.
+    """
+    unet = [stage for stages in _UNET_GRAPHS.values() for stage in stages]
+    onnx_export.save({name: graphs[name] for name in unet}, folder, _UNET_DATA)
+    for name in specs:
+        if name not in unet:
+            onnx_export.save({name: graphs[name]}, folder, f"{name}.data")
+    onnx_export.check(folder, specs)
 
 
 def load_text_encoder(

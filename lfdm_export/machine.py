@@ -8,7 +8,9 @@ import platform
 from collections.abc import Iterable
 from pathlib import Path
 
-_PACKAGES = ("lfdm-export", "numpy", "onnxruntime", "onnxruntime-gpu")
+_PACKAGES = (
+    "lfdm-export", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13-bindings",
+)  # fmt: skip
 
 
 def environment(threads: int | None, *, with_torch: bool) -> dict[str, str]:

@@ -20,6 +20,7 @@ from lfdm_export.manifest import TEXT_STAGE
 from lfdm_export.media import load_clip
 from lfdm_export.preprocess import ImageLike, prepare_image, prepare_images, to_float, to_uint8
 from lfdm_export.stage_runner import StageRunner
+from lfdm_export.targets import AUTO
 from lfdm_export.tokenizer import tokenize
 from lfdm_models.schedule import cosine_schedule
 
@@ -63,27 +64,37 @@ class Pipeline:
         >>> pipe.generate("face.jpg", label="happiness", seed=0).save("happiness.gif")
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, device: Device = "cpu") -> None:
+    def __init__(
+        self, bundle: Bundle, *, threads: int | None = None, device: Device = "cpu", target: str = AUTO
+    ) -> None:
         """Use a bundle; see `open`. Its stages can be run one by one through ``stages``."""
         self.bundle = bundle
-        self.stages = StageRunner(bundle, threads=threads, device=device)
+        self.stages = StageRunner(bundle, threads=threads, device=device, target=target)
 
     @classmethod
     def open(
-        cls, bundle: Bundle | str | os.PathLike[str], *, threads: int | None = None, device: Device = "cpu"
+        cls,
+        bundle: Bundle | str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        device: Device = "cpu",
+        target: str = AUTO,
     ) -> Pipeline:
         """Open a bundle, or the path of one, whose files are then checked by their hashes.
 
         Args:
             bundle: a bundle or its folder.
-            threads: threads of each engine; None takes all cores.
-            device: "cpu" or "cuda".
+            threads: threads of each engine on a CPU; None takes all cores.
+            device: where ONNX Runtime runs: "cpu" or "cuda".
+            target: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or "auto": the first of the two TensorRTs
+                that the bundle has plans for and that runs here, else ONNX Runtime, else OpenVINO.
 
         Raises:
             BundleError: there is no whole bundle at the path.
+            InputError: the target is unknown.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        return cls(opened, threads=threads, device=device)
+        return cls(opened, threads=threads, device=device, target=target)
 
     def generate(
         self,
@@ -256,17 +267,16 @@ class Pipeline:
         else:
             raise InputError("both seed and noise were given, expected one of them; leave one out")
 
-        def on_step(index: int, latent: Float32, _history: Float32) -> None:
-            if not np.isfinite(latent).all():
-                raise EngineError(
-                    f"step {index + 1} of {table.steps} gave values that are not finite; "
-                    "the weights or the engine are at fault: check the bundle with lfdm-verify"
-                )
+        def on_step(index: int, latent: Float32 | None) -> None:
+            if latent is not None:
+                _require_finite(latent, index, table.steps)
             _report(progress, "denoise", index + 1, table.steps)
 
         _report(progress, "denoise", 0, table.steps)
-        step = self._step(encoded, np.repeat(rows, batch // len(rows), axis=0), scale)
-        return sampling.sample(step, table, source(sampling.START), source, on_step=on_step)
+        stage, fixed = self._condition(encoded, np.repeat(rows, batch // len(rows), axis=0), scale)
+        latent = self.stages.sample(stage, fixed, table, source, on_step=on_step)
+        _require_finite(latent, table.steps - 1, table.steps)  # where the steps' own latents stayed with the engine
+        return latent
 
     def sampler_table(
         self, sampler: str | None = None, steps: int | None = None, eta: float | None = None
@@ -335,27 +345,15 @@ class Pipeline:
             return texts, self.embed_text(texts)
         return None, embedding_rows(cast(ArrayLike, text_embedding), self.bundle.manifest.geometry.text_width)
 
-    def _step(self, encoded: Encoded, embedding: Float32, scale: float) -> sampling.Step:
-        """One sampling step with all that stays the same bound; `step` where one branch is enough."""
+    def _condition(self, encoded: Encoded, embedding: Float32, scale: float) -> tuple[str, dict[str, Float32]]:
+        """The stage that samples, and its inputs that stay the same; `step` where one branch is enough."""
         batch = len(encoded.image)
-        guided = scale not in (0.0, 1.0)
         if scale == 0.0:
             embedding = np.repeat(self.bundle.null_embedding[None], batch, axis=0)
-        guidance = (np.full(batch, scale, np.float32),) if guided else ()
-        stage = "step_guided" if guided else "step"
-
-        def step(
-            noisy_latent: Float32,
-            timestep: NDArray[np.int64],
-            history: Float32,
-            noise: Float32,
-            coefficients: Float32,
-        ) -> tuple[Float32, Float32]:
-            denoise_inputs = (noisy_latent, encoded.context, embedding, timestep, *guidance)
-            next_latent, next_history = self.stages.run(stage, *denoise_inputs, history, noise, coefficients)
-            return next_latent, next_history
-
-        return step
+        fixed = {"context": encoded.context, "text_embedding": embedding}
+        if scale in (0.0, 1.0):
+            return "step", fixed
+        return "step_guided", {**fixed, "guidance_scale": np.full(batch, scale, np.float32)}
 
     def _decode_chunks(
         self, encoded: Encoded, latent: Float32, progress: Progress | None
@@ -394,6 +392,14 @@ class Pipeline:
             latent=latent,
             source=np.repeat(prepared, batch // len(prepared), axis=0),
             residual_flow=self.bundle.manifest.config.residual_flow,
+        )
+
+
+def _require_finite(latent: Float32, index: int, steps: int) -> None:
+    if not np.isfinite(latent).all():
+        raise EngineError(
+            f"step {index + 1} of {steps} gave values that are not finite; "
+            "the weights or the engine are at fault: check the bundle with lfdm-verify"
         )
 
 

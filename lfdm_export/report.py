@@ -40,12 +40,13 @@ class Check:
         subject: output or quantity that was measured.
         passed: whether it is as it should be.
         found: what was measured; None if nothing could be.
-        allowed: the largest value of `found` that passes; None if it is only reported.
+        allowed: the largest value of `found` that passes, or the smallest (`at_least`); None if only told.
         unit: of `found`; "" for a plain number. Stage errors are relative to max(1, `scale`).
         max_abs, mean_abs: errors as they are, where `found` is a relative one.
         scale: largest magnitude of the reference, for stage errors.
         compared: how many values were compared.
         meaning: what a failure means, or why nothing was measured; "" if it passed.
+        at_least: more of `found` is better: a ratio of signal to error in dB.
     """
 
     stage: str
@@ -60,6 +61,7 @@ class Check:
     scale: float | None = None
     compared: int = 0
     meaning: str = ""
+    at_least: bool = False
 
     @property
     def judged(self) -> bool:
@@ -68,10 +70,15 @@ class Check:
 
     @property
     def share(self) -> float | None:
-        """`found` as a share of what is allowed; above 1 is a failure."""
+        """`found` as a share of what is allowed; above 1 is a failure. Of a ratio in dB: the share of the error."""
         if self.found is None or not self.allowed:
             return None
-        return self.found / self.allowed
+        return 10 ** ((self.allowed - self.found) / 20) if self.at_least else self.found / self.allowed
+
+    @property
+    def limit(self) -> str:
+        """What is allowed, in a few characters."""
+        return f"≥ {number(self.allowed)}" if self.at_least and self.allowed is not None else number(self.allowed)
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,32 @@ class StepError:
     timestep: int
     max_abs: float | None
     mean_abs: float | None
+
+
+@dataclass(frozen=True)
+class OtherEngine:
+    """What became of a further engine.
+
+    Attributes:
+        name: what it is, and where it ran.
+        checks: those that were made with it; none if it did not run.
+        lacking: why it did not run, with the remedy; "" if it ran.
+    """
+
+    name: str
+    checks: tuple[Check, ...] = ()
+    lacking: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    @property
+    def nearest(self) -> Check | None:
+        """The check that is nearest to its limit, or farthest beyond it."""
+        limits = [check for check in self.checks if check.share is not None]
+        return max(limits, key=lambda check: check.share or 0.0, default=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +158,7 @@ class Report:
         provenance: of the weights.
         labels: that the bundle knows.
         geometry: sizes of the bundle, by name.
+        others: further engines that ran the same, or could not.
         pictures: for the page; not in the JSON.
     """
 
@@ -142,17 +176,28 @@ class Report:
     provenance: Mapping[str, object]
     labels: tuple[str, ...]
     geometry: Mapping[str, int]
+    others: tuple[OtherEngine, ...] = ()
     pictures: Pictures | None = field(default=None, repr=False, compare=False)
 
     @property
     def passed(self) -> bool:
-        """Whether every check passed."""
-        return all(check.passed for check in self.checks)
+        """Whether every check passed, with every engine that ran."""
+        return not self.failures
+
+    @property
+    def all_checks(self) -> tuple[Check, ...]:
+        """Those of all engines; those of `others` have the engine's name before their stage's."""
+        further = (
+            dataclasses.replace(check, stage=f"{other.name}: {check.stage}")
+            for other in self.others
+            for check in other.checks
+        )
+        return (*self.checks, *further)
 
     @property
     def failures(self) -> tuple[Check, ...]:
         """The checks that did not pass."""
-        return tuple(check for check in self.checks if not check.passed)
+        return tuple(check for check in self.all_checks if not check.passed)
 
     def explanations(self) -> list[tuple[str, str, str]]:
         """What failed, as (stage, what was found and allowed, what it means); alike failures of a stage together."""
@@ -164,14 +209,14 @@ class Report:
     @property
     def verdict(self) -> str:
         """The outcome in one sentence."""
-        judged = sum(check.judged for check in self.checks)
+        judged = sum(check.judged for check in self.all_checks)
         if not self.passed:
             stages = list(dict.fromkeys(check.stage for check in self.failures))
             return (
                 f"{len(self.failures)} of {judged} checks failed, in {', '.join(stages)}: "
                 "the export does not do what the model does"
             )
-        limits = [check for check in self.checks if check.share is not None]
+        limits = [check for check in self.all_checks if check.share is not None]
         worst = max(limits, key=lambda check: check.share or 0.0, default=None)
         nearest = ""
         if worst is not None and worst.share is not None:
@@ -238,7 +283,7 @@ def _measured(check: Check) -> str:
         return check.subject + alone
     unit = f" {check.unit}" if check.unit else ""
     times = "" if check.share is None else f" ({percent(check.share)})"
-    return f"{check.subject}{alone} found {number(check.found)}{unit}, allowed {number(check.allowed)}{times}"
+    return f"{check.subject}{alone} found {number(check.found)}{unit}, allowed {check.limit}{times}"
 
 
 def percent(share: float) -> str:

@@ -38,7 +38,7 @@ def page(report: Report) -> str:
         ),
         verdict=_verdict(report),
         stages=_stages(report),
-        clip=_clip(report),
+        clip=_clip(report) + _others(report),
         pictures="" if report.pictures is None else _pictures(report.pictures),
         facts=_facts(report),
     )
@@ -128,8 +128,32 @@ def _clip_row(check: Check) -> str:
     return (
         f'<tr class="{"" if check.passed else "bad"}"><td>{_text(check.subject)}</td>'
         f'<td class="n{" wrap" if check.found is None else ""}">{_text(found)}</td>'
-        f'<td class="n">{number(check.allowed)}</td><td class="wide">{bar(check)}</td>'
+        f'<td class="n">{check.limit}</td><td class="wide">{bar(check)}</td>'
         f'<td class="mark">{mark}</td></tr>'
+    )
+
+
+def _others(report: Report) -> str:
+    """Further engines: what is nearest to its limit, or why they did not run."""
+    if not report.others:
+        return ""
+    rows = []
+    for other in report.others:
+        nearest = other.nearest
+        if other.lacking:
+            said, drawn, mark = f"not run: {other.lacking}", "", ""
+        else:
+            said = "" if nearest is None else f"{nearest.stage} {nearest.subject}"
+            drawn, mark = "" if nearest is None else bar(nearest), "✓" if other.passed else "✗"
+        rows.append(
+            f'<tr class="{"" if other.passed else "bad"}"><td>{_text(other.name)}</td>'
+            f'<td class="wrap">{_text(said)}</td><td class="wide">{drawn}</td><td class="mark">{mark}</td></tr>'
+        )
+    return (
+        '<section><h2>Other engines</h2><p class="soft small">The same checks, with the same inputs and tolerances; '
+        "shown is what came nearest to its limit.</p>"
+        f'<div class="scroll"><table><tr><th>engine</th><th>nearest to its limit</th><th></th><th></th></tr>'
+        f"{''.join(rows)}</table></div></section>"
     )
 
 

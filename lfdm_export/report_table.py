@@ -20,6 +20,8 @@ def table(report: Report) -> RenderableType:
         _stages(report),
         _clip(report),
     ]
+    if report.others:
+        parts.append(_others(report))
     parts += [
         Text(f"✗ {stage}: ", style=_BAD) + Text(f"{measured}. ") + Text(sentence(meaning), style="italic")
         for stage, measured, meaning in report.explanations()
@@ -69,8 +71,23 @@ def _clip(report: Report) -> Table:
         found = check.meaning if check.found is None and check.passed else f"{number(check.found)}{unit}"
         share = check.share
         mark = "" if not check.judged else "✓" if check.passed else "✗"
-        cells = [check.subject, found, number(check.allowed), "" if share is None else percent(share), mark]
+        cells = [check.subject, found, check.limit, "" if share is None else percent(share), mark]
         shown.add_row(*_styled(cells, bad=not check.passed))
+    return shown
+
+
+def _others(report: Report) -> Table:
+    """A row an engine: what is nearest to its limit, or why it did not run."""
+    shown = _grid("other engines", "nearest to its limit", "used", "")
+    for other in report.others:
+        if other.lacking:
+            shown.add_row(Text(other.name, style=_DIM), Text(f"not run: {other.lacking}", style=_DIM), "", "")
+            continue
+        nearest = other.nearest
+        subject = "" if nearest is None else f"{nearest.stage} {nearest.subject}"
+        share = None if nearest is None else nearest.share
+        cells = [other.name, subject, "–" if share is None else percent(share), "✓" if other.passed else "✗"]
+        shown.add_row(*_styled(cells, bad=not other.passed))
     return shown
 
 
@@ -78,7 +95,7 @@ def _grid(*titles: str) -> Table:
     """A table whose first column, or first two, are words and all others numbers."""
     grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold", show_edge=False)
     for index, title in enumerate(titles):
-        words = index == 0 or title == "output"
+        words = index == 0 or title in ("output", "nearest to its limit")
         grid.add_column(Text(title), justify="left" if words else "right", no_wrap=not words, overflow="fold")
     return grid
 

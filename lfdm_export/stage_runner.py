@@ -2,26 +2,73 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable, Mapping
 from typing import TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lfdm_export.bundle import Bundle
+from lfdm_export import sampling
+from lfdm_export.bundle import PLANS_FOLDER, Bundle
+from lfdm_export.engines.interface import Engine, KeepsState, StateLoop
 from lfdm_export.engines.onnxruntime import Device, OnnxRuntimeEngine
+from lfdm_export.engines.plans import targets_with_plans
 from lfdm_export.errors import EngineError
+from lfdm_export.targets import AUTO, Choice, Target, check_target_name, find_target
+
+logger = logging.getLogger(__name__)
 
 Float32: TypeAlias = NDArray[np.float32]
+#: Called after each step with its index and, where it is at hand or was asked for, the latent.
+OnStep: TypeAlias = Callable[[int, Float32 | None], None]
 
 
 class StageRunner:
     """Runs stages; engines are kept once loaded. Not for several threads at once."""
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, device: Device = "cpu") -> None:
+    def __init__(
+        self, bundle: Bundle, *, threads: int | None = None, device: Device = "cpu", target: str = AUTO
+    ) -> None:
+        """Use a bundle; nothing is loaded yet.
+
+        Args:
+            bundle: the bundle.
+            threads: threads of each engine on a CPU; None takes all cores.
+            device: where ONNX Runtime runs, "cpu" or "cuda".
+            target: what runs the stages, see `lfdm_export.targets`; "auto" looks for the fastest that can.
+
+        Raises:
+            InputError: the target is unknown.
+        """
+        check_target_name(target, AUTO)
         self.bundle = bundle
         self._specs = bundle.stages
-        self._threads, self._device = threads, device
-        self._engines: dict[str, OnnxRuntimeEngine] = {}
+        self._threads, self._device, self._asked = threads, device, target
+        self._engines: dict[str, Engine] = {}
+        self._loops: dict[tuple[str, int, int], StateLoop] = {}
+
+    @functools.cached_property
+    def choice(self) -> Choice:
+        """The target that runs the stages, and why.
+
+        Raises:
+            EngineError: what was asked for cannot be had here, or nothing here runs the bundle.
+        """
+        if self._device != "cpu" and self._asked == AUTO:
+            return Choice("onnxruntime", f"the device {self._device!r} is ONNX Runtime's")
+        plans = targets_with_plans(self.bundle)
+        choice = find_target(self._asked, "run", self.bundle.manifest.precision, plans=plans)
+        logger.info("target %s: %s", choice.target, choice.reason)
+        return choice
+
+    @property
+    def target(self) -> Target:
+        """The target that runs the stages; see `choice`."""
+        target = self.choice.target
+        assert target is not None, "only plans can be made by nothing"
+        return target
 
     def run(self, stage: str, *tensors: NDArray[np.generic]) -> tuple[Float32, ...]:
         """Run one stage.
@@ -41,23 +88,97 @@ class StageRunner:
         spec = engine.spec
         if len(tensors) != len(spec.inputs):
             raise EngineError(f"stage {stage!r} takes {len(spec.inputs)} inputs, found {len(tensors)}")
-        largest = spec.batch[2]
         parts = []
-        for start in range(0, max(map(len, tensors)), largest):
-            feeds = {
-                spec.name: array[start : start + largest] for spec, array in zip(spec.inputs, tensors, strict=True)
-            }
+        for part in _parts(max(map(len, tensors)), spec.batch[2]):
+            feeds = {spec.name: array[part] for spec, array in zip(spec.inputs, tensors, strict=True)}
             outputs = engine.run(feeds)
             parts.append([outputs[tensor.name] for tensor in spec.outputs])
         joined = (some[0] if len(some) == 1 else np.concatenate(some) for some in zip(*parts, strict=True))
         return cast(tuple[Float32, ...], tuple(joined))
+
+    def sample(
+        self,
+        stage: str,
+        fixed: Mapping[str, Float32],
+        table: sampling.SamplerTable,
+        source: sampling.NoiseSource,
+        *,
+        on_step: OnStep | None = None,
+        every_latent: bool = False,
+    ) -> Float32:
+        """Run a whole chain; its state stays where the engine runs, if the engine can keep it there.
+
+        Args:
+            stage: "step" or "step_guided".
+            fixed: the stage's inputs that no step changes, by name.
+            table: the sampler.
+            source: of the noise of the start, and of the steps that draw some.
+            on_step: told of each step that was taken or, by an engine that keeps the state, queued.
+            every_latent: give `on_step` the latent of every step, which such an engine then has to fetch.
+
+        Returns:
+            The last latent, (B, 3, T, h, w) float32.
+
+        Raises:
+            EngineError: the engine cannot be loaded or fails.
+        """
+        engine = self.engine(stage)
+        start = source(sampling.START)
+        if isinstance(engine, KeepsState):
+            return self._sample_there(engine, stage, fixed, table, start, source, on_step, every_latent)
+        names = [tensor.name for tensor in engine.spec.inputs]
+
+        def step(
+            noisy_latent: Float32, timestep: NDArray[np.int64], history: Float32, noise: Float32, coefficients: Float32
+        ) -> tuple[Float32, Float32]:
+            state: dict[str, NDArray[np.generic]] = {
+                "noisy_latent": noisy_latent,
+                "timestep": timestep,
+                "history": history,
+                "noise": noise,
+                "coefficients": coefficients,
+            }
+            state.update(fixed)
+            next_latent, next_history = self.run(stage, *(state[name] for name in names))
+            return next_latent, next_history
+
+        told = None if on_step is None else lambda index, latent, _history: on_step(index, latent)
+        return sampling.sample(step, table, start, source, on_step=told)
+
+    def _sample_there(
+        self,
+        engine: KeepsState,
+        stage: str,
+        fixed: Mapping[str, Float32],
+        table: sampling.SamplerTable,
+        start: Float32,
+        source: sampling.NoiseSource,
+        on_step: OnStep | None,
+        every_latent: bool,
+    ) -> Float32:
+        """`sample` by loops of the engine's own, one for each part of the batch."""
+        parts = _parts(len(start), self._specs[stage].batch[2])
+        loops = []
+        for number, part in enumerate(parts):
+            key = stage, number, len(start[part])
+            if key not in self._loops:
+                self._loops[key] = engine.denoise_loop(len(start[part]))
+            loops.append(self._loops[key])
+            loops[-1].begin(start[part], {name: values[part] for name, values in fixed.items()}, table)
+        for index in range(table.steps):
+            noise = source(index) if table.draws_noise[index] else None
+            for loop, part in zip(loops, parts, strict=True):
+                loop.step(index, None if noise is None else noise[part])
+            if on_step is not None:
+                on_step(index, np.concatenate([loop.latent() for loop in loops]) if every_latent else None)
+        return np.concatenate([loop.finish() for loop in loops])
 
     @property
     def loaded(self) -> tuple[str, ...]:
         """The stages whose engines are loaded."""
         return tuple(self._engines)
 
-    def engine(self, stage: str) -> OnnxRuntimeEngine:
+    def engine(self, stage: str) -> Engine:
         """The stage's engine.
 
         Raises:
@@ -65,8 +186,43 @@ class StageRunner:
             EngineError: the engine cannot be loaded.
         """
         if stage not in self._engines:
-            path = self.bundle.stage_path(stage)
-            self._engines[stage] = OnnxRuntimeEngine(
-                path, self._specs[stage], threads=self._threads, device=self._device
+            self.bundle.stage_path(stage)
+            self._engines[stage] = load_engine(
+                self.bundle, stage, self.target, threads=self._threads, device=self._device
             )
         return self._engines[stage]
+
+
+def load_engine(
+    bundle: Bundle, stage: str, target: Target, *, threads: int | None = None, device: Device = "cpu"
+) -> Engine:
+    """Load one stage for a target.
+
+    Args:
+        bundle: the bundle.
+        stage: its name.
+        target: what runs it.
+        threads: on a CPU; None takes all cores.
+        device: where ONNX Runtime runs.
+
+    Raises:
+        BundleError: the bundle has no such stage.
+        EngineError: the engine cannot be loaded.
+        MissingDependencyError: the target's package is not installed.
+    """
+    path, spec = bundle.stage_path(stage), bundle.stages[stage]
+    if target == "onnxruntime":
+        return OnnxRuntimeEngine(path, spec, threads=threads, device=device)
+    if target == "openvino":
+        from lfdm_export.engines.openvino import OpenVinoEngine
+
+        compiled = bundle.path / PLANS_FOLDER / target
+        return OpenVinoEngine(path, spec, threads=threads, precision=bundle.manifest.precision, cache=compiled)
+    from lfdm_export.engines.tensorrt_run import open_engine
+
+    return open_engine(bundle, stage, target)
+
+
+def _parts(batch: int, largest: int) -> list[slice]:
+    """A batch in parts of at most the largest."""
+    return [slice(start, start + largest) for start in range(0, batch, largest)]

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+#: Of weights and activations. "tf32" is the fp32 graph, whose products a GPU may take in TF32.
+Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 DType = Literal["float32", "int64"]
 #: The one dynamic axis of every stage: how many samples run together.
@@ -66,18 +70,31 @@ class ChainTolerance:
 
     Attributes:
         latent_max, latent_mean: |error| of the latent after any step, largest and mean.
+        flow_mean: end-point error of the last latent's flow, mean, in pixels of the image.
         picture_max: |error| of frames and warped images, of values in [0, 1].
+        psnr: smallest ratio of signal to error of frames and warped images, in dB.
         beyond_one_level: share of their 8-bit values that are off by more than one level.
     """
 
     latent_max: float
     latent_mean: float
+    flow_mean: float
     picture_max: float
+    psnr: float
     beyond_one_level: float
 
 
-#: By precision, as the stages' own tolerances are.
-CHAIN_TOLERANCES: Mapping[str, ChainTolerance] = {"fp32": ChainTolerance(1e-3, 5e-5, 1e-3, 1e-4)}
+#: By precision, as the stages' own tolerances are. Those of bf16 are two to five times the worst measured on two models
+#: of published size; those of fp16 three times and more that of one. The ratios are the least that is wanted: see
+#: docs/precision.md.
+CHAIN_TOLERANCES: Mapping[str, ChainTolerance] = {
+    "fp32": ChainTolerance(1e-3, 5e-5, 5e-3, 1e-3, 70, 1e-4),
+    "tf32": ChainTolerance(0.05, 5e-3, 0.25, 0.15, 40, 0.03),
+    "fp16": ChainTolerance(0.05, 5e-3, 0.25, 0.15, 40, 0.03),
+    "bf16": ChainTolerance(0.4, 3e-2, 1.5, 0.8, 34, 0.25),
+    "int8": ChainTolerance(2, 0.2, 10, 1, 30, 1),
+    "fp8": ChainTolerance(2, 0.2, 10, 1, 30, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -101,6 +118,14 @@ class Geometry:
     skip_channels: tuple[int, ...]
     context_channels: int
     text_width: int
+
+
+def _tolerances(fp32: float, fp16: float, bf16: float) -> dict[str, float]:
+    """A stage's tolerance by precision; a product's factors have as many bits in TF32 as in fp16.
+
+    Those of fp16 and bf16 are 7 to 140 times what simulation gave for the small model, the guided stages' the loosest.
+    """
+    return {"fp32": fp32, "tf32": fp16, "fp16": fp16, "bf16": bf16, "int8": 5 * bf16, "fp8": 5 * bf16}
 
 
 def stage_specs(g: Geometry, *, with_text: bool = False) -> dict[str, StageSpec]:
@@ -138,24 +163,32 @@ def stage_specs(g: Geometry, *, with_text: bool = False) -> dict[str, StageSpec]
     images = ("frames", "warped")
 
     specs = [
-        StageSpec("encode", (image,), (*skips, context), (1, 1, 32), {"fp32": 2e-5}),
-        StageSpec("denoise", denoise_inputs, denoise_outputs, (1, 1, 32), {"fp32": 2e-4}),
-        StageSpec("denoise_guided", denoise_inputs + guidance, denoise_outputs, (1, 1, 16), {"fp32": 1e-3}),
-        StageSpec("step", denoise_inputs + update_inputs, step_outputs, (1, 1, 32), {"fp32": 2e-4}),
-        StageSpec("step_guided", denoise_inputs + guidance + update_inputs, step_outputs, (1, 1, 16), {"fp32": 1e-3}),
+        StageSpec("encode", (image,), (*skips, context), (1, 1, 32), _tolerances(2e-5, 3e-3, 3e-2)),
+        StageSpec("denoise", denoise_inputs, denoise_outputs, (1, 1, 32), _tolerances(2e-4, 2e-2, 2e-1)),
+        StageSpec(
+            "denoise_guided", denoise_inputs + guidance, denoise_outputs, (1, 1, 16), _tolerances(1e-3, 5e-2, 5e-1)
+        ),
+        StageSpec("step", denoise_inputs + update_inputs, step_outputs, (1, 1, 32), _tolerances(2e-4, 2e-2, 2e-1)),
+        StageSpec(
+            "step_guided",
+            denoise_inputs + guidance + update_inputs,
+            step_outputs,
+            (1, 1, 16),
+            _tolerances(1e-3, 5e-2, 5e-1),
+        ),
         StageSpec(
             "decode",
             (image, *skips, chunk),
             tuple(f32(name, 3, g.chunk_frames, side, side, low=0.0, high=1.0) for name in images),
             (1, 1, 8),
-            {"fp32": 1e-4},
+            _tolerances(1e-4, 5e-3, 5e-2),
         ),
         StageSpec(
             "estimate_motion",
             (image, f32("driving", 3, side, side, low=0.0, high=1.0)),
             (f32("latent", 3, latent_side, latent_side, low=-1.0, high=1.0),),
             (1, 1, 32),
-            {"fp32": 5e-4},
+            _tolerances(5e-4, 1e-2, 1e-1),
         ),
     ]
     if with_text:
@@ -166,7 +199,7 @@ def stage_specs(g: Geometry, *, with_text: bool = False) -> dict[str, StageSpec]
                 (TensorSpec("input_ids", "int64", tokens, 0, 100), TensorSpec("attention_mask", "int64", tokens, 1, 1)),
                 (f32("text_embedding", g.text_width),),
                 (1, 1, 32),
-                {"fp32": 1e-4},
+                _tolerances(1e-4, 1e-2, 1e-1),
             )
         )
     return {spec.name: spec for spec in specs}

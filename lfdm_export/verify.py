@@ -1,29 +1,61 @@
-"""Parity of a bundle: its graphs under ONNX Runtime against what PyTorch gives.
+"""Parity of a bundle: what its engines give against what PyTorch gives.
 
 Needs neither torch nor the checkpoints where the bundle holds a reference.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import os
 import secrets
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
-from lfdm_export.bundle import Bundle
-from lfdm_export.errors import BundleError, InputError
+from numpy.typing import NDArray
+
+from lfdm_export.bundle import PARITY_FOLDER, Bundle
+from lfdm_export.cross_engine import compare_stage
+from lfdm_export.cuda_driver import find_gpus
+from lfdm_export.engines.interface import Engine
+from lfdm_export.engines.plans import remake, targets_with_plans
+from lfdm_export.errors import BundleError, EngineError, InputError
 from lfdm_export.json_codec import to_plain
 from lfdm_export.machine import environment
 from lfdm_export.manifest import TEXT_STAGE
 from lfdm_export.pipeline import Progress
 from lfdm_export.reference import Reference
 from lfdm_export.reference_inputs import CHAIN_ETA, CHAIN_SAMPLER
-from lfdm_export.report import Check, Report
+from lfdm_export.report import Check, OtherEngine, Report
+from lfdm_export.stage_runner import load_engine
 from lfdm_export.stages import CHAIN_TOLERANCES, StageSpec, stage_specs
-from lfdm_export.verify_chain import check_chain
+from lfdm_export.targets import (
+    AUTO,
+    EVERY_TARGET,
+    PLAN_TARGETS,
+    SIMULATION,
+    TARGETS,
+    TITLES,
+    Target,
+    find_target,
+    lacking,
+    this_machine,
+)
+from lfdm_export.verify_chain import ChainResult, check_chain
 from lfdm_export.verify_stages import check_stage
+
+_SIMULATED = ("fp16", "bf16")
+# What is less than it seems on a CPU.
+_PLACES: Mapping[tuple[str, str], str] = {
+    ("onnxruntime", "int8"): "CPU (rounded to int8, convolved in float32)",
+    ("onnxruntime", "fp8"): "CPU (rounded to fp8, multiplied in float32)",
+}
+_SIMULATION_TITLE = "a GPU's rounding, simulated by ONNX Runtime, CPU"
 
 if TYPE_CHECKING:
     from lfdm_models.model import LfdmModel
@@ -37,9 +69,11 @@ def verify_bundle(
     seed: int | None = None,
     threads: int | None = None,
     text_encoder: BertTextEncoder | str | os.PathLike[str] | None = None,
+    targets: Sequence[str] = ("onnxruntime",),
+    polygraphy: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Compare a bundle with its model: every stage, then a whole clip.
+    """Compare a bundle with its model: every stage, then a whole clip, with each engine.
 
     Of each stage, in this order and as far as it goes: names, dtypes and shapes; finite values; error against
     PyTorch; a sample alone against the same sample in a batch. Then a clip of 10 DDIM steps with the same noise:
@@ -53,6 +87,11 @@ def verify_bundle(
         threads: of each engine; None takes all cores.
         text_encoder: what the bundle's was exported from, a folder, a hub name, or loaded; needed beside `model`
             where the bundle has one.
+        targets: what runs the stages, each of them in turn. "all" is every target: those that cannot run this bundle
+            on this machine are told with the reason. "simulation" is ONNX Runtime with graphs of float32 that round
+            as a GPU does in fp16 or bf16. "auto" is the first that runs here, or else the simulation.
+        polygraphy: compare each engine with ONNX Runtime by NVIDIA Polygraphy as well, stage by stage; the outputs
+            are left in BUNDLE/parity/polygraphy, for its tools.
         progress: called as ``progress(what, done, total)``.
 
     Returns:
@@ -61,7 +100,8 @@ def verify_bundle(
     Raises:
         BundleError: there is no whole bundle at the path, or it holds no reference and no model is given.
         InputError: the model is another than the bundle's, or an argument is missing or without meaning.
-        MissingDependencyError: onnxruntime is not installed.
+        EngineError: a target that is asked for by name cannot be had here; or no target can.
+        MissingDependencyError: onnxruntime is not installed, or Polygraphy, if that is asked for.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     manifest = opened.manifest
@@ -79,31 +119,166 @@ def verify_bundle(
         origin = "PyTorch, run anew on fresh inputs"
     inputs = reference.inputs(manifest.config, manifest.geometry)
 
-    checks: list[Check] = []
-    for done, spec in enumerate(specs.values()):
-        if progress is not None:
-            progress("stages", done, len(specs))
-        checks += check_stage(opened, spec, spec.tolerance[manifest.precision], inputs, reference, threads)
-    if progress is not None:
-        progress("stages", len(specs), len(specs))
-    chain = check_chain(opened, reference.chain, reference.seed, threads, progress)
+    runs, absent = _choose(opened, targets)
+    with_all = specs, inputs, reference, threads, progress
+    outcomes = [
+        _simulate(opened, *with_all)
+        if target == SIMULATION
+        else _run(opened, cast(Target, target), *with_all, manifest.precision)
+        for target in runs
+    ]
+    first = outcomes[0]
+    others = [outcome.engine for outcome in outcomes[1:]]
+    if polygraphy:
+        engines = [cast(Target, target) for target in runs if target != SIMULATION]
+        others += [_by_polygraphy(opened, target, specs, inputs, threads) for target in engines]
     return Report(
         bundle=opened.path.resolve().name,
         precision=manifest.precision,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        engine="ONNX Runtime, CPU",
+        engine=first.engine.name,
         reference=origin,
         seed=reference.seed,
         sampler=f"{CHAIN_SAMPLER}, {len(reference.chain.latents)} steps, eta {CHAIN_ETA:g}, guidance 1",
-        checks=(*checks, *chain.checks),
-        steps=chain.steps,
+        checks=first.engine.checks,
+        steps=first.chain.steps,
         environment=environment(threads, with_torch=model is not None),
         exported_with=manifest.versions,
         provenance=_plain(manifest.provenance),
         labels=manifest.labels,
         geometry=_sizes(opened),
-        pictures=chain.pictures,
+        others=(*others, *absent),
+        pictures=first.chain.pictures,
     )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What one engine did."""
+
+    engine: OtherEngine
+    chain: ChainResult
+
+
+def _choose(bundle: Bundle, names: Sequence[str]) -> tuple[list[str], list[OtherEngine]]:
+    """The targets that run, and those of "all" that cannot, with the reason."""
+    if EVERY_TARGET in names:
+        return _every(bundle)
+    precision = bundle.manifest.precision
+    chosen = []
+    for name in names:
+        taken = name
+        if name == SIMULATION:
+            if precision not in _SIMULATED:
+                raise InputError(f"fp16 and bf16 can be simulated, {bundle.path} is {precision}; take another target")
+        elif name == AUTO:
+            taken = _first(precision)
+        elif name != "onnxruntime":  # what that lacks is told when it is loaded, by its package's name
+            find_target(name, "run", precision, machine=this_machine())
+        chosen.append(taken)
+    return list(dict.fromkeys(chosen)), []
+
+
+def _first(precision: str) -> str:
+    try:
+        return str(find_target(AUTO, "run", precision, machine=this_machine()).target)
+    except EngineError:
+        if precision not in _SIMULATED:
+            raise
+        return SIMULATION
+
+
+def _every(bundle: Bundle) -> tuple[list[str], list[OtherEngine]]:
+    machine, precision, plans = this_machine(), bundle.manifest.precision, targets_with_plans(bundle)
+    runs: list[str] = []
+    absent: list[OtherEngine] = []
+    for target in TARGETS:
+        reason = lacking(target, "run", precision, machine)
+        if not reason and target in PLAN_TARGETS and target not in plans:
+            reason = f"the bundle has no plans for it: {remake(bundle.path, target)}"
+        if reason:
+            absent.append(OtherEngine(TITLES[target], lacking=reason))
+        else:
+            runs.append(target)
+    if precision in _SIMULATED and not set(runs) & set(PLAN_TARGETS):
+        missing = [name for name in ("onnx", "onnxruntime", "torch") if importlib.util.find_spec(name) is None]
+        if missing:
+            reason = f"{' and '.join(missing)} not installed: pip install 'lfdm-export[export]'"
+            absent.append(OtherEngine(_SIMULATION_TITLE, lacking=reason))
+        else:
+            runs.append(SIMULATION)
+    if not runs:
+        reasons = "; ".join(f"{engine.name}: {engine.lacking}" for engine in absent)
+        raise EngineError(f"nothing here runs {bundle.path}: {reasons}")
+    return runs, absent
+
+
+def _simulate(
+    bundle: Bundle,
+    specs: Mapping[str, StageSpec],
+    inputs: Mapping[str, NDArray[Any]],
+    reference: Reference,
+    threads: int | None,
+    progress: Progress | None,
+) -> _Outcome:
+    """All checks with graphs of float32 that round as those of the bundle do on a GPU."""
+    from lfdm_export.graphs.simulate import simulate_bundle
+
+    with tempfile.TemporaryDirectory() as folder:
+        simulated = simulate_bundle(bundle, Path(folder) / "bundle")
+        outcome = _run(simulated, "onnxruntime", specs, inputs, reference, threads, progress, bundle.manifest.precision)
+    return dataclasses.replace(outcome, engine=dataclasses.replace(outcome.engine, name=_SIMULATION_TITLE))
+
+
+def _run(
+    bundle: Bundle,
+    target: Target,
+    specs: Mapping[str, StageSpec],
+    inputs: Mapping[str, NDArray[Any]],
+    reference: Reference,
+    threads: int | None,
+    progress: Progress | None,
+    precision: str,
+) -> _Outcome:
+    """All checks with one target, within the tolerances of a precision."""
+
+    def load(stage: str) -> Engine:
+        return load_engine(bundle, stage, target, threads=threads)
+
+    checks: list[Check] = []
+    for done, spec in enumerate(specs.values()):
+        if progress is not None:
+            progress("stages", done, len(specs))
+        checks += check_stage(load, spec, spec.tolerance[precision], inputs, reference)
+    if progress is not None:
+        progress("stages", len(specs), len(specs))
+    chain = check_chain(bundle, reference.chain, reference.seed, threads, progress, target, precision)
+    gpus, _ = find_gpus()
+    place = gpus[0].name if target in PLAN_TARGETS and gpus else _PLACES.get((target, precision), "CPU")
+    return _Outcome(OtherEngine(f"{TITLES[target]}, {place}", (*checks, *chain.checks)), chain)
+
+
+def _by_polygraphy(
+    bundle: Bundle,
+    target: Target,
+    specs: Mapping[str, StageSpec],
+    inputs: Mapping[str, NDArray[Any]],
+    threads: int | None,
+) -> OtherEngine:
+    """One engine against ONNX Runtime as Polygraphy runs it."""
+
+    def load(stage: str) -> Engine:
+        return load_engine(bundle, stage, target, threads=threads)
+
+    checks: list[Check] = []
+    for spec in specs.values():
+        tolerance = spec.tolerance[bundle.manifest.precision]
+        save = bundle.path / PARITY_FOLDER / "polygraphy"
+        try:
+            checks += compare_stage(bundle, spec, load, TITLES[target], tolerance, inputs, save=save)
+        except EngineError as error:
+            checks.append(Check(spec.name, "interface", "Polygraphy", passed=False, meaning=str(error)))
+    return OtherEngine(f"{TITLES[target]} against ONNX Runtime, by Polygraphy", tuple(checks))
 
 
 def _stored(bundle: Bundle, specs: Mapping[str, StageSpec], seed: int | None) -> Reference:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lfdm_export.bundle import Bundle
-from lfdm_export.engines.onnxruntime import OnnxRuntimeEngine
+from lfdm_export.engines.interface import Engine
 from lfdm_export.errors import EngineError
 from lfdm_export.reference import Reference, positions
 from lfdm_export.report import Check
@@ -27,27 +26,25 @@ _BATCH = "a sample's result depends on the other samples of its batch"
 
 
 def check_stage(
-    bundle: Bundle,
+    load: Callable[[str], Engine],
     spec: StageSpec,
     tolerance: float,
     inputs: Mapping[str, Array],
     reference: Reference,
-    threads: int | None,
 ) -> list[Check]:
     """Names, dtypes and shapes; finite values; error; independence of the batch: as far as it goes.
 
     Args:
-        bundle: that holds the stage.
+        load: gives the engine of a stage.
         spec: the stage.
         tolerance: largest error, relative to max(1, largest |reference|).
         inputs: every stage input by name, several samples each.
         reference: what PyTorch gives for them.
-        threads: of the engine.
     """
     feeds = {tensor.name: inputs[tensor.name] for tensor in spec.inputs}
     try:
         # Not kept: a stage's weights and buffers are given back before the next one's are loaded.
-        engine = OnnxRuntimeEngine(bundle.stage_path(spec.name), spec, threads=threads)
+        engine = load(spec.name)
         outputs = engine.run(feeds)
     except EngineError as error:
         return [Check(spec.name, "interface", "names, dtypes, shapes", passed=False, meaning=str(error))]
@@ -86,9 +83,7 @@ def _values(stage: str, name: str, values: Array, expected: Array, seed: int, to
     return _compared(stage, "values", name, kept, expected, tolerance, _WRONG_VALUES)
 
 
-def _batch(
-    engine: OnnxRuntimeEngine, feeds: Mapping[str, Array], outputs: Mapping[str, Array], tolerance: float
-) -> list[Check]:
+def _batch(engine: Engine, feeds: Mapping[str, Array], outputs: Mapping[str, Array], tolerance: float) -> list[Check]:
     """The first sample alone against the same one in the batch."""
     stage = engine.spec.name
     try:

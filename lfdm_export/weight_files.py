@@ -56,10 +56,32 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: there is no such file, it is no checkpoint, it is damaged, or it holds objects
             that would have to be run.
     """
+    top = _read(path)
+    tensors = _flatten(top, path)
+    _check_storage(tensors, path)
+    return tensors
+
+
+def read_top(path: Path) -> Mapping[object, object]:
+    """The top level of a checkpoint, tensors and plain values as they were stored; nothing of it is checked.
+
+    Args:
+        path: see `read_tensors`.
+
+    Returns:
+        By key; nothing where the file holds no mapping.
+
+    Raises:
+        CheckpointError: see `read_tensors`.
+    """
+    top = _read(path)
+    return top if isinstance(top, Mapping) else {}
+
+
+def _read(path: Path) -> object:
     kind = _sniff(path)
-    top: object
     try:
-        top = _read_safetensors(path) if kind == "safetensors" else _read_torch(path, kind)
+        return _read_safetensors(path) if kind == "safetensors" else _read_torch(path, kind)
     except CheckpointError:
         raise
     except OSError as error:
@@ -69,9 +91,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     # The readers raise anything that comes from misreading a damaged or hostile file.
     except Exception as error:
         raise CheckpointError(_reading_failed(path, error)) from error
-    tensors = _flatten(top, path)
-    _check_storage(tensors, path)
-    return tensors
 
 
 def sha256(path: Path) -> str:

@@ -12,6 +12,7 @@ import pytest
 if TYPE_CHECKING:
     from lfdm_export.bundle import Bundle
     from lfdm_models.model import LfdmModel
+    from tests.running_server import RunningServer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,3 +74,19 @@ def small_bundle(small_model: LfdmModel, tmp_path_factory: pytest.TempPathFactor
     from lfdm_export import export_bundle
 
     return export_bundle(small_model, tmp_path_factory.mktemp("small") / "bundle", frames=10, image_size=64)
+
+
+@pytest.fixture(scope="session")
+def triton_server(small_bundle: Bundle) -> Iterator[RunningServer]:
+    """A real Triton server on the small bundle, for requests that leave it as it is."""
+    from lfdm_export.serving.server_files import install_server
+    from tests.running_server import ServeCommand
+
+    install_server()  # nothing is fetched where it is there, as after `make server`
+    command = ServeCommand(small_bundle.path, "--threads=1", "--slots=4")
+    try:
+        yield command.server
+    finally:
+        errors = command.stop()
+    assert command.process.returncode == 0, errors
+    assert "Traceback" not in errors, errors

@@ -78,7 +78,7 @@ def test_version(program: str, capsys: pytest.CaptureFixture[str]):
         ("lfdm-export", ["--region-pad", "3"], "a model folder knows its own"),
         ("lfdm-export", ["--dataset", "imagenet"], "invalid choice"),
         ("lfdm-export", ["--frames", "many"], "invalid int value"),
-        ("lfdm-generate", [], "required: BUNDLE, --image, -o/--out"),
+        ("lfdm-generate", [], "required: --image, -o/--out"),
         (
             "lfdm-generate",
             ["b", "--image", "i", "-o", "o.gif"],
@@ -302,6 +302,12 @@ def test_bars_count(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
 
 @dataclass
+class FakeModel:
+    name: str
+    provenance: dict[str, object]
+
+
+@dataclass
 class FakeReport:
     passed: bool
 
@@ -326,16 +332,19 @@ def calls(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> dict[str, Any]:
         noted["verify"] = {"path": opened.path, **arguments}
         return FakeReport(noted["passed"])
 
-    def load_model(lfae: Any, dm: Any, **arguments: Any) -> str:
+    def load_model(lfae: Any, dm: Any, **arguments: Any) -> FakeModel:
         noted["load"] = {"lfae": lfae, "dm": dm, **arguments}
-        return "loaded"
+        return FakeModel("loaded", {})
+
+    def load_model_folder(folder: Path) -> FakeModel:
+        return FakeModel(f"from {folder}", {"frames": 12, "image_size": 96} if folder == Path("shipped") else {})
 
     fakes: dict[str, dict[str, Any]] = {
         "lfdm_export.export": {"export_bundle": export_bundle},
         "lfdm_export.verify": {"verify_bundle": verify_bundle},
         "lfdm_export.checkpoints": {"load_model": load_model},
-        "lfdm_export.model_folder": {"load_model_folder": lambda folder: f"from {folder}"},
-        "lfdm_models.demo": {"untrained_model": lambda: "untrained"},
+        "lfdm_export.model_folder": {"load_model_folder": load_model_folder},
+        "lfdm_models.demo": {"untrained_model": lambda: FakeModel("untrained", {}), "SHIPPED": Path("shipped")},
     }
     for name, functions in fakes.items():
         module = types.ModuleType(name)
@@ -344,16 +353,16 @@ def calls(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> dict[str, Any]:
     return noted
 
 
-def test_export_of_nothing_is_the_untrained_model(calls: dict[str, Any], capsys: pytest.CaptureFixture[str]):
+def test_export_of_nothing_is_the_shipped_model_at_its_size(calls: dict[str, Any], capsys: pytest.CaptureFixture[str]):
     assert export_main([]) == 0
     export = calls["export"]
     export.pop("progress")
     assert export == {
-        "model": "untrained",
+        "model": FakeModel("from shipped", {"frames": 12, "image_size": 96}),
         "out_dir": Path("bundle"),
         "engine": "fp32",
-        "frames": 40,
-        "image_size": 128,
+        "frames": 12,
+        "image_size": 96,
         "text_encoder": None,
         "labels": None,
         "preprocessing": Preprocessing(),
@@ -361,7 +370,7 @@ def test_export_of_nothing_is_the_untrained_model(calls: dict[str, Any], capsys:
     }
     assert calls["verify"]["model"] is None, "the reference is the model's, stored at export"
     printed = capsys.readouterr().out
-    for part in ("untrained", "bundle  ", "stage  error", "parity/report.html"):
+    for part in ("'characters'", "bundle  ", "stage  error", "parity/report.html"):
         assert part in printed
 
 
@@ -371,7 +380,7 @@ def test_export_of_checkpoints(calls: dict[str, Any]):
     assert export_main([*files, *options, "--residual-flow", "--no-verify", "-q"]) == 0
     assert calls["load"] == {"lfae": "a.pth", "dm": "b.pth", "residual_flow": True, "region_pad": 0}
     export = calls["export"]
-    assert (export["model"], export["out_dir"], export["text_encoder"]) == ("loaded", Path("x"), "bert")
+    assert (export["model"].name, export["out_dir"], export["text_encoder"]) == ("loaded", Path("x"), "bert")
     assert (export["frames"], export["image_size"], export["labels"]) == (16, 64, NATOPS)
     assert export["preprocessing"] == Preprocessing.for_dataset("natops")
     assert export["reference"] is False
@@ -405,7 +414,8 @@ def test_region_pad(calls: dict[str, Any], options: list[str], pad: int | None):
 
 def test_export_of_a_model_folder_with_labels(calls: dict[str, Any]):
     assert export_main(["--model", "trained", "--labels", "jump, run", "-q"]) == 0
-    assert calls["export"]["model"] == "from trained"
+    assert calls["export"]["model"].name == "from trained"
+    assert (calls["export"]["frames"], calls["export"]["image_size"]) == (40, 128)
     assert calls["export"]["labels"] == ("jump", "run")
 
 
@@ -418,7 +428,7 @@ def test_the_parity_decides_the_status(
     assert export_main(["-q"]) == status
     assert ("differs from the model by more than its tolerance" in capsys.readouterr().err) is not passed
     assert verify_main([str(bundle.path), "--model", "trained", "--threads", "2"]) == status
-    assert calls["verify"]["model"] == "from trained"
+    assert calls["verify"]["model"].name == "from trained"
     assert calls["verify"]["threads"] == 2
     printed = capsys.readouterr()
     assert "parity/report.html" in printed.out
@@ -430,7 +440,7 @@ def test_verify_without_a_model_takes_the_stored_reference(calls: dict[str, Any]
     assert calls["verify"]["model"] is None
     assert verify_main([str(bundle.path), "--lfae", "a", "--dm", "b", "--text-encoder", "bert", "-q"]) == 0
     verify = calls["verify"]
-    assert (verify["model"], verify["text_encoder"]) == ("loaded", "bert")
+    assert (verify["model"].name, verify["text_encoder"]) == ("loaded", "bert")
 
 
 def test_labels_from_a_file(tmp_path: Path):

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from lfdm_export import sampling
+from lfdm_export.cli.models import trained_size
+from lfdm_export.model_folder import load_model_folder
 from lfdm_export.preprocess import prepare_images, to_float
-from lfdm_models.demo import CONFIG, untrained_model
+from lfdm_models.demo import CONFIG, SHIPPED, untrained_model
 from lfdm_models.labels import MUG
 from lfdm_models.lfae import latent_to_flow
 from lfdm_models.model import LfdmModel
 from lfdm_models.schedule import cosine_schedule
+from lfdm_models.training.procedural import HELD_OUT_SEEDS, LABELS, sample_clip
 
 SIZE, FRAMES = 64, 4
 LATENT = CONFIG.latent_size(SIZE)
@@ -88,3 +91,28 @@ def test_motion_between_images_is_finite_and_small(model: LfdmModel, image: Tens
     assert torch.isfinite(flow.grid).all()
     assert torch.isfinite(flow.occlusion).all()
     assert (flow.grid - identity).abs().max() < 0.3
+
+
+# --- The trained model that is shipped -------------------------------------------------------------
+
+
+def test_the_shipped_model_is_small_and_knows_itself():
+    assert sum(path.stat().st_size for path in SHIPPED.glob("*.safetensors")) <= 16e6
+    shipped = load_model_folder(SHIPPED)
+    assert tuple(shipped.label_embeddings) == LABELS
+    assert shipped.config.residual_flow
+    assert trained_size(shipped) == (16, 64)
+    assert shipped.provenance["trained"] is True
+
+
+def test_the_shipped_lfae_follows_a_motion_better_than_a_copy_does():
+    lfae = load_model_folder(SHIPPED).lfae
+    errors = []
+    for index in range(4):
+        frames = sample_clip(HELD_OUT_SEEDS[-1 - index], frames=5, label="tilt head").frames
+        clip = torch.from_numpy(frames).permute(0, 3, 1, 2) / 255
+        source = clip[:1].expand_as(clip).contiguous()
+        found = lfae(source, clip).frame
+        errors.append([(part - clip).abs().mean().item() for part in (found, source)])
+    rebuilt, copied = np.mean(errors, axis=0)
+    assert rebuilt < 0.6 * copied

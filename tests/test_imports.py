@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "lfdm_export.clip",
         "lfdm_export.conditions",
+        "lfdm_export.cuda_driver",
         "lfdm_export.gif",
         "lfdm_export.machine",
         "lfdm_export.json_codec",
@@ -33,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lfdm_export.sampler_tables",
         "lfdm_export.sampling",
         "lfdm_export.stages",
+        "lfdm_export.targets",
         "lfdm_export.tokenizer",
         "lfdm_models.config",
         "lfdm_models.labels",
@@ -43,6 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lfdm_export.checkpoints",
         "lfdm_export.model_folder",
         "lfdm_export.recognise",
+        "lfdm_export.training_facts",
         "lfdm_export.weight_files",
         "lfdm_models",
     ),
@@ -55,8 +58,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lfdm_export.bundle_writer",
         "lfdm_export.engines",
         "lfdm_export.faithful",
+        "lfdm_export.graphs",
         "lfdm_export.manifest",
         "lfdm_export.onnx_export",
+        "lfdm_export.quantize",
         "lfdm_export.reference",
         "lfdm_export.reference_inputs",
         "lfdm_export.stage_runner",
@@ -64,14 +69,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # What people ask for.
     (
         "lfdm_export.client",
+        "lfdm_export.evaluate",
+        "lfdm_export.evaluate_report",
+        "lfdm_export.cross_engine",
         "lfdm_export.export",
         "lfdm_export.pipeline",
+        "lfdm_export.plan_making",
         "lfdm_export.report",
         "lfdm_export.report_charts",
         "lfdm_export.report_page",
         "lfdm_export.report_table",
-        "lfdm_export.serve",
-        "lfdm_export.triton",
+        "lfdm_export.serving",
         "lfdm_export.verify",
         "lfdm_export.verify_chain",
         "lfdm_export.verify_stages",
@@ -81,19 +89,26 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 #: Not in the core's dependencies: no light module may need them to be imported.
 OPTIONAL = (
-    "av", "diffusers", "einops", "onnx", "onnxruntime", "onnxscript", "safetensors", "tensorrt", "tokenizers", "torch",
-    "transformers", "tritonclient",
+    "av", "diffusers", "einops", "grpc", "onnx", "onnxruntime", "onnxruntime_ep_nv_tensorrt_rtx", "onnxscript",
+    "openvino", "polygraphy", "safetensors", "tensorrt", "tensorrt_rtx_bindings", "tokenizers", "torch", "transformers",
+    "tritonclient",
 )  # fmt: skip
 
 #: The modules that may import optional packages at their top; every other one must do without.
 HEAVY = (
     "lfdm_export.checkpoints",
+    "lfdm_export.evaluate",
     "lfdm_export.export",
     "lfdm_export.faithful",
+    "lfdm_export.graphs",
     "lfdm_export.model_folder",
     "lfdm_export.onnx_export",
     "lfdm_export.ops",
+    "lfdm_export.quantize",
     "lfdm_export.rewrite",
+    # Run inside Triton alone, whose package they import.
+    "lfdm_export.serving.models",
+    "lfdm_export.training_facts",
     "lfdm_export.weight_files",
 )
 #: Of the networks' package, only these do without.
@@ -102,8 +117,9 @@ LIGHT_NETWORKS = (
     "lfdm_models.training.characters", "lfdm_models.training.cli", "lfdm_models.training.conditions",
     "lfdm_models.training.drawing", "lfdm_models.training.draws", "lfdm_models.training.errors",
     "lfdm_models.training.face", "lfdm_models.training.figure", "lfdm_models.training.head",
-    "lfdm_models.training.layouts", "lfdm_models.training.logs", "lfdm_models.training.motions",
-    "lfdm_models.training.pictures", "lfdm_models.training.procedural", "lfdm_models.training.settings",
+    "lfdm_models.training.landmarks", "lfdm_models.training.layouts", "lfdm_models.training.logs",
+    "lfdm_models.training.motions", "lfdm_models.training.pictures", "lfdm_models.training.procedural",
+    "lfdm_models.training.settings",
 )  # fmt: skip
 
 BLOCKER = """

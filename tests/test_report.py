@@ -403,3 +403,12 @@ def test_failures_stand_out():
 def test_the_table_has_no_markup_of_strangers():
     failed = dataclasses.replace(FAILURES[2], meaning="[red]its[/red] [/nothing]")
     assert "[red]its[/red] [/nothing]" in terminal(make_report(checks=(failed,)), 200)
+
+
+def test_a_ratio_in_decibels_is_judged_from_below():
+    check = Check(CHAIN, "clip", "frames, PSNR", passed=True, found=46.0, allowed=40.0, unit="dB", at_least=True)
+    assert check.judged
+    assert check.limit == "≥ 40"
+    assert check.share == pytest.approx(0.5, abs=0.002), "6 dB are half of the error"
+    worse = dataclasses.replace(check, found=34.0, passed=False)
+    assert worse.share == pytest.approx(2, abs=0.01)

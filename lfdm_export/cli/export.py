@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfdm_export.cli.console import OK, OneBar, add_common_options, make_parser, run, say
-from lfdm_export.cli.models import UNTRAINED, add_model_options, check_model_options, open_model
+from lfdm_export.cli.models import SHIPPED, add_model_options, check_model_options, open_model, trained_size
+from lfdm_export.cli.plans import add_plan_options, check_plan_options, choose_target, make_bundle_plans
 from lfdm_export.cli.verify import verify_and_report
 from lfdm_export.errors import InputError
 from lfdm_export.preprocess import Preprocessing
+from lfdm_export.stages import PRECISIONS
 from lfdm_models.labels import DATASETS
 
 if TYPE_CHECKING:
@@ -24,11 +26,12 @@ PUBLISHED_ENCODER = "bert-base-cased"
 #: Value of --text-encoder that asks for none.
 NO_ENCODER = "none"
 _EXAMPLES = """\
-  lfdm-export                                   a small untrained model, to try things out
+  lfdm-export                                   the small trained model that is shipped
   lfdm-export --lfae RegionMM.pth --dm flowdiff.pth --dataset mug --out mug
   lfdm-export --lfae RegionMM.pth --dm flowdiff.pth --dataset mhad \\
               --text-encoder folder/of/bert-base-cased --out mhad
-  lfdm-export --model trained/ --frames 20 --image-size 64 --out small
+  lfdm-export --model trained/ --frames 20 --image-size 64 --engine fp16 --out small
+  lfdm-export --plans mug --target tensorrt-rtx --gpus SM89,SM120
 """
 
 
@@ -37,19 +40,25 @@ def export_main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     check_model_options(parser, args)
-    return run(PROGRAM, args, lambda: _export(args))
+    check_plan_options(parser, args)
+    return run(PROGRAM, args, lambda: _export(args) if args.plans is None else _make_plans(args))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(
         PROGRAM, "Turn a latent flow diffusion model into a bundle of ONNX graphs, and verify it.", _EXAMPLES
     )
-    add_model_options(parser, "Both checkpoints, or a model folder; none means the small untrained model.")
+    add_model_options(parser, "Both checkpoints, or a model folder; none means the small trained one that is shipped.")
     group = parser.add_argument_group("bundle")
     group.add_argument("-o", "--out", type=Path, default=Path("bundle"), metavar="DIR", help="where to (%(default)s)")
-    group.add_argument("--engine", default="fp32", metavar="PRECISION", help="precision of the graphs: %(default)s")
-    group.add_argument("--frames", type=int, default=40, metavar="T", help="frames of a clip (%(default)s)")
-    group.add_argument("--image-size", type=int, default=128, metavar="N", help="pixels a side (%(default)s)")
+    group.add_argument(
+        "--engine",
+        default="fp32",
+        metavar="PRECISION",
+        help=f"of weights and activations: {', '.join(PRECISIONS)} (%(default)s); see docs/precision.md",
+    )
+    group.add_argument("--frames", type=int, metavar="T", help="frames of a clip (as trained, else 40)")
+    group.add_argument("--image-size", type=int, metavar="N", help="pixels a side (as trained, else 128)")
     group.add_argument("--labels", metavar="FILE|A,B,C", help="the labels: a file with one a line, or a list")
     group.add_argument(
         "--text-encoder",
@@ -57,9 +66,20 @@ def _parser() -> argparse.ArgumentParser:
         help="the BERT of the DM's training: embeds the labels, and lets the bundle take free text; "
         f"with --dataset it is {PUBLISHED_ENCODER}; {NO_ENCODER!r} exports without labels and text",
     )
+    group.add_argument("--triton", type=Path, metavar="DIR", help="write a Triton model repository that serves it, too")
     group.add_argument("--no-verify", action="store_true", help="do not run PyTorch and compare")
+    add_plan_options(parser)
     add_common_options(parser)
     return parser
+
+
+def _make_plans(args: argparse.Namespace) -> int:
+    """The plans of a bundle that is there."""
+    from lfdm_export.bundle import Bundle
+
+    bundle = Bundle.open(args.plans)
+    make_bundle_plans(args, bundle, choose_target(args, bundle.manifest.precision))
+    return OK
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -73,19 +93,24 @@ def _export(args: argparse.Namespace) -> int:
     elif encoder == NO_ENCODER:
         encoder, labels = None, None if args.labels is None else labels
     if args.lfae is None and args.model is None:
-        say(args, f"no checkpoints given: exporting the small model {UNTRAINED!r}, whose weights are untrained")
+        say(args, f"no checkpoints given: exporting the shipped model {SHIPPED!r}")
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when transformers is imported
     from lfdm_export.export import export_bundle
+    from lfdm_export.graphs.precisions import check_precision
 
+    # Before minutes of exporting: what cannot be had shows at once.
+    check_precision(args.engine)
+    choice = choose_target(args, args.engine)
     model = open_model(args)
+    frames, image_size = trained_size(model)
     with OneBar(quiet=args.quiet) as progress:
         bundle = export_bundle(
             model,
             args.out,
             engine=args.engine,
-            frames=args.frames,
-            image_size=args.image_size,
+            frames=frames if args.frames is None else args.frames,
+            image_size=image_size if args.image_size is None else args.image_size,
             text_encoder=encoder,
             labels=labels,
             preprocessing=Preprocessing.for_dataset(args.dataset),
@@ -93,9 +118,26 @@ def _export(args: argparse.Namespace) -> int:
             progress=progress,
         )
     say(args, f"bundle  {bundle.path} ({describe(bundle)})")
+    _tell_sensitivity(args, bundle)
+    targets = make_bundle_plans(args, bundle, choice)
+    if args.triton is not None:
+        from lfdm_export.serving.triton_repository import write_repository
+
+        say(args, f"triton  {write_repository(bundle, args.triton)}")
     if args.no_verify:
         return OK
-    return verify_and_report(PROGRAM, args, bundle)
+    return verify_and_report(PROGRAM, args, bundle, targets=targets)
+
+
+def _tell_sensitivity(args: argparse.Namespace, bundle: Bundle) -> None:
+    """Which layers of an 8-bit bundle are quantised, and which of them cost most."""
+    if bundle.manifest.precision not in ("int8", "fp8"):
+        return
+    from lfdm_export.bundle import PARITY_FOLDER
+    from lfdm_export.quantize.report import MARKDOWN_NAME, SensitivityReport
+
+    folder = bundle.path / PARITY_FOLDER
+    say(args, f"layers  {folder / MARKDOWN_NAME} ({SensitivityReport.read(folder).summary()})")
 
 
 def read_labels(value: str) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lfdm_export.cli.console import OK, Bars, add_common_options, make_parser, run, say
+from lfdm_export.cli.plans import add_target_option
+from lfdm_export.cli.remote import add_remote_options, check_remote_options, generate_remotely
 from lfdm_export.clip import Clip, rehearse_saving
 from lfdm_export.media import FORMATS
 from lfdm_export.sampling import SAMPLERS
@@ -20,6 +22,7 @@ _EXAMPLES = """\
   lfdm-generate mug --image face.jpg --label fear --sampler unipc --steps 8 --seed 3 -o fear.mp4
   lfdm-generate mug --image face.jpg --label anger --guidance 2 --panels -o anger.gif
   lfdm-generate mug --image face.jpg --drive laughing.mp4 -o laughing.gif
+  lfdm-generate --url localhost:8001 --image face.jpg --label happiness -o happiness.gif
 """
 #: Options of sampling, which a motion transfer has none of.
 _SAMPLING = ("seed", "steps", "sampler", "eta", "guidance")
@@ -32,6 +35,7 @@ def generate_main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.drive is not None and any(getattr(args, name) is not None for name in _SAMPLING):
         parser.error(f"--drive samples nothing: leave out {', '.join('--' + name for name in _SAMPLING)}")
+    check_remote_options(parser, args)
     return run(PROGRAM, args, lambda: _generate(args))
 
 
@@ -39,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser(
         PROGRAM, "Make a clip of a photograph that moves as a label, a text or a clip says.", _EXAMPLES
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="folder that lfdm-export wrote")
+    parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help="folder that lfdm-export wrote; not with --url")
     parser.add_argument("--image", required=True, metavar="PHOTO", help="the photograph")
     parser.add_argument(
         "-o", "--out", required=True, metavar="FILE", help=f"the clip: .{', .'.join(FORMATS)}, or FOLDER/"
@@ -64,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         help="show source, clip, warped image, deformed grid and occlusion side by side",
     )
     output.add_argument("--threads", type=int, metavar="N", help="threads (all cores)")
+    add_target_option(output)
+    add_remote_options(parser)
     add_common_options(parser)
     return parser
 
@@ -71,14 +77,17 @@ def _parser() -> argparse.ArgumentParser:
 def _generate(args: argparse.Namespace) -> int:
     # Before minutes of sampling: a clip that could not be written shows at once.
     rehearse_saving(args.out, format=args.format, panels=args.panels, fps=args.fps)
+    if args.url is not None:
+        return generate_remotely(args)
     from lfdm_export.pipeline import Pipeline
 
-    pipeline = Pipeline.open(args.bundle, threads=args.threads)
+    pipeline = Pipeline.open(args.bundle, threads=args.threads, target=args.target)
     with Bars(quiet=args.quiet, names=_STAGES) as progress:
         clip = _clip(pipeline, args, progress)
         paths = clip.save(args.out, format=args.format, panels=args.panels, fps=args.fps)
     for path in paths:
         say(args, f"clip  {path}")
+    say(args, f"target  {pipeline.stages.target}: {pipeline.stages.choice.reason}")
     if pipeline.bundle.manifest.provenance.get("trained") is False:
         say(args, "the model's weights are untrained: the clip shows that it runs, not what a trained one does")
     return OK

@@ -11,8 +11,12 @@ from lfdm_models.labels import DATASETS, REGION_PAD
 if TYPE_CHECKING:
     from lfdm_models.model import LfdmModel
 
-#: The small model with untrained weights, made on the spot.
+#: The small trained model that comes with the package.
+SHIPPED = "characters"
+#: A small model with untrained weights, made on the spot.
 UNTRAINED = "untrained"
+#: What the published models were trained on.
+_PUBLISHED_FRAMES, _PUBLISHED_SIZE = 40, 128
 
 
 def add_model_options(parser: argparse.ArgumentParser, purpose: str) -> None:
@@ -21,7 +25,9 @@ def add_model_options(parser: argparse.ArgumentParser, purpose: str) -> None:
     group.add_argument("--lfae", metavar="FILE", help="LFAE checkpoint, .pth or .safetensors (RegionMM_*.pth)")
     group.add_argument("--dm", metavar="FILE", help="DM checkpoint, .pth or .safetensors (flowdiff_*.pth)")
     group.add_argument(
-        "--model", metavar="NAME_OR_FOLDER", help=f"a model folder, or {UNTRAINED!r}: a small model to try things out"
+        "--model",
+        metavar="NAME_OR_FOLDER",
+        help=f"a model folder, {SHIPPED!r} (the small trained one that is shipped) or {UNTRAINED!r} (smaller still)",
     )
     group.add_argument(
         "--dataset",
@@ -48,7 +54,7 @@ def check_model_options(parser: argparse.ArgumentParser, args: argparse.Namespac
 
 
 def open_model(args: argparse.Namespace) -> LfdmModel:
-    """The model that the options name; the untrained one if they name none.
+    """The model that the options name; the shipped one if they name none.
 
     Raises:
         CheckpointError: it cannot be loaded.
@@ -59,11 +65,19 @@ def open_model(args: argparse.Namespace) -> LfdmModel:
         region_pad = args.region_pad
         if region_pad is None and args.dataset is not None:
             region_pad = REGION_PAD[args.dataset]
-        return load_model(args.lfae, args.dm, residual_flow=args.residual_flow, region_pad=region_pad)
-    if args.model in (None, UNTRAINED):
+        return load_model(args.lfae, args.dm, residual_flow=args.residual_flow or None, region_pad=region_pad)
+    if args.model == UNTRAINED:
         from lfdm_models.demo import untrained_model
 
         return untrained_model()
     from lfdm_export.model_folder import load_model_folder
+    from lfdm_models.demo import SHIPPED as SHIPPED_FOLDER
 
-    return load_model_folder(Path(args.model))
+    return load_model_folder(SHIPPED_FOLDER if args.model in (None, SHIPPED) else Path(args.model))
+
+
+def trained_size(model: LfdmModel) -> tuple[int, int]:
+    """Frames of a clip and pixels a side that a model was trained with; the published ones where nobody said."""
+    found = (model.provenance.get(name) for name in ("frames", "image_size"))
+    frames, image_size = (value if isinstance(value, int) else None for value in found)
+    return frames or _PUBLISHED_FRAMES, image_size or _PUBLISHED_SIZE

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lfdm_export.cli.console import OK, PARITY_FAILED, Bars, add_common_options, make_parser, run, say
 from lfdm_export.cli.models import add_model_options, check_model_options, open_model
+from lfdm_export.targets import EVERY_TARGET, SIMULATION, TARGETS
 
 if TYPE_CHECKING:
     from lfdm_export.bundle import Bundle
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 PROGRAM = "lfdm-verify"
 _EXAMPLES = """\
   lfdm-verify bundle
+  lfdm-verify mug --target openvino
   lfdm-verify mug --lfae RegionMM.pth --dm flowdiff.pth
 """
 
@@ -30,6 +32,16 @@ def verify_main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="folder that lfdm-export wrote")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (all cores)")
+    parser.add_argument(
+        "--target",
+        action="append",
+        choices=(EVERY_TARGET, *TARGETS, SIMULATION),
+        help="what runs the stages; may be given several times (all that run this bundle on this machine); "
+        f"{SIMULATION}: on the CPU, rounded as a GPU does in fp16 or bf16",
+    )
+    parser.add_argument(
+        "--polygraphy", action="store_true", help="compare each engine with ONNX Runtime by NVIDIA Polygraphy as well"
+    )
     add_model_options(
         parser,
         "What the bundle was exported from: PyTorch runs again, on fresh inputs. Without it the bundle is compared "
@@ -47,7 +59,16 @@ def _verify(args: argparse.Namespace) -> int:
 
     bundle = Bundle.open(args.bundle)
     model = None if args.lfae is None and args.model is None else open_model(args)
-    return verify_and_report(PROGRAM, args, bundle, model=model, threads=args.threads, text_encoder=args.text_encoder)
+    return verify_and_report(
+        PROGRAM,
+        args,
+        bundle,
+        model=model,
+        threads=args.threads,
+        text_encoder=args.text_encoder,
+        targets=tuple(args.target or (EVERY_TARGET,)),
+        polygraphy=args.polygraphy,
+    )
 
 
 def verify_and_report(
@@ -58,13 +79,23 @@ def verify_and_report(
     model: LfdmModel | None = None,
     threads: int | None = None,
     text_encoder: str | None = None,
+    targets: Sequence[str] = ("onnxruntime",),
+    polygraphy: bool = False,
 ) -> int:
     """Verify a bundle, print the table, write the report into the bundle; returns the exit status."""
     from lfdm_export.bundle import PARITY_FOLDER
     from lfdm_export.verify import verify_bundle
 
     with Bars(quiet=args.quiet) as progress:
-        report = verify_bundle(bundle, model=model, threads=threads, text_encoder=text_encoder, progress=progress)
+        report = verify_bundle(
+            bundle,
+            model=model,
+            threads=threads,
+            text_encoder=text_encoder,
+            targets=targets,
+            polygraphy=polygraphy,
+            progress=progress,
+        )
     page = report.write(bundle.path / PARITY_FOLDER)
     say(args, report.table())
     say(args, f"report  {page}")

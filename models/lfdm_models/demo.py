@@ -1,12 +1,16 @@
-"""A small model with untrained weights, for trying everything out where no checkpoint is at hand.
+"""The small models that come with the package.
 
-It shows nothing but that the machinery runs. So that one can see that it does, a few weights are
-set by hand: a clip is the photograph itself, softly moved by what the other, random weights make of
-label and noise.
+`SHIPPED` is the folder of a trained one: procedural characters that smile, nod, wave, … as a label says; beside it lies
+its model card. `lfdm_export.model_folder.load_model_folder` loads it.
+
+`untrained_model` makes one with untrained weights, for tests and measurements. It shows nothing but that the machinery
+runs. So that one can see that it does, a few weights are set by hand: a clip is the photograph itself, softly moved by
+what the other, random weights make of label and noise.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -20,6 +24,9 @@ from lfdm_models.layers import UpBlock
 from lfdm_models.lfae import Lfae
 from lfdm_models.model import LfdmModel
 from lfdm_models.unet import LATENT_CHANNELS, ResBlock
+
+#: The trained model's folder.
+SHIPPED = Path(__file__).parent / "weights" / "characters64"
 
 #: For images of 64 pixels a side and more, in steps of 32.
 CONFIG = LfdmConfig(
