@@ -22,7 +22,7 @@ from lfdm_models.regions import Regions
 from lfdm_models.training import recipes
 from lfdm_models.training.cli import main
 from lfdm_models.training.data import NO_CLIP, FramePairs, ProceduralClips, TrainingClips, batches
-from lfdm_models.training.dm import DmStage, noise_weight
+from lfdm_models.training.dm import DmStage, load_diffusion, new_diffusion, noise_weight
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.figure import draw
 from lfdm_models.training.landmarks import LANDMARKS, landmarks
@@ -172,6 +172,22 @@ def test_stages_of_an_lfae_follow_each_other(tmp_path: Path):
     assert changed(fresh, regions) == {"region_predictor"}
     assert changed(regions, motion) == {"region_predictor", "bg_predictor", "generator.pixelwise_flow_predictor"}
     assert {"generator.final", "generator.bottleneck"} <= changed(motion, whole)
+
+
+def test_a_dm_goes_on_from_another(tmp_path: Path):
+    lfae = recipes.train_lfae(CONFIG.lfae, POOL, QUICK, run_settings(1), tmp_path / "lfae").checkpoint
+    first = recipes.train_dm(CONFIG, lfae, POOL, QUICK, run_settings(1), tmp_path / "first").checkpoint
+    still = OptimiserSettings(1e-12, (0.5, 0.999))
+    settings = run_settings(1, ema=0.0)
+    second = recipes.train_dm(CONFIG, lfae, POOL, still, settings, tmp_path / "second", start=first).checkpoint
+    started, ended = (torch.load(path, weights_only=True)["diffusion"] for path in (first, second))
+    for key, value in started.items():
+        torch.testing.assert_close(ended[key], value, rtol=0, atol=1e-9)
+    fresh = recipes.train_dm(CONFIG, lfae, POOL, still, settings, tmp_path / "fresh").checkpoint
+    other = torch.load(fresh, weights_only=True)["diffusion"]
+    assert any(not torch.allclose(other[key], value, rtol=0, atol=1e-4) for key, value in started.items())
+    with pytest.raises(TrainingError, match=r"dm\.pth is no DM of that architecture: "):
+        load_diffusion(new_diffusion(SMALL, 0), first)
 
 
 # --- The mixture -----------------------------------------------------------------------------------

@@ -56,9 +56,11 @@ class RunningSampler:
 
 
 def warm_up_steps(loaded: Loaded) -> None:
-    """Load both sampling engines and run each once, on zeros."""
+    """Load both sampling engines and run each with one sample and with all slots, on zeros."""
     import numpy as np
 
     for name in ("step", "step_guided"):
         spec = loaded.pipeline.bundle.stages[name]
-        loaded.pipeline.stages.run(name, *(np.zeros(tensor.concrete(batch=1), tensor.dtype) for tensor in spec.inputs))
+        for batch in sorted({1, loaded.settings.slots}):
+            zeros = (np.zeros(tensor.concrete(batch=batch), tensor.dtype) for tensor in spec.inputs)
+            loaded.pipeline.stages.run(name, *zeros)

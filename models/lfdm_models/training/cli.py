@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     dm.add_argument("--lfae", type=Path, required=True, metavar="FILE", help="the trained autoencoder")
     dm.add_argument("--released-lfae", action="store_true", help="it is a released one, of the published size")
     dm.add_argument("--signal-std", type=float, default=0.0, metavar="X", help="weigh errors by noise level; 0: do not")
+    dm.add_argument("--start", type=Path, metavar="FILE", help="a DM checkpoint to begin with")
     dm.add_argument("--text-encoder", metavar="FOLDER|NAME", help="a BERT that embeds the labels (fixed vectors)")
     dm.add_argument(
         "--residual-flow",
@@ -211,6 +212,7 @@ def _train(args: argparse.Namespace) -> Outcome:
             args.out,
             lfae_tells_config=not args.released_lfae,
             text_encoder=args.text_encoder,
+            start=args.start,
             signal_std=args.signal_std,
             resume=args.resume,
             progress=bar,

@@ -20,6 +20,8 @@ from lfdm_models.diffusion import Diffusion
 from lfdm_models.lfae import Lfae, flow_to_latent, latent_to_flow
 from lfdm_models.training.conditions import Float32Array
 from lfdm_models.training.data import NO_CLIP
+from lfdm_models.training.errors import TrainingError
+from lfdm_models.training.files import load
 from lfdm_models.training.lfae import plain
 from lfdm_models.training.previews import save_gif
 from lfdm_models.training.settings import Precision
@@ -40,6 +42,24 @@ def new_diffusion(config: LfdmConfig, seed: int) -> Diffusion:
         if isinstance(module, Rotary):
             module.freqs.requires_grad_(False)  # frequencies of positions are given, not learned
     return diffusion
+
+
+def load_diffusion(diffusion: Diffusion, path: Path) -> None:
+    """Put a checkpoint's weights into a DM.
+
+    Args:
+        diffusion: of the checkpoint's architecture.
+        path: written by this stage, or released.
+
+    Raises:
+        TrainingError: it cannot be read, or is of another architecture.
+    """
+    content = load(path, "a DM checkpoint")
+    weights = {key.removeprefix("module."): value for key, value in content.get("diffusion", {}).items()}
+    try:
+        diffusion.load_state_dict(weights)
+    except RuntimeError as error:
+        raise TrainingError(f"{path} is no DM of that architecture: {str(error).splitlines()[-1].strip()}") from error
 
 
 def noise_weight(signal: Tensor, spread: Tensor, signal_std: float) -> Tensor:

@@ -24,7 +24,7 @@ from lfdm_models.training.data import (
     ProceduralClips,
     TrainingClips,
 )
-from lfdm_models.training.dm import DmStage, new_diffusion
+from lfdm_models.training.dm import DmStage, load_diffusion, new_diffusion
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.landmarks import LANDMARKS
 from lfdm_models.training.lfae import LfaeStage, load_lfae, new_lfae
@@ -180,6 +180,7 @@ def train_dm(
     *,
     lfae_tells_config: bool = True,
     text_encoder: str | None = None,
+    start: Path | None = None,
     signal_std: float = 0.0,
     resume: bool = False,
     progress: ReportProgress = no_report,
@@ -198,6 +199,7 @@ def train_dm(
         lfae_tells_config: whether the checkpoint tells its architecture, as those of `train_lfae` do; else it is
             that of `config`.
         text_encoder: folder or name of a BERT that embeds the labels; without one they get fixed vectors.
+        start: a DM checkpoint of that architecture to begin with.
         signal_std: see `DmStage`.
         resume: see there.
 
@@ -219,10 +221,13 @@ def train_dm(
         config.latent_size(data.image_size)
     except ValueError as error:
         raise TrainingError(str(error)) from error
+    diffusion = new_diffusion(config, run.seed)
+    if start is not None:
+        load_diffusion(diffusion, start)
     stage = DmStage(
         config,
         network,
-        new_diffusion(config, run.seed),
+        diffusion,
         embeddings,
         signal_std=signal_std,
         examples={**data.facts(source), "lfae": _fingerprint(network.state_dict())},
