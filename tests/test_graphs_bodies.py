@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lfdm_export import sampling
 from lfdm_export.bundle import Bundle
+from lfdm_export.engines.openvino import shared_core
 from lfdm_export.errors import ExportError
 from lfdm_export.graphs.bodies import OPENVINO_OPSET, with_bodies
 from lfdm_export.onnx_export import example
@@ -206,13 +207,11 @@ def test_onnxruntime_keeps_the_stored_bodies(small_bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("stage", ["step", "decode"])
 def test_openvino_reads_and_runs_its_graph(small_bundle: Bundle, stage: str, folder: Path) -> None:
-    import openvino
-
     spec = small_bundle.stages[stage]
     generator = torch.Generator().manual_seed(1)
     feeds = {tensor.name: example(tensor, {BATCH: 1}, generator).numpy() for tensor in spec.inputs}
     expected = outputs(small_bundle.stage_path(stage), feeds)
-    core = openvino.Core()
+    core = shared_core()
     model = core.read_model(changed(small_bundle, stage, "openvino", folder))
     options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     found = core.compile_model(model, "CPU", options)(feeds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 from collections.abc import Mapping
@@ -63,7 +64,7 @@ class OpenVinoEngine:
         self.path, self.spec = Path(path), spec
         if threads is not None and threads < 1:
             raise EngineError(f"threads is {threads}, expected 1 or more, or None for all cores")
-        self._core = _openvino().Core()
+        self._core = shared_core()
         self._options = _options(self._core, threads, precision)
         if not self.path.is_file():
             raise EngineError(f"there is no graph at {self.path}; export again")
@@ -236,12 +237,22 @@ def _check_value(path: Path, spec: StageSpec, tensor: TensorSpec, found: Any) ->
         raise EngineError(f"{where} has shape {shape}, expected {tensor.shape}")
 
 
-def _openvino() -> Any:
+@functools.cache
+def shared_core() -> Any:
+    """The `openvino.Core` of this process; it is never let go.
+
+    Its CPU plugin gives the loading thread a stack for signals, and takes the memory back when the last core that
+    holds it is gone, but leaves the thread with it: the next signal would write to whatever is there by then.
+    Observed with OpenVINO 2026.4 on a processor with AMX: a crash at SIGTERM, or freed memory overwritten.
+
+    Raises:
+        MissingDependencyError: OpenVINO is not installed.
+    """
     try:
         import openvino
     except ImportError as error:
         raise MissingDependencyError("openvino", "running a bundle with OpenVINO", "openvino") from error
-    return openvino
+    return openvino.Core()
 
 
 def _one_line(error: Exception) -> str:
