@@ -60,7 +60,7 @@ def main() -> int:
         with subject.checkpoints(arguments) as pair, tempfile.TemporaryDirectory(prefix="lfdm-latency-") as folder:
             model = load_model(*pair)
             bundle = _bundle(model, arguments, Path(folder))
-            task, warm_up = (_task(model, bundle, steps) for steps in (arguments.steps, 1))
+            task, warm_up = (make_task(model, bundle, steps) for steps in (arguments.steps, 1))
             contestants = list(_contestants(model, bundle, task, arguments, Path(folder)))
             for contestant in contestants:
                 contestant.make(warm_up)
@@ -75,7 +75,7 @@ def main() -> int:
             name: getattr(arguments, name) for name in ("threads", "rounds", "frames", "image_size", "steps", "golden")
         },
         "max_abs_difference": differences,
-        "seconds": {name: _samples(made) for name, made in clips.items()},
+        "seconds": {name: samples(made) for name, made in clips.items()},
     }
     machine.write_json(arguments.out, result)
     print("\n".join(_table(result["seconds"])))
@@ -120,7 +120,8 @@ def _bundle(model: LfdmModel, arguments: argparse.Namespace, folder: Path) -> Bu
     return bundle
 
 
-def _task(model: LfdmModel, bundle: Bundle, steps: int) -> Task:
+def make_task(model: LfdmModel, bundle: Bundle, steps: int) -> Task:
+    """A clip of a photograph by DDIM, always the same."""
     from benchmarks.contestants import Task
     from lfdm_export import sampling
     from lfdm_export.preprocess import prepare_images
@@ -188,7 +189,8 @@ def _without_arrays(made: Made) -> Made:
     return dataclasses.replace(made, latent=nothing, frames=nothing)
 
 
-def _samples(clips: Sequence[Made]) -> dict[str, list[float]]:
+def samples(clips: Sequence[Made]) -> dict[str, list[float]]:
+    """Seconds of the parts of some clips, by part."""
     return {
         "encode": [made.encode for made in clips],
         "step": [step for made in clips for step in made.steps],

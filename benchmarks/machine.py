@@ -12,7 +12,7 @@ from lfdm_export.machine import package_versions, processor_info, processor_name
 
 #: Where results go unless told otherwise.
 RESULTS = Path(__file__).resolve().parent / "results"
-_PACKAGES = ("lfdm-export", "torch", "onnx", "onnxruntime", "onnxscript", "numpy")
+_PACKAGES = ("lfdm-export", "torch", "onnx", "onnxruntime", "onnxscript", "openvino", "numpy")
 #: What decides how fast matrix products run.
 _FLAGS = (
     "avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_bf16", "amx_int8",

@@ -1,6 +1,6 @@
 """Pictures of results; needs matplotlib (the extra `bench`).
 
-python benchmarks/plots.py RESULT.json
+python benchmarks/plots.py RESULT.json [precision]
 """
 
 from __future__ import annotations
@@ -25,6 +25,31 @@ def plot_latency(result: Mapping[str, Any], path: Path) -> None:
         result: what `benchmarks/latency.py` wrote.
         path: the PNG to write.
     """
+    medians = {name: statistics.median(parts["clip"]) for name, parts in result["seconds"].items()}
+    last = list(medians)[-1]
+    texts = {
+        name: f"{median:.1f} s" + ("" if name == last else f"  (bundle {median / medians[last]:.2f}x)")
+        for name, median in medians.items()
+    }
+    _plot_clips(result, texts, path)
+
+
+def plot_precision(result: Mapping[str, Any], path: Path) -> None:
+    """The same of precisions, with how many times as fast as the first and how near to PyTorch each is.
+
+    Args:
+        result: what `benchmarks/precision.py` wrote.
+        path: the PNG to write.
+    """
+    texts = {
+        name: f"{found['clip']:.1f} s, {found['ratio']:.2f}x, {found['frames_psnr']:.0f} dB"
+        for name, found in result["found"].items()
+    }
+    _plot_clips(result, texts, path)
+
+
+def _plot_clips(result: Mapping[str, Any], texts: Mapping[str, str], path: Path) -> None:
+    """Stacked bars of the parts' medians, with every clip's total as a dot and a text beside it."""
     seconds, settings = result["seconds"], result["settings"]
     names = list(seconds)
     figure = Figure(figsize=(7.0, 1.6 + 0.55 * len(names)), dpi=150, layout="constrained")
@@ -37,16 +62,14 @@ def plot_latency(result: Mapping[str, Any], path: Path) -> None:
         label = {"encode": "encode", "step": f"{repeats} steps", "decode": f"decode {settings['frames']} frames"}[part]
         axes.barh(names, widths, left=left, label=label, height=0.6)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    medians = [statistics.median(seconds[name]["clip"]) for name in names]
     for row, name in enumerate(names):
         samples = seconds[name]["clip"]
         axes.plot(samples, [row] * len(samples), "k.", markersize=4, label="each clip" if row == 0 else None)
-        text = f"{medians[row]:.1f} s"
-        if row < len(names) - 1:
-            text += f"  (bundle {medians[row] / medians[-1]:.2f}x)"
-        axes.annotate(text, (max(*samples, left[row]), row), xytext=(6, 0), textcoords="offset points", va="center")
+        axes.annotate(
+            texts[name], (max(*samples, left[row]), row), xytext=(6, 0), textcoords="offset points", va="center"
+        )
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.3 * max(left))
+    axes.set_xlim(0, 1.35 * max(left))
     axes.set_xlabel("seconds a clip")
     axes.legend(loc="lower right", fontsize="small", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -62,4 +85,5 @@ def plot_latency(result: Mapping[str, Any], path: Path) -> None:
 
 if __name__ == "__main__":
     source = Path(sys.argv[1])
-    plot_latency(json.loads(source.read_text()), source.with_suffix(".png"))
+    plot = plot_precision if sys.argv[2:] == ["precision"] else plot_latency
+    plot(json.loads(source.read_text()), source.with_suffix(".png"))

@@ -72,7 +72,7 @@ class ChainTolerance:
         latent_max, latent_mean: |error| of the latent after any step, largest and mean.
         flow_mean: end-point error of the last latent's flow, mean, in pixels of the image.
         picture_max: |error| of frames and warped images, of values in [0, 1].
-        psnr: smallest ratio of signal to error of frames and warped images, in dB.
+        psnr, warped_psnr: smallest ratio of signal to error of frames, and of warped images, in dB.
         beyond_one_level: share of their 8-bit values that are off by more than one level.
     """
 
@@ -81,19 +81,20 @@ class ChainTolerance:
     flow_mean: float
     picture_max: float
     psnr: float
+    warped_psnr: float
     beyond_one_level: float
 
 
 #: By precision, as the stages' own tolerances are. Those of bf16 are two to five times the worst measured on two models
-#: of published size; those of fp16 three times and more that of one. The ratios are the least that is wanted: see
-#: docs/precision.md.
+#: of published size; those of fp16 three times and more that of one; those of int8 and fp8 four times and more the
+#: worst measured, of int8 on one of published size too. The ratios are the least that is wanted: see docs/precision.md.
 CHAIN_TOLERANCES: Mapping[str, ChainTolerance] = {
-    "fp32": ChainTolerance(1e-3, 5e-5, 5e-3, 1e-3, 70, 1e-4),
-    "tf32": ChainTolerance(0.05, 5e-3, 0.25, 0.15, 40, 0.03),
-    "fp16": ChainTolerance(0.05, 5e-3, 0.25, 0.15, 40, 0.03),
-    "bf16": ChainTolerance(0.4, 3e-2, 1.5, 0.8, 34, 0.25),
-    "int8": ChainTolerance(2, 0.2, 10, 1, 30, 1),
-    "fp8": ChainTolerance(2, 0.2, 10, 1, 30, 1),
+    "fp32": ChainTolerance(1e-3, 5e-5, 5e-3, 1e-3, 70, 70, 1e-4),
+    "tf32": ChainTolerance(0.05, 5e-3, 0.25, 0.15, 40, 40, 0.03),
+    "fp16": ChainTolerance(0.05, 5e-3, 0.25, 0.15, 40, 40, 0.03),
+    "bf16": ChainTolerance(0.4, 3e-2, 1.5, 0.8, 34, 34, 0.25),
+    "int8": ChainTolerance(1.5, 0.12, 8, 1, 30, 22, 1),
+    "fp8": ChainTolerance(2, 0.2, 8, 1, 26, 22, 1),
 }
 
 
@@ -124,6 +125,8 @@ def _tolerances(fp32: float, fp16: float, bf16: float) -> dict[str, float]:
     """A stage's tolerance by precision; a product's factors have as many bits in TF32 as in fp16.
 
     Those of fp16 and bf16 are 7 to 140 times what simulation gave for the small model, the guided stages' the loosest.
+    Those of int8 and fp8, five times bf16's, are 4 times and more what ONNX Runtime gave for the trained small model,
+    and for one of published size in int8.
     """
     return {"fp32": fp32, "tf32": fp16, "fp16": fp16, "bf16": bf16, "int8": 5 * bf16, "fp8": 5 * bf16}
 

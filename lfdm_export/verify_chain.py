@@ -81,8 +81,18 @@ def check_chain(
         return ChainResult((*checks, _failure(f"the clip cannot be decoded: {error}")), steps)
     kept_frames, kept_warped = (images[0].transpose(1, 0, 2, 3)[reference.kept] for images in (frames, warped))
     checks += [
-        *_picture_checks("frames", kept_frames, reference.kept_frames, pictures[0], reference.frames, tolerance),
-        *_picture_checks("warped", kept_warped, reference.kept_warped, pictures[1], reference.warped, tolerance),
+        *_picture_checks(
+            "frames", kept_frames, reference.kept_frames, pictures[0], reference.frames, tolerance, tolerance.psnr
+        ),
+        *_picture_checks(
+            "warped",
+            kept_warped,
+            reference.kept_warped,
+            pictures[1],
+            reference.warped,
+            tolerance,
+            tolerance.warped_psnr,
+        ),
     ]
     shown = Pictures(
         frames=tuple(map(int, reference.kept)),
@@ -168,21 +178,27 @@ def _motion_checks(bundle: Bundle, latent: Float32, expected: Float32, tolerance
 
 
 def _picture_checks(
-    name: str, kept: Float32, expected: Float32, levels: UInt8, expected_levels: UInt8, tolerance: ChainTolerance
+    name: str,
+    kept: Float32,
+    expected: Float32,
+    levels: UInt8,
+    expected_levels: UInt8,
+    tolerance: ChainTolerance,
+    psnr_wanted: float,
 ) -> list[Check]:
     """Unrounded values of some frames, and the 8-bit values of all."""
     error = kept.astype(np.float64) - expected
     square = float((error**2).mean())
     beyond = np.abs(levels.astype(np.int16) - expected_levels) > 1
     found = -10 * math.log10(square) if square > 0 else None
-    passed = found is None or found >= tolerance.psnr
+    passed = found is None or found >= psnr_wanted
     psnr = Check(
         CHAIN,
         "clip",
         f"{name}, PSNR",
         passed=passed,
         found=found,
-        allowed=None if found is None else tolerance.psnr,
+        allowed=None if found is None else psnr_wanted,
         unit="dB",
         meaning="no difference at all" if found is None else "" if passed else _PICTURES,
         at_least=True,

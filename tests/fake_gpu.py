@@ -52,11 +52,6 @@ class FakeStream:
         self.done += count
 
 
-# libffi's memory for callbacks is shared with forked processes, such as a data loader's workers: where one of them frees a
-# callback, the other aborts at its next. They are therefore never freed.
-_CALLBACKS: list[Any] = []
-
-
 class FakeLibrary:
     """What `ctypes.CDLL("libcuda.so.1")` would be; ``calls`` is what it was asked to do, in order."""
 
@@ -71,9 +66,7 @@ class FakeLibrary:
         self._handles = 1000
         self._kept: list[Any] = []
         for name, parameters in SIGNATURES.items():
-            callback = ctypes.CFUNCTYPE(ctypes.c_int, *parameters)(self._logged(name))
-            _CALLBACKS.append(callback)
-            setattr(self, name, callback)
+            setattr(self, name, ctypes.CFUNCTYPE(ctypes.c_int, *parameters)(self._logged(name)))
 
     def _logged(self, name: str) -> Callable[..., int]:
         function = getattr(self, f"_{name}")

@@ -1,0 +1,215 @@
+"""What lower precision gains on the CPU: clips of fp32, bf16 and int8 bundles, side by side in one process.
+
+    python benchmarks/precision.py (--golden mug128 | --checkpoints LFAE DM) [--bundles DIR] [--rounds 5]
+
+Rounds are interleaved (A B C, A B C, …) after a warm-up. Every clip is compared with the one that PyTorch makes of the
+same noise with the untouched networks. Results go to benchmarks/results/precision.json, with a plot beside it (needs
+the extra `bench`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import machine, subject
+from benchmarks.latency import PARTS, make_task, samples
+
+if TYPE_CHECKING:
+    from benchmarks.contestants import Contestant, Made, Task
+    from lfdm_export.bundle import Bundle
+    from lfdm_models.model import LfdmModel
+
+#: Name, precision of the bundle, and target of each contestant; ratios are against the first.
+CONTESTANTS: Mapping[str, tuple[str, str]] = {
+    "fp32, ONNX Runtime": ("fp32", "onnxruntime"),
+    "fp32, OpenVINO": ("fp32", "openvino"),
+    "bf16, OpenVINO": ("bf16", "openvino"),
+    "int8, ONNX Runtime": ("int8", "onnxruntime"),
+    "int8, OpenVINO": ("int8", "openvino"),
+}
+
+
+def main() -> int:
+    """Measure and print."""
+    arguments = _arguments()
+    plot = None if arguments.no_plot else _plotter()
+    import torch
+
+    from benchmarks import contestants
+    from lfdm_export.checkpoints import load_model
+    from lfdm_export.errors import LfdmExportError
+    from lfdm_export.pipeline import Pipeline
+
+    torch.set_num_threads(arguments.threads)
+    try:
+        with subject.checkpoints(arguments) as pair, tempfile.TemporaryDirectory(prefix="lfdm-precision-") as folder:
+            model = load_model(*pair)
+            bundles = _bundles(model, arguments, Path(folder))
+            task, warm_up = (make_task(model, bundles["fp32"], steps) for steps in (arguments.steps, 1))
+            expected = contestants.eager(model).make(task)
+            del model
+            racers = [
+                contestants.Exported(name, Pipeline(bundles[precision], threads=arguments.threads, target=target))
+                for name, (precision, target) in CONTESTANTS.items()
+            ]
+            for racer in racers:
+                racer.make(warm_up)
+            facts, warning = machine.describe(), machine.busy()
+            if warning:
+                print(f"WARNING: {warning}", file=sys.stderr)
+            seconds, errors = _measure(racers, task, expected, arguments.rounds)
+    except LfdmExportError as error:
+        print(f"precision: {error}", file=sys.stderr)
+        return 1
+    result: dict[str, Any] = {
+        **facts,
+        "warning": warning,
+        "settings": {
+            name: getattr(arguments, name) for name in ("threads", "rounds", "frames", "image_size", "steps", "golden")
+        },
+        "found": _found(seconds, errors),
+        "seconds": seconds,
+    }
+    machine.write_json(arguments.out, result)
+    print("\n".join(table(result["found"])))
+    if plot is not None:
+        plot(result, arguments.out.with_suffix(".png"))
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time clips of bundles of fp32, bf16 and int8 on the CPU.")
+    subject.add_options(parser)
+    parser.add_argument(
+        "--bundles", type=Path, metavar="DIR", help="has bundles of these checkpoints, called fp32, bf16 and int8; "
+        "those that are missing are exported into it (else all are, into a temporary folder)",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=int, default=machine.usable_cores(), help="for all (all cores)")
+    parser.add_argument("--rounds", type=int, default=5, help="clips of each contestant (5)")
+    parser.add_argument("--frames", type=int, default=40, help="of a clip (40)")
+    parser.add_argument("--image-size", type=int, default=128, help="pixels (128)")
+    parser.add_argument("--steps", type=int, default=10, help="DDIM steps (10)")
+    parser.add_argument("--no-plot", action="store_true", help="write no picture")
+    parser.add_argument("--out", type=Path, default=machine.RESULTS / "precision.json", metavar="FILE", help="results")
+    arguments = parser.parse_args()
+    if min(arguments.threads, arguments.rounds, arguments.frames, arguments.steps) < 1:
+        parser.error("threads, rounds, frames and steps must be 1 or more")
+    return arguments
+
+
+def _bundles(model: LfdmModel, arguments: argparse.Namespace, scratch: Path) -> dict[str, Bundle]:
+    """A bundle of every precision that is needed.
+
+    Raises:
+        InputError: one that is there is of another size or precision.
+    """
+    from lfdm_export.bundle import Bundle
+    from lfdm_export.errors import InputError
+    from lfdm_export.export import export_bundle
+
+    folder = arguments.bundles or scratch
+    wanted = arguments.frames, arguments.image_size
+    bundles = {}
+    for precision in dict.fromkeys(precision for precision, _ in CONTESTANTS.values()):
+        path = folder / precision
+        if path.exists():
+            bundle = Bundle.open(path)
+        else:
+            print(f"exporting {precision}", file=sys.stderr, flush=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            bundle = export_bundle(
+                model, path, engine=precision, frames=wanted[0], image_size=wanted[1], reference=False
+            )
+        manifest = bundle.manifest
+        found = manifest.geometry.frames, manifest.geometry.image_size
+        if (manifest.precision, found) != (precision, wanted):
+            raise InputError(
+                f"{path} is {manifest.precision} for {found[0]} frames of {found[1]} pixels, expected {precision} for "
+                f"{wanted[0]} of {wanted[1]}; remove it"
+            )
+        bundles[precision] = bundle
+    return bundles
+
+
+def _measure(
+    racers: Sequence[Contestant], task: Task, expected: Made, rounds: int
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, float]]]:
+    """Seconds of every contestant by part, in interleaved rounds, and its errors."""
+    clips: dict[str, list[Made]] = {racer.name: [] for racer in racers}
+    errors: dict[str, dict[str, float]] = {}
+    for number in range(1, rounds + 1):
+        for racer in racers:
+            made = racer.make(task)
+            clips[racer.name].append(made)
+            # Every round computes the same.
+            errors[racer.name] = clip_errors(made, expected)
+            print(f"round {number}/{rounds}  {racer.name:20s} {made.clip:7.2f} s", file=sys.stderr, flush=True)
+    return {name: samples(made) for name, made in clips.items()}, errors
+
+
+def clip_errors(made: Made, expected: Made) -> dict[str, float]:
+    """How far a clip is from another one: PSNR of frames in dB, end-point error of the flow in pixels, latent."""
+    square = float(np.square(made.frames - expected.frames, dtype=np.float64).mean())
+    difference = made.latent.astype(np.float64) - expected.latent
+    distance = np.hypot(difference[:, 0], difference[:, 1]) * made.frames.shape[-1] / 2
+    return {
+        "frames_psnr": -10 * math.log10(max(square, 1e-20)),
+        "flow_mean": float(distance.mean()),
+        "flow_99": float(np.quantile(distance, 0.99)),
+        "latent_mean": float(np.abs(difference).mean()),
+    }
+
+
+def _found(
+    seconds: Mapping[str, Mapping[str, Sequence[float]]], errors: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Medians, ratios against the first, and errors, by contestant."""
+    first = next(iter(seconds.values()))
+    found: dict[str, dict[str, float]] = {}
+    for name, parts in seconds.items():
+        medians = {part: statistics.median(parts[part]) for part in PARTS}
+        ratios = {
+            "ratio" if part == "clip" else f"ratio_{part}": statistics.median(first[part]) / medians[part]
+            for part in PARTS
+        }
+        cores = {"cores": sum(parts["clip_cpu"]) / sum(parts["clip"])}
+        found[name] = {**medians, **ratios, **cores, **errors[name]}
+    return found
+
+
+def table(found: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """Medians in seconds, how many times as fast as the first, and errors, in Markdown."""
+    titles = ("encode", "step", "decode", "clip", "times as fast", "step", "decode", "frames", "flow, mean", "99%")
+    yield f"| | {' | '.join(titles)} |"
+    yield f"|---|{'---|' * len(titles)}"
+    for name, one in found.items():
+        cells = [f"{one[part]:.3f} s" for part in ("encode", "step", "decode")] + [f"{one['clip']:.2f} s"]
+        cells += [f"{one[ratio]:.2f}" for ratio in ("ratio", "ratio_step", "ratio_decode")]
+        cells += [f"{one['frames_psnr']:.1f} dB", f"{one['flow_mean']:.2g} px", f"{one['flow_99']:.2g} px"]
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def _plotter() -> Callable[[Mapping[str, Any], Path], None]:
+    """The plotting function; asked for before measuring, so that a missing library costs no hour."""
+    with contextlib.suppress(ImportError):
+        from benchmarks.plots import plot_precision
+
+        return plot_precision
+    sys.exit("plotting needs matplotlib: pip install 'lfdm-export[bench]', or give --no-plot")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Explicit quantisation: a quantise and a dequantise node before every activation, a dequantise node behind weights.
+
+Activations have one scale a tensor, weights one for each output; zero is stored as zero, which is what TensorRT and
+OpenVINO's matrix units take. Biases, and all that is not a layer, stay float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lfdm_export.graphs.policy import module_of, node_name
+from lfdm_export.quantize.layers import find_layers
+from lfdm_export.quantize.ranges import Format, quantise, weight_scales
+
+_TYPES: Mapping[Format, ir.DataType] = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
+
+
+def insert_qdq(model: ir.Model, scales: Mapping[str, np.float32], form: Format) -> ir.Model:
+    """A graph whose layers are quantised.
+
+    Args:
+        model: float32; it is left as it is.
+        scales: of each layer's activation, by the layer's name; layers without one stay float.
+        form: what activations and weights are stored in.
+
+    Returns:
+        Another graph with the same inputs and outputs; small convolutions have become ordinary ones.
+    """
+    quantised = model.clone()
+    graph = quantised.graph
+    activations: dict[tuple[ir.Value, float], ir.Value] = {}
+    for layer in find_layers(quantised):
+        if layer.name not in scales:
+            continue
+        scale, node = scales[layer.name], layer.node
+        key = layer.activation, float(scale)
+        if key not in activations:
+            activations[key] = _round_trip(graph, layer.activation, scale, form, node)
+        weight = _stored(graph, node, layer.weight, layer.axis, form)
+        if node.op_type == "SmallConv":
+            node = _plain_convolution(graph, node)
+        node.replace_input_with(0, activations[key])
+        node.replace_input_with(1, weight)
+    _drop_unused(quantised)
+    return quantised
+
+
+def _round_trip(graph: ir.Graph, value: ir.Value, scale: np.float32, form: Format, before: ir.Node) -> ir.Value:
+    """The value quantised and dequantised, right before a node."""
+    factor = initializer(graph, f"{value.name}_scale", np.array(scale, np.float32))
+    zero = initializer(graph, f"{value.name}_zero", _zeros((), form))
+    name = f"{value.name}_{form}"
+    module = module_of(before)
+    store = ir.node("QuantizeLinear", [value, factor, zero], name=node_name(module, name))
+    read = ir.node("DequantizeLinear", [store.outputs[0], factor, zero], name=node_name(module, f"{name}_read"))
+    for node, out, dtype in ((store, name, _TYPES[form]), (read, f"{name}_read", ir.DataType.FLOAT)):
+        node.outputs[0].name, node.outputs[0].shape = out, value.shape
+        node.outputs[0].type = ir.TensorType(dtype)
+    graph.insert_before(before, [store, read])
+    return read.outputs[0]
+
+
+def _stored(graph: ir.Graph, before: ir.Node, weight: NDArray[np.float32], axis: int, form: Format) -> ir.Value:
+    """The weights, stored in few bits and read right before a node."""
+    name = node_name(before.name or "", "weight").replace("/", ".")
+    scales = weight_scales(weight, axis, form)
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    inputs = [
+        initializer(graph, f"{name}_{form}", quantise(weight, scales.reshape(shape), form)),
+        initializer(graph, f"{name}_scale", scales),
+        initializer(graph, f"{name}_zero", _zeros(scales.shape, form)),
+    ]
+    read = ir.node("DequantizeLinear", inputs, attributes={"axis": axis}, name=f"{before.name}_weight")
+    out = read.outputs[0]
+    out.name, out.shape, out.type = f"{name}_read", ir.Shape(weight.shape), ir.TensorType(ir.DataType.FLOAT)
+    graph.insert_before(before, read)
+    return out
+
+
+def _plain_convolution(graph: ir.Graph, node: ir.Node) -> ir.Node:
+    """A SmallConv as the Conv that it is: Winograd's sums would be quantised on the way."""
+    convolution = ir.node(
+        "Conv", node.inputs[:3], attributes={"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}, name=node.name
+    )
+    old, new = node.outputs[0], convolution.outputs[0]
+    new.name, new.shape, new.type = old.name, old.shape, old.type
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [convolution], [old], [new])
+    return convolution
+
+
+def _zeros(shape: tuple[int, ...], form: Format) -> NDArray[np.generic]:
+    return quantise(np.zeros(shape, np.float32), np.float32(1), form)
+
+
+def initializer(graph: ir.Graph, name: str, values: NDArray[np.generic]) -> ir.Value:
+    """A constant of the graph, made or found by its name."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    tensor = ir.tensor(values, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.initializers[name] = value
+    return value
+
+
+def _drop_unused(model: ir.Model) -> None:
+    """Forget weights that were replaced, what took them out of a stack, and bodies of operators that are gone."""
+    graph = model.graph
+    kept = set(graph.outputs)
+    for node in reversed(list(graph)):
+        if not any(value.uses() or value in kept for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        del graph.initializers[name]
+    used = {(node.domain, node.op_type) for node in graph}
+    for key in [key for key in model.functions if key[:2] not in used]:
+        del model.functions[key]

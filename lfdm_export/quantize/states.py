@@ -1,0 +1,314 @@
+"""States of the stages along real sampling trajectories: what activations are calibrated and compared on.
+
+The float32 graphs run under ONNX Runtime, sampling whole chains of every sampler, with and without a label and with
+guidance. The last chain is held out: calibration does not see it, comparisons do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lfdm_export import onnx_export, sampling
+from lfdm_export.engines.feeds import Array
+from lfdm_export.engines.onnxruntime import OnnxRuntimeEngine
+from lfdm_export.noise import START, seeded_noise
+from lfdm_export.preprocess import to_float
+from lfdm_export.quantize.layers import find_layers
+from lfdm_export.quantize.ranges import Observed
+from lfdm_export.reference_inputs import draw_pictures
+from lfdm_export.sampler_tables import SamplerTable, sampler_table
+from lfdm_export.stages import Geometry, StageSpec, TensorSpec, stage_specs
+from lfdm_models.schedule import Schedule
+
+Float32: TypeAlias = NDArray[np.float32]
+Feeds: TypeAlias = dict[str, Array]
+#: Called with what is done, how much of it, and out of how much.
+Progress: TypeAlias = Callable[[str, int, int], None]
+
+#: The stages that are calibrated; the UNet's other graphs have the same layers as `denoise`.
+STAGES = ("encode", "denoise", "decode")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One chain to sample.
+
+    Attributes:
+        sampler: a name of `sampling.SAMPLERS`.
+        steps: at most; fewer where the model's schedule is shorter.
+        eta: DDIM's share of fresh noise; None where the sampler has none.
+        guidance_scale: 1 for the label alone, 0 for none, above 1 for both.
+    """
+
+    sampler: str
+    steps: int
+    eta: float | None = None
+    guidance_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is sampled to calibrate.
+
+    Attributes:
+        chains: in turn with labels and pictures. Their numbers of steps differ, so that their timesteps do.
+        label_chain: one more for each label that `chains` are too few for.
+        held_out: the chain that only comparisons see.
+        values: of each activation that are kept of each state.
+        chunks: of frames that are decoded of each chain.
+        kept_states: of the held-out chain, by stage.
+        seed: of pictures, noise and the choice of values.
+    """
+
+    chains: tuple[Chain, ...] = (
+        Chain("ddim", 10, 1.0),
+        Chain("dpm++2m", 8),
+        Chain("unipc", 7),
+        Chain("ddim", 6, 0.0, guidance_scale=0.0),
+        Chain("ddim", 5, 1.0, guidance_scale=2.5),
+    )
+    label_chain: Chain = Chain("ddim", 4, 1.0)
+    held_out: Chain = Chain("ddim", 9, 1.0)
+    values: int = 4096
+    chunks: int = 2
+    kept_states: int = 2
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """What states are drawn from.
+
+    Attributes:
+        graphs: float32, of every stage by name; they are not changed.
+        geometry: of the stages.
+        schedule: of the DM.
+        embeddings: text embeddings (text_width,) to draw from; where there are none, random ones stand for them.
+        null_embedding: (text_width,), that stands for "no label".
+    """
+
+    graphs: Mapping[str, ir.Model]
+    geometry: Geometry
+    schedule: Schedule
+    embeddings: tuple[Float32, ...]
+    null_embedding: Float32
+
+
+@dataclass(eq=False)
+class Calibrated:
+    """What was seen.
+
+    Attributes:
+        observed: of each layer's activation, by stage and by the layer's name.
+        held_out: feeds of each stage, from the chain that calibration did not see.
+        evaluations: of the UNet, the held-out chain's included.
+        timesteps: that were calibrated on.
+        labels: how many of the known labels were.
+    """
+
+    observed: dict[str, dict[str, Observed]] = field(default_factory=lambda: {stage: {} for stage in STAGES})
+    held_out: dict[str, list[Feeds]] = field(default_factory=lambda: {stage: [] for stage in STAGES})
+    evaluations: int = 0
+    timesteps: set[int] = field(default_factory=set)
+    labels: int = 0
+
+
+def calibrate(
+    sources: Sources,
+    calibration: Calibration | None = None,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Calibrated:
+    """Sample the chains and note what every layer's activation takes.
+
+    Args:
+        sources: graphs and conditions.
+        calibration: what to sample; None for the default.
+        threads: of ONNX Runtime; None takes all cores.
+        progress: called as ``progress("calibrate", evaluations of the UNet, all of them)``.
+
+    Raises:
+        EngineError: a graph cannot be run.
+        InputError: a sampler or its arguments cannot be used.
+    """
+    settings = calibration or Calibration()
+    with tempfile.TemporaryDirectory(prefix="lfdm-calibrate-") as folder:
+        return _Calibrator(sources, settings, Path(folder), threads, progress).run()
+
+
+class _Stage:
+    """A stage's float32 graph that also gives its layers' activations."""
+
+    def __init__(self, graph: ir.Model, spec: StageSpec, folder: Path, threads: int | None) -> None:
+        self.spec = spec
+        observing = graph.clone()
+        # By the activation that they take, which has one scale for all of them.
+        self.layers: dict[str, list[str]] = {}
+        extra = {}
+        own = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
+        for layer in find_layers(observing):
+            value = layer.activation
+            assert value.name is not None
+            self.layers.setdefault(value.name, []).append(layer.name)
+            if value.name not in own and value.name not in extra:
+                extra[value.name] = value
+        observing.graph.outputs.extend(extra.values())
+        onnx_export.save({spec.name: observing}, folder, f"{spec.name}.data")
+        outputs = (*spec.outputs, *(_tensor_spec(value) for value in extra.values()))
+        wide = dataclasses.replace(spec, outputs=outputs)
+        self._engine = OnnxRuntimeEngine(folder / f"{spec.name}.onnx", wide, threads=threads)
+
+    def run(
+        self, feeds: Feeds, note: dict[str, Observed] | None, values: int, rng: np.random.Generator
+    ) -> dict[str, Array]:
+        """Run it, and take note of the activations."""
+        found = self._engine.run(feeds)
+        if note is not None:
+            tensors = {**feeds, **found}
+            for name, layers in self.layers.items():
+                observed = note.setdefault(layers[0], Observed())
+                observed.add(np.asarray(tensors[name], np.float32), values, rng)
+                note.update(dict.fromkeys(layers, observed))
+        return {tensor.name: found[tensor.name] for tensor in self.spec.outputs}
+
+
+def _tensor_spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None
+    assert value.shape is not None, f"{value.name} has no shape"
+    return TensorSpec(value.name, "float32", tuple(d if isinstance(d, int) else str(d) for d in value.shape))
+
+
+class _Calibrator:
+    """The work of `calibrate`."""
+
+    def __init__(
+        self,
+        sources: Sources,
+        settings: Calibration,
+        folder: Path,
+        threads: int | None,
+        progress: Progress | None,
+    ) -> None:
+        self.sources, self.settings, self.progress = sources, settings, progress
+        specs = stage_specs(sources.geometry)
+        self.stages = {name: _Stage(sources.graphs[name], specs[name], folder, threads) for name in STAGES}
+        self.rng = np.random.default_rng(settings.seed)
+        self.result = Calibrated()
+        self.chains = _with_every_label(settings, len(sources.embeddings))
+        self.tables = [self._table(chain) for chain in self.chains]
+        self.total = sum(
+            table.steps * len(_branches(chain)) for chain, table in zip(self.chains, self.tables, strict=True)
+        )
+        self.labelled = 0
+
+    def run(self) -> Calibrated:
+        """Sample and decode every chain."""
+        pictures = calibration_pictures(self.rng, len(self.chains), self.sources.geometry.image_size)
+        for number, (chain, table) in enumerate(zip(self.chains, self.tables, strict=True)):
+            held_out = number == len(self.chains) - 1
+            image = to_float(pictures[number : number + 1])
+            encoded = self._run("encode", {"image": image}, held_out)
+            latent = self._sample(chain, table, number, encoded["context"], held_out)
+            skips = {name: array for name, array in encoded.items() if name != "context"}
+            for part in self._parts(latent):
+                self._run("decode", {"image": image, **skips, "latent": part}, held_out)
+        return self.result
+
+    def _table(self, chain: Chain) -> SamplerTable:
+        longest = sampler_table(chain.sampler, self.sources.schedule, None, chain.eta).steps
+        return sampler_table(chain.sampler, self.sources.schedule, min(chain.steps, longest), chain.eta)
+
+    def _run(self, stage: str, feeds: Feeds, held_out: bool) -> dict[str, Array]:
+        note = None if held_out else self.result.observed[stage]
+        if held_out and stage != "denoise":
+            self._keep(stage, feeds)
+        return self.stages[stage].run(feeds, note, self.settings.values, self.rng)
+
+    def _keep(self, stage: str, feeds: Feeds) -> None:
+        if len(self.result.held_out[stage]) < self.settings.kept_states:
+            self.result.held_out[stage].append(feeds)
+
+    def _sample(self, chain: Chain, table: SamplerTable, number: int, context: Array, held_out: bool) -> Float32:
+        g = self.sources.geometry
+        embedding = self._embedding(chain, held_out)
+        if not held_out:
+            self.result.timesteps.update(map(int, table.timesteps))
+        # Of the held-out chain: early, late, and evenly between.
+        wanted = (
+            np.linspace(table.steps - 1, 0, self.settings.kept_states + 1)[:-1].round().astype(int) if held_out else ()
+        )
+        kept_timesteps = [table.timesteps[index] for index in wanted]
+
+        def denoise(noisy_latent: Float32, timestep: NDArray[np.int64]) -> Float32:
+            predicted = np.zeros_like(noisy_latent)
+            for weight, labelled in _branches(chain):
+                text = embedding if labelled else self.sources.null_embedding
+                feeds: Feeds = {
+                    "noisy_latent": noisy_latent,
+                    "context": context,
+                    "text_embedding": text[None],
+                    "timestep": timestep,
+                }
+                if timestep[0] in kept_timesteps:
+                    self._keep("denoise", feeds)
+                found = self._run("denoise", feeds, held_out)["predicted_noise"]
+                predicted += np.float32(weight) * found.astype(np.float32)
+                self.result.evaluations += 1
+                if self.progress is not None:
+                    self.progress("calibrate", self.result.evaluations, self.total)
+            return predicted
+
+        source = seeded_noise([self.settings.seed + number], (3, g.frames, g.latent_size, g.latent_size))
+        return sampling.sample(sampling.step_from_denoiser(denoise), table, source(START), source)
+
+    def _embedding(self, chain: Chain, held_out: bool) -> Float32:
+        """The next label's, where the chain sees a label and there are any."""
+        known = self.sources.embeddings
+        if not known:
+            return self.rng.standard_normal(self.sources.geometry.text_width, np.float32)
+        embedding = np.asarray(known[self.labelled % len(known)], np.float32)
+        if chain.guidance_scale != 0:
+            self.labelled += 1
+            if not held_out:
+                self.result.labels = min(self.labelled, len(known))
+        return embedding
+
+    def _parts(self, latent: Float32) -> Iterator[Float32]:
+        """Some chunks of a latent's frames, the first and the last among them."""
+        chunk = self.sources.geometry.chunk_frames
+        last = latent.shape[2] - chunk
+        for start in sorted({round(last * share) for share in np.linspace(0, 1, self.settings.chunks)}):
+            yield np.ascontiguousarray(latent[:, :, start : start + chunk])
+
+
+def _with_every_label(settings: Calibration, labels: int) -> tuple[Chain, ...]:
+    """The chains, those for the labels that they leave out, and last the one that is held out."""
+    left = max(0, labels - sum(chain.guidance_scale != 0 for chain in settings.chains))
+    return (*settings.chains, *(settings.label_chain for _ in range(left)), settings.held_out)
+
+
+def _branches(chain: Chain) -> list[tuple[float, bool]]:
+    """The evaluations of a step: the weight of each, and whether it sees the label."""
+    scale = chain.guidance_scale
+    return [(weight, labelled) for weight, labelled in ((scale, True), (1 - scale, False)) if weight]
+
+
+def calibration_pictures(rng: np.random.Generator, count: int, size: int) -> NDArray[np.uint8]:
+    """Pictures (count, size, size, 3) of all contrasts: smooth ones, blocks with hard edges, noise, in turn."""
+    smooth = draw_pictures(rng, count, size)
+    cells = max(2, size // 16)
+    blocks = rng.integers(0, 256, (count, cells, cells, 3), np.uint8)
+    hard = blocks.repeat(-(-size // cells), axis=1).repeat(-(-size // cells), axis=2)[:, :size, :size]
+    noise = rng.integers(0, 256, (count, size, size, 3), np.uint8)
+    kinds = (smooth, hard, noise)
+    return np.stack([kinds[number % len(kinds)][number] for number in range(count)])
