@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import types
@@ -59,6 +60,17 @@ def test_help_has_examples_and_needs_nothing_heavy(program: str):
     assert done.returncode == 0, done.stderr
     assert f"usage: {program}" in done.stdout
     assert "examples:" in done.stdout
+
+
+def test_a_terminal_without_check_marks_gets_its_result():
+    code = (
+        "import argparse\nfrom lfdm_export.cli import console\n"
+        "args = argparse.Namespace(quiet=False, debug=False)\n"
+        "raise SystemExit(console.run('lfdm-verify', args, lambda: console.say(args, '\\u2713 passed') or 0))\n"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "? passed\n", "")
 
 
 @pytest.mark.parametrize("program", COMMANDS)

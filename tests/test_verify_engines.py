@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from types import SimpleNamespace
@@ -88,7 +89,7 @@ def test_the_report_shows_them(report: Report):
     assert "not run: " in html
     from rich.console import Console
 
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(report.table())
     text = console.export_text()
     assert "OpenVINO, CPU" in text

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
+import sys
 from collections.abc import Callable
 from types import TracebackType
 
@@ -41,6 +43,8 @@ def run(program: str, args: argparse.Namespace, command: Callable[[], int]) -> i
     Raises:
         BaseException: whatever the body raised, with ``--debug``.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ✓ gets a ?, and its result
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"{program}: %(levelname)s: %(message)s"))
     logger = logging.getLogger("lfdm_export")

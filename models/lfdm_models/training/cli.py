@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.stage == "evaluate":  # the toolkit's command answers before it comes to this
         _complain("error: evaluate measures exported bundles, and comes with lfdm_export: run lfdm-train")
         return FAILED
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a path that the terminal cannot spell is no fault of the run
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(levelname)s: %(message)s"))
     logger = logging.getLogger("lfdm_models")
