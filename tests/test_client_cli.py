@@ -189,7 +189,11 @@ def test_ctrl_c_gives_the_request_up(fake: FakeTriton, address: str, photo: str,
         [
             sys.executable,
             "-c",
-            f"import sys; from lfdm_export.cli import generate_main; sys.exit(generate_main({arguments}))",
+            # A test run in the background inherits that the signal is ignored.
+            "import signal, sys\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            "from lfdm_export.cli import generate_main\n"
+            f"sys.exit(generate_main({arguments}))",
         ],
         stderr=subprocess.PIPE,
         text=True,
