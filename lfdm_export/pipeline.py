@@ -85,7 +85,7 @@ class Pipeline:
         Args:
             bundle: a bundle or its folder.
             threads: threads of each engine on a CPU; None takes all cores.
-            device: where ONNX Runtime runs: "cpu" or "cuda".
+            device: where ONNX Runtime runs: "cpu", "cuda", "tensorrt" or "tensorrt-rtx".
             target: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or "auto": the first of the two TensorRTs
                 that the bundle has plans for and that runs here, else ONNX Runtime, else OpenVINO.
 

@@ -14,6 +14,7 @@ from lfdm_export import sampling
 from lfdm_export.bundle import PLANS_FOLDER, Bundle
 from lfdm_export.engines.interface import Engine, KeepsState, StateLoop
 from lfdm_export.engines.onnxruntime import Device, OnnxRuntimeEngine
+from lfdm_export.engines.onnxruntime_binding import STATE, BoundOnnxRuntimeEngine
 from lfdm_export.engines.plans import targets_with_plans
 from lfdm_export.errors import EngineError
 from lfdm_export.targets import AUTO, Choice, Target, check_target_name, find_target
@@ -36,7 +37,7 @@ class StageRunner:
         Args:
             bundle: the bundle.
             threads: threads of each engine on a CPU; None takes all cores.
-            device: where ONNX Runtime runs, "cpu" or "cuda".
+            device: where ONNX Runtime runs; see `OnnxRuntimeEngine`.
             target: what runs the stages, see `lfdm_export.targets`; "auto" looks for the fastest that can.
 
         Raises:
@@ -212,6 +213,9 @@ def load_engine(
     """
     path, spec = bundle.stage_path(stage), bundle.stages[stage]
     if target == "onnxruntime":
+        # On a CPU a chain whose values are not finite is better stopped at once than kept where it is.
+        if device != "cpu" and set(STATE) <= {tensor.name for tensor in spec.outputs}:
+            return BoundOnnxRuntimeEngine(path, spec, threads=threads, device=device)
         return OnnxRuntimeEngine(path, spec, threads=threads, device=device)
     if target == "openvino":
         from lfdm_export.engines.openvino import OpenVinoEngine

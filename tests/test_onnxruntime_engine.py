@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from lfdm_export.engines.onnxruntime import OnnxRuntimeEngine
+from lfdm_export.engines.onnxruntime import Device, OnnxRuntimeEngine
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.stages import StageSpec, TensorSpec
 from tests.fake_bundle import SPECS, fake_graph, predicted_noise
@@ -178,8 +178,39 @@ def test_a_device_that_is_not_there_is_no_silent_cpu(path: Path, monkeypatch: py
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(EngineError, match="cannot run on 'cuda'; install it with"):
-        OnnxRuntimeEngine(path, DENOISE, device="cuda")
+    devices: list[Device] = ["cuda", "tensorrt"]
+    for device in devices:
+        with pytest.raises(EngineError, match=f"cannot run on '{device}'; install it with"):
+            OnnxRuntimeEngine(path, DENOISE, device=device)
+    with pytest.raises(EngineError, match="cannot run on 'tensorrt-rtx'; take a build with NvTensorRTRTX"):
+        OnnxRuntimeEngine(path, DENOISE, device="tensorrt-rtx")
+
+
+@pytest.mark.parametrize(
+    ("device", "providers"),
+    [
+        ("cuda", ["CUDAExecutionProvider"]),
+        ("tensorrt", ["TensorrtExecutionProvider", "CUDAExecutionProvider"]),
+        ("tensorrt-rtx", ["NvTensorRTRTXExecutionProvider", "CUDAExecutionProvider"]),
+    ],
+)
+def test_a_device_is_its_execution_providers(
+    path: Path, device: Device, providers: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    import onnxruntime
+
+    asked: list[list[str]] = []
+    real = onnxruntime.InferenceSession
+
+    def session(file: Path, options: Any, providers: list[str]) -> Any:
+        asked.append(providers)
+        return real(file, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [*providers, "CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    with pytest.raises(EngineError, match=f"could not start {providers[0]}"):  # what came is the CPU
+        OnnxRuntimeEngine(path, DENOISE, device=device)
+    assert asked == [providers]
 
 
 def test_missing_onnxruntime(path: Path, monkeypatch: pytest.MonkeyPatch):

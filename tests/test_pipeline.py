@@ -13,6 +13,7 @@ from lfdm_export import Clip, Pipeline, sampling
 from lfdm_export.bundle import Bundle
 from lfdm_export.bundle_writer import BundleWriter
 from lfdm_export.engines import onnxruntime as ort_engine
+from lfdm_export.engines.interface import KeepsState
 from lfdm_export.errors import BundleError, EngineError, InputError
 from lfdm_export.manifest import SamplerDefaults
 from lfdm_export.preprocess import to_float
@@ -429,6 +430,20 @@ def test_values_that_are_not_finite_stop_at_once(tmp_path: Path):
     pipe = Pipeline.open(write_fake_bundle(tmp_path / "x", step=body))
     with pytest.raises(EngineError, match=r"step 1 of 4 gave values that are not finite.*lfdm-verify"):
         pipe.generate(photo(), label="Anger")
+
+
+def test_on_a_gpu_the_state_stays_there(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+    """What runs is the CPU under another device's name: the same clip, by loops of the engine."""
+    monkeypatch.setitem(ort_engine._PROVIDERS, "cuda", ("CPUExecutionProvider",))
+    monkeypatch.setitem(ort_engine.MEMORY, "cuda", "cpu")
+    arguments: dict[str, Any] = {"label": ["Anger", "happiness"], "eta": 1.0, "seed": 3}
+    there, here = Pipeline.open(bundle, device="cuda"), Pipeline.open(bundle)
+    for scale in (1.0, 2.5):
+        found = there.generate(photo(), **arguments, guidance_scale=scale)
+        np.testing.assert_array_equal(found.frames, here.generate(photo(), **arguments, guidance_scale=scale).frames)
+    for stage in ("step", "step_guided"):
+        assert isinstance(there.stages.engine(stage), KeepsState)
+        assert not isinstance(here.stages.engine(stage), KeepsState)
 
 
 def test_wrong_number_of_tensors(pipe: Pipeline):

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from lfdm_export.cli.console import OK, add_common_options, make_parser, run, say
+from lfdm_export.engines.onnxruntime import DEVICES
 from lfdm_export.errors import InputError
 from lfdm_export.serving.order import POLICIES, Policy
 from lfdm_export.serving.requests import Limits
 from lfdm_export.serving.server_files import SERVER_VARIABLE, find_server, install_server
-from lfdm_export.serving.settings import DEVICES, ServingSettings
+from lfdm_export.serving.settings import ServingSettings
 from lfdm_export.serving.supervisor import ServerOptions, TritonServer, wait_for_signal
 from lfdm_export.targets import AUTO, TARGETS
 

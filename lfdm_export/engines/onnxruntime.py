@@ -13,8 +13,18 @@ from lfdm_export.engines.feeds import Array, check_feeds, check_tensors
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.stages import StageSpec, TensorSpec
 
-Device = Literal["cpu", "cuda"]
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+Device = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
+#: Execution providers by device; the first has to be there, the next takes what it cannot run. TensorRT keeps no engine
+#: from one load to the next: the provider's own cache would not notice other weights in the same graph.
+_PROVIDERS: dict[str, tuple[str, ...]] = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider",),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
+    "tensorrt-rtx": ("NvTensorRTRTXExecutionProvider", "CUDAExecutionProvider"),
+}
+DEVICES = tuple(_PROVIDERS)
+#: Where a device's tensors lie, as ONNX Runtime calls it.
+MEMORY = {device: "cpu" if device == "cpu" else "cuda" for device in DEVICES}
 _ONNX_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}
 _ERRORS_ONLY = 3
 
@@ -41,7 +51,7 @@ class OnnxRuntimeEngine:
             path: the .onnx file; external data lies beside it.
             spec: the stage that it is meant to be.
             threads: threads of one run; None takes all cores.
-            device: "cpu" or "cuda".
+            device: "cpu", "cuda", or an execution provider on it, "tensorrt" or "tensorrt-rtx".
             allow_spinning: let idle threads wait busily, which is faster as long as this engine
                 alone uses the cores.
 
@@ -52,7 +62,7 @@ class OnnxRuntimeEngine:
         self.path, self.spec = Path(path), spec
         if threads is not None and threads < 1:
             raise EngineError(f"threads is {threads}, expected 1 or more, or None for all cores")
-        self._session = _load(self.path, _options(threads, allow_spinning), _provider(device))
+        self._session = _load(self.path, _options(threads, allow_spinning), _providers(device))
         _check_interface(self.path, spec, "inputs", spec.inputs, self._session.get_inputs())
         _check_interface(self.path, spec, "outputs", spec.outputs, self._session.get_outputs())
 
@@ -100,24 +110,32 @@ def _options(threads: int | None, allow_spinning: bool) -> Any:
     return options
 
 
-def _provider(device: Device) -> str:
+def _providers(device: Device) -> tuple[str, ...]:
     if device not in _PROVIDERS:
         raise EngineError(f"unknown device {device!r}; expected {' or '.join(map(repr, _PROVIDERS))}")
-    provider = _PROVIDERS[device]
-    if provider not in _onnxruntime().get_available_providers():
-        raise EngineError(f"this onnxruntime cannot run on {device!r}; install it with: pip install 'lfdm-export[gpu]'")
-    return provider
+    first, *rest = _PROVIDERS[device]
+    available = _onnxruntime().get_available_providers()
+    if first not in available:
+        remedy = (
+            f"take a build with {first}, or device 'cuda'"
+            if device == "tensorrt-rtx"
+            else "install it with: pip install 'lfdm-export[gpu]'"
+        )
+        raise EngineError(f"this onnxruntime cannot run on {device!r}; {remedy}")
+    return (first, *(provider for provider in rest if provider in available))
 
 
-def _load(path: Path, options: Any, provider: str) -> Any:
+def _load(path: Path, options: Any, providers: Sequence[str]) -> Any:
     if not path.is_file():
         raise EngineError(f"there is no graph at {path}; export again")
     try:
-        session = _onnxruntime().InferenceSession(path, options, providers=[provider])
+        session = _onnxruntime().InferenceSession(path, options, providers=list(providers))
     except Exception as error:  # onnxruntime's exceptions share no other base
         raise EngineError(f"ONNX Runtime cannot load {path}: {_one_line(error)}; export again") from error
-    if session.get_providers()[0] != provider:  # it falls back to the CPU with no more than a log line
-        raise EngineError(f"ONNX Runtime could not start {provider} for {path}; check the GPU's driver and libraries")
+    if session.get_providers()[0] != providers[0]:  # it falls back to the CPU with no more than a log line
+        raise EngineError(
+            f"ONNX Runtime could not start {providers[0]} for {path}; check the GPU's driver and libraries"
+        )
     session.disable_fallback()
     return session
 

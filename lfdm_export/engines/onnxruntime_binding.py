@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.engines.feeds import Array, check_feeds
-from lfdm_export.engines.onnxruntime import Device, OnnxRuntimeEngine
+from lfdm_export.engines.onnxruntime import MEMORY, Device, OnnxRuntimeEngine
 from lfdm_export.errors import EngineError
 from lfdm_export.sampler_tables import SamplerTable
 from lfdm_export.stages import BATCH, COEFFICIENTS, StageSpec
@@ -144,7 +144,8 @@ class BoundLoop:
         import onnxruntime
 
         zeros = self._zeros(name)
+        memory = MEMORY[self._engine.device]
         try:
-            return onnxruntime.OrtValue.ortvalue_from_shape_and_type(zeros.shape, zeros.dtype, self._engine.device, 0)
+            return onnxruntime.OrtValue.ortvalue_from_shape_and_type(zeros.shape, zeros.dtype, memory, 0)
         except Exception as error:  # onnxruntime's exceptions share no other base
-            raise EngineError(f"stage {self._spec.name!r}: no memory for {name} on {self._engine.device}") from error
+            raise EngineError(f"stage {self._spec.name!r}: no memory for {name} on {memory!r}") from error

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lfdm_export.engines.onnxruntime import DEVICES
 from lfdm_export.errors import InputError
 from lfdm_export.serving.order import POLICIES, Policy
 from lfdm_export.serving.requests import Limits
 from lfdm_export.targets import AUTO, check_target_name
 
-DEVICES = ("cpu", "cuda")
 #: Where the bundle is, for a configuration that does not say it.
 BUNDLE_VARIABLE = "LFDM_BUNDLE"
 #: What the parameters of a configuration that are limits begin with.
@@ -33,7 +33,7 @@ class ServingSettings:
         fixed_batch: run all slots at each step, empty or not, so that a clip has the same bits in any company.
         threads: of each engine; 0 takes all cores.
         target: what runs the stages, see `lfdm_export.targets`; "auto" for the best that the bundle and machine have.
-        device: where ONNX Runtime runs, "cpu" or "cuda".
+        device: where ONNX Runtime runs; see `OnnxRuntimeEngine`.
         limits: of a request.
     """
 
