@@ -16,7 +16,7 @@ import torch
 
 from lfdm_export import InputError, load_model
 from lfdm_models.config import HourglassConfig, LfaeConfig
-from lfdm_models.generator import Candidates
+from lfdm_models.generator import Candidates, Flow, warp
 from lfdm_models.layers import coordinate_grid
 from lfdm_models.regions import Regions
 from lfdm_models.training import recipes
@@ -26,8 +26,9 @@ from lfdm_models.training.dm import DmStage, load_diffusion, new_diffusion, nois
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.figure import draw
 from lfdm_models.training.landmarks import LANDMARKS, landmarks
-from lfdm_models.training.lfae import landmark_loss, load_lfae, mixture_loss, new_lfae
+from lfdm_models.training.lfae import LfaeStage, landmark_loss, load_lfae, mixture_loss, new_lfae
 from lfdm_models.training.loop import STATE
+from lfdm_models.training.losses import PyramidLoss
 from lfdm_models.training.procedural import LABELS, clip_parts, sample_clip
 from lfdm_models.training.processes import Processes
 from lfdm_models.training.settings import COSINE_END, LFAE_OPTIMISER, SMALL, OptimiserSettings
@@ -148,6 +149,63 @@ def test_the_loss_of_landmarks_is_a_divergence():
 def test_landmarks_need_procedural_clips_and_regions_enough(tmp_path: Path):
     with pytest.raises(TrainingError, match="landmarks are of the procedural data set, for 11 regions or more"):
         recipes.train_lfae(CONFIG.lfae, POOL, QUICK, run_settings(1), tmp_path, landmarks=1.0)
+
+
+def test_a_still_camera_leaves_the_background_exactly_where_it_is(tmp_path: Path):
+    outcome = recipes.train_lfae(
+        MANY, POOL, QUICK, run_settings(2), tmp_path / "still", camera_still=True, start=moved_background(tmp_path)
+    )
+    lfae, facts = load_lfae(outcome.checkpoint)
+    assert facts["examples"]["camera still"] is True
+    image = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    grid = coordinate_grid(SIZE // 4, SIZE // 4, image)
+    homogeneous = torch.cat([grid, torch.ones_like(grid[..., :1])], dim=-1)
+    moved = homogeneous @ lfae.bg_predictor(image, image.flip(3))[0, :2].T
+    warped = warp(image, Flow(moved[None], torch.ones(1, 1, SIZE // 4, SIZE // 4)))
+    inner = (..., slice(2, -2), slice(2, -2))  # at the rim grids are clamped
+    torch.testing.assert_close(warped[inner], image[inner], atol=1e-5, rtol=0)
+
+
+def moved_background(folder: Path) -> Path:
+    """A checkpoint whose background moves."""
+    lfae = new_lfae(MANY, 0, SIZE)
+    with torch.no_grad():
+        lfae.bg_predictor.fc.bias.add_(0.1)
+    outcome = recipes.train_lfae(MANY, POOL, QUICK, run_settings(1), folder / "moved")
+    content = torch.load(outcome.checkpoint, weights_only=True)
+    content["bg_predictor"] = lfae.bg_predictor.state_dict()
+    torch.save(content, folder / "moved.pth")
+    return folder / "moved.pth"
+
+
+def test_coordinates_keep_all_their_bits_in_mixed_precision(monkeypatch: pytest.MonkeyPatch):
+    lfae = new_lfae(MANY, 0, SIZE)
+    stage = LfaeStage(lfae, PyramidLoss(), examples={})
+    flows: list[Flow] = []
+    decode = lfae.generator.decode
+
+    def spy(image: torch.Tensor, skips: list[torch.Tensor], flow: Flow) -> Any:
+        flows.append(flow)
+        return decode(image, skips, flow)
+
+    monkeypatch.setattr(lfae.generator, "decode", spy)
+    examples = FramePairs(ProceduralClips(SIZE, FRAMES, 0), 0)
+    batch = next(batches(examples, 2, start=0, workers=0))
+    motions: list[torch.Tensor] = []
+    mixture = lfae.generator.pixelwise_flow_predictor.mixture
+
+    def watch(*parts: torch.Tensor) -> Candidates:
+        motions.append(parts[1])
+        return mixture(*parts)
+
+    monkeypatch.setattr(lfae.generator.pixelwise_flow_predictor, "mixture", watch)
+    for lower in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            stage.losses(batch, torch.Generator().manual_seed(0))
+    assert torch.equal(*motions)
+    assert {flow.grid.dtype for flow in flows} == {torch.float32}
+    assert not torch.equal(flows[0].grid, flows[1].grid), "the mixture is of lower precision"
+    torch.testing.assert_close(flows[0].grid, flows[1].grid, atol=0.02, rtol=0)
 
 
 def test_stages_of_an_lfae_follow_each_other(tmp_path: Path):

@@ -76,6 +76,15 @@ class PixelwiseFlowPredictor(nn.Module):
 
     def candidates(self, image: Tensor, source: Regions, driving: Regions, background: Tensor) -> Candidates:
         """(B, 3, H, W), two Regions and (B, 3, 3) -> what the flow is mixed of."""
+        return self.mixture(*self.motions(image, source, driving, background))
+
+    def motions(
+        self, image: Tensor, source: Regions, driving: Regions, background: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What needs no weights: (B, 3, H, W), two Regions and (B, 3, 3) -> heatmaps, motions, deformed.
+
+        Heatmaps are differences, (B, K + 1, h, w), the background's zero; the others are those of `Candidates`.
+        """
         small = self.down(image)
         batch, channels, height, width = small.shape
         grid = coordinate_grid(height, width, small)
@@ -85,7 +94,10 @@ class PixelwiseFlowPredictor(nn.Module):
         maps = motions.shape[1]
         repeated = small[:, None].expand(-1, maps, -1, -1, -1).reshape(batch * maps, channels, height, width)
         deformed = sample(repeated, motions.view(batch * maps, height, width, 2))
-        deformed = deformed.view(batch, maps, channels, height, width)
+        return heatmaps, motions, deformed.view(batch, maps, channels, height, width)
+
+    def mixture(self, heatmaps: Tensor, motions: Tensor, deformed: Tensor) -> Candidates:
+        """What `motions` gives -> how the flow is mixed of it."""
         joined = torch.cat([heatmaps[:, :, None], deformed], dim=2)
         prediction = self.hourglass(joined.flatten(1, 2))
         return Candidates(self.mask(prediction), motions, deformed, self.occlusion(prediction))

@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     lfae.add_argument("--landmarks", type=float, default=0.0, metavar="X", help="weight; procedural data (%(default)s)")
     lfae.add_argument("--mixture", type=float, default=0.0, metavar="X", help="weight (%(default)s)")
     lfae.add_argument("--from-first", action="store_true", help="the source is always a clip's first frame")
+    lfae.add_argument("--camera-still", action="store_true", help="backgrounds do not move; that is not learned")
     lfae.add_argument("--start", type=Path, metavar="FILE", help="an LFAE checkpoint to begin with")
     dm.add_argument("--lfae", type=Path, required=True, metavar="FILE", help="the trained autoencoder")
     dm.add_argument("--released-lfae", action="store_true", help="it is a released one, of the published size")
@@ -202,6 +203,7 @@ def _train(args: argparse.Namespace) -> Outcome:
                 landmarks=args.landmarks,
                 mixture=args.mixture,
                 from_first=args.from_first,
+                camera_still=args.camera_still,
                 resume=args.resume,
                 progress=bar,
             )

@@ -53,14 +53,12 @@ def new_lfae(config: LfaeConfig, seed: int, image_size: int) -> Lfae:
         seed: of its weights.
         image_size: pixels a side that it will see.
     """
-    still = 1 - config.flow_stride / image_size
     maps = config.regions + 1
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         lfae = Lfae(config)
         lfae.region_predictor.regions.weight.mul_(0.3)
-        lfae.bg_predictor.fc.weight.zero_()
-        lfae.bg_predictor.fc.bias.copy_(torch.tensor([still, 0.0, 0.0, 0.0, still, 0.0]))
+        still_background(lfae, image_size)
         flow = lfae.generator.pixelwise_flow_predictor
         flow.occlusion.weight.mul_(0.1)
         nn.init.constant_(flow.occlusion.bias, _VISIBLE)  # type: ignore[arg-type]
@@ -71,6 +69,19 @@ def new_lfae(config: LfaeConfig, seed: int, image_size: int) -> Lfae:
         flow.mask.bias.zero_()  # type: ignore[union-attr]
         flow.mask.bias[0] = math.log(config.regions) + _STILL  # type: ignore[index]
     return lfae
+
+
+def still_background(lfae: Lfae, image_size: int) -> None:
+    """Have the background stay exactly where it is; see `new_lfae`.
+
+    Args:
+        lfae: what is changed.
+        image_size: pixels a side that it sees.
+    """
+    still = 1 - lfae.config.flow_stride / image_size
+    with torch.no_grad():
+        lfae.bg_predictor.fc.weight.zero_()
+        lfae.bg_predictor.fc.bias.copy_(torch.tensor([still, 0.0, 0.0, 0.0, still, 0.0]))
 
 
 class LfaeStage:
@@ -150,9 +161,12 @@ class LfaeStage:
             losses["landmarks"] = self.landmarks * total
         if self.learn == "regions":
             return losses
+        # 8 bits of a coordinate are an eighth of a pixel at this size.
         with torch.autocast(driving.device.type, enabled=False):
             background = lfae.bg_predictor(source, driving)
-        candidates = network.pixelwise_flow_predictor.candidates(source, before, after, background)
+            motions = network.pixelwise_flow_predictor.motions(source, before, after, background)
+        candidates = network.pixelwise_flow_predictor.mixture(*motions)
+        candidates = candidates._replace(logits=candidates.logits.float(), visible=candidates.visible.float())
         flow = candidates.flow()
         if self.mixture:
             losses["mixture"] = self.mixture * mixture_loss(candidates, network.pixelwise_flow_predictor.down(driving))

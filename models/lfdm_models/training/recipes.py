@@ -27,7 +27,7 @@ from lfdm_models.training.data import (
 from lfdm_models.training.dm import DmStage, load_diffusion, new_diffusion
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.landmarks import LANDMARKS
-from lfdm_models.training.lfae import LfaeStage, load_lfae, new_lfae
+from lfdm_models.training.lfae import LfaeStage, load_lfae, new_lfae, still_background
 from lfdm_models.training.loop import Outcome, ReportProgress, no_report, train
 from lfdm_models.training.losses import PerceptualLoss, PyramidLoss
 from lfdm_models.training.procedural import HELD_OUT_SEEDS, LABELS, sample_clip
@@ -123,6 +123,7 @@ def train_lfae(
     landmarks: float = 0.0,
     mixture: float = 0.0,
     from_first: bool = False,
+    camera_still: bool = False,
     resume: bool = False,
     progress: ReportProgress = no_report,
 ) -> Outcome:
@@ -142,6 +143,8 @@ def train_lfae(
         landmarks: see there.
         mixture: see there.
         from_first: see `FramePairs`.
+        camera_still: the background does not move, and its motion is not learned: one that is learned ends some
+            hundredths of a pixel off, which blurs every edge.
         resume: see there.
 
     Raises:
@@ -156,6 +159,9 @@ def train_lfae(
     lfae = new_lfae(config, run.seed, data.image_size)
     if start is not None:
         lfae.load_state_dict(load_lfae(start, config)[0].state_dict())
+    if camera_still:
+        still_background(lfae, data.image_size)
+        lfae.bg_predictor.requires_grad_(False)
     stage = LfaeStage(
         lfae,
         PerceptualLoss(Vgg19.load(vgg)) if vgg is not None else PyramidLoss(),
@@ -163,7 +169,7 @@ def train_lfae(
         equivariance=equivariance,
         landmarks=landmarks,
         mixture=mixture,
-        examples={**data.facts(source), "from first": from_first},
+        examples={**data.facts(source), "from first": from_first, "camera still": camera_still},
         preview_clips=_preview_clips(source, data) if run.preview_every else None,
     )
     examples = FramePairs(source, run.seed, data.colours, from_first, landmarks > 0)
