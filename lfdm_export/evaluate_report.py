@@ -114,10 +114,13 @@ def _plot(evaluation: Evaluation, path: Path) -> bool:
         steps = [one.setting.steps for one in chosen]
         left.plot(steps, [100 * one.accuracy for one in chosen], "o-", label=sampler)
         right.plot(steps, [one.frechet for one in chosen], "o-", label=sampler)
+    measured = sorted({one.setting.steps for one in evaluation.generations if one.setting.steps})
     left.axhline(100 * evaluation.real_accuracy, color="gray", linestyle=":", label="real clips")
     right.axhline(evaluation.real_frechet, color="gray", linestyle=":", label="real clips")
     for axes, title in ((left, "label seen by the classifier, %"), (right, "Fréchet distance of its features")):
         axes.set(xscale="log", xlabel="steps", title=title)
+        axes.set_xticks(measured, [str(steps) for steps in measured])
+        axes.minorticks_off()
         axes.legend(fontsize="small")
     left.set_ylim(0, 103)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
