@@ -49,7 +49,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gpus",
         type=lambda text: tuple(name.strip().upper() for name in text.split(",")),
-        metavar="SM89,…",
+        metavar="SM89,...",
         help=f"TensorRT for RTX: architectures to build for, of {', '.join(RTX_ARCHITECTURES)} (all but SM75)",
     )
     group.add_argument("--optimization-level", type=int, metavar="0-5", help="more builds longer (the builder's own)")
