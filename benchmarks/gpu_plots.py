@@ -82,4 +82,4 @@ def _batches(axes: Any, parts: Mapping[str, Any]) -> None:
 
 if __name__ == "__main__":
     source = Path(sys.argv[1])
-    plot(json.loads(source.read_text()), source.with_suffix(".png"))
+    plot(json.loads(source.read_text(encoding="utf-8")), source.with_suffix(".png"))

@@ -86,4 +86,4 @@ def _plot_clips(result: Mapping[str, Any], texts: Mapping[str, str], path: Path)
 if __name__ == "__main__":
     source = Path(sys.argv[1])
     plot = plot_precision if sys.argv[2:] == ["precision"] else plot_latency
-    plot(json.loads(source.read_text()), source.with_suffix(".png"))
+    plot(json.loads(source.read_text(encoding="utf-8")), source.with_suffix(".png"))

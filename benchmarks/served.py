@@ -134,7 +134,7 @@ def _descendants(pid: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                after_name = (entry / "stat").read_text().rpartition(")")[2].split()
+                after_name = (entry / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
                 parents.setdefault(int(after_name[1]), []).append(int(entry.name))
     found, pending = [], [pid]
     while pending:
@@ -151,7 +151,7 @@ def _name(pid: int) -> str:
 
 
 def _proportional_bytes(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) << 10
     return 0

@@ -88,4 +88,4 @@ def _tails(axes: Axes, cell: Mapping[str, Any], names: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     source = Path(sys.argv[1])
-    plot_throughput(json.loads(source.read_text()), source.with_suffix(".png"))
+    plot_throughput(json.loads(source.read_text(encoding="utf-8")), source.with_suffix(".png"))

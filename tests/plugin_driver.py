@@ -225,7 +225,9 @@ def main() -> int:
 
     registered = register_plugins()
     assert register_plugins() == registered
-    results = [run_case(trt, registry, case) for case in json.loads((folder / "cases.json").read_text())]
+    results = [
+        run_case(trt, registry, case) for case in json.loads((folder / "cases.json").read_text(encoding="utf-8"))
+    ]
     (folder / "results.json").write_text(json.dumps({"registered": registered, "results": results}))
     return 0
 

@@ -141,7 +141,7 @@ def test_an_evaluation_has_everything(bundle: Bundle, classifier: MotionClassifi
 
     written = write_evaluation(found, tmp_path / "report")
     assert {JSON, MARKDOWN} <= {path.name for path in written}
-    stored = json.loads((tmp_path / "report" / JSON).read_text())
+    stored = json.loads((tmp_path / "report" / JSON).read_text(encoding="utf-8"))
     assert stored["generations"][1]["setting"] == {"sampler": "ddim", "steps": 3, "eta": 0.0, "guidance_scale": None}
     text = markdown(found)
     assert f"**{found.reconstruction.ratio:.3f}**" in text

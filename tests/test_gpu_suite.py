@@ -25,7 +25,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The result of a trial run of all parts."""
     out = tmp_path_factory.mktemp("trial") / "gpu.json"
     assert gpu_suite.main([*TRIAL, "--out", str(out)]) == 0
-    found: dict[str, Any] = json.loads(out.read_text())
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return found
 
 
@@ -93,7 +93,7 @@ def test_what_was_measured_outlives_a_part_that_fails(tmp_path: Path, monkeypatc
     monkeypatch.setattr(gpu_suite, "PARTS", {"first": first, "broken": broken, "last": first})
     out = tmp_path / "gpu.json"
     assert gpu_suite.main([*TRIAL, "--out", str(out)]) == 1
-    parts = json.loads(out.read_text())["parts"]
+    parts = json.loads(out.read_text(encoding="utf-8"))["parts"]
     assert {name: part["status"] for name, part in parts.items()} == {"first": "ok", "broken": "failed", "last": "ok"}
     assert parts["broken"]["error"] == "ZeroDivisionError: by nothing"
     assert parts["last"]["data"] == {"value": 1}
@@ -104,11 +104,11 @@ def test_result_is_written_after_each_part(tmp_path: Path, monkeypatch: pytest.M
     out = tmp_path / "gpu.json"
 
     def second(_suite: object) -> dict[str, Any]:
-        return {"seen": list(json.loads(out.read_text())["parts"])}
+        return {"seen": list(json.loads(out.read_text(encoding="utf-8"))["parts"])}
 
     monkeypatch.setattr(gpu_suite, "PARTS", {"first": lambda _suite: {}, "second": second})
     assert gpu_suite.main([*TRIAL, "--out", str(out)]) == 0
-    assert json.loads(out.read_text())["parts"]["second"]["data"] == {"seen": ["first"]}
+    assert json.loads(out.read_text(encoding="utf-8"))["parts"]["second"]["data"] == {"seen": ["first"]}
 
 
 def test_ways_that_fail_are_named_and_the_others_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ def test_ways_that_fail_are_named_and_the_others_kept(monkeypatch: pytest.Monkey
 def test_no_time_left_is_no_failure(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     assert gpu_suite.main([*TRIAL, "--minutes", "0.0001", "--only", "warp_speed", "--out", str(out)]) == 0
-    parts = json.loads(out.read_text())["parts"]
+    parts = json.loads(out.read_text(encoding="utf-8"))["parts"]
     assert parts.keys() == {"warp_speed", "model"}
     assert all(part["status"] == "skipped" and "were left" in part["reason"] for part in parts.values())
 

@@ -377,7 +377,7 @@ def test_order_of_threads_does_not_matter_to_a_step(host: HostKernels) -> None:
 
 
 def test_columns_are_the_sampler_tables() -> None:
-    text = (ROOT / "thresholded_step" / "kernel.cuh").read_text()
+    text = (ROOT / "thresholded_step" / "kernel.cuh").read_text(encoding="utf-8")
     names = re.findall(r"\w+", re.search(r"enum Column \{(.*?)\}", text, re.DOTALL)[1])  # type: ignore[index]
     assert [getattr(sampling, name) for name in names] == list(range(11))
 
@@ -402,7 +402,7 @@ def test_noise_is_that_of_the_host(host: HostKernels, step: int, count: int) -> 
 
 
 ASAN_FLAGS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-HARNESS = (Path(__file__).parent / "data" / "kernel_memory.cpp").read_text()
+HARNESS = (Path(__file__).parent / "data" / "kernel_memory.cpp").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ def test_an_older_model_is_replaced_and_nothing_else(model: LfdmModel, tmp_path:
         save_model(model, tmp_path / "file")
     with pytest.raises(InputError, match="cannot write the model"):
         save_model(model, tmp_path / "file" / "model")
-    assert (target / "thesis.tex").read_text() == "x"
+    assert (target / "thesis.tex").read_text(encoding="utf-8") == "x"
 
 
 def test_a_failure_half_way_leaves_the_older_model(model: LfdmModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -438,7 +438,7 @@ def test_a_killed_parent_takes_the_builder_along(tmp_path: Path):
     parent.kill()
     parent.wait()
     for _ in range(200):
-        if not Path(f"/proc/{pid}").exists() or "State:\tZ" in Path(f"/proc/{pid}/status").read_text():
+        if not Path(f"/proc/{pid}").exists() or "State:\tZ" in Path(f"/proc/{pid}/status").read_text(encoding="utf-8"):
             break
         time.sleep(0.05)
     else:

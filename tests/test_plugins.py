@@ -164,7 +164,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         [sys.executable, DRIVER, folder, host.find_compiler()], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((folder / "results.json").read_text())
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert tuple(found["registered"]) == PLUGINS
     return dict(zip(CASES, found["results"], strict=True))
 

@@ -346,7 +346,7 @@ def test_a_spoiled_layer_is_named_and_stays_float(
     assert found.kept[spoiled].startswith("alone it leaves ")
     assert found.together > found.everything + 3
     assert kept_reason(spoiled) is None
-    page = report.write(tmp_path).read_text()
+    page = report.write(tmp_path).read_text(encoding="utf-8")
     assert f"| `{spoiled}` | {report.worst(1)[0][1].alone:.1f} |" in page
     assert spoiled in report.summary()
     assert SensitivityReport.read(tmp_path) == report

@@ -378,7 +378,7 @@ def test_the_command_trains_and_previews(tmp_path: Path, capsys: pytest.CaptureF
     assert f"checkpoint  {tmp_path / 'lfae' / 'lfae.pth'}" in capsys.readouterr().out
     with Image.open(tmp_path / "lfae" / "previews" / "step_0000001.gif") as preview:
         assert preview.size == (3 * 32, 4 * 32)
-    assert '"step": 1' in (tmp_path / "lfae" / "logs" / "losses.jsonl").read_text()
+    assert '"step": 1' in (tmp_path / "lfae" / "logs" / "losses.jsonl").read_text(encoding="utf-8")
     assert main(["lfae", *lfae]) == 1
     assert "resume it, or choose another folder" in capsys.readouterr().err
     assert main(["lfae", *lfae, "--resume"]) == 0

@@ -64,7 +64,7 @@ class TritonPythonModel:
 def set_parameters(folder: Path, model: str, **values: str) -> Any:
     """Change parameters of a model's configuration, as a user of the repository would."""
     path = folder / model / "config.pbtxt"
-    config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+    config = text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
     for name, value in values.items():
         config.parameters[name].string_value = value
     path.write_text(text_format.MessageToString(config))

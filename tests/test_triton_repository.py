@@ -53,7 +53,9 @@ def files_of(folder: Path) -> dict[str, str]:
 
 
 def read_config(repository: Path, model: str) -> Any:
-    return text_format.Parse((repository / model / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+    return text_format.Parse(
+        (repository / model / "config.pbtxt").read_text(encoding="utf-8"), model_config_pb2.ModelConfig()
+    )
 
 
 def dims(tensors: Any) -> dict[str, list[int]]:
@@ -206,7 +208,7 @@ def test_plans_are_the_models_of_tensorrt(tmp_path: Path, bundle: Bundle):
         config = read_config(repository, model)
         assert (config.backend, config.default_model_filename) == ("tensorrt", "model.plan")
         assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
-        assert (repository / model / "1" / "model.plan").read_text() == f"a plan of {stage}"
+        assert (repository / model / "1" / "model.plan").read_text(encoding="utf-8") == f"a plan of {stage}"
         assert not (repository / model / "1" / "model.py").exists()
 
 
