@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,6 +19,7 @@ from lfdm_export.stages import Geometry, StageSpec, TensorSpec, stage_specs
 from lfdm_models.config import DmConfig, HourglassConfig, LfaeConfig, LfdmConfig
 
 Float32 = NDArray[np.float32]
+Feeds = dict[str, Any]
 
 SIZE, LATENT, FRAMES, CHUNK, WIDTH = 16, 4, 5, 2, 6
 TRAINING_STEPS = 20
@@ -168,6 +172,22 @@ def fake_graph(spec: StageSpec, body: str | None = None) -> onnx.ModelProto:
     )
     onnx.checker.check_model(model)
     return model
+
+
+def feeds_for(spec: StageSpec, **axes: int) -> Feeds:
+    """Random inputs of a stage, the same every time."""
+    rng = np.random.default_rng(0)
+    return {
+        tensor.name: rng.standard_normal(tensor.concrete(**axes)).astype(np.float32)
+        if tensor.dtype == "float32"
+        else rng.integers(0, 20, tensor.concrete(**axes))
+        for tensor in spec.inputs
+    }
+
+
+def with_input(spec: StageSpec, change: Callable[[TensorSpec], TensorSpec]) -> StageSpec:
+    """The stage with another first input: to a graph of the real one, it is a stranger."""
+    return replace(spec, inputs=(change(spec.inputs[0]), *spec.inputs[1:]))
 
 
 def fake_manifest(*, with_text: bool = False, sampler: SamplerDefaults | None = None) -> Manifest:

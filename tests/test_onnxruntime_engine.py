@@ -12,10 +12,9 @@ import pytest
 
 from lfdm_export.engines.onnxruntime import Device, OnnxRuntimeEngine
 from lfdm_export.errors import EngineError, MissingDependencyError
-from lfdm_export.stages import StageSpec, TensorSpec
-from tests.fake_bundle import SPECS, fake_graph, predicted_noise
+from lfdm_export.stages import StageSpec
+from tests.fake_bundle import SPECS, Feeds, fake_graph, feeds_for, predicted_noise, with_input
 
-Feeds = dict[str, Any]
 DENOISE = SPECS["denoise"]
 
 
@@ -29,16 +28,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(path: Path) -> OnnxRuntimeEngine:
     return OnnxRuntimeEngine(path, DENOISE, threads=1)
-
-
-def feeds_for(spec: StageSpec, **axes: int) -> Feeds:
-    rng = np.random.default_rng(0)
-    return {
-        tensor.name: rng.standard_normal(tensor.concrete(**axes)).astype(np.float32)
-        if tensor.dtype == "float32"
-        else rng.integers(0, 20, tensor.concrete(**axes))
-        for tensor in spec.inputs
-    }
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -124,11 +113,6 @@ def test_external_data_outside_the_folder_is_refused(tmp_path: Path):
         OnnxRuntimeEngine(tmp_path / "onnx" / "denoise.onnx", DENOISE)
 
 
-def with_input(change: Callable[[TensorSpec], TensorSpec]) -> StageSpec:
-    """The stage with another first input: to a graph of the real one, it is a stranger."""
-    return replace(DENOISE, inputs=(change(DENOISE.inputs[0]), *DENOISE.inputs[1:]))
-
-
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -142,12 +126,12 @@ def with_input(change: Callable[[TensorSpec], TensorSpec]) -> StageSpec:
             "outputs are predicted_noise, expected noise",
         ),
         (
-            with_input(lambda t: replace(t, dtype="int64")),
+            with_input(DENOISE, lambda t: replace(t, dtype="int64")),
             r"noisy_latent is a tensor\(float\), expected tensor\(int64\)",
         ),
-        (with_input(lambda t: replace(t, shape=("batch", 4, 5, 4, 4))), "noisy_latent has shape .*expected"),
-        (with_input(lambda t: replace(t, shape=("batch", 3))), "noisy_latent has shape"),
-        (with_input(lambda t: replace(t, shape=("batch", "channels", 5, 4, 4))), "noisy_latent has shape"),
+        (with_input(DENOISE, lambda t: replace(t, shape=("batch", 4, 5, 4, 4))), "noisy_latent has shape .*expected"),
+        (with_input(DENOISE, lambda t: replace(t, shape=("batch", 3))), "noisy_latent has shape"),
+        (with_input(DENOISE, lambda t: replace(t, shape=("batch", "channels", 5, 4, 4))), "noisy_latent has shape"),
     ],
 )
 def test_the_graph_of_another_stage_is_refused(path: Path, spec: StageSpec, message: str):

@@ -21,9 +21,8 @@ from lfdm_export.errors import EngineError
 from lfdm_export.pipeline import Pipeline
 from lfdm_export.sampling import apply_step
 from lfdm_export.stages import StageSpec, TensorSpec
-from tests.fake_bundle import SPECS, fake_graph, predicted_noise
+from tests.fake_bundle import SPECS, Feeds, fake_graph, feeds_for, predicted_noise, with_input
 
-Feeds = dict[str, Any]
 DENOISE = SPECS["denoise"]
 
 
@@ -37,16 +36,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(path: Path) -> OpenVinoEngine:
     return OpenVinoEngine(path, DENOISE, threads=1)
-
-
-def feeds_for(spec: StageSpec, **axes: int) -> Feeds:
-    rng = np.random.default_rng(0)
-    return {
-        tensor.name: rng.standard_normal(tensor.concrete(**axes)).astype(np.float32)
-        if tensor.dtype == "float32"
-        else rng.integers(0, 20, tensor.concrete(**axes))
-        for tensor in spec.inputs
-    }
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -134,10 +123,6 @@ def test_external_weights_must_lie_beside_the_graph_and_be_whole(tmp_path: Path)
         OpenVinoEngine(graph, DENOISE)
 
 
-def with_input(change: Callable[[TensorSpec], TensorSpec]) -> StageSpec:
-    return replace(DENOISE, inputs=(change(DENOISE.inputs[0]), *DENOISE.inputs[1:]))
-
-
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -147,9 +132,9 @@ def with_input(change: Callable[[TensorSpec], TensorSpec]) -> StageSpec:
             replace(DENOISE, outputs=(replace(DENOISE.outputs[0], name="noise"),)),
             "outputs are predicted_noise, expected noise",
         ),
-        (with_input(lambda t: replace(t, dtype="int64")), "noisy_latent has ONNX's type 1, expected 7"),
-        (with_input(lambda t: replace(t, shape=("batch", 4, 5, 4, 4))), "noisy_latent has shape .*expected"),
-        (with_input(lambda t: replace(t, shape=("batch", 3))), "noisy_latent has shape"),
+        (with_input(DENOISE, lambda t: replace(t, dtype="int64")), "noisy_latent has ONNX's type 1, expected 7"),
+        (with_input(DENOISE, lambda t: replace(t, shape=("batch", 4, 5, 4, 4))), "noisy_latent has shape .*expected"),
+        (with_input(DENOISE, lambda t: replace(t, shape=("batch", 3))), "noisy_latent has shape"),
     ],
 )
 def test_the_graph_of_another_stage_is_refused(path: Path, spec: StageSpec, message: str):
@@ -215,7 +200,7 @@ def test_signals_after_an_engine_is_gone(path: Path):
         "import gc, os, signal\n"
         "from lfdm_export.engines.openvino import OpenVinoEngine\n"
         "from tests.fake_bundle import SPECS\n"
-        "from tests.test_onnxruntime_engine import feeds_for\n"
+        "from tests.fake_bundle import feeds_for\n"
         f"engines = [OpenVinoEngine({str(path)!r}, SPECS['denoise'], threads=1) for _ in range(2)]\n"
         "for engine in engines:\n    engine.run(feeds_for(SPECS['denoise'], batch=1))\n"
         "del engine\n"

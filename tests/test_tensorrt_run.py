@@ -21,9 +21,8 @@ from lfdm_export.stage_runner import StageRunner
 from lfdm_export.stages import StageSpec
 from lfdm_export.targets import Target
 from lfdm_models.schedule import cosine_schedule
-from tests.fake_bundle import FRAMES, LATENT, SIZE, TRAINING_STEPS, write_fake_bundle
+from tests.fake_bundle import FRAMES, LATENT, SIZE, TRAINING_STEPS, feeds_for, write_fake_bundle
 from tests.fake_gpu import FakeGpu, FakeLibrary, fake_plan
-from tests.test_onnxruntime_engine import feeds_for
 
 SHAPE = (3, FRAMES, LATENT, LATENT)
 SCHEDULE = cosine_schedule(TRAINING_STEPS)

@@ -47,6 +47,22 @@ def check_tensors(
     return axes
 
 
+def check_outputs(spec: StageSpec, outputs: Mapping[str, Array], axes: Mapping[str, int]) -> None:
+    """See that a run gave the stage's outputs, for the batch that it was given.
+
+    Args:
+        spec: the stage.
+        outputs: what came, by name.
+        axes: of its inputs, from `check_feeds`.
+
+    Raises:
+        EngineError: see `check_feeds`; or the outputs are of another size.
+    """
+    found = check_tensors(spec, spec.outputs, outputs, "output")
+    if any(axes.get(axis, size) != size for axis, size in found.items()):
+        raise EngineError(f"stage {spec.name!r} gave outputs for {found}, its inputs were {axes}")
+
+
 def _check_tensor(spec: StageSpec, tensor: TensorSpec, array: Array, word: str, axes: dict[str, int]) -> None:
     where = f"stage {spec.name!r}: {word} {tensor.name}"
     if not isinstance(array, np.ndarray):

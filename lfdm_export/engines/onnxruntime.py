@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from lfdm_export.engines.feeds import Array, check_feeds, check_tensors
+from lfdm_export.engines.feeds import Array, check_feeds, check_outputs
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.stages import StageSpec, TensorSpec
 
@@ -86,9 +86,7 @@ class OnnxRuntimeEngine:
         except Exception as error:  # onnxruntime's exceptions share no other base
             raise EngineError(f"stage {self.spec.name!r} failed in ONNX Runtime: {_one_line(error)}") from error
         outputs = cast(dict[str, Array], dict(zip(names, values, strict=True)))
-        found = check_tensors(self.spec, self.spec.outputs, outputs, "output")
-        if any(axes.get(axis, size) != size for axis, size in found.items()):
-            raise EngineError(f"stage {self.spec.name!r} gave outputs for {found}, its inputs were {axes}")
+        check_outputs(self.spec, outputs, axes)
         return outputs
 
 

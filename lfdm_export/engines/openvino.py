@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfdm_export.engines.feeds import Array, check_feeds, check_tensors
+from lfdm_export.engines.feeds import Array, check_feeds, check_outputs
 from lfdm_export.engines.openvino_cache import CompiledCache, cache_key
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.stages import BATCH, StageSpec, TensorSpec
@@ -93,9 +93,7 @@ class OpenVinoEngine:
             outputs: dict[str, Array] = {t.name: np.array(values[t.name]) for t in self.spec.outputs}
         except RuntimeError as error:
             raise EngineError(f"stage {self.spec.name!r} failed in OpenVINO: {_one_line(error)}") from error
-        found = check_tensors(self.spec, self.spec.outputs, outputs, "output")
-        if any(axes.get(axis, size) != size for axis, size in found.items()):
-            raise EngineError(f"stage {self.spec.name!r} gave outputs for {found}, its inputs were {axes}")
+        check_outputs(self.spec, outputs, axes)
         return outputs
 
     def _request(self, axes: Mapping[str, int]) -> Any:

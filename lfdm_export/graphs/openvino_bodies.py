@@ -18,9 +18,11 @@ from collections.abc import Iterable
 import onnx
 import onnx.parser
 
+from lfdm_export.ops.group_norm_silu.onnx_function import NORM, PLAIN
 from lfdm_export.ops.group_norm_silu.reference import EPSILON as GROUP_EPSILON
 from lfdm_export.ops.symbolic import DOMAIN, OPSET
 from lfdm_export.ops.temporal_attention.reference import EPSILON as LAYER_EPSILON
+from lfdm_export.ops.warp.onnx_function import GRID, PHASE
 
 _HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
 
@@ -127,10 +129,9 @@ def openvino_temporal_attention(name: str, heads: int, head_width: int, rotary_w
 _GROUP_NORM = """
 {header}
 {name} <grouped, per_group, per_channel, clip, flat> ({inputs}) => (y) {{
-    minus = Constant <value_ints = [-1]> ()
+    last = Constant <value_ints = [-1]> ()
     one = Constant <value_ints = [1]> ()
     map_axes = Constant <value_ints = [2, 3]> ()
-    column = Constant <value_ints = [2]> ()
     frames_and_channels = Constant <value_ints = [1, 3]> ()
     groups = Constant <value_ints = [{groups}]> ()
     clip_frames = Constant <value_ints = [1, {frames}, 1]> ()
@@ -142,10 +143,10 @@ _GROUP_NORM = """
     pixels = Cast <to = {float32}> (pixel_count)
     group_channels = Div (channels, groups)
     frame_count = Constant <value_ints = [{frames}]> ()
-    grouped_shape = Concat <axis = 0> (minus, frame_count, groups, group_channels)
-    per_group_shape = Concat <axis = 0> (one, groups, minus)
-    flat_shape = Concat <axis = 0> (minus, channels)
-    factor_shape = Concat <axis = 0> (minus, channels, one, one)
+    grouped_shape = Concat <axis = 0> (last, frame_count, groups, group_channels)
+    per_group_shape = Concat <axis = 0> (one, groups, last)
+    per_channel_shape = Concat <axis = 0> (last, channels)
+    factor_shape = Concat <axis = 0> (last, channels, one, one)
     x_32 = Cast <to = {float32}> (x)
     gamma_32 = Cast <to = {float32}> (gamma)
     beta_32 = Cast <to = {float32}> (beta)
@@ -157,20 +158,7 @@ _GROUP_NORM = """
     grouped_square = Reshape (map_square, grouped_shape)
     mean = ReduceMean <keepdims = 0> (grouped_mean, frames_and_channels)
     square = ReduceMean <keepdims = 0> (grouped_square, frames_and_channels)
-    mean_squared = Mul (mean, mean)
-    variance = Sub (square, mean_squared)
-    stable = Add (variance, epsilon)
-    deviation = Sqrt (stable)
-    rstd = Reciprocal (deviation)
-    gamma_grouped = Reshape (gamma_32, per_group_shape)
-    beta_grouped = Reshape (beta_32, per_group_shape)
-    rstd_column = Unsqueeze (rstd, column)
-    mean_column = Unsqueeze (mean, column)
-    norm_factor_grouped = Mul (rstd_column, gamma_grouped)
-    moved = Mul (mean_column, norm_factor_grouped)
-    norm_offset_grouped = Sub (beta_grouped, moved)
-    norm_factor = Reshape (norm_factor_grouped, flat_shape)
-    norm_offset = Reshape (norm_offset_grouped, flat_shape)
+    {norm}
     {modulation}
     factor_row = Unsqueeze (factor, one)
     offset_row = Unsqueeze (offset, one)
@@ -195,11 +183,6 @@ _MODULATION = f"""
     offset = Add (gained, shift_32)
 """
 
-_NO_MODULATION = """
-    factor = Identity (norm_factor)
-    offset = Identity (norm_offset)
-"""
-
 
 def openvino_group_norm_silu(name: str, frames: int, groups: int) -> onnx.FunctionProto:
     """GroupNormSilu(x, gamma, beta) or ModulatedGroupNormSilu(x, gamma, beta, scale, shift).
@@ -219,7 +202,8 @@ def openvino_group_norm_silu(name: str, frames: int, groups: int) -> onnx.Functi
             groups=groups,
             epsilon=GROUP_EPSILON,
             float32=onnx.TensorProto.FLOAT,
-            modulation=_MODULATION if modulated else _NO_MODULATION,
+            norm=NORM,
+            modulation=_MODULATION if modulated else PLAIN,
         )
     )
 
@@ -252,9 +236,9 @@ _FULL = f"""
     {_LINE.format(t="rows")}
     {_LINE.format(t="columns")}
     rows_column = Reshape (rows_line, column)
-    map_shape = Concat <axis = 0> (rows_size, columns_size)
-    y_map = Expand (rows_column, map_shape)
-    x_map = Expand (columns_line, map_shape)
+    full_size = Concat <axis = 0> (rows_size, columns_size)
+    y_map = Expand (rows_column, full_size)
+    x_map = Expand (columns_line, full_size)
     y_plane = Unsqueeze (y_map, minus)
     x_plane = Unsqueeze (x_map, minus)
     points_plane = Concat <axis = -1> (x_plane, y_plane)
@@ -263,17 +247,13 @@ _FULL = f"""
     planes_shape = Concat <axis = 0> (one, minus, motion_size)
     planes = Reshape (motion_32, planes_shape)
     sampled = GridSample <mode = "linear", padding_mode = "border", align_corners = 0> (planes, points)
-    full_shape = Concat <axis = 0> (minus, three, map_shape)
+    full_shape = Concat <axis = 0> (minus, three, full_size)
     full = Reshape (sampled, full_shape)
 """
 
 # Frames below each other are one tall grid for their common source.
 _SAMPLE = f"""
-    grid_planes = Slice (resized, zero, two, one)
-    grid = Transpose <perm = [0, 2, 3, 1]> (grid_planes)
-    batch = Shape <start = 0, end = 1> (source)
-    all_frames = Shape <start = 0, end = 1> (motion)
-    frames = Div (all_frames, batch)
+    {GRID}
     source_channels = Shape <start = 1, end = 2> (source)
     grid_size = Shape <start = 1, end = 3> (grid)
     grid_width = Shape <start = 2, end = 3> (grid)
@@ -302,16 +282,7 @@ _WARP_BLEND = f"""
 {_HEADER}
 WarpBlend <stride, phase_y, phase_x> (source, motion, previous) => (blended) {{
     {_FULL}
-    first_row = Constant <value_int: int = @phase_y> ()
-    first_column = Constant <value_int: int = @phase_x> ()
-    step = Constant <value_int: int = @stride> ()
-    first_row_1d = Unsqueeze (first_row, zero)
-    first_column_1d = Unsqueeze (first_column, zero)
-    step_1d = Unsqueeze (step, zero)
-    starts = Concat <axis = 0> (first_row_1d, first_column_1d)
-    steps = Concat <axis = 0> (step_1d, step_1d)
-    image_axes = Constant <value_ints = [2, 3]> ()
-    resized = Slice (full, starts, map_shape, image_axes, steps)
+    {PHASE}
     {_SAMPLE}
     warped = CastLike (sampled_frames, previous)
     occlusion_32 = Slice (resized, two, three, one)

@@ -14,6 +14,24 @@ from lfdm_export.ops.symbolic import DOMAIN, OPSET
 
 _FLOAT32 = onnx.TensorProto.FLOAT
 
+#: Groups' means and mean squares to a factor and an offset a channel; wants `last`, `epsilon` and the shapes.
+NORM = """
+    mean_squared = Mul (mean, mean)
+    variance = Sub (square, mean_squared)
+    stable = Add (variance, epsilon)
+    deviation = Sqrt (stable)
+    rstd = Reciprocal (deviation)
+    gamma_grouped = Reshape (gamma_32, per_group_shape)
+    beta_grouped = Reshape (beta_32, per_group_shape)
+    rstd_column = Unsqueeze (rstd, last)
+    mean_column = Unsqueeze (mean, last)
+    norm_factor_grouped = Mul (rstd_column, gamma_grouped)
+    moved = Mul (mean_column, norm_factor_grouped)
+    norm_offset_grouped = Sub (beta_grouped, moved)
+    norm_factor = Reshape (norm_factor_grouped, per_channel_shape)
+    norm_offset = Reshape (norm_offset_grouped, per_channel_shape)
+"""
+
 # Statistics are taken a frame at a time and then averaged over the frames, so that (B·T, C, h, w) need not be
 # permuted; norm and modulation are one product and one sum a value.
 _REDUCED = f"""
@@ -35,20 +53,7 @@ _REDUCED = f"""
     frame_square = ReduceMean <keepdims = 0> (x_squared, last)
     mean = ReduceMean <keepdims = 0> (frame_mean, one)
     square = ReduceMean <keepdims = 0> (frame_square, one)
-    mean_squared = Mul (mean, mean)
-    variance = Sub (square, mean_squared)
-    stable = Add (variance, epsilon)
-    deviation = Sqrt (stable)
-    rstd = Reciprocal (deviation)
-    gamma_grouped = Reshape (gamma_32, per_group_shape)
-    beta_grouped = Reshape (beta_32, per_group_shape)
-    rstd_column = Unsqueeze (rstd, last)
-    mean_column = Unsqueeze (mean, last)
-    norm_factor_grouped = Mul (rstd_column, gamma_grouped)
-    moved = Mul (mean_column, norm_factor_grouped)
-    norm_offset_grouped = Sub (beta_grouped, moved)
-    norm_factor = Reshape (norm_factor_grouped, per_channel_shape)
-    norm_offset = Reshape (norm_offset_grouped, per_channel_shape)
+    {NORM}
     %s
     x_clip = Reshape (x_32, clip_shape)
     scaled = Mul (x_clip, factor)
@@ -70,7 +75,8 @@ _REDUCED_MODULATION = f"""
     offset = Add (gained, shift_channels)
 """
 
-_REDUCED_PLAIN = """
+#: No modulation.
+PLAIN = """
     factor = Identity (norm_factor)
     offset = Identity (norm_offset)
 """
@@ -110,7 +116,7 @@ _WHOLE_PLAIN = "normed = Identity (x_normed)"
 
 def group_norm_silu_functions() -> list[onnx.FunctionProto]:
     """GroupNormSilu(x, gamma, beta) and ModulatedGroupNormSilu(x, gamma, beta, scale, shift), as in `reference`."""
-    return _functions(_REDUCED % _REDUCED_PLAIN, _REDUCED % _REDUCED_MODULATION)
+    return _functions(_REDUCED % PLAIN, _REDUCED % _REDUCED_MODULATION)
 
 
 def whole_group_norm_silu_functions(groups: int) -> list[onnx.FunctionProto]:

@@ -26,14 +26,33 @@ _RESIZE = f"""
     full = Resize <mode = "linear", coordinate_transformation_mode = "half_pixel"> (motion_32, , , full_shape)
 """
 
-# GridSample wants one source a grid, so the source is repeated; a plugin needs no copies.
-_SAMPLE = f"""
-    source_32 = Cast <to = {_FLOAT32}> (source)
+#: Of the resized map, the pixels that one phase of a transposed convolution makes; wants `zero` and `full_size`.
+PHASE = """
+    first_row = Constant <value_int: int = @phase_y> ()
+    first_column = Constant <value_int: int = @phase_x> ()
+    step = Constant <value_int: int = @stride> ()
+    first_row_1d = Unsqueeze (first_row, zero)
+    first_column_1d = Unsqueeze (first_column, zero)
+    step_1d = Unsqueeze (step, zero)
+    starts = Concat <axis = 0> (first_row_1d, first_column_1d)
+    steps = Concat <axis = 0> (step_1d, step_1d)
+    image_axes = Constant <value_ints = [2, 3]> ()
+    resized = Slice (full, starts, full_size, image_axes, steps)
+"""
+
+#: The map's coordinates, and how many frames each source has; wants `zero`, `one` and `two`.
+GRID = """
     grid_planes = Slice (resized, zero, two, one)
     grid = Transpose <perm = [0, 2, 3, 1]> (grid_planes)
     batch = Shape <start = 0, end = 1> (source)
     all_frames = Shape <start = 0, end = 1> (motion)
     frames = Div (all_frames, batch)
+"""
+
+# GridSample wants one source a grid, so the source is repeated; a plugin needs no copies.
+_SAMPLE = f"""
+    source_32 = Cast <to = {_FLOAT32}> (source)
+    {GRID}
     source_axes = Shape <start = 1> (source)
     expanded_shape = Concat <axis = 0> (batch, frames, source_axes)
     repeated_shape = Concat <axis = 0> (all_frames, source_axes)
@@ -57,16 +76,7 @@ _WARP_BLEND = f"""
 {_HEADER}
 WarpBlend <stride, phase_y, phase_x> (source, motion, previous) => (blended) {{
     {_RESIZE}
-    first_row = Constant <value_int: int = @phase_y> ()
-    first_column = Constant <value_int: int = @phase_x> ()
-    step = Constant <value_int: int = @stride> ()
-    first_row_1d = Unsqueeze (first_row, zero)
-    first_column_1d = Unsqueeze (first_column, zero)
-    step_1d = Unsqueeze (step, zero)
-    starts = Concat <axis = 0> (first_row_1d, first_column_1d)
-    steps = Concat <axis = 0> (step_1d, step_1d)
-    image_axes = Constant <value_ints = [2, 3]> ()
-    resized = Slice (full, starts, full_size, image_axes, steps)
+    {PHASE}
     {_SAMPLE}
     occlusion = Slice (resized, two, three, one)
     previous_32 = Cast <to = {_FLOAT32}> (previous)
