@@ -199,8 +199,7 @@ def test_signals_after_an_engine_is_gone(path: Path):
     code = (
         "import gc, os, signal\n"
         "from lfdm_export.engines.openvino import OpenVinoEngine\n"
-        "from tests.fake_bundle import SPECS\n"
-        "from tests.fake_bundle import feeds_for\n"
+        "from tests.fake_bundle import SPECS, feeds_for\n"
         f"engines = [OpenVinoEngine({str(path)!r}, SPECS['denoise'], threads=1) for _ in range(2)]\n"
         "for engine in engines:\n    engine.run(feeds_for(SPECS['denoise'], batch=1))\n"
         "del engine\n"
