@@ -26,7 +26,7 @@ from lfdm_models.training.dm import DmStage, load_diffusion, new_diffusion, nois
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.figure import draw
 from lfdm_models.training.landmarks import LANDMARKS, landmarks
-from lfdm_models.training.lfae import LfaeStage, landmark_loss, load_lfae, mixture_loss, new_lfae
+from lfdm_models.training.lfae import LfaeStage, landmark_loss, load_lfae, mixture_loss, new_lfae, regions_of
 from lfdm_models.training.loop import STATE
 from lfdm_models.training.losses import PyramidLoss
 from lfdm_models.training.procedural import LABELS, clip_parts, sample_clip
@@ -176,6 +176,38 @@ def moved_background(folder: Path) -> Path:
     content["bg_predictor"] = lfae.bg_predictor.state_dict()
     torch.save(content, folder / "moved.pth")
     return folder / "moved.pth"
+
+
+def test_neutral_and_moving_images_are_normalised_alike():
+    predictor = new_lfae(MANY, 0, SIZE).region_predictor.train()
+    images = torch.rand(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    # The same image, among others that are dark and among others that are bright.
+    dark, bright = torch.cat([images[:1], images[1:] / 8]), torch.cat([images[:1], 1 - images[1:] / 8])
+    here, there = regions_of(predictor, dark, bright)
+    for one, other in zip(here, there, strict=True):
+        assert len(one) == len(other) == 4
+        torch.testing.assert_close(one[0], other[0], atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(predictor(dark).shift[0], predictor(bright).shift[0], atol=1e-4)
+
+
+def test_the_statistics_of_batch_norm_are_kept_where_that_is_asked_for(tmp_path: Path):
+    start = recipes.train_lfae(MANY, POOL, QUICK, run_settings(2), tmp_path / "start").checkpoint
+    run = run_settings(2)
+    kept = recipes.train_lfae(MANY, POOL, QUICK, run, tmp_path / "kept", start=start, freeze_norm=True).checkpoint
+    moved = recipes.train_lfae(MANY, POOL, QUICK, run, tmp_path / "moved", start=start).checkpoint
+    before, after, others = (load_lfae(path)[0].state_dict() for path in (start, kept, moved))
+    statistics = [key for key in before if "running" in key]
+    assert statistics
+    for key in statistics:
+        torch.testing.assert_close(after[key], before[key], atol=1e-6, rtol=1e-6)
+    assert any(not torch.allclose(others[key], before[key], atol=1e-4) for key in statistics)
+    assert not torch.allclose(after["generator.final.weight"], before["generator.final.weight"], atol=1e-6)
+    assert load_lfae(kept)[1]["freeze norm"] is True
+
+
+def test_a_new_lfae_has_no_statistics_to_keep(tmp_path: Path):
+    with pytest.raises(TrainingError, match="no statistics to keep; name the checkpoint to begin with"):
+        recipes.train_lfae(MANY, POOL, QUICK, run_settings(1), tmp_path, freeze_norm=True)
 
 
 def test_coordinates_keep_all_their_bits_in_mixed_precision(monkeypatch: pytest.MonkeyPatch):

@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     lfae.add_argument("--mixture", type=float, default=0.0, metavar="X", help="weight (%(default)s)")
     lfae.add_argument("--from-first", action="store_true", help="the source is always a clip's first frame")
     lfae.add_argument("--camera-still", action="store_true", help="backgrounds do not move; that is not learned")
+    lfae.add_argument("--freeze-norm", action="store_true", help="keep batch norm's statistics, as inference does")
     lfae.add_argument("--start", type=Path, metavar="FILE", help="an LFAE checkpoint to begin with")
     dm.add_argument("--lfae", type=Path, required=True, metavar="FILE", help="the trained autoencoder")
     dm.add_argument("--released-lfae", action="store_true", help="it is a released one, of the published size")
@@ -204,6 +205,7 @@ def _train(args: argparse.Namespace) -> Outcome:
                 mixture=args.mixture,
                 from_first=args.from_first,
                 camera_still=args.camera_still,
+                freeze_norm=args.freeze_norm,
                 resume=args.resume,
                 progress=bar,
             )

@@ -19,7 +19,7 @@ from lfdm_models.config import HourglassConfig, LfaeConfig
 from lfdm_models.generator import Candidates, warp
 from lfdm_models.layers import coordinate_grid
 from lfdm_models.lfae import Lfae
-from lfdm_models.regions import Regions
+from lfdm_models.regions import RegionPredictor, Regions
 from lfdm_models.training.equivariance import PlaneMap, affine_loss, shift_loss
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.files import load
@@ -100,6 +100,7 @@ class LfaeStage:
         landmarks: float = 0.0,
         mixture: float = 0.0,
         learn: Learn = "all",
+        freeze_norm: bool = False,
         examples: Mapping[str, Any],
         preview_clips: Tensor | None = None,
     ) -> None:
@@ -114,11 +115,12 @@ class LfaeStage:
             learn: "motion" compares the warped source and trains nothing that decodes: most of the work is there, and
                 motion is found without it. "regions" trains these alone. A run that trains more can start from the
                 result.
+            freeze_norm: normalise with the statistics that the networks have, as inference does, and keep them.
             examples: what the examples are, in plain values: a resumed run must have the same.
             preview_clips: (N, 3, T, H, W) in [0, 1], for previews.
         """
         self.lfae, self.similarity, self.weight = lfae, similarity, equivariance
-        self.landmarks, self.mixture, self.learn = landmarks, mixture, learn
+        self.landmarks, self.mixture, self.learn, self.freeze_norm = landmarks, mixture, learn, freeze_norm
         self.preview_clips = preview_clips
         self.facts: dict[str, Any] = {
             "stage": self.name,
@@ -129,6 +131,7 @@ class LfaeStage:
             "landmarks": landmarks,
             "mixture": mixture,
             "learn": learn,
+            "freeze norm": freeze_norm,
             "examples": dict(examples),
         }
 
@@ -146,11 +149,14 @@ class LfaeStage:
         """Of rebuilding `driving` from `source`, and of regions that do not follow a bent image."""
         source, driving = batch["source"], batch["driving"]
         lfae, network = self.lfae, self.lfae.generator
+        if self.freeze_norm:
+            for module in lfae.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
         plane_map = PlaneMap.random(len(driving), generator)
         # Cheap, and in need of all bits: regions are found by a softmax of logits times 10.
         with torch.autocast(driving.device.type, enabled=False):
-            before, after = lfae.region_predictor(source), lfae.region_predictor(driving)
-            bent = lfae.region_predictor(plane_map.bend(driving))
+            before, after, bent = regions_of(lfae.region_predictor, source, driving, plane_map.bend(driving))
         losses = {
             "shift": self.weight * shift_loss(after, bent, plane_map),
             "affine": self.weight * affine_loss(after, bent, plane_map),
@@ -197,6 +203,22 @@ class LfaeStage:
             decoded = lfae(driving[:1].expand_as(driving).contiguous(), driving)
             rows.append([clip, decoded.frame.transpose(0, 1), decoded.warped.transpose(0, 1)])
         save_gif(folder / f"step_{step:07d}.gif", rows)
+
+
+def regions_of(predictor: RegionPredictor, *images: Tensor) -> list[Regions]:
+    """Regions of several batches of images, found in one pass.
+
+    In training, all are normalised by what they have in common, as all are in inference. Were each batch normalised
+    by itself, neutral poses would be seen otherwise than moving ones, and what is learned of the motion between them
+    would not hold in inference.
+
+    Args:
+        predictor: what finds them.
+        images: each (B, 3, H, W) in [0, 1].
+    """
+    together = predictor(torch.cat(images))
+    parts = zip(*(field.split([len(image) for image in images]) for field in together), strict=True)
+    return [Regions(*part) for part in parts]
 
 
 def landmark_loss(regions: Regions, landmarks: Tensor) -> Tensor:

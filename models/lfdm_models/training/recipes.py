@@ -124,6 +124,7 @@ def train_lfae(
     mixture: float = 0.0,
     from_first: bool = False,
     camera_still: bool = False,
+    freeze_norm: bool = False,
     resume: bool = False,
     progress: ReportProgress = no_report,
 ) -> Outcome:
@@ -145,6 +146,7 @@ def train_lfae(
         from_first: see `FramePairs`.
         camera_still: the background does not move, and its motion is not learned: one that is learned ends some
             hundredths of a pixel off, which blurs every edge.
+        freeze_norm: see `LfaeStage`; for a run that goes on from `start`.
         resume: see there.
 
     Raises:
@@ -155,6 +157,8 @@ def train_lfae(
             f"landmarks are of the procedural data set, for {len(LANDMARKS)} regions or more; "
             f"the data set is {data.name!r} and regions are {config.regions}; set their weight to 0"
         )
+    if freeze_norm and start is None:
+        raise TrainingError("a new LFAE has no statistics to keep; name the checkpoint to begin with, or let them be")
     source = data.open(run.seed)
     lfae = new_lfae(config, run.seed, data.image_size)
     if start is not None:
@@ -169,6 +173,7 @@ def train_lfae(
         equivariance=equivariance,
         landmarks=landmarks,
         mixture=mixture,
+        freeze_norm=freeze_norm,
         examples={**data.facts(source), "from first": from_first, "camera still": camera_still},
         preview_clips=_preview_clips(source, data) if run.preview_every else None,
     )
