@@ -110,14 +110,15 @@ def test_the_shipped_model_is_small_and_knows_itself():
 def test_the_shipped_lfae_follows_a_motion_better_than_a_copy_does():
     lfae = load_model_folder(SHIPPED).lfae
     errors = []
-    for index in range(4):
-        frames = sample_clip(HELD_OUT_SEEDS[-1 - index], frames=5, label="tilt head").frames
+    for index in range(16):
+        label = LABELS[index % len(LABELS)]
+        frames = sample_clip(HELD_OUT_SEEDS[-1 - index], frames=5, label=label).frames
         clip = torch.from_numpy(frames).permute(0, 3, 1, 2) / 255
         source = clip[:1].expand_as(clip).contiguous()
         found = lfae(source, clip).frame
         errors.append([(part - clip).abs().mean().item() for part in (found, source)])
     rebuilt, copied = np.mean(errors, axis=0)
-    assert rebuilt < 0.6 * copied
+    assert rebuilt < 0.43 * copied  # 0.40 is wanted of longer clips of more characters: `lfdm-train evaluate`
 
 
 def test_the_shipped_model_does_as_the_label_says():
