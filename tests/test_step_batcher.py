@@ -126,11 +126,10 @@ def test_a_slow_receiver_of_previews_gets_the_newest():
     gate = Gate()
     with make_batcher(gate.stages) as batcher:
         submit(batcher, answers, "it", make_job(steps=12, preview_every=1), on_preview=on_preview)
-        for _ in range(2):
-            gate.wait_for_step()
-            gate.let()
-        wait_until(lambda: seen == [1])  # the first one blocks its receiver; then nine more are made
-        for _ in range(9):
+        gate.wait_for_step()
+        gate.let()
+        wait_until(lambda: seen == [1])  # the first one blocks its receiver; then ten more are made
+        for _ in range(10):
             gate.wait_for_step()
             gate.let()
         gate.wait_for_step()
