@@ -150,9 +150,7 @@ class LfaeStage:
         source, driving = batch["source"], batch["driving"]
         lfae, network = self.lfae, self.lfae.generator
         if self.freeze_norm:
-            for module in lfae.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
+            lfae.eval()  # of all that is in it, batch norm alone behaves otherwise in training
         plane_map = PlaneMap.random(len(driving), generator)
         # Cheap, and in need of all bits: regions are found by a softmax of logits times 10.
         with torch.autocast(driving.device.type, enabled=False):
