@@ -19,13 +19,9 @@ from torch import Tensor, nn
 
 from lfdm_export.errors import ExportError
 from lfdm_export.graphs.policy import node_name
-from lfdm_export.ops.group_norm_silu.onnx_function import group_norm_silu_functions
-from lfdm_export.ops.small_conv.onnx_function import small_conv_function
-from lfdm_export.ops.spatial_attention.onnx_function import spatial_attention_function
-from lfdm_export.ops.symbolic import DOMAIN, OPSET, VERSION
-from lfdm_export.ops.temporal_attention.onnx_function import temporal_attention_function
-from lfdm_export.ops.thresholded_step.onnx_function import thresholded_step_function
-from lfdm_export.ops.warp.onnx_function import warp_functions
+from lfdm_export.ops.domain import DOMAIN, OPSET, VERSION
+from lfdm_export.ops.operator import Nodes
+from lfdm_export.ops.operators import find_operator
 from lfdm_export.stages import BATCH, TOKENS, StageSpec, TensorSpec
 
 logger = logging.getLogger(__name__)
@@ -175,27 +171,13 @@ def save(models: Mapping[str, ir.Model], folder: Path, data_name: str) -> None:
 
 def _add_functions(model: ir.Model) -> None:
     """Add the bodies of the domain's operators that the graph uses, and the domain itself."""
-    known = {
-        function.name: function
-        for function in (
-            *warp_functions(),
-            *group_norm_silu_functions(),
-            spatial_attention_function(),
-            small_conv_function(),
-        )
-    }
+    nodes: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph:
-        key = (node.domain, node.op_type, "")
-        if node.domain != DOMAIN or key in model.functions:
-            continue
-        if node.op_type == "ThresholdedStep":
-            proto = thresholded_step_function(node.attributes["weight"].as_float())
-        elif node.op_type in known:
-            proto = known[node.op_type]
-        else:
-            proto = temporal_attention_function(node.attributes["chunks"].as_int())
-        model.functions[key] = ir.from_proto(proto)
-    if any(domain == DOMAIN for domain, _, _ in model.functions):
+        if node.domain == DOMAIN:
+            nodes.setdefault(node.op_type, []).append(ir.to_proto(node))
+    for name, same in nodes.items():
+        model.functions[DOMAIN, name, ""] = ir.from_proto(find_operator(name).body(Nodes(name, same)))
+    if nodes:
         model.graph.opset_imports[DOMAIN] = VERSION
 
 

@@ -19,18 +19,16 @@ from lfdm_export.engines.openvino import shared_core
 from lfdm_export.errors import ExportError
 from lfdm_export.graphs.bodies import OPENVINO_OPSET, with_bodies
 from lfdm_export.onnx_export import example
-from lfdm_export.ops.group_norm_silu import group_norm_silu
-from lfdm_export.ops.group_norm_silu.onnx_function import whole_group_norm_silu_functions
-from lfdm_export.ops.small_conv import small_conv
+from lfdm_export.ops.domain import DOMAIN
+from lfdm_export.ops.group_norm_silu.onnx_function import whole_group_norm_silu_function
+from lfdm_export.ops.group_norm_silu.reference import group_norm_silu
 from lfdm_export.ops.small_conv.onnx_function import plain_small_conv_function
-from lfdm_export.ops.small_conv.reference import transforms
-from lfdm_export.ops.spatial_attention import spatial_attention
+from lfdm_export.ops.small_conv.reference import small_conv, transforms
 from lfdm_export.ops.spatial_attention.onnx_function import explicit_spatial_attention_function
-from lfdm_export.ops.spatial_attention.reference import SpatialWeights
-from lfdm_export.ops.symbolic import DOMAIN
-from lfdm_export.ops.temporal_attention import temporal_attention
+from lfdm_export.ops.spatial_attention.reference import SpatialWeights, spatial_attention
+from lfdm_export.ops.temporal_attention import operator_name
 from lfdm_export.ops.temporal_attention.onnx_function import explicit_temporal_attention_function
-from lfdm_export.ops.temporal_attention.reference import TemporalWeights, operator_name
+from lfdm_export.ops.temporal_attention.reference import TemporalWeights, temporal_attention
 from lfdm_export.ops.thresholded_step.onnx_function import thresholded_step_function
 from lfdm_export.stages import BATCH
 from tests.test_ops import hostile_values, normal, run_node, thresholded, torch_of
@@ -91,9 +89,10 @@ def test_whole_group_norm_silu(modulated: bool, batch: int, frames: int, channel
     modulation: dict[str, Array] = {}
     if modulated:
         modulation = {"scale": normal(4, batch, channels), "shift": normal(5, batch, channels)}
+    name = "ModulatedGroupNormSilu" if modulated else "GroupNormSilu"
     (found,) = run_node(
-        "ModulatedGroupNormSilu" if modulated else "GroupNormSilu",
-        whole_group_norm_silu_functions(groups),
+        name,
+        [whole_group_norm_silu_function(name, groups)],
         feeds | modulation,
         {"y": 4},
         grouped=[-1, frames, groups, channels // groups * side * side],

@@ -14,13 +14,11 @@ from lfdm_export.errors import EngineError
 from lfdm_export.noise import START, noise_for
 from lfdm_export.ops.cuda.dispatch import on_gpu, standing_in
 from lfdm_export.ops.cuda.host import HostKernels, build
-from lfdm_export.ops.group_norm_silu import group_norm_silu
-from lfdm_export.ops.thresholded_step import thresholded_step
+from lfdm_export.ops.group_norm_silu.reference import group_norm_silu
 from lfdm_export.ops.thresholded_step.gpu import noise_on_gpu, thresholded_step_on_gpu
-from lfdm_export.ops.thresholded_step.reference import thresholded_step_in_torch
-from lfdm_export.ops.warp import warp, warp_blend
+from lfdm_export.ops.thresholded_step.reference import thresholded_step, thresholded_step_in_torch
 from lfdm_export.ops.warp.gpu import warp_blend_on_gpu, warp_on_gpu
-from lfdm_export.ops.warp.reference import warp_blend_in_torch, warp_in_torch
+from lfdm_export.ops.warp.reference import warp, warp_blend, warp_blend_in_torch, warp_in_torch
 from lfdm_export.rewrite.precision import channels_last, in_precision
 from lfdm_export.rewrite.stage_modules import stage_modules
 from lfdm_models.model import LfdmModel

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lfdm_export import onnx_export
 from lfdm_export.bundle import Bundle
 from lfdm_export.errors import ExportError
-from lfdm_export.ops.symbolic import DOMAIN
+from lfdm_export.ops.domain import DOMAIN
 from lfdm_export.stages import BATCH, StageSpec, TensorSpec
 
 

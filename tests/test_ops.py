@@ -15,22 +15,20 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from lfdm_export import sampling
-from lfdm_export.ops.group_norm_silu import group_norm_silu
-from lfdm_export.ops.group_norm_silu.onnx_function import group_norm_silu_functions
-from lfdm_export.ops.small_conv import small_conv, suits_small_conv
+from lfdm_export.ops.domain import DOMAIN, OPSET, VERSION
+from lfdm_export.ops.group_norm_silu.onnx_function import group_norm_silu_function
+from lfdm_export.ops.group_norm_silu.reference import group_norm_silu
 from lfdm_export.ops.small_conv.onnx_function import small_conv_function
-from lfdm_export.ops.small_conv.reference import transforms
-from lfdm_export.ops.spatial_attention import spatial_attention
+from lfdm_export.ops.small_conv.reference import small_conv, suits_small_conv, transforms
 from lfdm_export.ops.spatial_attention.onnx_function import spatial_attention_function
-from lfdm_export.ops.spatial_attention.reference import SpatialWeights
-from lfdm_export.ops.symbolic import DOMAIN, OPSET, VERSION
-from lfdm_export.ops.temporal_attention import temporal_attention
+from lfdm_export.ops.spatial_attention.reference import SpatialWeights, spatial_attention
+from lfdm_export.ops.temporal_attention import operator_name
 from lfdm_export.ops.temporal_attention.onnx_function import temporal_attention_function
-from lfdm_export.ops.temporal_attention.reference import TemporalWeights, operator_name
-from lfdm_export.ops.thresholded_step import thresholded_step
+from lfdm_export.ops.temporal_attention.reference import TemporalWeights, temporal_attention
 from lfdm_export.ops.thresholded_step.onnx_function import thresholded_step_function
-from lfdm_export.ops.warp import warp, warp_blend
-from lfdm_export.ops.warp.onnx_function import warp_functions
+from lfdm_export.ops.thresholded_step.reference import thresholded_step
+from lfdm_export.ops.warp.onnx_function import warp_function
+from lfdm_export.ops.warp.reference import warp, warp_blend
 
 Array = NDArray[np.generic]
 
@@ -92,7 +90,7 @@ def motion(frames: int, height: int, width: int) -> NDArray[np.float32]:
 def test_warp(batch: int, frames: int, scale: int) -> None:
     field = motion(batch * frames, 6, 8)
     source = normal(1, batch, 5, 6 * scale, 8 * scale)
-    (found,) = run_node("Warp", warp_functions(), {"source": source, "motion": field}, {"y": 4})
+    (found,) = run_node("Warp", [warp_function("Warp")], {"source": source, "motion": field}, {"y": 4})
     np.testing.assert_allclose(found, warp(torch_of(source), torch_of(field)).numpy(), atol=WARP_TOLERANCE)
 
 
@@ -105,7 +103,7 @@ def test_warp_blend(stride: int, phase: tuple[int, int]) -> None:
     previous = normal(2, 6, 5, 12 // stride, 16 // stride)
     feeds = {"source": source, "motion": field, "previous": previous}
     attributes = {"stride": stride, "phase_y": phase[0], "phase_x": phase[1]}
-    (found,) = run_node("WarpBlend", warp_functions(), feeds, {"y": 4}, **attributes)
+    (found,) = run_node("WarpBlend", [warp_function("WarpBlend")], feeds, {"y": 4}, **attributes)
     expected = warp_blend(*map(torch_of, feeds.values()), stride=stride, phase=phase)
     np.testing.assert_allclose(found, expected.numpy(), atol=WARP_TOLERANCE)
 
@@ -231,9 +229,10 @@ def test_group_norm_silu(modulated: bool) -> None:
     x = 2 + normal(1, batch * frames, channels, side, side)
     feeds = {"x": x, "gamma": normal(2, channels), "beta": normal(3, channels)}
     modulation = {"scale": normal(4, batch, channels), "shift": normal(5, batch, channels)} if modulated else {}
+    name = "ModulatedGroupNormSilu" if modulated else "GroupNormSilu"
     (found,) = run_node(
-        "ModulatedGroupNormSilu" if modulated else "GroupNormSilu",
-        group_norm_silu_functions(),
+        name,
+        [group_norm_silu_function(name)],
         feeds | modulation,
         {"y": 4},
         grouped=[-1, frames, groups, channels // groups * side * side],

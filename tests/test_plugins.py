@@ -20,14 +20,15 @@ from lfdm_export import sampling
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.ops.cuda import host, launcher, nvrtc
 from lfdm_export.ops.cuda.source import Kernel, Launch, Storage
-from lfdm_export.ops.plugins import PLUGINS, register_plugins
-from lfdm_export.ops.symbolic import DOMAIN
-from lfdm_export.ops.thresholded_step import thresholded_step
+from lfdm_export.ops.domain import DOMAIN
+from lfdm_export.ops.plugins import register_plugins
 from lfdm_export.ops.thresholded_step.kernels import STORAGES, step_kernel, step_launch
-from lfdm_export.ops.warp import warp, warp_blend
+from lfdm_export.ops.thresholded_step.reference import thresholded_step
 from lfdm_export.ops.warp.kernels import Layout, warp_kernel, warp_launch
-from lfdm_export.ops.warp.reference import warp_blend_in_torch
+from lfdm_export.ops.warp.reference import warp, warp_blend, warp_blend_in_torch
 from tests.kernel_arrays import KERNELS, addresses, empty, stored, values_of
+
+PLUGINS = ("Warp", "WarpBlend", "ThresholdedStep")
 
 DRIVER = Path(__file__).with_name("plugin_driver.py")
 TYPES: dict[Storage, str] = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}

@@ -24,7 +24,7 @@ from lfdm_export.graphs.bodies import with_bodies
 from lfdm_export.graphs.policy import GROUPS, KEPT, module_of, node_name
 from lfdm_export.graphs.simulate import simulate
 from lfdm_export.graphs.typed import TYPES, LowPrecision, lower
-from lfdm_export.ops.symbolic import DOMAIN
+from lfdm_export.ops.domain import DOMAIN
 from lfdm_export.stages import BATCH, StageSpec
 
 FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}

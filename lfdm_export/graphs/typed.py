@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from lfdm_export.errors import ExportError
 from lfdm_export.graphs.policy import GROUPS, KEPT, module_of, node_name
-from lfdm_export.ops.small_conv.onnx_function import plain_small_conv_function
-from lfdm_export.ops.symbolic import DOMAIN
-from lfdm_export.ops.temporal_attention.reference import TEMPORAL_PREFIX
+from lfdm_export.ops.domain import DOMAIN
+from lfdm_export.ops.operator import Nodes
+from lfdm_export.ops.operators import find_operator
 
 LowPrecision = Literal["fp16", "bf16"]
 TYPES: dict[LowPrecision, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -28,19 +28,11 @@ _FLOAT32 = ir.DataType.FLOAT
 _FLOATS = (_FLOAT32, *TYPES.values())
 
 # What multiplies with weights. A MatMul or Gather without them follows its inputs.
-_WEIGHTED = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather", "SmallConv"))
-_SAMPLING = frozenset(("Warp", "WarpBlend"))
+_WEIGHTED = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather"))
 #: Operators that give what they take, in another place: a cast may stand on either side of them.
 MOVING = frozenset(("Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Expand", "Tile", "Identity", "Split"))
-# Inputs that are not of the type of the first: by operator, their positions.
-_TABLES = (6, 7, 8)
-_FLOAT32_INPUTS: dict[str, tuple[int, ...]] = {
-    "Resize": (1, 2),
-    "GroupNormSilu": (1, 2),
-    "ModulatedGroupNormSilu": (1, 2),
-    "Warp": (1,),
-    "WarpBlend": (1,),
-}
+# Inputs that are not of the type of the first, by their positions; those of our own operators, each says itself.
+_FLOAT32_INPUTS: dict[str, tuple[int, ...]] = {"Resize": (1, 2)}
 
 
 def lower(
@@ -77,10 +69,11 @@ def lower(
     low = _low_nodes(lowered.graph, is_kept)
     _leave_moves(lowered.graph, low)
     _Lowering(lowered.graph, precision, low).run()
-    key = (DOMAIN, "SmallConv", "")
-    if key in lowered.functions:
-        # Winograd's sums would be rounded on the way.
-        lowered.functions[key] = ir.from_proto(plain_small_conv_function())
+    for key in [key for key in lowered.functions if key[0] == DOMAIN]:
+        body = find_operator(key[1]).rounded
+        if body is not None:
+            nodes = [ir.to_proto(node) for node in lowered.graph if (node.domain, node.op_type) == key[:2]]
+            lowered.functions[key] = ir.from_proto(body(Nodes(key[1], nodes)))
     return lowered
 
 
@@ -118,8 +111,11 @@ def _low_nodes(graph: ir.Graph, is_kept: Callable[[ir.Node], bool]) -> set[ir.No
         if node.op_type == "Cast" or is_kept(node):
             continue
         inputs = [value for _, value, is_typed in _float_inputs(node) if is_typed]
-        weighted = node.op_type in _WEIGHTED and any(value.const_value is not None for value in inputs)
-        if weighted or node.op_type in _SAMPLING or any(value.producer() in low for value in inputs):
+        own = find_operator(node.op_type) if node.domain == DOMAIN else None
+        multiplies = node.op_type in _WEIGHTED if own is None else own.has_weights
+        weighted = multiplies and any(value.const_value is not None for value in inputs)
+        samples = own is not None and own.samples
+        if weighted or samples or any(value.producer() in low for value in inputs):
             low.add(node)
     return low
 
@@ -154,7 +150,8 @@ def _moves_to_float32(node: ir.Node, low: set[ir.Node]) -> Iterator[ir.Node]:
 
 def _float_inputs(node: ir.Node) -> Iterator[tuple[int, ir.Value, bool]]:
     """Floating inputs by position, and whether each has the type in which the node works; else it is float32."""
-    fixed = _TABLES if node.op_type.startswith(TEMPORAL_PREFIX) else _FLOAT32_INPUTS.get(node.op_type, ())
+    own = find_operator(node.op_type) if node.domain == DOMAIN else None
+    fixed = _FLOAT32_INPUTS.get(node.op_type, ()) if own is None else own.float32_inputs
     for index, value in enumerate(node.inputs):
         if value is not None and value.dtype in _FLOATS:
             yield index, value, index not in fixed

@@ -5,11 +5,7 @@ from __future__ import annotations
 import importlib
 
 from lfdm_export.errors import MissingDependencyError
-
-#: Operators of domain `lfdm` that a plugin can take over.
-PLUGINS = ("Warp", "WarpBlend", "ThresholdedStep")
-
-_MODULES = ("lfdm_export.ops.warp.plugin", "lfdm_export.ops.thresholded_step.plugin")
+from lfdm_export.ops.operators import OPERATORS
 
 
 def register_plugins() -> tuple[str, ...]:
@@ -18,17 +14,18 @@ def register_plugins() -> tuple[str, ...]:
     Nothing is compiled yet: a kernel is when an engine that uses it is built.
 
     Returns:
-        `PLUGINS`.
+        Names of the operators that plugins take over.
 
     Raises:
         MissingDependencyError: TensorRT's Python package is not installed (TensorRT for RTX has no such plugins).
         EngineError: at build: NVRTC, which compiles the kernels, is not there.
     """
+    plugins = {operator.name: operator.plugin for operator in OPERATORS if operator.plugin}
     try:
-        for module in _MODULES:
+        for module in dict.fromkeys(plugins.values()):
             importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "tensorrt":
             raise
         raise MissingDependencyError("tensorrt", "running kernels as TensorRT plugins", "tensorrt") from error
-    return PLUGINS
+    return tuple(plugins)

@@ -1,4 +1,4 @@
-"""What all custom operators share: the domain, and how a node of it gets into an exported graph."""
+"""How a node of the custom operators' domain gets into an exported graph."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-DOMAIN = "lfdm"
-VERSION = 1
-#: Opset of the graphs and of the functions in them: 23 has RotaryEmbedding and Attention.
-OPSET = 23
+from lfdm_export.ops.domain import DOMAIN, VERSION
 
 Attributes = dict[str, int | float | list[int]]
 

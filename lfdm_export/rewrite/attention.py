@@ -6,10 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lfdm_export.ops.spatial_attention import spatial_attention
-from lfdm_export.ops.spatial_attention.reference import SpatialWeights
-from lfdm_export.ops.temporal_attention import temporal_attention
-from lfdm_export.ops.temporal_attention.reference import TemporalWeights
+from lfdm_export.ops.spatial_attention.reference import SpatialWeights, spatial_attention
+from lfdm_export.ops.temporal_attention.reference import TemporalWeights, temporal_attention
 from lfdm_models.attention import Attention, Residual, SpatialLinearAttention
 
 _EPSILON = 1e-5

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lfdm_export.ops.warp import warp, warp_blend
+from lfdm_export.ops.warp.reference import warp, warp_blend
 from lfdm_export.rewrite.convolution import PHASES, fold_batch_norm, interleave, phase_convs, phase_kernels
 from lfdm_models.layers import DownBlock, ResidualBlock, SameBlock, UpBlock, coordinate_grid
 from lfdm_models.lfae import Lfae

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lfdm_export.ops.thresholded_step import thresholded_step
+from lfdm_export.ops.thresholded_step.reference import thresholded_step
 from lfdm_export.rewrite.lfae import Decode, fold_batch_norms
 from lfdm_export.rewrite.unet import DeployableUnet, context_half
 from lfdm_models.lfae import Lfae, flow_to_latent

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfdm_export.ops.cuda.dispatch import on_gpu
-from lfdm_export.ops.group_norm_silu import group_norm_silu
-from lfdm_export.ops.small_conv import small_conv, suits_small_conv
+from lfdm_export.ops.group_norm_silu.reference import group_norm_silu
+from lfdm_export.ops.small_conv.reference import small_conv, suits_small_conv
 from lfdm_export.rewrite.attention import FoldedLinearAttention, FoldedSpatialAttention, FoldedTemporalAttention
 from lfdm_export.rewrite.convolution import fold_time, interleave, phase_convs, phase_kernels, transposed_phase_kernels
 from lfdm_models.unet import LATENT_CHANNELS, ConvBlock, Level, ResBlock, Unet3D

@@ -9,8 +9,7 @@ from __future__ import annotations
 import onnx
 import onnx.parser
 
-from lfdm_export.ops.group_norm_silu.reference import EPSILON
-from lfdm_export.ops.symbolic import DOMAIN, OPSET
+from lfdm_export.ops.domain import DOMAIN, EPSILON, OPSET
 
 _FLOAT32 = onnx.TensorProto.FLOAT
 
@@ -114,27 +113,25 @@ _WHOLE_MODULATION = """
 _WHOLE_PLAIN = "normed = Identity (x_normed)"
 
 
-def group_norm_silu_functions() -> list[onnx.FunctionProto]:
-    """GroupNormSilu(x, gamma, beta) and ModulatedGroupNormSilu(x, gamma, beta, scale, shift), as in `reference`."""
-    return _functions(_REDUCED % PLAIN, _REDUCED % _REDUCED_MODULATION)
+#: The operators' names, and what each takes.
+_INPUTS = {"GroupNormSilu": "x, gamma, beta", "ModulatedGroupNormSilu": "x, gamma, beta, scale, shift"}
 
 
-def whole_group_norm_silu_functions(groups: int) -> list[onnx.FunctionProto]:
+def group_norm_silu_function(name: str) -> onnx.FunctionProto:
+    """GroupNormSilu(x, gamma, beta) or ModulatedGroupNormSilu(x, gamma, beta, scale, shift), as in `reference`."""
+    return _function(name, _REDUCED % {"GroupNormSilu": PLAIN, "ModulatedGroupNormSilu": _REDUCED_MODULATION}[name])
+
+
+def whole_group_norm_silu_function(name: str, groups: int) -> onnx.FunctionProto:
     """The same on GroupNormalization, for that number of groups."""
-    return _functions(_WHOLE % (groups, _WHOLE_PLAIN), _WHOLE % (groups, _WHOLE_MODULATION))
+    modulation = {"GroupNormSilu": _WHOLE_PLAIN, "ModulatedGroupNormSilu": _WHOLE_MODULATION}[name]
+    return _function(name, _WHOLE % (groups, modulation))
 
 
-def _functions(plain: str, modulated: str) -> list[onnx.FunctionProto]:
-    return [
-        _function("GroupNormSilu", "x, gamma, beta", plain),
-        _function("ModulatedGroupNormSilu", "x, gamma, beta, scale, shift", modulated),
-    ]
-
-
-def _function(name: str, inputs: str, body: str) -> onnx.FunctionProto:
+def _function(name: str, body: str) -> onnx.FunctionProto:
     text = f"""
 <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
-{name} <grouped, per_group, per_channel, clip, flat> ({inputs}) => (y) {{
+{name} <grouped, per_group, per_channel, clip, flat> ({_INPUTS[name]}) => (y) {{
     {body}
 }}
 """

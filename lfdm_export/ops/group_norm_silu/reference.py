@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lfdm_export.ops.cuda.dispatch import on_gpu
+from lfdm_export.ops.domain import EPSILON
 from lfdm_export.ops.symbolic import Attributes, exporting, node
-
-EPSILON = 1e-5
 
 
 def group_norm_silu(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import onnx
 import onnx.parser
 
-from lfdm_export.ops.symbolic import DOMAIN, OPSET
+from lfdm_export.ops.domain import DOMAIN, OPSET
 
 
 def small_conv_function() -> onnx.FunctionProto:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import onnx
 import onnx.parser
 
-from lfdm_export.ops.spatial_attention.reference import EPSILON
-from lfdm_export.ops.symbolic import DOMAIN, OPSET
+from lfdm_export.ops.domain import DOMAIN, EPSILON, OPSET
 
 _TEXT = f"""
 <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>

@@ -8,9 +8,9 @@ from __future__ import annotations
 import onnx
 import onnx.parser
 
+from lfdm_export.ops.domain import DOMAIN, EPSILON, OPSET
 from lfdm_export.ops.spatial_attention.onnx_function import explicit_attention, head_shapes
-from lfdm_export.ops.symbolic import DOMAIN, OPSET
-from lfdm_export.ops.temporal_attention.reference import EPSILON, operator_name
+from lfdm_export.ops.temporal_attention import operator_name
 
 _INPUTS = "(x, gamma, query, key, value, out, cos, sin, bias, position)"
 _ROTARY = "RotaryEmbedding <interleaved = 1, num_heads: int = @heads, rotary_embedding_dim: int = @rotary_width>"

@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lfdm_export.ops.cuda.dispatch import on_gpu
+from lfdm_export.ops.domain import EPSILON
 from lfdm_export.ops.symbolic import Attributes, exporting, node
+from lfdm_export.ops.temporal_attention import operator_name
 
 #: Tokens (pixels x frames) of one sample whose queries, keys and values are in flight together, so that they
 #: stay in a core's cache. Measured: 8 to 32 pixels at 40 frames are equally good.
 CHUNK_TOKENS = 1280
-EPSILON = 1e-5
-#: What an operator's name begins with; the number of its chunks follows.
-TEMPORAL_PREFIX = "TemporalAttentionIn"
 
 
 class TemporalWeights(NamedTuple):
@@ -43,11 +42,6 @@ class TemporalWeights(NamedTuple):
     sin: Tensor
     bias: Tensor
     position: Tensor
-
-
-def operator_name(chunks: int) -> str:
-    """Name of the operator that works in that many chunks; a function's body has a fixed number of them."""
-    return f"{TEMPORAL_PREFIX}{chunks}"
 
 
 def temporal_attention(x: Tensor, weights: TemporalWeights, *, heads: int, pixels: int) -> Tensor:

@@ -14,7 +14,7 @@ import onnx
 import onnx.parser
 
 from lfdm_export import sampling
-from lfdm_export.ops.symbolic import DOMAIN, OPSET
+from lfdm_export.ops.domain import DOMAIN, OPSET
 
 #: From 2^-126 .. 2^128, 8 halvings of the exponent's range leave a factor of 2, and 24 halvings of
 #: that neighbouring floats; two to spare.

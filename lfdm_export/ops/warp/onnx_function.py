@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx
 import onnx.parser
 
-from lfdm_export.ops.symbolic import DOMAIN, OPSET
+from lfdm_export.ops.domain import DOMAIN, OPSET
 
 _FLOAT32 = onnx.TensorProto.FLOAT
 _HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
@@ -90,6 +90,6 @@ WarpBlend <stride, phase_y, phase_x> (source, motion, previous) => (blended) {{
 """
 
 
-def warp_functions() -> list[onnx.FunctionProto]:
-    """Warp(source, motion) and WarpBlend(source, motion, previous), as in `reference`."""
-    return [onnx.parser.parse_function(text) for text in (_WARP, _WARP_BLEND)]
+def warp_function(name: str) -> onnx.FunctionProto:
+    """Warp(source, motion) or WarpBlend(source, motion, previous), as in `reference`."""
+    return onnx.parser.parse_function({"Warp": _WARP, "WarpBlend": _WARP_BLEND}[name])

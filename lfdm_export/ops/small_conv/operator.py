@@ -1,0 +1,13 @@
+"""SmallConv among the operators."""
+
+from lfdm_export.ops.operator import Operator
+from lfdm_export.ops.small_conv.onnx_function import plain_small_conv_function, small_conv_function
+
+SMALL_CONV = Operator(
+    "SmallConv",
+    body=lambda _: small_conv_function(),
+    openvino=lambda _: plain_small_conv_function(),
+    tensorrt=lambda _: plain_small_conv_function(),
+    rounded=lambda _: plain_small_conv_function(),  # Winograd's sums would be rounded on the way
+    has_weights=True,
+)

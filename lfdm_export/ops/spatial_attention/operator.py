@@ -1,0 +1,29 @@
+"""SpatialAttention among the operators."""
+
+import onnx
+
+from lfdm_export.ops.operator import Nodes, Operator
+from lfdm_export.ops.spatial_attention.onnx_function import (
+    explicit_spatial_attention_function,
+    spatial_attention_function,
+)
+
+_QUERY = 2
+
+
+def _explicit(nodes: Nodes) -> onnx.FunctionProto:
+    return explicit_spatial_attention_function(*heads_of(nodes))
+
+
+def heads_of(nodes: Nodes) -> tuple[int, int]:
+    """Number of heads of attention nodes and their width, which the weights of the queries tell: (C, H·D)."""
+    heads = nodes.attribute("heads")
+    return heads, nodes.constant(_QUERY)[1] // heads
+
+
+SPATIAL_ATTENTION = Operator(
+    "SpatialAttention",
+    body=lambda _: spatial_attention_function(),
+    openvino=_explicit,
+    tensorrt=_explicit,
+)
