@@ -14,6 +14,7 @@ so that one graph with a `coefficients` input serves all of them. History is zer
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -70,26 +71,22 @@ class SamplerTable:
 
 
 @dataclass(frozen=True)
-class SamplerInfo:
-    """What commands and manifests say of a sampler.
+class Sampler:
+    """One sampler; adding one means writing its table and listing it in `SAMPLERS`.
 
     Attributes:
-        default_steps: steps where none are asked for; None for all of the training steps.
-        default_eta: eta where none is asked for; None where the sampler has none.
         description: one line.
+        table: makes the table for a schedule, a number of steps, and eta, which is ignored where `default_eta` is None.
+        most_steps: the largest number of steps that a schedule allows.
+        default_steps: steps where none are requested; None: `most_steps`, which is then the only number allowed.
+        default_eta: eta where none is requested; None where the sampler has none.
     """
 
-    default_steps: int | None
-    default_eta: float | None
     description: str
-
-
-SAMPLERS = {
-    "ddpm": SamplerInfo(None, None, "ancestral sampling over every training step; slowest, the released demos' own"),
-    "ddim": SamplerInfo(10, 1.0, "DDIM as the released program runs it; eta 0 is deterministic, eta 1 draws noise"),
-    "dpm++2m": SamplerInfo(10, None, "DPM-Solver++ (2M), second order, deterministic after the start; 4 to 20 steps"),
-    "unipc": SamplerInfo(10, None, "UniPC (order 2, B2), predictor-corrector, deterministic; 4 to 20 steps"),
-}
+    table: Callable[[Schedule, int, float], SamplerTable]
+    most_steps: Callable[[Schedule], int]
+    default_steps: int | None = None
+    default_eta: float | None = None
 
 
 def sampler_table(name: str, schedule: Schedule, steps: int | None = None, eta: float | None = None) -> SamplerTable:
@@ -107,22 +104,30 @@ def sampler_table(name: str, schedule: Schedule, steps: int | None = None, eta: 
     """
     if name not in SAMPLERS:
         raise InputError(f"sampler: found {name!r}, expected one of {', '.join(SAMPLERS)}; choose one of these")
-    info = SAMPLERS[name]
-    if eta is not None and info.default_eta is None:
+    sampler = SAMPLERS[name]
+    if eta is not None and sampler.default_eta is None:
         raise InputError(f"eta: found {eta}, but sampler {name!r} has no eta; leave it out or choose 'ddim'")
-    eta = info.default_eta if eta is None else eta
-    if name == "ddpm":
-        if steps is not None and _integer(steps) != schedule.steps:
+    most = sampler.most_steps(schedule)
+    if most < 1:
+        raise InputError(
+            f"schedule: found {schedule.steps} training steps, too few for sampler {name!r}; choose 'ddpm'"
+        )
+    if sampler.default_steps is None:
+        if steps is not None and _integer(steps) != most:
             raise InputError(
-                f"steps: found {steps}, but 'ddpm' runs all {schedule.steps} training steps; "
+                f"steps: found {steps}, but {name!r} runs all {most} training steps; "
                 f"leave steps out or choose another sampler"
             )
-        return ddpm_table(schedule)
-    if steps is None:
-        steps = min(info.default_steps or schedule.steps, _most_steps(name, schedule))
-    if eta is not None:  # only DDIM has one
-        return ddim_table(schedule, steps, eta)
-    return dpmpp_2m_table(schedule, steps) if name == "dpm++2m" else unipc_table(schedule, steps)
+        steps = most
+    elif steps is None:
+        steps = min(sampler.default_steps, most)
+    elif not 1 <= _integer(steps) <= most:
+        raise InputError(
+            f"steps: found {steps}, expected 1 to {most} for sampler {name!r} "
+            f"on a schedule of {schedule.steps} training steps; choose a number in that range"
+        )
+    eta = sampler.default_eta if eta is None else eta
+    return sampler.table(schedule, int(steps), 0.0 if eta is None else eta)
 
 
 def ddpm_table(schedule: Schedule) -> SamplerTable:
@@ -154,11 +159,10 @@ def ddim_table(schedule: Schedule, steps: int, eta: float = 1.0) -> SamplerTable
         eta: 0 (deterministic) … 1 (as noisy as ancestral sampling).
 
     Raises:
-        InputError: `steps` or `eta` is out of range.
+        InputError: `eta` is out of range.
 
     Source: Song et al., Denoising Diffusion Implicit Models, equations 12 and 16.
     """
-    _check_steps("ddim", schedule, steps)
     if not 0.0 <= eta <= 1.0:
         raise InputError(f"eta: found {eta}, expected 0 to 1; choose a value in that range")
     times = _ddim_times(schedule.steps, steps)
@@ -198,12 +202,9 @@ def dpmpp_2m_table(schedule: Schedule, steps: int) -> SamplerTable:
         schedule: of N training steps.
         steps: 1 … about N; 4 to 20 are what it is made for.
 
-    Raises:
-        InputError: `steps` is out of range.
-
     Source: Lu et al., DPM-Solver++, algorithm 2.
     """
-    timesteps, signal, noise, h = _solver_grid("dpm++2m", schedule, steps)
+    timesteps, signal, noise, h = _solver_grid(schedule, steps)
     rows = _rows(schedule, timesteps)
     for i in range(steps):
         rows[i, NEXT_FROM_LATENT] = noise[i + 1] / noise[i]
@@ -228,12 +229,9 @@ def unipc_table(schedule: Schedule, steps: int) -> SamplerTable:
         schedule: of N training steps.
         steps: 1 … about N; 4 to 20 are what it is made for.
 
-    Raises:
-        InputError: `steps` is out of range.
-
     Source: Zhao et al., UniPC, algorithms 1 and 2, in the data-prediction form of its appendix.
     """
-    timesteps, signal, noise, h = _solver_grid("unipc", schedule, steps)
+    timesteps, signal, noise, h = _solver_grid(schedule, steps)
     rows = _rows(schedule, timesteps)
     # What the corrector adds to the latent of step i, by x0 estimate: this one's, the previous, the one before that.
     correction = (0.0, 0.0, 0.0)
@@ -273,10 +271,9 @@ def _unipc_corrector(h: float, slope: float) -> tuple[float, float]:
 
 
 def _solver_grid(
-    name: str, schedule: Schedule, steps: int
+    schedule: Schedule, steps: int
 ) -> tuple[Int64Array, NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Times (S,); signal and noise level there and at the end, 1 and 0 (S+1,); steps of log(signal / noise) (S,)."""
-    _check_steps(name, schedule, steps)
     timesteps = _solver_times(schedule, steps)
     # From the noise-to-signal buffer: 1 - alphas_cumprod would lose digits where alphas_cumprod is near 1.
     ratio = np.append(schedule.sqrt_recipm1_alphas_cumprod[timesteps].astype(np.float64), 0.0)
@@ -305,23 +302,6 @@ def _start_time(schedule: Schedule) -> int:
     return int(np.count_nonzero(log_snr >= LOG_SNR_START)) - 1
 
 
-def _most_steps(name: str, schedule: Schedule) -> int:
-    return schedule.steps - 1 if name == "ddim" else _start_time(schedule)
-
-
-def _check_steps(name: str, schedule: Schedule, steps: int) -> None:
-    most = _most_steps(name, schedule)
-    if most < 1:
-        raise InputError(
-            f"schedule: found {schedule.steps} training steps, too few for sampler {name!r}; choose 'ddpm'"
-        )
-    if not 1 <= _integer(steps) <= most:
-        raise InputError(
-            f"steps: found {steps}, expected 1 to {most} for sampler {name!r} "
-            f"on a schedule of {schedule.steps} training steps; choose a number in that range"
-        )
-
-
 def _integer(steps: int) -> int:
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
         raise InputError(f"steps: found {steps!r}, expected an integer; pass a whole number of steps")
@@ -338,3 +318,32 @@ def _rows(schedule: Schedule, timesteps: Int64Array) -> NDArray[np.float64]:
 
 def _table(name: str, timesteps: Int64Array, rows: NDArray[np.float64], draws_noise: NDArray[np.bool_]) -> SamplerTable:
     return SamplerTable(name, timesteps.astype(np.int64), rows.astype(np.float32), draws_noise)
+
+
+#: All samplers by name.
+SAMPLERS: Mapping[str, Sampler] = {
+    "ddpm": Sampler(
+        "ancestral sampling over every training step; slowest, the released demos' own",
+        table=lambda schedule, _steps, _eta: ddpm_table(schedule),
+        most_steps=lambda schedule: schedule.steps,
+    ),
+    "ddim": Sampler(
+        "DDIM as the released program runs it; eta 0 is deterministic, eta 1 draws noise",
+        table=ddim_table,
+        most_steps=lambda schedule: schedule.steps - 1,
+        default_steps=10,
+        default_eta=1.0,
+    ),
+    "dpm++2m": Sampler(
+        "DPM-Solver++ (2M), second order, deterministic after the start; 4 to 20 steps",
+        table=lambda schedule, steps, _eta: dpmpp_2m_table(schedule, steps),
+        most_steps=_start_time,
+        default_steps=10,
+    ),
+    "unipc": Sampler(
+        "UniPC (order 2, B2), predictor-corrector, deterministic; 4 to 20 steps",
+        table=lambda schedule, steps, _eta: unipc_table(schedule, steps),
+        most_steps=_start_time,
+        default_steps=10,
+    ),
+}
