@@ -21,7 +21,7 @@ from PIL import Image
 from lfdm_export.errors import InputError, LfdmExportError, MissingDependencyError
 from lfdm_export.files.atomic import rehearse, replacing, temporary_folder
 from lfdm_export.files.folders import publish
-from lfdm_export.files.names import user_name, user_path
+from lfdm_export.files.names import require_utf8, user_name, user_path
 from lfdm_export.files.places import destination
 from lfdm_export.gif import MAX_FPS as MAX_GIF_FPS
 from lfdm_export.gif import encode_gif
@@ -251,9 +251,7 @@ def _write_mp4(target: BinaryIO, clip: UInt8Array, fps: float) -> None:
         return io.BytesIO(buffer.getvalue())
 
     try:
-        with av.open(
-            buffer, "w", format="mp4", options={"movflags": "faststart"}, io_open=written_so_far
-        ) as container:
+        with av.open(buffer, "w", format="mp4", options={"movflags": "faststart"}, io_open=written_so_far) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.height, stream.width = padded.shape[1:3]
             stream.pix_fmt = "yuv420p"
@@ -396,7 +394,7 @@ def _read_npz(source: Path, max_frames: int | None) -> UInt8Array:
 def _video_frames(source: Path) -> Iterator[UInt8Array]:
     av = _import_av(f"reading {source.name}")
     try:
-        with av.open(str(source)) as container:
+        with av.open(require_utf8(source, "PyAV")) as container:
             if not container.streams.video:
                 raise InputError(f"{source} has no video; give a clip with pictures")
             for frame in container.decode(container.streams.video[0]):
