@@ -19,7 +19,6 @@ from lfdm_export.bundle import ONNX_FOLDER, PARITY_FOLDER, TOKENIZER_FOLDER, Bun
 from lfdm_export.bundle_writer import BundleWriter
 from lfdm_export.errors import ExportError, InputError
 from lfdm_export.faithful import make_reference
-from lfdm_export.files.names import user_path
 from lfdm_export.graphs.precisions import Traced, check_precision, typed_graphs
 from lfdm_export.machine import package_versions
 from lfdm_export.manifest import TEXT_STAGE, Manifest
@@ -205,7 +204,7 @@ def load_text_encoder(
     if source is None:
         return None
     try:
-        encoder = source if isinstance(source, BertTextEncoder) else BertTextEncoder.load(user_path(source))
+        encoder = source if isinstance(source, BertTextEncoder) else BertTextEncoder.load(source)
     except TextEncoderError as error:
         raise InputError(str(error)) from error
     if encoder.width != text_width:

@@ -6,7 +6,7 @@ import argparse
 import logging
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import IO
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -21,7 +21,7 @@ OK, FAILED, PARITY_FAILED, INTERRUPTED = 0, 1, 3, 130
 
 
 class _Parser(argparse.ArgumentParser):
-    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+    def _print_message(self, message: str, file: Any = None) -> None:
         super()._print_message(visible(message, keep="\n"), file)
 
 
@@ -101,7 +101,7 @@ def _describe(error: Exception) -> str:
 def complain(program: str, message: str) -> None:
     """Print a line on stderr."""
     text = f"{program}: {' '.join(message.split())}"
-    _Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+    _Console(stderr=True, soft_wrap=True).print(visible(text), markup=False, highlight=False)
 
 
 def say(args: argparse.Namespace, text: object) -> None:
@@ -111,7 +111,7 @@ def say(args: argparse.Namespace, text: object) -> None:
     """
     if not args.quiet:
         console = _Console(stderr=is_stdout(getattr(args, "out", None)), soft_wrap=isinstance(text, str))
-        console.print(text, markup=False, highlight=False)
+        console.print(visible(text, keep="\n") if isinstance(text, str) else text, markup=False, highlight=False)
 
 
 class Bars:

@@ -104,7 +104,7 @@ def _patient_output() -> Iterator[None]:
     before = sys.stdout, sys.stderr
     errors = None if sys.stderr is None else _Patient(sys.stderr, None)
     results = None if sys.stdout is None else _Patient(sys.stdout, errors)
-    sys.stdout, sys.stderr = results, errors  # type: ignore[assignment]  # they are what a stream is
+    sys.stdout, sys.stderr = results, errors
     try:
         yield
     finally:
