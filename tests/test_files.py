@@ -9,12 +9,15 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from lfdm_export.clip import rehearse_saving
 from lfdm_export.errors import InputError
 from lfdm_export.files import atomic, folders
 from lfdm_export.files.atomic import locked, rehearse, replacing, temporary_folder, write_file
@@ -22,6 +25,7 @@ from lfdm_export.files.digests import sha256_and_size
 from lfdm_export.files.folders import give_back, publish, settle
 from lfdm_export.files.names import require_utf8, user_name, user_path, visible
 from lfdm_export.files.places import destination, refuse_inputs
+from lfdm_export.media import save_clip
 
 
 def names(folder: Path) -> list[str]:
@@ -412,6 +416,32 @@ def test_a_rehearsal_writes_nothing(tmp_path: Path):
             rehearse(wrong)
     assert names(tmp_path) == ["file"]
     assert (tmp_path / "file").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.npz", "frames/", "/dev/null"])
+def test_saving_a_clip_needs_no_folder_but_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    path = str(tmp_path / name) + "/" * name.endswith("/")
+    form = "gif" if name == "/dev/null" else None
+    rehearse_saving(path, format=form)
+    assert names(tmp_path) == []
+    save_clip(path, np.zeros((2, 16, 16, 3), np.uint8), format=form)
+    with pytest.raises(InputError, match=r"cannot be written: (Not a directory|File name too long)"):
+        rehearse_saving(tmp_path / ("x" * 300 + ".gif"))
+
+
+def test_a_video_comes_whole_through_a_pipe(tmp_path: Path):
+    av = pytest.importorskip("av")
+    pipe, received = tmp_path / "pipe", tmp_path / "received.mp4"
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: received.write_bytes(pipe.read_bytes()))
+    reader.start()
+    save_clip(pipe, np.zeros((5, 16, 16, 3), np.uint8), format="mp4")
+    reader.join()
+    with av.open(received) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 5
+    content = received.read_bytes()
+    assert content.index(b"moov") < content.index(b"mdat"), "players can start before all is there"
 
 
 def test_where_paths_lead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
