@@ -280,6 +280,7 @@ def main() -> int:
 
     from lfdm_export.bundle import Bundle
     from lfdm_export.errors import LfdmExportError
+    from lfdm_export.files.atomic import write_file
 
     try:
         rows = compare(Bundle.open(arguments.bundle), arguments.steps)
@@ -288,7 +289,7 @@ def main() -> int:
         return 1
     print("\n".join(lines(rows)))
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        write_file(arguments.json, (json.dumps([asdict(row) for row in rows], indent=1) + "\n").encode())
     return 0
 
 

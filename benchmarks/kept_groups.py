@@ -23,6 +23,7 @@ import onnx_ir as ir
 from lfdm_export import onnx_export
 from lfdm_export.bundle import EMBEDDINGS, ONNX_FOLDER, REFERENCE, Bundle
 from lfdm_export.bundle_writer import BundleWriter
+from lfdm_export.files.atomic import write_file
 from lfdm_export.graphs.policy import GROUPS, KEPT
 from lfdm_export.graphs.simulate import simulate
 from lfdm_export.graphs.typed import TYPES, LowPrecision, lower
@@ -139,7 +140,7 @@ def main() -> None:
     if arguments.out is not None:
         frames = bundle.manifest.geometry.frames
         facts = {"precision": arguments.precision, "frames": frames, "seed": reference.seed, "rows": found}
-        arguments.out.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_file(arguments.out, (json.dumps(facts, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import platform
 from pathlib import Path
 
+from lfdm_export.files.atomic import write_file
 from lfdm_export.machine import package_versions, processor_info, processor_name
 
 #: Where results go unless told otherwise.
@@ -51,10 +52,7 @@ def usable_cores() -> int:
 
 def write_json(path: Path, content: object) -> None:
     """Write a result, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _cpu_model() -> str:

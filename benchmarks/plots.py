@@ -15,6 +15,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lfdm_export.files.atomic import replacing
+
 _PARTS = ("encode", "step", "decode")
 
 
@@ -78,9 +80,8 @@ def _plot_clips(result: Mapping[str, Any], texts: Mapping[str, str], path: Path)
         f"{settings['frames']} frames of {size} x {size}, {settings['steps']} DDIM steps, {settings['threads']} threads"
     )
     axes.set_title(f"{title}\n{result['cpu']}", fontsize="small", loc="left")
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with replacing(path) as stream:
+        figure.savefig(stream, format="png")
 
 
 if __name__ == "__main__":

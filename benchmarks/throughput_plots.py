@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lfdm_export.files.atomic import replacing
+
 
 def plot_throughput(result: Mapping[str, Any], path: Path) -> None:
     """Goodput, tails of latency, closed loop and first frames, of every contestant.
@@ -55,9 +57,8 @@ def plot_throughput(result: Mapping[str, Any], path: Path) -> None:
         f"{settings['threads']} thread(s) an engine; {result['cpu']}",
         fontsize="small",
     )
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with replacing(path) as stream:
+        figure.savefig(stream, format="png")
 
 
 def _bars(axes: Axes, names: Sequence[str], groups: Sequence[str], heights: Sequence[Sequence[float]]) -> None:

@@ -14,7 +14,6 @@ Layout::
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,9 @@ from numpy.typing import NDArray
 
 from lfdm_export.archives import read_arrays
 from lfdm_export.errors import BundleError, InputError
+from lfdm_export.files.digests import sha256_and_size
+from lfdm_export.files.folders import give_back
+from lfdm_export.files.names import user_path
 from lfdm_export.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
 from lfdm_export.stages import StageSpec
 
@@ -37,7 +39,6 @@ PLANS_FOLDER = "plans"
 # Arrays of EMBEDDINGS.
 LABEL_ROWS, NULL_ROW = "embeddings", "null"
 
-_CHUNK = 1 << 20
 Float32 = NDArray[np.float32]
 
 
@@ -64,7 +65,7 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check_hashes: bool = True) -> Bundle:
-        """Open a bundle.
+        """Open a bundle; one that a killed export had put aside is given back first.
 
         Args:
             path: its folder.
@@ -73,8 +74,8 @@ class Bundle:
         Raises:
             BundleError: there is no bundle, or it is incomplete, altered, or of another format version.
         """
-        folder = Path(path)
-        if not folder.exists():
+        folder = user_path(path)
+        if not folder.exists() and not give_back(folder.resolve()):
             raise BundleError(f"there is no bundle at {folder}: no such folder; make one with lfdm-export")
         if not folder.is_dir():
             raise BundleError(f"{folder} is a file, expected the folder that lfdm-export wrote")
@@ -144,16 +145,9 @@ def _required_files(manifest: Manifest) -> list[str]:
     return [EMBEDDINGS, *(onnx_path(spec.name) for spec in manifest.stages)]
 
 
-def fingerprint(path: Path, *, sync: bool = False) -> FileEntry:
-    """SHA-256 and size of a file, which `sync` also makes durable on the disk."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(_CHUNK):
-            digest.update(block)
-            size += len(block)
-        if sync:
-            os.fsync(file.fileno())
-    return FileEntry(digest.hexdigest(), size)
+def fingerprint(path: Path) -> FileEntry:
+    """SHA-256 and size of a file."""
+    return FileEntry(*sha256_and_size(path))
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lfdm_export.errors import CheckpointError, InputError
+from lfdm_export.files.names import user_path
 from lfdm_export.recognise import recognise_dm, recognise_lfae
 from lfdm_export.training_facts import training_facts
 from lfdm_export.weight_files import PARTS, read_tensors, sha256, shorten
@@ -62,7 +63,7 @@ def load_model(
     """
     if region_pad is not None and (not isinstance(region_pad, int) or isinstance(region_pad, bool) or region_pad < 0):
         raise InputError(f"region_pad is {region_pad!r}, expected 3 (MUG), 0 (MHAD, NATOPS) or None")
-    lfae_path, dm_path = Path(lfae).expanduser(), Path(dm).expanduser()
+    lfae_path, dm_path = user_path(lfae), user_path(dm)
     told = training_facts(lfae_path, dm_path)
     residual_flow = _agreed("residual_flow", residual_flow, told.residual_flow)
     region_pad = _agreed("region_pad", region_pad, told.region_pad)

@@ -173,7 +173,7 @@ def test_a_request_to_stop_costs_no_step(lfae_run: Path, tmp_path: Path):
 
     before = signal.getsignal(signal.SIGTERM)
     outcome = train_lfae(tmp_path, run, progress=progress)
-    assert (outcome.step, outcome.finished) == (3, False)
+    assert (outcome.step, outcome.finished, outcome.signal) == (3, False, signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
     assert train_lfae(tmp_path, run, resume=True).finished
     assert_same_bits(tmp_path / "lfae.pth", lfae_run / "lfae.pth")

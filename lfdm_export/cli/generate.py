@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lfdm_export.cli.console import OK, Bars, add_common_options, make_parser, run, say
+from lfdm_export.cli.ending import orderly
 from lfdm_export.cli.plans import add_target_option
 from lfdm_export.cli.remote import add_remote_options, check_remote_options, generate_remotely
 from lfdm_export.clip import Clip, rehearse_saving
+from lfdm_export.files.places import refuse_inputs
 from lfdm_export.media import FORMATS
 from lfdm_export.sampling import SAMPLERS
 
@@ -29,6 +31,7 @@ _SAMPLING = ("seed", "steps", "sampler", "eta", "guidance")
 _STAGES = {"estimate_motion": "estimate motion"}
 
 
+@orderly()
 def generate_main(argv: Sequence[str] | None = None) -> int:
     """Run ``lfdm-generate``; returns the exit status (see `lfdm_export.cli`)."""
     parser = _parser()
@@ -75,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    # Before minutes of sampling: a clip that could not be written shows at once.
+    # Before minutes of sampling: a clip that could not be written, or would replace an input, shows at once.
+    inputs = {"--image": args.image, "--drive": args.drive, "--embedding": args.embedding, "BUNDLE": args.bundle}
+    refuse_inputs(args.out, inputs)
     rehearse_saving(args.out, format=args.format, panels=args.panels, fps=args.fps)
     if args.url is not None:
         return generate_remotely(args)
