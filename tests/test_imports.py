@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lfdm_export.clip",
         "lfdm_export.conditions",
         "lfdm_export.cuda_driver",
+        "lfdm_export.datasets",
         "lfdm_export.gif",
         "lfdm_export.machine",
         "lfdm_export.json_codec",
