@@ -44,6 +44,9 @@ class Client:
         self._connection = Connection(address, settings or Settings())
         self._facts: ModelFacts | None = None
 
+    def __repr__(self) -> str:
+        return f"<Client of {self._connection.address}>"
+
     def __enter__(self) -> Client:
         """The client itself."""
         return self
