@@ -14,14 +14,20 @@ from PIL import Image
 
 from lfdm_export import __version__
 from lfdm_export.bundle import Bundle
-from lfdm_export.cli import export_main, generate_main, verify_main
+from lfdm_export.cli import export_main, generate_main, serve_main, train_main, verify_main
 from lfdm_export.cli.console import Bars, OneBar
 from lfdm_export.cli.export import read_labels
 from lfdm_export.errors import InputError, ParityError
 from lfdm_export.pipeline import Pipeline
 from tests.fake_bundle import EMBEDDINGS, FRAMES, SIZE, write_fake_bundle
 
-COMMANDS = {"lfdm-export": export_main, "lfdm-generate": generate_main, "lfdm-verify": verify_main}
+COMMANDS = {
+    "lfdm-export": export_main,
+    "lfdm-generate": generate_main,
+    "lfdm-serve": serve_main,
+    "lfdm-train": train_main,
+    "lfdm-verify": verify_main,
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +94,23 @@ def test_version(program: str, capsys: pytest.CaptureFixture[str]):
         ("lfdm-export", ["--region-pad", "3"], "a model folder knows its own"),
         ("lfdm-export", ["--dataset", "imagenet"], "invalid choice"),
         ("lfdm-export", ["--frames", "many"], "invalid int value"),
+        ("lfdm-export", ["--datset", "mug"], "unknown option --datset, did you mean --dataset?"),
+        ("lfdm-export", ["--datset=mug"], "unknown option --datset, did you mean --dataset?"),
+        (
+            "lfdm-export",
+            ["--dataset", "MUG"],
+            "invalid choice 'MUG', did you mean mug? (choose from mug, mhad, natops)",
+        ),
+        ("lfdm-export", ["some", "words"], "unrecognized arguments: some words"),
+        ("lfdm-export", ["--out"], "expected one argument"),
+        ("lfdm-generate", ["b", "--image", "i", "-o", "o.gif", "--lable", "nod"], "did you mean --label?"),
+        ("lfdm-generate", ["b", "--xyzzy"], "unknown option --xyzzy; see lfdm-generate --help"),
+        ("lfdm-serve", ["--polcy", "step"], "did you mean --policy?"),
+        ("lfdm-serve", [], "give a bundle to serve"),
+        ("lfdm-train lfae", ["--out", "o", "--step", "3"], "did you mean --steps?"),
+        ("lfdm-train lfae", ["--out", "o"], "required: --steps"),
+        ("lfdm-train", ["lfea"], "invalid choice 'lfea', did you mean lfae?"),
+        ("lfdm-train evaluate", ["b", "--sampler", "ddim"], "did you mean --samplers?"),
         ("lfdm-generate", [], "required: --image, -o/--out"),
         (
             "lfdm-generate",
@@ -106,10 +129,16 @@ def test_version(program: str, capsys: pytest.CaptureFixture[str]):
     ],
 )
 def test_wrong_usage(program: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    name, *stage = program.split()
     with pytest.raises(SystemExit) as done:
-        COMMANDS[program](arguments)
+        COMMANDS[name]([*stage, *arguments])
     assert done.value.code == 2
-    assert message in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    line = one_line(printed.err)
+    assert message in line
+    assert line.startswith(f"{program}: error: ")
+    assert line.endswith(f"; see {program} --help")
 
 
 # ---------------------------------------------------------------------------------------- generate

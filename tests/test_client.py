@@ -626,11 +626,16 @@ def test_closing_gives_up_asynchronous_requests(fake: FakeTriton, address: str):
     assert fake.cancelled == ["mine"]
 
 
+async def take(events: AsyncStream) -> None:
+    async for _ in events:
+        pass
+
+
 def test_leaving_the_context_of_an_asynchronous_stream_gives_it_up(fake: FakeTriton, address: str):
     async def run() -> None:
         async with AsyncClient(address, SETTINGS) as client:
             async with client.stream(PHOTO, label="anger", seed=3, request_id="mine") as stream:
-                task = asyncio.create_task(anext(aiter(stream)))  # type: ignore[arg-type]
+                task = asyncio.create_task(take(stream))
                 while not fake.seen:
                     await asyncio.sleep(0.01)
                 assert repr(stream) == "<AsyncStream mine: seed 3, 0 of 5 frames>"
@@ -670,10 +675,6 @@ def test_what_the_client_shows_is_one_line(client: Client, address: str):
 
 
 def test_leaving_an_asynchronous_stream_gives_it_up(fake: FakeTriton, address: str):
-    async def take(events: AsyncStream) -> None:
-        async for _ in events:
-            pass
-
     async def run() -> None:
         async with AsyncClient(address, SETTINGS) as client:
             events = await client.stream(PHOTO, label="anger")  # without `async with`, too

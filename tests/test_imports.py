@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lfdm_export.targets",
         "lfdm_export.tokenizer",
         "lfdm_export.wording",
+        "lfdm_models.command_line",
         "lfdm_models.config",
         "lfdm_models.labels",
         "lfdm_models.schedule",
@@ -116,13 +117,13 @@ HEAVY = (
 )
 #: Of the networks' package, only these do without.
 LIGHT_NETWORKS = (
-    "lfdm_models", "lfdm_models.config", "lfdm_models.labels", "lfdm_models.schedule", "lfdm_models.training",
-    "lfdm_models.training.characters", "lfdm_models.training.cli", "lfdm_models.training.conditions",
-    "lfdm_models.training.drawing", "lfdm_models.training.draws", "lfdm_models.training.errors",
-    "lfdm_models.training.face", "lfdm_models.training.figure", "lfdm_models.training.head",
-    "lfdm_models.training.landmarks", "lfdm_models.training.layouts", "lfdm_models.training.logs",
-    "lfdm_models.training.motions", "lfdm_models.training.pictures", "lfdm_models.training.procedural",
-    "lfdm_models.training.settings",
+    "lfdm_models", "lfdm_models.command_line", "lfdm_models.config", "lfdm_models.labels", "lfdm_models.schedule",
+    "lfdm_models.training", "lfdm_models.training.characters", "lfdm_models.training.cli",
+    "lfdm_models.training.conditions", "lfdm_models.training.drawing", "lfdm_models.training.draws",
+    "lfdm_models.training.errors", "lfdm_models.training.face", "lfdm_models.training.figure",
+    "lfdm_models.training.head", "lfdm_models.training.landmarks", "lfdm_models.training.layouts",
+    "lfdm_models.training.logs", "lfdm_models.training.motions", "lfdm_models.training.pictures",
+    "lfdm_models.training.procedural", "lfdm_models.training.settings",
 )  # fmt: skip
 
 BLOCKER = """

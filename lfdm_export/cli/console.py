@@ -14,18 +14,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from lfdm_export import __version__
 from lfdm_export.errors import LfdmExportError, ParityError
+from lfdm_models.command_line import Parser
 
 OK, FAILED, PARITY_FAILED, INTERRUPTED = 0, 1, 3, 130
 
 
 def make_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
     """A parser whose help ends in examples."""
-    return argparse.ArgumentParser(
+    return Parser(
         prog=program,
         description=description,
         epilog="examples:\n" + examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
 
 
