@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +85,26 @@ class Clip:
         labels = "" if self.labels is None else f", labels: {shortened(self.labels)}"
         seeds = "" if self.seeds is None else f", seeds: {shortened(self.seeds)}"
         return f"<Clip: {count(samples, 'sample')} of {count(frames, 'frame')} of {width}x{height}{labels}{seeds}>"
+
+    def sample(self, index: int) -> Clip:
+        """The clip of one sample, which shares memory with this one.
+
+        Raises:
+            InputError: there is no such sample.
+        """
+        if not 0 <= index < len(self.frames):
+            raise InputError(f"there is no sample {index}; the clip has {len(self.frames)}, counted from 0")
+        one = slice(index, index + 1)
+        return replace(
+            self,
+            frames=self.frames[one],
+            warped=self.warped[one],
+            latent=self.latent[one],
+            source=self.source[one],
+            labels=self.labels and self.labels[one],
+            seeds=self.seeds and self.seeds[one],
+            timings=self.timings and self.timings[one],
+        )
 
     def _repr_html_(self) -> str:
         """The clip, moving; what a notebook shows."""

@@ -44,6 +44,11 @@ class Client:
         self._connection = Connection(address, settings or Settings())
         self._facts: ModelFacts | None = None
 
+    @property
+    def settings(self) -> Settings:
+        """Those of the connection."""
+        return self._connection.settings
+
     def __repr__(self) -> str:
         return f"<Client of {self._connection.address}>"
 
