@@ -24,6 +24,8 @@ FORMAT_VERSION = 1
 FORMAT = "lfdm-bundle"
 #: The optional stage that only a bundle with a text encoder has.
 TEXT_STAGE = "text"
+#: The optional stage that motion transfer needs.
+DRIVE_STAGE = "estimate_motion"
 #: A manifest is some tens of kilobytes; a file far beyond that is not one.
 MAX_MANIFEST_BYTES = 16 << 20
 
@@ -112,6 +114,11 @@ class Manifest:
     def has_text(self) -> bool:
         """Whether the bundle takes free text."""
         return any(spec.name == TEXT_STAGE for spec in self.stages)
+
+    @property
+    def has_drive(self) -> bool:
+        """Whether the bundle transfers motions."""
+        return any(spec.name == DRIVE_STAGE for spec in self.stages)
 
     def to_json(self) -> str:
         """The manifest as an indented JSON document.
