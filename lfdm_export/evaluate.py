@@ -22,6 +22,7 @@ from lfdm_export.bundle import Bundle
 from lfdm_export.errors import InputError
 from lfdm_export.pipeline import Pipeline
 from lfdm_export.preprocess import to_float
+from lfdm_export.stages import DRIVE_STAGE
 from lfdm_export.wording import shortened
 from lfdm_models.training.classifier import MotionClassifier
 from lfdm_models.training.procedural import HELD_OUT_SEEDS, LABELS, sample_clip
@@ -162,6 +163,7 @@ def evaluate_bundle(
     if clips < 1 or not 0 <= seed < 100_000:
         raise InputError(f"clips is {clips} and seed {seed}, expected 1 or more clips and a seed of 0 to 99999")
     require_drawn_characters(pipeline.bundle)
+    pipeline.bundle.require_drive("reconstruction")
     labels = tuple(label for label in LABELS if label in pipeline.bundle.labels and label in classifier.labels)
     if settings and not labels:
         known = ", ".join(pipeline.bundle.labels) or "none"
@@ -249,7 +251,7 @@ def _reconstruct(pipeline: Pipeline, real: _Real, progress: Progress | None) -> 
         clip = to_float(frames)  # (T, 3, H, W)
         encoded = pipeline.encode(frames[0])
         motion = [
-            pipeline.stages.run("estimate_motion", np.repeat(clip[:1], len(part), axis=0), part)[0]
+            pipeline.stages.run(DRIVE_STAGE, np.repeat(clip[:1], len(part), axis=0), part)[0]
             for part in (clip[start : start + _BATCH] for start in range(0, len(clip), _BATCH))
         ]
         latent = np.ascontiguousarray(np.concatenate(motion).transpose(1, 0, 2, 3))[None]

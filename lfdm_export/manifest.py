@@ -14,7 +14,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from lfdm_export.errors import BundleError
 from lfdm_export.json_codec import from_plain, to_plain
 from lfdm_export.preprocess import Preprocessing
-from lfdm_export.stages import Geometry, StageSpec, stage_specs
+from lfdm_export.stages import DRIVE_STAGE, Geometry, StageSpec, stage_specs
 from lfdm_export.wording import count, shortened
 from lfdm_models.config import LfdmConfig
 
@@ -24,8 +24,6 @@ FORMAT_VERSION = 1
 FORMAT = "lfdm-bundle"
 #: The optional stage that only a bundle with a text encoder has.
 TEXT_STAGE = "text"
-#: The optional stage that motion transfer needs.
-DRIVE_STAGE = "estimate_motion"
 #: A manifest is some tens of kilobytes; a file far beyond that is not one.
 MAX_MANIFEST_BYTES = 16 << 20
 
@@ -173,7 +171,7 @@ def _check_geometry(geometry: Geometry, config: LfdmConfig) -> None:
 
 def _check_stages(stages: tuple[StageSpec, ...], geometry: Geometry, precision: str) -> None:
     names = [spec.name for spec in stages]
-    expected = stage_specs(geometry, with_text=TEXT_STAGE in names)
+    expected = stage_specs(geometry, with_text=TEXT_STAGE in names, with_drive=DRIVE_STAGE in names)
     if names != list(expected):
         raise ValueError(f"stages are {', '.join(names) or 'none'}, expected {', '.join(expected)}")
     for spec in stages:

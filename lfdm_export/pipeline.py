@@ -20,6 +20,7 @@ from lfdm_export.manifest import TEXT_STAGE
 from lfdm_export.media import load_clip
 from lfdm_export.preprocess import ImageLike, prepare_image, prepare_images, to_float, to_uint8
 from lfdm_export.stage_runner import StageRunner
+from lfdm_export.stages import DRIVE_STAGE
 from lfdm_export.targets import AUTO
 from lfdm_export.tokenizer import tokenize
 from lfdm_export.wording import count
@@ -186,6 +187,7 @@ class Pipeline:
             InputError: the image or the clip cannot be used.
             EngineError: an engine cannot be loaded or fails.
         """
+        self.bundle.require_drive("motion transfer")
         prepared = self._prepare(image)
         if len(prepared) != 1:
             raise InputError(f"motion transfer takes one image, found a batch of {len(prepared)}; call it for each")
@@ -195,12 +197,12 @@ class Pipeline:
             raise InputError(f"driving_clip has shape {frames.shape}, expected (T,H,W,3)")
         driving = np.stack([prepare_image(frame, size, rule) for frame in frames])
         source, latents = to_float(prepared), []
-        _report(progress, "estimate_motion", 0, len(driving))
+        _report(progress, DRIVE_STAGE, 0, len(driving))
         for start in range(0, len(driving), _MOTION_BATCH):
             part = to_float(driving[start : start + _MOTION_BATCH])
-            (latent,) = self.stages.run("estimate_motion", np.repeat(source, len(part), axis=0), part)
+            (latent,) = self.stages.run(DRIVE_STAGE, np.repeat(source, len(part), axis=0), part)
             latents.append(latent)
-            _report(progress, "estimate_motion", start + len(part), len(driving))
+            _report(progress, DRIVE_STAGE, start + len(part), len(driving))
         motion = np.ascontiguousarray(np.concatenate(latents).transpose(1, 0, 2, 3))[None]
         return self._clip(prepared, self._encode(prepared, progress), motion, progress)
 

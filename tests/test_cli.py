@@ -407,6 +407,7 @@ def test_export_of_nothing_is_the_shipped_model(calls: dict[str, Any], capsys: p
         "image_size": None,
         "text_encoder": None,
         "labels": None,
+        "drive": True,
         "reference": True,
     }
     assert calls["verify"]["model"] is None, "the reference is the model's, stored at export"
