@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lfdm_export import ready_bundle
 from lfdm_export.archives import read_arrays
 from lfdm_export.errors import BundleError, InputError
 from lfdm_export.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
@@ -37,6 +39,7 @@ PLANS_FOLDER = "plans"
 # Arrays of EMBEDDINGS.
 LABEL_ROWS, NULL_ROW = "embeddings", "null"
 
+logger = logging.getLogger(__name__)
 _CHUNK = 1 << 20
 Float32 = NDArray[np.float32]
 
@@ -67,13 +70,28 @@ class Bundle:
         """Open a bundle.
 
         Args:
-            path: its folder.
+            path: its folder; or "characters", the shipped model's bundle, if no folder of that name is there.
             check_hashes: read every file and compare its SHA-256; else only presence and size count.
 
         Raises:
             BundleError: there is no bundle, or it is incomplete, altered, or of another format version.
         """
-        folder = Path(path)
+        if os.fspath(path) == ready_bundle.NAME:
+            if not Path(path).exists():
+                return cls._open_ready(check_hashes=check_hashes)
+            logger.warning("%s is the folder here, not the shipped bundle of that name", path)
+        return cls._open(Path(path), check_hashes=check_hashes)
+
+    @classmethod
+    def _open_ready(cls, *, check_hashes: bool) -> Bundle:
+        try:
+            return cls._open(ready_bundle.unpack(), check_hashes=check_hashes)
+        except BundleError as error:
+            logger.info("put together anew: %s", error)
+            return cls._open(ready_bundle.unpack(anew=True), check_hashes=check_hashes)
+
+    @classmethod
+    def _open(cls, folder: Path, *, check_hashes: bool) -> Bundle:
         if not folder.exists():
             raise BundleError(f"there is no bundle at {folder}: no such folder; make one with lfdm-export")
         if not folder.is_dir():

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "lfdm-generate"
 _EXAMPLES = """\
+  lfdm-generate characters --image drawing.png --label nod --out nod.gif
   lfdm-generate mug --image face.jpg --label happiness --out happiness.gif
   lfdm-generate mug --image face.jpg --label fear --sampler unipc --steps 8 --seed 3 -o fear.mp4
   lfdm-generate mug --image face.jpg --label anger --guidance 2 --panels -o anger.gif
@@ -53,7 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser(
         PROGRAM, "Make a clip of a photograph that moves as a label, a text or a clip says.", _EXAMPLES
     )
-    parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help="folder that lfdm-export wrote; not with --url")
+    parser.add_argument(
+        "bundle",
+        nargs="?",
+        metavar="BUNDLE",
+        help="folder that lfdm-export wrote, or characters: the shipped model; not with --url",
+    )
     parser.add_argument("--image", required=True, metavar="PHOTO", help="the photograph")
     parser.add_argument(
         "-o", "--out", required=True, metavar="FILE", help=f"the clip: .{', .'.join(FORMATS)}, or FOLDER/"
