@@ -1,7 +1,7 @@
 """The bundle of the shipped model that comes with the package, so that clips can be made without PyTorch and ONNX.
 
 It lies beside the model's weights as one archive of 1.3 MB, which holds the graphs, and of the graphs' weights (9 MB)
-only what the model's own files do not: most tensors of a graph are stretches of theirs. The whole bundle is put together
+only what the model's own files do not: most tensors of a graph are stretches of theirs. The bundle is put together
 in the user's cache folder when it is first used; its manifest has the SHA-256 of every file, which opening it checks.
 
 To make the archive anew, when the shipped model or its graphs have changed:
