@@ -90,6 +90,8 @@ def test_a_bundle_without_motion_transfer_verifies(quick: list[Any], small_model
     assert not [name for name in bundle.manifest.files if "estimate_motion" in name]
     report = verify_bundle(bundle, targets=("onnxruntime",), threads=1)
     assert report.passed, report.table()
+    assert repr(report).startswith("<Report of 'bundle', fp32, ")
+    assert repr(report).endswith(": passed>")
     photo = np.zeros((64, 64, 3), np.uint8)
     assert Pipeline(bundle).generate(photo, label="fear", steps=2).frames.shape == (1, 10, 64, 64, 3)
 
