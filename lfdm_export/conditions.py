@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lfdm_export.errors import InputError
+from lfdm_export.files.names import user_path
 from lfdm_export.noise import check_seeds
 
 
@@ -67,7 +68,7 @@ def load_embedding(path: str | os.PathLike[str]) -> NDArray[np.generic]:
         InputError: there is no such file, or it is no array.
     """
     try:
-        loaded = np.load(path, allow_pickle=False)
+        loaded = np.load(user_path(path), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         reason = getattr(error, "strerror", None) or "it is no .npy array"
         raise InputError(f"the embedding {path} cannot be read: {reason}; save it with numpy.save") from error

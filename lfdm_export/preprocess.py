@@ -18,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from lfdm_export.errors import EngineError, InputError
+from lfdm_export.files.names import user_path
 from lfdm_export.json_codec import from_plain, to_plain
 from lfdm_export.resize import area_resize
 
@@ -124,7 +125,7 @@ def read_image(image: ImageLike) -> UInt8Array:
         return pil_to_rgb(image, "the image")
     if not isinstance(image, str | os.PathLike):
         raise InputError(f"an image must be a path, a PIL image or an array, not {type(image).__name__}")
-    name = os.fspath(image)
+    name = str(user_path(image))
     if Path(name).is_dir():
         raise InputError(f"{name} is a folder, not an image; give the path of one picture")
     try:

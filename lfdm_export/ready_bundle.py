@@ -14,15 +14,15 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import sys
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import lfdm_models
 from lfdm_export.errors import BundleError
+from lfdm_export.files.atomic import temporary_folder
+from lfdm_export.files.folders import publish
 
 #: What commands and `Pipeline` call it.
 NAME = "characters"
@@ -53,19 +53,11 @@ def unpack(*, anew: bool = False) -> Path:
     if target.is_dir() and not anew:
         return target
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=target.parent) as temporary:
-            part = Path(temporary) / "bundle"
+        with temporary_folder(target) as part:
             for name, data in files_of(content, {source: _read(MODEL / source) for source in SOURCES}).items():
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
                 (part / name).write_bytes(data)
-            if anew:
-                shutil.rmtree(target, ignore_errors=True)
-            try:
-                part.rename(target)
-            except OSError:
-                if not target.is_dir():  # else another process was first
-                    raise
+            publish(part, target, replace=anew)  # without `anew`, what another process was first with stays
     except OSError as error:
         raise BundleError(
             f"the shipped bundle {NAME!r} cannot be put together in {target.parent}: {error.strerror or error}; "

@@ -152,6 +152,8 @@ def test_several_put_it_together_at_once():
     (path,) = paths
     assert [entry.name for entry in path.parent.iterdir()] == [path.name], "nothing is left over"
     assert Bundle.open(path).labels == LABELS
+    assert ready_bundle.unpack(anew=True) == path
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name], "nothing is left over"
 
 
 def test_the_demo_installs_what_it_needs(tmp_path: Path):

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lfdm_export.cli.console import Bars, add_common_options, make_parser, run, say
+from lfdm_export.cli.ending import orderly
 from lfdm_export.cli.making import Making
 from lfdm_export.cli.plans import add_target_option
 from lfdm_export.cli.remote import add_remote_options, check_remote_options, generate_remotely
-from lfdm_export.cli.wishes import Wish, example_name, seeds_of, wishes
+from lfdm_export.cli.wishes import Wish, example_name, inputs_of, seeds_of, wants_many, wishes
 from lfdm_export.clip import Clip, rehearse_saving
 from lfdm_export.errors import InputError
+from lfdm_export.files.places import refuse_inputs
 from lfdm_export.media import FORMATS
 from lfdm_export.sampling import SAMPLERS
 
@@ -38,6 +40,7 @@ _LARGEST_BATCH, _BATCH_VALUES = 8, 4 * 40 * 32 * 32
 _STAGES = {"estimate_motion": "estimate motion"}
 
 
+@orderly()
 def generate_main(argv: Sequence[str] | None = None) -> int:
     """Run ``lfdm-generate``; returns the exit status (see `lfdm_export.cli`)."""
     parser = _parser()
@@ -98,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    # Before minutes of sampling: a clip that could not be written shows at once.
+    # Before minutes of sampling: a clip that could not be written, or would replace an input, shows at once.
+    if not wants_many(args):
+        refuse_inputs(args.out, inputs_of(args))
     rehearse_saving(example_name(args), format=args.format, panels=args.panels, fps=args.fps)
     if args.url is not None:
         return generate_remotely(args)
