@@ -14,20 +14,22 @@ Layout::
 from __future__ import annotations
 
 import difflib
+import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lfdm_export import ready_bundle
 from lfdm_export.archives import read_arrays
 from lfdm_export.errors import BundleError, InputError
 from lfdm_export.files.digests import sha256_and_size
 from lfdm_export.files.folders import give_back
 from lfdm_export.files.names import user_path
 from lfdm_export.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
-from lfdm_export.stages import StageSpec
+from lfdm_export.stages import DRIVE_STAGE, StageSpec
 
 MANIFEST = "manifest.json"
 EMBEDDINGS = "embeddings.npz"
@@ -39,6 +41,7 @@ PLANS_FOLDER = "plans"
 # Arrays of EMBEDDINGS.
 LABEL_ROWS, NULL_ROW = "embeddings", "null"
 
+logger = logging.getLogger(__name__)
 Float32 = NDArray[np.float32]
 
 
@@ -47,7 +50,7 @@ def onnx_path(stage: str) -> str:
     return f"{ONNX_FOLDER}/{stage}.onnx"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Bundle:
     """A bundle on disk whose manifest and files were found whole.
 
@@ -60,21 +63,36 @@ class Bundle:
 
     path: Path
     manifest: Manifest
-    embeddings: Float32 = field(repr=False)
-    null_embedding: Float32 = field(repr=False)
+    embeddings: Float32
+    null_embedding: Float32
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check_hashes: bool = True) -> Bundle:
         """Open a bundle; one that a killed export had put aside is given back first.
 
         Args:
-            path: its folder.
+            path: its folder; or "characters", the shipped model's bundle, if no folder of that name is there.
             check_hashes: read every file and compare its SHA-256; else only presence and size count.
 
         Raises:
             BundleError: there is no bundle, or it is incomplete, altered, or of another format version.
         """
-        folder = user_path(path)
+        if os.fspath(path) == ready_bundle.NAME:
+            if not Path(path).exists():
+                return cls._open_ready(check_hashes=check_hashes)
+            logger.warning("%s is the folder here, not the shipped bundle of that name", path)
+        return cls._open(user_path(path), check_hashes=check_hashes)
+
+    @classmethod
+    def _open_ready(cls, *, check_hashes: bool) -> Bundle:
+        try:
+            return cls._open(ready_bundle.unpack(), check_hashes=check_hashes)
+        except BundleError as error:
+            logger.info("put together anew: %s", error)
+            return cls._open(ready_bundle.unpack(anew=True), check_hashes=check_hashes)
+
+    @classmethod
+    def _open(cls, folder: Path, *, check_hashes: bool) -> Bundle:
         if not folder.exists() and not give_back(folder.resolve()):
             raise BundleError(f"there is no bundle at {folder}: no such folder; make one with lfdm-export")
         if not folder.is_dir():
@@ -87,6 +105,9 @@ class Bundle:
             _check_file(folder, name, entry, check_hash=check_hashes)
         embeddings, null = _read_embeddings(folder / EMBEDDINGS, len(manifest.labels), manifest.geometry.text_width)
         return cls(folder, manifest, embeddings, null)
+
+    def __repr__(self) -> str:
+        return f"<Bundle {str(self.path)!r}: {self.manifest.summary()}>"
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -107,6 +128,18 @@ class Bundle:
         if stage not in self.stages:
             raise BundleError(f"{self.path} has no stage {stage!r}; it has {', '.join(self.stages)}")
         return self.path / onnx_path(stage)
+
+    def require_drive(self, purpose: str) -> None:
+        """Refuse what needs the stage `estimate_motion` where the bundle was exported without.
+
+        Raises:
+            InputError: it was.
+        """
+        if not self.manifest.has_drive:
+            raise InputError(
+                f"{self.path} was exported without the stage {DRIVE_STAGE!r}, which {purpose} needs; export it again, "
+                "without --without-drive"
+            )
 
     @property
     def reference_path(self) -> Path | None:

@@ -14,7 +14,8 @@ from pathlib import PurePosixPath, PureWindowsPath
 from lfdm_export.errors import BundleError
 from lfdm_export.json_codec import from_plain, to_plain
 from lfdm_export.preprocess import Preprocessing
-from lfdm_export.stages import Geometry, StageSpec, stage_specs
+from lfdm_export.stages import DRIVE_STAGE, Geometry, StageSpec, stage_specs
+from lfdm_export.wording import count, shortened
 from lfdm_models.config import LfdmConfig
 
 #: Raised when a bundle's layout changes so that older programs cannot read it.
@@ -52,7 +53,7 @@ class SamplerDefaults:
     guidance_scale: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Manifest:
     """What a bundle is and holds.
 
@@ -97,10 +98,25 @@ class Manifest:
             if len(entry.sha256) != 64 or not set(entry.sha256) <= set("0123456789abcdef") or entry.bytes < 0:
                 raise ValueError(f"files.{name} has no valid SHA-256 and size")
 
+    def __repr__(self) -> str:
+        return f"<Manifest: {self.summary()}>"
+
+    def summary(self) -> str:
+        """Precision, sizes and labels, in a line."""
+        size = self.geometry.image_size
+        labels = f"{count(len(self.labels), 'label')} ({shortened(self.labels)})" if self.labels else "no labels"
+        text = ", free text" if self.has_text else ""
+        return f"{self.precision}, {count(self.geometry.frames, 'frame')} of {size}x{size}, {labels}{text}"
+
     @property
     def has_text(self) -> bool:
         """Whether the bundle takes free text."""
         return any(spec.name == TEXT_STAGE for spec in self.stages)
+
+    @property
+    def has_drive(self) -> bool:
+        """Whether the bundle transfers motions."""
+        return any(spec.name == DRIVE_STAGE for spec in self.stages)
 
     def to_json(self) -> str:
         """The manifest as an indented JSON document.
@@ -155,7 +171,7 @@ def _check_geometry(geometry: Geometry, config: LfdmConfig) -> None:
 
 def _check_stages(stages: tuple[StageSpec, ...], geometry: Geometry, precision: str) -> None:
     names = [spec.name for spec in stages]
-    expected = stage_specs(geometry, with_text=TEXT_STAGE in names)
+    expected = stage_specs(geometry, with_text=TEXT_STAGE in names, with_drive=DRIVE_STAGE in names)
     if names != list(expected):
         raise ValueError(f"stages are {', '.join(names) or 'none'}, expected {', '.join(expected)}")
     for spec in stages:

@@ -139,7 +139,7 @@ class Pictures:
     panels: NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The outcome of a verification.
 
@@ -178,6 +178,11 @@ class Report:
     geometry: Mapping[str, int]
     others: tuple[OtherEngine, ...] = ()
     pictures: Pictures | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        failed = len(self.failures)
+        outcome = f"{failed} of {len(self.all_checks)} checks failed" if failed else "passed"
+        return f"<Report of {self.bundle!r}, {self.precision}, {self.engine}: {outcome}>"
 
     @property
     def passed(self) -> bool:

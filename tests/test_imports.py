@@ -25,12 +25,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lfdm_export.clip",
         "lfdm_export.conditions",
         "lfdm_export.cuda_driver",
+        "lfdm_export.datasets",
         "lfdm_export.gif",
         "lfdm_export.machine",
         "lfdm_export.json_codec",
         "lfdm_export.media",
         "lfdm_export.noise",
         "lfdm_export.panels",
+        "lfdm_export.pictures",
         "lfdm_export.preprocess",
         "lfdm_export.resize",
         "lfdm_export.sampler_tables",
@@ -38,6 +40,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lfdm_export.stages",
         "lfdm_export.targets",
         "lfdm_export.tokenizer",
+        "lfdm_export.wording",
+        "lfdm_models.command_line",
         "lfdm_models.config",
         "lfdm_models.labels",
         "lfdm_models.schedule",
@@ -57,6 +61,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "lfdm_export.archives",
         "lfdm_export.bundle",
+        "lfdm_export.bundle_facts",
         "lfdm_export.bundle_writer",
         "lfdm_export.engines",
         "lfdm_export.faithful",
@@ -64,6 +69,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lfdm_export.manifest",
         "lfdm_export.onnx_export",
         "lfdm_export.quantize",
+        "lfdm_export.ready_bundle",
         "lfdm_export.reference",
         "lfdm_export.reference_inputs",
         "lfdm_export.stage_runner",
@@ -115,13 +121,13 @@ HEAVY = (
 )
 #: Of the networks' package, only these do without.
 LIGHT_NETWORKS = (
-    "lfdm_models", "lfdm_models.config", "lfdm_models.labels", "lfdm_models.schedule", "lfdm_models.training",
-    "lfdm_models.training.characters", "lfdm_models.training.cli", "lfdm_models.training.conditions",
-    "lfdm_models.training.drawing", "lfdm_models.training.draws", "lfdm_models.training.errors",
-    "lfdm_models.training.face", "lfdm_models.training.figure", "lfdm_models.training.head",
-    "lfdm_models.training.landmarks", "lfdm_models.training.layouts", "lfdm_models.training.logs",
-    "lfdm_models.training.motions", "lfdm_models.training.pictures", "lfdm_models.training.procedural",
-    "lfdm_models.training.settings",
+    "lfdm_models", "lfdm_models.command_line", "lfdm_models.config", "lfdm_models.labels", "lfdm_models.schedule",
+    "lfdm_models.training", "lfdm_models.training.characters", "lfdm_models.training.cli",
+    "lfdm_models.training.conditions", "lfdm_models.training.drawing", "lfdm_models.training.draws",
+    "lfdm_models.training.errors", "lfdm_models.training.face", "lfdm_models.training.figure",
+    "lfdm_models.training.head", "lfdm_models.training.landmarks", "lfdm_models.training.layouts",
+    "lfdm_models.training.logs", "lfdm_models.training.motions", "lfdm_models.training.pictures",
+    "lfdm_models.training.procedural", "lfdm_models.training.settings",
 )  # fmt: skip
 
 BLOCKER = """

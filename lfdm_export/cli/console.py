@@ -16,11 +16,12 @@ from lfdm_export import __version__
 from lfdm_export.cli.ending import Stopped, is_stdout, orderly
 from lfdm_export.errors import LfdmExportError, ParityError
 from lfdm_export.files.names import visible
+from lfdm_models.command_line import Parser
 
 OK, FAILED, PARITY_FAILED, INTERRUPTED = 0, 1, 3, 130
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     def _print_message(self, message: str, file: Any = None) -> None:
         super()._print_message(visible(message, keep="\n"), file)
 
@@ -45,7 +46,6 @@ def make_parser(program: str, description: str, examples: str) -> argparse.Argum
         description=description,
         epilog="examples:\n" + examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
 
 
@@ -81,13 +81,14 @@ def run(program: str, args: argparse.Namespace, command: Callable[[], int]) -> i
         except Exception as error:
             if args.debug:
                 raise
-            complain(program, "error: " + _describe(error))
+            complain(program, "error: " + describe_error(error))
             return PARITY_FAILED if isinstance(error, ParityError) else FAILED
         finally:
             logger.removeHandler(handler)
 
 
-def _describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
+    """What went wrong, in a sentence."""
     if isinstance(error, LfdmExportError):
         return str(error)
     if isinstance(error, OSError):

@@ -48,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
         "Serve a bundle with Triton Inference Server, until SIGINT or SIGTERM; then finish what it has.",
         _EXAMPLES,
     )
-    parser.add_argument("bundle", metavar="BUNDLE", nargs="?", help="folder that lfdm-export wrote")
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", nargs="?", help="folder that lfdm-export wrote, or characters: the shipped model"
+    )
     server = parser.add_argument_group("server")
     server.add_argument(
         "--install-server", action="store_true", help="fetch the server (55 MB, through pip), unless it is there"

@@ -32,7 +32,9 @@ def verify_main(argv: Sequence[str] | None = None) -> int:
         "Compare a bundle with the model that it was exported from, stage by stage and as a whole.",
         _EXAMPLES,
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="folder that lfdm-export wrote")
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", help="folder that lfdm-export wrote, or characters: the shipped model"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads (all cores)")
     parser.add_argument(
         "--target",
