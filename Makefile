@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_FOR_DEMO := $(VENV)/.installed-export
 PICTURE := docs/character.png
+GPU_OUT ?= benchmarks/results/gpu
+GPU_OPTIONS ?=
 
-.PHONY: help install server lint test test-full demo clean
+.PHONY: help install server lint test test-full demo gpu clean
 
 help:
 	@echo "make install    everything into $(VENV)"
@@ -16,6 +18,7 @@ help:
 	@echo "make test       install, server, lint, and the tests"
 	@echo "make test-full  the full-size golden chains (tens of minutes)"
 	@echo "make demo       export the shipped model, and let a drawn character nod"
+	@echo "make gpu        the GPU suite, on a machine with a GPU, into GPU_OUT (benchmarks/results/gpu)"
 	@echo "make clean      remove what the tools and the demo wrote (not $(VENV))"
 
 install: $(INSTALLED)
@@ -58,6 +61,10 @@ demo: $(INSTALLED_FOR_DEMO)
 	@echo "clip           $(CURDIR)/demo/clip.gif"
 	@echo "bundle         $(CURDIR)/demo/bundle"
 	@echo "parity report  $(CURDIR)/demo/bundle/parity/report.html"
+
+# No install: PYTHON's own torch, built for CUDA, is what it needs.
+gpu:
+	PYTHON=$(PYTHON) benchmarks/gpu_run.sh measure $(GPU_OUT) $(GPU_OPTIONS)
 
 clean:
 	rm -rf build dist demo *.egg-info models/*.egg-info .pytest_cache .mypy_cache .ruff_cache

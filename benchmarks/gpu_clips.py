@@ -7,7 +7,7 @@ timestep and noise by an index that it advances itself, so that a clip is encode
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu_floors import Work
 from benchmarks.gpu_kernels import published_step
 from benchmarks.gpu_timing import captured
 from lfdm_export import sampling
@@ -122,7 +123,7 @@ class Published:
         unet: Callable[..., Tensor] = model.diffusion.denoise_fn
         decode: Callable[..., Tensor] = self._decode_frame
         if compiled:
-            unet, decode = torch.compile(unet, dynamic=False), torch.compile(decode, dynamic=False)
+            unet, decode = _compiled(unet, device), _compiled(decode, device)
         batch, table = len(task.image), task.table
         source = seeded_noise(task.seeds, task.shape)
         draws = [source(START), *(source(i) for i in range(table.steps))]
@@ -222,7 +223,7 @@ class Ours:
         self.modules = dict(modules)
         if compiled:
             for name in ("step", "decode"):
-                modules[name] = torch.compile(modules[name], dynamic=False)  # type: ignore[assignment]
+                modules[name] = _compiled(modules[name], device)
         self._task = task
         self._seeds = torch.tensor(np.array(task.seeds, np.uint64).view(np.int64), device=device)
         self._rows = torch.from_numpy(table.coefficients).to(device)
@@ -285,22 +286,23 @@ class Ours:
         """See `Clips`."""
         return self._x.clone()
 
-    def flops(self) -> dict[str, float]:
-        """Operations of one sample: of a step, and of the decoding of a frame; multiply-adds count as two."""
+    def work(self) -> dict[str, Work]:
+        """What a step and the decoding of all frames cost at least, for the batch; multiply-adds count as two."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        batch, device = len(self._x), self._x.device
-        found = {}
+        batch = len(self._x)
         row, time = self._rows[:1].expand(batch, -1), self._times[:1].expand(batch)
-        inputs = (self._x, self._encoded[-1], self._task.embedding, time, self._history, self._x, row)
-        *skips, _ = self._encoded
+        *skips, feature = self._encoded
+        found = {}
         for name, arguments, runs in (
-            ("step", inputs, batch),
-            ("decode", (self._task.image, *skips, self._part), batch * self.chunk),
+            ("step", (self._x, feature, self._task.embedding, time, self._history, self._x, row), 1),
+            ("decode", (self._task.image, *skips, self._part), self._task.frames // self.chunk),
         ):
+            module = self.modules[name]
             with FlopCounterMode(display=False) as counter:
-                _run(self.modules[name].to(device), *arguments)
-            found["step" if name == "step" else "decoded frame"] = counter.get_total_flops() / runs
+                results = _run(module, *arguments)
+            moved = runs * (_size(arguments) + _size(results)) + _size((*module.parameters(), *module.buffers()))
+            found[name] = Work(float(runs * counter.get_total_flops()), float(moved))
         return found
 
 
@@ -313,6 +315,15 @@ def _chunk(frames: int, batch: int) -> int:
 def _run(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, ...]:
     with torch.no_grad():
         return module(*inputs)
+
+
+def _size(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _compiled(module: Any, device: torch.device) -> Any:
+    """By torch.compile; in a trial on a CPU traced alone, as code for CPUs shows nothing of code for GPUs."""
+    return torch.compile(module, dynamic=False, backend="inductor" if device.type == "cuda" else "eager")
 
 
 def _as_it_is(run: Callable[[], Any], _device: torch.device) -> Callable[[], Any]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_timing import Budget, Timing, captured, measure
+from benchmarks.gpu_timing import Budget, Timing, captured, measure, synchronize
 from lfdm_export import sampling
 from lfdm_export.noise import noise_for
 from lfdm_export.ops.thresholded_step.gpu import noise_on_gpu
@@ -39,13 +39,29 @@ class WrongResultError(Exception):
     """A kernel gives what it should not."""
 
 
+def chip(device: torch.device) -> Record:
+    """What the GPU is, and what runs it."""
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    if device.type != "cuda":
+        return {"name": "none: a trial on the CPU", "versions": versions}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "memory": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "versions": versions,
+    }
+
+
 def ceilings(device: torch.device, *, toy: bool) -> Record:
-    """What the GPU gives at best: bytes a second of a copy, operations a second of a matrix product."""
+    """What the GPU gives at best: bytes per second of a copy, operations per second of a matrix product."""
     size = 1 << (22 if toy else 30)
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     timing = measure(lambda: target.copy_(source), device)
-    copy = {"bytes": 2 * size, "bytes_a_second": 2 * size / timing.median, "seconds": timing.plain()}
+    copy = {"bytes": 2 * size, "bytes_per_second": 2 * size / timing.median, "seconds": timing.plain()}
     side = 256 if toy else 8192
     products = {}
     for name in ("fp32", "tf32", "fp16", "bf16"):
@@ -53,7 +69,7 @@ def ceilings(device: torch.device, *, toy: bool) -> Record:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         timing = measure(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
-        products[name] = {"flops_a_second": 2 * side**3 / timing.median, "side": side, "seconds": timing.plain()}
+        products[name] = {"flops_per_second": 2 * side**3 / timing.median, "side": side, "seconds": timing.plain()}
     torch.backends.cuda.matmul.allow_tf32 = False
     return {"copy": copy, "matrix_product": products}
 
@@ -159,6 +175,28 @@ def _check_noise(device: torch.device, count: int) -> Record:
     return {"error": float(steps.max()), "different": int((steps > 0).sum()), "values": int(steps.size)}
 
 
+def run_once(device: torch.device, *, toy: bool) -> int:
+    """Launch WarpBlend at the decoder's sizes in float16, the step and the noise, once each; how many launches."""
+    launches = 0
+    frames = 2 if toy else 40
+    for channels, side, stride in (TOY_LEVELS if toy else LEVELS).values():
+        motion = _motion(frames, max(side // 4, 8) if toy else 32, device)
+        for form in FORMS.values():
+            small = side // stride
+            source = _random(1, (1, channels, side, side), device).half().to(memory_format=form)
+            previous = _random(2, (frames, channels, small, small), device).half().to(memory_format=form)
+            warp_blend(source, motion, previous, stride=stride)
+            launches += 1
+    shape = (3, 2, 8, 8) if toy else (3, 40, 32, 32)
+    latent = _random(3, (1, *shape), device) * 2
+    history = torch.stack([latent, latent], dim=1)
+    thresholded_step(latent, latent.half(), history, latent, _random(4, (1, 11), device))
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    noise_on_gpu(zero, zero, shape)
+    synchronize(device)
+    return launches + 2
+
+
 def torch_warp_blend(source: Tensor, motion: Tensor, previous: Tensor, stride: int, phase: tuple[int, int]) -> Tensor:
     """What PyTorch offers for it: interpolate, grid_sample, blend. The grid is rounded, as grid_sample demands."""
     frames = len(motion) // len(source)
@@ -170,21 +208,20 @@ def torch_warp_blend(source: Tensor, motion: Tensor, previous: Tensor, stride: i
     return warped * occlusion + previous * (1 - occlusion)
 
 
-def warp_speed(device: torch.device, budget: Budget, *, toy: bool) -> Record:
+def warp_speed(device: torch.device, budget: Budget, keep: Callable[[Record], None], *, toy: bool) -> Record:
     """WarpBlend at the decoder's sizes: seconds, bytes a second, and PyTorch's operators beside it.
 
-    Bytes are those that must move: `previous` in, the result out, source and motion once. Inputs take turns, so that
-    together they exceed the L2 cache.
+    Bytes are those that must move: `previous` in, the result out, source and motion once. Inputs and results take
+    turns, so that together they exceed the L2 cache.
     """
-    found: Record = {}
-    for level, (channels, side, stride) in (TOY_LEVELS if toy else LEVELS).items():
-        for frames in (2,) if toy else (8, 40):
-            for dtype_name, dtype in DTYPES.items():
-                budget.need(5, "timing a warp")
-                found[f"{level} {dtype_name} {frames} frames"] = _time_warp(
-                    channels, side, stride, frames, dtype, device, sets=2 if toy else 320 // frames
-                )
-    return found
+    for dtype_name in ("fp16", "fp32", "bf16"):
+        for frames in (2,) if toy else (40, 8):
+            for level, (channels, side, stride) in (TOY_LEVELS if toy else LEVELS).items():
+                budget.need(3, "timing a warp")
+                sets = 2 if toy else 320 // frames
+                timed = _time_warp(channels, side, stride, frames, DTYPES[dtype_name], device, sets)
+                keep({f"{level} {dtype_name} {frames} frames": timed})
+    return {}
 
 
 def _time_warp(
@@ -206,7 +243,7 @@ def _time_warp(
         copy = _each(torch.clone, others, device)
         record[form_name] = {
             "seconds": ours.plain(),
-            "bytes_a_second": total / ours.median,
+            "bytes_per_second": total / ours.median,
             "pytorch_seconds": theirs.plain(),
             "times_pytorch": theirs.median / ours.median,
             "copy_seconds": copy.plain(),
@@ -215,12 +252,14 @@ def _time_warp(
 
 
 def _each(run: Callable[[Tensor], Tensor], inputs: list[Tensor], device: torch.device) -> Timing:
-    """Time of one run, of many in a graph, so that the host's launches do not count."""
+    """Time of one run, of many in a graph, so that the host's launches do not count.
+
+    All results are kept until the end: one that took the place of the last one would still be in the L2 cache.
+    """
     run(inputs[0])
 
-    def all_of_them() -> None:
-        for tensor in inputs:
-            run(tensor)
+    def all_of_them() -> list[Tensor]:
+        return [run(tensor) for tensor in inputs]
 
     return measure(captured(all_of_them, device), device, seconds=0.15).divided(len(inputs))
 
@@ -233,15 +272,14 @@ def published_step(latent: Tensor, predicted: Tensor, noise: Tensor, c: Tensor) 
     return c[:, 2] * latent + c[:, 3] * x0 + c[:, 4] * predicted + c[:, 7] * noise
 
 
-def step_speed(device: torch.device, budget: Budget, *, toy: bool) -> Record:
+def step_speed(device: torch.device, budget: Budget, keep: Callable[[Record], None], *, toy: bool) -> Record:
     """ThresholdedStep and the noise, and PyTorch's operators beside them, for batches.
 
     The kernels run in a graph, as they do in a clip; PyTorch's operators as they are called.
     """
     shape = (3, 2, 8, 8) if toy else (3, 40, 32, 32)
-    found: Record = {}
     for batch in (1, 2) if toy else (1, 8, 32):
-        budget.need(5, "timing a step")
+        budget.need(3, "timing a step")
         latent, predicted, noise = (_random(seed, (batch, *shape), device) for seed in range(3))
         history, coefficients = torch.stack([latent, noise], dim=1), _random(4, (batch, 11), device)
         columns = coefficients.view(batch, 11, 1, 1, 1, 1)
@@ -256,8 +294,9 @@ def step_speed(device: torch.device, budget: Budget, *, toy: bool) -> Record:
             "noise kernel": lambda a=seeds, b=step: noise_on_gpu(a, b, shape),  # type: ignore[misc]
             "torch.randn": lambda a=latent: torch.randn_like(a),  # type: ignore[misc]
         }
-        found[f"batch {batch}"] = {
+        times = {
             name: measure(captured(run, device) if "kernel" in name else run, device, seconds=0.15).plain()
             for name, run in runs.items()
         }
-    return found
+        keep({f"batch {batch}": times})
+    return {}

@@ -1,6 +1,6 @@
 """Pictures of what `gpu_suite.py` measured; needs matplotlib.
 
-python benchmarks/gpu_plots.py RESULT.json
+python benchmarks/gpu_plots.py FOLDER/gpu.json
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Three panels: WarpBlend's bandwidth, one clip, clips a second by batch. What was not measured stays empty.
+    """Three panels: WarpBlend's bandwidth, one clip, clips per second by batch. What was not measured stays empty.
 
     Args:
         result: what `gpu_suite.py` wrote.
@@ -31,32 +31,31 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     _batches(batches, parts)
     for axes in (bandwidth, clip, batches):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{result['gpu']['name']}, PyTorch {result['versions'].get('torch', '?')}", fontsize="medium")
+    figure.suptitle(f"{result['gpu']}, PyTorch {result['versions'].get('torch', '?')}", fontsize="medium")
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png")
     temporary.replace(path)
 
 
 def _bandwidth(axes: Any, parts: Mapping[str, Any]) -> None:
-    ceiling = parts.get("ceilings", {}).get("copy", {}).get("bytes_a_second")
-    speeds = parts.get("warp_speed", {})
+    ceiling = parts.get("ceilings", {}).get("copy", {}).get("bytes_per_second")
+    speeds = parts.get("warp", {})
     names = [name for name in speeds if "40 frames" in name] or list(speeds)
     for shift, form in ((-0.2, "planar"), (0.2, "channels_last")):
-        values = [speeds[name][form]["bytes_a_second"] / 1e12 for name in names]
+        values = [speeds[name][form]["bytes_per_second"] / 1e12 for name in names]
         axes.barh([row + shift for row in range(len(names))], values, height=0.38, label=form.replace("_", " "))
     axes.set_yticks(range(len(names)), names, fontsize="small")
     axes.invert_yaxis()
     if ceiling:
         axes.axvline(ceiling / 1e12, color="k", linewidth=1, label="device copy")
         axes.axvline(0.6 * ceiling / 1e12, color="k", linewidth=1, linestyle=":", label="60% of it")
-    axes.set_xlabel("WarpBlend: bytes that must move, TB a second")
+    axes.set_xlabel("WarpBlend: bytes that must move, TB per second")
     axes.legend(fontsize="small", frameon=False)
 
 
 def _clip(axes: Any, parts: Mapping[str, Any]) -> None:
-    ways = {**parts.get("clip", {}), **parts.get("compiled", {})}
-    names = [name for name in ways if "clip" in ways[name]]
-    seconds = [ways[name]["clip"]["median"] * 1e3 for name in names]
+    names = [name for name, data in parts.items() if "seconds_to_prepare" in data and "clip" in data]
+    seconds = [parts[name]["clip"]["median"] * 1e3 for name in names]
     axes.barh(names, seconds, color=["C1" if name.startswith("ours") else "C0" for name in names])
     for row, value in enumerate(seconds):
         text = f"{value:.1f} ms" + (f"  ({seconds[0] / value:.1f}x)" if row else "")
@@ -67,7 +66,8 @@ def _clip(axes: Any, parts: Mapping[str, Any]) -> None:
 
 
 def _batches(axes: Any, parts: Mapping[str, Any]) -> None:
-    for way, by_batch in parts.get("batches", {}).items():
+    for way in (name for name in parts if name.startswith("batches")):
+        by_batch = parts[way]
         points = sorted(
             (int(batch), int(batch) / one["clip"]["median"]) for batch, one in by_batch.items() if "clip" in one
         )
@@ -75,7 +75,7 @@ def _batches(axes: Any, parts: Mapping[str, Any]) -> None:
             axes.plot(*zip(*points, strict=True), marker="o", label=way)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("batch")
-    axes.set_ylabel("clips a second")
+    axes.set_ylabel("clips per second")
     if axes.lines:
         axes.legend(fontsize="small", frameon=False)
 

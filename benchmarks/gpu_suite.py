@@ -1,14 +1,12 @@
 """Everything that wants a GPU, in one run: kernels right and fast, clips by PyTorch and by us, batch 1 to 32.
 
-    python benchmarks/gpu_suite.py [--golden FOLDER | --checkpoints LFAE DM] [--minutes 8.5] [--out FILE]
+    python benchmarks/gpu_suite.py [--golden FOLDER | --checkpoints LFAE DM] [--minutes 6.5] [--out FOLDER]
 
 Needs torch with CUDA, numpy, pillow and einops; NVRTC comes with torch. Nothing of this repository has to be
-installed. Without weights the networks are of the published size and random, which times them as well. What was
-measured is written after each part, and nothing that a later part does can lose it; a part that fails, or for which no
-time is left, says so in the result, and the exit status is 1 if one failed. Results go to benchmarks/results/gpu.json,
-with a plot beside it where matplotlib is installed.
+installed. Parts run in the order of their worth, each in a process of its own with its own time, and each result is
+written as soon as it is there; see benchmarks/README.md.
 
-    python benchmarks/gpu_suite.py --device cpu --size toy
+    python benchmarks/gpu_suite.py --device cpu --tiny
 
 tries all of it out without a GPU, on a small model, with the host build of the kernels; its times mean nothing.
 """
@@ -16,61 +14,67 @@ tries all of it out without a GPU, on a small model, with the host build of the 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "models")]
 
 from benchmarks import machine  # noqa: E402
-from benchmarks.gpu_parts import PARTS, Suite  # noqa: E402
-from benchmarks.gpu_timing import Budget, OutOfTimeError  # noqa: E402
+from benchmarks.gpu_parts import PARTS, SHARED, Part  # noqa: E402
+from benchmarks.gpu_processes import Job, run_jobs  # noqa: E402
+from benchmarks.gpu_records import Record, write_record  # noqa: E402
+from benchmarks.gpu_summary import write_summary  # noqa: E402
 from benchmarks.gpu_verdicts import verdicts  # noqa: E402
+from benchmarks.gpu_work import Settings  # noqa: E402
+from lfdm_export.cuda_driver import find_gpus  # noqa: E402
 
-if TYPE_CHECKING:
-    import torch
-
-Record = dict[str, Any]
+#: Kept for the summary and the plots.
+_RESERVED_SECONDS = 5.0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run all parts; 0 if none failed."""
+    """Run the parts; 0 if none failed, 1 if one did, 2 if there is no GPU."""
+    begin = time.monotonic()
     options = _arguments(arguments)
-    import torch
-
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("gpu_suite: torch sees no GPU; give --device cpu --size toy for a trial run", file=sys.stderr)
+    if options.list:
+        for name, part in PARTS.items():
+            print(f"{name:24s} at most {part.limit:3.0f} s  {part.what}")
+        return 0
+    gpus, why_not = find_gpus()
+    if options.device == "cuda" and not gpus:
+        print(f"gpu_suite: {why_not}; give --device cpu --tiny for a trial without one", file=sys.stderr)
         return 2
-    suite = Suite(options, device, Budget(time.monotonic() + 60 * options.minutes))
+    signal.signal(signal.SIGTERM, _terminate)
+    options.out.mkdir(parents=True, exist_ok=True)
     result: Record = {
         **machine.describe(),
-        "gpu": _gpu(device),
-        "settings": {"device": options.device, "size": options.size, "minutes": options.minutes},
+        "gpu": gpus[0].name if options.device == "cuda" else "none: a trial on the CPU",
+        "nvidia-smi": _nvidia_smi() if options.device == "cuda" else "",
+        "settings": {"device": options.device, "tiny": options.tiny, "minutes": options.minutes},
         "parts": {},
     }
-    result["versions"] |= {"cuda": torch.version.cuda or "", "cudnn": str(torch.backends.cudnn.version() or "")}
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = True
-    with _kernels_for(device):
-        for name, part in PARTS.items():
-            if not options.only or name in options.only:
-                _run(name, part, suite, result)
-                machine.write_json(options.out, {**result, "targets": verdicts(result)})
-    for name, verdict in verdicts(result).items():
-        print(f"{name:60s} {verdict['measured']}   (target {verdict['target']:g})")
-    _plot({**result, "targets": verdicts(result)}, options.out)
+    with tempfile.TemporaryDirectory(prefix="lfdm-gpu-suite-") as folder:
+        settings = Settings(
+            options.device, options.tiny, Path(folder), options.out.resolve(), options.golden, options.checkpoints
+        )
+        settings.save()
+        try:
+            _run_parts(options.parts, settings, begin + 60 * options.minutes - _RESERVED_SECONDS, result)
+        finally:
+            _write(result, options.out)
+            write_summary(result, options.out)
     failed = [name for name, part in result["parts"].items() if part["status"] == "failed"]
     if failed:
-        print(f"gpu_suite: failed: {', '.join(failed)}; see {options.out}", file=sys.stderr)
+        print(f"gpu_suite: failed: {', '.join(failed)}; see {options.out / 'gpu.md'}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -79,96 +83,95 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--golden", type=Path, metavar="FOLDER", help="folder with make_checkpoints.py and its specs")
     weights.add_argument("--checkpoints", nargs=2, type=Path, metavar=("LFAE", "DM"), help="a pair of published size")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial run")
-    parser.add_argument("--size", choices=("full", "toy"), default="full", help="toy: small sizes, for a trial run")
-    parser.add_argument("--minutes", type=float, default=8.5, help="for all of it (8.5)")
-    parser.add_argument("--only", action="append", default=[], choices=list(PARTS), help="this part alone (repeatable)")
-    parser.add_argument("--out", type=Path, default=machine.RESULTS / "gpu.json", metavar="FILE", help="results")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial, with --tiny")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for a trial")
+    parser.add_argument("--minutes", type=float, default=6.5, help="for all of it (6.5)")
+    parser.add_argument("--parts", type=_part_names, default=list(PARTS), metavar="A,B", help="these alone; see --list")
+    parser.add_argument("--list", action="store_true", help="list the parts and end")
+    parser.add_argument("--out", type=Path, default=machine.RESULTS / "gpu", metavar="FOLDER", help="results")
     parsed = parser.parse_args(arguments)
-    if parsed.device == "cpu" and parsed.size == "full":
-        parser.error("the full size takes hours on a CPU; give --size toy")
-    if parsed.minutes <= 0:
-        parser.error("--minutes must be above 0")
-    if parsed.only and "model" not in parsed.only:  # what most parts need
-        parsed.only.append("model")
+    if parsed.device == "cpu" and not parsed.tiny:
+        parser.error("the full size takes hours on a CPU; give --tiny")
+    if not 0 < parsed.minutes < float("inf"):
+        parser.error(f"--minutes is {parsed.minutes:g}, and must be above 0")
+    if parsed.golden is not None and not (parsed.golden / "make_checkpoints.py").is_file():
+        parser.error(f"--golden: {parsed.golden} has no make_checkpoints.py")
+    missing = [str(path) for path in parsed.checkpoints or () if not path.is_file()]
+    if missing:
+        parser.error(f"--checkpoints: no such file: {', '.join(missing)}")
     return parsed
 
 
-def _run(name: str, part: Callable[[Suite], Record], suite: Suite, result: Record) -> None:
-    """Run a part; whatever it does, its record says."""
-    import torch
-
-    start = time.monotonic()
-    record: Record = {"status": "ok"}
-    try:
-        record["data"] = part(suite)
-    except OutOfTimeError as error:
-        record |= {"status": "skipped", "reason": str(error), "data": getattr(error, "data", None)}
-    except Exception as error:  # noqa: BLE001  (what was measured before must not be lost)
-        record |= {
-            "status": "failed",
-            "error": f"{type(error).__name__}: {error}",
-            "data": getattr(error, "data", None),
-        }
-        record["traceback"] = traceback.format_exc()
-        traceback.print_exc()
-    record["seconds"] = time.monotonic() - start
-    result["parts"][name] = record
-    if suite.device.type == "cuda":
-        with contextlib.suppress(RuntimeError):
-            torch.cuda.empty_cache()
-    print(f"{name:16s} {record['status']:8s} {record['seconds']:6.1f} s", file=sys.stderr, flush=True)
+def _part_names(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in PARTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no such part: {', '.join(unknown)}; --list shows all")
+    return [name for name in PARTS if name in names]
 
 
-@contextlib.contextmanager
-def _kernels_for(device: torch.device) -> Iterator[None]:
-    """On a CPU the host build stands in for the kernels."""
-    if device.type == "cuda":
-        yield
-        return
-    from lfdm_export.ops.cuda.dispatch import standing_in
-    from lfdm_export.ops.cuda.host import HostKernels, build
-    from lfdm_export.ops.thresholded_step.kernels import STORAGES, noise_kernel, step_kernel
-    from lfdm_export.ops.warp.kernels import warp_kernel
+def _run_parts(names: Sequence[str], settings: Settings, end: float, result: Record) -> None:
+    """Run them, and write the result whenever one has ended."""
+    # Every part is in the result from the start, in order, so that one can see what did not come to pass.
+    result["parts"] |= {name: {"status": "not run"} for name in ("shared", *names)}
 
-    kernels = [step_kernel(*storages) for storages in STORAGES] + [noise_kernel()]
-    for storage in ("float32", "float16", "bfloat16"):
-        for blend in (False, True):
-            kernels += [warp_kernel(storage, "planar", blend=blend), warp_kernel(storage, "channels_last", blend=blend)]
-    with tempfile.TemporaryDirectory(prefix="lfdm-kernels-") as folder:
-        built = HostKernels(build(kernels, Path(folder) / "kernels.so"), kernels)
-        with standing_in(built):
-            yield
+    def done(name: str, record: Record) -> None:
+        result["parts"][name] = record
+        _write(result, settings.out)
+        text = (record.get("error") or record.get("reason") or "").partition("\n")[0]
+        print(f"{name:24s} {record['status']:8s} {record['seconds']:6.1f} s  {text}", file=sys.stderr, flush=True)
 
-
-def _gpu(device: torch.device) -> Record:
-    import torch
-
-    if device.type != "cuda":
-        return {"name": "none: a trial run on the CPU"}
-    properties = torch.cuda.get_device_properties(device)
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        driver = ""
-    return {
-        "name": properties.name,
-        "compute_capability": f"{properties.major}.{properties.minor}",
-        "memory": properties.total_memory,
-        "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": getattr(properties, "L2_cache_size", None),
-        "driver, largest clock, power limit": driver,
+    jobs = []
+    for name in names:
+        if PARTS[name].gpu and settings.device == "cpu":
+            done(name, {"status": "skipped", "reason": "it has no trial on a CPU", "seconds": 0.0})
+        else:
+            jobs.append(_job(name, PARTS[name], settings))
+    # On a CPU the kernels' host build is among what "shared" makes.
+    needs = [job for job in jobs if job.after]
+    environment = {
+        "TORCHINDUCTOR_CACHE_DIR": str(settings.work / "inductor"),
+        "TRITON_CACHE_DIR": str(settings.work / "triton"),
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
     }
+    background = [_job("shared", SHARED, settings)] if needs else []
+    if not needs:
+        del result["parts"]["shared"]
+    run_jobs(jobs, background, end=end, environment=environment, done=done)
 
 
-def _plot(result: Record, out: Path) -> None:
+def _job(name: str, part: Part, settings: Settings) -> Job:
+    needs = part.model or (part.kernels and settings.device == "cpu")
+    return Job(
+        name,
+        (sys.executable, str(ROOT / "benchmarks" / "gpu_part.py"), name, str(settings.work)),
+        settings.record(name),
+        settings.out / "logs" / f"{name}.txt",
+        part.need,
+        part.limit,
+        "shared" if needs else None,
+    )
+
+
+def _write(result: Record, out: Path) -> None:
+    write_record(out / "gpu.json", {**result, "targets": verdicts(result)})
+
+
+def _nvidia_smi() -> str:
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.limit,memory.used"]
     try:
-        from benchmarks.gpu_plots import plot
-    except ImportError:
-        print("no plot: matplotlib is not installed", file=sys.stderr)
-        return
-    plot(result, out.with_suffix(".png"))
+        found = subprocess.run(
+            [*query, "--format=csv,noheader"], capture_output=True, text=True, check=True, timeout=20
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"not available: {error}"
+    return found.stdout.strip()
+
+
+def _terminate(_signal: int, _frame: object) -> NoReturn:
+    """End as after Ctrl-C: processes are ended, and what was measured is written."""
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

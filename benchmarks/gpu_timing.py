@@ -13,7 +13,7 @@ import torch
 #: What is timed runs at least this often, and about this long.
 _FEWEST, _SECONDS = 7, 0.4
 #: On a CPU a trial run needs no good numbers.
-_TRIAL = 2
+_TRIAL = 1
 
 
 class OutOfTimeError(Exception):

@@ -1,62 +1,111 @@
-"""What the GPU suite's measurements are to show, and whether they do."""
+"""What the GPU suite's measurements are to show, and whether they do; times as multiples of the floor."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
-Record = dict[str, Any]
-#: What the measurements are to show: name -> smallest value.
+from benchmarks.gpu_floors import clip_floors
+from benchmarks.gpu_records import Record
+
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a measurement is to show.
+
+    Attributes:
+        bound: the value to reach.
+        largest: it is the largest value that will do, not the smallest.
+    """
+
+    bound: float
+    largest: bool = False
+
+    def met(self, value: float) -> bool:
+        """Whether a measured value reaches it."""
+        return value <= self.bound if self.largest else value >= self.bound
+
+
+_WARP_SPEED_UP = "WarpBlend, × PyTorch's operators"
+_WARP_SHARE = "WarpBlend, share of copy bandwidth"
+_CLIP = "clip end to end at batch 1, fp16 compiled, × floor"
+_MATRIX_SHARE = "share of the matrix rate at the best batch, fp16"
+_PSNR = {"fp16": "PSNR of fp16 frames, dB", "bf16": "PSNR of bf16 frames, dB"}
+
 TARGETS = {
-    "WarpBlend, times PyTorch's operators": 3.0,
-    "WarpBlend, share of copy bandwidth": 0.6,
-    "clip at batch 1, times faithful eager float32": 8.0,
-    "share of the matrix-product rate at the best batch": 0.4,
-    "PSNR of fp16 frames, dB": 40.0,
-    "PSNR of bf16 frames, dB": 34.0,
+    _WARP_SPEED_UP: Target(3.0),
+    _WARP_SHARE: Target(0.6),
+    _CLIP: Target(10.0, largest=True),
+    _MATRIX_SHARE: Target(0.25),
+    _PSNR["fp16"]: Target(40.0),
+    _PSNR["bf16"]: Target(34.0),
 }
-_NOT_MEASURED = "not measured"
 
 
 def verdicts(result: Record) -> Record:
     """What was measured of each target, and whether it is met; "not measured" where it was not, or in a trial run."""
-    data = {name: part.get("data") or {} for name, part in result["parts"].items()}
-    trial = result["settings"]["device"] != "cuda" or result["settings"]["size"] != "full"
-    found = {} if trial else _measured(data)
+    settings = result["settings"]
+    trial = settings["device"] != "cuda" or settings["tiny"]
+    found = {} if trial else _measured(_data(result))
     return {
         name: {
-            "target": target,
-            "measured": found.get(name, _NOT_MEASURED),
-            "met": found[name] >= target if name in found else _NOT_MEASURED,
+            "target": f"{'at most' if target.largest else 'at least'} {target.bound:g}",
+            "measured": found.get(name, NOT_MEASURED),
+            "met": target.met(found[name]) if name in found else NOT_MEASURED,
         }
         for name, target in TARGETS.items()
     }
 
 
+def floors(result: Record) -> dict[str, float]:
+    """Floors of "step", "decode" and "clip" in fp16, in seconds; empty if the GPU's rates or the work are unknown."""
+    data = _data(result)
+    ceilings, work = data.get("ceilings", {}), data.get("ours-fp16", {}).get("work", {})
+    if not {"matrix_product", "copy"} <= ceilings.keys() or not {"step", "decode"} <= work.keys():
+        return {}
+    steps = 2 if result["settings"]["tiny"] else 10
+    return clip_floors(ceilings, work, "fp16", steps)
+
+
+def _data(result: Record) -> Record:
+    return {name: part.get("data") or {} for name, part in result["parts"].items()}
+
+
 def _measured(data: Record) -> dict[str, float]:
-    names = list(TARGETS)
     found: dict[str, float] = {}
+    ceilings = data.get("ceilings", {})
     # Whole maps of the decoder's sizes, all frames of a clip; the better of both layouts, the worst of sizes and types.
-    whole = [one for name, one in data.get("warp_speed", {}).items() if "40 frames" in name and "phase" not in name]
+    whole = [one for name, one in data.get("warp", {}).items() if "40 frames" in name and "phase" not in name]
     forms = ("planar", "channels_last")
     if whole:
-        found[names[0]] = min(max(one[form]["times_pytorch"] for form in forms) for one in whole)
-        copy = data.get("ceilings", {}).get("copy", {}).get("bytes_a_second")
-        if copy:
-            found[names[1]] = min(max(one[form]["bytes_a_second"] for form in forms) for one in whole) / copy
-    ways = {**data.get("clip", {}), **data.get("compiled", {})}
-    ours = [one["clip"]["median"] for name, one in ways.items() if name.startswith("ours") and "clip" in one]
-    faithful = ways.get("faithful fp32", {}).get("clip")
-    if ours and faithful:
-        found[names[2]] = faithful["median"] / min(ours)
-    shares = []
-    for dtype in ("fp16", "bf16"):
-        ceiling = data.get("ceilings", {}).get("matrix_product", {}).get(dtype, {}).get("flops_a_second")
-        by_batch = data.get("batches", {}).get(f"ours {dtype}", {}).values()
-        shares += [one["flops_a_second"] / ceiling for one in by_batch if ceiling and "flops_a_second" in one]
-    if shares:
-        found[names[3]] = max(shares)
-    for name, dtype in ((names[4], "fp16"), (names[5], "bf16")):
-        psnr = data.get("parity", {}).get(dtype, {}).get("psnr")
-        if psnr is not None:
-            found[name] = psnr
+        found[_WARP_SPEED_UP] = min(max(one[form]["times_pytorch"] for form in forms) for one in whole)
+        if "copy" in ceilings:
+            slowest = min(max(one[form]["bytes_per_second"] for form in forms) for one in whole)
+            found[_WARP_SHARE] = slowest / ceilings["copy"]["bytes_per_second"]
+    floor = floors({"settings": {"tiny": False}, "parts": {name: {"data": one} for name, one in data.items()}})
+    compiled = data.get("ours-fp16-compiled", {}).get("end_to_end")
+    if floor and compiled:
+        found[_CLIP] = compiled["median"] / floor["clip"]
+    share = _matrix_share(data)
+    if share is not None:
+        found[_MATRIX_SHARE] = share
+    for name, parts in {
+        "fp16": ("ours-fp16-compiled", "ours-fp16"),
+        "bf16": ("ours-bf16-compiled", "ours-bf16"),
+    }.items():
+        parities = [data.get(part, {}).get("parity") for part in parts]
+        measured = [one["psnr"] for one in parities if isinstance(one, dict) and isinstance(one["psnr"], float)]
+        if measured:
+            found[_PSNR[name]] = min(measured)
     return found
+
+
+def _matrix_share(data: Record) -> float | None:
+    """Share of the rate of a large matrix product that a step reaches, at the batch where it is largest."""
+    rate = data.get("ceilings", {}).get("matrix_product", {}).get("fp16", {}).get("flops_per_second")
+    flops = data.get("ours-fp16", {}).get("work", {}).get("step", {}).get("flops")
+    batches = [*data.get("batches-fp16", {}).items(), *data.get("batches-fp16-compiled", {}).items()]
+    if not (rate and flops and batches):
+        return None
+    return max(int(batch) * flops / times["step"]["median"] for batch, times in batches) / rate

@@ -1,0 +1,197 @@
+"""Processes of the GPU suite: one per part, one after the other, none longer than its time.
+
+A part that hangs, crashes, or loses the GPU's context (an illegal memory access does that) ends alone. While a part
+runs, the next one's process already imports what it needs and then waits for its turn on standard input, so that
+starting processes costs the GPU no time. This module imports neither torch nor CUDA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.gpu_records import Record, read_record
+
+#: Lines of a part's output that its record keeps if it fails.
+LAST_LINES = 25
+#: Between the end that a part is told and the moment at which it is killed, so that it can end by itself.
+_GRACE_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One part to run.
+
+    Attributes:
+        name: of the part.
+        command: starts it; it then waits for a line with the seconds that it has, on standard input.
+        record: the file that it writes.
+        log: the file for its output.
+        need: seconds below which it is not worth starting.
+        limit: seconds after which it is killed.
+        after: the name of a background job that must have succeeded before.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    record: Path
+    log: Path
+    need: float
+    limit: float
+    after: str | None = None
+
+
+class Process:
+    """A job's process, and all processes that it starts."""
+
+    def __init__(self, job: Job, environment: Mapping[str, str]) -> None:
+        """Start it; it waits for `go`."""
+        self.job = job
+        self._ended = False
+        job.record.unlink(missing_ok=True)
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        with job.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                job.command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                start_new_session=True,
+            )
+
+    def go(self, seconds: float) -> None:
+        """Let it begin, and say how long it has."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended; `finish` says how
+            self._process.stdin.write(f"{max(seconds - _GRACE_SECONDS, 0.5 * seconds)}\n".encode())
+            self._process.stdin.flush()
+
+    def finish(self, seconds: float) -> Record:
+        """Wait for its end, for so long at most, then kill it; its record, which says how it ended."""
+        try:
+            self._process.wait(seconds)
+            how = ""
+        except subprocess.TimeoutExpired:
+            how = f"did not end within {seconds:.0f} s and was killed"
+        self.kill()
+        record = read_record(self.job.record) or {}
+        if record.get("status") in ("ok", "skipped") and not how:
+            return record
+        if not how and record.get("status") != "failed":
+            how = _ending(self._process.returncode)
+        record |= {"status": "failed", "last_lines": last_lines(self.job.log)}
+        if how:
+            record["error"] = how
+        return record
+
+    def kill(self) -> None:
+        """End it and all processes that it started; without effect the second time."""
+        if self._ended:
+            return
+        self._ended = True
+        for process in _descendants(self._process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    background: Sequence[Job],
+    *,
+    end: float,
+    environment: Mapping[str, str],
+    done: Callable[[str, Record], None],
+) -> None:
+    """Run jobs one after the other, and some in the background from the start.
+
+    Args:
+        jobs: in order.
+        background: started at once; they work on the host alone.
+        end: `time.monotonic` seconds when all must have ended.
+        environment: of the processes.
+        done: takes a job's name and record as soon as it has ended, background jobs before those that need them.
+    """
+    running = {job.name: Process(job, environment) for job in background}
+    started = {name: time.monotonic() for name in running}
+    ended: dict[str, Record] = {}
+    ready: Process | None = None
+
+    def wait_for(name: str) -> Record:
+        if name not in ended:
+            process = running[name]
+            left = min(started[name] + process.job.limit, end) - time.monotonic()
+            ended[name] = _timed(lambda: process.finish(max(left, 0.0)), started[name])
+            done(name, ended[name])
+        return ended[name]
+
+    try:
+        for process in running.values():
+            process.go(process.job.limit)
+        for job, following in itertools.zip_longest(jobs, jobs[1:]):
+            if job.after is not None and wait_for(job.after)["status"] != "ok":
+                done(job.name, {"status": "skipped", "reason": f"the part {job.after!r} did not succeed", "seconds": 0})
+                continue
+            left = end - time.monotonic()
+            if left < job.need:
+                reason = f"it takes at least {job.need:.0f} s, and {max(left, 0):.0f} s were left"
+                done(job.name, {"status": "skipped", "reason": reason, "seconds": 0})
+                continue
+            process, ready = (ready if ready is not None and ready.job is job else Process(job, environment)), None
+            limit, begin = min(job.limit, left), time.monotonic()
+            running[job.name] = process
+            process.go(limit)
+            if following is not None and (following.after is None or following.after in ended):
+                ready = running[following.name] = Process(following, environment)
+            done(job.name, _timed(lambda p=process, s=limit: p.finish(s), begin))  # type: ignore[misc]
+        for job in background:
+            wait_for(job.name)
+    finally:
+        for process in running.values():
+            process.kill()
+
+
+def last_lines(log: Path) -> list[str]:
+    """The end of a part's output."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 8192))
+        return file.read().decode(errors="replace").splitlines()[-LAST_LINES:]
+
+
+def _timed(finish: Callable[[], Record], begin: float) -> Record:
+    record = finish()
+    return {**record, "seconds": time.monotonic() - begin}
+
+
+def _ending(code: int) -> str:
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}"
+    return f"ended with exit status {code} and no result"
+
+
+def _descendants(ancestor: int) -> list[int]:
+    """Processes that this one started, and they in turn, whatever their process group; from Linux' /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # "PID (NAME) STATE PARENT ...", where the name may contain anything.
+            parent = int(entry.read_text(errors="replace").rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(entry.parent.name))
+    found, left = [], [ancestor]
+    while left:
+        left = [child for parent in left for child in children.get(parent, [])]
+        found += left
+    return found

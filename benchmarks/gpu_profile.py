@@ -1,0 +1,45 @@
+"""Kernels by time: how many a stage launches, and which of them take it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu_records import Record
+from benchmarks.gpu_timing import synchronize
+
+#: Kernels that a table has, by time.
+_ROWS = 40
+_NAME_LENGTH = 120
+
+
+def kernel_table(run: Callable[[], Any], device: torch.device) -> Record:
+    """What one run launches, by PyTorch's profiler; in a trial on a CPU, operators stand in for kernels.
+
+    Returns:
+        "launches", "seconds" of all kernels together, and "kernels": name, launches and seconds of those that take
+        longest.
+    """
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
+    run()
+    synchronize(device)
+    with profile(activities=activities) as profiler:
+        run()
+        synchronize(device)
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    rows = []
+    for event in profiler.key_averages():
+        micros = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if event.device_type == kind and micros > 0:
+            rows.append((event.key[:_NAME_LENGTH], event.count, micros * 1e-6))
+    rows.sort(key=lambda row: -row[2])
+    return {
+        "launches": sum(count for _, count, _ in rows),
+        "seconds": sum(seconds for _, _, seconds in rows),
+        "kernels": [{"name": name, "launches": count, "seconds": s} for name, count, s in rows[:_ROWS]],
+    }

@@ -1,0 +1,244 @@
+"""What the parts of the GPU suite share through files: settings, weights, the host build of the kernels, a clip.
+
+Every part is a process of its own. What one makes for the others lies in the work folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.gpu_records import Record, write_record
+from benchmarks.gpu_timing import Budget
+
+if TYPE_CHECKING:
+    import torch
+
+    from benchmarks.gpu_clips import Task
+    from lfdm_export.ops.cuda.source import Kernel
+    from lfdm_models.model import LfdmModel
+
+#: The variant of the golden recipe.
+GOLDEN = "mug128"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all parts are told.
+
+    Attributes:
+        device: "cuda", or "cpu" for a trial.
+        tiny: small sizes, for a trial.
+        work: folder for what parts make for each other.
+        out: folder for results.
+        golden: folder of the recipe that makes the weights, if they come from there.
+        checkpoints: files of the weights, if they come from there; else they are random.
+    """
+
+    device: str
+    tiny: bool
+    work: Path
+    out: Path
+    golden: Path | None = None
+    checkpoints: tuple[Path, Path] | None = None
+
+    def save(self) -> None:
+        """Write them into the work folder."""
+        plain = json.dumps(asdict(self), default=str)
+        (self.work / "settings.json").write_text(plain, encoding="utf-8")
+
+    @staticmethod
+    def load(work: Path) -> Settings:
+        """Read what `save` wrote."""
+        plain = json.loads((work / "settings.json").read_text(encoding="utf-8"))
+        checkpoints = tuple(map(Path, plain["checkpoints"])) if plain["checkpoints"] else None
+        golden = Path(plain["golden"]) if plain["golden"] else None
+        return Settings(
+            plain["device"], plain["tiny"], Path(plain["work"]), Path(plain["out"]), golden, checkpoints  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    @property
+    def weights(self) -> Path:
+        """The networks' state, float32."""
+        return self.work / "weights.pt"
+
+    @property
+    def reference(self) -> Path:
+        """Frames (1, 3, T, H, W) and latent of the faithful networks in float32 at batch 1."""
+        return self.work / "reference.pt"
+
+    @property
+    def host_kernels(self) -> Path:
+        """The kernels' host build, for trials on a CPU."""
+        return self.work / "kernels.so"
+
+    def record(self, part: str) -> Path:
+        """The file of a part's record."""
+        return self.out / "parts" / f"{part}.json"
+
+
+@dataclass(eq=False)
+class Bench:
+    """What a part works with.
+
+    Attributes:
+        settings: see there.
+        budget: when the part must have ended.
+        record: where the part's record is written.
+        model: the networks on the host, if the part needs them.
+        data: what the part found so far.
+    """
+
+    settings: Settings
+    budget: Budget
+    record: Path
+    model: LfdmModel | None = None
+    data: Record = field(default_factory=dict)
+    _on_device: bool = field(default=False, init=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where all runs."""
+        import torch
+
+        return torch.device(self.settings.device)
+
+    @property
+    def tiny(self) -> bool:
+        """A trial of small sizes."""
+        return self.settings.tiny
+
+    @property
+    def steps(self) -> int:
+        """Of a clip's chain."""
+        return 2 if self.tiny else 10
+
+    def keep(self, data: Record) -> None:
+        """Add to what was found, and write it: it outlives a crash of the process."""
+        self.data |= data
+        write_record(self.record, {"status": "running", "data": self.data})
+
+    def networks(self) -> LfdmModel:
+        """The networks, on the device."""
+        assert self.model is not None
+        if not self._on_device:
+            self.model.lfae.to(self.device)
+            self.model.diffusion.to(self.device)
+            self._on_device = True
+        return self.model
+
+    def task(self, batch: int) -> Task:
+        """Clips to make."""
+        from benchmarks.gpu_clips import make_task
+
+        size, frames = (64, 2) if self.tiny else (128, 40)
+        return make_task(self.networks(), batch, self.device, image_size=size, frames=frames, steps=self.steps)
+
+
+def make_shared(bench: Bench) -> Record:
+    """The part "shared": write the weights, and on a CPU the kernels' host build, into the work folder."""
+    import torch
+
+    settings = bench.settings
+    model, source = _small_model() if settings.tiny else _full_model(settings)
+    parts = {"lfae": model.lfae, "diffusion": model.diffusion}
+    torch.save({name: network.state_dict() for name, network in parts.items()}, settings.weights)
+    if settings.device == "cpu":
+        build_host_kernels(settings)
+    parameters = sum(p.numel() for network in parts.values() for p in network.parameters())
+    return {"weights": source, "parameters": parameters}
+
+
+def load_model(settings: Settings) -> LfdmModel:
+    """The networks with the weights that `make_shared` wrote, on the host."""
+    import torch
+
+    from lfdm_models.config import DmConfig, LfaeConfig, LfdmConfig
+    from lfdm_models.demo import CONFIG
+    from lfdm_models.diffusion import Diffusion
+    from lfdm_models.lfae import Lfae
+    from lfdm_models.model import LfdmModel
+
+    config = CONFIG if settings.tiny else LfdmConfig(LfaeConfig(), DmConfig())
+    lfae, diffusion = Lfae(config.lfae), Diffusion(config.dm)
+    state = torch.load(settings.weights, weights_only=True)
+    lfae.load_state_dict(state["lfae"])
+    diffusion.load_state_dict(state["diffusion"])
+    return LfdmModel(config, lfae.eval().requires_grad_(False), diffusion.eval().requires_grad_(False))
+
+
+def build_host_kernels(settings: Settings) -> None:
+    """Build the kernels for the host, into the work folder."""
+    from lfdm_export.ops.cuda.host import build
+
+    build(_kernels(), settings.host_kernels)
+
+
+@contextlib.contextmanager
+def kernels_for(settings: Settings) -> Iterator[None]:
+    """On a CPU the host build stands in for the kernels."""
+    if settings.device != "cpu":
+        yield
+        return
+    from lfdm_export.ops.cuda.dispatch import standing_in
+    from lfdm_export.ops.cuda.host import HostKernels
+
+    with standing_in(HostKernels(settings.host_kernels, _kernels())):
+        yield
+
+
+def _kernels() -> list[Kernel]:
+    from lfdm_export.ops.thresholded_step.kernels import STORAGES, noise_kernel, step_kernel
+    from lfdm_export.ops.warp.kernels import warp_kernel
+
+    kernels = [step_kernel(*storages) for storages in STORAGES] + [noise_kernel()]
+    for storage in ("float32", "float16", "bfloat16"):
+        for blend in (False, True):
+            kernels += [warp_kernel(storage, "planar", blend=blend), warp_kernel(storage, "channels_last", blend=blend)]
+    return kernels
+
+
+def _small_model() -> tuple[LfdmModel, str]:
+    from lfdm_models.demo import untrained_model
+
+    return untrained_model(), "small, untrained"
+
+
+def _full_model(settings: Settings) -> tuple[LfdmModel, str]:
+    """Networks of the published size, and a word on where their weights come from."""
+    import torch
+
+    from lfdm_models.config import DmConfig, LfaeConfig, LfdmConfig
+    from lfdm_models.diffusion import Diffusion
+    from lfdm_models.lfae import Lfae
+    from lfdm_models.model import LfdmModel
+
+    config = LfdmConfig(LfaeConfig(), DmConfig())
+    torch.manual_seed(0)
+    lfae, diffusion = Lfae(config.lfae), Diffusion(config.dm)
+    pair, source = settings.checkpoints, "random, seed 0"
+    if settings.golden is not None:
+        pair, source = _golden_checkpoints(settings.golden, settings.work), f"golden recipe {GOLDEN}"
+    elif pair is not None:
+        source = " ".join(path.name for path in pair)
+    if pair is not None:
+        tensors: dict[str, Any] = {k: v for path in pair for k, v in torch.load(path, weights_only=True).items()}
+        for part, network in {
+            "generator": lfae.generator,
+            "region_predictor": lfae.region_predictor,
+            "bg_predictor": lfae.bg_predictor,
+            "diffusion": diffusion,
+        }.items():
+            network.load_state_dict({k.removeprefix("module."): v for k, v in tensors[part].items()})
+    return LfdmModel(config, lfae.eval().requires_grad_(False), diffusion.eval().requires_grad_(False)), source
+
+
+def _golden_checkpoints(recipe: Path, folder: Path) -> tuple[Path, Path]:
+    import runpy
+
+    make: Callable[[str, Path], tuple[Path, Path]] = runpy.run_path(str(recipe / "make_checkpoints.py"))["make"]
+    return make(GOLDEN, folder)
