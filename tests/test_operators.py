@@ -27,7 +27,7 @@ def body(operation: str) -> onnx.FunctionProto:
 
 
 def double(nodes: Nodes) -> onnx.FunctionProto:
-    assert nodes.attribute("times") == 2
+    assert nodes.same(lambda node: node.attribute("times")) == 2
     return body("Add")
 
 
@@ -86,9 +86,9 @@ def test_nodes_that_share_a_body_must_agree(toy: Operator):
 def test_what_a_body_is_made_for_must_be_there():
     nodes = Nodes("Double", graph_with("Double", 2).graph.node)
     with pytest.raises(ExportError, match="a node of Double has no attribute 'heads'"):
-        nodes.attribute("heads")
+        nodes.same(lambda node: node.attribute("heads"))
     with pytest.raises(ExportError, match="the weights 'x' of Double are no constant of the graph"):
-        nodes.constant(0)
+        nodes.same(lambda node: node.constant(0))
 
 
 def test_bodies_need_no_torch():

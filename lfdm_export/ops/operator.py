@@ -4,11 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx
 
 from lfdm_export.errors import ExportError
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node, as far as a body may depend on it.
+
+    Attributes:
+        proto: the node.
+        constants: shapes of the graph's constants, by name.
+    """
+
+    proto: onnx.NodeProto
+    constants: Mapping[str, tuple[int, ...]]
+
+    def attribute(self, name: str) -> Any:
+        """The value of an attribute.
+
+        Raises:
+            ExportError: the node lacks it.
+        """
+        for attribute in self.proto.attribute:
+            if attribute.name == name:
+                return onnx.helper.get_attribute_value(attribute)
+        raise ExportError(f"a node of {self.proto.op_type} has no attribute {name!r}; export again")
+
+    def constant(self, index: int) -> tuple[int, ...]:
+        """Shape of the constant that the node takes as that input.
+
+        Raises:
+            ExportError: the input is no constant.
+        """
+        name = self.proto.input[index]
+        if name not in self.constants:
+            raise ExportError(
+                f"the weights {name!r} of {self.proto.op_type} are no constant of the graph; export again"
+            )
+        return self.constants[name]
 
 
 @dataclass(frozen=True)
@@ -25,28 +64,13 @@ class Nodes:
     nodes: Sequence[onnx.NodeProto]
     constants: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def attribute(self, name: str) -> Any:
-        """The value that the attribute has in all of them.
+    def same(self, read: Callable[[Node], _T]) -> _T:
+        """What `read` finds in every node.
 
         Raises:
-            ExportError: a node lacks it, or they differ.
+            ExportError: it differs, or `read` finds nothing.
         """
-        return self._same([_attribute(node, name) for node in self.nodes])
-
-    def constant(self, index: int) -> tuple[int, ...]:
-        """Shape of the constant that all of them take as that input.
-
-        Raises:
-            ExportError: the input of a node is no constant, or they differ.
-        """
-        for node in self.nodes:
-            if node.input[index] not in self.constants:
-                raise ExportError(
-                    f"the weights {node.input[index]!r} of {self.name} are no constant of the graph; export again"
-                )
-        return self._same([self.constants[node.input[index]] for node in self.nodes])
-
-    def _same(self, found: Sequence[Any]) -> Any:
+        found = [read(Node(node, self.constants)) for node in self.nodes]
         if any(value != found[0] for value in found):
             raise ExportError(
                 f"nodes of {self.name} have {found} of what their body is made for, expected one; export again"
@@ -91,10 +115,3 @@ class Operator:
         if not self.numbered:
             return op_type == self.name
         return op_type.startswith(self.name) and op_type.removeprefix(self.name).isdecimal()
-
-
-def _attribute(node: onnx.NodeProto, name: str) -> Any:
-    for attribute in node.attribute:
-        if attribute.name == name:
-            return onnx.helper.get_attribute_value(attribute)
-    raise ExportError(f"a node of {node.op_type} has no attribute {name!r}; export again")

@@ -10,11 +10,11 @@ _GAMMA, _BETA = 1, 2
 
 
 def _whole(nodes: Nodes) -> onnx.FunctionProto:
-    return whole_group_norm_silu_function(nodes.name, nodes.attribute("per_group")[1])
+    return whole_group_norm_silu_function(nodes.name, nodes.same(lambda node: int(node.attribute("per_group")[1])))
 
 
 def _openvino(nodes: Nodes) -> onnx.FunctionProto:
-    _, frames, groups, _ = nodes.attribute("grouped")
+    frames, groups = nodes.same(lambda node: tuple(node.attribute("grouped")[1:3]))
     return openvino_group_norm_silu(nodes.name, frames, groups)
 
 

@@ -2,7 +2,7 @@
 
 import onnx
 
-from lfdm_export.ops.operator import Nodes, Operator
+from lfdm_export.ops.operator import Node, Nodes, Operator
 from lfdm_export.ops.spatial_attention.onnx_function import (
     explicit_spatial_attention_function,
     spatial_attention_function,
@@ -17,8 +17,12 @@ def _explicit(nodes: Nodes) -> onnx.FunctionProto:
 
 def heads_of(nodes: Nodes) -> tuple[int, int]:
     """Number of heads of attention nodes and their width, which the weights of the queries tell: (C, H·D)."""
-    heads = nodes.attribute("heads")
-    return heads, nodes.constant(_QUERY)[1] // heads
+
+    def of_one(node: Node) -> tuple[int, int]:
+        heads = int(node.attribute("heads"))
+        return heads, node.constant(_QUERY)[1] // heads
+
+    return nodes.same(of_one)
 
 
 SPATIAL_ATTENTION = Operator(

@@ -19,15 +19,18 @@ def _chunks(nodes: Nodes) -> int:
     return int(nodes.name.removeprefix(TEMPORAL_PREFIX))
 
 
+def _rotated(nodes: Nodes) -> int:
+    return nodes.same(lambda node: int(node.attribute("rotary_width")))
+
+
 def _explicit(nodes: Nodes) -> onnx.FunctionProto:
     heads, width = heads_of(nodes)
-    rotated = nodes.attribute("rotary_width")
-    return explicit_temporal_attention_function(_chunks(nodes), heads, width, rotated, rotary_operator=True)
+    return explicit_temporal_attention_function(_chunks(nodes), heads, width, _rotated(nodes), rotary_operator=True)
 
 
 def _openvino(nodes: Nodes) -> onnx.FunctionProto:
     heads, width = heads_of(nodes)
-    return openvino_temporal_attention(nodes.name, heads, width, nodes.attribute("rotary_width"))
+    return openvino_temporal_attention(nodes.name, heads, width, _rotated(nodes))
 
 
 TEMPORAL_ATTENTION = Operator(

@@ -1,11 +1,16 @@
 """ThresholdedStep among the operators."""
 
-from lfdm_export.ops.operator import Operator
+from lfdm_export.ops.operator import Nodes, Operator
 from lfdm_export.ops.thresholded_step.onnx_function import thresholded_step_function
+
+
+def _weight(nodes: Nodes) -> float:
+    return nodes.same(lambda node: float(node.attribute("weight")))
+
 
 THRESHOLDED_STEP = Operator(
     "ThresholdedStep",
-    body=lambda nodes: thresholded_step_function(nodes.attribute("weight")),
-    tensorrt=lambda nodes: thresholded_step_function(nodes.attribute("weight"), pivots_at_once=True),
+    body=lambda nodes: thresholded_step_function(_weight(nodes)),
+    tensorrt=lambda nodes: thresholded_step_function(_weight(nodes), pivots_at_once=True),
     plugin="lfdm_export.ops.thresholded_step.plugin",
 )
