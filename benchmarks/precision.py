@@ -97,7 +97,7 @@ def _arguments() -> argparse.Namespace:
         "--bundles", type=Path, metavar="DIR", help="has bundles of these checkpoints, called fp32, bf16 and int8; "
         "those that are missing are exported into it (else all are, into a temporary folder)",
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, default=machine.usable_cores(), help="for all (all cores)")
+    parser.add_argument("--threads", type=int, default=machine.available_cores(), help="for all (all cores)")
     parser.add_argument("--rounds", type=int, default=5, help="clips of each contestant (5)")
     parser.add_argument("--frames", type=int, default=40, help="of a clip (40)")
     parser.add_argument("--image-size", type=int, default=128, help="pixels (128)")

@@ -6,7 +6,8 @@ Example:
     >>> bundle = export_bundle(model, "mug", engine="fp32", frames=40)
     >>> Pipeline.open(bundle).generate("face.jpg", label="happiness", seed=0).save("happiness.gif")
 
-Importing the package is light: what needs torch or onnxruntime is imported when it is first used.
+Importing the package is light: what needs torch or onnxruntime is imported when it is first used. It turns off the
+telemetry of these packages (see `lfdm_export.telemetry`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lfdm_export.errors import (
     MissingDependencyError,
     ParityError,
 )
+from lfdm_export.telemetry import turn_off
 
 if TYPE_CHECKING:
     from lfdm_export.bundle import Bundle
@@ -47,6 +49,8 @@ __all__ = [
     "export_bundle",
     "load_model",
 ]
+
+turn_off()
 
 _LAZY = {
     "Bundle": "lfdm_export.bundle",
