@@ -14,6 +14,8 @@ _PACKAGES = (
 )  # fmt: skip
 #: Read by the libraries that NumPy and PyTorch compute with, when they are loaded.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+#: This project's folder in that of the user's caches.
+CACHE_NAME = "lfdm-export"
 _PROCESS = Path("/proc/self")
 _CPUS = Path("/sys/devices/system/cpu")
 
@@ -37,8 +39,8 @@ def environment(threads: int | None, *, with_torch: bool) -> dict[str, str]:
 def available_cores() -> int:
     """Cores that this process may keep busy, at least 1: what every engine takes as its threads unless told otherwise.
 
-    They are the cores in its CPU mask (`taskset`, a container's cpuset, Slurm), two hardware threads of one core counted
-    once, and no more than the whole processors of its cgroup's quota (a container's limit).
+    They are the cores in its CPU mask (`taskset`, a container's cpuset, Slurm), where two hardware threads of a core
+    count once, and no more than the whole processors of its cgroup's quota (a container's limit).
     """
     cores, quota = _cores_of_mask(), _cgroup_quota(_PROCESS)
     return cores if quota is None else max(1, min(cores, int(quota)))

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lfdm_export.errors import LfdmExportError
+from lfdm_export.machine import CACHE_NAME, user_cache
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +75,20 @@ class ServerFiles:
 
 
 def server_home() -> Path:
-    """The user's folder for unpacked servers."""
+    """The user's folder for unpacked servers.
+
+    Raises:
+        ServerFilesError: this user has none, and no variable names one.
+    """
     if said := os.environ.get(HOME_VARIABLE):
         return Path(said)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lfdm-export"
+    cache = user_cache()
+    if cache is None:
+        raise ServerFilesError(
+            f"this user has no home folder to keep a server in; name a folder with {HOME_VARIABLE}, or a server with "
+            f"--tritonserver or {SERVER_VARIABLE}"
+        )
+    return cache / CACHE_NAME
 
 
 def find_server(said: str | os.PathLike[str] | None = None) -> ServerFiles:
@@ -125,10 +136,15 @@ def _foreign(binary: Path) -> ServerFiles:
 
 def _installed() -> ServerFiles:
     folder, environment = _server_folder(), _models_environment()
-    if not folder.is_dir() or not environment.is_dir():
+    if not folder.is_dir():
         raise ServerFilesError(
             f"no tritonserver was found: none on PATH, none in {server_home()}; get it with {_INSTALL} (55 MB, through "
             f"pip), or name one with --tritonserver or {SERVER_VARIABLE}"
+        )
+    if not environment.is_dir():
+        raise ServerFilesError(
+            f"the server in {folder} has no environment for the packages of this Python ({sys.executable}) yet; "
+            f"make it with {_INSTALL}, which fetches NumPy {NUMPY_VERSION} through pip and leaves the server as it is"
         )
     server = folder / "pytriton" / "tritonserver"
     libraries = (folder / "nvidia_pytriton.libs", Path(sysconfig.get_config_var("LIBDIR") or sys.base_prefix))
@@ -269,7 +285,7 @@ def _replacing(target: Path) -> Iterator[Path]:
     """A path beside `target` to fill, which takes its place when it is whole."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
-    part.parent.mkdir(parents=True, exist_ok=True)
+    part.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         yield part
         if not target.is_dir():  # else another process was faster
