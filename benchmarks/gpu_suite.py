@@ -165,10 +165,10 @@ def _gpu(device: torch.device) -> Record:
 def _plot(result: Record, out: Path) -> None:
     try:
         from benchmarks.gpu_plots import plot
+
+        plot(result, out.with_suffix(".png"))
     except ImportError:
         print("no plot: matplotlib is not installed", file=sys.stderr)
-        return
-    plot(result, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

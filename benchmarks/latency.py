@@ -10,7 +10,6 @@ benchmarks/results/latency.json, with a plot beside it (needs the extra `bench`)
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import statistics
 import sys
@@ -24,7 +23,7 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import machine, subject
+from benchmarks import figures, machine, plots, subject
 
 if TYPE_CHECKING:
     from benchmarks.contestants import Contestant, Made, Task
@@ -222,11 +221,8 @@ def _table(seconds: dict[str, dict[str, list[float]]]) -> Iterator[str]:
 
 def _plotter() -> Callable[[Mapping[str, Any], Path], None]:
     """The plotting function; asked for before measuring, so that a missing library costs no hour."""
-    with contextlib.suppress(ImportError):
-        from benchmarks.plots import plot_latency
-
-        return plot_latency
-    sys.exit("plotting needs matplotlib: pip install 'lfdm-export[bench]', or give --no-plot")
+    figures.need_matplotlib()
+    return plots.plot_latency
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ the extra `bench`).
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import statistics
 import sys
@@ -24,7 +23,7 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import machine, subject
+from benchmarks import figures, machine, plots, subject
 from benchmarks.latency import PARTS, make_task, samples
 
 if TYPE_CHECKING:
@@ -204,11 +203,8 @@ def table(found: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
 
 def _plotter() -> Callable[[Mapping[str, Any], Path], None]:
     """The plotting function; asked for before measuring, so that a missing library costs no hour."""
-    with contextlib.suppress(ImportError):
-        from benchmarks.plots import plot_precision
-
-        return plot_precision
-    sys.exit("plotting needs matplotlib: pip install 'lfdm-export[bench]', or give --no-plot")
+    figures.need_matplotlib()
+    return plots.plot_precision
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ PACKAGES = ("lfdm_export", "lfdm_models")
 #: From the bottom up. A module imports from its own layer or from those before it. A name stands for
 #: the module and everything below it; the first that fits counts.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("lfdm_export.errors", "lfdm_export.telemetry"),
+    ("lfdm_export.dependencies", "lfdm_export.errors", "lfdm_export.telemetry"),
     # Plain facts and arithmetic; pictures and clips.
     (
         "lfdm_export.clip",

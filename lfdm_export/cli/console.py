@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from lfdm_export import __version__
+from lfdm_export.dependencies import missing_dependency
 from lfdm_export.errors import LfdmExportError, ParityError
 
 OK, FAILED, PARITY_FAILED, INTERRUPTED = 0, 1, 3, 130
@@ -37,8 +38,14 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     common.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
 
-def run(program: str, args: argparse.Namespace, command: Callable[[], int]) -> int:
+def run(program: str, args: argparse.Namespace, command: Callable[[], int], *, extra: str = "run") -> int:
     """Run a command's body; turn whatever it raises into a line on stderr and an exit status.
+
+    Args:
+        program: name of the command.
+        args: its options; `debug` counts.
+        command: the body; gives the exit status.
+        extra: the project's extra that is meant for this command, named where a package is missing.
 
     Raises:
         BaseException: whatever the body raised, with ``--debug``.
@@ -59,6 +66,8 @@ def run(program: str, args: argparse.Namespace, command: Callable[[], int]) -> i
     except Exception as error:
         if args.debug:
             raise
+        if isinstance(error, ModuleNotFoundError) and not isinstance(error, LfdmExportError):
+            error = missing_dependency(error, program, extra) or error
         _complain(program, "error: " + _describe(error))
         return PARITY_FAILED if isinstance(error, ParityError) else FAILED
     finally:

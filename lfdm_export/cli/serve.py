@@ -40,7 +40,7 @@ def serve_main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.bundle is None and not args.install_server:
         parser.error("give a bundle to serve, or --install-server")
-    return run(PROGRAM, args, lambda: _serve(args))
+    return run(PROGRAM, args, lambda: _serve(args), extra="serve")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -44,7 +44,7 @@ class OpenVinoEngine:
         *,
         threads: int | None = None,
         precision: str = "fp32",
-        cache: str | os.PathLike[str] | None = None,
+        cache: CompiledCache | None = None,
     ) -> None:
         """Load a graph and compare its interface with the stage's.
 
@@ -56,8 +56,8 @@ class OpenVinoEngine:
                 plugin compute in bf16 wherever that is faster, but for the update of the sampler, the sampling
                 coordinates and what follows the last convolution; "int8" does the same with what an int8 graph
                 does not quantise, where the processor has bf16.
-            cache: folder for what was compiled; it is read only where graph, weights, versions, processor and
-                options are the same. None compiles anew each time.
+            cache: of what was compiled, read only where graph, weights, versions, processor and options are the
+                same. None compiles anew each time.
 
         Raises:
             EngineError: the file cannot be loaded, is another stage, or the processor has not got the precision.
@@ -72,7 +72,7 @@ class OpenVinoEngine:
             raise EngineError(f"there is no graph at {self.path}; export again")
         self._graph, self._weights, self._identity = _graph_and_weights(self.path, spec)
         self._used = {name for port in self._model(batch=None).inputs for name in port.get_names()}
-        self._cache = None if cache is None else CompiledCache(Path(cache))
+        self._cache = cache
         self._requests: dict[int | None, Any] = {}
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
