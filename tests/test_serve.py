@@ -486,3 +486,44 @@ def test_the_own_server_is_never_asked_through_a_proxy(monkeypatch: pytest.Monke
             assert Control(f"http://127.0.0.1:{server.server_port}", "key").ready()
         finally:
             server.shutdown()
+
+
+# --- A server without the tokenizer ---------------------------------------------------------------
+
+
+def test_labels_are_served_where_text_cannot_be_tokenized():
+    """The models import Triton's own module, which is only there inside the server: a process of its own stands in."""
+    code = (
+        "import sys, types, numpy as np\n"
+        "from unittest.mock import MagicMock\n"
+        "sys.modules['triton_python_backend_utils'] = MagicMock()\n"
+        "sys.modules['tokenizers'] = None\n"
+        "import importlib.util as util; find = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name == 'tokenizers' else find(name, *rest)\n"
+        "from lfdm_export.errors import InputError\n"
+        "from lfdm_export.pipeline import Pipeline\n"
+        "from lfdm_export.serving.interfaces import interfaces\n"
+        "from lfdm_export.serving.models.condition import conditions, warm_up_text\n"
+        "from lfdm_export.serving.models.stub import Loaded\n"
+        "from lfdm_export.serving.settings import ServingSettings\n"
+        "from pathlib import Path\n"
+        "from tests.fake_bundle import fake_manifest, write_fake_bundle\n"
+        "pipeline = Pipeline(write_fake_bundle(Path(sys.argv[1]), fake_manifest(with_text=True)), threads=1)\n"
+        "loaded = Loaded(ServingSettings(), {}, pipeline, None)\n"
+        "warm_up_text(loaded)\n"
+        "say = lambda name, value: {name: np.array([value.encode()], np.object_)}\n"
+        "label = pipeline.bundle.labels[0]\n"
+        "assert (conditions(say('label', label), loaded).embedding == pipeline.bundle.embedding(label)).all()\n"
+        "try:\n    conditions(say('text', 'a person waves'), loaded)\n"
+        "except InputError as error:\n    print(error)\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(Path(folder) / "bundle")],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=Path(__file__).parents[1],
+        )
+    assert done.returncode == 0, done.stderr
+    assert "this server takes no free text, for it has no tokenizers; give one of its labels (" in done.stdout
