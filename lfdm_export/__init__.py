@@ -62,10 +62,20 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> object:
-    """Import a name of the interface on first use (PEP 562)."""
+    """Import a name of the interface on first use (PEP 562).
+
+    Raises:
+        AttributeError: there is no such name.
+        MissingDependencyError: it needs a package that is not installed.
+    """
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
+    try:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        from lfdm_export.dependencies import missing_dependency
+
+        raise missing_dependency(error, f"lfdm_export.{name}", "export") or error from None
     globals()[name] = value
     return value
 

@@ -58,7 +58,6 @@ def test_sources_without_metadata_know_no_extras(monkeypatch: pytest.MonkeyPatch
         ("export_main([])", "export"),
         ("export_main(['--plans', '{bundle}', '--target', 'tensorrt-rtx'])", "tensorrt-rtx"),
         ("verify_main(['{bundle}', '--lfae', '{bundle}/a.pth', '--dm', '{bundle}/b.pth'])", "export"),
-        ("verify_main(['{bundle}'])", "run"),
         ("generate_main(['{bundle}', '--image', 'x.png', '--label', 'anger', '--out', 'x.gif'])", "run"),
         ("train_main(['lfae', '--steps', '1', '--out', 'run'])", "train"),
         ("train_main(['dm', '--lfae', 'a.pth', '--steps', '1', '--out', 'run'])", "train"),
@@ -81,6 +80,18 @@ def test_every_command_says_it_in_one_sentence(command: str, extra: str, tmp_pat
     assert f"pip install 'lfdm-export[{extra}]'" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize("name", ["load_model", "export_bundle"])
+def test_the_python_interface_says_it_too(name: str):
+    code = (
+        BLOCKER.format(optional=set(OPTIONAL))
+        + f"import lfdm_export\ntry:\n    lfdm_export.{name}\n"
+        + "except lfdm_export.MissingDependencyError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert f"lfdm_export.{name} needs the package " in done.stdout, done.stderr
+    assert "pip install 'lfdm-export[export]'" in done.stdout
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "benchmarks").glob("*plots.py")))

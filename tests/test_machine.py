@@ -122,3 +122,75 @@ def test_only_one_place_looks_for_the_home():
     sources = [*root.glob("lfdm_export/**/*.py"), *root.glob("models/**/*.py"), *root.glob("benchmarks/*.py")]
     seekers = {path.name for path in sources if "Path.home()" in path.read_text(encoding="utf-8")}
     assert seekers == {"machine.py"}
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two processors"
+)
+@pytest.mark.parametrize("engine", ["onnxruntime.OnnxRuntimeEngine", "openvino.OpenVinoEngine"])
+def test_no_thread_of_an_engine_leaves_the_mask(engine: str, tmp_path: Path):
+    import onnx
+
+    from tests.fake_bundle import SPECS, fake_graph
+
+    onnx.save(fake_graph(SPECS["denoise"]), tmp_path / "denoise.onnx")
+    module, name = engine.split(".")
+    code = (
+        "import os; allowed = {max(os.sched_getaffinity(0))}; os.sched_setaffinity(0, allowed)\n"
+        f"from lfdm_export.engines.{module} import {name}\n"
+        "from tests.fake_bundle import SPECS, feeds_for\n"
+        f"engine = {name}({str(tmp_path / 'denoise.onnx')!r}, SPECS['denoise'])\n"
+        "engine.run(feeds_for(SPECS['denoise'], batch=1))\n"
+        "print([n for n in os.listdir('/proc/self/task') if not os.sched_getaffinity(int(n)) <= allowed])\n"
+    )
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(None, 3), (2, 2), (8, 8)])
+def test_every_engine_is_given_its_number_of_threads(
+    threads: int | None, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import onnx
+    import onnxruntime
+
+    from lfdm_export.engines import onnxruntime as ort_engine
+    from lfdm_export.engines import openvino as openvino_engine
+    from tests.fake_bundle import SPECS, fake_graph
+
+    path = tmp_path / "denoise.onnx"
+    onnx.save(fake_graph(SPECS["denoise"]), path)
+    for module in (ort_engine, openvino_engine):
+        monkeypatch.setattr(module, "available_cores", lambda: 3)
+    real, given = onnxruntime.InferenceSession, []
+
+    def session(path: Path, options: onnxruntime.SessionOptions, **more: object) -> object:
+        spins = options.get_session_config_entry("session.intra_op.allow_spinning")
+        given.append((options.intra_op_num_threads, options.inter_op_num_threads, spins))
+        return real(path, options, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    ort_engine.OnnxRuntimeEngine(path, SPECS["denoise"], threads=threads)
+    # Threads that outnumber the cores would spin in each other's way.
+    assert given == [(expected, 1, "1" if expected <= 3 else "0")]
+    options = openvino_engine.OpenVinoEngine(path, SPECS["denoise"], threads=threads)._options
+    assert (options["INFERENCE_NUM_THREADS"], options["ENABLE_CPU_PINNING"]) == (expected, False)
+
+
+def test_pytorch_keeps_to_the_cores_and_gets_its_own_back(monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        monkeypatch.setattr(machine, "available_cores", lambda: 2)
+        with machine.torch_threads():
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 4
+        monkeypatch.setattr(machine, "available_cores", lambda: 64)
+        with machine.torch_threads():
+            assert torch.get_num_threads() == 4  # fewer is the user's choice
+    finally:
+        torch.set_num_threads(before)
