@@ -56,9 +56,10 @@ def test_openvino_is_imported_in_one_place():
     wrong = []
     for path in [*ROOT.glob("lfdm_export/**/*.py"), *ROOT.glob("models/**/*.py"), *ROOT.glob("benchmarks/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            wrong += [f"{path.name}:{node.lineno}" for name in names if name.partition(".")[0] == "openvino"]
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                base = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+                names = [base] if base else [alias.name for alias in node.names]
+                wrong += [f"{path.name}:{node.lineno}" for name in names if name.partition(".")[0] == "openvino"]
     assert wrong == []
 
 

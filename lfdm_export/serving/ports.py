@@ -45,9 +45,8 @@ def _free_port(host: str, option: str, taken: set[int]) -> int:
 def _bind(host: str, option: str, port: int) -> int:
     """The port that a socket gets when it is bound there."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, _, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)  # of "localhost": 127.0.0.1
         with socket.socket(family, kind) as listener:
             # As servers do: connections of an earlier one that are still closing do not count.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -22,6 +21,8 @@ def run_folder() -> Iterator[Path]:
     Raises:
         OSError: it cannot be made.
     """
+    import fcntl  # which not every system has that runs the other commands
+
     remove_leftovers()
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))  # of mode 0700
     try:
@@ -37,6 +38,8 @@ def run_folder() -> Iterator[Path]:
 
 def remove_leftovers() -> None:
     """Remove this user's folders of servers that were killed: those whose lock nobody holds."""
+    import fcntl
+
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with suppress(OSError):  # another user's, in use, or gone meanwhile
             if folder.is_symlink() or folder.stat().st_uid != os.getuid():

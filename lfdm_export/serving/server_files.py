@@ -285,7 +285,7 @@ def _replacing(target: Path) -> Iterator[Path]:
     """A path beside `target` to fill, which takes its place when it is whole."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
-    part.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
         if not target.is_dir():  # else another process was faster
