@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import figures
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
@@ -22,8 +24,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         result: what `gpu_suite.py` wrote.
         path: the PNG to write.
     """
-    figure = Figure(figsize=(9.0, 10.0), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.new_figure(9.0, 10.0, dpi=130)
     bandwidth, clip, batches = figure.subplots(3)
     parts = {name: part.get("data") or {} for name, part in result["parts"].items()}
     _bandwidth(bandwidth, parts)
@@ -32,9 +33,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     for axes in (bandwidth, clip, batches):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{result['gpu']}, PyTorch {result['versions'].get('torch', '?')}", fontsize="medium")
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    figures.save_figure(figure, path)
 
 
 def _bandwidth(axes: Any, parts: Mapping[str, Any]) -> None:
@@ -81,5 +80,5 @@ def _batches(axes: Any, parts: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1])
+    source = figures.result_parser(__doc__).parse_args().result
     plot(json.loads(source.read_text(encoding="utf-8")), source.with_suffix(".png"))

@@ -10,7 +10,6 @@ benchmarks/results/latency.json, with a plot beside it (needs the extra `bench`)
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import statistics
 import sys
@@ -24,7 +23,7 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import machine, subject
+from benchmarks import figures, machine, plots, subject
 
 if TYPE_CHECKING:
     from benchmarks.contestants import Contestant, Made, Task
@@ -88,7 +87,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time clips of PyTorch, a naive ONNX export and the bundle.")
     subject.add_options(parser)
     parser.add_argument("--bundle", type=Path, help="a bundle of these checkpoints (else it is exported first)")
-    parser.add_argument("--threads", type=int, default=machine.usable_cores(), help="for all (all cores)")
+    parser.add_argument("--threads", type=int, default=machine.available_cores(), help="for all (all cores)")
     parser.add_argument("--rounds", type=int, default=5, help="clips of each contestant (5)")
     parser.add_argument("--frames", type=int, default=40, help="of a clip (40)")
     parser.add_argument("--image-size", type=int, default=128, help="pixels (128)")
@@ -222,11 +221,8 @@ def _table(seconds: dict[str, dict[str, list[float]]]) -> Iterator[str]:
 
 def _plotter() -> Callable[[Mapping[str, Any], Path], None]:
     """The plotting function; asked for before measuring, so that a missing library costs no hour."""
-    with contextlib.suppress(ImportError):
-        from benchmarks.plots import plot_latency
-
-        return plot_latency
-    sys.exit("plotting needs matplotlib: pip install 'lfdm-export[bench]', or give --no-plot")
+    figures.need_matplotlib()
+    return plots.plot_latency
 
 
 if __name__ == "__main__":

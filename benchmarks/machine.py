@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 
 from lfdm_export.files.atomic import write_file
-from lfdm_export.machine import package_versions, processor_info, processor_name
+from lfdm_export.machine import available_cores, package_versions, processor_info, processor_name
 
 #: Where results go unless told otherwise.
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -28,7 +28,7 @@ def describe() -> dict[str, object]:
     return {
         "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         "cpu": _cpu_model(),
-        "cores": usable_cores(),
+        "cores": available_cores(),
         "flags": _cpu_flags(),
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -39,15 +39,10 @@ def describe() -> dict[str, object]:
 
 def busy() -> str | None:
     """A warning if others use the machine (the load of the last minute), else None."""
-    load, cores = os.getloadavg()[0], usable_cores()
+    load, cores = os.getloadavg()[0], available_cores()
     if load <= _QUIET * cores:
         return None
     return f"the machine is busy: load average {load:.2f} on {cores} cores before the run; times and ratios are noisy"
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_json(path: Path, content: object) -> None:

@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--frames", type=int, default=40, help="of a clip (40)")
     parser.add_argument("--image-size", type=int, default=128, help="pixels (128)")
     parser.add_argument("--steps", type=int, default=2, help="DDIM steps; they do not change the peak (2)")
-    parser.add_argument("--threads", type=int, default=machine.usable_cores(), help="of generation (all cores)")
+    parser.add_argument("--threads", type=int, default=machine.available_cores(), help="of generation (all cores)")
     parser.add_argument("--out", type=Path, default=machine.RESULTS / "memory.json", metavar="FILE", help="results")
     options = parser.parse_args()
     facts = machine.describe()

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lfdm_export.files.atomic import replacing
+from benchmarks import figures
 
 _PARTS = ("encode", "step", "decode")
 
@@ -54,8 +54,7 @@ def _plot_clips(result: Mapping[str, Any], texts: Mapping[str, str], path: Path)
     """Stacked bars of the parts' medians, with every clip's total as a dot and a text beside it."""
     seconds, settings = result["seconds"], result["settings"]
     names = list(seconds)
-    figure = Figure(figsize=(7.0, 1.6 + 0.55 * len(names)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.new_figure(7.0, 1.6 + 0.55 * len(names), dpi=150)
     axes = figure.subplots()
     left = [0.0] * len(names)
     for part in _PARTS:
@@ -80,11 +79,12 @@ def _plot_clips(result: Mapping[str, Any], texts: Mapping[str, str], path: Path)
         f"{settings['frames']} frames of {size} x {size}, {settings['steps']} DDIM steps, {settings['threads']} threads"
     )
     axes.set_title(f"{title}\n{result['cpu']}", fontsize="small", loc="left")
-    with replacing(path) as stream:
-        figure.savefig(stream, format="png")
+    figures.save_figure(figure, path)
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    plot = plot_precision if sys.argv[2:] == ["precision"] else plot_latency
-    plot(json.loads(source.read_text(encoding="utf-8")), source.with_suffix(".png"))
+    parser = figures.result_parser(__doc__)
+    parser.add_argument("kind", nargs="?", choices=("latency", "precision"), default="latency")
+    given = parser.parse_args()
+    plot = plot_precision if given.kind == "precision" else plot_latency
+    plot(json.loads(given.result.read_text(encoding="utf-8")), given.result.with_suffix(".png"))

@@ -10,7 +10,6 @@ the extra `bench`).
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import statistics
 import sys
@@ -24,7 +23,7 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import machine, subject
+from benchmarks import figures, machine, plots, subject
 from benchmarks.latency import PARTS, make_task, samples
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ def _arguments() -> argparse.Namespace:
         "--bundles", type=Path, metavar="DIR", help="has bundles of these checkpoints, called fp32, bf16 and int8; "
         "those that are missing are exported into it (else all are, into a temporary folder)",
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, default=machine.usable_cores(), help="for all (all cores)")
+    parser.add_argument("--threads", type=int, default=machine.available_cores(), help="for all (all cores)")
     parser.add_argument("--rounds", type=int, default=5, help="clips of each contestant (5)")
     parser.add_argument("--frames", type=int, default=40, help="of a clip (40)")
     parser.add_argument("--image-size", type=int, default=128, help="pixels (128)")
@@ -204,11 +203,8 @@ def table(found: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
 
 def _plotter() -> Callable[[Mapping[str, Any], Path], None]:
     """The plotting function; asked for before measuring, so that a missing library costs no hour."""
-    with contextlib.suppress(ImportError):
-        from benchmarks.plots import plot_precision
-
-        return plot_precision
-    sys.exit("plotting needs matplotlib: pip install 'lfdm-export[bench]', or give --no-plot")
+    figures.need_matplotlib()
+    return plots.plot_precision
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from lfdm_export.serving.control import open_directly
 
 #: Seconds that a server may take to be ready, and to stop.
 _START, _STOP = 300.0, 90.0
@@ -40,7 +41,7 @@ class Served:
 
     def metrics(self, model: str = "lfdm_sample") -> dict[str, float]:
         """Our own metrics of one model, by name, or by name and outcome (``lfdm_requests_total.finished``)."""
-        with urllib.request.urlopen(self.metrics_url, timeout=10) as answer:  # our own server
+        with open_directly(self.metrics_url, 10) as answer:
             lines = answer.read().decode().splitlines()
         found = filter(None, map(_METRIC.match, lines))
         return {".".join(filter(None, (one[1], one[3]))): float(one[4]) for one in found if one[2] == model}

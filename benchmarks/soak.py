@@ -249,7 +249,8 @@ def _infer(me: _Client, image: bytes, order: Order) -> None:
         tensor = triton.InferInput(name, [1], "BYTES")
         tensor.set_data_from_numpy(np.array([value], np.object_))
         inputs.append(tensor)
-    client = triton.InferenceServerClient(me.served.address)
+    # Our own server: not through a proxy.
+    client = triton.InferenceServerClient(me.served.address, channel_args=[("grpc.enable_http_proxy", 0)])
     try:
         client.infer(CLIP_MODEL, inputs, client_timeout=120.0)
     except triton.InferenceServerException as error:

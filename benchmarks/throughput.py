@@ -36,9 +36,10 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import cells, load, machine
+from benchmarks import cells, figures, load, machine
 from benchmarks.cells import Contestant, connect, say
 from benchmarks.served import ServerFailed, serve, tell_logs
+from benchmarks.throughput_plots import plot_throughput
 from benchmarks.throughput_report import report, violations
 
 #: Arrivals of streams, as a share of the capacity.
@@ -72,8 +73,6 @@ def main() -> int:
     machine.write_json(arguments.out, result)
     print("\n".join(result["report"]))
     if not (arguments.no_plot or arguments.soak):
-        from benchmarks.throughput_plots import plot_throughput
-
         plot_throughput(result, arguments.out.with_suffix(".png"))
     return 1 if result["violations"] else 0
 
@@ -114,16 +113,8 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.out = arguments.out or machine.RESULTS / ("soak.json" if arguments.soak else "throughput.json")
     if not (arguments.no_plot or arguments.soak):
-        _need_plots()
+        figures.need_matplotlib()
     return arguments
-
-
-def _need_plots() -> None:
-    """Asked for before measuring, so that a missing library costs no time."""
-    try:
-        import matplotlib as mpl  # noqa: F401
-    except ImportError:
-        sys.exit("plotting needs matplotlib: pip install 'lfdm-export[bench]', or give --no-plot")
 
 
 def _export(folder: Path, frames: int, image_size: int) -> Path:

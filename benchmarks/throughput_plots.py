@@ -9,14 +9,17 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from lfdm_export.files.atomic import replacing
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import figures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def plot_throughput(result: Mapping[str, Any], path: Path) -> None:
@@ -26,8 +29,7 @@ def plot_throughput(result: Mapping[str, Any], path: Path) -> None:
         result: what `benchmarks/throughput.py` wrote.
         path: the PNG to write.
     """
-    figure = Figure(figsize=(10.0, 7.0), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.new_figure(10.0, 7.0, dpi=130)
     ((goodput, tails), (closed, streams)) = figure.subplots(2, 2)
     names = result["settings"]["contestants"]
     limited = [cell for cell in result["open"] if cell["deadline"] is not None]
@@ -57,8 +59,7 @@ def plot_throughput(result: Mapping[str, Any], path: Path) -> None:
         f"{settings['threads']} thread(s) an engine; {result['cpu']}",
         fontsize="small",
     )
-    with replacing(path) as stream:
-        figure.savefig(stream, format="png")
+    figures.save_figure(figure, path)
 
 
 def _bars(axes: Axes, names: Sequence[str], groups: Sequence[str], heights: Sequence[Sequence[float]]) -> None:
@@ -88,5 +89,5 @@ def _tails(axes: Axes, cell: Mapping[str, Any], names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1])
+    source = figures.result_parser(__doc__).parse_args().result
     plot_throughput(json.loads(source.read_text(encoding="utf-8")), source.with_suffix(".png"))

@@ -15,7 +15,8 @@ Example:
     >>> bundle = export_bundle(model, "mug", dataset="mug")
     >>> paths = Pipeline(bundle).generate("face.jpg", label="happiness", seed=0).save("happiness.gif")
 
-Importing the package is light: what needs torch or onnxruntime is imported when it is first used.
+Importing the package is light: what needs torch or onnxruntime is imported when it is first used. It turns off the
+telemetry of these packages (see `lfdm_export.telemetry`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from lfdm_export.errors import (
     MissingDependencyError,
     ParityError,
 )
+from lfdm_export.telemetry import turn_off
 
 if TYPE_CHECKING:
     from lfdm_export.bundle import Bundle
@@ -57,6 +59,8 @@ __all__ = [
     "load_model",
 ]
 
+turn_off()
+
 _LAZY = {
     "Bundle": "lfdm_export.bundle",
     "Clip": "lfdm_export.clip",
@@ -67,10 +71,20 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> object:
-    """Import a name of the interface on first use (PEP 562)."""
+    """Import a name of the interface on first use (PEP 562).
+
+    Raises:
+        AttributeError: there is no such name.
+        MissingDependencyError: it needs a package that is not installed.
+    """
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
+    try:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        from lfdm_export.dependencies import missing_dependency
+
+        raise missing_dependency(error, f"lfdm_export.{name}", "export") or error from None
     globals()[name] = value
     return value
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from lfdm_export.bundle import Bundle
 from lfdm_export.engines.interface import Engine
+from lfdm_export.engines.onnxruntime import open_session
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.report import Check
 from lfdm_export.stages import StageSpec
@@ -57,7 +58,7 @@ def compare_stage(
     """
     try:
         from polygraphy.backend.base import BaseRunner
-        from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+        from polygraphy.backend.onnxrt import OnnxrtRunner
         from polygraphy.common import TensorMetadata
         from polygraphy.comparator import Comparator, SimpleCompareFunc
         from polygraphy.exception import PolygraphyException
@@ -88,7 +89,7 @@ def compare_stage(
             return outputs
 
     feeds = {tensor.name: np.ascontiguousarray(inputs[tensor.name]) for tensor in spec.inputs}
-    runners = [OnnxrtRunner(SessionFromOnnx(str(bundle.stage_path(spec.name))), name=_REFERENCE), EngineRunner(name)]
+    runners = [OnnxrtRunner(lambda: open_session(bundle.stage_path(spec.name)), name=_REFERENCE), EngineRunner(name)]
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         try:
             results = Comparator.run(runners, data_loader=[feeds])

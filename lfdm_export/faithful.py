@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lfdm_export.errors import ExportError
+from lfdm_export.machine import torch_threads
 from lfdm_export.manifest import TEXT_STAGE
 from lfdm_export.noise import check_seeds
 from lfdm_export.preprocess import to_float, to_uint8
@@ -75,7 +76,7 @@ def make_reference(
     stages = stage_specs(geometry, with_text=text_encoder is not None, with_drive=drive)
     steps = chain_table(model.diffusion.schedule()).steps
     tick = _ticker(progress, 2 * BATCH_SIZE + geometry.chunk_frames + steps + geometry.frames)
-    with torch.inference_mode():
+    with torch.inference_mode(), torch_threads():
         drawn = draw_inputs(model.config, geometry, seed)
         encoded = _encode(model, torch.from_numpy(drawn["image"]))
         rounded = [_round(output) for output in encoded[:-1]]

@@ -1,16 +1,23 @@
-"""What a result was got with: versions, processor, threads."""
+"""What this machine has, and what of it this process may use: versions, processor, cores, the user's folder."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _PACKAGES = (
     "lfdm-export", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13-bindings",
 )  # fmt: skip
+#: Read by the libraries that NumPy and PyTorch compute with, when they are loaded.
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+#: This project's folder in that of the user's caches.
+CACHE_NAME = "lfdm-export"
+_PROCESS = Path("/proc/self")
+_CPUS = Path("/sys/devices/system/cpu")
 
 
 def environment(threads: int | None, *, with_torch: bool) -> dict[str, str]:
@@ -25,8 +32,57 @@ def environment(threads: int | None, *, with_torch: bool) -> dict[str, str]:
         **package_versions((*_PACKAGES, *["torch"] * with_torch)),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": processor_name(),
-        "threads": str(threads) if threads is not None else f"all of {os.cpu_count()} cores",
+        "threads": str(threads) if threads is not None else f"all of {available_cores()} cores",
     }
+
+
+def available_cores() -> int:
+    """Cores that this process may keep busy, at least 1: what every engine takes as its threads unless told otherwise.
+
+    They are the cores in its CPU mask (`taskset`, a container's cpuset, Slurm), where two hardware threads of a core
+    count once, and no more than the whole processors of its cgroup's quota (a container's limit).
+    """
+    cores, quota = _cores_of_mask(), _cgroup_quota(_PROCESS)
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def limit_math_threads() -> None:
+    """Keep the threads of BLAS and OpenMP within a cgroup's quota, of which they know nothing (masks they keep to).
+
+    Takes effect on what is loaded afterwards, here and in the processes that this one starts; a variable that the user
+    has set is left alone.
+    """
+    cores = available_cores()
+    if cores < _cores_of_mask():
+        for name in _THREAD_VARIABLES:
+            os.environ.setdefault(name, str(cores))
+
+
+@contextmanager
+def torch_threads() -> Iterator[None]:
+    """PyTorch's threads on the CPU within `available_cores`, for as long; what it has of its own accord may be more."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, available_cores()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def user_cache() -> Path | None:
+    """The folder of the user's caches: XDG_CACHE_HOME, else ~/.cache; None for a user without a home.
+
+    Nothing says that it exists or can be written.
+    """
+    said = os.environ.get("XDG_CACHE_HOME", "")
+    if Path(said).is_absolute():  # a relative one is to be ignored. Source: XDG Base Directory Specification
+        return Path(said)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:  # no HOME, and no entry in passwd
+        return None
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str]:
@@ -47,9 +103,78 @@ def processor_name() -> str:
 
 def processor_info() -> dict[str, str]:
     """What Linux says of the first core, by its own names; empty elsewhere."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}
+    text = _read(Path("/proc/cpuinfo"))
     pairs = (line.split(":", 1) for line in text.split("\n\n", 1)[0].splitlines() if ":" in line)
     return {name.strip(): value.strip() for name, value in pairs}
+
+
+def _cores_of_mask() -> int:
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    # The hardware threads of a core name the same siblings; where the system does not tell, each counts.
+    siblings = {
+        _read(_CPUS / f"cpu{number}" / "topology" / "thread_siblings_list").strip() or number
+        for number in os.sched_getaffinity(0)
+    }
+    return max(1, len(siblings))
+
+
+def _cgroup_quota(process: Path) -> float | None:
+    """Processors' worth of time that the process's cgroup and those around it allow; None without a limit.
+
+    Args:
+        process: its folder in /proc.
+    """
+    groups = [line.split(":", 2) for line in _read(process / "cgroup").splitlines() if line.count(":") >= 2]
+    quotas = []
+    for root, mount, controllers in _cgroup_mounts(_read(process / "mountinfo")):
+        for _, names, path in groups:
+            # Version 2 has one tree, without names.
+            if (not names and controllers is None) or (controllers is not None and "cpu" in names.split(",")):
+                # A container may see itself as the root of the mount, and its path as the host's.
+                inside = path[len(root) :] if root != "/" and path.startswith(root) else path
+                group = mount / inside.lstrip("/")
+                quotas += [quota for folder in _upwards(group, mount) if (quota := _quota_of(folder)) is not None]
+    return min(quotas, default=None)
+
+
+def _cgroup_mounts(mountinfo: str) -> Iterator[tuple[str, Path, tuple[str, ...] | None]]:
+    """Root, mount point and controllers (None for version 2) of each tree that limits time. Source: proc(5)."""
+    for line in mountinfo.splitlines():
+        before, _, after = line.partition(" - ")
+        fields, kind = before.split(" "), after.split(" ")
+        if len(fields) < 5 or len(kind) < 3 or kind[0] not in ("cgroup", "cgroup2"):
+            continue
+        controllers = None if kind[0] == "cgroup2" else tuple(kind[2].split(","))
+        if controllers is None or "cpu" in controllers:
+            yield fields[3], Path(fields[4]), controllers
+
+
+def _upwards(folder: Path, top: Path) -> Iterator[Path]:
+    """A folder and those around it, up to `top`."""
+    yield folder
+    while folder != top and top in folder.parents:
+        folder = folder.parent
+        yield folder
+    if folder != top:
+        yield top
+
+
+def _quota_of(folder: Path) -> float | None:
+    """Of one cgroup, of either version; None without a limit."""
+    words = _read(folder / "cpu.max").split() or [
+        _read(folder / name).strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    ]
+    try:
+        quota, period = map(int, words)
+    except ValueError:  # "max", or no such file
+        return None
+    return quota / period if quota > 0 and period > 0 else None
+
+
+def _read(path: Path) -> str:
+    """A file of the system's; "" where there is none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lfdm_export.errors import ExportError
 from lfdm_export.graphs.policy import node_name
+from lfdm_export.machine import torch_threads
 from lfdm_export.ops.domain import DOMAIN, OPSET, VERSION
 from lfdm_export.ops.operator import Nodes
 from lfdm_export.ops.operators import find_operator
@@ -63,7 +64,7 @@ def trace(module: nn.Module, inputs: Iterable[TensorSpec], outputs: Iterable[Ten
         shapes = (*shapes[:named], shapes[named:])
     # The exporter warns of its own workings, and of torchvision where that is not installed.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), torch_threads(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export import sampling
-from lfdm_export.bundle import PLANS_FOLDER, Bundle
+from lfdm_export.bundle import Bundle
 from lfdm_export.engines.interface import Engine, KeepsState, StateLoop
 from lfdm_export.engines.onnxruntime import Device, OnnxRuntimeEngine
 from lfdm_export.engines.onnxruntime_binding import STATE, BoundOnnxRuntimeEngine
@@ -224,9 +224,10 @@ def load_engine(
         return OnnxRuntimeEngine(path, spec, threads=threads, device=device)
     if target == "openvino":
         from lfdm_export.engines.openvino import OpenVinoEngine
+        from lfdm_export.engines.openvino_cache import user_compiled_cache
 
-        compiled = bundle.path / PLANS_FOLDER / target
-        return OpenVinoEngine(path, spec, threads=threads, precision=bundle.manifest.precision, cache=compiled)
+        cache = user_compiled_cache()
+        return OpenVinoEngine(path, spec, threads=threads, precision=bundle.manifest.precision, cache=cache)
     from lfdm_export.engines.tensorrt_run import open_engine
 
     return open_engine(bundle, stage, target)

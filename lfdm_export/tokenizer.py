@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,11 @@ from numpy.typing import NDArray
 from lfdm_export.errors import BundleError, InputError, MissingDependencyError
 
 TOKENIZER_FILE = "tokenizer.json"
+
+
+def tokenizer_installed() -> bool:
+    """Whether free text can be tokenized here."""
+    return importlib.util.find_spec("tokenizers") is not None
 
 
 def tokenize(folder: Path, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -20,7 +20,10 @@ import numpy as np
 import tritonclient.grpc as triton
 
 from lfdm_export.serving.contract import CLIP_MODEL, STREAM_INPUTS, WireTensor
+from lfdm_export.serving.control import open_directly
 
+#: Options of gRPC for a server of this machine: a proxy in the environment is for others.
+DIRECT = [("grpc.enable_http_proxy", 0)]
 #: A request of the tests that takes longer is lost.
 DEADLINE = 120.0
 _SPECS: Mapping[str, WireTensor] = {spec.name: spec for spec in STREAM_INPUTS}
@@ -63,7 +66,7 @@ class RunningServer:
 
     def client(self) -> triton.InferenceServerClient:
         """A new gRPC client."""
-        return triton.InferenceServerClient(self.grpc)
+        return triton.InferenceServerClient(self.grpc, channel_args=DIRECT)
 
     def infer(
         self,
@@ -87,14 +90,14 @@ class RunningServer:
             f"{self.http}/v2/models/{model}/infer", json.dumps(body).encode(), dict(headers or {})
         )
         try:
-            with urllib.request.urlopen(request, timeout=DEADLINE) as answer:
+            with open_directly(request, DEADLINE) as answer:
                 return answer.status, json.loads(answer.read())
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
 
     def metrics(self) -> dict[str, float]:
         """The metrics page: values by name with labels."""
-        with urllib.request.urlopen(self.metrics_url, timeout=DEADLINE) as answer:
+        with open_directly(self.metrics_url, DEADLINE) as answer:
             lines = answer.read().decode().splitlines()
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
 

@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -688,6 +689,18 @@ def test_leaving_an_asynchronous_stream_gives_it_up(fake: FakeTriton, address: s
     fake.gate.clear()
     asyncio.run(run())
     until(lambda: fake.cut_off == 1)
+
+
+@both
+def test_a_server_on_this_machine_is_reached_past_a_proxy(
+    kind: str, fake: FakeTriton, address: str, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    quickly = replace(SETTINGS, retry=Retry(attempts=1), timeout=10)
+    assert generate(kind, address, quickly).labels == ("Anger",)
 
 
 # ------------------------------------------------------------------------- health, labels, facts

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lfdm_export.client.faults import Attempts, Fault, plain_sentence, read_fault, stream_status
-from lfdm_export.client.settings import Retry, Settings, Tls, token_from_environment
+from lfdm_export.client.settings import Retry, Settings, Tls, token_from_environment, uses_proxy
 from lfdm_export.client.wire import decode, encode
 from lfdm_export.clip import Clip
 from lfdm_export.errors import InputError, LfdmExportError, ServerError
@@ -93,12 +93,34 @@ def test_wrong_retries_and_certificates(tmp_path: Path):
 
 
 def test_channels_take_large_messages_and_find_servers_that_come_back():
-    options = dict(Settings(keepalive=30, tls=Tls(server_name="clips.example.org")).channel_options())
+    options = dict(Settings(keepalive=30, tls=Tls(server_name="clips.example.org")).channel_options("10.0.0.7:8001"))
     assert options["grpc.max_receive_message_length"] == options["grpc.max_send_message_length"] == 256 << 20
     assert options["grpc.keepalive_time_ms"] == 30_000
     assert options["grpc.ssl_target_name_override"] == "clips.example.org"
     assert options["grpc.max_reconnect_backoff_ms"] <= 1000 * Retry().longest_pause
-    assert "grpc.keepalive_time_ms" not in dict(Settings().channel_options())
+    assert "grpc.keepalive_time_ms" not in dict(Settings().channel_options("10.0.0.7:8001"))
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "LOCALHOST", "localhost.", "a.localhost", "127.0.0.1", "127.9.8.7", "[::1]", "[::ffff:127.0.0.1]"],
+)
+def test_this_machine_is_never_reached_through_a_proxy(host: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("http_proxy", "http://proxy.example.org:3128")
+    assert not uses_proxy(f"{host}:8001")
+    assert dict(Settings().channel_options(f"{host}:8001"))["grpc.enable_http_proxy"] == 0
+
+
+@pytest.mark.parametrize("name", ["NO_PROXY", "no_proxy"])
+def test_others_are_reached_as_the_environment_says(name: str, monkeypatch: pytest.MonkeyPatch):
+    for other in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(other, raising=False)
+    assert "grpc.enable_http_proxy" not in dict(Settings().channel_options("clips.example.org:8001"))
+    monkeypatch.setenv(name, "intranet.example.org, .lab.example.org,10.0.0.7,clips.example.org:8001")
+    for direct in ("intranet.example.org:1", "a.lab.example.org:1", "10.0.0.7:8001", "clips.example.org:8001"):
+        assert not uses_proxy(direct), direct
+    for through in ("clips.example.org:443", "10.0.0.8:8001", "example.org:8001"):
+        assert uses_proxy(through), through
 
 
 def test_a_token_from_the_environment(monkeypatch: pytest.MonkeyPatch):

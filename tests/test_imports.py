@@ -17,7 +17,7 @@ PACKAGES = ("lfdm_export", "lfdm_models")
 #: From the bottom up. A module imports from its own layer or from those before it. A name stands for
 #: the module and everything below it; the first that fits counts.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("lfdm_export.errors",),
+    ("lfdm_export.dependencies", "lfdm_export.errors", "lfdm_export.telemetry"),
     # How files are written.
     ("lfdm_export.files",),
     # Plain facts and arithmetic; pictures and clips.
@@ -237,10 +237,10 @@ def test_no_import_cycles_at_import_time():
         visit(module, ())
 
 
-def test_the_facade_loads_only_errors():
+def test_the_facade_loads_only_errors_and_turns_telemetry_off():
     loaded = run_python("import sys, lfdm_export; print(sorted(m for m in sys.modules if m.startswith('lfdm_')))")
     assert loaded.returncode == 0, loaded.stderr
-    assert ast.literal_eval(loaded.stdout) == ["lfdm_export", "lfdm_export.errors"]
+    assert ast.literal_eval(loaded.stdout) == ["lfdm_export", "lfdm_export.errors", "lfdm_export.telemetry"]
 
 
 def test_the_facade_names_are_real():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,10 +17,11 @@ from lfdm_export import sampling
 from lfdm_export.bundle import Bundle
 from lfdm_export.engines.onnxruntime import OnnxRuntimeEngine
 from lfdm_export.engines.openvino import OpenVinoEngine, shared_core
-from lfdm_export.engines.openvino_cache import CompiledCache, cache_key
-from lfdm_export.errors import EngineError
+from lfdm_export.engines.openvino_cache import SIZE_VARIABLE, CompiledCache, cache_key, user_compiled_cache
+from lfdm_export.errors import EngineError, InputError
 from lfdm_export.pipeline import Pipeline
 from lfdm_export.sampling import apply_step
+from lfdm_export.stage_runner import load_engine
 from lfdm_export.stages import StageSpec, TensorSpec
 from tests.fake_bundle import SPECS, Feeds, fake_graph, feeds_for, predicted_noise, with_input
 
@@ -282,8 +284,9 @@ def test_a_clip(small_bundle: Bundle):
 
 def test_the_cache_serves_exactly_what_it_was_made_of(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "cache"
+    cache = CompiledCache(folder)
     feeds = feeds_for(DENOISE, batch=1)
-    expected = OpenVinoEngine(path, DENOISE, threads=1, cache=folder).run(feeds)["predicted_noise"]
+    expected = OpenVinoEngine(path, DENOISE, threads=1, cache=cache).run(feeds)["predicted_noise"]
     (entry,) = folder.iterdir()
     whole = entry.read_bytes()
 
@@ -294,13 +297,13 @@ def test_the_cache_serves_exactly_what_it_was_made_of(path: Path, tmp_path: Path
 
     with monkeypatch.context() as patch:
         patch.setattr(openvino.Core, "compile_model", compile_model)
-        found = OpenVinoEngine(path, DENOISE, threads=1, cache=folder).run(feeds)["predicted_noise"]
+        found = OpenVinoEngine(path, DENOISE, threads=1, cache=cache).run(feeds)["predicted_noise"]
         np.testing.assert_array_equal(found, expected)
         with pytest.raises(AssertionError):  # another thread count is another program
-            OpenVinoEngine(path, DENOISE, threads=2, cache=folder).run(feeds)
+            OpenVinoEngine(path, DENOISE, threads=2, cache=cache).run(feeds)
     for damaged in (whole[:-1], whole[: len(whole) // 2], b"", b"{}\n"):
         entry.write_bytes(damaged)
-        again = OpenVinoEngine(path, DENOISE, threads=1, cache=folder).run(feeds)["predicted_noise"]
+        again = OpenVinoEngine(path, DENOISE, threads=1, cache=cache).run(feeds)["predicted_noise"]
         np.testing.assert_array_equal(again, expected)
         assert [one.name for one in folder.iterdir()] == [entry.name]
         assert len(entry.read_bytes()) > len(damaged), "the damaged entry was not replaced"
@@ -308,7 +311,7 @@ def test_the_cache_serves_exactly_what_it_was_made_of(path: Path, tmp_path: Path
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_itself(path: Path, tmp_path: Path):
     (tmp_path / "file").write_text("no folder")
-    engine = OpenVinoEngine(path, DENOISE, threads=1, cache=tmp_path / "file")
+    engine = OpenVinoEngine(path, DENOISE, threads=1, cache=CompiledCache(tmp_path / "file"))
     assert engine.run(feeds_for(DENOISE, batch=1))["predicted_noise"].shape == (1, 3, 5, 4, 4)
 
 
@@ -334,5 +337,73 @@ def test_cache_entries(tmp_path: Path):
     assert cache.read("a", "other") is None
     assert cache.read("b", "key") is None
     cache.write("a", "other", memoryview(b"more"))
-    assert cache.read("a", "key") is None
+    assert cache.read("a", "key") == b"blob"  # neither pushes the other out, as those of two processors would
     assert cache.read("a", "other") == b"more"
+    assert cache.folder.stat().st_mode & 0o077 == 0
+
+
+def names(cache: CompiledCache) -> list[str]:
+    return sorted(path.name.partition("-")[0] for path in cache.folder.iterdir())
+
+
+def test_a_full_cache_loses_what_was_used_longest_ago(tmp_path: Path):
+    cache = CompiledCache(tmp_path, size=3 * 1200)
+    for age, name in enumerate(("newest", "middle", "oldest")):
+        cache.write(name, f"key of {name}", bytes(1000))
+        (entry,) = tmp_path.glob(f"{name}-*")
+        os.utime(entry, (1e9 - age, 1e9 - age))
+    assert cache.read("oldest", "key of oldest") == bytes(1000)  # and so it is the newest now
+    cache.write("more", "key", bytes(1000))
+    assert names(cache) == ["more", "newest", "oldest"]
+    cache.write("more", "key", bytes(1001))  # in place of itself: nothing else goes
+    assert names(cache) == ["more", "newest", "oldest"]
+    cache.write("too large", "key", bytes(4000))
+    assert names(cache) == ["more", "newest", "oldest"]
+    cache.write("large", "key", bytes(3400))
+    assert names(cache) == ["large"]
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path):
+    cache = CompiledCache(tmp_path)
+    (tmp_path / ".forgotten.compiled.1.part").write_bytes(bytes(10))
+    os.utime(tmp_path / ".forgotten.compiled.1.part", (1e9, 1e9))
+    (tmp_path / ".another's.compiled.2.part").write_bytes(bytes(10))
+    cache.write("a", "key", b"blob")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "a-key.compiled") == [
+        ".another's.compiled.2.part"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "size"), [("", 4_000_000_000), ("500MB", 500_000_000), ("1.5 gb", 1_500_000_000), ("7", 7), ("2k", 2000)]
+)
+def test_the_size_of_the_users_cache(said: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(SIZE_VARIABLE, said)
+    assert user_compiled_cache() == CompiledCache(tmp_path / "lfdm-export" / "openvino", size)
+
+
+def test_a_user_may_have_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(SIZE_VARIABLE, "0")
+    assert user_compiled_cache() is None
+    monkeypatch.setenv(SIZE_VARIABLE, "much")
+    with pytest.raises(InputError, match="LFDM_CACHE_SIZE is 'much', expected a size such as 4GB"):
+        user_compiled_cache()
+    monkeypatch.delenv(SIZE_VARIABLE)
+    monkeypatch.setattr("lfdm_export.engines.openvino_cache.user_cache", lambda: None)
+    assert user_compiled_cache() is None
+
+
+def test_a_bundle_is_left_as_it_is(small_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def files() -> list[str]:
+        return sorted(str(path.relative_to(small_bundle.path)) for path in small_bundle.path.rglob("*"))
+
+    before = files()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(SIZE_VARIABLE, raising=False)
+    feeds = drawn(small_bundle, "encode", 1)
+    load_engine(small_bundle, "encode", "openvino", threads=1).run(feeds)
+    assert files() == before
+    (entry,) = (tmp_path / "lfdm-export" / "openvino").iterdir()
+    assert entry.name.startswith("encode-1-")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import http.server
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +24,14 @@ from lfdm_export.cli import serve_main
 from lfdm_export.errors import InputError
 from lfdm_export.serving import server_files
 from lfdm_export.serving.contract import STREAM_INPUTS, preview_indices
+from lfdm_export.serving.control import Control
 from lfdm_export.serving.requests import Limits, image_file, parse_priority, parse_request
+from lfdm_export.serving.run_folder import run_folder
 from lfdm_export.serving.server_files import ServerFiles, ServerFilesError, find_server, install_server
 from lfdm_export.serving.settings import BUNDLE_VARIABLE, ServingSettings
 from lfdm_export.serving.supervisor import ServerOptions
 from lfdm_export.serving.watchdog import live_stubs, remove_shared_memory
-from tests.fake_bundle import write_fake_bundle
+from tests.fake_bundle import fake_manifest, write_fake_bundle
 
 JPEG = b"\xff\xd8\xff\xe0 a picture"
 
@@ -319,7 +326,8 @@ def test_a_server_that_does_not_start_is_quoted(nothing_there: Path, capsys: pyt
     bundle = write_fake_bundle(nothing_there / "bundle")
     program = fake_program(nothing_there / "tritonserver")
     program.write_text("#!/bin/sh\necho 'error: no such backend'\nexit 1\n")
-    assert serve_main([str(bundle.path), "--tritonserver", str(program), "--http-port", "0"]) == 1
+    ports = ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
+    assert serve_main([str(bundle.path), "--tritonserver", str(program), *ports]) == 1
     assert "tritonserver did not start: error: no such backend" in capsys.readouterr().err
 
 
@@ -327,3 +335,195 @@ def test_a_server_that_does_not_start_is_quoted(nothing_there: Path, capsys: pyt
 def test_options_out_of_range_are_refused(options: dict[str, Any]):
     with pytest.raises(InputError, match=next(iter(options))):
         ServerOptions(**options)
+
+
+# --- Before anything is loaded --------------------------------------------------------------------
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """A socket of this process that listens on a port of 127.0.0.1."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        yield held
+
+
+@pytest.mark.parametrize("name", ["grpc", "http", "metrics"])
+def test_a_port_that_is_taken_is_told_of_at_once(
+    name: str, listener: socket.socket, nothing_there: Path, capsys: pytest.CaptureFixture[str]
+):
+    port, bundle = listener.getsockname()[1], write_fake_bundle(nothing_there / "bundle")
+    program = fake_program(nothing_there / "tritonserver")
+    program.write_text(f"#!/bin/sh\ntouch {nothing_there}/started\nexit 1\n")
+    ports = [f"--{other}-port={port if other == name else 0}" for other in ("grpc", "http", "metrics")]
+    assert serve_main([str(bundle.path), "--tritonserver", str(program), *ports]) == 1
+    message = capsys.readouterr().err
+    assert f"the port {port} of --{name}-port is taken by " in message
+    if sys.platform == "linux":
+        assert f"(process {os.getpid()})" in message
+    assert not (nothing_there / "started").exists()
+
+
+def test_free_ports_are_found_and_differ(listener: socket.socket):
+    found = ServerOptions(http_port=0, grpc_port=0, metrics_port=0).with_ports()
+    ports = {found.http_port, found.grpc_port, found.metrics_port}
+    assert len(ports) == 3
+    assert 0 not in ports
+    assert found.with_ports() == found  # what is given is kept
+    with pytest.raises(InputError, match="as is another port"):
+        ServerOptions(http_port=found.http_port, grpc_port=found.http_port, metrics_port=0).with_ports()
+
+
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [("192.0.2.1", "192.0.2.1 is no address of this machine"), ("no such host", "'no such host' is no address")],
+)
+def test_a_host_that_is_another_machine(host: str, message: str):
+    with pytest.raises(InputError, match=message):
+        ServerOptions(host=host, http_port=0, grpc_port=0, metrics_port=0).with_ports()
+
+
+def test_a_server_that_lacks_only_the_models_environment(
+    fake_pip: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+):
+    install_server()
+    monkeypatch.setattr(server_files, "_package_folders", lambda: ("/another/environment",))
+    with pytest.raises(ServerFilesError, match=r"has no environment for .* make it with lfdm-serve --install-server"):
+        find_server()
+    count = len(fake_pip)
+    install_server()
+    assert [call[0] for call in fake_pip[count:]] == ["install"]  # the server itself is not fetched again
+
+
+def test_a_user_without_a_home(nothing_there: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(server_files.HOME_VARIABLE)
+    monkeypatch.setattr(server_files, "user_cache", lambda: None)
+    with pytest.raises(
+        ServerFilesError, match="no home folder to keep a server in; name a folder with LFDM_SERVER_HOME"
+    ):
+        find_server()
+
+
+@pytest.mark.parametrize("missing", ["tokenizers", "onnxruntime"])
+def test_packages_are_looked_for_before_the_server_is_started(tmp_path: Path, missing: str):
+    """A bundle with free text is served without its tokenizer, and nothing without an engine."""
+    bundle = write_fake_bundle(tmp_path / "bundle", fake_manifest(with_text=True))
+    program = fake_program(tmp_path / "tritonserver")
+    program.write_text("#!/bin/sh\necho 'error: started'\nexit 1\n")
+    code = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {missing!r}: raise ModuleNotFoundError(name, name=name)\n"
+        "import importlib.util as util; find = util.find_spec\n"
+        f"util.find_spec = lambda name, *rest: None if name == {missing!r} else find(name, *rest)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "from lfdm_export.cli import serve_main\n"
+        f"sys.exit(serve_main([{str(bundle.path)!r}, '--tritonserver', {str(program)!r}, '--target', 'onnxruntime',\n"
+        "    '--http-port=0', '--grpc-port=0', '--metrics-port=0']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    if missing == "tokenizers":
+        assert "free text is refused" in done.stderr
+        assert "pip install 'lfdm-export[serve]'" in done.stderr
+        assert "did not start: error: started" in done.stderr
+    else:
+        assert "onnxruntime not installed: pip install 'lfdm-export[run]'" in done.stderr
+        assert "started" not in done.stderr
+
+
+# --- The folder of a running server ---------------------------------------------------------------
+
+
+def test_folders_of_killed_servers_are_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = (
+        f"import sys, tempfile; tempfile.tempdir = {str(tmp_path)!r}\n"
+        "from lfdm_export.serving.run_folder import run_folder\n"
+        "with run_folder() as folder:\n"
+        "    (folder / 'repository').mkdir(); print(folder, flush=True); sys.stdin.read()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    other = Path(process.stdout.readline().strip())
+    foreign = tmp_path / "lfdm-serve-of-something-else"
+    foreign.mkdir()
+    with run_folder() as folder:
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert other.is_dir(), "it is in use"
+    assert not folder.exists()
+    process.kill()
+    process.communicate()
+    assert (other / "repository").is_dir()
+    with run_folder():
+        assert not other.exists()
+    assert [path.name for path in tmp_path.iterdir()] == [foreign.name]
+
+
+# --- Behind a proxy -------------------------------------------------------------------------------
+
+
+def test_the_own_server_is_never_asked_through_a_proxy(monkeypatch: pytest.MonkeyPatch):
+    class Ready(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr("urllib.request._opener", None)
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            assert Control(f"http://127.0.0.1:{server.server_port}", "key").ready()
+        finally:
+            server.shutdown()
+
+
+# --- A server without the tokenizer ---------------------------------------------------------------
+
+
+def test_labels_are_served_where_text_cannot_be_tokenized():
+    """The models import Triton's own module, which is only there inside the server: a process of its own stands in."""
+    code = (
+        "import sys, types, numpy as np\n"
+        "from unittest.mock import MagicMock\n"
+        "sys.modules['triton_python_backend_utils'] = MagicMock()\n"
+        "sys.modules['tokenizers'] = None\n"
+        "import importlib.util as util; find = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name == 'tokenizers' else find(name, *rest)\n"
+        "from lfdm_export.errors import InputError\n"
+        "from lfdm_export.pipeline import Pipeline\n"
+        "from lfdm_export.serving.interfaces import interfaces\n"
+        "from lfdm_export.serving.models.condition import conditions, warm_up_text\n"
+        "from lfdm_export.serving.models.stub import Loaded\n"
+        "from lfdm_export.serving.settings import ServingSettings\n"
+        "from pathlib import Path\n"
+        "from tests.fake_bundle import fake_manifest, write_fake_bundle\n"
+        "pipeline = Pipeline(write_fake_bundle(Path(sys.argv[1]), fake_manifest(with_text=True)), threads=1)\n"
+        "loaded = Loaded(ServingSettings(), {}, pipeline, None)\n"
+        "warm_up_text(loaded)\n"
+        "say = lambda name, value: {name: np.array([value.encode()], np.object_)}\n"
+        "label = pipeline.bundle.labels[0]\n"
+        "assert (conditions(say('label', label), loaded).embedding == pipeline.bundle.embedding(label)).all()\n"
+        "try:\n    conditions(say('text', 'a person waves'), loaded)\n"
+        "except InputError as error:\n    print(error)\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(Path(folder) / "bundle")],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=Path(__file__).parents[1],
+        )
+    assert done.returncode == 0, done.stderr
+    assert "this server takes no free text, for it has no tokenizers; give one of its labels (" in done.stdout

@@ -30,7 +30,8 @@ from lfdm_export.bundle import Bundle
 from lfdm_export.clip import Clip
 from lfdm_export.preprocess import prepare_image, read_image
 from lfdm_export.serving.contract import CLIP_MODEL, SAMPLE_MODEL, STREAM_MODEL, preview_indices
-from tests.running_server import DEADLINE, RunningServer, inputs_of, json_input
+from lfdm_export.serving.control import open_directly
+from tests.running_server import DEADLINE, DIRECT, RunningServer, inputs_of, json_input
 
 PHOTO = Path(__file__).parent / "data" / "astronaut.jpg"
 JPEG = PHOTO.read_bytes()
@@ -150,7 +151,7 @@ def test_http_with_binary_data(triton_server: RunningServer, clip: Clip):
         head + photo,
         {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"},
     )
-    with urllib.request.urlopen(request, timeout=DEADLINE) as answer:
+    with open_directly(request, DEADLINE) as answer:
         content, length = answer.read(), int(answer.headers["Inference-Header-Content-Length"])
     (output,) = json.loads(content[:length])["outputs"]
     assert_same_pictures(np.frombuffer(content[length:], np.uint8).reshape(output["shape"]), clip.frames[0])
@@ -158,7 +159,7 @@ def test_http_with_binary_data(triton_server: RunningServer, clip: Clip):
 
 def test_asyncio(triton_server: RunningServer, clip: Clip):
     async def ask() -> list[np.ndarray]:
-        async with triton_aio.InferenceServerClient(triton_server.grpc) as client:
+        async with triton_aio.InferenceServerClient(triton_server.grpc, channel_args=DIRECT) as client:
             asked = [triton.InferRequestedOutput("frames")]
             calls = [
                 client.infer(CLIP_MODEL, inputs_of(REQUEST), outputs=asked, client_timeout=DEADLINE) for _ in range(3)
@@ -323,7 +324,7 @@ def test_only_who_started_the_server_may_unload_models(triton_server: RunningSer
         client.unload_model(CLIP_MODEL)
     request = urllib.request.Request(f"{triton_server.http}/v2/repository/models/{CLIP_MODEL}/unload", b"{}")
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=DEADLINE)
+        open_directly(request, DEADLINE)
     assert refused.value.code == 403
     assert client.is_model_ready(CLIP_MODEL)
 

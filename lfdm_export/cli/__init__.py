@@ -4,11 +4,15 @@
 its tolerance; 130: interrupted (128 and the number of any signal that ends it: 143, 129).
 """
 
-from lfdm_export.cli.export import export_main
-from lfdm_export.cli.generate import generate_main
-from lfdm_export.cli.info import info_main
-from lfdm_export.cli.serve import serve_main
-from lfdm_export.cli.train import train_main
-from lfdm_export.cli.verify import verify_main
+from lfdm_export.machine import limit_math_threads
+
+limit_math_threads()  # NumPy's and PyTorch's libraries count their threads when they are loaded, which is below
+
+from lfdm_export.cli.export import export_main  # noqa: E402
+from lfdm_export.cli.generate import generate_main  # noqa: E402
+from lfdm_export.cli.info import info_main  # noqa: E402
+from lfdm_export.cli.serve import serve_main  # noqa: E402
+from lfdm_export.cli.train import train_main  # noqa: E402
+from lfdm_export.cli.verify import verify_main  # noqa: E402
 
 __all__ = ["export_main", "generate_main", "info_main", "serve_main", "train_main", "verify_main"]

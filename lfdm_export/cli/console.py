@@ -14,6 +14,7 @@ from rich.segment import Segment
 
 from lfdm_export import __version__
 from lfdm_export.cli.ending import Stopped, is_stdout, orderly
+from lfdm_export.dependencies import missing_dependency
 from lfdm_export.errors import LfdmExportError, ParityError
 from lfdm_export.files.names import visible
 from lfdm_models.command_line import Parser
@@ -57,10 +58,16 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     common.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
 
-def run(program: str, args: argparse.Namespace, command: Callable[[], int]) -> int:
+def run(program: str, args: argparse.Namespace, command: Callable[[], int], *, extra: str = "run") -> int:
     """Run a command's body; turn whatever it raises into a line on stderr and an exit status.
 
     A signal that ends it gives 128 and its number.
+
+    Args:
+        program: name of the command.
+        args: its options; `debug` counts.
+        command: the body; gives the exit status.
+        extra: the project's extra that is meant for this command, named where a package is missing.
 
     Raises:
         BaseException: whatever the body raised, with ``--debug``.
@@ -81,6 +88,8 @@ def run(program: str, args: argparse.Namespace, command: Callable[[], int]) -> i
         except Exception as error:
             if args.debug:
                 raise
+            if isinstance(error, ModuleNotFoundError) and not isinstance(error, LfdmExportError):
+                error = missing_dependency(error, program, extra) or error
             complain(program, "error: " + describe_error(error))
             return PARITY_FAILED if isinstance(error, ParityError) else FAILED
         finally:

@@ -38,7 +38,7 @@ def export_main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     check_model_options(parser, args)
     check_plan_options(parser, args)
-    return run(PROGRAM, args, lambda: _export(args) if args.plans is None else _make_plans(args))
+    return run(PROGRAM, args, lambda: _export(args) if args.plans is None else _make_plans(args), extra="export")
 
 
 def _parser() -> argparse.ArgumentParser:

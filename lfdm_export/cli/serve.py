@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
+import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from lfdm_export.cli.console import OK, add_common_options, make_parser, run, say
 from lfdm_export.cli.ending import orderly
-from lfdm_export.engines.onnxruntime import DEVICES
+from lfdm_export.engines.onnxruntime import DEVICES, Device
 from lfdm_export.errors import InputError
 from lfdm_export.files.names import user_name
 from lfdm_export.serving.order import POLICIES, Policy
 from lfdm_export.serving.requests import Limits
+from lfdm_export.serving.run_folder import run_folder
 from lfdm_export.serving.server_files import SERVER_VARIABLE, find_server, install_server
 from lfdm_export.serving.settings import ServingSettings
 from lfdm_export.serving.supervisor import ServerOptions, TritonServer, wait_for_signal
 from lfdm_export.targets import AUTO, TARGETS
+from lfdm_export.tokenizer import tokenizer_installed
 
 if TYPE_CHECKING:
     from lfdm_export.bundle import Bundle
+
+logger = logging.getLogger(__name__)
 
 PROGRAM = "lfdm-serve"
 _EXAMPLES = """\
@@ -39,7 +42,7 @@ def serve_main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.bundle is None and not args.install_server:
         parser.error("give a bundle to serve, or --install-server")
-    return run(PROGRAM, args, lambda: _serve(args))
+    return run(PROGRAM, args, lambda: _serve(args), extra="serve")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -125,13 +128,31 @@ def _serve(args: argparse.Namespace) -> int:
     options, settings = _server_options(args), _settings(args)
     files = find_server(args.tritonserver)
     bundle = Bundle.open(args.bundle)
-    with tempfile.TemporaryDirectory(prefix="lfdm-serve-") as folder:
-        repository = write_repository(bundle, Path(folder) / "repository", settings=settings, copy_bundle=False)
+    check_packages(bundle, settings)
+    options = options.with_ports()
+    with run_folder() as folder:
+        repository = write_repository(bundle, folder / "repository", settings=settings, copy_bundle=False)
         with TritonServer(files, repository, options) as server:
             _announce(args, bundle, server)
             wait_for_signal(server)
             say(args, "stopping: requests in flight are finished")
     return OK
+
+
+def check_packages(bundle: Bundle, settings: ServingSettings) -> None:
+    """What the models would find missing only after they were started, each in a traceback of its own.
+
+    Raises:
+        EngineError: nothing here runs the bundle, or not what the settings ask for.
+    """
+    from lfdm_export.stage_runner import StageRunner
+
+    _ = StageRunner(bundle, device=cast(Device, settings.device), target=settings.target).choice
+    if bundle.manifest.has_text and not tokenizer_installed():
+        logger.warning(
+            "free text is refused, labels and embeddings are served: the package 'tokenizers' is not installed; "
+            "install it with: pip install 'lfdm-export[serve]'"
+        )
 
 
 def _announce(args: argparse.Namespace, bundle: Bundle, server: TritonServer) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lfdm_export.cli.console import OK, Bars, add_common_options, complain, make_parser, run, say
 from lfdm_export.cli.ending import orderly
-from lfdm_export.errors import InputError, LfdmExportError, MissingDependencyError
+from lfdm_export.errors import InputError, LfdmExportError
 from lfdm_export.files.atomic import rehearse
 from lfdm_export.files.names import user_path
 
@@ -61,13 +60,10 @@ def evaluate_main(argv: Sequence[str]) -> int:
     parser.add_argument("-o", "--out", metavar="DIR", help="folder of the report (BUNDLE/evaluation)")
     add_common_options(parser)
     args = parser.parse_args(argv)
-    return run(PROGRAM, args, lambda: _evaluate(args))
+    return run(PROGRAM, args, lambda: _evaluate(args), extra="train")
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    for package in ("torch", "safetensors"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingDependencyError(package, "evaluation", "train")
     import torch
 
     from lfdm_export.evaluate import evaluate_bundle, require_drawn_characters

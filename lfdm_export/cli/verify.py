@@ -55,7 +55,7 @@ def verify_main(argv: Sequence[str] | None = None) -> int:
     add_common_options(parser)
     args = parser.parse_args(argv)
     check_model_options(parser, args)
-    return run(PROGRAM, args, lambda: _verify(args))
+    return run(PROGRAM, args, lambda: _verify(args), extra="export" if args.lfae or args.model else "run")
 
 
 def _verify(args: argparse.Namespace) -> int:

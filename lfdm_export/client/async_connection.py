@@ -51,7 +51,7 @@ class AsyncConnection:
         if self._stub is None:
             from grpc import aio
 
-            options = self.settings.channel_options()
+            options = self.settings.channel_options(self.address)
             if self._credentials is None:
                 self._channel = aio.insecure_channel(self.address, options)
             else:

@@ -98,11 +98,12 @@ class Connection:
         self.address, self.settings = settings.check_address(address), settings
         self.calls = Calls(self.address, settings)
         self.grpc, (_, stubs) = import_grpc(), import_protocol()
+        options = settings.channel_options(self.address)
         if settings.tls is None:
-            self._channel = self.grpc.insecure_channel(self.address, settings.channel_options())
+            self._channel = self.grpc.insecure_channel(self.address, options)
         else:
             credentials = settings.tls.credentials()
-            self._channel = self.grpc.secure_channel(self.address, credentials, settings.channel_options())
+            self._channel = self.grpc.secure_channel(self.address, credentials, options)
         self.stub = stubs.GRPCInferenceServiceStub(self._channel)
         self._lock = threading.Lock()
         self._flights: set[Flight] = set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -166,8 +167,12 @@ class Settings:
         kinds = import_grpc().Compression
         return {None: kinds.NoCompression, "gzip": kinds.Gzip, "deflate": kinds.Deflate}[self.compression]
 
-    def channel_options(self) -> list[tuple[str, Any]]:
-        """What gRPC channels are opened with."""
+    def channel_options(self, address: str) -> list[tuple[str, Any]]:
+        """What gRPC channels are opened with.
+
+        Args:
+            address: of the server, HOST:PORT.
+        """
         options: list[tuple[str, Any]] = [
             ("grpc.max_send_message_length", self.max_message_bytes),
             ("grpc.max_receive_message_length", self.max_message_bytes),
@@ -175,6 +180,8 @@ class Settings:
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 2000),
         ]
+        if not uses_proxy(address):
+            options.append(("grpc.enable_http_proxy", 0))
         if self.keepalive is not None:
             options += [
                 ("grpc.keepalive_time_ms", round(self.keepalive * 1000)),
@@ -204,6 +211,19 @@ class Settings:
                 f"the token would travel to {host} in plain text; use TLS, or allow it where the network encrypts"
             )
         return address
+
+
+def uses_proxy(address: str) -> bool:
+    """Whether a connection may go through the proxy that the environment names.
+
+    Never to this machine itself, and not to what NO_PROXY or no_proxy lists by name, domain or HOST:PORT; gRPC, which
+    reads no_proxy alone, also knows ranges of addresses there.
+
+    Args:
+        address: HOST:PORT.
+    """
+    host = address.rpartition(":")[0].strip("[]")
+    return not (_is_loopback(host) or urllib.request.proxy_bypass(host) or urllib.request.proxy_bypass(address))
 
 
 def token_from_environment(name: str) -> str:
@@ -256,6 +276,9 @@ def _pem(path: str | os.PathLike[str]) -> bytes:
 
 def _is_loopback(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        address = ipaddress.ip_address(host.strip("[]"))
     except ValueError:
-        return host == "localhost"
+        name = host.rstrip(".").lower()  # Source: RFC 6761, 6.3
+        return name == "localhost" or name.endswith(".localhost")
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback

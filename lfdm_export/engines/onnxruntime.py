@@ -12,6 +12,7 @@ import numpy as np
 from lfdm_export.engines.feeds import Array, check_feeds, check_outputs
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.files.names import require_utf8
+from lfdm_export.machine import available_cores
 from lfdm_export.stages import StageSpec, TensorSpec
 
 Device = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
@@ -51,19 +52,17 @@ class OnnxRuntimeEngine:
         Args:
             path: the .onnx file; external data lies beside it.
             spec: the stage that it is meant to be.
-            threads: threads of one run; None takes all cores.
+            threads: threads of one run; None takes every core that this process may use.
             device: "cpu", "cuda", or an execution provider on it, "tensorrt" or "tensorrt-rtx".
-            allow_spinning: let idle threads wait busily, which is faster as long as this engine
-                alone uses the cores.
+            allow_spinning: let idle threads wait busily, which is faster as long as this engine alone uses the
+                cores; threads that outnumber the cores never do.
 
         Raises:
             EngineError: the file cannot be loaded, is another stage, or the device cannot be had.
             MissingDependencyError: onnxruntime is not installed.
         """
         self.path, self.spec = Path(path), spec
-        if threads is not None and threads < 1:
-            raise EngineError(f"threads is {threads}, expected 1 or more, or None for all cores")
-        self._session = _load(self.path, _options(threads, allow_spinning), _providers(device))
+        self._session = open_session(self.path, threads=threads, device=device, allow_spinning=allow_spinning)
         _check_interface(self.path, spec, "inputs", spec.inputs, self._session.get_inputs())
         _check_interface(self.path, spec, "outputs", spec.outputs, self._session.get_outputs())
 
@@ -91,7 +90,20 @@ class OnnxRuntimeEngine:
         return outputs
 
 
-def _options(threads: int | None, allow_spinning: bool) -> Any:
+def open_session(path: Path, *, threads: int | None = None, device: Device = "cpu", allow_spinning: bool = True) -> Any:
+    """An `onnxruntime.InferenceSession` as every graph of a bundle is run; for the arguments see `OnnxRuntimeEngine`.
+
+    Raises:
+        EngineError: the file cannot be loaded, or the device is not available.
+        MissingDependencyError: onnxruntime is not installed.
+    """
+    if threads is not None and threads < 1:
+        raise EngineError(f"threads is {threads}, expected 1 or more, or None for all cores")
+    options = _options(available_cores() if threads is None else threads, allow_spinning)
+    return _load(path, options, _providers(device))
+
+
+def _options(threads: int, allow_spinning: bool) -> Any:
     ort = _onnxruntime()
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -99,9 +111,10 @@ def _options(threads: int | None, allow_spinning: bool) -> Any:
     options.enable_mem_pattern = False
     options.inter_op_num_threads = 1
     options.log_severity_level = _ERRORS_ONLY
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if allow_spinning else "0")
+    # Left to itself it counts the machine's processors, and pins its threads to them whether they are allowed or not.
+    options.intra_op_num_threads = threads
+    spins = allow_spinning and threads <= available_cores()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spins else "0")
     # Else its idle threads would go on waiting busily while the next stage's engine runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # It drops a Relu before a float8 QuantizeLinear as if that had no negative values (1.32).

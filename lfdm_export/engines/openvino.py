@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from lfdm_export.engines.feeds import Array, check_feeds, check_outputs
 from lfdm_export.engines.openvino_cache import CompiledCache, cache_key
 from lfdm_export.errors import EngineError, MissingDependencyError
+from lfdm_export.machine import available_cores
 from lfdm_export.stages import BATCH, StageSpec, TensorSpec
+from lfdm_export.telemetry import import_openvino
 
 # What the plugin computes in where the graph says float32. A graph of fp16 says by itself what is rounded.
 _HINTS: Mapping[str, str] = {"fp32": "f32", "tf32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "bf16"}
@@ -42,20 +44,20 @@ class OpenVinoEngine:
         *,
         threads: int | None = None,
         precision: str = "fp32",
-        cache: str | os.PathLike[str] | None = None,
+        cache: CompiledCache | None = None,
     ) -> None:
         """Load a graph and compare its interface with the stage's.
 
         Args:
             path: the .onnx file; external data lies beside it.
             spec: the stage that it is meant to be.
-            threads: threads of one run; None takes all cores.
+            threads: threads of one run; None takes every core that this process may use.
             precision: "fp32", "tf32" and "fp16" compute in float32 what the graph leaves open; "bf16" lets the
                 plugin compute in bf16 wherever that is faster, but for the update of the sampler, the sampling
                 coordinates and what follows the last convolution; "int8" does the same with what an int8 graph
                 does not quantise, where the processor has bf16.
-            cache: folder for what was compiled; it is read only where graph, weights, versions, processor and
-                options are the same. None compiles anew each time.
+            cache: of what was compiled, read only where graph, weights, versions, processor and options are the
+                same. None compiles anew each time.
 
         Raises:
             EngineError: the file cannot be loaded, is another stage, or the processor has not got the precision.
@@ -65,12 +67,12 @@ class OpenVinoEngine:
         if threads is not None and threads < 1:
             raise EngineError(f"threads is {threads}, expected 1 or more, or None for all cores")
         self._core = shared_core()
-        self._options = _options(self._core, threads, precision)
+        self._options = _options(self._core, available_cores() if threads is None else threads, precision)
         if not self.path.is_file():
             raise EngineError(f"there is no graph at {self.path}; export again")
         self._graph, self._weights, self._identity = _graph_and_weights(self.path, spec)
         self._used = {name for port in self._model(batch=None).inputs for name in port.get_names()}
-        self._cache = None if cache is None else CompiledCache(Path(cache))
+        self._cache = cache
         self._requests: dict[int | None, Any] = {}
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -149,7 +151,7 @@ def keep_coordinates(model: Any) -> None:
         model.add_outputs(list(grids.values()))
 
 
-def _options(core: Any, threads: int | None, precision: str) -> dict[str, Any]:
+def _options(core: Any, threads: int, precision: str) -> dict[str, Any]:
     if precision not in _HINTS:
         raise EngineError(f"unknown precision {precision!r} for OpenVINO; expected one of {', '.join(_HINTS)}")
     hint = _HINTS[precision]
@@ -158,8 +160,12 @@ def _options(core: Any, threads: int | None, precision: str) -> dict[str, Any]:
             raise EngineError("this processor has no bf16 for OpenVINO (AVX-512 BF16 or AMX); export fp32 and use that")
         hint = "f32"
     # Pinned threads would fight for their cores with those of the other stages' engines.
-    options = {"INFERENCE_PRECISION_HINT": hint, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
-    return options if threads is None else {**options, "INFERENCE_NUM_THREADS": threads}
+    return {
+        "INFERENCE_PRECISION_HINT": hint,
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,
+    }
 
 
 def _graph_and_weights(path: Path, spec: StageSpec) -> tuple[bytes, dict[str, NDArray[np.uint8]], bytes]:
@@ -247,10 +253,9 @@ def shared_core() -> Any:
         MissingDependencyError: OpenVINO is not installed.
     """
     try:
-        import openvino
+        return import_openvino().Core()
     except ImportError as error:
         raise MissingDependencyError("openvino", "running a bundle with OpenVINO", "openvino") from error
-    return openvino.Core()
 
 
 def _one_line(error: Exception) -> str:

@@ -6,6 +6,8 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from http.client import HTTPResponse
 from typing import Any
 
 from lfdm_export.errors import ServerError
@@ -14,6 +16,24 @@ from lfdm_export.errors import ServerError
 ADMIN_HEADER = "lfdm-admin"
 #: What only who started the server may use: everybody else could unload models, or read any shared memory.
 PROTECTED = ("model-repository", "shared-memory", "trace", "logging")
+
+
+# The server is on this machine, whatever a proxy in the environment is for: one would refuse, or hold the key.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def open_directly(request: str | urllib.request.Request, timeout: float) -> AbstractContextManager[HTTPResponse]:
+    """`urllib.request.urlopen`, for servers of this machine: never through a proxy.
+
+    Args:
+        request: an address, or a whole request.
+        timeout: seconds.
+
+    Raises:
+        OSError: it does not answer, or with an error (`urllib.error.HTTPError`).
+    """
+    answer: HTTPResponse = _DIRECT.open(request, timeout=timeout)
+    return answer
 
 
 class Control:
@@ -74,7 +94,7 @@ class Control:
             model: its label.
         """
         try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
+            with open_directly(url, 5) as answer:
                 lines = answer.read().decode("utf-8", "replace").splitlines()
         except OSError:
             return None
@@ -84,7 +104,7 @@ class Control:
 
     def _answers(self, path: str) -> bool:
         try:
-            with urllib.request.urlopen(f"{self._url}/{path}", timeout=5) as answer:
+            with open_directly(f"{self._url}/{path}", 5) as answer:
                 return bool(answer.status == 200)
         except OSError:
             return False
@@ -94,7 +114,7 @@ class Control:
             f"{self._url}/{path}", json.dumps(body).encode(), {ADMIN_HEADER: self._key}, method="POST"
         )
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
+            with open_directly(request, timeout) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             raise ServerError(_reason(error.read()) or str(error)) from error

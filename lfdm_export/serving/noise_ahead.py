@@ -6,9 +6,9 @@ takes one: nothing beside a step on a CPU, but as long as the step itself on a G
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from lfdm_export.machine import available_cores
 from lfdm_export.noise import noise_for
 from lfdm_export.serving.jobs import Float32
 
@@ -25,7 +25,7 @@ class NoiseAhead:
             shape: (3, T, h, w) of one sample.
         """
         self._shape = shape
-        threads = max(1, min(_MOST_THREADS, (os.cpu_count() or 1) - 1))
+        threads = max(1, min(_MOST_THREADS, available_cores() - 1))
         self._pool = ThreadPoolExecutor(threads, "lfdm-noise")
 
     def begin(self, seed: int, step: int) -> Future[Float32]:

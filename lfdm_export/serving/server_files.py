@@ -29,6 +29,7 @@ from lfdm_export.files.atomic import temporary_folder
 from lfdm_export.files.digests import sha256_and_size
 from lfdm_export.files.folders import publish
 from lfdm_export.files.names import user_path
+from lfdm_export.machine import CACHE_NAME, user_cache
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +79,20 @@ class ServerFiles:
 
 
 def server_home() -> Path:
-    """The user's folder for unpacked servers."""
+    """The user's folder for unpacked servers.
+
+    Raises:
+        ServerFilesError: this user has none, and no variable names one.
+    """
     if said := os.environ.get(HOME_VARIABLE):
         return user_path(said)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lfdm-export"
+    cache = user_cache()
+    if cache is None:
+        raise ServerFilesError(
+            f"this user has no home folder to keep a server in; name a folder with {HOME_VARIABLE}, or a server with "
+            f"--tritonserver or {SERVER_VARIABLE}"
+        )
+    return cache / CACHE_NAME
 
 
 def find_server(said: str | os.PathLike[str] | None = None) -> ServerFiles:
@@ -129,10 +140,15 @@ def _foreign(binary: Path) -> ServerFiles:
 
 def _installed() -> ServerFiles:
     folder, environment = _server_folder(), _models_environment()
-    if not folder.is_dir() or not environment.is_dir():
+    if not folder.is_dir():
         raise ServerFilesError(
             f"no tritonserver was found: none on PATH, none in {server_home()}; get it with {_INSTALL} (55 MB, through "
             f"pip), or name one with --tritonserver or {SERVER_VARIABLE}"
+        )
+    if not environment.is_dir():
+        raise ServerFilesError(
+            f"the server in {folder} has no environment for the packages of this Python ({sys.executable}) yet; "
+            f"make it with {_INSTALL}, which fetches NumPy {NUMPY_VERSION} through pip and leaves the server as it is"
         )
     server = folder / "pytriton" / "tritonserver"
     libraries = (folder / "nvidia_pytriton.libs", Path(sysconfig.get_config_var("LIBDIR") or sys.base_prefix))

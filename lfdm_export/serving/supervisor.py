@@ -7,7 +7,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from types import TracebackType
 from lfdm_export.errors import InputError, ServerError
 from lfdm_export.serving.contract import CLIP_MODEL, IN_FLIGHT, METRICS_INTERVAL, STREAM_MODEL
 from lfdm_export.serving.control import ADMIN_HEADER, PROTECTED, Control
+from lfdm_export.serving.ports import check_ports
 from lfdm_export.serving.server_files import ServerFiles
 from lfdm_export.serving.watchdog import Watchdog, live_stubs, remove_shared_memory
 
@@ -78,13 +78,15 @@ class ServerOptions:
                 raise InputError(f"{name} is {getattr(self, name)}, expected {least} or more")
 
     def with_ports(self) -> ServerOptions:
-        """The same with free ports in place of 0."""
-        return replace(
-            self,
-            http_port=self.http_port or _free_port(self.host),
-            grpc_port=self.grpc_port or _free_port(self.host),
-            metrics_port=self.metrics_port or _free_port(self.host),
-        )
+        """The same with free ports in place of 0.
+
+        Raises:
+            InputError: a port is taken, or the host is no address of this machine.
+        """
+        names = ("http_port", "grpc_port", "metrics_port")
+        options = {name: f"--{name.replace('_', '-')}" for name in names}
+        ports = check_ports(self.host, {option: getattr(self, name) for name, option in options.items()})
+        return replace(self, **{name: ports[option] for name, option in options.items()})
 
 
 class TritonServer:
@@ -105,6 +107,7 @@ class TritonServer:
             options: how.
 
         Raises:
+            InputError: a port is taken, or the host is no address of this machine.
             ServerError: it does not become ready; the message has what it said last.
         """
         self.options = options.with_ports()
@@ -320,13 +323,6 @@ def _die_with_parent() -> None:
     """In the new process: be told to end when lfdm-serve is gone, however it went (Linux's PR_SET_PDEATHSIG)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as listener:
-        listener.bind((host, 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def _reachable(host: str) -> str:

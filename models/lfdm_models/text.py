@@ -50,6 +50,8 @@ class BertTextEncoder(nn.Module):
         Raises:
             TextEncoderError: transformers is not installed, or the files cannot be had.
         """
+        # As `lfdm_export.telemetry` does, for programs that use this package alone.
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         try:
             from transformers import AutoModel, AutoTokenizer
             from transformers.utils import logging as transformers_logging

@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.conditions import embedding_rows
-from lfdm_export.errors import InputError
+from lfdm_export.errors import InputError, MissingDependencyError
 from lfdm_export.manifest import TEXT_STAGE
 from lfdm_export.preprocess import to_float
 from lfdm_export.sampler_tables import SamplerTable
 from lfdm_export.serving.contract import Array
 from lfdm_export.serving.models.stub import Loaded, answer_each, load
 from lfdm_export.serving.requests import parse_condition, parse_sampling
+from lfdm_export.tokenizer import tokenizer_installed
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ def conditions(tensors: Mapping[str, Array], loaded: Loaded) -> Conditions:
     if given.label is not None:
         embedding = pipeline.bundle.embedding(given.label)
     elif given.text is not None:
-        embedding = pipeline.embed_text([given.text])[0]
+        embedding = _embedded(given.text, loaded)
     else:
         assert given.text_embedding is not None  # one of the three is there
         embedding = embedding_rows(given.text_embedding, pipeline.bundle.manifest.geometry.text_width)[0]
@@ -62,9 +63,20 @@ def conditions(tensors: Mapping[str, Array], loaded: Loaded) -> Conditions:
     return Conditions(embedding, table, scale, asked.seed)
 
 
+def _embedded(text: str, loaded: Loaded) -> NDArray[np.float32]:
+    try:
+        return loaded.pipeline.embed_text([text])[0]
+    except MissingDependencyError as error:
+        labels = ", ".join(loaded.pipeline.bundle.labels) or "none"
+        raise InputError(
+            f"this server takes no free text, for it has no {error.package}; give one of its labels ({labels}) or a "
+            "text embedding"
+        ) from error
+
+
 def warm_up_text(loaded: Loaded) -> None:
-    """Load the text encoder, if the bundle has one, and run it once."""
-    if TEXT_STAGE in loaded.pipeline.bundle.stages:
+    """Load the text encoder and run it once, if the bundle has one and text can be tokenized here."""
+    if TEXT_STAGE in loaded.pipeline.bundle.stages and tokenizer_installed():
         loaded.pipeline.embed_text(["warm-up"])
 
 

@@ -282,6 +282,11 @@ def _optimiser(args: argparse.Namespace, published: OptimiserSettings) -> Optimi
 
 
 def _describe(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"training needs the package {error.name!r}, which is not installed; "
+            "install it with: pip install 'lfdm-export[train]'"
+        )
     from lfdm_models.text import TextEncoderError
 
     if isinstance(error, TrainingError | TextEncoderError | ValueError):
