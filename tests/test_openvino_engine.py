@@ -21,6 +21,7 @@ from lfdm_export.errors import EngineError
 from lfdm_export.pipeline import Pipeline
 from lfdm_export.sampling import apply_step
 from lfdm_export.stages import StageSpec, TensorSpec
+from tests.closeness import assert_same_floats
 from tests.fake_bundle import SPECS, Feeds, fake_graph, feeds_for, predicted_noise, with_input
 
 DENOISE = SPECS["denoise"]
@@ -53,7 +54,7 @@ def test_views_are_fine_and_results_are_the_callers(engine: OpenVinoEngine):
     expected = engine.run({name: array[::-1].copy() for name, array in feeds.items()})
     found = engine.run(turned)["predicted_noise"]
     engine.run(feeds)  # must not write into what was given before
-    np.testing.assert_array_equal(found, expected["predicted_noise"])
+    assert_same_floats(found, expected["predicted_noise"])
 
 
 @pytest.mark.parametrize(
@@ -295,13 +296,13 @@ def test_the_cache_serves_exactly_what_it_was_made_of(path: Path, tmp_path: Path
     with monkeypatch.context() as patch:
         patch.setattr(openvino.Core, "compile_model", compile_model)
         found = OpenVinoEngine(path, DENOISE, threads=1, cache=folder).run(feeds)["predicted_noise"]
-        np.testing.assert_array_equal(found, expected)
+        assert_same_floats(found, expected)
         with pytest.raises(AssertionError):  # another thread count is another program
             OpenVinoEngine(path, DENOISE, threads=2, cache=folder).run(feeds)
     for damaged in (whole[:-1], whole[: len(whole) // 2], b"", b"{}\n"):
         entry.write_bytes(damaged)
         again = OpenVinoEngine(path, DENOISE, threads=1, cache=folder).run(feeds)["predicted_noise"]
-        np.testing.assert_array_equal(again, expected)
+        assert_same_floats(again, expected)
         assert [one.name for one in folder.iterdir()] == [entry.name]
         assert len(entry.read_bytes()) > len(damaged), "the damaged entry was not replaced"
 
