@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import runpy
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +18,32 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 
 
+#: What a user's shell, a CI system or a container may set, and what would change what programs do or print.
+FOREIGN = (
+    "COLUMNS", "FORCE_COLOR", "LINES", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "PYTHONDEVMODE",
+    "PYTHONFAULTHANDLER", "PYTHONWARNINGS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "WORLD_SIZE", "RANK",
+    "LOCAL_RANK", "LFDM_BUNDLE",
+)  # fmt: skip
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    # Before torch, rich and gRPC are imported, and inherited by the commands that tests start.
+    for name in FOREIGN:
+        os.environ.pop(name, None)
+    os.environ["TERM"] = "xterm-256color"
+    # Servers of tests are on this machine, where no proxy is to be asked.
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost", "127.0.0.1"]))
     # The small models of the ordinary tests run faster on one thread; the full-size chains want every core.
-    # Set before torch is imported, and inherited by the commands that tests start.
     if config.option.markexpr != "full":
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """A test's draws from torch's global state do not depend on the tests that ran before it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 #: Largest absolute errors against golden arrays, by what was compared; printed when the tests are done.
