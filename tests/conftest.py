@@ -12,12 +12,11 @@ import pytest
 
 if TYPE_CHECKING:
     from lfdm_export.bundle import Bundle
+    from lfdm_export.ops.cuda.host import HostKernels
     from lfdm_models.model import LfdmModel
     from tests.running_server import RunningServer
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
 #: What a user's shell, a CI system or a container may set, and what would change what programs do or print.
 FOREIGN = (
     "COLUMNS", "FORCE_COLOR", "LINES", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "PYTHONDEVMODE",
@@ -27,13 +26,10 @@ FOREIGN = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Before torch, rich and gRPC are imported, and inherited by the commands that tests start.
+    # Before torch and rich are imported, and inherited by the commands that tests start.
     for name in FOREIGN:
         os.environ.pop(name, None)
     os.environ["TERM"] = "xterm-256color"
-    # Servers of tests are on this machine, where no proxy is to be asked.
-    for name in ("no_proxy", "NO_PROXY"):
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost", "127.0.0.1"]))
     # The small models of the ordinary tests run faster on one thread; the full-size chains want every core.
     if config.option.markexpr != "full":
         os.environ["OMP_NUM_THREADS"] = "1"
@@ -99,8 +95,17 @@ def small_bundle(small_model: LfdmModel, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
+    """All kernels, built for the host."""
+    from lfdm_export.ops.cuda.host import HostKernels, build
+    from tests.kernel_arrays import KERNELS
+
+    return HostKernels(build(KERNELS, tmp_path_factory.mktemp("kernels") / "kernels.so"), KERNELS)
+
+
+@pytest.fixture(scope="session")
 def triton_server(small_bundle: Bundle) -> Iterator[RunningServer]:
-    """A real Triton server on the small bundle, for requests that leave it as it is."""
+    """A real Triton server on the small bundle, for requests that leave it as it is: one for all files of tests."""
     from lfdm_export.serving.server_files import install_server
     from tests.running_server import ServeCommand
 

@@ -31,9 +31,9 @@ STORAGE_TYPES = tuple(TORCH)
 HALF_ULP = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
-    return HostKernels(build(KERNELS, tmp_path_factory.mktemp("kernels") / "kernels.so"), KERNELS)
+@pytest.fixture
+def host(host_kernels: HostKernels) -> HostKernels:
+    return host_kernels
 
 
 # -- warp
