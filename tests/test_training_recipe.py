@@ -425,7 +425,9 @@ torch.save(kept[0].network.state_dict(), folder / ("rank" + os.environ["RANK"] +
 assert outcome.finished
 """
     # As under torchrun: the store at which they meet is the launcher's, on a port that it has already taken.
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )
     common = {
         **os.environ,
         "WORLD_SIZE": "2",
