@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import runpy
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,19 +12,36 @@ import pytest
 
 if TYPE_CHECKING:
     from lfdm_export.bundle import Bundle
+    from lfdm_export.ops.cuda.host import HostKernels
     from lfdm_models.model import LfdmModel
     from tests.running_server import RunningServer
 
 ROOT = Path(__file__).resolve().parents[1]
+#: What a user's shell, a CI system or a container may set, and what would change what programs do or print.
+FOREIGN = (
+    "COLUMNS", "FORCE_COLOR", "LINES", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "PYTHONDEVMODE",
+    "PYTHONFAULTHANDLER", "PYTHONWARNINGS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "WORLD_SIZE", "RANK",
+    "LOCAL_RANK", "LFDM_BUNDLE",
+)  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Before torch and rich are imported, and inherited by the commands that tests start.
+    for name in FOREIGN:
+        os.environ.pop(name, None)
+    os.environ["TERM"] = "xterm-256color"
     # The small models of the ordinary tests run faster on one thread; the full-size chains want every core.
-    # Set before torch is imported, and inherited by the commands that tests start.
     if config.option.markexpr != "full":
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ["OMP_NUM_THREADS"] = "1"
     # What tests compile is of no use to whoever runs them.
     os.environ.setdefault("LFDM_CACHE_SIZE", "0")
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """A test's draws from torch's global state do not depend on the tests that ran before it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 #: Largest absolute errors against golden arrays, by what was compared; printed when the tests are done.
@@ -79,8 +97,17 @@ def small_bundle(small_model: LfdmModel, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
+    """All kernels, built for the host."""
+    from lfdm_export.ops.cuda.host import HostKernels, build
+    from tests.kernel_arrays import KERNELS
+
+    return HostKernels(build(KERNELS, tmp_path_factory.mktemp("kernels") / "kernels.so"), KERNELS)
+
+
+@pytest.fixture(scope="session")
 def triton_server(small_bundle: Bundle) -> Iterator[RunningServer]:
-    """A real Triton server on the small bundle, for requests that leave it as it is."""
+    """A real Triton server on the small bundle, for requests that leave it as it is: one for all files of tests."""
     from lfdm_export.serving.server_files import install_server
     from tests.running_server import ServeCommand
 

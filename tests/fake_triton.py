@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +89,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     Attributes:
         refusals: the next requests for clips are refused with these, one each.
         gate: requests for clips wait until it is set.
+        refused_at_once: the first request is refused with this, when another one has come.
         change: applied to the response of each clip.
         break_stream_after: a stream ends with `stream_end` after so many responses.
         stream_end: a status, or None to end it as if all were well.
@@ -100,6 +102,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     refusals: list[Refusal] = field(default_factory=list)
     gate: threading.Event = field(default_factory=threading.Event)
+    refused_at_once: Refusal | None = None
     change: Callable[[Any], None] | None = None
     break_stream_after: int | None = None
     stream_end: Refusal | None = ("UNAVAILABLE", "Socket closed")
@@ -200,7 +203,10 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             seconds=context.time_remaining(),
         )
         self.seen.append(seen)
+        first = self.seen[0] is seen
         while not self.gate.wait(0.01):
+            if self.refused_at_once is not None and first and len(self.seen) > 1:
+                raise RefusedError(*self.refused_at_once)
             if not context.is_active():
                 self.cut_off += 1
                 context.abort(grpc.StatusCode.CANCELLED, "cut off")
@@ -258,19 +264,39 @@ def answer(model: str, request_id: str, tensors: dict[str, Array], outputs: tupl
     return response
 
 
+class Port:
+    """A port of this machine's own on which nobody listens: connections are refused, and no other program takes it."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._socket.bind(("127.0.0.1", 0))
+        self.number: int = self._socket.getsockname()[1]
+        self.address = f"127.0.0.1:{self.number}"
+
+    def __enter__(self) -> Port:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+
 class Serving:
     """A fake server on a port of its own, for as long as the context lasts."""
 
     def __init__(self, fake: FakeTriton, credentials: Any = None, port: int = 0) -> None:
+        """Serve at once, on a free port if it is 0, else on one that a `Port` keeps."""
         self._pool = ThreadPoolExecutor(24)
-        self._server = grpc.server(self._pool, options=[("grpc.so_reuseport", 0)])
+        # With a port that `Port` keeps, both sides must say that they share it.
+        self._server = grpc.server(self._pool, options=[("grpc.so_reuseport", int(port != 0))])
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(fake, self._server)
-        address = f"localhost:{port}"
+        host = "127.0.0.1" if port else "localhost"
+        address = f"{host}:{port}"
         if credentials is None:
             self.port = self._server.add_insecure_port(address)
         else:
             self.port = self._server.add_secure_port(address, credentials)
-        self.address = f"localhost:{self.port}"
+        self.address = f"{host}:{self.port}"
         self._server.start()
 
     def __enter__(self) -> Serving:

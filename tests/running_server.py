@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,10 +97,28 @@ class RunningServer:
             return error.code, json.loads(error.read())
 
     def metrics(self) -> dict[str, float]:
-        """The metrics page: values by name with labels."""
+        """The metrics page: values by name with labels; of our own, what was handed over up to now."""
         with open_directly(self.metrics_url, DEADLINE) as answer:
             lines = answer.read().decode().splitlines()
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
+
+    def metric(self, name: str, **labels: str) -> float:
+        """One value of the page; 0 if it is not there yet."""
+        text = ",".join(f'{label}="{value}"' for label, value in labels.items())
+        return self.metrics().get(f"{name}{{{text}}}", 0)
+
+    def answered(self, client: triton.InferenceServerClient, model: str) -> int:
+        """How many requests a model has answered well; the server itself counts them, at once."""
+        statistics = client.get_inference_statistics(model).model_stats[0].inference_stats
+        return int(statistics.success.count)
+
+
+def eventually(condition: Callable[[], bool], what: str) -> None:
+    """Wait until it is so; nothing takes as long as the patience of tests."""
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, f"not within {DEADLINE:.0f} s: {what}"
+        time.sleep(0.05)
 
 
 class ServeCommand:

@@ -173,11 +173,14 @@ def test_loaded_networks_compute_what_the_saved_ones_do(tmp_path: Path):
     model = load_model(*save(tmp_path, states))
     images = torch.rand(2, 1, 3, 32, 32)
     inputs = torch.randn(1, 3, 2, 8, 8), torch.randn(1, 32, 8, 8), torch.randn(1, 12), torch.tensor([7])
+    # Not to the bit: weights from a file lie at other alignments, by which libraries pick their loops. The weights
+    # themselves are compared to the bit in the other tests.
     with torch.inference_mode():
-        torch.testing.assert_close(model.lfae(*images), lfae(*images), rtol=0, atol=0)
+        torch.testing.assert_close(model.lfae(*images), lfae(*images), rtol=1e-5, atol=1e-5)
         for scale in (0.0, 1.0):  # 0 reads the null embedding, which is not in the state dict
             expected = diffusion.denoise_fn.guided(*inputs, scale)
-            torch.testing.assert_close(model.diffusion.denoise_fn.guided(*inputs, scale), expected, rtol=0, atol=0)
+            found = model.diffusion.denoise_fn.guided(*inputs, scale)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_module_prefixes_at_any_depth(tmp_path: Path, states: dict[str, State]):

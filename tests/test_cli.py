@@ -19,6 +19,7 @@ from lfdm_export.cli.console import Bars, OneBar
 from lfdm_export.cli.export import read_labels
 from lfdm_export.errors import InputError, ParityError
 from lfdm_export.pipeline import Pipeline
+from tests.closeness import assert_same_floats
 from tests.fake_bundle import EMBEDDINGS, FRAMES, SIZE, write_fake_bundle
 
 COMMANDS = {
@@ -161,8 +162,8 @@ def test_generate_writes_the_clip_and_says_where(
     assert printed.err == "", "no progress bars where nobody sees them"
     expected = Pipeline.open(bundle).generate(photo, label="happiness", seed=3)
     with np.load(out) as archive:
-        np.testing.assert_array_equal(archive["latent"], expected.latent)
-        np.testing.assert_array_equal(archive["frames"], expected.frames)
+        assert_same_floats(archive["latent"], expected.latent)
+        assert np.abs(archive["frames"].astype(int) - expected.frames).max() <= 1
 
 
 def test_quiet_prints_nothing(bundle: Bundle, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -223,7 +224,7 @@ def test_generate_from_an_embedding(bundle: Bundle, photo: str, tmp_path: Path, 
     assert generate(bundle, photo, *arguments) == 0
     expected = Pipeline.open(bundle).generate(photo, label="happiness")
     with np.load(tmp_path / "a.npz") as archive:
-        np.testing.assert_array_equal(archive["latent"], expected.latent)
+        assert_same_floats(archive["latent"], expected.latent)
     np.save(tmp_path / "e.npy", np.array([object()]), allow_pickle=True)
     assert generate(bundle, photo, *arguments) == 1
     assert "e.npy cannot be read: it is no .npy array" in one_line(capsys.readouterr().err)
@@ -235,7 +236,7 @@ def test_generate_by_motion_transfer(bundle: Bundle, photo: str, tmp_path: Path)
     assert generate(bundle, photo, "--drive", str(tmp_path / "drive.npz"), "-o", str(tmp_path / "a.npz")) == 0
     expected = Pipeline.open(bundle).transfer_motion(photo, driving)
     with np.load(tmp_path / "a.npz") as archive:
-        np.testing.assert_array_equal(archive["frames"], expected.frames)
+        assert np.abs(archive["frames"].astype(int) - expected.frames).max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from lfdm_models.training.classifier import (
 from lfdm_models.training.conditions import label_table
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.procedural import HELD_OUT_SEEDS, LABELS, sample_clip
+from tests.closeness import assert_same_floats
 from tests.fake_bundle import fake_manifest, write_fake_bundle
 
 CLIPS = 1
@@ -71,7 +72,7 @@ def test_it_sees_changes_alone(classifier: MotionClassifier):
     frames = np.repeat(np.random.default_rng(0).integers(0, 255, (2, 1, 40, 40, 3), np.uint8), 5, axis=1)
     assert np.abs(differences(frames).numpy()).max() == 0
     as_floats = classifier.judge((frames / np.float32(255)).astype(np.float32))
-    np.testing.assert_array_equal(as_floats[0], classifier.judge(frames)[0])
+    assert_same_floats(as_floats[0], classifier.judge(frames)[0])
 
 
 def test_training_it_is_deterministic_and_it_learns(tmp_path: Path):

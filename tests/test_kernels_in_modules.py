@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lfdm_export.errors import EngineError
 from lfdm_export.noise import START, noise_for
 from lfdm_export.ops.cuda.dispatch import on_gpu, standing_in
-from lfdm_export.ops.cuda.host import HostKernels, build
+from lfdm_export.ops.cuda.host import HostKernels
 from lfdm_export.ops.group_norm_silu.reference import group_norm_silu
 from lfdm_export.ops.thresholded_step.gpu import noise_on_gpu, thresholded_step_on_gpu
 from lfdm_export.ops.thresholded_step.reference import thresholded_step, thresholded_step_in_torch
@@ -22,16 +22,15 @@ from lfdm_export.ops.warp.reference import warp, warp_blend, warp_blend_in_torch
 from lfdm_export.rewrite.precision import channels_last, in_precision
 from lfdm_export.rewrite.stage_modules import stage_modules
 from lfdm_models.model import LfdmModel
-from tests.kernel_arrays import KERNELS
 
 FRAMES, SIZE, LATENT = 4, 64, 16
 #: Largest errors against float32, relative to the largest value; measured 1e-3 and 1e-2 on the small model.
 TOLERANCES = {torch.float32: 3e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
-    return HostKernels(build(KERNELS, tmp_path_factory.mktemp("kernels") / "kernels.so"), KERNELS)
+@pytest.fixture
+def host(host_kernels: HostKernels) -> HostKernels:
+    return host_kernels
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from lfdm_export.bundle import Bundle
 from lfdm_export.errors import ExportError
 from lfdm_export.ops.domain import DOMAIN
 from lfdm_export.stages import BATCH, StageSpec, TensorSpec
+from tests.closeness import assert_same_floats
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,8 @@ def test_graphs_say_nothing_of_the_machine_that_made_them(small_bundle: Bundle) 
     for name in small_bundle.stages:
         text = small_bundle.stage_path(name).read_bytes()
         assert not re.search(rb"site-packages|stack_trace|\.py\b", text), name
-        assert str(Path.home()).encode() + b"/" not in text
+        for folder in (Path(__file__).parents[1], small_bundle.path.parent):
+            assert str(folder).encode() not in text
 
 
 def test_denoise_is_what_step_updates_with(small_bundle: Bundle) -> None:
@@ -91,7 +93,7 @@ def test_denoise_is_what_step_updates_with(small_bundle: Bundle) -> None:
     step = session(small_bundle, "step").run(["next_latent"], feeds)[0]
     denoise = small_bundle.stages["denoise"]
     expected = session(small_bundle, "denoise").run(None, {t.name: feeds[t.name] for t in denoise.inputs})[0]
-    np.testing.assert_array_equal(step, expected)
+    assert_same_floats(step, expected, roundings=256)  # two graphs, which the engine may optimize otherwise
 
 
 def session(bundle: Bundle, stage: str) -> onnxruntime.InferenceSession:

@@ -157,7 +157,7 @@ def nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home for servers, and no tritonserver on PATH."""
     monkeypatch.setenv(server_files.HOME_VARIABLE, str(tmp_path / "home"))
     monkeypatch.delenv(server_files.SERVER_VARIABLE, raising=False)
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("PATH", str(tmp_path / "no programs"))
     return tmp_path
 
 
@@ -269,7 +269,7 @@ def test_stubs_are_found_by_their_shared_memory(tmp_path: Path):
     prefix = f"lfdm_test_{os.getpid()}_"
     process = subprocess.Popen([program, script, f"{prefix}abc"], stdin=subprocess.PIPE)
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not (stubs := live_stubs(prefix)):  # it may still be on its way from fork to exec
             assert time.monotonic() < deadline
         (stub,) = stubs
@@ -277,6 +277,7 @@ def test_stubs_are_found_by_their_shared_memory(tmp_path: Path):
         assert live_stubs("lfdm_test_another_") == []
     finally:
         process.kill()
+    deadline = time.monotonic() + 120
     while live_stubs(prefix):  # it is dead, though nobody has waited for it
         assert time.monotonic() < deadline
     process.wait()
@@ -325,8 +326,8 @@ def test_what_is_missing_is_said_in_one_line(nothing_there: Path, capsys: pytest
 def test_a_server_that_does_not_start_is_quoted(nothing_there: Path, capsys: pytest.CaptureFixture[str]):
     bundle = write_fake_bundle(nothing_there / "bundle")
     program = fake_program(nothing_there / "tritonserver")
-    program.write_text("#!/bin/sh\necho 'error: no such backend'\nexit 1\n")
-    ports = ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
+    program.write_text("#!/bin/sh\necho 'error: no such backend'\nexit 1\n", encoding="ascii")
+    ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
     assert serve_main([str(bundle.path), "--tritonserver", str(program), *ports]) == 1
     assert "tritonserver did not start: error: no such backend" in capsys.readouterr().err
 

@@ -21,7 +21,7 @@ from tests.fake_bundle import GEOMETRY, NULL
 from tests.sampler_fakes import Answers, Events, NumpyStages, expected_latent, make_job
 
 #: Seconds after which a test has failed; nothing takes that long.
-PATIENCE = 30.0
+PATIENCE = 120.0
 
 
 def make_batcher(stages: NumpyStages | None = None, **options) -> StepBatcher:
@@ -246,7 +246,7 @@ def test_draining_refuses_new_jobs_and_finishes_the_others():
 
 def test_closing_gives_up_what_is_left_and_ends_the_threads():
     gate, answers = Gate(), Answers()
-    before = threading.active_count()
+    before = set(threading.enumerate())
     batcher = make_batcher(gate.stages)
     assert batcher.alive
     for seed in range(3):
@@ -258,7 +258,7 @@ def test_closing_gives_up_what_is_left_and_ends_the_threads():
     gate.open()
     closer.join(PATIENCE)
     assert not closer.is_alive()
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
     assert sorted(answers.errors) == [0, 1, 2]
     assert all(isinstance(error, StoppingError) for error in answers.errors.values())
     assert len(gate.stages.runs) == 1
@@ -268,10 +268,10 @@ def test_closing_gives_up_what_is_left_and_ends_the_threads():
 
 
 def test_closing_while_idle_is_quick():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with make_batcher(policy="dynamic") as batcher:
         assert batcher.drain(PATIENCE)
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_dead_loop_shows_and_leaves_nobody_waiting(caplog: pytest.LogCaptureFixture):
@@ -319,10 +319,10 @@ def test_a_job_that_does_not_fit_is_refused(change: dict, message: str):
     "options", [{"slots": 0}, {"queue_limit": -1}, {"policy": "fair"}, {"slots": 17, "fixed_batch": True}]
 )
 def test_options_out_of_range_are_refused(options: dict):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.raises(InputError, match="expected"):
         make_batcher(**options)
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
 
 
 def test_many_threads_get_their_own_samples_and_one_answer_each():

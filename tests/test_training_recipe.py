@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -426,23 +425,29 @@ import os
 torch.save(kept[0].network.state_dict(), folder / ("rank" + os.environ["RANK"] + ".pt"))
 assert outcome.finished
 """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for run in runs:
-        assert run.wait() == 0, run.stderr.read() if run.stderr else ""
-        assert run.stderr is not None
-        run.stderr.close()
+    # As under torchrun: the store at which they meet is the launcher's, on a port that it has already taken.
+    store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )
+    common = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "GLOO_SOCKET_IFNAME": "lo",  # not the address that the machine's own name stands for
+        "ACCELERATE_USE_CPU": "true",
+    }
+    runs = []
+    for rank in range(2):
+        said = (tmp_path / f"rank{rank}.txt").open("w+", encoding="utf-8")  # a pipe that nobody reads would fill up
+        places = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        runs.append((subprocess.Popen([sys.executable, "-c", code], env={**common, **places}, stderr=said), said))
+    for run, said in runs:
+        with said:
+            status = run.wait()
+            said.seek(0)
+            assert status == 0, said.read()
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(value, second[key]) for key, value in first.items() if value.is_floating_point())
     state = torch.load(tmp_path / "run" / STATE, weights_only=True)

@@ -9,11 +9,10 @@ import json
 import queue
 import struct
 import threading
-import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from lfdm_export.clip import Clip
 from lfdm_export.preprocess import prepare_image, read_image
 from lfdm_export.serving.contract import CLIP_MODEL, SAMPLE_MODEL, STREAM_MODEL, preview_indices
 from lfdm_export.serving.control import open_directly
-from tests.running_server import DEADLINE, DIRECT, RunningServer, inputs_of, json_input
+from tests.running_server import DEADLINE, DIRECT, RunningServer, eventually, inputs_of, json_input
 
 PHOTO = Path(__file__).parent / "data" / "astronaut.jpg"
 JPEG = PHOTO.read_bytes()
@@ -59,13 +58,6 @@ def assert_same_pictures(found: np.ndarray, expected: np.ndarray) -> None:
     assert found.dtype == np.uint8
     assert found.shape == expected.shape
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
-
-
-def eventually(condition: Callable[[], bool], what: str, timeout: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
-        time.sleep(0.1)
 
 
 # --- Ways in --------------------------------------------------------------------------------------
@@ -227,13 +219,16 @@ def test_a_closed_stream_frees_its_slot(triton_server: RunningServer, client: An
     client.async_stream_infer(STREAM_MODEL, inputs_of({**REQUEST, "steps": 900, "progress_every": 1}))
     assert started.wait(DEADLINE)
     client.stop_stream(cancel_requests=True)
-    cancelled = 'lfdm_requests_total{model="lfdm_stream",outcome="cancelled"}'
-    eventually(lambda: triton_server.metrics().get(cancelled, 0) >= 1, "the stream is counted as cancelled")
+    eventually(lambda: ended(triton_server, STREAM_MODEL, "cancelled") >= 1, "the stream is counted as cancelled")
     eventually(lambda: busy(triton_server, STREAM_MODEL) == 0, "no slot is busy")
 
 
 def busy(server: RunningServer, model: str) -> float:
-    return server.metrics()[f'lfdm_slots_busy{{model="{model}"}}']
+    return server.metric("lfdm_slots_busy", model=model)
+
+
+def ended(server: RunningServer, model: str, outcome: str) -> float:
+    return server.metric("lfdm_requests_total", model=model, outcome=outcome)
 
 
 # --- Refusals -------------------------------------------------------------------------------------
@@ -395,11 +390,12 @@ def test_cancelling_by_id_frees_the_slot(triton_server: RunningServer, client: A
 
 def test_metrics_count_what_was_done(triton_server: RunningServer, client: Any):
     def count(name: str) -> float:
-        return triton_server.metrics().get(f'{name}{{model="lfdm_sample"}}', 0)
+        return triton_server.metric(name, model=SAMPLE_MODEL)
 
     def finished() -> float:
-        return triton_server.metrics().get('lfdm_requests_total{model="lfdm_sample",outcome="finished"}', 0)
+        return ended(triton_server, SAMPLE_MODEL, "finished")
 
+    wait_for_the_page(triton_server, client)
     before = {name: count(name) for name in ("lfdm_steps_total", "lfdm_queue_seconds_count")}
     was_finished = finished()
     triton_server.infer(client, REQUEST)
@@ -407,3 +403,17 @@ def test_metrics_count_what_was_done(triton_server: RunningServer, client: Any):
     assert count("lfdm_steps_total") == before["lfdm_steps_total"] + 4
     assert count("lfdm_queue_seconds_count") == before["lfdm_queue_seconds_count"] + 1
     assert count("lfdm_slots") == 4
+
+
+def wait_for_the_page(server: RunningServer, client: Any) -> None:
+    """Wait until the page shows all that earlier tests did: it is brought up to date in order, twice a second.
+
+    Requests whose deadline has passed take no step, and are counted after everything before them. Two of them, because
+    the count that the first one waits for may be that of an earlier test's.
+    """
+    eventually(lambda: busy(server, SAMPLE_MODEL) == 0, "no slot is busy")
+    for _ in range(2):
+        expired = ended(server, SAMPLE_MODEL, "expired")
+        with pytest.raises(InferenceServerException, match="deadline exceeded"):
+            server.infer(client, REQUEST, timeout=1)
+        eventually(lambda was=expired: ended(server, SAMPLE_MODEL, "expired") > was, "it is counted")  # type: ignore[misc]

@@ -69,7 +69,7 @@ def test_polygraphy_has_the_same_opinion(report: Report, bundle: Bundle):
         ]
         assert all(check.found is not None for check in other.checks)
     own = of(report, "ONNX Runtime against")
-    assert max(check.found or 0 for check in own.checks) < 1e-6
+    assert max(check.found or 0 for check in own.checks) < 1e-5, "the same engine, in other memory"
     assert max(check.found or 0 for check in of(report, "OpenVINO against").checks) > 0
 
 
