@@ -406,7 +406,7 @@ def test_a_user_without_a_home(nothing_there: Path, monkeypatch: pytest.MonkeyPa
         find_server()
 
 
-@pytest.mark.parametrize("missing", ["tokenizers", "onnxruntime"])
+@pytest.mark.parametrize("missing", ["tokenizers", "onnxruntime", "tritonclient"])
 def test_packages_are_looked_for_before_the_server_is_started(tmp_path: Path, missing: str):
     """A bundle with free text is served without its tokenizer, and nothing without an engine."""
     bundle = write_fake_bundle(tmp_path / "bundle", fake_manifest(with_text=True))
@@ -432,7 +432,9 @@ def test_packages_are_looked_for_before_the_server_is_started(tmp_path: Path, mi
         assert "pip install 'lfdm-export[serve]'" in done.stderr
         assert "did not start: error: started" in done.stderr
     else:
-        assert "onnxruntime not installed: pip install 'lfdm-export[run]'" in done.stderr
+        extra = "run" if missing == "onnxruntime" else "serve"
+        assert missing in done.stderr
+        assert f"pip install 'lfdm-export[{extra}]'" in done.stderr
         assert "started" not in done.stderr
 
 

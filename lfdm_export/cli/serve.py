@@ -126,9 +126,9 @@ def _serve(args: argparse.Namespace) -> int:
     from lfdm_export.serving.triton_repository import write_repository
 
     options, settings = _server_options(args), _settings(args)
-    files = find_server(args.tritonserver)
     bundle = Bundle.open(args.bundle)
     check_packages(bundle, settings)
+    files = find_server(args.tritonserver)
     options = options.with_ports()
     with run_folder() as folder:
         repository = write_repository(bundle, folder / "repository", settings=settings, copy_bundle=False)
@@ -144,9 +144,12 @@ def check_packages(bundle: Bundle, settings: ServingSettings) -> None:
 
     Raises:
         EngineError: nothing here runs the bundle, or not what the settings ask for.
+        MissingDependencyError: Triton's messages are not installed.
     """
+    from lfdm_export.serving.triton_config import messages
     from lfdm_export.stage_runner import StageRunner
 
+    messages()
     _ = StageRunner(bundle, device=cast(Device, settings.device), target=settings.target).choice
     if bundle.manifest.has_text and not tokenizer_installed():
         logger.warning(

@@ -86,7 +86,7 @@ def _python_config(interface: ModelInterface, sizes: Mapping[str, int], settings
     """A Python model: one process, which batches by itself, if it does."""
     config = _config(interface, sizes)
     config.backend = "python"
-    config.instance_group.add(count=1, kind=_messages().ModelInstanceGroup.KIND_CPU)
+    config.instance_group.add(count=1, kind=messages().ModelInstanceGroup.KIND_CPU)
     for name, value in settings.to_parameters().items():
         config.parameters[name].string_value = value
     return config
@@ -99,7 +99,7 @@ def _engine_config(interface: ModelInterface, stage: StageSpec, sizes: Mapping[s
     config.max_batch_size = stage.batch[2]
     config.dynamic_batching.max_queue_delay_microseconds = _QUEUE_DELAY
     config.default_model_filename = ENGINE_FILES[engines]
-    config.instance_group.add(count=1, kind=_messages().ModelInstanceGroup.KIND_GPU)
+    config.instance_group.add(count=1, kind=messages().ModelInstanceGroup.KIND_GPU)
     return config
 
 
@@ -107,7 +107,7 @@ def _decode_on_gpu(config: Any) -> None:
     """Let the model that takes a clip through another one's runs leave tensors on the GPU."""
     config.parameters[DECODE_MODEL_PARAMETER].string_value = DECODE_CHUNK_MODEL
     config.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value = "no"
-    config.instance_group[0].kind = _messages().ModelInstanceGroup.KIND_GPU
+    config.instance_group[0].kind = messages().ModelInstanceGroup.KIND_GPU
 
 
 def _ensemble_config(known: Mapping[str, ModelInterface], sizes: Mapping[str, int]) -> Any:
@@ -133,7 +133,7 @@ def _ensemble_config(known: Mapping[str, ModelInterface], sizes: Mapping[str, in
 
 
 def _config(interface: ModelInterface, sizes: Mapping[str, int], *, batched: bool = False) -> Any:
-    config = _messages().ModelConfig(name=interface.name)
+    config = messages().ModelConfig(name=interface.name)
     for tensor in interface.inputs:
         dims = _dims(tensor, sizes, batched=batched)
         config.input.add(name=tensor.name, data_type=_data_type(tensor), dims=dims, optional=tensor.optional)
@@ -144,7 +144,7 @@ def _config(interface: ModelInterface, sizes: Mapping[str, int], *, batched: boo
 
 
 def _data_type(tensor: WireTensor) -> int:
-    value: int = _messages().DataType.Value("TYPE_STRING" if tensor.datatype == "BYTES" else f"TYPE_{tensor.datatype}")
+    value: int = messages().DataType.Value("TYPE_STRING" if tensor.datatype == "BYTES" else f"TYPE_{tensor.datatype}")
     return value
 
 
@@ -154,7 +154,12 @@ def _dims(tensor: WireTensor, sizes: Mapping[str, int], *, batched: bool) -> lis
     return [sizes.get(axis, -1) if isinstance(axis, str) else axis for axis in axes]
 
 
-def _messages() -> Any:
+def messages() -> Any:
+    """Triton's protobuf messages of a model's configuration.
+
+    Raises:
+        MissingDependencyError: tritonclient is not installed.
+    """
     try:
         from tritonclient.grpc import model_config_pb2
     except ImportError as error:
