@@ -81,11 +81,12 @@ def _ring(driver: CudaDriver, stream: Handle) -> str:
 
 
 def _second_thread(driver: CudaDriver, stream: Handle) -> str:
-    """The same copies from a thread that did not choose the GPU itself."""
+    """The same copies from a thread that did not choose the GPU itself, but binds its context."""
     found: list[str] = []
 
     def work() -> None:
         try:
+            driver.bind()
             found.append(_copies(driver, stream))
         except (EngineError, WrongCopyError):
             found.append(traceback.format_exc())

@@ -50,7 +50,7 @@ def chip(device: torch.device) -> Record:
         "compute_capability": f"{properties.major}.{properties.minor}",
         "memory": properties.total_memory,
         "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
         "versions": versions,
     }
 

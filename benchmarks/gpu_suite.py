@@ -63,8 +63,14 @@ def main(arguments: list[str] | None = None) -> int:
         "parts": {},
     }
     with tempfile.TemporaryDirectory(prefix="lfdm-gpu-suite-") as folder:
+        pair = tuple(path.resolve() for path in options.checkpoints or ()) or None
         settings = Settings(
-            options.device, options.tiny, Path(folder), options.out.resolve(), options.golden, options.checkpoints
+            options.device,
+            options.tiny,
+            Path(folder),
+            options.out.resolve(),
+            options.golden,
+            pair,  # type: ignore[arg-type]
         )
         settings.save()
         try:
@@ -96,6 +102,8 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--minutes is {parsed.minutes:g}, and must be above 0")
     if parsed.golden is not None and not (parsed.golden / "make_checkpoints.py").is_file():
         parser.error(f"--golden: {parsed.golden} has no make_checkpoints.py")
+    if parsed.golden is not None:
+        parsed.golden = parsed.golden.resolve()
     missing = [str(path) for path in parsed.checkpoints or () if not path.is_file()]
     if missing:
         parser.error(f"--checkpoints: no such file: {', '.join(missing)}")

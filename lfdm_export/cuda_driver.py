@@ -91,7 +91,12 @@ class Gpu:
 
 
 class CudaDriver:
-    """The driver's calls that are needed, on the first GPU; an error code becomes an `EngineError`."""
+    """The driver's calls that are needed, on the first GPU; an error code becomes an `EngineError`.
+
+    The driver knows a current context per thread. Every thread that calls methods for memory, streams, graphs or events
+    calls `bind` first; methods that give something back bind by themselves, as garbage collection may run them on any
+    thread.
+    """
 
     def __init__(self, library: Any) -> None:
         """Use a loaded driver library; nothing is called yet.
@@ -100,6 +105,7 @@ class CudaDriver:
             library: what `ctypes.CDLL` gave.
         """
         self._library = library
+        self._context: Handle = 0
         for name, parameters in SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = parameters, _int
@@ -141,13 +147,23 @@ class CudaDriver:
         return Gpu(name.value.decode(errors="replace"), (major, minor), memory.value, driver)
 
     def use_first_gpu(self) -> None:
-        """Make the first GPU's primary context the calling thread's.
+        """Take the first GPU's primary context, and make it the calling thread's.
 
         Raises:
             EngineError: there is no GPU, or it cannot be used.
         """
         self.call("cuInit", 0)
-        self.call("cuCtxSetCurrent", self._made("cuDevicePrimaryCtxRetain", self._integer("cuDeviceGet", 0)))
+        if not self._context:
+            self._context = self._made("cuDevicePrimaryCtxRetain", self._integer("cuDeviceGet", 0))
+        self.bind()
+
+    def bind(self) -> None:
+        """Make the context of `use_first_gpu` the calling thread's; cheap where it already is.
+
+        Raises:
+            EngineError: the driver reports an error.
+        """
+        self.call("cuCtxSetCurrent", self._context)
 
     def allocate(self, size: int) -> DevicePointer:
         """Memory on the GPU, 256-byte aligned.
@@ -161,7 +177,7 @@ class CudaDriver:
 
     def free(self, pointer: DevicePointer) -> None:
         """Give memory of `allocate` back; waits for what uses it."""
-        self.call("cuMemFree_v2", pointer)
+        self._give_back("cuMemFree_v2", pointer)
 
     def allocate_pinned(self, size: int) -> int:
         """Memory of the host that copies can run from and to by themselves; its address."""
@@ -169,7 +185,7 @@ class CudaDriver:
 
     def free_pinned(self, address: int) -> None:
         """Give memory of `allocate_pinned` back."""
-        self.call("cuMemFreeHost", address)
+        self._give_back("cuMemFreeHost", address)
 
     def upload(self, target: DevicePointer, source: int, size: int, stream: Handle) -> None:
         """Queue a copy of `size` bytes from pinned host memory."""
@@ -193,7 +209,7 @@ class CudaDriver:
 
     def destroy_stream(self, stream: Handle) -> None:
         """Give a stream back."""
-        self.call("cuStreamDestroy_v2", stream)
+        self._give_back("cuStreamDestroy_v2", stream)
 
     def synchronize(self, stream: Handle) -> None:
         """Wait until all that was queued is done."""
@@ -221,7 +237,7 @@ class CudaDriver:
 
     def destroy_graph(self, graph: Handle) -> None:
         """Give a graph of `end_capture` back."""
-        self.call("cuGraphExecDestroy", graph)
+        self._give_back("cuGraphExecDestroy", graph)
 
     def record(self, stream: Handle) -> Handle:
         """An event that is done when all that was queued so far is."""
@@ -236,7 +252,11 @@ class CudaDriver:
 
     def forget(self, event: Handle) -> None:
         """Give an event of `record` back."""
-        self.call("cuEventDestroy_v2", event)
+        self._give_back("cuEventDestroy_v2", event)
+
+    def _give_back(self, name: str, what: int) -> None:
+        self.bind()
+        self.call(name, what)
 
     def _integer(self, name: str, *arguments: Any) -> int:
         found = _int()

@@ -1,5 +1,7 @@
 """A driver and a TensorRT of Python, strict about order: what a test can know of a GPU without one.
 
+A context is current for the thread that made it so, and calls from other threads fail, as the driver's do.
+
 Work on a stream is not done when it is queued but when somebody waits for it, so that whoever reads too early, or
 changes what a copy has yet to read, gets wrong values. Memory of the GPU is memory of the host whose bounds are
 checked; copies to and from the host need pinned memory.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -26,8 +29,14 @@ from lfdm_export.engines.tensorrt_api import Api
 from lfdm_export.stages import StageSpec
 from lfdm_export.targets import Target
 
-OUT_OF_MEMORY, NO_DEVICE, ILLEGAL_ADDRESS, CAPTURING = 2, 100, 700, 900
-_TEXTS = {OUT_OF_MEMORY: b"out of memory", ILLEGAL_ADDRESS: b"an illegal memory access was encountered"}
+OUT_OF_MEMORY, NO_DEVICE, INVALID_CONTEXT, ILLEGAL_ADDRESS, CAPTURING = 2, 100, 201, 700, 900
+_TEXTS = {
+    OUT_OF_MEMORY: b"out of memory",
+    INVALID_CONTEXT: b"invalid device context",
+    ILLEGAL_ADDRESS: b"an illegal memory access was encountered",
+}
+#: What can be called before there is a context.
+_WITHOUT_CONTEXT = ("cuInit", "cuGetErrorString", "cuDriverGetVersion", "cuDevice", "cuCtxSetCurrent")
 
 Work = Callable[[], object]
 
@@ -64,6 +73,8 @@ class FakeLibrary:
         self.graphs: dict[int, list[Work]] = {}
         self.events: dict[int, tuple[FakeStream, int]] = {}
         self._handles = 1000
+        self._contexts: dict[int, int] = {}
+        self._thread = threading.local()
         self._kept: list[Any] = []
         for name, parameters in SIGNATURES.items():
             setattr(self, name, ctypes.CFUNCTYPE(ctypes.c_int, *parameters)(self._logged(name)))
@@ -72,7 +83,10 @@ class FakeLibrary:
         function = getattr(self, f"_{name}")
 
         def call(*arguments: Any) -> int:
-            self.calls.append(name)
+            if name != "cuCtxSetCurrent":  # as often as whoever calls likes
+                self.calls.append(name)
+            if not name.startswith(_WITHOUT_CONTEXT) and not self.has_context():
+                return INVALID_CONTEXT
             try:
                 return function(*arguments) or 0
             except MemoryError:
@@ -85,6 +99,10 @@ class FakeLibrary:
     def _handle(self) -> int:
         self._handles += 1
         return self._handles
+
+    def has_context(self) -> bool:
+        """Whether the calling thread has one."""
+        return getattr(self._thread, "context", 0) in self._contexts.values()
 
     def at(self, address: int, size: int, *, pinned: bool = False) -> Any:
         """That memory, if all of it was allocated."""
@@ -128,13 +146,16 @@ class FakeLibrary:
         size[0] = 24 << 30
 
     def _cuDevicePrimaryCtxRetain(self, context: Any, device: int) -> None:
-        context[0] = self._handle()
+        context[0] = self._contexts.setdefault(device, self._handle())
 
     def _cuDevicePrimaryCtxRelease_v2(self, device: int) -> None:
         pass
 
-    def _cuCtxSetCurrent(self, context: int) -> None:
-        pass
+    def _cuCtxSetCurrent(self, context: int | None) -> int:
+        if context not in self._contexts.values():
+            return INVALID_CONTEXT
+        self._thread.context = context
+        return 0
 
     # ---------------------------------------------------------------------------------------- memory
 
@@ -336,6 +357,7 @@ class FakeContext:
     def execute_async_v3(self, stream_handle: int) -> bool:
         gpu, spec = self.engine.gpu, self.engine.spec
         self._log("execute")
+        assert gpu.library.has_context(), "no context on this thread"
         if gpu.failing:
             gpu.logger.log(Severity.ERROR, "the kernel\nfailed")
             return False

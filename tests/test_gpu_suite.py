@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import gpu_kernels, gpu_kernels_once, gpu_part, gpu_suite
+from benchmarks import gpu_driver, gpu_kernels, gpu_kernels_once, gpu_part, gpu_suite
 from benchmarks.gpu_floors import Rates, Work, clip_floors
 from benchmarks.gpu_parts import PARTS, SHARED
 from benchmarks.gpu_processes import Job, run_jobs
@@ -29,6 +29,8 @@ from benchmarks.gpu_summary import summary, write_summary
 from benchmarks.gpu_timing import Budget, OutOfTimeError, Timing
 from benchmarks.gpu_verdicts import TARGETS, floors, verdicts
 from benchmarks.gpu_work import Bench, Settings, load_model
+from lfdm_export.cuda_driver import CudaDriver
+from tests.fake_gpu import FakeLibrary
 
 ROOT = Path(__file__).resolve().parents[1]
 TRIAL = ["--device", "cpu", "--tiny"]
@@ -146,6 +148,47 @@ def test_kernels_were_checked(trial: tuple[Settings, dict[str, Any]]) -> None:
     checks = trial[1]["checks"]["data"]
     assert {"noise", "thresholded step whole", "thresholded step odd"} <= checks.keys()
     assert {name.split()[-1] for name in checks if name.startswith("warp")} == {"planar", "channels_last"}
+
+
+def driver_check(settings: Settings, library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> Record:
+    monkeypatch.setattr(gpu_driver, "load_driver", lambda: CudaDriver(library))
+    return gpu_part.run(PARTS["driver"], bench_for("driver", settings))
+
+
+def test_driver_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = FakeLibrary()
+    record = driver_check(Settings("cuda", False, tmp_path, tmp_path), library, monkeypatch)
+    assert record["status"] == "ok"
+    assert record["data"]["gpus"][0]["name"] == "NVIDIA L4"
+    assert [record["data"][name] for name in ("copies", "capture and replay", "pinned ring", "second thread")] == [
+        "right"
+    ] * 4
+    assert [library.device, library.pinned, library.streams, library.events] == [{}] * 4
+    assert library.calls.count("cuGraphLaunch") == 3
+
+
+def test_driver_check_finds_a_copy_that_goes_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaDriver, "copy", lambda self, target, source, size, stream: None)
+    record = driver_check(Settings("cuda", False, tmp_path, tmp_path), FakeLibrary(), monkeypatch)
+    assert record["status"] == "failed"
+    assert record["error"].endswith("122879 of 122880 values differ")
+    assert record["data"]["copies"] == "right"
+    assert "pinned ring" not in record["data"]
+
+
+def test_driver_check_finds_a_thread_without_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use = CudaDriver.use_first_gpu
+
+    def on_this_thread_alone(self: CudaDriver) -> None:
+        use(self)
+        monkeypatch.setattr(self, "bind", lambda: None)
+
+    monkeypatch.setattr(CudaDriver, "use_first_gpu", on_this_thread_alone)
+    record = driver_check(Settings("cuda", False, tmp_path, tmp_path), FakeLibrary(), monkeypatch)
+    assert record["status"] == "failed"
+    assert "does not work from a second thread" in record["error"]
+    assert "error 201" in record["error"]
+    assert record["data"]["pinned ring"] == "right"
 
 
 def test_a_wrong_kernel_fails_its_part(trial: tuple[Settings, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,12 +324,22 @@ class Line:
         self.folder = folder
         self.done: dict[str, Record] = {}
 
-    def job(self, name: str, code: str = "", *, limit: float = 120, need: float = 0, after: str | None = None) -> Job:
-        """A job that waits for its turn, runs `code`, and writes a record whose data are ``data``."""
+    def job(
+        self,
+        name: str,
+        code: str = "",
+        *,
+        early: str = "",
+        limit: float = 120,
+        need: float = 0,
+        after: str | None = None,
+    ) -> Job:
+        """A job that runs `early`, waits for its turn, runs `code`, and writes a record whose data are ``data``."""
         record = self.folder / f"{name}.json"
         program = f"""
 import json, os, pathlib, signal, subprocess, sys, time
 record, data, folder = pathlib.Path({str(record)!r}), {{}}, pathlib.Path({str(self.folder)!r})
+{textwrap.dedent(early)}
 turn = sys.stdin.readline()
 if not turn:
     sys.exit(1)
@@ -333,6 +386,25 @@ def test_jobs_run_in_order_one_at_a_time(line: Line) -> None:
     found = line.run(*(line.job(name, code.format(name=name)) for name in "abc"))
     assert (line.folder / "order").read_text().split() == list(found) == ["a", "b", "c"]
     assert {record["status"] for record in found.values()} == {"ok"}
+
+
+def test_the_next_job_prepares_itself_meanwhile(line: Line) -> None:
+    found = line.run(
+        line.job("first", "while not (folder / 'prepared').exists(): time.sleep(0.01)"),
+        line.job("second", early="(folder / 'prepared').touch()"),
+    )
+    assert [record["status"] for record in found.values()] == ["ok", "ok"]
+
+
+def test_a_crash_while_it_waits_is_its_own(line: Line) -> None:
+    early = "(folder / 'waiting').touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    found = line.run(
+        line.job("first", "while not (folder / 'waiting').exists(): time.sleep(0.01)"),
+        line.job("second", early=early),
+        line.job("third"),
+    )
+    assert [record["status"] for record in found.values()] == ["ok", "failed", "ok"]
+    assert found["second"]["error"] == "ended by SIGKILL"
 
 
 def test_a_crash_ends_one_job_alone(line: Line) -> None:

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +16,10 @@ import pytest
 from lfdm_export import Pipeline, sampling
 from lfdm_export.bundle import Bundle, fingerprint
 from lfdm_export.cuda_driver import CudaDriver, Gpu
-from lfdm_export.engines import device_loop, tensorrt_run
+from lfdm_export.engines import device_loop, gpu_session, tensorrt_run
+from lfdm_export.engines.gpu_memory import DeviceBuffer
 from lfdm_export.engines.onnxruntime import OnnxRuntimeEngine
+from lfdm_export.engines.plan_context import PlanContext
 from lfdm_export.engines.plans import BuildOptions, Fingerprint, PlanFolder, PlanRecord
 from lfdm_export.engines.tensorrt_run import TensorRtEngine
 from lfdm_export.errors import EngineError
@@ -135,6 +142,7 @@ def test_the_driver_tells_what_gpus_there_are():
 def test_an_error_of_the_driver_is_told_in_its_words():
     library = FakeLibrary()
     driver = CudaDriver(library)
+    driver.use_first_gpu()
     library.memory = 100
     with pytest.raises(EngineError, match=r"failed in cuMemAlloc_v2: out of memory \(error 2\)"):
         driver.allocate(101)
@@ -142,6 +150,122 @@ def test_an_error_of_the_driver_is_told_in_its_words():
     driver.begin_capture(stream)
     with pytest.raises(EngineError, match=r"failed in cuStreamBeginCapture_v2: error 900"):
         driver.begin_capture(stream)
+
+
+def test_a_context_is_one_threads():
+    """The fake is as strict as the driver: this is what the tests with threads rely on."""
+    driver = CudaDriver(FakeLibrary())
+    driver.use_first_gpu()
+    with pytest.raises(EngineError, match=r"cuMemAlloc_v2: invalid device context \(error 201\)"):
+        in_thread(lambda: driver.allocate(1))
+
+    def bound() -> int:
+        driver.bind()
+        return driver.allocate(1)
+
+    assert in_thread(bound)
+
+
+# ------------------------------------------------------------------------------------------ threads
+
+
+def in_thread(work: Callable[[], Any]) -> Any:
+    """What the work gives or raises, on a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+def test_any_thread_may_load_and_run(place: Place):
+    feeds = feeds_for(place.bundle.stages["decode"], batch=1)
+    expected = OnnxRuntimeEngine(place.bundle.stage_path("decode"), place.bundle.stages["decode"], threads=1).run(feeds)
+    engine = in_thread(lambda: place.runner.engine("decode"))
+    for found in (in_thread(lambda: engine.run(feeds)), engine.run(feeds)):
+        np.testing.assert_array_equal(found["frames"], expected["frames"])
+
+
+def test_any_thread_may_take_a_chains_steps(place: Place):
+    expected, _ = chain(place.runner)
+    table = sampling.sampler_table("ddim", SCHEDULE, 6, None)
+    source = sampling.seeded_noise(range(1), SHAPE)
+    loop = in_thread(lambda: place.runner.engine("step").denoise_loop(1))  # type: ignore[attr-defined]
+    in_thread(lambda: loop.begin(source(sampling.START), conditions(1), table))
+    for index in range(6):
+        noise = source(index) if table.draws_noise[index] else None
+        in_thread(functools.partial(loop.step, index, noise))
+    np.testing.assert_array_equal(in_thread(loop.latent), expected)
+    np.testing.assert_array_equal(in_thread(loop.finish), expected)
+
+
+def test_any_thread_gives_memory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    place = make_place("tensorrt", tmp_path, monkeypatch)
+    library, before = place.gpu.library, len(place.gpu.library.device)
+    buffers = [DeviceBuffer(place.gpu.session.driver, 8), DeviceBuffer(place.gpu.session.driver, 8)]
+    assert len(library.device) == before + 2
+    in_thread(buffers.clear)
+    assert len(library.device) == before
+
+
+def test_threads_take_turns(place: Place, monkeypatch: pytest.MonkeyPatch):
+    """Were one to replace the memory for activations between another's `prepare` and `enqueue`, that would run in
+    memory that was given back."""
+    stages = ("encode", "denoise", "decode")
+    engines = {stage: place.runner.engine(stage) for stage in stages}
+    prepare, enqueue = PlanContext.prepare, PlanContext.enqueue
+    order: list[tuple[str, int]] = []
+
+    def slow_prepare(context: PlanContext, shapes: Any) -> bool:
+        fresh = prepare(context, shapes)
+        order.append(("prepare", threading.get_ident()))
+        time.sleep(0.002)  # lets another thread come between, if anything does
+        return fresh
+
+    def noted_enqueue(context: PlanContext) -> None:
+        order.append(("enqueue", threading.get_ident()))
+        enqueue(context)
+
+    monkeypatch.setattr(PlanContext, "prepare", slow_prepare)
+    monkeypatch.setattr(PlanContext, "enqueue", noted_enqueue)
+    together = threading.Barrier(len(stages))
+
+    def work(stage: str) -> None:
+        together.wait(60)
+        for batch in (1, 2, 3, 4):  # each asks for more memory than the one before
+            feeds = feeds_for(place.bundle.stages[stage], batch=batch)
+            found = engines[stage].run(feeds)
+            exact = OnnxRuntimeEngine(place.bundle.stage_path(stage), place.bundle.stages[stage], threads=1).run(feeds)
+            for name, values in exact.items():
+                np.testing.assert_array_equal(found[name], values)
+
+    with ThreadPoolExecutor(len(stages)) as pool:
+        for running in [pool.submit(work, stage) for stage in stages]:
+            running.result()
+    assert len(order) == 2 * 4 * len(stages)
+    for (first, one), (second, other) in zip(order[::2], order[1::2], strict=True):
+        assert (first, second, one) == ("prepare", "enqueue", other)
+
+
+def test_threads_that_come_first_together_get_one_session(monkeypatch: pytest.MonkeyPatch):
+    made: list[object] = []
+    together = threading.Barrier(2)
+
+    def make(_api: object, _driver: object) -> object:
+        made.append(object())
+        time.sleep(0.01)  # lets the other thread come too
+        return made[-1]
+
+    monkeypatch.setattr(gpu_session, "GpuSession", make)
+    monkeypatch.setattr(gpu_session, "load_api", lambda target: None)
+    monkeypatch.setattr(gpu_session, "load_driver", lambda: None)
+    monkeypatch.setattr(gpu_session, "_session", functools.cache(gpu_session._session.__wrapped__))
+
+    def first() -> object:
+        together.wait(60)
+        return gpu_session.gpu_session("tensorrt")
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = [running.result() for running in [pool.submit(first), pool.submit(first)]]
+    assert one is other
+    assert len(made) == 1
 
 
 # ------------------------------------------------------------------------------------------ one run

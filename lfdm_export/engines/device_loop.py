@@ -26,6 +26,9 @@ NOISE_BYTES = 256 << 20
 class DeviceLoop:
     """Chains of `step` or `step_guided` for one batch size, one after the other.
 
+    Any thread may call any method, and waits while another uses an engine or loop of the same session; a chain's own
+    order is the caller's business.
+
     Between `begin` and `latent` nothing visits the host and nothing waits: noise is drawn into pinned memory while
     the GPU is at earlier steps. With TensorRT a step, and the copies that make its results the next one's inputs,
     are captured as one CUDA graph, once; TensorRT for RTX captures its engines by itself.
@@ -47,10 +50,11 @@ class DeviceLoop:
         self._driver, self._stream = self._session.driver, self._session.stream
         self._inputs = {tensor.name: tensor.concrete(batch=batch) for tensor in spec.inputs}
         self._dtypes = {tensor.name: tensor.dtype for tensor in spec.inputs}
-        self._memory = {
-            tensor.name: DeviceBuffer(self._driver, byte_count(tensor.concrete(batch=batch), tensor.dtype))
-            for tensor in (*spec.inputs, *spec.outputs)
-        }
+        with session.owned():
+            self._memory = {
+                tensor.name: DeviceBuffer(self._driver, byte_count(tensor.concrete(batch=batch), tensor.dtype))
+                for tensor in (*spec.inputs, *spec.outputs)
+            }
         self._rows: dict[str, DeviceBuffer] = {}
         self._staging: dict[str, PinnedArray] = {}
         self._noise: PinnedRing | None = None
@@ -65,6 +69,10 @@ class DeviceLoop:
             fixed: the inputs that no step changes, by name.
             table: the sampler; each of its rows serves all samples.
         """
+        with self._session.owned():
+            self._begin(start, fixed, table)
+
+    def _begin(self, start: Float32, fixed: Mapping[str, Array], table: SamplerTable) -> None:
         if self._running:
             self._driver.synchronize(self._stream)
             self._settle()
@@ -91,6 +99,10 @@ class DeviceLoop:
             index: of the sampler's row.
             noise: (batch, 3, T, h, w), which may be changed as soon as this returns; None for none.
         """
+        with self._session.owned():
+            self._take_step(index, noise)
+
+    def _take_step(self, index: int, noise: Float32 | None) -> None:
         for name, rows in self._rows.items():
             target = self._memory[name]
             self._driver.copy(target.pointer, rows.pointer + index * target.size, target.size, self._stream)
@@ -107,17 +119,19 @@ class DeviceLoop:
     def latent(self) -> Float32:
         """Wait for all that was queued; the latent (batch, 3, T, h, w) after the last step."""
         memory = self._memory["noisy_latent"]
-        staging = self._staged("the latent", self._inputs["noisy_latent"], np.dtype(np.float32))
-        self._driver.download(staging.address, memory.pointer, memory.size, self._stream)
-        self._driver.synchronize(self._stream)
-        return staging.array.copy()
+        with self._session.owned():
+            staging = self._staged("the latent", self._inputs["noisy_latent"], np.dtype(np.float32))
+            self._driver.download(staging.address, memory.pointer, memory.size, self._stream)
+            self._driver.synchronize(self._stream)
+            return staging.array.copy()
 
     def finish(self) -> Float32:
         """`latent` of a chain that is done."""
-        latent = self.latent()
-        self._settle()
-        self._session.keep_kernels()
-        return latent
+        with self._session.owned():
+            latent = self.latent()
+            self._settle()
+            self._session.keep_kernels()
+            return latent
 
     def _settle(self) -> None:
         """What was queued is done."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,15 @@ from lfdm_export.files.atomic import write_file
 from lfdm_export.targets import Target
 
 _log = logging.getLogger(__name__)
+_one_session = threading.Lock()
 
 
 class GpuSession:
-    """The first GPU, one stream on it, and TensorRT's runtime. Not for several threads at once.
+    """The first GPU, one stream on it, and TensorRT's runtime; for any thread, one at a time.
 
     Everything runs on the one stream, so one piece of memory serves the activations of all engines, each in its turn.
+    Whoever uses the session, its driver, or what was made from them holds `owned` meanwhile. Engines and loops of this
+    package do that in each of their public methods.
 
     Attributes:
         api: TensorRT, or TensorRT for RTX.
@@ -39,6 +44,7 @@ class GpuSession:
             EngineError: there is none.
         """
         self.api, self.driver = api, driver
+        self._lock = threading.RLock()
         gpus = driver.gpus()
         if not gpus:
             raise EngineError(f"{api.title} runs on a GPU, and the NVIDIA driver sees none; use --target onnxruntime")
@@ -53,6 +59,19 @@ class GpuSession:
         self._kernels: Any = None
         self._kernels_path: Path | None = None
         self._kernels_bytes = 0
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Keep other threads out, and make the GPU's context the calling thread's.
+
+        A thread that waits for the GPU meanwhile makes the others wait too: all work is on the one stream anyway.
+
+        Raises:
+            EngineError: the driver reports an error.
+        """
+        with self._lock:
+            self.driver.bind()
+            yield
 
     def activations(self, size: int) -> DeviceBuffer:
         """Memory of at least that many bytes; the same for every engine."""
@@ -127,12 +146,17 @@ class GpuSession:
             _log.info("compiled kernels cannot be kept in %s: %s", self._kernels_path, error.strerror or error)
 
 
-@functools.cache
 def gpu_session(target: Target) -> GpuSession:
-    """This process's session for a target.
+    """This process's session for a target; for any thread.
 
     Raises:
         EngineError: no driver, no GPU, or the target cannot be loaded.
         MissingDependencyError: a package is missing.
     """
+    with _one_session:  # two threads that come first at the same time get the same one
+        return _session(target)
+
+
+@functools.cache
+def _session(target: Target) -> GpuSession:
     return GpuSession(load_api(target), load_driver())

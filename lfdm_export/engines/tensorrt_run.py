@@ -21,7 +21,7 @@ from lfdm_export.targets import Target
 
 
 class TensorRtEngine:
-    """One loaded plan. `run` may be called from one thread at a time, as all engines of the session.
+    """One loaded plan; for any thread, which waits while another uses an engine or loop of the same session.
 
     Attributes:
         path: of the plan.
@@ -51,11 +51,12 @@ class TensorRtEngine:
             EngineError: the plan cannot be loaded, or is another stage.
         """
         self.path, self.spec, self.session = Path(path), spec, session
-        self._engine = session.load(self.path, host_code=host_code)
-        if weights is not None:
-            refit_engine(session.api, self._engine, *weights)
-        _check_interface(session.api.module, self._engine, self.path, spec)
-        self._own = self.context()
+        with session.owned():
+            self._engine = session.load(self.path, host_code=host_code)
+            if weights is not None:
+                refit_engine(session.api, self._engine, *weights)
+            _check_interface(session.api.module, self._engine, self.path, spec)
+            self._own = self.context()
         self._buffers: dict[str, DeviceBuffer] = {}
         self._staging: dict[str, PinnedArray] = {}
 
@@ -65,7 +66,8 @@ class TensorRtEngine:
         Raises:
             EngineError: there is not enough memory.
         """
-        return PlanContext(self.session, self._engine, self.path, self.spec)
+        with self.session.owned():
+            return PlanContext(self.session, self._engine, self.path, self.spec)
 
     def denoise_loop(self, batch: int) -> DeviceLoop:
         """Chains of this stage whose state stays on the GPU.
@@ -88,6 +90,10 @@ class TensorRtEngine:
             EngineError: the feeds do not fit the stage, or the run fails (out of memory, for one).
         """
         axes = check_feeds(self.spec, feeds)
+        with self.session.owned():
+            return self._run(feeds, axes)
+
+    def _run(self, feeds: Mapping[str, Array], axes: Mapping[str, int]) -> dict[str, Array]:
         driver, stream = self.session.driver, self.session.stream
         tensors = (*self.spec.inputs, *self.spec.outputs)
         staged = {tensor.name: self._staged(tensor, tensor.concrete(**axes)) for tensor in tensors}
