@@ -79,7 +79,7 @@ class LfaeConfig:
             min(self.image_channels, self.regions, self.width, self.max_width) >= 1, f"sizes must be positive: {self}"
         )
         _require(self.down_blocks >= 1 and self.bottleneck_blocks >= 0, f"block counts out of range: {self}")
-        _require(self.region_pad >= 0, f"region_pad must be 0 or more, not {self.region_pad}")
+        _require(0 <= self.region_pad <= 64, f"region_pad must be from 0 to 64, not {self.region_pad}")
         _require(self.region_temperature > 0, f"region_temperature must be above 0, not {self.region_temperature}")
         _ = self.flow_stride  # raises where the kernel belongs to no stride
 
