@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.archives import read_arrays
-from lfdm_export.errors import BundleError, InputError
+from lfdm_export.errors import BundleError, EngineError, InputError
+from lfdm_export.graph_file import check_external, read_graph
 from lfdm_export.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
 from lfdm_export.stages import StageSpec
 
@@ -38,6 +39,8 @@ PLANS_FOLDER = "plans"
 LABEL_ROWS, NULL_ROW = "embeddings", "null"
 
 _CHUNK = 1 << 20
+# Of the cache of huggingface_hub: models--…/snapshots/REVISION holds links to models--…/blobs.
+_HUB_SNAPSHOTS, _HUB_BLOBS = "snapshots", "blobs"
 Float32 = NDArray[np.float32]
 
 
@@ -73,7 +76,18 @@ class Bundle:
         Raises:
             BundleError: there is no bundle, or it is incomplete, altered, or of another format version.
         """
-        folder = Path(path)
+        try:
+            return cls._open(Path(path), check_hashes)
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0][:200]
+            raise BundleError(f"the bundle {str(path)[:200]!a} cannot be opened: {reason}") from error
+
+    @classmethod
+    def _open(cls, folder: Path, check_hashes: bool) -> Bundle:
         if not folder.exists():
             raise BundleError(f"there is no bundle at {folder}: no such folder; make one with lfdm-export")
         if not folder.is_dir():
@@ -84,6 +98,7 @@ class Bundle:
                 raise BundleError(f"{folder}: the manifest does not list {name}, which it must; export again")
         for name, entry in manifest.files.items():
             _check_file(folder, name, entry, check_hash=check_hashes)
+        _check_graphs(folder, manifest)
         embeddings, null = _read_embeddings(folder / EMBEDDINGS, len(manifest.labels), manifest.geometry.text_width)
         return cls(folder, manifest, embeddings, null)
 
@@ -179,9 +194,32 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{path}: {error}") from error
 
 
+def _check_graphs(folder: Path, manifest: Manifest) -> None:
+    """That every file that any graph reads is one that the manifest vouches for."""
+    prefix = f"{ONNX_FOLDER}/"
+    sizes = {
+        name.removeprefix(prefix): entry.bytes for name, entry in manifest.files.items() if name.startswith(prefix)
+    }
+    for spec in manifest.stages:
+        path = folder / onnx_path(spec.name)
+        try:
+            check_external(read_graph(path), path, sizes)
+        except EngineError as error:
+            raise BundleError(str(error)) from error
+
+
+def _hub_blobs(folder: Path) -> Path | None:
+    """Where the cache of the Hugging Face hub keeps what the links of a snapshot lead to, if the folder is of one."""
+    for parent in folder.parents:
+        if parent.name == _HUB_SNAPSHOTS:
+            return parent.parent / _HUB_BLOBS
+    return None
+
+
 def _require_inside(folder: Path, name: str) -> None:
-    real = (folder / name).resolve()
-    if not real.is_relative_to(folder.resolve()):
+    real, home = (folder / name).resolve(), folder.resolve()
+    blobs = _hub_blobs(home)
+    if not real.is_relative_to(home) and not (blobs is not None and real.parent == blobs):
         raise BundleError(f"{folder}: {name} is a link that leads out of the bundle, to {real}; export again")
 
 

@@ -77,7 +77,9 @@ def _describe(error: Exception) -> str:
 
 
 def _complain(program: str, message: str) -> None:
-    text = f"{program}: {' '.join(message.split())}"
+    # Names in messages come out of strangers' files and servers: none of them shall steer a terminal.
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    text = f"{program}: {shown}"
     Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
 
 

@@ -13,6 +13,7 @@ from lfdm_export.cli.models import SHIPPED, add_model_options, check_model_optio
 from lfdm_export.cli.plans import add_plan_options, check_plan_options, choose_target, make_bundle_plans
 from lfdm_export.cli.verify import verify_and_report
 from lfdm_export.errors import InputError
+from lfdm_export.manifest import check_labels
 from lfdm_export.preprocess import Preprocessing
 from lfdm_export.stages import PRECISIONS
 from lfdm_models.labels import DATASETS
@@ -25,6 +26,8 @@ PROGRAM = "lfdm-export"
 PUBLISHED_ENCODER = "bert-base-cased"
 #: Value of --text-encoder that asks for none.
 NO_ENCODER = "none"
+#: A label is a few words.
+_LARGEST_LABEL_FILE = 4 << 20
 _EXAMPLES = """\
   lfdm-export                                   the small trained model that is shipped
   lfdm-export --lfae RegionMM.pth --dm flowdiff.pth --dataset mug --out mug
@@ -102,6 +105,7 @@ def _export(args: argparse.Namespace) -> int:
     # Before minutes of exporting: what cannot be had shows at once.
     check_precision(args.engine)
     choice = choose_target(args, args.engine)
+    encoder_files = None if encoder is None else _find_text_encoder(encoder)
     model = open_model(args)
     frames, image_size = trained_size(model)
     with OneBar(quiet=args.quiet) as progress:
@@ -111,7 +115,7 @@ def _export(args: argparse.Namespace) -> int:
             engine=args.engine,
             frames=frames if args.frames is None else args.frames,
             image_size=image_size if args.image_size is None else args.image_size,
-            text_encoder=encoder,
+            text_encoder=encoder_files,
             labels=labels,
             preprocessing=Preprocessing.for_dataset(args.dataset),
             reference=not args.no_verify,
@@ -129,6 +133,20 @@ def _export(args: argparse.Namespace) -> int:
     return verify_and_report(PROGRAM, args, bundle, targets=targets)
 
 
+def _find_text_encoder(source: str) -> Path:
+    """The folder of a text encoder's files, fetched from the hub where the source is a name there.
+
+    Raises:
+        InputError: it is not available; the message names both ways out.
+    """
+    from lfdm_models import text_files
+
+    try:
+        return text_files.find_folder(source)
+    except text_files.TextEncoderError as error:
+        raise InputError(str(error)) from error
+
+
 def _tell_sensitivity(args: argparse.Namespace, bundle: Bundle) -> None:
     """Which layers of an 8-bit bundle are quantised, and which of them cost most."""
     if bundle.manifest.precision not in ("int8", "fp8"):
@@ -143,22 +161,39 @@ def _tell_sensitivity(args: argparse.Namespace, bundle: Bundle) -> None:
 def read_labels(value: str) -> tuple[str, ...]:
     """Labels out of a file with one a line, or out of a list with commas.
 
+    A byte-order mark, the line ends of Windows and blank lines do not matter.
+
     Raises:
-        InputError: the file cannot be read, or there are no labels.
+        InputError: the file cannot be read, or there are no labels, or one is there twice or cannot be printed.
     """
-    if Path(value).is_file():
+    if _is_file(value):
         try:
-            names = Path(value).read_text(encoding="utf-8").splitlines()
+            with Path(value).expanduser().open("rb") as file:
+                data = file.read(_LARGEST_LABEL_FILE + 1)
+            if len(data) > _LARGEST_LABEL_FILE:
+                raise InputError(f"{value} has more than {_LARGEST_LABEL_FILE} bytes; give a file with a label a line")
+            names = data.decode("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"the labels in {value} cannot be read ({error}); give a text file in UTF-8") from error
-    elif "/" in value or value.lower().endswith(".txt"):
+    elif "," not in value and ("/" in value or value.lower().endswith(".txt")):
         raise InputError(f"{value} does not exist; give a file with a label a line, or a list such as jump,run")
     else:
         names = value.split(",")
     labels = tuple(name.strip() for name in names if name.strip())
     if not labels:
         raise InputError(f"there are no labels in {value!r}; give a file with one a line, or a list such as jump,run")
+    try:
+        check_labels(labels)
+    except ValueError as error:
+        raise InputError(f"the labels cannot be used: {error}; give each once, in printable text") from error
     return labels
+
+
+def _is_file(value: str) -> bool:
+    try:
+        return Path(value).expanduser().is_file()
+    except (OSError, ValueError, RuntimeError):  # a list of labels is longer than any file's name, for one
+        return False
 
 
 def describe(bundle: Bundle) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from lfdm_export.engines.feeds import Array, check_feeds, check_outputs
 from lfdm_export.errors import EngineError, MissingDependencyError
+from lfdm_export.graph_file import check_graph
 from lfdm_export.stages import StageSpec, TensorSpec
 
 Device = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
@@ -62,6 +63,7 @@ class OnnxRuntimeEngine:
         self.path, self.spec = Path(path), spec
         if threads is not None and threads < 1:
             raise EngineError(f"threads is {threads}, expected 1 or more, or None for all cores")
+        check_graph(self.path, spec)
         self._session = _load(self.path, _options(threads, allow_spinning), _providers(device))
         _check_interface(self.path, spec, "inputs", spec.inputs, self._session.get_inputs())
         _check_interface(self.path, spec, "outputs", spec.outputs, self._session.get_outputs())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 
 from lfdm_export.bundle import Bundle
-from lfdm_export.errors import MissingDependencyError
+from lfdm_export.errors import EngineError, MissingDependencyError
+from lfdm_export.graph_file import check_graph
 from lfdm_export.targets import Target
 
 
@@ -17,6 +18,7 @@ def builder_graph(bundle: Bundle, stage: str, target: Target) -> tuple[bytes, st
         its floating-point weights; names of the files that hold its large weights.
 
     Raises:
+        EngineError: the graph is another stage's, damaged, or reads what is not beside it.
         MissingDependencyError: onnx is not installed.
     """
     try:
@@ -25,6 +27,13 @@ def builder_graph(bundle: Bundle, stage: str, target: Target) -> tuple[bytes, st
         raise MissingDependencyError("onnx", "making plans", "export") from error
     from lfdm_export.graphs.bodies import with_bodies
 
+    check_graph(bundle.stage_path(stage), bundle.stages[stage])
+    try:
+        onnx.checker.check_model(str(bundle.stage_path(stage)))
+    except onnx.checker.ValidationError as error:
+        raise EngineError(
+            f"{bundle.stage_path(stage)} is no valid ONNX: {' '.join(str(error).split())[:300]}"
+        ) from error
     model = with_bodies(onnx.load(bundle.stage_path(stage), load_external_data=False), target)
     graph = model.SerializeToString(deterministic=True)
     data_files: set[str] = set()

@@ -61,6 +61,7 @@ def find_folder(source: str | os.PathLike[str]) -> Path:
             f"there is no folder {name!r}, and it is no name on the Hugging Face hub; give a folder with "
             "config.json, weights and tokenizer files"
         )
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the client is imported
     try:
         from huggingface_hub import HfApi, constants, snapshot_download
     except ImportError as error:
