@@ -64,6 +64,7 @@ class Bundle:
     manifest: Manifest
     embeddings: Float32 = field(repr=False)
     null_embedding: Float32 = field(repr=False)
+    _checked: set[str] = field(default_factory=set, repr=False)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check_hashes: bool = True) -> Bundle:
@@ -98,9 +99,12 @@ class Bundle:
                 raise BundleError(f"{folder}: the manifest does not list {name}, which it must; export again")
         for name, entry in manifest.files.items():
             _check_file(folder, name, entry, check_hash=check_hashes)
-        _check_graphs(folder, manifest)
+        if check_hashes:  # else when a stage is first used
+            for spec in manifest.stages:
+                _check_graph(folder, spec.name, manifest)
         embeddings, null = _read_embeddings(folder / EMBEDDINGS, len(manifest.labels), manifest.geometry.text_width)
-        return cls(folder, manifest, embeddings, null)
+        checked = {spec.name for spec in manifest.stages} if check_hashes else set()
+        return cls(folder, manifest, embeddings, null, checked)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -116,10 +120,13 @@ class Bundle:
         """File of a stage's graph.
 
         Raises:
-            BundleError: the bundle has no such stage.
+            BundleError: the bundle has no such stage, or its graph reads a file that the manifest does not list.
         """
         if stage not in self.stages:
             raise BundleError(f"{self.path} has no stage {stage!r}; it has {', '.join(self.stages)}")
+        if stage not in self._checked:
+            _check_graph(self.path, stage, self.manifest)
+            self._checked.add(stage)
         return self.path / onnx_path(stage)
 
     @property
@@ -194,18 +201,15 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{path}: {error}") from error
 
 
-def _check_graphs(folder: Path, manifest: Manifest) -> None:
-    """That every file that any graph reads is one that the manifest vouches for."""
+def _check_graph(folder: Path, stage: str, manifest: Manifest) -> None:
+    """That every file that a stage's graph reads is one that the manifest vouches for."""
     prefix = f"{ONNX_FOLDER}/"
-    sizes = {
-        name.removeprefix(prefix): entry.bytes for name, entry in manifest.files.items() if name.startswith(prefix)
-    }
-    for spec in manifest.stages:
-        path = folder / onnx_path(spec.name)
-        try:
-            check_external(read_graph(path), path, sizes)
-        except EngineError as error:
-            raise BundleError(str(error)) from error
+    inside = {name: entry.bytes for name, entry in manifest.files.items() if name.startswith(prefix)}
+    path = folder / onnx_path(stage)
+    try:
+        check_external(read_graph(path), path, {name.removeprefix(prefix): size for name, size in inside.items()})
+    except EngineError as error:
+        raise BundleError(str(error)) from error
 
 
 def _hub_blobs(folder: Path) -> Path | None:

@@ -83,7 +83,7 @@ def read_graph(path: Path) -> GraphFile:
     try:
         return walk(data)
     except (ValueError, IndexError, UnicodeDecodeError) as error:
-        raise EngineError(f"{path} is no ONNX graph ({error}); export again") from error
+        raise EngineError(f"cannot load {path}: it is no ONNX graph ({error}); export again") from error
 
 
 def check_interface(path: Path, spec: StageSpec) -> GraphFile:
@@ -137,13 +137,14 @@ def check_external(graph: GraphFile, path: Path, sizes: Mapping[str, int]) -> No
     for data in graph.external:
         if data.location not in sizes:
             raise EngineError(
-                f"{path} reads {data.location[:80]!r}, which is no file beside it that the manifest lists; export again"
+                f"cannot load {path}: its weights lie elsewhere, in {data.location[:80]!r}, which is no file beside it "
+                "that the manifest lists; export again"
             )
         offset, length = (_number(text) for text in (data.offset, data.length or "0"))
         if offset is None or length is None or offset + length > sizes[data.location]:
             raise EngineError(
-                f"{path} reads beyond the end of {data.location} (offset {data.offset[:24]}, length "
-                f"{data.length[:24]}); export again"
+                f"cannot load {path}: {data.location} is too short for what it reads of it (offset "
+                f"{data.offset[:24]}, length {data.length[:24]}); export again"
             )
 
 

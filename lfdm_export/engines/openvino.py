@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lfdm_export.engines.feeds import Array, check_feeds, check_outputs
 from lfdm_export.engines.openvino_cache import CompiledCache, cache_key
 from lfdm_export.errors import EngineError, MissingDependencyError
-from lfdm_export.graph_file import check_graph, walk
+from lfdm_export.graph_file import walk
 from lfdm_export.stages import BATCH, StageSpec
 
 # What the plugin computes in where the graph says float32. A graph of fp16 says by itself what is rounded.
@@ -170,16 +170,10 @@ def _graph_and_weights(path: Path, spec: StageSpec) -> tuple[bytes, dict[str, ND
         import onnx
 
         from lfdm_export.graphs.bodies import with_bodies
+        from lfdm_export.graphs.stored import load_stage
     except ImportError as error:
         raise MissingDependencyError(error.name or "onnx", "preparing a graph for OpenVINO", "openvino") from error
-    from google.protobuf.message import DecodeError
-
-    check_graph(path, spec)
-    try:
-        stored = onnx.load(path, load_external_data=False)
-        onnx.checker.check_model(str(path))
-    except (DecodeError, onnx.checker.ValidationError) as error:
-        raise EngineError(f"OpenVINO cannot load {path}: {_one_line(error)}; export again") from error
+    stored = load_stage(path, spec)
     model = with_bodies(stored, "openvino")
     identity = hashlib.sha256(model.SerializeToString(deterministic=True)).digest()
     weights: dict[str, NDArray[np.uint8]] = {}
@@ -207,11 +201,8 @@ def _graph_and_weights(path: Path, spec: StageSpec) -> tuple[bytes, dict[str, ND
 
 def _mapped(path: Path, name: str) -> NDArray[np.uint8]:
     """A file of weights beside a graph."""
-    data = path.parent / name
-    if data.resolve().parent != path.parent.resolve():
-        raise EngineError(f"OpenVINO cannot load {path}: its weights lie elsewhere, in {name}; export again")
     try:
-        return np.memmap(data, np.uint8, mode="r")
+        return np.memmap(path.parent / name, np.uint8, mode="r")
     except (OSError, ValueError) as error:
         raise EngineError(f"OpenVINO cannot load {path}: {_one_line(error)}; export again") from error
 

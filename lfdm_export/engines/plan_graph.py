@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from lfdm_export.bundle import Bundle
-from lfdm_export.errors import EngineError, MissingDependencyError
-from lfdm_export.graph_file import check_graph
+from lfdm_export.errors import MissingDependencyError
 from lfdm_export.targets import Target
 
 
@@ -26,15 +25,9 @@ def builder_graph(bundle: Bundle, stage: str, target: Target) -> tuple[bytes, st
     except ImportError as error:
         raise MissingDependencyError("onnx", "making plans", "export") from error
     from lfdm_export.graphs.bodies import with_bodies
+    from lfdm_export.graphs.stored import load_stage
 
-    check_graph(bundle.stage_path(stage), bundle.stages[stage])
-    try:
-        onnx.checker.check_model(str(bundle.stage_path(stage)))
-    except onnx.checker.ValidationError as error:
-        raise EngineError(
-            f"{bundle.stage_path(stage)} is no valid ONNX: {' '.join(str(error).split())[:300]}"
-        ) from error
-    model = with_bodies(onnx.load(bundle.stage_path(stage), load_external_data=False), target)
+    model = with_bodies(load_stage(bundle.stage_path(stage), bundle.stages[stage]), target)
     graph = model.SerializeToString(deterministic=True)
     data_files: set[str] = set()
     integers = {onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.BOOL}
