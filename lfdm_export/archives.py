@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import lzma
 import math
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -16,7 +19,8 @@ from lfdm_export.errors import BundleError
 
 # What numpy and zipfile raise on a damaged archive, or on a lone array, which `with` cannot hold.
 _UNREADABLE = (
-    ValueError, KeyError, EOFError, AttributeError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error, OSError,
+    ValueError, LookupError, EOFError, AttributeError, TypeError, RuntimeError, SyntaxError, ArithmeticError,
+    MemoryError, struct.error, tokenize.TokenError, lzma.LZMAError, zipfile.BadZipFile, zlib.error, OSError,
 )  # fmt: skip
 # More than any header of an .npy file that this program writes.
 _HEADER_BYTES = 4096
@@ -40,11 +44,19 @@ def read_arrays(path: Path, expected: Mapping[str, tuple[str, tuple[int, ...]]],
             for info in archive.zip.infolist():  # before anything is unpacked: a small file can claim to be huge
                 if info.file_size > largest + _HEADER_BYTES:
                     raise BundleError(f"{path}: {info.filename} is larger than a {what} needs; export again")
+            for name in expected:  # nor is memory taken for what an array's own header claims
+                _check_header(archive.zip, name, expected[name], path)
             arrays = {name: archive[name] for name in expected}
     except _UNREADABLE as error:
         raise BundleError(f"{path} is no {what} ({error}); export again") from error
-    for name, (dtype, shape) in expected.items():
-        found = arrays[name]
-        if found.shape != shape or found.dtype != dtype:
-            raise BundleError(f"{path}: {name} is {found.dtype} {found.shape}, expected {dtype} {shape}; export again")
     return arrays
+
+
+def _check_header(archive: zipfile.ZipFile, name: str, expected: tuple[str, tuple[int, ...]], path: Path) -> None:
+    with archive.open(f"{name}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, found = read(member, max_header_size=_HEADER_BYTES)
+    dtype, wanted = expected
+    if shape != wanted or found != dtype:
+        raise BundleError(f"{path}: {name} is {found} {str(shape)[:80]}, expected {dtype} {wanted}; export again")

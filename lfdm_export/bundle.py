@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 
 from lfdm_export import ready_bundle
 from lfdm_export.archives import read_arrays
-from lfdm_export.errors import BundleError, InputError
+from lfdm_export.errors import BundleError, EngineError, InputError, LfdmExportError
 from lfdm_export.files.digests import sha256_and_size
 from lfdm_export.files.folders import give_back
 from lfdm_export.files.names import user_path
+from lfdm_export.graph_file import check_external, read_graph
 from lfdm_export.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
 from lfdm_export.stages import DRIVE_STAGE, StageSpec
 
@@ -42,6 +43,9 @@ PLANS_FOLDER = "plans"
 LABEL_ROWS, NULL_ROW = "embeddings", "null"
 
 logger = logging.getLogger(__name__)
+
+# Of the cache of huggingface_hub: models--…/snapshots/REVISION holds links to models--…/blobs.
+_HUB_SNAPSHOTS, _HUB_BLOBS = "snapshots", "blobs"
 Float32 = NDArray[np.float32]
 
 
@@ -65,6 +69,7 @@ class Bundle:
     manifest: Manifest
     embeddings: Float32
     null_embedding: Float32
+    _checked: set[str] = field(default_factory=set)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check_hashes: bool = True) -> Bundle:
@@ -77,11 +82,17 @@ class Bundle:
         Raises:
             BundleError: there is no bundle, or it is incomplete, altered, or of another format version.
         """
-        if os.fspath(path) == ready_bundle.NAME:
-            if not Path(path).exists():
-                return cls._open_ready(check_hashes=check_hashes)
-            logger.warning("%s is the folder here, not the shipped bundle of that name", path)
-        return cls._open(user_path(path), check_hashes=check_hashes)
+        try:
+            if os.fspath(path) == ready_bundle.NAME:
+                if not Path(path).exists():
+                    return cls._open_ready(check_hashes=check_hashes)
+                logger.warning("%s is the folder here, not the shipped bundle of that name", path)
+            return cls._open(user_path(path), check_hashes=check_hashes)
+        except LfdmExportError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0][:200]
+            raise BundleError(f"the bundle {str(path)[:200]!a} cannot be opened: {reason}") from error
 
     @classmethod
     def _open_ready(cls, *, check_hashes: bool) -> Bundle:
@@ -103,8 +114,12 @@ class Bundle:
                 raise BundleError(f"{folder}: the manifest does not list {name}, which it must; export again")
         for name, entry in manifest.files.items():
             _check_file(folder, name, entry, check_hash=check_hashes)
+        if check_hashes:  # else when a stage is first used
+            for spec in manifest.stages:
+                _check_graph(folder, spec.name, manifest)
         embeddings, null = _read_embeddings(folder / EMBEDDINGS, len(manifest.labels), manifest.geometry.text_width)
-        return cls(folder, manifest, embeddings, null)
+        checked = {spec.name for spec in manifest.stages} if check_hashes else set()
+        return cls(folder, manifest, embeddings, null, checked)
 
     def __repr__(self) -> str:
         return f"<Bundle {str(self.path)!r}: {self.manifest.summary()}>"
@@ -123,10 +138,13 @@ class Bundle:
         """File of a stage's graph.
 
         Raises:
-            BundleError: the bundle has no such stage.
+            BundleError: the bundle has no such stage, or its graph reads a file that the manifest does not list.
         """
         if stage not in self.stages:
             raise BundleError(f"{self.path} has no stage {stage!r}; it has {', '.join(self.stages)}")
+        if stage not in self._checked:
+            _check_graph(self.path, stage, self.manifest)
+            self._checked.add(stage)
         return self.path / onnx_path(stage)
 
     def require_drive(self, purpose: str) -> None:
@@ -206,9 +224,29 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{path}: {error}") from error
 
 
+def _check_graph(folder: Path, stage: str, manifest: Manifest) -> None:
+    """That every file that a stage's graph reads is one that the manifest vouches for."""
+    prefix = f"{ONNX_FOLDER}/"
+    inside = {name: entry.bytes for name, entry in manifest.files.items() if name.startswith(prefix)}
+    path = folder / onnx_path(stage)
+    try:
+        check_external(read_graph(path), path, {name.removeprefix(prefix): size for name, size in inside.items()})
+    except EngineError as error:
+        raise BundleError(str(error)) from error
+
+
+def _hub_blobs(folder: Path) -> Path | None:
+    """Where the cache of the Hugging Face hub keeps what the links of a snapshot lead to, if the folder is of one."""
+    for parent in folder.parents:
+        if parent.name == _HUB_SNAPSHOTS:
+            return parent.parent / _HUB_BLOBS
+    return None
+
+
 def _require_inside(folder: Path, name: str) -> None:
-    real = (folder / name).resolve()
-    if not real.is_relative_to(folder.resolve()):
+    real, home = (folder / name).resolve(), folder.resolve()
+    blobs = _hub_blobs(home)
+    if not real.is_relative_to(home) and not (blobs is not None and real.parent == blobs):
         raise BundleError(f"{folder}: {name} is a link that leads out of the bundle, to {real}; export again")
 
 

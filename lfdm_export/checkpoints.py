@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -18,13 +17,14 @@ from lfdm_export.errors import CheckpointError, InputError
 from lfdm_export.files.names import user_path
 from lfdm_export.recognise import recognise_dm, recognise_lfae
 from lfdm_export.training_facts import training_facts
-from lfdm_export.weight_files import PARTS, read_tensors, sha256, shorten
+from lfdm_export.weight_files import PARTS, Checkpoint, read_checkpoint, sha256, shorten
 from lfdm_models.config import DmConfig, LfaeConfig, LfdmConfig
 from lfdm_models.diffusion import Diffusion
 from lfdm_models.lfae import Lfae
 from lfdm_models.model import LfdmModel
 from lfdm_models.schedule import Schedule, cosine_schedule
 
+N = TypeVar("N", bound=nn.Module)
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -71,10 +71,11 @@ def load_model(
     if region_pad is None and dataset is not None:
         region_pad = dataset_facts(dataset).region_pad
     lfae_path, dm_path = user_path(lfae), user_path(dm)
-    told = training_facts(lfae_path, dm_path)
+    lfae_file, dm_file = read_checkpoint(lfae_path), read_checkpoint(dm_path)
+    told = training_facts(lfae_file, dm_file)
     residual_flow = _agreed("residual_flow", residual_flow, told.residual_flow)
     region_pad = _agreed("region_pad", region_pad, told.region_pad)
-    model = load_networks(lfae_path, dm_path, residual_flow=bool(residual_flow), region_pad=region_pad)
+    model = load_networks(lfae_file, dm_file, residual_flow=bool(residual_flow), region_pad=region_pad)
     width = model.config.dm.text_width
     if any(row.shape != (width,) for row in told.label_embeddings.values()):
         raise CheckpointError(f"{dm_path}: its labels' embeddings are not of the network's width {width}")
@@ -96,8 +97,8 @@ def _agreed(name: str, given: T | None, told: T | None) -> T | None:
 
 
 def load_networks(
-    lfae: Path,
-    dm: Path,
+    lfae: Checkpoint,
+    dm: Checkpoint,
     *,
     residual_flow: bool,
     region_pad: int | None,
@@ -108,18 +109,18 @@ def load_networks(
     Raises:
         CheckpointError: see `load_model`.
     """
-    # Both are read before anything is built: of zip and safetensors files, only mapped.
+    # Both are looked at before anything is built; their tensors are mapped, not read.
     lfae_tensors, dm_tensors = _lfae_tensors(lfae), _dm_tensors(dm)
     if region_pad is None:
         region_pad = _usual_region_pad(dm_tensors)
-    lfae_config = recognise_lfae(_shapes(lfae_tensors), str(lfae), region_pad=region_pad)
+    lfae_config = recognise_lfae(_shapes(lfae_tensors), str(lfae.path), region_pad=region_pad)
     lfae_config = replace(lfae_config, region_temperature=region_temperature)
-    dm_config = recognise_dm(_shapes(dm_tensors), str(dm))
+    dm_config = recognise_dm(_shapes(dm_tensors), str(dm.path))
     # A misfit of the whole is told last: a tensor that is wrong by itself explains it better.
-    lfae_network = build_lfae(lfae_config, lfae_tensors, str(lfae))
+    lfae_network = build_lfae(lfae_config, lfae_tensors, str(lfae.path))
     del lfae_tensors  # its pages are in memory by now
-    diffusion = build_diffusion(dm_config, dm_tensors, str(dm))
-    config = _join(lfae_config, dm_config, residual_flow=residual_flow, where=f"{lfae} and {dm}")
+    diffusion = build_diffusion(dm_config, dm_tensors, str(dm.path))
+    config = _join(lfae_config, dm_config, residual_flow=residual_flow, where=f"{lfae.path} and {dm.path}")
     logger.info("recognised %s and %s", lfae_config, dm_config)
     return LfdmModel(config, lfae_network, diffusion)
 
@@ -135,8 +136,7 @@ def build_lfae(config: LfaeConfig, tensors: Mapping[str, Tensor], where: str) ->
     Raises:
         CheckpointError: the tensors are not exactly those of the network, or not finite.
     """
-    with torch.device("meta"):  # no memory, whatever the sizes, until all shapes have been compared
-        network = Lfae(config)
+    network = _without_memory(lambda: Lfae(config), where)
     _fill(network, tensors, "", where)
     return network
 
@@ -155,8 +155,7 @@ def build_diffusion(config: DmConfig, tensors: Mapping[str, Tensor], where: str)
         CheckpointError: the tensors are not exactly those of the network, or not finite, or the schedule
             is none.
     """
-    with torch.device("meta"):
-        network = Diffusion(config)
+    network = _without_memory(lambda: Diffusion(config), where)
     _fill(network, _with_exact_schedule(tensors, config.training_steps, where), f"{_DM_PART}.", where)
     if not config.learned_null:
         # Not in the state dict, so still without memory.
@@ -165,8 +164,8 @@ def build_diffusion(config: DmConfig, tensors: Mapping[str, Tensor], where: str)
     return network
 
 
-def _lfae_tensors(path: Path) -> dict[str, Tensor]:
-    tensors = read_tensors(path)
+def _lfae_tensors(file: Checkpoint) -> dict[str, Tensor]:
+    path, tensors = file.path, file.tensors()
     parts = {part: {k: v for k, v in tensors.items() if k.startswith(f"{part}.")} for part in _LFAE_PARTS}
     absent = [part for part, found in parts.items() if not found]
     if not absent:
@@ -176,8 +175,8 @@ def _lfae_tensors(path: Path) -> dict[str, Tensor]:
     raise CheckpointError(f"{path} is no LFAE checkpoint: it lacks {' and '.join(absent)}; {_holds(tensors)}")
 
 
-def _dm_tensors(path: Path) -> dict[str, Tensor]:
-    tensors = read_tensors(path)
+def _dm_tensors(file: Checkpoint) -> dict[str, Tensor]:
+    path, tensors = file.path, file.tensors()
     wrapped = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{_DM_PART}.")}
     bare = {key: tensor for key, tensor in tensors.items() if key.startswith("denoise_fn.") or key in _BUFFERS}
     if wrapped and any(key.startswith("denoise_fn.") for key in bare):
@@ -197,7 +196,14 @@ def _is_dm(tensors: Mapping[str, Tensor]) -> bool:
 
 def _holds(tensors: Mapping[str, Tensor]) -> str:
     names = dict.fromkeys(key.partition(".")[0] for key in tensors)
-    return f"it holds {shorten(names)}" if names else "it holds no weights"
+    if not names:
+        return "it holds no weights"
+    parts = (*PARTS, "denoise_fn")
+    for key in tensors:
+        before = next((key[: key.index(f".{part}.") + 1] for part in parts if f".{part}." in key), None)
+        if before is not None:
+            return f"its keys begin with {before!r}, of no wrapper that is known; save them without that prefix"
+    return f"it holds {shorten(names)}"
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -221,6 +227,18 @@ def _join(lfae: LfaeConfig, dm: DmConfig, *, residual_flow: bool, where: str) ->
     except ValueError as error:
         raise CheckpointError(
             f"{where} do not fit each other: {error}; give an LFAE and a DM that were trained together"
+        ) from error
+
+
+def _without_memory(build: Callable[[], N], where: str) -> N:
+    """A network whose tensors take no memory, whatever their sizes, until all shapes have been compared."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, ValueError, OverflowError) as error:  # of sizes beyond 64 bits
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{where}: its shapes are of no network that can be built ({reason[:160]}); the file is damaged"
         ) from error
 
 

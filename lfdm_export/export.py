@@ -22,7 +22,7 @@ from lfdm_export.errors import ExportError, InputError
 from lfdm_export.faithful import make_reference
 from lfdm_export.graphs.precisions import Traced, check_precision, typed_graphs
 from lfdm_export.machine import package_versions
-from lfdm_export.manifest import TEXT_STAGE, Manifest
+from lfdm_export.manifest import TEXT_STAGE, Manifest, check_labels
 from lfdm_export.preprocess import Preprocessing
 from lfdm_export.rewrite.stage_modules import stage_modules
 from lfdm_export.stages import Geometry, StageSpec, stage_specs
@@ -103,6 +103,8 @@ def export_bundle(
     geometry = geometry_of(model.config, frames, trained_size if image_size is None else image_size)
     _require_cosine_schedule(model)
     encoder = load_text_encoder(text_encoder, geometry.text_width)
+    if labels is not None:
+        _check_labels(labels)
     table = _label_table(model, labels, encoder)
     specs = stage_specs(geometry, with_text=encoder is not None, with_drive=drive)
     with BundleWriter(out_dir) as writer:
@@ -240,6 +242,13 @@ def load_text_encoder(
             "give the encoder that the DM was trained with"
         )
     return encoder
+
+
+def _check_labels(labels: Sequence[str]) -> None:
+    try:
+        check_labels(labels)
+    except ValueError as error:
+        raise InputError(f"the labels cannot be used: {error}; give each once, in printable text") from error
 
 
 def _label_table(

@@ -7,11 +7,13 @@ of the class, and the classes' own checks run because their constructors do.
 from __future__ import annotations
 
 import collections.abc
+import sys
 import types
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+_LARGEST_FLOAT = sys.float_info.max
 
 
 def to_plain(value: object) -> Any:
@@ -59,12 +61,18 @@ def _decode(kind: Any, value: object, where: str) -> Any:
             raise _mismatch(where, value, "an object")
         return {key: _decode(item_kind, item, f"{where}.{key}") for key, item in value.items()}
     if kind is float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise _mismatch(where, value, "a number")
-        return float(value)
+        return _decode_float(value, where)
     if type(value) is not kind:  # exact: a bool is an int to isinstance
         raise _mismatch(where, value, kind.__name__)
     return value
+
+
+def _decode_float(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _mismatch(where, value, "a number")
+    if not -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT:  # what JSON calls NaN and Infinity, and integers beyond both
+        raise _mismatch(where, value, "a finite number")
+    return float(value)
 
 
 def _decode_dataclass(kind: type, value: object, where: str) -> Any:

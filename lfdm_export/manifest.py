@@ -7,7 +7,7 @@ need not check it again.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath, PureWindowsPath
 
@@ -16,7 +16,7 @@ from lfdm_export.json_codec import from_plain, to_plain
 from lfdm_export.preprocess import Preprocessing
 from lfdm_export.stages import DRIVE_STAGE, Geometry, StageSpec, stage_specs
 from lfdm_export.wording import count, shortened
-from lfdm_models.config import LfdmConfig
+from lfdm_models.config import MOST_TRAINING_STEPS, LfdmConfig
 
 #: Raised when a bundle's layout changes so that older programs cannot read it.
 FORMAT_VERSION = 1
@@ -24,6 +24,12 @@ FORMAT_VERSION = 1
 FORMAT = "lfdm-bundle"
 #: The optional stage that only a bundle with a text encoder has.
 TEXT_STAGE = "text"
+#: What a bundle may have of labels; each of them is a row of its table, and stands in messages.
+MOST_LABELS, LONGEST_LABEL = 10_000, 512
+#: The largest that any size of a geometry, batch or step count may be.
+_LARGEST_SIZE, _LARGEST_WIDTH = 1 << 13, 1 << 16
+#: Of one part of a path, in bytes, on the usual file systems.
+_LONGEST_NAME = 255
 #: A manifest is some tens of kilobytes; a file far beyond that is not one.
 MAX_MANIFEST_BYTES = 16 << 20
 
@@ -51,6 +57,19 @@ class SamplerDefaults:
     steps: int | None = 10
     eta: float | None = 1.0
     guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        if self.steps is not None and not 1 <= self.steps <= MOST_TRAINING_STEPS:
+            raise ValueError(f"sampler.steps is {self.steps}, expected 1 to {MOST_TRAINING_STEPS}")
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise ValueError(f"sampler.eta is {self.eta}, expected 0 to 1")
+        if not abs(self.guidance_scale) <= _LARGEST_WIDTH:
+            raise ValueError(f"sampler.guidance_scale is {self.guidance_scale}, expected a small finite number")
 
 
 @dataclass(frozen=True, repr=False)
@@ -92,7 +111,7 @@ class Manifest:
         """
         _check_geometry(self.geometry, self.config)
         _check_stages(self.stages, self.geometry, self.precision)
-        _check_labels(self.labels)
+        check_labels(self.labels)
         for name, entry in self.files.items():
             _check_file_name(name)
             if len(entry.sha256) != 64 or not set(entry.sha256) <= set("0123456789abcdef") or entry.bytes < 0:
@@ -157,6 +176,11 @@ def _check_geometry(geometry: Geometry, config: LfdmConfig) -> None:
     g = geometry
     if min(g.image_size, g.latent_size, g.frames, g.chunk_frames, g.context_channels, g.text_width) < 1:
         raise ValueError(f"geometry holds a size below 1: {g}")
+    if max(g.image_size, g.frames) > _LARGEST_SIZE or max(g.context_channels, g.text_width) > _LARGEST_WIDTH:
+        raise ValueError(
+            f"geometry holds a size beyond what this program runs (pixels a side and frames {_LARGEST_SIZE}, "
+            f"widths {_LARGEST_WIDTH}): {g}"
+        )
     if g.chunk_frames > g.frames:
         raise ValueError(f"geometry.chunk_frames is {g.chunk_frames}, expected at most frames, {g.frames}")
     channels = tuple(config.lfae.generator_channels(level) for level in range(config.lfae.down_blocks + 1))
@@ -181,17 +205,32 @@ def _check_stages(stages: tuple[StageSpec, ...], geometry: Geometry, precision: 
                 raise ValueError(f"the {kind} of stage {spec.name!r} are not those that this program knows")
         if not 1 <= spec.batch[0] <= spec.batch[1] <= spec.batch[2]:
             raise ValueError(f"stage {spec.name!r} has the batch profile {spec.batch}, expected rising sizes from 1")
+        if spec.batch[2] > _LARGEST_SIZE:
+            raise ValueError(f"stage {spec.name!r} has batches up to {spec.batch[2]}, expected at most {_LARGEST_SIZE}")
         if precision not in spec.tolerance:
             raise ValueError(f"stage {spec.name!r} has no tolerance for precision {precision!r}")
 
 
-def _check_labels(labels: tuple[str, ...]) -> None:
-    folded = [label.strip().casefold() for label in labels]
-    for label, key in zip(labels, folded, strict=True):
+def check_labels(labels: Sequence[str]) -> None:
+    """See that labels can be told from each other and printed.
+
+    Raises:
+        ValueError: one is empty, too long, not printable, or there twice; the message says which.
+    """
+    if len(labels) > MOST_LABELS:
+        raise ValueError(f"there are {len(labels)} labels, expected at most {MOST_LABELS}")
+    seen: dict[str, str] = {}
+    for label in labels:
+        key = label.strip().casefold()
         if not key:
             raise ValueError("a label is empty")
-        if folded.count(key) > 1:
-            raise ValueError(f"the label {label!r} is there twice (case and outer spaces do not count)")
+        if len(label) > LONGEST_LABEL or not label.isprintable():
+            raise ValueError(
+                f"the label {label[:40]!a} is longer than {LONGEST_LABEL} characters or holds one that is not printable"
+            )
+        if key in seen:
+            raise ValueError(f"the label {seen[key]!r} is there twice (case and outer spaces do not count)")
+        seen[key] = label
 
 
 def _check_file_name(name: str) -> None:
@@ -201,10 +240,11 @@ def _check_file_name(name: str) -> None:
     if (
         not name
         or "\\" in name
-        or "\0" in name
+        or not name.isprintable()  # control characters and lone surrogates among them
+        or any(len(part.encode()) > _LONGEST_NAME for part in parts)
         or PurePosixPath(name).is_absolute()
         or windows.drive
         or windows.root
         or any(part in ("", ".", "..") for part in parts)
     ):
-        raise ValueError(f"the file name {name!r} is not a plain path inside the bundle")
+        raise ValueError(f"the file name {name[:80]!a} is not a plain path inside the bundle")

@@ -31,7 +31,7 @@ from lfdm_export.files.folders import give_back, publish
 from lfdm_export.files.names import user_path
 from lfdm_export.files.places import destination
 from lfdm_export.json_codec import from_plain, to_plain
-from lfdm_export.weight_files import read_tensors, sha256
+from lfdm_export.weight_files import read_checkpoint, sha256
 from lfdm_models.model import LfdmModel
 
 CARD, LFAE, DM, LABELS = "model.json", "lfae.safetensors", "dm.safetensors", "labels.safetensors"
@@ -151,8 +151,8 @@ def load_model_folder(folder: str | os.PathLike[str]) -> LfdmModel:
                 "fetch or save the model again"
             )
     model = load_networks(
-        path / LFAE,
-        path / DM,
+        read_checkpoint(path / LFAE),
+        read_checkpoint(path / DM),
         residual_flow=card.residual_flow,
         region_pad=card.region_pad,
         region_temperature=card.region_temperature,
@@ -238,7 +238,7 @@ def _read_card(folder: Path) -> ModelCard:
 
 
 def _read_labels(path: Path, labels: int, width: int) -> NDArray[np.float32]:
-    table = read_tensors(path).get(_EMBEDDINGS)
+    table = read_checkpoint(path).tensors().get(_EMBEDDINGS)
     if table is None or table.shape != (labels, width) or table.dtype != torch.float32:
         found = "missing" if table is None else f"{table.dtype} {list(table.shape)}"
         raise CheckpointError(f"{path}: {_EMBEDDINGS} is {found}, expected torch.float32 {[labels, width]}")

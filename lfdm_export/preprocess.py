@@ -27,6 +27,8 @@ Float32Array: TypeAlias = npt.NDArray[np.float32]
 #: A path, a PIL image, or an array (H,W), (H,W,1), (H,W,3) or (H,W,4) of uint8 or uint16.
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | npt.NDArray[Any]"
 
+#: Of the rules below; no camera's pictures are larger.
+_LARGEST_SIDE = 1 << 14
 #: Larger pictures are refused before they are decoded.
 MAX_PIXELS = 80_000_000
 #: Everything that Pillow raises for a file that is damaged, or no picture.
@@ -58,8 +60,8 @@ class Preprocessing:
             ValueError: a size is not positive, or a crop is empty, outside its picture or without one.
         """
         for name, pair in (("frame_size", self.frame_size), ("resize_first", self.resize_first)):
-            if pair is not None and min(pair) < 1:
-                raise ValueError(f"{name} must be positive, not {pair}")
+            if pair is not None and not 1 <= min(pair) <= max(pair) <= _LARGEST_SIDE:
+                raise ValueError(f"{name} must be positive and at most {_LARGEST_SIDE}, not {pair}")
         crops = (("crop_columns", self.crop_columns, 0), ("crop_rows", self.crop_rows, 1))
         for name, crop, axis in crops:
             if crop is None:

@@ -20,6 +20,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 #: Channels of the noisy latent, which the UNet's first conv sees beside the feature.
 _LATENT_CHANNELS = 3
+#: The published networks have 6 at most; building a module takes a millisecond.
+_MOST_MODULES = 256
 _NORM = ("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var")
 
 
@@ -150,6 +152,11 @@ class _Seen:
         """How many modules, numbered from 0, there are under a prefix."""
         pattern = re.compile(re.escape(prefix) + r"(\d{1,4})\.")
         found = {int(match[1]) for key in self.shapes if (match := pattern.match(key))}
+        if len(found) > _MOST_MODULES:
+            raise CheckpointError(
+                f"{self.where}: there are {len(found)} modules {prefix}*, expected at most {_MOST_MODULES}; "
+                "the file is damaged or of another model"
+            )
         absent = next((i for i in range(max(len(found), least)) if i not in found), None)
         if absent is not None:
             there = f", although {prefix}{max(found)}.* is there" if found else ""

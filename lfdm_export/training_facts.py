@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lfdm_export.errors import CheckpointError
-from lfdm_export.weight_files import read_top
+from lfdm_export.weight_files import Checkpoint
 
+#: No clip is longer or larger.
+_LARGEST_SIZE = 1 << 16
 _TRAINING, _LABELS, _EMBEDDINGS = "training", "labels", "label_embeddings"
 
 
@@ -37,49 +38,51 @@ class TrainingFacts:
     label_embeddings: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
-def training_facts(lfae: Path, dm: Path) -> TrainingFacts:
+def training_facts(lfae: Checkpoint, dm: Checkpoint) -> TrainingFacts:
     """What a pair of checkpoints tells.
 
     Raises:
-        CheckpointError: a file cannot be read, or tells something that cannot be.
+        CheckpointError: a file tells something that cannot be.
     """
-    told_by_lfae, told_by_dm = read_top(lfae), read_top(dm)
-    training = _get(told_by_dm, _TRAINING)
+    training = _get(dm.top, _TRAINING)
     residual_flow = training.get("residual_flow")
     examples = _get(training, "examples")
     geometry = {"frames": examples.get("frames"), "image_size": examples.get("image size")}
     data = examples.get("data")
-    region_pad = _get(_get(told_by_lfae, _TRAINING), "config").get("region_pad")
+    region_pad = _get(_get(lfae.top, _TRAINING), "config").get("region_pad")
     if not isinstance(residual_flow, bool | None):
-        raise CheckpointError(f"{dm}: residual_flow is {residual_flow!r}, expected true or false; save it again")
-    if not isinstance(region_pad, int | None) or (region_pad is not None and region_pad < 0):
-        raise CheckpointError(f"{lfae}: region_pad is {region_pad!r}, expected 0 or more; save it again")
+        raise CheckpointError(
+            f"{dm.path}: residual_flow is a {type(residual_flow).__name__}, expected true or false; save it again"
+        )
+    if region_pad is not None and (type(region_pad) is not int or region_pad < 0):
+        raise CheckpointError(f"{lfae.path}: region_pad is no integer of 0 or more; save it again")
     return TrainingFacts(
         residual_flow,
         region_pad,
         True if training else None,
-        {name: value for name, value in geometry.items() if isinstance(value, int)},
+        {name: value for name, value in geometry.items() if type(value) is int and 0 < value <= _LARGEST_SIZE},
         data if isinstance(data, str) else None,
-        _label_embeddings(told_by_dm, dm),
+        _label_embeddings(dm),
     )
 
 
-def _get(content: Mapping[object, object], key: str) -> Mapping[object, object]:
+def _get(content: Mapping[Any, object], key: str) -> Mapping[Any, object]:
     value = content.get(key)
     return value if isinstance(value, Mapping) else {}
 
 
-def _label_embeddings(content: Mapping[object, object], where: Path) -> dict[str, NDArray[np.float32]]:
-    labels, table = content.get(_LABELS), content.get(_EMBEDDINGS)
-    if labels is None or table is None:
+def _label_embeddings(dm: Checkpoint) -> dict[str, NDArray[np.float32]]:
+    labels, stored = dm.top.get(_LABELS), dm.top.get(_EMBEDDINGS)
+    if labels is None or stored is None:
         return {}
+    table = dm.table(stored, _EMBEDDINGS)
     named = isinstance(labels, list) and all(isinstance(label, str) and label for label in labels)
-    if not named or not isinstance(table, Tensor) or table.ndim != 2 or not table.is_floating_point():
-        raise CheckpointError(f"{where}: {_LABELS} and {_EMBEDDINGS} are no names with a row of numbers each")
+    if not named or table is None or table.ndim != 2 or not table.is_floating_point():
+        raise CheckpointError(f"{dm.path}: {_LABELS} and {_EMBEDDINGS} are no names with a row of numbers each")
     assert isinstance(labels, list)
-    rows: NDArray[np.float32] = table.float().numpy().copy()
-    if len(rows) != len(labels) or len(set(labels)) != len(labels) or not np.isfinite(rows).all():
+    if len(table) != len(labels) or len(set(labels)) != len(labels) or not table.isfinite().all():
         raise CheckpointError(
-            f"{where}: {len(labels)} labels and {len(rows)} embeddings, expected as many, all different and finite"
+            f"{dm.path}: {len(labels)} labels and {len(table)} embeddings, expected as many, all different and finite"
         )
+    rows: NDArray[np.float32] = table.detach().float().numpy().copy()
     return dict(zip(labels, rows, strict=True))

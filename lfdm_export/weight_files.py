@@ -1,36 +1,46 @@
 """A checkpoint file to named tensors, whatever wrote it; nothing in the file is ever run.
 
-Keys come out flat, as ``generator.first.conv.weight`` or ``diffusion.betas``, without ``module.``.
+Keys come out flat, as ``generator.first.conv.weight`` or ``diffusion.betas``, without ``module.`` and ``_orig_mod.``.
 """
 
 from __future__ import annotations
 
-import json
-import pickle
-import re
-import struct
-import warnings
-import zipfile
+import contextlib
+import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import safetensors
 import torch
 from torch import Tensor
 
 from lfdm_export.errors import CheckpointError
 from lfdm_export.files.digests import sha256_and_size
+from lfdm_models.stored_files import LARGEST_SAFETENSORS_HEADER, LEGACY_MAGIC, ZIP_MAGIC, TorchFile, read_safetensors
+from lfdm_models.stored_values import (
+    DamagedFileError,
+    ForeignObjectError,
+    OddTensor,
+    Opaque,
+    StoredFileError,
+    StoredTensor,
+)
+
+logger = logging.getLogger(__name__)
 
 #: Top-level entries of checkpoints that hold networks, each a state dict.
 PARTS = ("generator", "region_predictor", "bg_predictor", "diffusion")
 
 Format = Literal["torch zip", "torch legacy", "safetensors"]
 
-# The number with which files of torch.save began before they were zip archives, as it is pickled.
-_LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-# The longest header that the safetensors library accepts.
-_MAX_SAFETENSORS_HEADER = 100_000_000
+# What wraps a network puts its own name into the keys.
+_PREFIXES = ("module", "_orig_mod")
+# What trainers call the entry of their file that holds the networks.
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+_MOST_WRAPPERS = 3
+_TENSOR_KINDS = (Tensor, StoredTensor, OddTensor)
 _MEDIA = {
     b"\xff\xd8\xff": "a JPEG image",
     b"\x89PNG": "a PNG image",
@@ -43,54 +53,121 @@ _MEDIA = {
 _COPY_AGAIN = "fetch it again, it was not copied or downloaded whole"
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint's networks, on the CPU, as stored (any dtype, possibly mapped from the file).
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a checkpoint's file holds; its tensors are read when they are needed.
+
+    Attributes:
+        path: of the file.
+        top: its top level: plain values, and tensors as they are stored. Nothing where it holds no mapping.
+        size: of the file in bytes.
+    """
+
+    path: Path
+    top: Mapping[Any, object]
+    size: int
+    _file: TorchFile | None = field(default=None, repr=False)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the checkpoint's networks, on the CPU, as stored (any dtype, possibly mapped from the file).
+
+        Returns:
+            Tensor by flat key. Entries that are neither a tensor nor one of `PARTS` are left out.
+
+        Raises:
+            CheckpointError: an entry of the networks is no ordinary tensor, or the file is damaged.
+        """
+        stored: dict[str, object] = {}
+        for key, value in _entries(_networks(self.top, self.path), self.path):
+            if key in stored:
+                raise CheckpointError(
+                    f"{self.path}: {key} is there twice, with and without 'module.' or '_orig_mod.'; keep one of them"
+                )
+            stored[key] = value
+        # Before anything is read: a few bytes can claim to be a tensor of any size.
+        declared = sum(_declared(key, value, self.path) for key, value in stored.items())
+        if declared > 2 * self.size:  # not 1: a module that several others share is saved once
+            raise CheckpointError(
+                f"{self.path} declares {declared:,} bytes of weights but holds {self.size:,}; "
+                "it is damaged or not to be trusted"
+            )
+        return {key: self._tensor(value) for key, value in stored.items()}
+
+    def table(self, value: object, name: str) -> Tensor | None:
+        """An entry of the top level as a tensor; None where it is none.
+
+        Raises:
+            CheckpointError: it is no ordinary tensor, or larger than the file.
+        """
+        if not isinstance(value, _TENSOR_KINDS):
+            return None
+        if _declared(name, value, self.path) > 2 * self.size:
+            raise CheckpointError(
+                f"{self.path}: {name} declares more bytes than the file's {self.size:,}; "
+                "it is damaged or not to be trusted"
+            )
+        return self._tensor(value)
+
+    def _tensor(self, value: object) -> Tensor:
+        if isinstance(value, Tensor):
+            return value
+        assert isinstance(value, StoredTensor), "checked by _declared"
+        assert self._file is not None, "only its values are stored ones"
+        with _blaming(self.path):
+            return self._file.tensor(value)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """What a checkpoint's file holds; nothing in it is run.
 
     Args:
         path: a file of ``torch.save`` (zip or legacy) or safetensors; its content decides, not its name.
-
-    Returns:
-        Tensor by flat key. Entries at the top level that are neither a tensor nor one of `PARTS` are left out.
 
     Raises:
         CheckpointError: there is no such file, it is no checkpoint, it is damaged, or it holds objects
             that would have to be run.
     """
-    top = _read(path)
-    tensors = _flatten(top, path)
-    _check_storage(tensors, path)
-    return tensors
-
-
-def read_top(path: Path) -> Mapping[object, object]:
-    """The top level of a checkpoint, tensors and plain values as they were stored; nothing of it is checked.
-
-    Args:
-        path: see `read_tensors`.
-
-    Returns:
-        By key; nothing where the file holds no mapping.
-
-    Raises:
-        CheckpointError: see `read_tensors`.
-    """
-    top = _read(path)
-    return top if isinstance(top, Mapping) else {}
-
-
-def _read(path: Path) -> object:
     kind = _sniff(path)
+    with _blaming(path):
+        if kind == "safetensors":
+            return Checkpoint(
+                path,
+                {key: tensor for key, tensor in read_safetensors(path).items() if _clean(key)},
+                path.stat().st_size,
+            )
+        file = TorchFile(path)
+    if not isinstance(file.top, Mapping):
+        raise CheckpointError(
+            f"{path} holds a {_kind(file.top)}, expected a dict with state dicts named "
+            f"{', '.join(PARTS[:3])} (LFAE) or {PARTS[3]} (DM)"
+        )
+    return Checkpoint(path, file.top, file.size, file)
+
+
+@contextlib.contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Whatever a reader raises becomes an error of this file."""
     try:
-        return _read_safetensors(path) if kind == "safetensors" else _read_torch(path, kind)
+        yield
     except CheckpointError:
         raise
+    except ForeignObjectError as error:
+        raise CheckpointError(
+            f"{path} holds a Python object ({error.name}) that could run code when loaded; it was refused and "
+            "nothing was run; where the file was made, save state dicts only (torch.save of module.state_dict()) "
+            "or safetensors"
+        ) from error
+    except DamagedFileError as error:
+        raise CheckpointError(f"{path} is truncated or damaged: {error}; {_COPY_AGAIN}") from error
+    except StoredFileError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except MemoryError as error:
         raise CheckpointError(f"{path} does not fit in memory, or is damaged") from error
-    # The readers raise anything that comes from misreading a damaged or hostile file.
-    except Exception as error:
-        raise CheckpointError(_reading_failed(path, error)) from error
+    except (RuntimeError, ValueError, TypeError) as error:  # torch, of numbers that it cannot view so
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} is truncated or damaged ({reason[:160]}); {_COPY_AGAIN}") from error
 
 
 def sha256(path: Path) -> str:
@@ -129,11 +206,11 @@ def _sniff(path: Path) -> Format:
         raise CheckpointError(f"{str(path)!r} is not a path: {error}") from error
     if size == 0:
         raise CheckpointError(f"{path} is empty; {_COPY_AGAIN}")
-    if head.startswith(b"PK\x03\x04"):
+    if head.startswith(ZIP_MAGIC):
         return "torch zip"
-    if head[:1] == b"\x80" and _LEGACY_MAGIC in head[:32]:
+    if head[:1] == b"\x80" and LEGACY_MAGIC in head[:32]:
         return "torch legacy"
-    if len(head) > 8 and head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= _MAX_SAFETENSORS_HEADER:
+    if len(head) > 8 and head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= LARGEST_SAFETENSORS_HEADER:
         return "safetensors"
     raise CheckpointError(f"{path} is not a checkpoint but {_guess(head)}")
 
@@ -166,123 +243,68 @@ def _guess(head: bytes) -> str:
     return "of an unknown kind; give a file that torch.save wrote, or safetensors"
 
 
-def _read_torch(path: Path, kind: Format) -> object:
-    if kind == "torch zip":
-        _check_zip(path)
-    with (
-        warnings.catch_warnings()
-    ):  # about the pickle's protocol or old storage classes: nothing that a user can act on
-        warnings.simplefilter("ignore")
-        # Mapping leaves an optimizer's state, twice the weights, on the disk; only zip archives can be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "torch zip")
-
-
-def _check_zip(path: Path) -> None:
-    """That a zip archive is whole, and laid out as torch.save does it.
-
-    Torch maps the entries without looking at their compression, so a compressed one would give noise.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{path} is truncated or damaged: its end is missing ({error}); {_COPY_AGAIN}") from error
-    names = [entry.filename for entry in entries]
-    if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
-        raise CheckpointError(f"{path} is a TorchScript program, expected state dicts saved with torch.save")
-    if not any(name == "data.pkl" or name.endswith("/data.pkl") for name in names):
-        raise CheckpointError(
-            f"{path} is a zip archive without a checkpoint's data.pkl (it holds {shorten(names) or 'nothing'}); "
-            "unpack it and give the checkpoint file inside"
-        )
-    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
-    if packed:
-        raise CheckpointError(
-            f"{path}: {shorten(packed)} is compressed, which torch.save never does; save the checkpoint again"
-        )
-    if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise CheckpointError(f"{path} is damaged: its entries are larger than the file; {_COPY_AGAIN}")
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if 8 + length > size:
-            raise CheckpointError(
-                f"{path} is truncated: it has {size} bytes, its header alone needs more; {_COPY_AGAIN}"
-            )
-        header = json.loads(file.read(length))
-    ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-    needed = 8 + length + max(ends, default=0)
-    if size < needed:
-        raise CheckpointError(f"{path} is truncated: it has {size} bytes of {needed}; {_COPY_AGAIN}")
-    with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-        return {key: file.get_tensor(key) for key in file.keys() if _clean(key)}  # noqa: SIM118 (no mapping)
-
-
-def _reading_failed(path: Path, error: Exception) -> str:
-    text = str(error)
-    if isinstance(error, pickle.UnpicklingError):  # torch's own text is a page, and advises to trust the file
-        if blamed := re.search(r"nsupported (?:global: )?GLOBAL ([\w.]+)", text):
-            return (
-                f"{path} holds a Python object ({blamed[1]}) that could run code when loaded; it was refused and "
-                "nothing was run; where the file was made, save state dicts only (torch.save of module.state_dict()) "
-                "or safetensors"
-            )
-        return (
-            f"{path} is truncated or damaged, or its pickle holds more than plain tensors, which is refused; "
-            "fetch it again, or save state dicts only, with torch.save's own pickle protocol"
-        )
-    reason = text.strip().splitlines()[0].split(". ")[0] if text.strip() else type(error).__name__
-    return f"{path} is truncated or damaged ({reason[:160]}); {_COPY_AGAIN}"
-
-
 def _clean(key: str) -> str:
-    """A key without the ``module`` that DataParallel puts in, at any depth."""
-    return ".".join(part for part in key.split(".") if part != "module")
+    """A key without the ``module`` of DataParallel and the ``_orig_mod`` of torch.compile, at any depth."""
+    return ".".join(part for part in key.split(".") if part not in _PREFIXES)
 
 
-def _entries(top: Mapping[object, object], path: Path) -> Iterator[tuple[str, Tensor]]:
-    for key, value in top.items():
+def _networks(top: Mapping[Any, object], path: Path) -> Mapping[Any, object]:
+    """The level of a file that holds the networks: its top, or what a trainer wrapped them in."""
+    level = top
+    for _ in range(_MOST_WRAPPERS):
+        if _holds_networks(level):
+            break
+        inner = {name: value for name in _WRAPPERS if isinstance(value := level.get(name), Mapping)}
+        holding = [name for name, value in inner.items() if _holds_networks(value)]
+        if len(holding) > 1:
+            raise CheckpointError(f"{path} holds networks under {' and under '.join(holding)}; keep one of them")
+        if not inner:
+            return top
+        name = holding[0] if holding else next(iter(inner))
+        logger.info("%s: taking the networks under %r", path, name)
+        level = inner[name]
+    return level
+
+
+def _holds_networks(level: Mapping[Any, object]) -> bool:
+    return any(isinstance(key, str) and _clean(key).partition(".")[0] in (*PARTS, "denoise_fn") for key in level)
+
+
+def _entries(level: Mapping[Any, object], path: Path) -> Iterator[tuple[str, object]]:
+    """Every tensor of a level by its flat key, as it is stored."""
+    for key, value in level.items():
         if not isinstance(key, str):
             continue
-        if isinstance(value, Tensor):
-            yield _clean(key), value.detach()
-        elif _clean(key) in PARTS:
+        if _clean(key) in PARTS:
             if not isinstance(value, Mapping):
-                raise CheckpointError(f"{path}: {key} is a {type(value).__name__}, expected a state dict")
+                raise CheckpointError(f"{path}: {key} is a {_kind(value)}, expected a state dict")
             for name, tensor in value.items():
-                if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                    found = f"{name!r} is a {type(tensor).__name__}"
+                if not isinstance(name, str) or not isinstance(tensor, _TENSOR_KINDS):
+                    found = f"{str(name)[:80]!r} is a {_kind(tensor)}"
                     raise CheckpointError(f"{path}: {key} is no state dict: {found}, expected named tensors only")
-                yield _clean(f"{key}.{name}"), tensor.detach()
+                yield _clean(f"{key}.{name}"), tensor
+        elif isinstance(value, _TENSOR_KINDS):
+            yield _clean(key), value
 
 
-def _flatten(top: object, path: Path) -> dict[str, Tensor]:
-    if not isinstance(top, Mapping):
-        raise CheckpointError(
-            f"{path} holds a {type(top).__name__}, expected a dict with state dicts named "
-            f"{', '.join(PARTS[:3])} (LFAE) or {PARTS[3]} (DM)"
-        )
-    tensors: dict[str, Tensor] = {}
-    for key, tensor in _entries(top, path):
-        if key in tensors:
-            raise CheckpointError(f"{path}: {key} is there twice, with and without 'module.'; keep one of them")
-        tensors[key] = tensor
-    return tensors
+def _kind(value: object) -> str:
+    if isinstance(value, Opaque):
+        return value.kind
+    return "Tensor" if isinstance(value, StoredTensor) else type(value).__name__
 
 
-def _check_storage(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """That the tensors hold what they declare: a few bytes can claim to be a tensor of any size."""
-    total = 0
-    for key, tensor in tensors.items():
-        if tensor.layout is not torch.strided or tensor.device.type != "cpu":
-            found = f"{tensor.layout} on device {tensor.device}"
-            raise CheckpointError(f"{path}: {key} is {found}, expected an ordinary dense tensor; save it as one")
-        total += tensor.numel() * tensor.element_size()
-    size = path.stat().st_size
-    if total > 2 * size:  # not 1: a module that several others share is saved once
-        raise CheckpointError(
-            f"{path} declares {total:,} bytes of weights but holds {size:,}; it is damaged or not to be trusted"
-        )
+def _declared(key: str, value: object, path: Path) -> int:
+    """Bytes that a tensor says it has.
+
+    Raises:
+        CheckpointError: it is no ordinary dense tensor, or has no numbers.
+    """
+    if isinstance(value, StoredTensor):
+        shape, itemsize = value.shape, getattr(torch, value.dtype).itemsize
+    elif isinstance(value, Tensor):
+        shape, itemsize = tuple(value.shape), value.element_size()
+    else:
+        raise CheckpointError(f"{path}: {key} is {_kind(value)}, expected an ordinary dense tensor; save it as one")
+    if 0 in shape:
+        raise CheckpointError(f"{path}: {key} is a tensor of shape {list(shape)}, which holds no number")
+    return math.prod(shape) * int(itemsize)

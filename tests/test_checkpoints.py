@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import io
 import logging
@@ -9,7 +10,7 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from lfdm_models.config import DmConfig, HourglassConfig, LfaeConfig, LfdmConfig
 from lfdm_models.diffusion import Diffusion
 from lfdm_models.lfae import Lfae
 from lfdm_models.schedule import cosine_schedule
+from lfdm_models.stored_files import TorchFile
 
 SMALL = LfdmConfig(
     LfaeConfig(
@@ -429,15 +431,179 @@ def test_a_whole_module_is_refused(legacy: bool, tmp_path: Path, pair: tuple[Pat
     assert "save state dicts only" in message
 
 
-@pytest.mark.parametrize("value", [Path("x"), np.arange(3), np.float64(1), print])
+@pytest.mark.parametrize("value", [slice(3), np.random.default_rng(0), print, ValueError("x")])
 def test_other_objects_are_refused(value: object, tmp_path: Path, pair: tuple[Path, Path]):
     torch.save({"extra": value}, tmp_path / "extra.pth")
     assert "it was refused" in error_of(tmp_path / "extra.pth", pair[1])
 
 
-def test_another_pickle_protocol(tmp_path: Path, pair: tuple[Path, Path], states: dict[str, State]):
-    torch.save({part: states[part] for part in LFAE_PARTS}, tmp_path / "lfae4.pth", pickle_protocol=4)
-    assert "torch.save's own pickle protocol" in error_of(tmp_path / "lfae4.pth", pair[1])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_plain_values_beside_the_weights(protocol: int, tmp_path: Path, states: dict[str, State]):
+    beside = {
+        "args": argparse.Namespace(lr=1e-4, folder=Path("data"), batch=np.int64(3)),
+        "loss": np.float32(0.5),
+        "history": np.arange(3.0),
+        "seen": {1, 2},
+        "best": (None, True, 2**70, 1j, b"x", frozenset({1})),
+        "version": torch.__version__,
+        "dtype": torch.float32,
+        "counts": collections.Counter("ab"),
+        "rng": torch.get_rng_state(),
+        "kept": {"of": [torch.ones(2).to_sparse()]},
+    }
+    torch.save({part: states[part] for part in LFAE_PARTS} | beside, tmp_path / "lfae.pth", pickle_protocol=protocol)
+    torch.save({"diffusion": states["diffusion"]} | beside, tmp_path / "dm.pth", pickle_protocol=protocol)
+    model = load_model(tmp_path / "lfae.pth", tmp_path / "dm.pth")
+    assert_holds(model.lfae.generator, states["generator"])
+    assert_holds(model.diffusion, states["diffusion"])
+
+
+def test_numbers_of_numpy_are_read_as_numbers(tmp_path: Path):
+    torch.save({"a": np.float64(1.5), "b": np.int32(-3), "c": np.bool_(True), "d": np.float16(0.25)}, tmp_path / "x")
+    assert TorchFile(tmp_path / "x").top == {"a": 1.5, "b": -3, "c": True, "d": 0.25}
+
+
+@pytest.mark.parametrize("name", ["model", "state_dict", "model_state_dict", "module"])
+def test_what_trainers_wrap_networks_in(name: str, tmp_path: Path, states: dict[str, State]):
+    lfae = {part: states[part] for part in LFAE_PARTS}
+    torch.save({"epoch": 3, name: lfae}, tmp_path / "lfae.pth")
+    torch.save({name: {"state_dict": {"diffusion": states["diffusion"]}}}, tmp_path / "dm.pth")
+    model = load_model(tmp_path / "lfae.pth", tmp_path / "dm.pth")
+    assert_holds(model.lfae.generator, states["generator"])
+    flat = {f"diffusion.{key}": value for key, value in states["diffusion"].items()}
+    torch.save({name: flat, "hyper_parameters": {"lr": 1e-4}}, tmp_path / "dm.pth")
+    assert_holds(load_model(tmp_path / "lfae.pth", tmp_path / "dm.pth").diffusion, states["diffusion"])
+    torch.save({"model": flat, "state_dict": flat}, tmp_path / "dm.pth")
+    assert "holds networks under model and under state_dict" in error_of(tmp_path / "lfae.pth", tmp_path / "dm.pth")
+
+
+def test_networks_that_were_compiled(tmp_path: Path, states: dict[str, State]):
+    compiled = {part: {f"_orig_mod.{key}": value for key, value in states[part].items()} for part in LFAE_PARTS}
+    inner = {key.replace("denoise_fn.", "denoise_fn._orig_mod."): v for key, v in states["diffusion"].items()}
+    compiled["diffusion"] = {f"module._orig_mod.{key}": value for key, value in inner.items()}
+    model = load_model(*save(tmp_path, compiled))
+    for part in LFAE_PARTS:
+        assert_holds(getattr(model.lfae, part), states[part])
+    assert_holds(model.diffusion, states["diffusion"])
+    compiled["diffusion"]["betas"] = states["diffusion"]["betas"]
+    assert "diffusion.betas is there twice" in error_of(*save(tmp_path, compiled))
+
+
+def test_an_unknown_prefix_is_named(tmp_path: Path, pair: tuple[Path, Path], states: dict[str, State]):
+    path = tmp_path / "dm.pth"
+    torch.save({f"net.diffusion.{key}": value for key, value in states["diffusion"].items()}, path)
+    assert "its keys begin with 'net.'" in error_of(pair[0], path)
+
+
+# What a hostile file claims
+
+
+def crafted(path: Path, pickled: bytes, storages: Mapping[str, bytes] | None = None) -> Path:
+    """A file in torch.save's layout with that pickle."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", pickled)
+        for key, data in (storages or {}).items():
+            archive.writestr(f"x/data/{key}", data)
+    return path
+
+
+def tensor_pickle(count: bytes, offset: bytes, shape: bytes, strides: bytes, kind: bytes = b"FloatStorage") -> bytes:
+    """A pickle of {'diffusion': {'betas': tensor}}, its numbers as they are pickled."""
+    storage = b"(X\x07\0\0\0storagectorch\n" + kind + b"\nX\x01\0\0\0" + b"0X\x03\0\0\0cpu" + count + b"tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + offset + shape + strides + b"\x89NtR"
+    return b"\x80\x02}X\x09\0\0\0diffusion}X\x05\0\0\0betas" + tensor + b"ss."
+
+
+ONE, MILLION, TERA = b"K\x01", b"J\x40\x42\x0f\x00", b"\x8a\x06\0\0\0\0\0\x01"
+
+
+@pytest.mark.parametrize(
+    ("pickled", "words"),
+    [
+        (b"\x80\x02})" + b"\x85" * 200_000 + b"K\x01s.", "a key of one of its dicts is a tuple"),
+        (b"\x80\x02cbuiltins\nset\n]" + b"\x85" * 50 + b"\x85R.", "holds a set, expected a dict"),
+        (b"\x80\x02" + b"}" * 600_000 + b".", "more than 500000 operations"),
+        (b"\x80\x02cbuiltins\nbytearray\n\x8a\x06\0\0\0\0\0\x01\x85R.", "holds a bytearray, expected a dict"),
+        (b"\x80\x02c_codecs\nencode\nX\x01\0\0\0aX\x08\0\0\0punycode\x86R.", "is truncated or damaged"),
+        (b"\x80\x02(I1\nI2\nl.", "torch.save's own pickle protocol"),
+        (b"\x80\x02.", "is truncated or damaged"),
+        (b"\x80\x02h\x07.", "is truncated or damaged"),
+        (b"\x80\x02}X\x09\0\0\0diffusion}", "is truncated or damaged"),
+        (b"\x80\x02X\xff\xff\xff\x7fa.", "is truncated or damaged"),
+        (tensor_pickle(TERA, ONE, ONE + b"\x85", ONE + b"\x85"), "the storage 0 is missing or too short"),
+        (tensor_pickle(ONE, b"K\0", TERA + b"\x85", b"K\0\x85"), "declares 4,398,046,511,104 bytes of weights"),
+        (tensor_pickle(ONE, b"K\0", MILLION * 3 + b"\x87", b"K\0" * 3 + b"\x87"), "declares 4,000,000,000,000,000,0"),
+        (tensor_pickle(ONE, TERA, ONE + b"\x85", ONE + b"\x85"), "reaches beyond what is stored"),
+        (tensor_pickle(ONE, b"K\0", b"K\x02\x85", ONE + b"\x85"), "reaches beyond what is stored"),
+        (tensor_pickle(ONE, b"J\xff\xff\xff\xff", ONE + b"\x85", ONE + b"\x85"), "a size that no tensor has"),
+        (tensor_pickle(ONE, b"K\0", b"J\xff\xff\xff\xff\x85", ONE + b"\x85"), "a size that no tensor has"),
+        (tensor_pickle(ONE, b"K\0", b"(" + ONE * 40 + b"t", b"(" + ONE * 40 + b"t"), "more than 16 axes"),
+        (tensor_pickle(ONE, b"K\0", ONE + b"\x85", b")"), "is truncated or damaged"),
+        (tensor_pickle(ONE, b"K\0", b"K\0" + TERA + b"\x86", ONE * 2 + b"\x86"), "which holds no number"),
+        (tensor_pickle(ONE, b"K\0", ONE + b"\x85", ONE + b"\x85", b"QInt8Storage"), "expected an ordinary dense"),
+    ],
+)
+def test_what_a_crafted_pickle_claims(pickled: bytes, words: str, tmp_path: Path, pair: tuple[Path, Path]):
+    assert words in error_of(pair[0], crafted(tmp_path / "crafted.pth", pickled, {"0": b"\0\0\x80\x3f"}))
+
+
+def test_a_value_that_contains_itself_many_times(tmp_path: Path, pair: tuple[Path, Path]):
+    # 2^60 paths lead to the innermost tuple; one that walked, printed or hashed it would never end.
+    doubled = b"".join(b"q%ch%c\x86" % (index, index) for index in range(60))
+    pickled = b"\x80\x02}(X\x08\0\0\0training}X\x0d\0\0\0residual_flow)" + doubled + b"su."
+    assert "residual_flow is a tuple" in error_of(pair[0], crafted(tmp_path / "x.pth", pickled))
+
+
+def test_a_list_of_entries_that_is_too_long(tmp_path: Path, pair: tuple[Path, Path]):
+    path = crafted(tmp_path / "x.pth", b"\x80\x02}.", {str(index) * 9000: b"" for index in range(1000)})
+    assert "its list of entries is larger" in error_of(pair[0], path)
+
+
+def test_a_part_of_another_storage_and_odd_strides(tmp_path: Path, pair: tuple[Path, Path], states: dict[str, State]):
+    whole = {**states["diffusion"], "other": torch.zeros(3)}
+    del whole["other"]
+    weight = states["diffusion"]["denoise_fn.final_conv.1.weight"]
+    larger = torch.stack([torch.zeros_like(weight), weight], -1)
+    whole["denoise_fn.final_conv.1.weight"] = larger[..., 1]  # every second number, from the second on
+    whole["denoise_fn.final_conv.1.bias"] = torch.full((1,), 0.5).expand(weight.shape[0])
+    for legacy in (False, True):
+        torch.save({"diffusion": whole}, tmp_path / "dm.pth", _use_new_zipfile_serialization=not legacy)
+        found = load_model(pair[0], tmp_path / "dm.pth").diffusion.denoise_fn.state_dict()
+        torch.testing.assert_close(found["final_conv.1.weight"], weight, rtol=0, atol=0)
+        assert found["final_conv.1.bias"].tolist() == [0.5] * len(weight)
+
+
+def test_label_embeddings_are_checked_before_they_are_copied(tmp_path: Path, pair: tuple[Path, Path]):
+    for table, words in (
+        (torch.zeros(1, 1).expand(2, 2 * 10**12), "label_embeddings declares more bytes"),
+        (torch.zeros(2, 12).to_sparse(), "label_embeddings is a sparse tensor"),
+        (torch.empty(2, 12, device="meta"), "label_embeddings is a tensor on device meta"),
+        (torch.zeros(2, 12, dtype=torch.complex64), "are no names with a row of numbers"),
+        (torch.full((2, 12), float("nan")), "all different and finite"),
+        ("no tensor", "are no names with a row of numbers"),
+    ):
+        torch.save({"labels": ["a", "b"], "label_embeddings": table}, tmp_path / "dm.pth")
+        assert words in error_of(pair[0], tmp_path / "dm.pth")
+
+
+def test_label_embeddings_that_require_a_gradient(tmp_path: Path, pair: tuple[Path, Path], states: dict[str, State]):
+    table = torch.ones(2, 12, requires_grad=True)
+    content = {"labels": ["a", "b"], "label_embeddings": table, "diffusion": states["diffusion"]}
+    torch.save(content, tmp_path / "dm.pth")
+    assert load_model(pair[0], tmp_path / "dm.pth").label_embeddings["b"].tolist() == [1.0] * 12
+
+
+def test_a_safetensors_header_that_is_too_long(tmp_path: Path, pair: tuple[Path, Path]):
+    path = tmp_path / "dm.safetensors"
+    header = b'{"a":[' + b"1," * (5 << 20) + b"1]}"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    assert "is not a checkpoint" in error_of(pair[0], path)
+
+
+def test_thousands_of_modules(tmp_path: Path, states: dict[str, State], pair: tuple[Path, Path]):
+    many = states["generator"] | {f"bottleneck.r{index}.conv1.weight": torch.ones(1) for index in range(3000)}
+    lfae, dm = save(tmp_path, {**states, "generator": many})
+    assert "expected at most 256" in error_of(lfae, dm)
 
 
 # What are other networks

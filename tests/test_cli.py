@@ -19,6 +19,8 @@ from lfdm_export.cli.console import Bars, OneBar
 from lfdm_export.cli.export import read_labels
 from lfdm_export.errors import InputError, ParityError
 from lfdm_export.pipeline import Pipeline
+from lfdm_models import text_files
+from lfdm_models.labels import DATASETS
 from tests.closeness import assert_same_floats
 from tests.fake_bundle import EMBEDDINGS, FRAMES, SIZE, write_fake_bundle
 
@@ -392,6 +394,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> dict[str, Any]:
         module = types.ModuleType(name)
         module.__dict__.update(functions)
         monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(text_files, "find_folder", lambda source: source)
     return noted
 
 
@@ -501,6 +504,40 @@ def test_labels_from_a_file(tmp_path: Path):
     (tmp_path / "labels.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="cannot be read"):
         read_labels(str(tmp_path / "labels.txt"))
+
+
+def test_labels_as_every_editor_writes_them(tmp_path: Path):
+    (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbfjump\r\n\r\n run \r\n")
+    assert read_labels(str(tmp_path / "labels.txt")) == ("jump", "run")
+    for labels in DATASETS.values():  # longer than any file's name
+        assert read_labels(",".join(labels)) == labels
+    assert read_labels("up/down,left") == ("up/down", "left")
+    assert len(read_labels(",".join(map(str, range(5000))))) == 5000
+    for value, words in (
+        ("jump,Jump ", "is there twice"),
+        ("jump,r\x1b[31mun", r"'r\\x1b\[31mun' is longer than 512 characters or holds one that is not printable"),
+        ("a" * 600 + ",b", "is longer than 512"),
+        ("a\0b.txt", "does not exist"),
+    ):
+        with pytest.raises(InputError, match=words):
+            read_labels(value)
+    with (tmp_path / "labels.txt").open("ab") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(InputError, match="has more than"):
+        read_labels(str(tmp_path / "labels.txt"))
+
+
+def test_an_encoder_that_is_not_available_shows_before_the_model_is_loaded(
+    calls: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def refuse(source: str) -> Path:
+        raise text_files.TextEncoderError(f"no {source}; --text-encoder none\x1b[2J")
+
+    monkeypatch.setattr(text_files, "find_folder", refuse)
+    assert export_main(["--lfae", "a", "--dm", "b", "--dataset", "mug", "-q"]) == 1
+    assert "load" not in calls
+    # What steers a terminal is shown and not sent.
+    assert capsys.readouterr().err == "lfdm-export: error: no bert-base-cased; --text-encoder none\\x1b[2J\n"
 
 
 def test_a_misspelt_label_file_shows_before_the_model_is_loaded(calls: dict[str, Any]):

@@ -66,6 +66,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lfdm_export.bundle_writer",
         "lfdm_export.engines",
         "lfdm_export.faithful",
+        "lfdm_export.graph_file",
         "lfdm_export.graphs",
         "lfdm_export.manifest",
         "lfdm_export.onnx_export",

@@ -1,14 +1,22 @@
 from __future__ import annotations
 
+import json
+import shutil
+import socket
 import sys
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from lfdm_export.errors import BundleError, InputError, MissingDependencyError
 from lfdm_export.tokenizer import tokenize
+from lfdm_models import text_files
 from lfdm_models.text import BertTextEncoder, TextEncoderError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "draw", "circle", "jog", "##ging", "anger", "x", "a"]
@@ -119,17 +127,203 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_hub_name_without_network_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
-    import transformers
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[socket.socket]:
+    """A hub that takes calls and never answers, and an empty cache."""
+    import huggingface_hub
 
-    def unreachable(*args: object, **kwargs: object) -> None:
-        raise OSError("We couldn't connect to the hub.\nCheck your connection.")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        for module in (huggingface_hub.constants, huggingface_hub.hf_api.constants):
+            monkeypatch.setattr(module, "ENDPOINT", endpoint)
+            monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield server
 
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unreachable)
-    with pytest.raises(
-        TextEncoderError, match=r"'some/encoder' cannot be loaded \(We couldn't connect.*access to the hub"
-    ):
+
+def test_a_hub_that_does_not_answer(hub: socket.socket, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(text_files, "_PATIENCE", 0.2)
+    with pytest.raises(TextEncoderError, match=r"cannot be loaded .*access to the hub") as caught:
         BertTextEncoder.load("some/encoder")
+    for way_out in ("--text-encoder FOLDER", "--text-encoder none"):
+        assert way_out in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_is_not_to_be_called(hub: socket.socket, monkeypatch: pytest.MonkeyPatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(TextEncoderError, match=r"HF_HUB_OFFLINE is set.*--text-encoder none"):
+        BertTextEncoder.load("some/encoder")
+    hub.setblocking(False)
+    with pytest.raises(BlockingIOError):  # nobody called
+        hub.accept()
+
+
+@pytest.mark.parametrize("source", ["no/such/folder/here", "./encoder", "~nobody/x", ""])
+def test_a_folder_that_is_not_there(source: str):
+    with pytest.raises(TextEncoderError, match=r"there is no folder .*give a folder with config\.json"):
+        BertTextEncoder.load(source)
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def with_weights(source: Path, target: Path, weights: dict[str, torch.Tensor] | None, name: str = "") -> Path:
+    """A copy of an encoder's folder with other weights, as torch.save or safetensors writes them."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("model.safetensors"))
+    if weights is not None and name.endswith(".bin"):
+        torch.save(weights, target / name)
+    elif weights is not None:
+        safetensors.torch.save_file(weights, target / "model.safetensors")
+    return target
+
+
+def old_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As the first published files have them."""
+    renamed = {
+        "bert." + key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        for key, value in weights.items()
+    }
+    heads = {"cls.predictions.bias": torch.ones(3), "bert.embeddings.position_ids": torch.arange(4)}
+    return {key: value for key, value in renamed.items() if "pooler" not in key} | heads
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "renamed",
+    [
+        lambda weights: {f"module.{key}": value for key, value in weights.items()},
+        lambda weights: {f"_orig_mod.bert.{key}": value for key, value in weights.items()},
+        old_names,
+        lambda weights: {key: value.double() for key, value in weights.items()},
+    ],
+)
+def test_weights_under_other_names(
+    renamed: Any, name: str, encoder: BertTextEncoder, encoder_folder: Path, tmp_path: Path
+):
+    folder = with_weights(encoder_folder, tmp_path / "x", renamed(stored(encoder_folder)), name)
+    found = BertTextEncoder.load(folder)
+    np.testing.assert_array_equal(found.embed(["draw a circle"]), encoder.embed(["draw a circle"]))
+
+
+def without(part: str) -> Any:
+    return lambda weights: {key: value for key, value in weights.items() if part not in key}
+
+
+def changed(key: str, value: torch.Tensor) -> Any:
+    return lambda weights: {**weights, key: value}
+
+
+_QUERY = "encoder.layer.0.attention.self.query.bias"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (without(".query."), "4 of 39 weights are missing: encoder.layer.0.attention.self.query."),
+        (without("layer.1."), "16 of 39 weights are missing: encoder.layer.1."),
+        (lambda weights: {}, "37 of 37 weights are missing"),
+        (lambda weights: {f"gpt.{key}": value for key, value in weights.items()}, "39 of 39 weights are unknown: gpt."),
+        (changed("teacher.weight", torch.ones(2)), "1 of 40 weights are unknown: teacher.weight"),
+        (changed(_QUERY, torch.ones(7)), f"1 of 39 weights are of another shape: {_QUERY}"),
+        (changed(_QUERY, torch.full((WIDTH,), float("nan"))), f"{_QUERY} holds values that are NaN"),
+        (changed(_QUERY, torch.ones(WIDTH, dtype=torch.int64)), f"{_QUERY} is of torch.int64"),
+    ],
+)
+def test_weights_that_are_not_the_encoders(damage: Any, words: str, name: str, encoder_folder: Path, tmp_path: Path):
+    folder = with_weights(encoder_folder, tmp_path / "x", damage(stored(encoder_folder)), name)
+    with pytest.raises(TextEncoderError) as caught:
+        BertTextEncoder.load(folder)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_in_parts(encoder: BertTextEncoder, encoder_folder: Path, tmp_path: Path):
+    folder = with_weights(encoder_folder, tmp_path / "x", None)
+    weights = stored(encoder_folder)
+    listed = {key: f"model-{index % 2}.safetensors" for index, key in enumerate(weights)}
+    for part in set(listed.values()):
+        safetensors.torch.save_file({k: v for k, v in weights.items() if listed[k] == part}, folder / part)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": listed}), encoding="utf-8")
+    np.testing.assert_array_equal(BertTextEncoder.load(folder).embed(["x"]), encoder.embed(["x"]))
+    index.write_text(json.dumps({"weight_map": {**listed, "a": "../b.safetensors"}}), encoding="utf-8")
+    with pytest.raises(TextEncoderError, match="names 3 files, expected 1 to 64 beside it"):
+        BertTextEncoder.load(folder)
+
+
+def test_hostile_weights_and_sizes(encoder_folder: Path, tmp_path: Path):
+    folder = with_weights(encoder_folder, tmp_path / "x", {}, "pytorch_model.bin")
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02})" + b"\x85" * 200_000 + b"K\x01s.")  # crashes torch's reader
+    with pytest.raises(TextEncoderError, match="a key of one of its dicts is a tuple"):
+        BertTextEncoder.load(folder)
+    torch.save({"a": torch.ones(1).expand(10**12)}, folder / "pytorch_model.bin")
+    with pytest.raises(TextEncoderError, match=r"declares 4,000,000,000,000 bytes"):
+        BertTextEncoder.load(folder)
+    config = json.loads((encoder_folder / "config.json").read_text(encoding="utf-8"))
+    for name, value in (("num_hidden_layers", 10**9), ("hidden_size", 10**12)):
+        (folder / "config.json").write_text(json.dumps({**config, name: value}), encoding="utf-8")
+        with pytest.raises(TextEncoderError, match=f"{name} is larger than"):
+            BertTextEncoder.load(folder)
+
+
+def test_code_in_the_folder_is_not_run(encoder_folder: Path, tmp_path: Path):
+    folder = with_weights(encoder_folder, tmp_path / "x", stored(encoder_folder))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n", encoding="utf-8")
+    for name, classes in (("config.json", ("AutoConfig", "AutoModel")), ("tokenizer_config.json", ("AutoTokenizer",))):
+        plain = json.loads((folder / name).read_text(encoding="utf-8"))
+        plain["auto_map"] = dict.fromkeys(classes, "evil.Evil")
+        (folder / name).write_text(json.dumps(plain), encoding="utf-8")
+    BertTextEncoder.load(folder)
+    plain = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**plain, "model_type": "evil"}), encoding="utf-8")
+    with pytest.raises(TextEncoderError, match="cannot be loaded"):
+        BertTextEncoder.load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+CASED = [*WORDS[:5], "All", "Clear", "all", "clear", *WORDS[9:]]
+
+
+@pytest.mark.parametrize(
+    ("words", "told", "expected"),
+    [
+        (CASED, None, ["All", "Clear"]),
+        (CASED, {"model_max_length": 512}, ["All", "Clear"]),
+        (CASED, {"do_lower_case": True}, ["all", "clear"]),
+        ([word.lower() if word[0] != "[" else word for word in CASED], None, ["all", "clear"]),
+    ],
+)
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_casing_follows_the_vocabulary(
+    words: list[str], told: Any, expected: list[str], ending: str, mark: str, encoder_folder: Path, tmp_path: Path
+):
+    folder = with_weights(encoder_folder, tmp_path / "x", stored(encoder_folder))
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "vocab.txt").write_bytes((mark + ending.join(words) + ending * 3).encode())
+    if told is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(told), encoding="utf-8")
+    loaded = BertTextEncoder.load(folder)
+    ids = loaded.tokenize(["All Clear"])[0][0].tolist()
+    tokens = loaded.tokenizer.convert_ids_to_tokens(ids)
+    assert tokens == ["[CLS]", *expected, "[SEP]"]
+    # An uncased vocabulary has the words once; the last one counts, as in every reader of such files.
+    assert all(words[index] == token for index, token in zip(ids, tokens, strict=True))
+
+
+def test_a_tokenizer_of_another_encoder(encoder_folder: Path, tmp_path: Path):
+    folder = with_weights(encoder_folder, tmp_path / "x", stored(encoder_folder))
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "vocab.txt").write_text("\n".join([*WORDS, "more", "words"]), encoding="utf-8")
+    with pytest.raises(TextEncoderError, match="its tokenizer has tokens up to 13, its network 12"):
+        BertTextEncoder.load(folder)
 
 
 def test_truncated_weights(encoder_folder: Path, tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfdm_export.cli.console import OK, OneBar, add_common_options, make_parser, run, say
@@ -12,15 +13,18 @@ from lfdm_export.cli.ending import orderly
 from lfdm_export.cli.models import SHIPPED, add_model_options, check_model_options, open_model
 from lfdm_export.cli.plans import add_plan_options, check_plan_options, choose_target, make_bundle_plans
 from lfdm_export.cli.verify import verify_and_report
-from lfdm_export.datasets import NO_ENCODER, PUBLISHED_ENCODER
+from lfdm_export.datasets import NO_ENCODER, PUBLISHED_ENCODER, dataset_facts
 from lfdm_export.errors import InputError
 from lfdm_export.files.names import user_path
+from lfdm_export.manifest import check_labels
 from lfdm_export.stages import PRECISIONS
 
 if TYPE_CHECKING:
     from lfdm_export.bundle import Bundle
 
 PROGRAM = "lfdm-export"
+#: A label is a few words.
+_LARGEST_LABEL_FILE = 4 << 20
 _EXAMPLES = """\
   lfdm-export                                   the small trained model that is shipped
   lfdm-export --lfae RegionMM.pth --dm flowdiff.pth --dataset mug --out mug
@@ -101,6 +105,7 @@ def _export(args: argparse.Namespace) -> int:
     # Before minutes of exporting: what cannot be had shows at once.
     check_precision(args.engine)
     choice = choose_target(args, args.engine)
+    encoder = _text_encoder(args)
     model = open_model(args)
     with OneBar(quiet=args.quiet) as progress:
         bundle = export_bundle(
@@ -110,7 +115,7 @@ def _export(args: argparse.Namespace) -> int:
             dataset=args.dataset,
             frames=args.frames,
             image_size=args.image_size,
-            text_encoder=args.text_encoder,
+            text_encoder=args.text_encoder if encoder is None else encoder,
             labels=labels,
             drive=not args.without_drive,
             reference=not args.no_verify,
@@ -128,6 +133,25 @@ def _export(args: argparse.Namespace) -> int:
     return verify_and_report(PROGRAM, args, bundle, targets=targets)
 
 
+def _text_encoder(args: argparse.Namespace) -> Path | None:
+    """The folder of the text encoder's files, fetched from the hub where its name is one there; None for none.
+
+    Raises:
+        InputError: it is not available; the message names both ways out.
+    """
+    from lfdm_models import text_files
+
+    source = args.text_encoder
+    if source is None and args.dataset is not None:
+        source = dataset_facts(args.dataset).text_encoder
+    if source is None or source == NO_ENCODER:
+        return None
+    try:
+        return text_files.find_folder(source)
+    except text_files.TextEncoderError as error:
+        raise InputError(str(error)) from error
+
+
 def _tell_sensitivity(args: argparse.Namespace, bundle: Bundle) -> None:
     """Which layers of an 8-bit bundle are quantised, and which of them cost most."""
     if bundle.manifest.precision not in ("int8", "fp8"):
@@ -142,23 +166,39 @@ def _tell_sensitivity(args: argparse.Namespace, bundle: Bundle) -> None:
 def read_labels(value: str) -> tuple[str, ...]:
     """Labels out of a file with one a line, or out of a list with commas.
 
+    A byte-order mark, the line ends of Windows and blank lines do not matter.
+
     Raises:
-        InputError: the file cannot be read, or there are no labels.
+        InputError: the file cannot be read, or there are no labels, or one is there twice or cannot be printed.
     """
-    path = user_path(value)
-    if path.is_file():
+    if _is_file(value):
         try:
-            names = path.read_text(encoding="utf-8").splitlines()
+            with user_path(value).open("rb") as file:
+                data = file.read(_LARGEST_LABEL_FILE + 1)
+            if len(data) > _LARGEST_LABEL_FILE:
+                raise InputError(f"{value} has more than {_LARGEST_LABEL_FILE} bytes; give a file with a label a line")
+            names = data.decode("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"the labels in {value} cannot be read ({error}); give a text file in UTF-8") from error
-    elif "/" in value or value.lower().endswith(".txt"):
+    elif "," not in value and ("/" in value or value.lower().endswith(".txt")):
         raise InputError(f"{value} does not exist; give a file with a label a line, or a list such as jump,run")
     else:
         names = value.split(",")
     labels = tuple(name.strip() for name in names if name.strip())
     if not labels:
         raise InputError(f"there are no labels in {value!r}; give a file with one a line, or a list such as jump,run")
+    try:
+        check_labels(labels)
+    except ValueError as error:
+        raise InputError(f"the labels cannot be used: {error}; give each once, in printable text") from error
     return labels
+
+
+def _is_file(value: str) -> bool:
+    try:
+        return user_path(value).is_file()
+    except (OSError, ValueError, RuntimeError):  # a list of labels is longer than any file's name, for one
+        return False
 
 
 def describe(bundle: Bundle) -> str:

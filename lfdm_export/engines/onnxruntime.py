@@ -12,6 +12,7 @@ import numpy as np
 from lfdm_export.engines.feeds import Array, check_feeds, check_outputs
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.files.names import require_utf8
+from lfdm_export.graph_file import check_graph
 from lfdm_export.machine import available_cores
 from lfdm_export.stages import StageSpec, TensorSpec
 
@@ -62,6 +63,7 @@ class OnnxRuntimeEngine:
             MissingDependencyError: onnxruntime is not installed.
         """
         self.path, self.spec = Path(path), spec
+        check_graph(self.path, spec)
         self._session = open_session(self.path, threads=threads, device=device, allow_spinning=allow_spinning)
         _check_interface(self.path, spec, "inputs", spec.inputs, self._session.get_inputs())
         _check_interface(self.path, spec, "outputs", spec.outputs, self._session.get_outputs())

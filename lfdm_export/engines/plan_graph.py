@@ -17,6 +17,7 @@ def builder_graph(bundle: Bundle, stage: str, target: Target) -> tuple[bytes, st
         its floating-point weights; names of the files that hold its large weights.
 
     Raises:
+        EngineError: the graph is another stage's, damaged, or reads what is not beside it.
         MissingDependencyError: onnx is not installed.
     """
     try:
@@ -24,8 +25,9 @@ def builder_graph(bundle: Bundle, stage: str, target: Target) -> tuple[bytes, st
     except ImportError as error:
         raise MissingDependencyError("onnx", "making plans", "export") from error
     from lfdm_export.graphs.bodies import with_bodies
+    from lfdm_export.graphs.stored import load_stage
 
-    model = with_bodies(onnx.load(bundle.stage_path(stage), load_external_data=False), target)
+    model = with_bodies(load_stage(bundle.stage_path(stage), bundle.stages[stage]), target)
     graph = model.SerializeToString(deterministic=True)
     data_files: set[str] = set()
     integers = {onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.BOOL}

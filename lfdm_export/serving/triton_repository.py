@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from lfdm_export.bundle import ONNX_FOLDER, Bundle
+from lfdm_export.bundle import Bundle
 from lfdm_export.errors import BundleError, ExportError
 from lfdm_export.files.atomic import temporary_folder
 from lfdm_export.files.folders import publish
 from lfdm_export.files.names import user_path
 from lfdm_export.files.places import destination
+from lfdm_export.graph_file import read_graph
 from lfdm_export.serving.contract import (
     CLIP_MODEL,
     CONDITION_MODEL,
@@ -161,12 +162,5 @@ def _place_engine(bundle: Bundle, stage: str, engines: TritonEngine, version: Pa
         return
     graph = bundle.stage_path(stage)
     shutil.copyfile(graph, target)
-    for data in _external_files(bundle, graph):
-        shutil.copyfile(data, version / data.name)
-
-
-def _external_files(bundle: Bundle, graph: Path) -> list[Path]:
-    """Files with weights of a graph: those of the bundle whose names it holds."""
-    content = graph.read_bytes()
-    names = [name.removeprefix(f"{ONNX_FOLDER}/") for name in bundle.manifest.files if name.endswith(".data")]
-    return [graph.parent / name for name in names if name.encode() in content]
+    for name in sorted({data.location for data in read_graph(graph).external}):
+        shutil.copyfile(graph.parent / name, version / name)

@@ -12,6 +12,12 @@ from typing import Literal
 UpsampleMode = Literal["deconv", "upconv"]
 
 
+#: The longest noise schedule; the published one has 1000 steps.
+MOST_TRAINING_STEPS = 100_000
+#: More levels halve any picture to less than a pixel; wider layers exist nowhere. Sizes come from strangers' files.
+_MOST_LEVELS, _MOST_BLOCKS, _WIDEST = 12, 256, 1 << 16
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -32,6 +38,10 @@ class HourglassConfig:
             ValueError: a width or the number of blocks is below 1.
         """
         _require(min(self.width, self.max_width, self.blocks) >= 1, f"hourglass sizes must be positive: {self}")
+        _require(
+            self.blocks <= _MOST_LEVELS and max(self.width, self.max_width) <= _WIDEST,
+            f"hourglass sizes must be at most {_MOST_LEVELS} blocks of {_WIDEST} channels: {self}",
+        )
 
     def channels(self, level: int) -> int:
         """Channels after `level` Down blocks (level 0 is what an Up block of that size gives)."""
@@ -78,8 +88,12 @@ class LfaeConfig:
         _require(
             min(self.image_channels, self.regions, self.width, self.max_width) >= 1, f"sizes must be positive: {self}"
         )
-        _require(self.down_blocks >= 1 and self.bottleneck_blocks >= 0, f"block counts out of range: {self}")
-        _require(self.region_pad >= 0, f"region_pad must be 0 or more, not {self.region_pad}")
+        _require(max(self.image_channels, self.regions, self.width, self.max_width) <= _WIDEST, f"too wide: {self}")
+        _require(
+            1 <= self.down_blocks <= _MOST_LEVELS and 0 <= self.bottleneck_blocks <= _MOST_BLOCKS,
+            f"block counts out of range: {self}",
+        )
+        _require(0 <= self.region_pad <= 64, f"region_pad must be from 0 to 64, not {self.region_pad}")
         _require(self.region_temperature > 0, f"region_temperature must be above 0, not {self.region_temperature}")
         _ = self.flow_stride  # raises where the kernel belongs to no stride
 
@@ -143,9 +157,12 @@ class DmConfig:
         """
         sizes = (self.width, self.heads, self.head_width, self.feature_channels, self.text_width, self.training_steps)
         _require(min(sizes) >= 1 and min(self.multipliers, default=0) >= 1, f"sizes must be positive: {self}")
+        _require(max(*sizes, *self.multipliers) <= MOST_TRAINING_STEPS, f"sizes out of range: {self}")
+        _require(len(self.multipliers) <= _MOST_LEVELS, f"at most {_MOST_LEVELS} levels, not {len(self.multipliers)}")
         _require(self.width % 8 == 0, f"width must be a multiple of 8 (group norm), not {self.width}")
         _require(
-            self.position_buckets % 4 == 0, f"position_buckets must be a multiple of 4, not {self.position_buckets}"
+            self.position_buckets % 4 == 0 and self.position_buckets <= _WIDEST,
+            f"position_buckets must be a multiple of 4, not {self.position_buckets}",
         )
         _require(
             self.rotary_width % 2 == 0 and 0 < self.rotary_width <= self.head_width,

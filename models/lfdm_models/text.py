@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lfdm_models.text_files import (
+    TextEncoderError,
+    copy_tokenizer,
+    find_folder,
+    fitted,
+    missing_transformers,
+    read_config,
+    read_weights,
+)
+
+__all__ = ["DEFAULT_ENCODER", "BertTextEncoder", "TextEncoderError"]
+
 #: What the published models were trained with.
 DEFAULT_ENCODER = "bert-base-cased"
 #: Keeps the mean of no tokens finite.
 _EPSILON = 1e-8
-
-
-class TextEncoderError(RuntimeError):
-    """A text encoder cannot be had, or a text cannot be encoded."""
 
 
 class BertTextEncoder(nn.Module):
@@ -42,51 +50,40 @@ class BertTextEncoder(nn.Module):
 
     @classmethod
     def load(cls, source: str | os.PathLike[str] = DEFAULT_ENCODER) -> BertTextEncoder:
-        """Load an encoder.
+        """Load an encoder, strictly: its weights are exactly those that its architecture has.
+
+        Nothing that comes with it is run; a name on the hub is looked up in the cache of this machine first.
 
         Args:
             source: a folder with config.json, weights and tokenizer files, or a name on the hub.
 
         Raises:
-            TextEncoderError: transformers is not installed, or the files cannot be had.
+            TextEncoderError: transformers is not installed, or the files are not available, or not those of an encoder.
         """
-        # As `lfdm_export.telemetry` does, for programs that use this package alone.
-        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the client is imported
         try:
-            from transformers import AutoModel, AutoTokenizer
+            import transformers
             from transformers.utils import logging as transformers_logging
         except ImportError as error:
-            raise TextEncoderError(
-                "a text encoder needs the package 'transformers', which is not installed; "
-                "install it with: pip install 'lfdm-export[text]'"
-            ) from error
-        name = os.path.expanduser(source)  # noqa: PTH111  (it may be a name on the hub)
-        local = Path(name).is_dir()
-        # The hub's client tells of each of its many attempts; the error below says it once.
+            raise TextEncoderError(missing_transformers()) from error
+        # The hub's client tells of each of its many attempts; the error says it once.
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-        # Its bars are for who watches a download; what is read from a folder is there at once.
-        silenced = transformers_logging.is_progress_bar_enabled() and (local or not sys.stderr.isatty())
-        if silenced:
-            transformers_logging.disable_progress_bar()
+        folder = find_folder(source)
+        loud = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, use_fast=True)
-            # The plain attention, as a graph of ordinary operators.
-            bert = AutoModel.from_pretrained(
-                name, local_files_only=local, dtype=torch.float32, attn_implementation="eager"
-            )
-        except Exception as error:  # the hub's client, the JSON and the weight readers each have their own
+            return cls(_strict_model(folder, transformers), _tokenizer(folder, transformers))
+        except TextEncoderError:
+            raise
+        # What transformers raises of files that are none of its own, the system's errors among it.
+        except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-            wanted = "a folder with config.json, weights and tokenizer files"
-            advice = f"it must be {wanted}" if local else f"try again with access to the hub, or give {wanted}"
-            raise TextEncoderError(f"the text encoder {name!r} cannot be loaded ({reason}); {advice}") from error
-        finally:
-            if silenced:
-                transformers_logging.enable_progress_bar()
-        if not getattr(tokenizer, "is_fast", False):
             raise TextEncoderError(
-                f"the text encoder {name!r} has no fast tokenizer (tokenizer.json); choose one that has"
-            )
-        return cls(bert, tokenizer)
+                f"the text encoder {str(folder)!r} cannot be loaded ({reason[:200]}); it must be a folder with "
+                "config.json, weights and tokenizer files"
+            ) from error
+        finally:
+            transformers_logging.set_verbosity(loud)
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts -> token ids and attention mask, both (B, L) int64, padded to the longest.
@@ -146,3 +143,48 @@ class BertTextEncoder(nn.Module):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(backend, ensure_ascii=False), encoding="utf-8")
         return path
+
+
+def _strict_model(folder: Path, transformers: Any) -> nn.Module:
+    """The network with the folder's weights; built without memory first, for its sizes come from a stranger."""
+    plain = read_config(folder)
+    config = transformers.AutoConfig.for_model(plain.pop("model_type"), **plain)
+    # The plain attention, as a graph of ordinary operators.
+    options = {"attn_implementation": "eager", "trust_remote_code": False}
+    with torch.device("meta"):
+        sketch: nn.Module = transformers.AutoModel.from_config(config, **options).float()
+    stored = read_weights(folder)
+    expected = sketch.state_dict()
+    # Its pooler serves the pretraining alone, and many files leave it out.
+    pooled = any(".pooler." in f".{key}" for key in stored)
+    if not pooled:
+        expected = {name: value for name, value in expected.items() if not name.startswith("pooler.")}
+    prefix: str = getattr(sketch, "base_model_prefix", "") or "bert"
+    weights = fitted(stored, expected, prefix, folder)
+    model: nn.Module = transformers.AutoModel.from_config(config, **options).float()
+    if not pooled and hasattr(model, "pooler"):
+        model.pooler = None
+    model.load_state_dict(weights, strict=True)
+    return model
+
+
+def _tokenizer(folder: Path, transformers: Any) -> Any:
+    """The folder's fast tokenizer, out of copies of the files that make one."""
+    with tempfile.TemporaryDirectory(prefix="lfdm-tokenizer-") as copies:
+        told = copy_tokenizer(folder, Path(copies))
+        (Path(copies) / "config.json").write_text(json.dumps(read_config(folder)), encoding="utf-8")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            copies, local_files_only=True, trust_remote_code=False, use_fast=True, **told
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise TextEncoderError(
+            f"the text encoder {str(folder)!r} has no fast tokenizer (tokenizer.json); choose one that has"
+        )
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    known = read_config(folder).get("vocab_size")
+    if isinstance(known, int) and largest >= known:
+        raise TextEncoderError(
+            f"the text encoder {str(folder)!r}: its tokenizer has tokens up to {largest}, its network {known} of them; "
+            "the files are of different encoders"
+        )
+    return tokenizer

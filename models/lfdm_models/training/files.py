@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from lfdm_models.stored_files import TorchFile
 from lfdm_models.training.errors import TrainingError
 
 _LONGEST_NAME = 255
@@ -134,6 +135,7 @@ def load(path: Path, what: str) -> dict[str, Any]:
         TrainingError: it cannot be read, or is no such file.
     """
     try:
+        TorchFile(path)  # torch's own reader builds what a damaged or hostile file claims, before it can be checked
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise TrainingError(f"{path} does not exist; give the path of {what}") from None

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lfdm_models.stored_files import TorchFile
 from lfdm_models.training.errors import TrainingError
 
 # Convolutions of each block; blocks are 2x2 max-pooled apart.
@@ -55,6 +56,7 @@ class Vgg19(nn.Module):
         """
         network = cls()
         try:
+            TorchFile(Path(path))  # see `files.load`
             state = torch.load(Path(path), map_location="cpu", weights_only=True)
         except OSError as error:
             raise TrainingError(f"the weights of VGG-19 cannot be read: {path}: {error.strerror or error}") from error

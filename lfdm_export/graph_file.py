@@ -1,0 +1,274 @@
+"""What a stored graph reads, takes and gives, told from its bytes before any engine sees it.
+
+A graph comes from a stranger. Weights may lie outside of it: in every tensor of every graph, function and attribute
+that it holds, whichever of them an engine looks at. So all of them are found here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lfdm_export.errors import EngineError
+from lfdm_export.stages import StageSpec, TensorSpec
+
+#: Large weights lie beside a graph; without them the published model's largest has a quarter of a megabyte.
+LARGEST_GRAPH = 64 << 20
+_MOST_MESSAGES = 1_000_000
+_DEEPEST = 32
+#: Of `onnx.TensorProto.DataType`.
+_ONNX_TYPES = {"float32": 1, "int64": 7}
+_EXTERNAL = 1
+
+#: Fields that hold messages, by kind of message. Source: onnx.proto of ONNX 1.18 to 1.23.
+_MESSAGES: Mapping[str, Mapping[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "graph": {1: "node", 5: "tensor", 11: "input", 12: "output", 15: "sparse"},
+    "function": {7: "node", 11: "attribute"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+}
+
+
+@dataclass(frozen=True)
+class ExternalData:
+    """Where a tensor's numbers lie, as the graph says it."""
+
+    location: str
+    offset: str = "0"
+    length: str = ""
+
+
+@dataclass(frozen=True)
+class Value:
+    """An input or output of a graph; sizes are names where they are dynamic, "" where they are left open."""
+
+    name: str
+    onnx_type: int
+    shape: tuple[int | str, ...]
+
+
+@dataclass
+class GraphFile:
+    """What a graph's file says.
+
+    Attributes:
+        inputs, outputs: of the graph itself.
+        external: of every tensor whose numbers lie elsewhere.
+        operators: names of all operators in it, and of the functions' own.
+    """
+
+    inputs: list[Value] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+    external: list[ExternalData] = field(default_factory=list)
+    operators: set[str] = field(default_factory=set)
+
+
+def read_graph(path: Path) -> GraphFile:
+    """Read a graph's file.
+
+    Raises:
+        EngineError: it cannot be read, or is no ONNX graph of a size that a stage has.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(LARGEST_GRAPH + 1)
+    except OSError as error:
+        raise EngineError(f"there is no graph at {path} ({error.strerror or error}); export again") from error
+    if len(data) > LARGEST_GRAPH:
+        raise EngineError(f"{path} is larger than {LARGEST_GRAPH} bytes, more than any stage's graph; export again")
+    try:
+        return walk(data)
+    except (ValueError, IndexError, UnicodeDecodeError) as error:
+        raise EngineError(f"cannot load {path}: it is no ONNX graph ({error}); export again") from error
+
+
+def check_interface(path: Path, spec: StageSpec) -> GraphFile:
+    """Compare a graph's inputs and outputs with the stage that it is meant to be.
+
+    Raises:
+        EngineError: it is another stage, or no graph.
+    """
+    graph = read_graph(path)
+    for kind, tensors, values in (("inputs", spec.inputs, graph.inputs), ("outputs", spec.outputs, graph.outputs)):
+        names, expected = [value.name for value in values], [tensor.name for tensor in tensors]
+        if names != expected:
+            raise EngineError(
+                f"{path} is not the stage {spec.name!r}: its {kind} are {', '.join(names)}, "
+                f"expected {', '.join(expected)}"
+            )
+        for tensor, value in zip(tensors, values, strict=True):
+            _check_value(path, spec, tensor, value)
+    return graph
+
+
+def check_graph(path: Path, spec: StageSpec) -> GraphFile:
+    """`check_interface`, and that the graph reads nothing but whole files beside it.
+
+    Raises:
+        EngineError: it is another stage, no graph, or reads something else.
+    """
+    graph = check_interface(path, spec)
+    sizes = {}
+    for name in {data.location for data in graph.external}:
+        beside = path.parent / name
+        if Path(name).name == name and "\\" not in name and beside.is_file():
+            sizes[name] = beside.stat().st_size
+    check_external(graph, path, sizes)
+    return graph
+
+
+def check_external(graph: GraphFile, path: Path, sizes: Mapping[str, int]) -> None:
+    """See that all that a graph reads beside itself is known.
+
+    Args:
+        graph: of `read_graph`.
+        path: its file, for messages.
+        sizes: bytes of each file that it may read, by the name that it may call it.
+
+    Raises:
+        EngineError: a tensor's numbers lie elsewhere, or beyond the end of their file; or the graph holds an engine.
+    """
+    if "EPContext" in graph.operators:
+        raise EngineError(f"{path} holds an engine of another program (EPContext) that would be loaded; export again")
+    for data in graph.external:
+        if data.location not in sizes:
+            raise EngineError(
+                f"cannot load {path}: its weights lie elsewhere, in {data.location[:80]!r}, which is no file beside it "
+                "that the manifest lists; export again"
+            )
+        offset, length = (_number(text) for text in (data.offset, data.length or "0"))
+        if offset is None or length is None or offset + length > sizes[data.location]:
+            raise EngineError(
+                f"cannot load {path}: {data.location} is too short for what it reads of it (offset "
+                f"{data.offset[:24]}, length {data.length[:24]}); export again"
+            )
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
+
+
+def _check_value(path: Path, spec: StageSpec, tensor: TensorSpec, found: Value) -> None:
+    where = f"{path} is not the stage {spec.name!r}: {tensor.name}"
+    if found.onnx_type != _ONNX_TYPES[tensor.dtype]:
+        raise EngineError(f"{where} has ONNX's type {found.onnx_type}, expected {_ONNX_TYPES[tensor.dtype]}")
+    # A dynamic axis must be dynamic in the graph; a fixed one may also be left open (as outputs often are).
+    if len(found.shape) != len(tensor.shape) or not all(
+        isinstance(size, str) or size == axis for size, axis in zip(found.shape, tensor.shape, strict=True)
+    ):
+        raise EngineError(f"{where} has shape {found.shape}, expected {tensor.shape}")
+
+
+def walk(model: bytes) -> GraphFile:
+    """What a serialized model says.
+
+    Raises:
+        ValueError, IndexError: it is none.
+    """
+    # Without recursion: graphs of strangers nest as they like.
+    found = GraphFile()
+    waiting: list[tuple[str, memoryview, int]] = [("model", memoryview(model), 0)]
+    seen = 0
+    while waiting:
+        kind, message, depth = waiting.pop()
+        seen += 1
+        if seen > _MOST_MESSAGES or depth > _DEEPEST:
+            raise ValueError(f"more than {_MOST_MESSAGES} messages, or nested deeper than {_DEEPEST}")
+        inner = _MESSAGES.get(kind, {})
+        tensor: list[tuple[int, memoryview | int]] = []
+        for number, value in _fields(message):
+            if number in inner:
+                child = inner[number]
+                if not isinstance(value, memoryview):
+                    raise ValueError("a message is a number")
+                if child in ("input", "output"):
+                    if depth == 1:  # of the model's own graph
+                        (found.inputs if child == "input" else found.outputs).append(_value(value))
+                else:
+                    waiting.append((child, value, depth + 1))
+            elif kind == "tensor" and number in (13, 14):
+                tensor.append((number, value))
+            elif kind == "node" and number == 4 and isinstance(value, memoryview):
+                found.operators.add(_text(value))
+        external = _external(tensor)
+        if external is not None:
+            found.external.append(external)
+    return found
+
+
+def _external(fields: list[tuple[int, memoryview | int]]) -> ExternalData | None:
+    entries = {}
+    for number, value in fields:
+        if number == 13 and isinstance(value, memoryview):
+            entry = {key: _text(text) for key, text in _fields(value) if isinstance(text, memoryview)}
+            entries[entry.get(1, "")] = entry.get(2, "")
+    if not entries and not any(number == 14 and value == _EXTERNAL for number, value in fields):
+        return None
+    return ExternalData(entries.get("location", ""), entries.get("offset", "0"), entries.get("length", ""))
+
+
+def _value(message: memoryview) -> Value:
+    """A ValueInfoProto of a tensor."""
+    fields = dict(_fields(message))
+    tensor = dict(_fields(_message(dict(_fields(_message(fields.get(2)))).get(1))))
+    shape = []
+    for number, dimension in _fields(_message(tensor.get(2))):
+        if number == 1:
+            size = dict(_fields(_message(dimension)))
+            fixed, named = size.get(1), size.get(2)
+            shape.append(fixed if isinstance(fixed, int) else _text(named) if isinstance(named, memoryview) else "")
+    kind = tensor.get(1, 0)
+    return Value(_text(_message(fields.get(1))), kind if isinstance(kind, int) else 0, tuple(shape))
+
+
+def _message(value: memoryview | int | None) -> memoryview:
+    return value if isinstance(value, memoryview) else memoryview(b"")
+
+
+def _text(value: memoryview) -> str:
+    return bytes(value).decode("utf-8")
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
+    """The fields of a message in protobuf's wire format: number, and bytes or integer.
+
+    Raises:
+        ValueError: it ends within a field, or has one of an obsolete kind.
+        IndexError: it ends within a number.
+    """
+    position, end = 0, len(data)
+    while position < end:
+        tag, position = _varint(data, position)
+        number, wire = tag >> 3, tag & 7
+        if wire == 0:
+            value, position = _varint(data, position)
+            yield number, value
+            continue
+        if wire == 2:
+            size, position = _varint(data, position)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"a field of wire type {wire}")
+        if position + size > end:
+            raise ValueError("it is cut off")
+        if wire == 2:
+            yield number, data[position : position + size]
+        position += size
+
+
+def _varint(data: memoryview, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number is too long")
