@@ -1,15 +1,13 @@
-"""Clips to and from files: GIF, WebP, MP4, PNG and NumPy archives."""
+"""Clips to files: GIF, WebP, MP4, PNG and NumPy archives. They are read by `lfdm_export.pictures.clips`."""
 
 from __future__ import annotations
 
 import math
 import os
-import re
 import secrets
 import shutil
 import struct
-import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -19,28 +17,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lfdm_export.errors import InputError, LfdmExportError, MissingDependencyError
+from lfdm_export.errors import InputError, LfdmExportError
 from lfdm_export.gif import MAX_FPS as MAX_GIF_FPS
 from lfdm_export.gif import encode_gif
-from lfdm_export.preprocess import UNREADABLE, pil_to_rgb, read_image
+from lfdm_export.pictures.clips import MAX_FPS, import_av
+from lfdm_export.pictures.clips import load_clip as load_clip
 
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
 ClipFormat = Literal["gif", "webp", "mp4", "png", "npz"]
 
 FORMATS: tuple[str, ...] = get_args(ClipFormat)
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-ANIMATION_ENDINGS = (".gif", ".webp", ".png", ".apng")
-VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
-MAX_FPS = 240
-#: A clip that is read may have at most so many frames, and so many pixels in all of them.
-MAX_CLIP_FRAMES = 10_000
-MAX_CLIP_PIXELS = 200_000_000
 _CONTACT_SHEET_ASPECT = 1.6
 _CONTACT_SHEET_GAP = 2
-
-
-# --- Writing -------------------------------------------------------------------------------------
 
 
 def save_clip(
@@ -179,16 +168,10 @@ def _write_webp(part: Path, clip: UInt8Array, fps: float, *, lossless: bool) -> 
     )
 
 
-def _import_av(purpose: str) -> Any:
-    try:
-        import av
-    except ImportError:
-        raise MissingDependencyError("av", purpose, "video") from None
-    return av
-
-
 def _write_mp4(part: Path, clip: UInt8Array, fps: float) -> None:
-    av = _import_av("writing an mp4 file")
+    import_av("writing an mp4 file")
+    import av
+
     if "libx264" not in av.codecs_available:
         raise InputError("this build of PyAV has no H.264 encoder (libx264); install PyAV's own wheel, or write webp")
     height, width = clip.shape[1:3]
@@ -207,142 +190,3 @@ def _write_mp4(part: Path, clip: UInt8Array, fps: float) -> None:
         raise InputError(
             f"the clip of {width}x{height} pixels cannot be encoded as mp4 ({error}); write webp"
         ) from error
-
-
-# --- Reading -------------------------------------------------------------------------------------
-
-
-def load_clip(path: str | os.PathLike[str], *, max_frames: int | None = None) -> UInt8Array:
-    """Read a clip, such as one that drives a motion transfer.
-
-    Reads animated GIF, WebP and PNG (frames that stay longer than the shortest one are repeated
-    accordingly), video files (needs PyAV), NumPy archives with ``frames``, and folders of
-    equally large pictures, in natural order of their names (``frame_2`` before ``frame_10``).
-
-    Args:
-        path: file or folder.
-        max_frames: stop after so many frames.
-
-    Returns:
-        (T,H,W,3) uint8, RGB.
-
-    Raises:
-        InputError: no such file, no clip, damaged, too large, or frames of different sizes.
-        MissingDependencyError: a video file without PyAV.
-    """
-    source = Path(path)
-    if max_frames is not None and max_frames < 1:
-        raise InputError(f"max_frames is {max_frames}, expected at least 1")
-    if not source.exists():
-        raise InputError(f"{source} does not exist; give a clip, or a folder of pictures")
-    ending = source.suffix.lower()
-    if source.is_dir():
-        return _stack(map(read_image, _pictures_in(source)), source, max_frames)
-    if ending == ".npz":
-        return _read_npz(source, max_frames)
-    if ending in VIDEO_ENDINGS:
-        return _stack(_video_frames(source), source, max_frames)
-    if ending in ANIMATION_ENDINGS:
-        return _read_animation(source, max_frames)
-    known = ", ".join(sorted({*ANIMATION_ENDINGS, *VIDEO_ENDINGS, ".npz"}))
-    raise InputError(f"the ending of {source} is none that clips are read from; expected one of {known}, or a folder")
-
-
-def _stack(frames: Iterable[UInt8Array], source: Path, max_frames: int | None) -> UInt8Array:
-    """Frames as one array, counted and measured while they come in."""
-    kept: list[UInt8Array] = []
-    for frame in frames:
-        if kept and frame.shape != kept[0].shape:
-            sizes = [f"{shape[1]}x{shape[0]}" for shape in (kept[0].shape, frame.shape)]
-            raise InputError(
-                f"frame {len(kept)} of {source} has {sizes[1]} pixels, the first {sizes[0]}; make all equal"
-            )
-        kept.append(frame)
-        _check_extent(len(kept), frame.shape, source)
-        if len(kept) == max_frames:
-            break
-    if not kept:
-        raise InputError(f"{source} has no frames")
-    return np.stack(kept)
-
-
-def _check_extent(count: int, shape: Sequence[int], source: Path) -> None:
-    if count > MAX_CLIP_FRAMES or count * shape[0] * shape[1] > MAX_CLIP_PIXELS:
-        raise InputError(
-            f"{source} has more than {MAX_CLIP_FRAMES:,} frames or {MAX_CLIP_PIXELS:,} pixels in all; "
-            "give a shorter or smaller clip"
-        )
-
-
-def _pictures_in(folder: Path) -> list[Path]:
-    def natural(entry: Path) -> list[tuple[int, str]]:
-        return [(int(digits or -1), text) for digits, text in re.findall(r"(\d+)|(\D+)", entry.name)]
-
-    pictures = [entry for entry in folder.iterdir() if entry.suffix.lower() in PICTURE_ENDINGS]
-    if not pictures:
-        raise InputError(f"{folder} has no pictures ({', '.join(PICTURE_ENDINGS)}); give a folder of frames")
-    return sorted((entry for entry in pictures if not entry.name.startswith(".")), key=natural)
-
-
-def _read_animation(source: Path, max_frames: int | None) -> UInt8Array:
-    durations: list[float] = []
-
-    def frames(image: Image.Image) -> Iterator[UInt8Array]:
-        for index in range(getattr(image, "n_frames", 1)):
-            image.seek(index)
-            pixels = pil_to_rgb(image, str(source))
-            durations.append(float(image.info.get("duration", 0)))
-            yield pixels
-
-    try:
-        with Image.open(source) as image:
-            if image.format == "PNG" and not getattr(image, "is_animated", False):
-                raise InputError(
-                    f"{source} is a single picture, not a clip; give a folder of pictures, or an animation"
-                )
-            clip = _stack(frames(image), source, max_frames)
-    except LfdmExportError:
-        raise
-    except UNREADABLE as error:
-        raise InputError(f"{source} cannot be read as a clip ({error})") from error
-    shortest = min((duration for duration in durations if duration > 0), default=0.0)
-    repeats = [max(1, round(duration / shortest)) if duration > 0 else 1 for duration in durations]
-    _check_extent(min(sum(repeats), max_frames or sum(repeats)), clip.shape[1:], source)
-    return np.repeat(clip, repeats, axis=0)[:max_frames] if sum(repeats) > len(clip) else clip
-
-
-def _read_npz(source: Path, max_frames: int | None) -> UInt8Array:
-    try:
-        with np.load(source, allow_pickle=False) as archive:
-            if "frames" not in archive.files:
-                found = ", ".join(archive.files) or "nothing"
-                raise InputError(f"{source} holds {found}, expected an array named frames")
-            # Measured before it is unpacked.
-            if archive.zip.getinfo("frames.npy").file_size > 3 * MAX_CLIP_PIXELS + 1024:
-                _check_extent(MAX_CLIP_FRAMES + 1, (1, 1), source)
-            frames = archive["frames"]
-    except LfdmExportError:
-        raise
-    except (*UNREADABLE, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{source} cannot be read as a NumPy archive ({error})") from error
-    clip = frames[0] if frames.ndim == 5 and len(frames) == 1 else frames
-    if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or clip.size == 0:
-        raise InputError(
-            f"frames in {source} have shape {frames.shape} and type {frames.dtype}, expected (T,H,W,3) of uint8"
-        )
-    _check_extent(len(clip), clip.shape[1:], source)
-    return np.array(clip[:max_frames])
-
-
-def _video_frames(source: Path) -> Iterator[UInt8Array]:
-    av = _import_av(f"reading {source.name}")
-    try:
-        with av.open(str(source)) as container:
-            if not container.streams.video:
-                raise InputError(f"{source} has no video; give a clip with pictures")
-            for frame in container.decode(container.streams.video[0]):
-                pixels = frame.to_ndarray(format="rgb24")
-                # Cameras held upright store lying pictures and the turn, counter-clockwise, beside them.
-                yield np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
-    except av.FFmpegError as error:
-        raise InputError(f"{source} cannot be read as a video ({error})") from error

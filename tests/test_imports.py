@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lfdm_export.media",
         "lfdm_export.noise",
         "lfdm_export.panels",
+        "lfdm_export.pictures",
         "lfdm_export.preprocess",
         "lfdm_export.resize",
         "lfdm_export.sampler_tables",
@@ -38,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lfdm_export.tokenizer",
         "lfdm_models.config",
         "lfdm_models.labels",
+        "lfdm_models.pictures",
         "lfdm_models.schedule",
     ),
     # Networks, and files that become networks.
@@ -113,7 +115,9 @@ HEAVY = (
 )
 #: Of the networks' package, only these do without.
 LIGHT_NETWORKS = (
-    "lfdm_models", "lfdm_models.config", "lfdm_models.labels", "lfdm_models.schedule", "lfdm_models.training",
+    "lfdm_models", "lfdm_models.config", "lfdm_models.labels", "lfdm_models.pictures", "lfdm_models.pictures.errors",
+    "lfdm_models.pictures.formats", "lfdm_models.pictures.headers", "lfdm_models.pictures.raster",
+    "lfdm_models.pictures.timed", "lfdm_models.schedule", "lfdm_models.training",
     "lfdm_models.training.characters", "lfdm_models.training.cli", "lfdm_models.training.conditions",
     "lfdm_models.training.drawing", "lfdm_models.training.draws", "lfdm_models.training.errors",
     "lfdm_models.training.face", "lfdm_models.training.figure", "lfdm_models.training.head",
