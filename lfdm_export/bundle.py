@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,7 @@ def onnx_path(stage: str) -> str:
     return f"{ONNX_FOLDER}/{stage}.onnx"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Bundle:
     """A bundle on disk whose manifest and files were found whole.
 
@@ -59,8 +59,8 @@ class Bundle:
 
     path: Path
     manifest: Manifest
-    embeddings: Float32 = field(repr=False)
-    null_embedding: Float32 = field(repr=False)
+    embeddings: Float32
+    null_embedding: Float32
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check_hashes: bool = True) -> Bundle:
@@ -86,6 +86,9 @@ class Bundle:
             _check_file(folder, name, entry, check_hash=check_hashes)
         embeddings, null = _read_embeddings(folder / EMBEDDINGS, len(manifest.labels), manifest.geometry.text_width)
         return cls(folder, manifest, embeddings, null)
+
+    def __repr__(self) -> str:
+        return f"<Bundle {str(self.path)!r}: {self.manifest.summary()}>"
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lfdm_export.datasets import dataset_facts
 from lfdm_export.errors import CheckpointError, InputError
 from lfdm_export.recognise import recognise_dm, recognise_lfae
 from lfdm_export.training_facts import training_facts
@@ -35,6 +36,7 @@ def load_model(
     lfae: str | os.PathLike[str],
     dm: str | os.PathLike[str],
     *,
+    dataset: str | None = None,
     residual_flow: bool | None = None,
     region_pad: int | None = None,
 ) -> LfdmModel:
@@ -46,6 +48,8 @@ def load_model(
         lfae: file with the state dicts ``generator``, ``region_predictor`` and ``bg_predictor``; of
             ``torch.save`` (loaded without running anything in it) or safetensors.
         dm: file with the state dict ``diffusion``.
+        dataset: what they were trained on, "mug", "mhad" or "natops": gives `region_pad`. Give it to `export_bundle`
+            too.
         residual_flow: the DM was trained on flow as an offset from the identity grid. None: as the checkpoint
             tells, else it was not.
         region_pad: padding of the region predictor's last conv, which weights do not show: 3 for MUG, 0
@@ -58,10 +62,13 @@ def load_model(
     Raises:
         CheckpointError: a file is missing, damaged or no such checkpoint, its tensors are not those of
             the network, or the two do not fit each other.
-        InputError: `region_pad` is out of range, or an option is not what the checkpoint was trained with.
+        InputError: `region_pad` is out of range, the data set is unknown, or an option is not what the checkpoint was
+            trained with.
     """
     if region_pad is not None and (not isinstance(region_pad, int) or isinstance(region_pad, bool) or region_pad < 0):
         raise InputError(f"region_pad is {region_pad!r}, expected 3 (MUG), 0 (MHAD, NATOPS) or None")
+    if region_pad is None and dataset is not None:
+        region_pad = dataset_facts(dataset).region_pad
     lfae_path, dm_path = Path(lfae).expanduser(), Path(dm).expanduser()
     told = training_facts(lfae_path, dm_path)
     residual_flow = _agreed("residual_flow", residual_flow, told.residual_flow)

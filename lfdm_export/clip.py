@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from lfdm_export.errors import InputError
 from lfdm_export.media import ClipFormat, save_clip
 from lfdm_export.panels import panels as make_panels
+from lfdm_export.pictures.notebook import clips_html
+from lfdm_export.wording import count, shortened
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Clip:
     """One clip a sample.
 
@@ -34,10 +36,10 @@ class Clip:
         timings: of each sample, from a server: see `lfdm_export.serving.contract.TIMINGS`.
     """
 
-    frames: NDArray[np.uint8] = field(repr=False)
-    warped: NDArray[np.uint8] = field(repr=False)
-    latent: NDArray[np.float32] = field(repr=False)
-    source: NDArray[np.uint8] = field(repr=False)
+    frames: NDArray[np.uint8]
+    warped: NDArray[np.uint8]
+    latent: NDArray[np.float32]
+    source: NDArray[np.uint8]
     residual_flow: bool
     labels: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
@@ -77,6 +79,39 @@ class Clip:
             target = name if len(self.frames) == 1 else _numbered(name, index)
             written.append(save_clip(target, self._pictures(index, panels), format=format, fps=fps))
         return tuple(written)
+
+    def __repr__(self) -> str:
+        samples, frames, height, width = self.frames.shape[:4]
+        labels = "" if self.labels is None else f", labels: {shortened(self.labels)}"
+        seeds = "" if self.seeds is None else f", seeds: {shortened(self.seeds)}"
+        return f"<Clip: {count(samples, 'sample')} of {count(frames, 'frame')} of {width}x{height}{labels}{seeds}>"
+
+    def sample(self, index: int) -> Clip:
+        """The clip of one sample, which shares memory with this one.
+
+        Raises:
+            InputError: there is no such sample.
+        """
+        if not 0 <= index < len(self.frames):
+            raise InputError(f"there is no sample {index}; the clip has {len(self.frames)}, counted from 0")
+        one = slice(index, index + 1)
+        return replace(
+            self,
+            frames=self.frames[one],
+            warped=self.warped[one],
+            latent=self.latent[one],
+            source=self.source[one],
+            labels=self.labels and self.labels[one],
+            seeds=self.seeds and self.seeds[one],
+            timings=self.timings and self.timings[one],
+        )
+
+    def _repr_html_(self) -> str:
+        """The clip, moving; what a notebook shows."""
+        labels = self.labels or ("",) * len(self.frames)
+        seeds = ("",) * len(self.frames) if self.seeds is None else tuple(f"seed {seed}" for seed in self.seeds)
+        captions = [", ".join(part for part in pair if part) for pair in zip(labels, seeds, strict=True)]
+        return clips_html(self.frames, captions)
 
     def _pictures(self, index: int, panels: bool) -> NDArray[np.uint8]:
         """(T, H, W, 3), or (T, H, 5W, 3) with panels."""

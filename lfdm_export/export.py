@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from lfdm_export import onnx_export
 from lfdm_export.bundle import ONNX_FOLDER, PARITY_FOLDER, TOKENIZER_FOLDER, Bundle
 from lfdm_export.bundle_writer import BundleWriter
+from lfdm_export.datasets import NO_ENCODER, dataset_facts
 from lfdm_export.errors import ExportError, InputError
 from lfdm_export.faithful import make_reference
 from lfdm_export.graphs.precisions import Traced, check_precision, typed_graphs
@@ -39,6 +40,8 @@ CHUNK_FRAMES = 8
 #: Stages that one traced graph gives, and the file that their weights share.
 _UNET_GRAPHS = {"step": ("step", "denoise"), "step_guided": ("step_guided", "denoise_guided")}
 _UNET_DATA = "unet.data"
+#: What the published models were trained on.
+_PUBLISHED_FRAMES, _PUBLISHED_SIZE = 40, 128
 _VERSIONED = ("lfdm-export", "numpy", "torch", "onnx", "onnxscript", "transformers")
 
 
@@ -47,8 +50,9 @@ def export_bundle(
     out_dir: str | os.PathLike[str],
     *,
     engine: str = "fp32",
-    frames: int = 40,
-    image_size: int = 128,
+    dataset: str | None = None,
+    frames: int | None = None,
+    image_size: int | None = None,
     text_encoder: BertTextEncoder | str | os.PathLike[str] | None = None,
     labels: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
@@ -61,13 +65,16 @@ def export_bundle(
         model: of `load_model`.
         out_dir: becomes the bundle; must not exist, be empty, or be a bundle, which is then replaced.
         engine: precision of the graphs, one of `stages.PRECISIONS`; see docs/precision.md.
-        frames: T, frames of a clip; fixed in the bundle.
-        image_size: H = W in pixels; fixed in the bundle.
+        dataset: what the model was trained on, "mug", "mhad" or "natops": gives text encoder, labels and preprocessing,
+            each unless it is given itself.
+        frames: T, frames of a clip; fixed in the bundle. None: as the model was trained, else 40.
+        image_size: H = W in pixels; fixed in the bundle. None: as the model was trained, else 128.
         text_encoder: the BERT that the model was trained with: a folder, a hub name, or loaded. With it the
-            bundle takes free text.
+            bundle takes free text. "none": none, and so no labels but those that the model brings, even of a data set.
         labels: the known labels, embedded by the text encoder, or chosen among those that the model
-            brings. None keeps all that the model brings.
-        preprocessing: what the data set does to its pictures; None for the plain rule.
+            brings. None: the data set's, else all that the model brings.
+        preprocessing: what happens to a picture before the model sees it. None: the data set's rule, else the plain
+            one.
         reference: run the untouched networks as well and keep what they give, so that anybody can verify the bundle
             without them.
         progress: called as ``progress(stage, done, total)``.
@@ -81,7 +88,17 @@ def export_bundle(
         BundleError: the bundle cannot be written there.
     """
     check_precision(engine)
-    geometry = geometry_of(model.config, frames, image_size)
+    if dataset is not None:
+        facts = dataset_facts(dataset)
+        preprocessing = facts.preprocessing if preprocessing is None else preprocessing
+        if text_encoder != NO_ENCODER:
+            text_encoder = facts.text_encoder if text_encoder is None else text_encoder
+            labels = facts.labels if labels is None else labels
+    if text_encoder == NO_ENCODER:
+        text_encoder = None
+    trained_frames, trained_size = trained_geometry(model)
+    frames = trained_frames if frames is None else frames
+    geometry = geometry_of(model.config, frames, trained_size if image_size is None else image_size)
     _require_cosine_schedule(model)
     encoder = load_text_encoder(text_encoder, geometry.text_width)
     table = _label_table(model, labels, encoder)
@@ -113,6 +130,13 @@ def export_bundle(
                 versions={"python": platform.python_version(), **package_versions(_VERSIONED)},
             )
         )
+
+
+def trained_geometry(model: LfdmModel) -> tuple[int, int]:
+    """Frames of a clip and pixels a side that a model was trained with; the published ones where it does not say."""
+    found = (model.provenance.get(name) for name in ("frames", "image_size"))
+    frames, image_size = (value if isinstance(value, int) else None for value in found)
+    return frames or _PUBLISHED_FRAMES, image_size or _PUBLISHED_SIZE
 
 
 def geometry_of(config: LfdmConfig, frames: int, image_size: int) -> Geometry:

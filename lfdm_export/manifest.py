@@ -15,6 +15,7 @@ from lfdm_export.errors import BundleError
 from lfdm_export.json_codec import from_plain, to_plain
 from lfdm_export.preprocess import Preprocessing
 from lfdm_export.stages import Geometry, StageSpec, stage_specs
+from lfdm_export.wording import count, shortened
 from lfdm_models.config import LfdmConfig
 
 #: Raised when a bundle's layout changes so that older programs cannot read it.
@@ -52,7 +53,7 @@ class SamplerDefaults:
     guidance_scale: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Manifest:
     """What a bundle is and holds.
 
@@ -96,6 +97,16 @@ class Manifest:
             _check_file_name(name)
             if len(entry.sha256) != 64 or not set(entry.sha256) <= set("0123456789abcdef") or entry.bytes < 0:
                 raise ValueError(f"files.{name} has no valid SHA-256 and size")
+
+    def __repr__(self) -> str:
+        return f"<Manifest: {self.summary()}>"
+
+    def summary(self) -> str:
+        """Precision, sizes and labels, in a line."""
+        size = self.geometry.image_size
+        labels = f"{count(len(self.labels), 'label')} ({shortened(self.labels)})" if self.labels else "no labels"
+        text = ", free text" if self.has_text else ""
+        return f"{self.precision}, {count(self.geometry.frames, 'frame')} of {size}x{size}, {labels}{text}"
 
     @property
     def has_text(self) -> bool:

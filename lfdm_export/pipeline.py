@@ -22,6 +22,7 @@ from lfdm_export.preprocess import ImageLike, prepare_image, prepare_images, to_
 from lfdm_export.stage_runner import StageRunner
 from lfdm_export.targets import AUTO
 from lfdm_export.tokenizer import tokenize
+from lfdm_export.wording import count
 from lfdm_models.schedule import cosine_schedule
 
 Float32: TypeAlias = NDArray[np.float32]
@@ -32,7 +33,7 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 _MOTION_BATCH = 8
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Encoded:
     """What every frame and step of a clip shares.
 
@@ -45,6 +46,10 @@ class Encoded:
     image: Float32
     skips: tuple[Float32, ...]
     context: Float32
+
+    def __repr__(self) -> str:
+        height, width = self.image.shape[2:]
+        return f"<Encoded: {count(len(self.image), 'image')} of {width}x{height}>"
 
     def repeat(self, batch: int) -> Encoded:
         """The same for `batch` samples, if it is one image's."""
@@ -60,16 +65,24 @@ class Pipeline:
     Engines are loaded when their stage is first needed, and kept. Not for several threads at once.
 
     Example:
-        >>> pipe = Pipeline.open("mug")
+        >>> pipe = Pipeline("mug")
         >>> pipe.generate("face.jpg", label="happiness", seed=0).save("happiness.gif")
     """
 
     def __init__(
-        self, bundle: Bundle, *, threads: int | None = None, device: Device = "cpu", target: str = AUTO
+        self,
+        bundle: Bundle | str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        device: Device = "cpu",
+        target: str = AUTO,
     ) -> None:
-        """Use a bundle; see `open`. Its stages can be run one by one through ``stages``."""
-        self.bundle = bundle
-        self.stages = StageRunner(bundle, threads=threads, device=device, target=target)
+        """Use a bundle, or open the path of one; see `open`. Its stages can be run one by one through ``stages``."""
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        self.stages = StageRunner(self.bundle, threads=threads, device=device, target=target)
+
+    def __repr__(self) -> str:
+        return f"<Pipeline {str(self.bundle.path)!r}: {self.bundle.manifest.summary()}; {self.stages.state()}>"
 
     @classmethod
     def open(
@@ -93,8 +106,7 @@ class Pipeline:
             BundleError: there is no whole bundle at the path.
             InputError: the target is unknown.
         """
-        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        return cls(opened, threads=threads, device=device, target=target)
+        return cls(bundle, threads=threads, device=device, target=target)
 
     def generate(
         self,

@@ -174,6 +174,11 @@ class StageRunner:
                 on_step(index, np.concatenate([loop.latent() for loop in loops]) if every_latent else None)
         return np.concatenate([loop.finish() for loop in loops])
 
+    def state(self) -> str:
+        """The target and the loaded stages, in a line; nothing is loaded or decided for it."""
+        target = self.__dict__["choice"].target if "choice" in self.__dict__ else self._asked
+        return f"target {target}, loaded: {', '.join(self.loaded) or 'nothing yet'}"
+
     @property
     def loaded(self) -> tuple[str, ...]:
         """The stages whose engines are loaded."""

@@ -275,6 +275,8 @@ def test_region_pad_is_guessed_aloud_and_can_be_given(
     caplog.clear()
     with caplog.at_level(logging.INFO, "lfdm_export"):
         assert load_model(lfae, dm, region_pad=0).config.lfae.region_pad == 0
+        assert [load_model(lfae, dm, dataset=name).config.lfae.region_pad for name in ("mug", "natops")] == [3, 0]
+        assert load_model(lfae, dm, dataset="mug", region_pad=0).config.lfae.region_pad == 0
     assert "MHAD" not in caplog.text
     with pytest.raises(InputError, match="region_pad is -1"):
         load_model(lfae, dm, region_pad=-1)

@@ -14,16 +14,20 @@ from PIL import Image
 
 from lfdm_export import __version__
 from lfdm_export.bundle import Bundle
-from lfdm_export.cli import export_main, generate_main, verify_main
+from lfdm_export.cli import export_main, generate_main, serve_main, train_main, verify_main
 from lfdm_export.cli.console import Bars, OneBar
 from lfdm_export.cli.export import read_labels
 from lfdm_export.errors import InputError, ParityError
 from lfdm_export.pipeline import Pipeline
-from lfdm_export.preprocess import Preprocessing
-from lfdm_models.labels import MUG, NATOPS
 from tests.fake_bundle import EMBEDDINGS, FRAMES, SIZE, write_fake_bundle
 
-COMMANDS = {"lfdm-export": export_main, "lfdm-generate": generate_main, "lfdm-verify": verify_main}
+COMMANDS = {
+    "lfdm-export": export_main,
+    "lfdm-generate": generate_main,
+    "lfdm-serve": serve_main,
+    "lfdm-train": train_main,
+    "lfdm-verify": verify_main,
+}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +94,23 @@ def test_version(program: str, capsys: pytest.CaptureFixture[str]):
         ("lfdm-export", ["--region-pad", "3"], "a model folder knows its own"),
         ("lfdm-export", ["--dataset", "imagenet"], "invalid choice"),
         ("lfdm-export", ["--frames", "many"], "invalid int value"),
+        ("lfdm-export", ["--datset", "mug"], "unknown option --datset, did you mean --dataset?"),
+        ("lfdm-export", ["--datset=mug"], "unknown option --datset, did you mean --dataset?"),
+        (
+            "lfdm-export",
+            ["--dataset", "MUG"],
+            "invalid choice 'MUG', did you mean mug? (choose from mug, mhad, natops)",
+        ),
+        ("lfdm-export", ["some", "words"], "unrecognized arguments: some words"),
+        ("lfdm-export", ["--out"], "expected one argument"),
+        ("lfdm-generate", ["b", "--image", "i", "-o", "o.gif", "--lable", "nod"], "did you mean --label?"),
+        ("lfdm-generate", ["b", "--xyzzy"], "unknown option --xyzzy; see lfdm-generate --help"),
+        ("lfdm-serve", ["--polcy", "step"], "did you mean --policy?"),
+        ("lfdm-serve", [], "give a bundle to serve"),
+        ("lfdm-train lfae", ["--out", "o", "--step", "3"], "did you mean --steps?"),
+        ("lfdm-train lfae", ["--out", "o"], "required: --steps"),
+        ("lfdm-train", ["lfea"], "invalid choice 'lfea', did you mean lfae?"),
+        ("lfdm-train evaluate", ["b", "--sampler", "ddim"], "did you mean --samplers?"),
         ("lfdm-generate", [], "required: --image, -o/--out"),
         (
             "lfdm-generate",
@@ -108,10 +129,16 @@ def test_version(program: str, capsys: pytest.CaptureFixture[str]):
     ],
 )
 def test_wrong_usage(program: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    name, *stage = program.split()
     with pytest.raises(SystemExit) as done:
-        COMMANDS[program](arguments)
+        COMMANDS[name]([*stage, *arguments])
     assert done.value.code == 2
-    assert message in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    line = one_line(printed.err)
+    assert message in line
+    assert line.startswith(f"{program}: error: ")
+    assert line.endswith(f"; see {program} --help")
 
 
 # ---------------------------------------------------------------------------------------- generate
@@ -365,7 +392,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> dict[str, Any]:
     return noted
 
 
-def test_export_of_nothing_is_the_shipped_model_at_its_size(calls: dict[str, Any], capsys: pytest.CaptureFixture[str]):
+def test_export_of_nothing_is_the_shipped_model(calls: dict[str, Any], capsys: pytest.CaptureFixture[str]):
     assert export_main([]) == 0
     export = calls["export"]
     export.pop("progress")
@@ -373,11 +400,11 @@ def test_export_of_nothing_is_the_shipped_model_at_its_size(calls: dict[str, Any
         "model": FakeModel("from shipped", {"frames": 12, "image_size": 96}),
         "out_dir": Path("bundle"),
         "engine": "fp32",
-        "frames": 12,
-        "image_size": 96,
+        "dataset": None,
+        "frames": None,
+        "image_size": None,
         "text_encoder": None,
         "labels": None,
-        "preprocessing": Preprocessing(),
         "reference": True,
     }
     assert calls["verify"]["model"] is None, "the reference is the model's, stored at export"
@@ -390,44 +417,48 @@ def test_export_of_checkpoints(calls: dict[str, Any]):
     files = ["--lfae", "a.pth", "--dm", "b.pth"]
     options = ["--dataset", "natops", "--text-encoder", "bert", "--frames", "16", "--image-size", "64", "--out", "x"]
     assert export_main([*files, *options, "--residual-flow", "--no-verify", "-q"]) == 0
-    assert calls["load"] == {"lfae": "a.pth", "dm": "b.pth", "residual_flow": True, "region_pad": 0}
+    assert calls["load"] == {
+        "lfae": "a.pth",
+        "dm": "b.pth",
+        "dataset": "natops",
+        "residual_flow": True,
+        "region_pad": None,
+    }
     export = calls["export"]
     assert (export["model"].name, export["out_dir"], export["text_encoder"]) == ("loaded", Path("x"), "bert")
-    assert (export["frames"], export["image_size"], export["labels"]) == (16, 64, NATOPS)
-    assert export["preprocessing"] == Preprocessing.for_dataset("natops")
+    assert (export["frames"], export["image_size"], export["dataset"]) == (16, 64, "natops")
     assert export["reference"] is False
     assert "verify" not in calls
 
 
 @pytest.mark.parametrize(
-    ("options", "encoder", "labels"),
+    ("options", "dataset", "pad", "encoder", "labels"),
     [
-        ([], "bert-base-cased", MUG),
-        (["--text-encoder", "folder"], "folder", MUG),
-        (["--text-encoder", "none"], None, None),
-        (["--labels", "jump"], "bert-base-cased", ("jump",)),
+        ([], None, None, None, None),
+        (["--dataset", "mug"], "mug", None, None, None),
+        (["--dataset", "mug", "--region-pad", "0", "--text-encoder", "folder"], "mug", 0, "folder", None),
+        (["--dataset", "mug", "--text-encoder", "none"], "mug", None, "none", None),
+        (["--dataset", "mug", "--labels", "jump"], "mug", None, None, ("jump",)),
     ],
 )
-def test_published_data_sets_bring_their_text_encoder(
-    calls: dict[str, Any], options: list[str], encoder: str | None, labels: tuple[str, ...] | None
+def test_the_data_set_reaches_the_library(
+    calls: dict[str, Any],
+    options: list[str],
+    dataset: str | None,
+    pad: int | None,
+    encoder: str | None,
+    labels: tuple[str, ...] | None,
 ):
-    assert export_main(["--lfae", "a", "--dm", "b", "--dataset", "mug", *options, "-q"]) == 0
-    assert (calls["export"]["text_encoder"], calls["export"]["labels"]) == (encoder, labels)
-
-
-@pytest.mark.parametrize(
-    ("options", "pad"), [([], None), (["--dataset", "mug"], 3), (["--dataset", "mug", "--region-pad", "0"], 0)]
-)
-def test_region_pad(calls: dict[str, Any], options: list[str], pad: int | None):
     assert export_main(["--lfae", "a.pth", "--dm", "b.pth", *options, "-q"]) == 0
-    assert calls["load"]["region_pad"] == pad
-    assert calls["export"]["labels"] == (MUG if options else None)
+    assert (calls["load"]["dataset"], calls["load"]["region_pad"]) == (dataset, pad)
+    export = calls["export"]
+    assert (export["dataset"], export["text_encoder"], export["labels"]) == (dataset, encoder, labels)
 
 
 def test_export_of_a_model_folder_with_labels(calls: dict[str, Any]):
     assert export_main(["--model", "trained", "--labels", "jump, run", "-q"]) == 0
     assert calls["export"]["model"].name == "from trained"
-    assert (calls["export"]["frames"], calls["export"]["image_size"]) == (40, 128)
+    assert (calls["export"]["frames"], calls["export"]["image_size"]) == (None, None)
     assert calls["export"]["labels"] == ("jump", "run")
 
 

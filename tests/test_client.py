@@ -97,7 +97,7 @@ def stream(kind: str, address: str, settings: Settings = SETTINGS, **arguments: 
             return list(events), events.clip()
 
     async def run() -> tuple[list[Event], Clip]:
-        async with AsyncClient(address, settings) as client, await client.stream(**every) as events:
+        async with AsyncClient(address, settings) as client, client.stream(**every) as events:
             return [event async for event in events], events.clip()
 
     return asyncio.run(run())
@@ -626,14 +626,58 @@ def test_closing_gives_up_asynchronous_requests(fake: FakeTriton, address: str):
     assert fake.cancelled == ["mine"]
 
 
-def test_leaving_an_asynchronous_stream_gives_it_up(fake: FakeTriton, address: str):
-    async def take(events: AsyncStream) -> None:
-        async for _ in events:
-            pass
+async def take(events: AsyncStream) -> None:
+    async for _ in events:
+        pass
 
+
+def test_leaving_the_context_of_an_asynchronous_stream_gives_it_up(fake: FakeTriton, address: str):
     async def run() -> None:
         async with AsyncClient(address, SETTINGS) as client:
-            events = await client.stream(PHOTO, label="anger")
+            async with client.stream(PHOTO, label="anger", seed=3, request_id="mine") as stream:
+                task = asyncio.create_task(take(stream))
+                while not fake.seen:
+                    await asyncio.sleep(0.01)
+                assert repr(stream) == "<AsyncStream mine: seed 3, 0 of 5 frames>"
+            with pytest.raises(RequestCancelledError, match="was cancelled here"):
+                await task
+
+    fake.gate.clear()
+    asyncio.run(run())
+    until(lambda: fake.cut_off == 1)
+
+
+def test_an_asynchronous_stream_of_wrong_arguments_is_refused_as_it_is_entered(fake: FakeTriton, address: str):
+    async def run() -> None:
+        async with AsyncClient(address, SETTINGS) as client:
+            opening = client.stream(PHOTO, label="anger", steps=0)
+            with pytest.raises(InputError, match="steps: found 0"):
+                async with opening:
+                    raise AssertionError("entered")
+
+    asyncio.run(run())
+    assert fake.seen == []
+
+
+def test_what_the_client_shows_is_one_line(client: Client, address: str):
+    assert repr(client) == f"<Client of {address}>"
+    assert repr(AsyncClient(address)) == f"<AsyncClient of {address}>"
+    assert repr(client.facts()) == "<ModelFacts: fp32, 5 frames of 16x16, 2 labels (Anger, happiness)>"
+    with client.stream(PHOTO, label="anger", seed=3, progress_every=1, request_id="mine") as stream:
+        assert repr(stream) == "<Stream mine: seed 3, 0 of 5 frames>"
+        shown = [repr(event) for event in stream]
+        assert repr(stream) == "<Stream mine: seed 3, done>"
+    assert any(line.startswith("Frames(2 frames, ") for line in shown), shown
+    assert shown[-1].startswith("Done(")
+    assert all("\n" not in line and len(line) < 150 for line in shown)
+    assert repr(Settings()) == "Settings()"
+    assert repr(Settings(timeout=3, token="x")) == "Settings(token=<hidden>, timeout=3)"
+
+
+def test_leaving_an_asynchronous_stream_gives_it_up(fake: FakeTriton, address: str):
+    async def run() -> None:
+        async with AsyncClient(address, SETTINGS) as client:
+            events = await client.stream(PHOTO, label="anger")  # without `async with`, too
             task = asyncio.create_task(take(events))
             while not fake.seen:
                 await asyncio.sleep(0.01)

@@ -82,7 +82,7 @@ def test_asyncio_is_as_without_a_server(triton_server: RunningServer, local: Cli
     async def run() -> tuple[Clip, Clip]:
         async with AsyncClient(triton_server.grpc) as client:
             whole = client.generate(PHOTO, label=label, seed=[3, 4], steps=4, guidance_scale=1.5)
-            async with await client.stream(PHOTO, label=label, seed=3, steps=4, guidance_scale=1.5) as stream:
+            async with client.stream(PHOTO, label=label, seed=3, steps=4, guidance_scale=1.5) as stream:
                 async for _ in stream:
                     pass
             return await whole, stream.clip()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lfdm_export import sampling
-from lfdm_export.cli.models import trained_size
+from lfdm_export.export import trained_geometry
 from lfdm_export.model_folder import load_model_folder
 from lfdm_export.preprocess import prepare_images, to_float
 from lfdm_models.demo import CONFIG, SHIPPED, untrained_model
@@ -103,7 +103,7 @@ def test_the_shipped_model_is_small_and_knows_itself():
     shipped = load_model_folder(SHIPPED)
     assert tuple(shipped.label_embeddings) == LABELS
     assert shipped.config.residual_flow
-    assert trained_size(shipped) == (16, 64)
+    assert trained_geometry(shipped) == (16, 64)
     assert shipped.provenance["trained"] is True
 
 

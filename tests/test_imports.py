@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lfdm_export.clip",
         "lfdm_export.conditions",
         "lfdm_export.cuda_driver",
+        "lfdm_export.datasets",
         "lfdm_export.gif",
         "lfdm_export.machine",
         "lfdm_export.json_codec",
@@ -37,6 +38,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lfdm_export.stages",
         "lfdm_export.targets",
         "lfdm_export.tokenizer",
+        "lfdm_export.wording",
+        "lfdm_models.command_line",
         "lfdm_models.config",
         "lfdm_models.labels",
         "lfdm_models.pictures",
@@ -115,9 +118,9 @@ HEAVY = (
 )
 #: Of the networks' package, only these do without.
 LIGHT_NETWORKS = (
-    "lfdm_models", "lfdm_models.config", "lfdm_models.labels", "lfdm_models.pictures", "lfdm_models.pictures.errors",
-    "lfdm_models.pictures.formats", "lfdm_models.pictures.headers", "lfdm_models.pictures.raster",
-    "lfdm_models.pictures.timed", "lfdm_models.schedule", "lfdm_models.training",
+    "lfdm_models", "lfdm_models.command_line", "lfdm_models.config", "lfdm_models.labels", "lfdm_models.pictures",
+    "lfdm_models.pictures.errors", "lfdm_models.pictures.formats", "lfdm_models.pictures.headers",
+    "lfdm_models.pictures.raster", "lfdm_models.pictures.timed", "lfdm_models.schedule", "lfdm_models.training",
     "lfdm_models.training.characters", "lfdm_models.training.cli", "lfdm_models.training.conditions",
     "lfdm_models.training.drawing", "lfdm_models.training.draws", "lfdm_models.training.errors",
     "lfdm_models.training.face", "lfdm_models.training.figure", "lfdm_models.training.head",

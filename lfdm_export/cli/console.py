@@ -14,18 +14,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from lfdm_export import __version__
 from lfdm_export.errors import LfdmExportError, ParityError
+from lfdm_models.command_line import Parser
 
 OK, FAILED, PARITY_FAILED, INTERRUPTED = 0, 1, 3, 130
 
 
 def make_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
     """A parser whose help ends in examples."""
-    return argparse.ArgumentParser(
+    return Parser(
         prog=program,
         description=description,
         epilog="examples:\n" + examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
 
 
@@ -54,18 +54,19 @@ def run(program: str, args: argparse.Namespace, command: Callable[[], int]) -> i
     except KeyboardInterrupt:
         if args.debug:
             raise
-        _complain(program, "interrupted")
+        complain(program, "interrupted")
         return INTERRUPTED
     except Exception as error:
         if args.debug:
             raise
-        _complain(program, "error: " + _describe(error))
+        complain(program, "error: " + describe_error(error))
         return PARITY_FAILED if isinstance(error, ParityError) else FAILED
     finally:
         logger.removeHandler(handler)
 
 
-def _describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
+    """What went wrong, in a sentence."""
     if isinstance(error, LfdmExportError):
         return str(error)
     if isinstance(error, OSError):
@@ -76,7 +77,8 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error} (a fault of this program: run again with --debug, and report it)"
 
 
-def _complain(program: str, message: str) -> None:
+def complain(program: str, message: str) -> None:
+    """Print one line on stderr."""
     text = f"{program}: {' '.join(message.split())}"
     Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
 

@@ -9,22 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfdm_export.cli.console import OK, OneBar, add_common_options, make_parser, run, say
-from lfdm_export.cli.models import SHIPPED, add_model_options, check_model_options, open_model, trained_size
+from lfdm_export.cli.models import SHIPPED, add_model_options, check_model_options, open_model
 from lfdm_export.cli.plans import add_plan_options, check_plan_options, choose_target, make_bundle_plans
 from lfdm_export.cli.verify import verify_and_report
+from lfdm_export.datasets import NO_ENCODER, PUBLISHED_ENCODER
 from lfdm_export.errors import InputError
-from lfdm_export.preprocess import Preprocessing
 from lfdm_export.stages import PRECISIONS
-from lfdm_models.labels import DATASETS
 
 if TYPE_CHECKING:
     from lfdm_export.bundle import Bundle
 
 PROGRAM = "lfdm-export"
-#: What the published models were trained with, by its name on the Hugging Face hub.
-PUBLISHED_ENCODER = "bert-base-cased"
-#: Value of --text-encoder that asks for none.
-NO_ENCODER = "none"
 _EXAMPLES = """\
   lfdm-export                                   the small trained model that is shipped
   lfdm-export --lfae RegionMM.pth --dm flowdiff.pth --dataset mug --out mug
@@ -84,14 +79,7 @@ def _make_plans(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     # Read before the model is loaded: a misspelt file name shows at once.
-    labels = DATASETS[args.dataset] if args.dataset else None
-    if args.labels is not None:
-        labels = read_labels(args.labels)
-    encoder = args.text_encoder
-    if encoder is None and args.dataset is not None:
-        encoder = PUBLISHED_ENCODER
-    elif encoder == NO_ENCODER:
-        encoder, labels = None, None if args.labels is None else labels
+    labels = None if args.labels is None else read_labels(args.labels)
     if args.lfae is None and args.model is None:
         say(args, f"no checkpoints given: exporting the shipped model {SHIPPED!r}")
     if args.quiet:
@@ -103,17 +91,16 @@ def _export(args: argparse.Namespace) -> int:
     check_precision(args.engine)
     choice = choose_target(args, args.engine)
     model = open_model(args)
-    frames, image_size = trained_size(model)
     with OneBar(quiet=args.quiet) as progress:
         bundle = export_bundle(
             model,
             args.out,
             engine=args.engine,
-            frames=frames if args.frames is None else args.frames,
-            image_size=image_size if args.image_size is None else args.image_size,
-            text_encoder=encoder,
+            dataset=args.dataset,
+            frames=args.frames,
+            image_size=args.image_size,
+            text_encoder=args.text_encoder,
             labels=labels,
-            preprocessing=Preprocessing.for_dataset(args.dataset),
             reference=not args.no_verify,
             progress=progress,
         )

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lfdm_export.cli.console import OK, Bars, add_common_options, make_parser, run, say
+from lfdm_export.cli.console import Bars, add_common_options, make_parser, run, say
+from lfdm_export.cli.making import Making
 from lfdm_export.cli.plans import add_target_option
 from lfdm_export.cli.remote import add_remote_options, check_remote_options, generate_remotely
+from lfdm_export.cli.wishes import Wish, example_name, seeds_of, wishes
 from lfdm_export.clip import Clip, rehearse_saving
+from lfdm_export.errors import InputError
 from lfdm_export.media import FORMATS
 from lfdm_export.sampling import SAMPLERS
 
 if TYPE_CHECKING:
     from lfdm_export.pipeline import Pipeline
+    from lfdm_export.stages import Geometry
 
 PROGRAM = "lfdm-generate"
 _EXAMPLES = """\
@@ -22,10 +27,13 @@ _EXAMPLES = """\
   lfdm-generate mug --image face.jpg --label fear --sampler unipc --steps 8 --seed 3 -o fear.mp4
   lfdm-generate mug --image face.jpg --label anger --guidance 2 --panels -o anger.gif
   lfdm-generate mug --image face.jpg --drive laughing.mp4 -o laughing.gif
+  lfdm-generate mug --image face.jpg --label anger fear --seeds 1-4 --format gif -o clips/
   lfdm-generate --url localhost:8001 --image face.jpg --label happiness -o happiness.gif
 """
 #: Options of sampling, which a motion transfer has none of.
-_SAMPLING = ("seed", "steps", "sampler", "eta", "guidance")
+_SAMPLING = ("seed", "seeds", "steps", "sampler", "eta", "guidance")
+# Clips that are sampled together: at most so many, and so many values (frames times rows times columns of latents).
+_LARGEST_BATCH, _BATCH_VALUES = 8, 4 * 40 * 32 * 32
 _STAGES = {"estimate_motion": "estimate motion"}
 
 
@@ -35,6 +43,8 @@ def generate_main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.drive is not None and any(getattr(args, name) is not None for name in _SAMPLING):
         parser.error(f"--drive samples nothing: leave out {', '.join('--' + name for name in _SAMPLING)}")
+    if args.bundle is None and args.url is None and len(args.label or ()) > 1:
+        args.bundle = args.label.pop()  # lfdm-generate --label nod BUNDLE
     check_remote_options(parser, args)
     return run(PROGRAM, args, lambda: _generate(args))
 
@@ -49,12 +59,19 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--out", required=True, metavar="FILE", help=f"the clip: .{', .'.join(FORMATS)}, or FOLDER/"
     )
     motion = parser.add_argument_group("motion (one of these)").add_mutually_exclusive_group(required=True)
-    motion.add_argument("--label", help="one of the bundle's labels")
+    motion.add_argument(
+        "--label", nargs="+", action="extend", metavar="LABEL", help="of the bundle's labels; a clip for each"
+    )
     motion.add_argument("--text", help="free text, if the bundle has a text encoder")
     motion.add_argument("--embedding", metavar="FILE.npy", help="a text embedding")
     motion.add_argument("--drive", metavar="CLIP", help="a clip whose motion is transferred")
+    motion.add_argument("--labels-all", action="store_true", help="a clip for each label that the bundle knows")
     sampling = parser.add_argument_group("sampling (the bundle's defaults where not given)")
-    sampling.add_argument("--seed", type=int, metavar="N", help="of the noise (0)")
+    seed = sampling.add_mutually_exclusive_group()
+    seed.add_argument("--seed", type=int, metavar="N", help="of the noise (0)")
+    seed.add_argument(
+        "--seeds", type=seeds_of, nargs="+", action="extend", metavar="N|N-M", help="a clip for each, of each label"
+    )
     sampling.add_argument("--steps", type=int, metavar="S", help="sampling steps")
     sampling.add_argument("--sampler", choices=tuple(SAMPLERS))
     sampling.add_argument("--eta", type=float, help="DDIM's share of fresh noise, 0 to 1")
@@ -76,24 +93,69 @@ def _parser() -> argparse.ArgumentParser:
 
 def _generate(args: argparse.Namespace) -> int:
     # Before minutes of sampling: a clip that could not be written shows at once.
-    rehearse_saving(args.out, format=args.format, panels=args.panels, fps=args.fps)
+    rehearse_saving(example_name(args), format=args.format, panels=args.panels, fps=args.fps)
     if args.url is not None:
         return generate_remotely(args)
     from lfdm_export.pipeline import Pipeline
 
     pipeline = Pipeline.open(args.bundle, threads=args.threads, target=args.target)
     with Bars(quiet=args.quiet, names=_STAGES) as progress:
-        clip = _clip(pipeline, args, progress)
-        paths = clip.save(args.out, format=args.format, panels=args.panels, fps=args.fps)
-    for path in paths:
-        say(args, f"clip  {path}")
+        making = Making(args, wishes(args, pipeline.bundle.labels))
+        batch = batch_size(pipeline.bundle.manifest.geometry)
+        parts = [making.wanted[start : start + batch] for start in range(0, len(making.wanted), batch)]
+        for done, part in enumerate(parts):
+            if len(parts) > 1:
+                progress("clips", done * batch, len(making.wanted))
+            _make(pipeline, args, part, making, progress)
+    facts: dict[str, object] = {}
+    if args.drive is None and making.made:
+        table = pipeline.sampler_table(args.sampler, args.steps, args.eta)
+        facts = {"sampler": table.name, "steps": table.steps}
+    if making.made:
+        facts["target"] = pipeline.stages.target
+    status = making.finish(PROGRAM, facts)
+    if not making.made:
+        return status
     say(args, f"target  {pipeline.stages.target}: {pipeline.stages.choice.reason}")
     if pipeline.bundle.manifest.provenance.get("trained") is False:
         say(args, "the model's weights are untrained: the clip shows that it runs, not what a trained one does")
-    return OK
+    return status
 
 
-def _clip(pipeline: Pipeline, args: argparse.Namespace, progress: Bars) -> Clip:
+def batch_size(geometry: Geometry) -> int:
+    """Clips that are sampled together: as many as take little memory beside the engines."""
+    return max(1, min(_LARGEST_BATCH, _BATCH_VALUES // (geometry.frames * geometry.latent_size**2)))
+
+
+def _make(pipeline: Pipeline, args: argparse.Namespace, part: Sequence[Wish], making: Making, progress: Bars) -> None:
+    """Make some clips together; where that fails, one by one, so that those that can be made are."""
+    if len(making.wanted) > 1:
+        part = [wish for wish in part if _label_is_known(pipeline, wish, making)]
+    if len(part) > 1:
+        try:
+            clip = _clip(pipeline, args, progress, part)
+        except Exception:
+            if args.debug:
+                raise
+        else:
+            for index, wish in enumerate(part):
+                making.attempt(wish, functools.partial(clip.sample, index))
+            return
+    for wish in part:
+        making.attempt(wish, functools.partial(_clip, pipeline, args, progress, [wish]))
+
+
+def _label_is_known(pipeline: Pipeline, wish: Wish, making: Making) -> bool:
+    try:
+        if wish.label is not None:
+            pipeline.bundle.label_index(wish.label)
+    except InputError as error:
+        making.fail(wish, error)
+        return False
+    return True
+
+
+def _clip(pipeline: Pipeline, args: argparse.Namespace, progress: Bars, part: Sequence[Wish]) -> Clip:
     if args.drive is not None:
         return pipeline.transfer_motion(args.image, args.drive, progress=progress)
     embedding = None
@@ -101,15 +163,17 @@ def _clip(pipeline: Pipeline, args: argparse.Namespace, progress: Bars) -> Clip:
         from lfdm_export.conditions import load_embedding
 
         embedding = load_embedding(args.embedding)
+    labels, seeds = [wish.label for wish in part], [wish.seed for wish in part]
+    one = len(part) == 1
     return pipeline.generate(
         args.image,
-        label=args.label,
+        label=labels[0] if one or labels[0] is None else [label for label in labels if label is not None],
         text=args.text,
         text_embedding=embedding,
         sampler=args.sampler,
         steps=args.steps,
         eta=args.eta,
         guidance_scale=args.guidance,
-        seed=args.seed,
+        seed=seeds[0] if one else [seed or 0 for seed in seeds],
         progress=progress,
     )

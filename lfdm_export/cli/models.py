@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lfdm_models.labels import DATASETS, REGION_PAD
+from lfdm_models.labels import DATASETS
 
 if TYPE_CHECKING:
     from lfdm_models.model import LfdmModel
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 SHIPPED = "characters"
 #: A small model with untrained weights, made on the spot.
 UNTRAINED = "untrained"
-#: What the published models were trained on.
-_PUBLISHED_FRAMES, _PUBLISHED_SIZE = 40, 128
 
 
 def add_model_options(parser: argparse.ArgumentParser, purpose: str) -> None:
@@ -62,10 +60,13 @@ def open_model(args: argparse.Namespace) -> LfdmModel:
     if args.lfae is not None:
         from lfdm_export.checkpoints import load_model
 
-        region_pad = args.region_pad
-        if region_pad is None and args.dataset is not None:
-            region_pad = REGION_PAD[args.dataset]
-        return load_model(args.lfae, args.dm, residual_flow=args.residual_flow or None, region_pad=region_pad)
+        return load_model(
+            args.lfae,
+            args.dm,
+            dataset=args.dataset,
+            residual_flow=args.residual_flow or None,
+            region_pad=args.region_pad,
+        )
     if args.model == UNTRAINED:
         from lfdm_models.demo import untrained_model
 
@@ -74,10 +75,3 @@ def open_model(args: argparse.Namespace) -> LfdmModel:
     from lfdm_models.demo import SHIPPED as SHIPPED_FOLDER
 
     return load_model_folder(SHIPPED_FOLDER if args.model in (None, SHIPPED) else Path(args.model))
-
-
-def trained_size(model: LfdmModel) -> tuple[int, int]:
-    """Frames of a clip and pixels a side that a model was trained with; the published ones where nobody said."""
-    found = (model.provenance.get(name) for name in ("frames", "image_size"))
-    frames, image_size = (value if isinstance(value, int) else None for value in found)
-    return frames or _PUBLISHED_FRAMES, image_size or _PUBLISHED_SIZE

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING
 
-from lfdm_export.cli.console import OK, Bars, say
+from lfdm_export.cli.console import Bars, say
+from lfdm_export.cli.making import Making
+from lfdm_export.cli.wishes import Wish, wants_many, wishes
 from lfdm_export.clip import Clip
+from lfdm_export.errors import AuthenticationError, ServerUnavailableError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,6 +20,7 @@ if TYPE_CHECKING:
 
     from lfdm_export.client import Client, Settings
 
+PROGRAM = "lfdm-generate"
 #: Options that mean something only with --url.
 _REMOTE = (
     "stream", "tls", "tls_ca", "tls_key", "tls_cert", "tls_name", "token_env", "allow_plain_token", "timeout",
@@ -66,21 +72,57 @@ def check_remote_options(parser: argparse.ArgumentParser, args: argparse.Namespa
 
 
 def generate_remotely(args: argparse.Namespace) -> int:
-    """Make the clip on the server, save it, say where; returns the exit status."""
+    """Make the clips on the server, save them, say where; returns the exit status."""
     # gRPC's own lines on stderr say less than our errors do. Read when it is imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from lfdm_export.client import Client
 
     settings = _settings(args)
     with Client(args.url, settings) as client:
+        known = client.facts().labels if wants_many(args) else ()
         with Bars(quiet=args.quiet, names=_STAGES) as progress:
-            clip = _streamed(client, args, progress) if args.stream else _whole(client, args, progress)
-            paths = clip.save(args.out, format=args.format, panels=args.panels, fps=args.fps)
-        for path in paths:
-            say(args, f"clip  {path}")
-        if client.facts().trained is False:
+            making = Making(args, wishes(args, known))
+            if args.stream or len(making.wanted) == 1:
+                for wish in making.wanted:
+                    making.attempt(
+                        wish, functools.partial(_streamed if args.stream else _whole, client, args, wish, progress)
+                    )
+            else:
+                _together(client, args, making, progress)
+        facts: dict[str, object] = {"server": args.url}
+        if making.made:
+            model = client.facts()
+            facts = {"sampler": args.sampler or model.sampler.sampler, "steps": making.steps, **facts}
+        status = making.finish(PROGRAM, facts)
+        if making.made and client.facts().trained is False:
             say(args, "the model's weights are untrained: the clip shows that it runs, not what a trained one does")
-    return OK
+    return status
+
+
+def _together(client: Client, args: argparse.Namespace, making: Making, progress: Bars) -> None:
+    """Several clips at a time: the server makes them together; those that fail leave the others alone."""
+
+    def one(wish: Wish) -> Clip:
+        if over:
+            raise over[0]  # no server: the others need not wait for it again
+        try:
+            return _whole(client, args, wish, None)
+        except (AuthenticationError, ServerUnavailableError) as error:
+            over.append(error)
+            raise
+
+    over: list[Exception] = []
+    with ThreadPoolExecutor(client.settings.concurrency, "lfdm-generate") as pool:
+        futures = {pool.submit(one, wish): wish for wish in making.wanted}
+        try:
+            for done, future in enumerate(as_completed(futures)):
+                progress("clips", done, len(futures))
+                making.attempt(futures[future], future.result)
+            progress("clips", len(futures), len(futures))
+        except BaseException:  # Ctrl-C, or --debug
+            pool.shutdown(wait=False, cancel_futures=True)
+            client.close()
+            raise
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -98,18 +140,18 @@ def _settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def _whole(client: Client, args: argparse.Namespace, progress: Bars) -> Clip:
+def _whole(client: Client, args: argparse.Namespace, wish: Wish, progress: Bars | None) -> Clip:
     more = args.panels or _is_archive(args)
     return client.generate(
         args.image,
-        label=args.label,
+        label=wish.label,
         text=args.text,
         text_embedding=_embedding(args),
         sampler=args.sampler,
         steps=args.steps,
         eta=args.eta,
         guidance_scale=args.guidance,
-        seed=args.seed or 0,
+        seed=wish.seed or 0,
         warped=more,
         latent=more,
         priority=args.priority or 0,
@@ -121,21 +163,21 @@ def _is_archive(args: argparse.Namespace) -> bool:
     return (args.format or args.out.lower().rpartition(".")[2]) == "npz"
 
 
-def _streamed(client: Client, args: argparse.Namespace, progress: Bars) -> Clip:
+def _streamed(client: Client, args: argparse.Namespace, wish: Wish, progress: Bars) -> Clip:
     from lfdm_export.client import Frames, Progress
 
     have: set[int] = set()
     steps = 0
     with client.stream(
         args.image,
-        label=args.label,
+        label=wish.label,
         text=args.text,
         text_embedding=_embedding(args),
         sampler=args.sampler,
         steps=args.steps,
         eta=args.eta,
         guidance_scale=args.guidance,
-        seed=args.seed or 0,
+        seed=wish.seed or 0,
         progress_every=1,
         priority=args.priority or 0,
     ) as stream:

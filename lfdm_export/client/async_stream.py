@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from types import TracebackType
 from typing import Any
 
@@ -15,11 +15,39 @@ from lfdm_export.serving.contract import RequestCancelledError
 from lfdm_export.serving.model_facts import ModelFacts
 
 
+class OpeningStream:
+    """What `lfdm_export.client.AsyncClient.stream` gives: for `async with`, or to be awaited."""
+
+    def __init__(self, begin: Callable[[], Coroutine[Any, Any, AsyncStream]]) -> None:
+        """Nothing begins before it is entered or awaited."""
+        self._begin = begin
+        self._stream: AsyncStream | None = None
+
+    def __repr__(self) -> str:
+        return "<OpeningStream: write `async with client.stream(...) as stream`>"
+
+    def __await__(self) -> Generator[Any, None, AsyncStream]:
+        """The stream, whose caller closes it."""
+        return self._begin().__await__()
+
+    async def __aenter__(self) -> AsyncStream:
+        """The stream."""
+        self._stream = await self._begin()
+        return self._stream
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the request up, unless it is done."""
+        if self._stream is not None:
+            await self._stream.close()
+
+
 class AsyncStream:
     """One clip in the making: iterate over its events.
 
     Example:
-        >>> async with await client.stream("face.jpg", label="happiness", progress_every=1) as stream:
+        >>> async with client.stream("face.jpg", label="happiness", progress_every=1) as stream:
         ...     async for event in stream:
         ...         print(event)
 
@@ -37,6 +65,9 @@ class AsyncStream:
         self._call: Any = None
         self._closed = False
         self._events = self._run()
+
+    def __repr__(self) -> str:
+        return f"<AsyncStream {self.request_id}: seed {self.seed}, {self._assembly.state()}>"
 
     async def __aenter__(self) -> AsyncStream:
         """The stream itself."""

@@ -9,7 +9,7 @@ from types import TracebackType
 from numpy.typing import ArrayLike
 
 from lfdm_export.client.async_connection import AsyncConnection
-from lfdm_export.client.async_stream import AsyncStream
+from lfdm_export.client.async_stream import AsyncStream, OpeningStream
 from lfdm_export.client.calls import QUICK
 from lfdm_export.client.events import plan_stream
 from lfdm_export.client.faults import Attempts
@@ -47,6 +47,9 @@ class AsyncClient:
         self._facts: ModelFacts | None = None
         self._tasks: set[asyncio.Task[dict[str, Array]]] = set()
         self._closing = False
+
+    def __repr__(self) -> str:
+        return f"<AsyncClient of {self._connection.address}>"
 
     async def __aenter__(self) -> AsyncClient:
         """The client itself."""
@@ -160,7 +163,7 @@ class AsyncClient:
             self._tasks.difference_update(tasks)
         return make_clip(answers, plan, facts)
 
-    async def stream(
+    def stream(
         self,
         image: ImageLike,
         *,
@@ -177,9 +180,14 @@ class AsyncClient:
         priority: int = 0,
         deadline: float | None = None,
         request_id: str | None = None,
-    ) -> AsyncStream:
-        """Make one clip, and tell of it meanwhile; arguments and errors are those of `Client.stream`."""
-        facts = await self.facts()
+    ) -> OpeningStream:
+        """Make one clip, and tell of it meanwhile; arguments and errors are those of `Client.stream`.
+
+        Example:
+            >>> async with client.stream("face.jpg", label="happiness", progress_every=1) as stream:
+            ...     async for event in stream:
+            ...         print(event)
+        """
         asked = Asked(
             image=image,
             label=label,
@@ -194,11 +202,16 @@ class AsyncClient:
             deadline=deadline,
             request_id=request_id,
         )
-        plan, job = await asyncio.to_thread(
-            plan_stream, asked, facts, preview_every=preview_every, progress_every=progress_every
-        )
         seconds = self._connection.settings.timeout if deadline is None else deadline
-        return AsyncStream(self._connection, plan, job, facts, seconds)
+
+        async def begin() -> AsyncStream:
+            facts = await self.facts()
+            plan, job = await asyncio.to_thread(
+                plan_stream, asked, facts, preview_every=preview_every, progress_every=progress_every
+            )
+            return AsyncStream(self._connection, plan, job, facts, seconds)
+
+        return OpeningStream(begin)
 
     async def cancel(self, request_id: str) -> bool:
         """Give up a request on the server; see `Client.cancel`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -24,7 +24,7 @@ class Progress:
     steps: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Preview:
     """Some frames as the clip would be by the estimate after `step` of `steps`.
 
@@ -37,11 +37,14 @@ class Preview:
 
     step: int
     steps: int
-    indices: NDArray[np.int32] = field(repr=False)
-    frames: NDArray[np.uint8] = field(repr=False)
+    indices: NDArray[np.int32]
+    frames: NDArray[np.uint8]
+
+    def __repr__(self) -> str:
+        return f"Preview(step={self.step}, steps={self.steps}, {_listed(self.indices)})"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Frames:
     """Frames of the clip, final.
 
@@ -50,8 +53,11 @@ class Frames:
         frames: (n, H, W, 3) uint8.
     """
 
-    indices: NDArray[np.int32] = field(repr=False)
-    frames: NDArray[np.uint8] = field(repr=False)
+    indices: NDArray[np.int32]
+    frames: NDArray[np.uint8]
+
+    def __repr__(self) -> str:
+        return f"Frames({_listed(self.indices)})"
 
     @property
     def first_frame(self) -> int:
@@ -59,7 +65,7 @@ class Frames:
         return int(self.indices[0])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Done:
     """The clip is whole.
 
@@ -69,8 +75,16 @@ class Done:
 
     timings: Mapping[str, float]
 
+    def __repr__(self) -> str:
+        return f"Done({', '.join(f'{name}={value:.4g}' for name, value in self.timings.items())})"
+
 
 Event: TypeAlias = Progress | Preview | Frames | Done
+
+
+def _listed(indices: NDArray[np.int32]) -> str:
+    """Which frames, as "frame 7" or "frames 0 ... 7"."""
+    return f"frame {indices[0]}" if len(indices) == 1 else f"{len(indices)} frames, {indices[0]} … {indices[-1]}"
 
 
 def plan_stream(asked: Asked, facts: ModelFacts, *, preview_every: int, progress_every: int) -> tuple[Plan, Job]:
@@ -107,6 +121,10 @@ class Assembly:
     def done(self) -> bool:
         """Whether the last response has come."""
         return self._timings is not None
+
+    def state(self) -> str:
+        """How far it is, in a few words."""
+        return "done" if self.done else f"{self._have.sum()} of {len(self._have)} frames"
 
     def take(self, tensors: Mapping[str, Array]) -> Event:
         """The event that a response is.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lfdm_export.errors import InputError, MissingDependencyError
+from lfdm_export.wording import not_default
 
 Compression = Literal["gzip", "deflate"]
 
@@ -94,7 +95,7 @@ class Retry:
         return whole * (0.5 + 0.5 * draw)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Settings:
     """Everything about a connection but the address.
 
@@ -151,6 +152,9 @@ class Settings:
             raise InputError(f"keepalive is {self.keepalive}, expected 1 second or more, or none")
         if self.concurrency < 1:
             raise InputError(f"concurrency is {self.concurrency}, expected 1 or more")
+
+    def __repr__(self) -> str:
+        return not_default(self)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """The headers of every request."""

@@ -44,6 +44,14 @@ class Client:
         self._connection = Connection(address, settings or Settings())
         self._facts: ModelFacts | None = None
 
+    @property
+    def settings(self) -> Settings:
+        """Those of the connection."""
+        return self._connection.settings
+
+    def __repr__(self) -> str:
+        return f"<Client of {self._connection.address}>"
+
     def __enter__(self) -> Client:
         """The client itself."""
         return self

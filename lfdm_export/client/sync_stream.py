@@ -35,6 +35,9 @@ class Stream:
         self._flight = connection.flight("", seconds)
         self._events = self._run()
 
+    def __repr__(self) -> str:
+        return f"<Stream {self.request_id}: seed {self.seed}, {self._assembly.state()}>"
+
     def __enter__(self) -> Stream:
         """The stream itself."""
         return self

@@ -1,1 +1,1 @@
-"""Pictures and clips in and out."""
+"""Pictures and clips."""

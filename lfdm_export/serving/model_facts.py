@@ -12,12 +12,13 @@ from lfdm_export.errors import LfdmExportError
 from lfdm_export.json_codec import from_plain, to_plain
 from lfdm_export.manifest import Manifest, SamplerDefaults
 from lfdm_export.preprocess import Preprocessing
+from lfdm_export.wording import count, shortened
 
 #: Key among the `parameters` of the configurations of the clip's and the stream's models.
 FACTS_PARAMETER = "lfdm_facts"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelFacts:
     """The facts of a bundle that a client has use for.
 
@@ -46,6 +47,11 @@ class ModelFacts:
     sampler: SamplerDefaults
     precision: str
     trained: bool | None = None
+
+    def __repr__(self) -> str:
+        labels = f"{count(len(self.labels), 'label')} ({shortened(self.labels)})" if self.labels else "no labels"
+        size = self.image_size
+        return f"<ModelFacts: {self.precision}, {count(self.frames, 'frame')} of {size}x{size}, {labels}>"
 
     @classmethod
     def of(cls, manifest: Manifest) -> ModelFacts:

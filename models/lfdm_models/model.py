@@ -12,7 +12,7 @@ from lfdm_models.diffusion import Diffusion
 from lfdm_models.lfae import Lfae
 
 
-@dataclass
+@dataclass(repr=False)
 class LfdmModel:
     """Both networks in eval mode, and what is known about them.
 
@@ -30,3 +30,8 @@ class LfdmModel:
     diffusion: Diffusion
     provenance: dict[str, object] = field(default_factory=dict)
     label_embeddings: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        sizes = [sum(weight.numel() for weight in part.parameters()) / 1e6 for part in (self.lfae, self.diffusion)]
+        labels = len(self.label_embeddings)
+        return f"<LfdmModel: LFAE of {sizes[0]:.1f} M weights, DM of {sizes[1]:.1f} M, {labels} labels of its own>"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import io
 import logging
 import sys
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lfdm_models.command_line import Parser
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.settings import (
     DATA,
@@ -84,16 +86,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROGRAM,
         description="Train the latent flow autoencoder (lfae), then the diffusion model (dm); measure what they make.",
         epilog="examples:\n" + _EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
+    version = importlib.metadata.version("lfdm-export")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version}")
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    lfae = stages.add_parser("lfae", help="the autoencoder: how images move", allow_abbrev=False)
-    dm = stages.add_parser("dm", help="the diffusion model: which motion a label asks for", allow_abbrev=False)
+    lfae = stages.add_parser("lfae", help="the autoencoder: how images move")
+    dm = stages.add_parser("dm", help="the diffusion model: which motion a label asks for")
     lfae.add_argument("--vgg", type=Path, metavar="FILE", help="torchvision's weights of VGG-19, for the loss")
     lfae.add_argument("--learn", choices=LEARN, default="all", help="what is trained; go on with --start (%(default)s)")
     lfae.add_argument("--equivariance", type=float, default=10.0, metavar="X", help="weight (%(default)s)")
@@ -113,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="train on offsets from the identity (small: yes; published: no)",
     )
-    _add_classifier(stages.add_parser("classifier", help="what judges clips in evaluate", allow_abbrev=False))
+    _add_classifier(stages.add_parser("classifier", help="what judges clips in evaluate"))
     stages.add_parser("evaluate", help="measure an exported bundle: lfdm-train evaluate --help", add_help=False)
     _add_options(lfae, batch_size=16)
     _add_options(dm, batch_size=8)

@@ -1,0 +1,103 @@
+"""Runs the clips of one command: failures of single clips are kept for the end, and the summary is printed."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lfdm_export.cli.console import FAILED, OK, complain, describe_error, say
+from lfdm_export.cli.wishes import Wish
+from lfdm_export.clip import Clip
+from lfdm_export.wording import count, shortened
+
+
+@dataclass
+class Making:
+    """What became of the clips of one command.
+
+    Attributes:
+        args: of the command.
+        wanted: its clips.
+        made: files of the clips that were written.
+        failures: what went wrong, by clip.
+        steps: sampling steps of each, as a server reported them.
+    """
+
+    args: argparse.Namespace
+    wanted: tuple[Wish, ...]
+    made: dict[Wish, tuple[Path, ...]] = field(default_factory=dict)
+    failures: dict[Wish, Exception] = field(default_factory=dict)
+    steps: int | None = None
+    _started: float = field(default_factory=time.monotonic)
+
+    def attempt(self, wish: Wish, make: Callable[[], Clip]) -> None:
+        """Make and write one clip; if there are others, an error is kept for `finish`.
+
+        Raises:
+            Exception: the only clip failed, or --debug asks for tracebacks.
+        """
+        try:
+            self.write(wish, make())
+        except Exception as error:
+            if self.alone:
+                raise
+            self.failures[wish] = error
+
+    @property
+    def alone(self) -> bool:
+        """Whether the first error ends the command: there is one clip alone, or --debug asks for its traceback."""
+        return len(self.wanted) == 1 or self.args.debug
+
+    def write(self, wish: Wish, clip: Clip) -> None:
+        """Write one clip.
+
+        Raises:
+            LfdmExportError: it cannot be written.
+        """
+        args = self.args
+        self.made[wish] = clip.save(wish.out, format=args.format, panels=args.panels, fps=args.fps)
+        if clip.timings:
+            self.steps = int(clip.timings[0]["steps"])
+
+    def fail(self, wish: Wish, error: Exception) -> None:
+        """Keep an error for `finish`.
+
+        Raises:
+            Exception: that error, if there is one clip alone, or with --debug.
+        """
+        if self.alone:
+            raise error
+        self.failures[wish] = error
+
+    def finish(self, program: str, facts: Mapping[str, object]) -> int:
+        """Print the files, the summary and the failures; returns the exit status.
+
+        The summary is one line of ``key=value``, without spaces in values; several seeds are separated by commas.
+        """
+        made = [wish for wish in self.wanted if wish in self.made]
+        for wish in made:
+            for path in self.made[wish]:
+                say(self.args, f"clip  {path}")
+        if made:
+            seconds = time.monotonic() - self._started
+            summary = {"clips": len(made), "seconds": f"{seconds:.2f}", **facts}
+            if "sampler" in facts:
+                summary["seed"] = ",".join(map(str, dict.fromkeys(wish.seed or 0 for wish in made)))
+            say(self.args, "made  " + " ".join(f"{key}={value}" for key, value in summary.items()))
+        for message, wishes in _grouped(self.failures.items()).items():
+            complain(program, f"error: {message} ({shortened(list(map(str, wishes)), 3)})")
+        if self.failures:
+            total, failed = count(len(self.wanted), "clip"), len(self.failures)
+            complain(program, f"error: {failed} of {total} failed" + ("; the others are kept" if self.made else ""))
+        return FAILED if self.failures else OK
+
+
+def _grouped(failures: Iterable[tuple[Wish, Exception]]) -> dict[str, list[Wish]]:
+    """Clips by what went wrong with them."""
+    found: dict[str, list[Wish]] = {}
+    for wish, error in failures:
+        found.setdefault(describe_error(error), []).append(wish)
+    return found

@@ -1,0 +1,117 @@
+"""Which clips one `lfdm-generate` makes: labels times seeds, and the file of each."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lfdm_export.errors import InputError
+
+#: Clips that one command makes at most; more are rather a slip than a wish.
+MAX_CLIPS = 1000
+# Characters of a label in a file name; a file system takes 255 bytes in all.
+_LONGEST_WORD = 40
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One clip.
+
+    Attributes:
+        label: None where a text, an embedding or a clip says how it moves.
+        seed: None where none was given.
+        out: where it goes.
+    """
+
+    label: str | None
+    seed: int | None
+    out: str
+
+    def __str__(self) -> str:
+        parts = ([] if self.label is None else [f"label {self.label!r}"]) + [f"seed {self.seed or 0}"]
+        return ", ".join(parts)
+
+
+def seeds_of(word: str) -> range:
+    """A seed, or a range such as 1-8, both ends of which count.
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither, or too long.
+    """
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither a seed nor a range such as 1-8")
+    first, last = int(found[1]), int(found[2] or found[1])
+    if not 0 < last + 1 - first <= MAX_CLIPS:
+        raise argparse.ArgumentTypeError(f"the range {word} has {last + 1 - first} seeds, expected 1 to {MAX_CLIPS}")
+    return range(first, last + 1)
+
+
+def wants_many(args: argparse.Namespace) -> bool:
+    """Whether the command names several clips, whose files then say label and seed."""
+    return bool(args.labels_all or len(args.label or ()) > 1 or sum(map(len, args.seeds or ())) > 1)
+
+
+def example_name(args: argparse.Namespace) -> str:
+    """A file that the command might write, to rehearse with."""
+    return _name(args.out, args.format, None, 0) if wants_many(args) else str(args.out)
+
+
+def wishes(args: argparse.Namespace, known: Sequence[str]) -> tuple[Wish, ...]:
+    """The clips that the command names, all labels of a seed after each other.
+
+    Args:
+        args: of the command.
+        known: labels of the bundle or of the served model.
+
+    Raises:
+        InputError: there are too many, none, one of them twice, or a device would have to take them all.
+    """
+    seeds = [args.seed] if args.seeds is None else [seed for part in args.seeds for seed in part]
+    if not wants_many(args):
+        return (Wish(args.label[0] if args.label else None, seeds[0], args.out),)
+    canonical = {label.strip().casefold(): label for label in known}
+    labels: list[str | None] = [canonical.get(label.strip().casefold(), label) for label in args.label or ()]
+    labels = labels or (list(known) if args.labels_all else [None])
+    if not labels:
+        raise InputError("there are no labels for --labels-all: this model was exported without any; give --embedding")
+    if len(labels) * len(seeds) > MAX_CLIPS:
+        raise InputError(
+            f"found {len(labels)} labels times {len(seeds)} seeds, {len(labels) * len(seeds)} clips, expected at most "
+            f"{MAX_CLIPS}; run the command several times"
+        )
+    for noun, values in (("label", labels), ("seed", seeds)):
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            raise InputError(f"the {noun} {twice[0]!r} is given twice; leave one out")
+    if Path(args.out).exists() and not (Path(args.out).is_file() or Path(args.out).is_dir()):
+        raise InputError(f"{args.out} takes one clip, found {len(labels) * len(seeds)}; give a file name or a folder")
+    made: dict[str, Wish] = {}
+    for seed in seeds:
+        for label in labels:
+            name = _name(args.out, args.format, label, seed or 0)
+            number = 2
+            while name.casefold() in made:  # two labels may differ in what no file name shows
+                name = _name(args.out, args.format, f"{_word(label or '')}-{number}", seed or 0)
+                number += 1
+            made[name.casefold()] = Wish(label, seed, name)
+    return tuple(made.values())
+
+
+def _name(out: str | os.PathLike[str], ending: str | None, label: str | None, seed: int) -> str:
+    """``a.gif`` -> ``a-nod-seed3.gif``; ``folder/`` -> ``folder/nod-seed3.gif``, without ending a folder of frames."""
+    given = os.fspath(out)
+    words = "-".join([*([] if label is None else [_word(label)]), f"seed{seed}"])
+    if given.endswith(("/", os.sep)) or Path(given).is_dir():
+        return f"{given.rstrip('/' + os.sep)}/{words}" + (f".{ending}" if ending else "/")
+    suffix = Path(given).suffix
+    return f"{given.removesuffix(suffix)}-{words}{suffix}"
+
+
+def _word(label: str) -> str:
+    """A label as part of a file name on any system."""
+    return re.sub(r"[^\w-]+", "_", label).strip("_")[:_LONGEST_WORD] or "label"

@@ -1,0 +1,29 @@
+"""What objects of the interface say of themselves, in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+
+def shortened(names: Collection[object], most: int = 4) -> str:
+    """The first of some names, and how many there are beyond them: "anger, disgust, fear, happiness + 3 more"."""
+    shown = ", ".join(str(name) for name in list(names)[:most])
+    return f"{shown} + {len(names) - most} more" if len(names) > most else shown
+
+
+def count(number: int, noun: str) -> str:
+    """A number and its noun: "1 clip", "3 clips"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def not_default(settings: Any) -> str:
+    """A dataclass's name and those of its fields that are not at their default; a field without repr is never shown."""
+    shown = []
+    for field in dataclasses.fields(settings):
+        made = dataclasses.MISSING if field.default_factory is dataclasses.MISSING else field.default_factory()
+        value = getattr(settings, field.name)
+        if value != (field.default if made is dataclasses.MISSING else made):
+            shown.append(f"{field.name}={value!r}" if field.repr else f"{field.name}=<hidden>")
+    return f"{type(settings).__name__}({', '.join(shown)})"
