@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.errors import InputError
-from lfdm_export.media import ClipFormat, save_clip
+from lfdm_export.files.names import user_name
+from lfdm_export.media import ClipFormat, check_output, encode_clip, rehearse_output, save_clip
 from lfdm_export.panels import panels as make_panels
 from lfdm_export.pictures.notebook import clips_html
 from lfdm_export.wording import count, shortened
+
+_NO_PANELS = "panels are pictures, which an npz archive does not hold; choose another format"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,10 +71,10 @@ class Clip:
             InputError: the path, the format or fps cannot be used.
             MissingDependencyError: MP4 without PyAV.
         """
-        name = os.fspath(path)
+        name = user_name(path)
         if (format or Path(name).suffix.lower().removeprefix(".")) == "npz":
             if panels:
-                raise InputError("panels are pictures, which an npz archive does not hold; choose another format")
+                raise InputError(_NO_PANELS)
             latent, warped = self.latent if self.latent.size else None, self.warped if self.warped.size else None
             return (save_clip(path, self.frames, format="npz", fps=fps, latent=latent, warped=warped),)
         written = []
@@ -135,27 +138,17 @@ def rehearse_saving(
     panels: bool = False,
     fps: float = 10.0,
 ) -> None:
-    """Save a tiny clip elsewhere, to learn before a long generation that a later `Clip.save` could not be.
+    """Encode a tiny clip in memory, to learn before a long generation that a later `Clip.save` could not be.
 
     Raises:
-        InputError: the ending, the format or fps cannot be used.
+        InputError: the ending, the format, fps or the path cannot be used.
         MissingDependencyError: MP4 without PyAV.
     """
-    tiny = Clip(
-        frames=np.zeros((1, 1, 16, 16, 3), np.uint8),
-        warped=np.zeros((1, 1, 16, 16, 3), np.uint8),
-        latent=np.zeros((1, 3, 1, 4, 4), np.float32),
-        source=np.zeros((1, 16, 16, 3), np.uint8),
-        residual_flow=False,
-    )
-    name = os.fspath(path)
-    bare = name.rstrip("/" + os.sep)
-    with tempfile.TemporaryDirectory() as folder:
-        stand_in = os.path.join(folder, os.path.basename(bare)) + name[len(bare) :]  # noqa: PTH118, PTH119 (keeps the /)
-        try:
-            tiny.save(stand_in, format=format, panels=panels, fps=fps)
-        except InputError as error:
-            raise InputError(str(error).replace(stand_in, name).replace(stand_in.rstrip("/"), bare)) from error
+    chosen, as_folder = check_output(path, format=format, fps=fps)
+    if chosen == "npz" and panels:
+        raise InputError(_NO_PANELS)
+    encode_clip(io.BytesIO(), chosen, {"frames": np.zeros((1, 16, 16, 3), np.uint8)}, fps)
+    rehearse_output(path, as_folder=as_folder)
 
 
 def _numbered(name: str, index: int) -> str:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
-import secrets
-import shutil
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, BinaryIO, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from lfdm_export.errors import InputError, LfdmExportError
+from lfdm_export.files.atomic import rehearse, replacing, temporary_folder
+from lfdm_export.files.folders import publish
+from lfdm_export.files.names import user_name, user_path
+from lfdm_export.files.places import destination
 from lfdm_export.gif import MAX_FPS as MAX_GIF_FPS
 from lfdm_export.gif import encode_gif
 from lfdm_export.pictures.clips import MAX_FPS, import_av
@@ -44,6 +47,8 @@ def save_clip(
 ) -> Path:
     """Write a clip to a file that replaces an older one only once it is whole.
 
+    A link stays, and what it leads to is replaced; devices and pipes are written to.
+
     The format follows the file's ending:
 
     - ``.gif``: loops, one palette for the clip.
@@ -55,7 +60,7 @@ def save_clip(
     - ``.npz``: ``frames`` and, if given, ``latent`` and ``warped``, all as they are.
 
     Args:
-        path: where to; missing folders are made.
+        path: where to; missing folders are made, ``~`` is the home folder.
         frames: (T,H,W,3); for npz also (B,T,H,W,3).
         fps: frames a second, above 0 and at most 240 (GIF: 50).
         format: overrides the ending.
@@ -71,34 +76,91 @@ def save_clip(
             frames that is there already, or a path that cannot be written.
         MissingDependencyError: MP4 without PyAV.
     """
-    target = Path(path)
-    as_folder = os.fspath(path).endswith(("/", os.sep)) or (format == "png" and not target.suffix)
-    chosen = _output_format(target, "png" if as_folder and format is None else format)
+    target, (chosen, as_folder) = user_path(path), check_output(path, format=format, fps=fps)
     _check_frames(frames, chosen)
+    with _told(target):
+        if as_folder:
+            _write_numbered(target, frames)
+        else:
+            arrays = {"frames": frames, "latent": latent, "warped": warped}
+            with replacing(target) as stream:
+                encode_clip(stream, chosen, arrays, fps, lossless=lossless)
+    return target
+
+
+def check_output(
+    path: str | os.PathLike[str],
+    *,
+    format: ClipFormat | None = None,  # noqa: A002 (the word that users look for)
+    fps: float = 10.0,
+) -> tuple[str, bool]:
+    """The format that a path asks for, and whether it names a folder of numbered frames.
+
+    Raises:
+        InputError: an unknown ending, fps out of range, or a folder of frames that is there already.
+    """
+    target = user_path(path)
+    as_folder = user_name(path).endswith(("/", os.sep)) or (format == "png" and not target.suffix)
+    chosen = _output_format(target, "png" if as_folder and format is None else format)
     if not 0 < fps <= MAX_FPS or (chosen == "gif" and fps > MAX_GIF_FPS):
         limit = MAX_GIF_FPS if chosen == "gif" else MAX_FPS
         raise InputError(f"fps is {fps}, expected a number above 0 and at most {limit} for {chosen}")
     if as_folder and chosen != "png":
-        raise InputError(f"{path} names a folder, which only numbered png frames can fill; give a file for {chosen}")
-    if as_folder and target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise InputError(f"{target} exists and is not an empty folder; give a new one for the numbered frames")
+        raise InputError(f"{target} names a folder, which only numbered png frames can fill; give a file for {chosen}")
+    with _told(target):
+        if as_folder and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise InputError(f"{target} exists and is not an empty folder; give a new one for the numbered frames")
+    return chosen, as_folder
 
-    with _replacing(target) as part:
-        if chosen == "npz":
-            _write_npz(part, {"frames": frames, "latent": latent, "warped": warped})
-        elif chosen == "gif":
-            part.write_bytes(encode_gif(frames, fps))
-        elif chosen == "webp":
-            _write_webp(part, frames, fps, lossless=lossless)
-        elif chosen == "mp4":
-            _write_mp4(part, frames, fps)
-        elif as_folder:
-            part.mkdir()
-            for index, frame in enumerate(frames):
-                Image.fromarray(frame).save(part / f"frame_{index:03d}.png")
-        else:
-            Image.fromarray(contact_sheet(frames)).save(part, "PNG")
-    return target
+
+def rehearse_output(path: str | os.PathLike[str], *, as_folder: bool) -> None:
+    """Find out whether a file, or a folder of frames, could be written; what is there stays untouched.
+
+    Raises:
+        InputError: it could not.
+    """
+    target = user_path(path)
+    with _told(target):
+        rehearse(target, as_folder=as_folder)
+
+
+def encode_clip(
+    stream: BinaryIO, chosen: str, arrays: dict[str, npt.NDArray[Any] | None], fps: float, *, lossless: bool = False
+) -> None:
+    """Write a clip to a stream.
+
+    Args:
+        stream: need not be positioned.
+        chosen: the format.
+        arrays: ``frames`` (T,H,W,3) uint8; what else there is goes into npz alone.
+        fps: frames per second.
+        lossless: WebP without loss.
+
+    Raises:
+        InputError: the frames cannot be encoded.
+        MissingDependencyError: MP4 without PyAV.
+    """
+    frames = arrays["frames"]
+    assert frames is not None
+    if chosen == "npz":
+        _write_npz(stream, arrays)
+    elif chosen == "gif":
+        stream.write(encode_gif(frames, fps))
+    elif chosen == "webp":
+        _write_webp(stream, frames, fps, lossless=lossless)
+    elif chosen == "mp4":
+        _write_mp4(stream, frames, fps)
+    else:
+        Image.fromarray(contact_sheet(frames)).save(stream, "PNG")
+
+
+def _write_numbered(target: Path, frames: UInt8Array) -> None:
+    """A new folder of numbered frames, or an empty one that is filled."""
+    place = destination(target).path
+    with temporary_folder(place) as part:
+        for index, frame in enumerate(frames):
+            Image.fromarray(frame).save(part / f"frame_{index:03d}.png")
+        publish(part, place)
 
 
 def _output_format(target: Path, requested: str | None) -> str:
@@ -119,25 +181,15 @@ def _check_frames(frames: UInt8Array, chosen: str) -> None:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write to; it takes target's place if all goes well, and goes if not."""
-    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+def _told(target: Path) -> Iterator[None]:
+    """What writing raises, as an error that names the target."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        if part.is_dir() and target.is_dir():
-            target.rmdir()
-        part.replace(target)
+        yield
     except LfdmExportError:
         raise
     except (OSError, ValueError, struct.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"{target} cannot be written: {reason}; choose another path or format") from error
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        elif part.exists():
-            part.unlink()
 
 
 def contact_sheet(frames: UInt8Array) -> UInt8Array:
@@ -153,22 +205,21 @@ def contact_sheet(frames: UInt8Array) -> UInt8Array:
     return sheet
 
 
-def _write_npz(part: Path, arrays: dict[str, npt.NDArray[Any] | None]) -> None:
+def _write_npz(stream: BinaryIO, arrays: dict[str, npt.NDArray[Any] | None]) -> None:
     given = {name: array for name, array in arrays.items() if array is not None}
-    with part.open("wb") as stream:  # given a path, NumPy would add an ending to it
-        np.savez_compressed(stream, **given)  # type: ignore[arg-type]  # a name could be `allow_pickle`; these are not
+    np.savez_compressed(stream, **given)  # type: ignore[arg-type]  # a name could be `allow_pickle`; these are not
 
 
-def _write_webp(part: Path, clip: UInt8Array, fps: float, *, lossless: bool) -> None:
+def _write_webp(stream: BinaryIO, clip: UInt8Array, fps: float, *, lossless: bool) -> None:
     first, *others = (Image.fromarray(frame) for frame in clip)
     ends = [round(index * 1000 / Fraction(fps)) for index in range(len(clip) + 1)]
     durations = np.diff(ends).tolist()
     first.save(
-        part, "WEBP", save_all=True, append_images=others, duration=durations, loop=0, lossless=lossless, quality=92
+        stream, "WEBP", save_all=True, append_images=others, duration=durations, loop=0, lossless=lossless, quality=92
     )
 
 
-def _write_mp4(part: Path, clip: UInt8Array, fps: float) -> None:
+def _write_mp4(target: BinaryIO, clip: UInt8Array, fps: float) -> None:
     import_av("writing an mp4 file")
     import av
 
@@ -177,8 +228,13 @@ def _write_mp4(part: Path, clip: UInt8Array, fps: float) -> None:
     height, width = clip.shape[1:3]
     even = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))  # yuv420p halves both sides of the colours
     padded = np.pad(clip, even, mode="edge")
+    buffer = io.BytesIO()
+
+    def written_so_far(*_: object) -> BinaryIO:  # to move the index to the front, it is read while it is written
+        return io.BytesIO(buffer.getvalue())
+
     try:
-        with av.open(str(part), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        with av.open(buffer, "w", format="mp4", options={"movflags": "faststart"}, io_open=written_so_far) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.height, stream.width = padded.shape[1:3]
             stream.pix_fmt = "yuv420p"
@@ -190,3 +246,4 @@ def _write_mp4(part: Path, clip: UInt8Array, fps: float) -> None:
         raise InputError(
             f"the clip of {width}x{height} pixels cannot be encoded as mp4 ({error}); write webp"
         ) from error
+    target.write(buffer.getbuffer())

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from lfdm_export.errors import EngineError, InputError
+from lfdm_export.files.names import user_path
 from lfdm_export.json_codec import from_plain, to_plain
 from lfdm_export.pictures.crop import Crop, crop_box
 from lfdm_export.resize import area_resize, whole_array
@@ -155,7 +156,8 @@ def _read(image: ImageLike | Raster) -> UInt8Array | Raster:
                 )
             return Raster(image, "the image")
         if isinstance(image, str | os.PathLike):
-            return read_picture(image, os.fspath(image))
+            path = user_path(image)
+            return read_picture(path, str(path))
     raise InputError(f"an image must be a path, a PIL image or an array, not {type(image).__name__}")
 
 

@@ -18,6 +18,8 @@ PACKAGES = ("lfdm_export", "lfdm_models")
 #: the module and everything below it; the first that fits counts.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("lfdm_export.errors",),
+    # How files are written.
+    ("lfdm_export.files",),
     # Plain facts and arithmetic; pictures and clips.
     (
         "lfdm_export.clip",

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfdm_export.errors import InputError, MissingDependencyError
+from lfdm_export.files.names import user_path
 from lfdm_export.pictures.archives import read_frames
 from lfdm_export.preprocess import read_image
 from lfdm_models.pictures.errors import PictureError
@@ -108,7 +109,7 @@ def read_footage(
         raise InputError(f"max_frames is {max_frames}, expected at least 1")
     if fps is not None and not 0 < fps <= MAX_FPS:
         raise InputError(f"fps is {fps}, expected a number above 0 and at most {MAX_FPS}")
-    source = Path(path)
+    source = user_path(path)
     collector = _Collector(str(source), max_frames, prepare)
     try:
         if source.is_dir():

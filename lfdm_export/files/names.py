@@ -1,0 +1,72 @@
+"""Names of files as users write them and as they are shown."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from lfdm_export.errors import InputError
+
+#: Control characters, line and paragraph separators, directional overrides, and halves of surrogate pairs.
+_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path as the user means it: ``~`` and ``~name`` stand for home folders.
+
+    Raises:
+        InputError: the home folder is not known, or the path has a null character.
+    """
+    return Path(user_name(path))
+
+
+def user_name(path: str | os.PathLike[str]) -> str:
+    """Like `user_path`, as a string that keeps a slash at its end.
+
+    Raises:
+        InputError: see `user_path`.
+    """
+    name = os.fsdecode(path)
+    if "\0" in name:
+        raise InputError(f"{name!r} is not a path: it has a null character")
+    expanded = os.path.expanduser(name)  # noqa: PTH111  (leaves names of unknown users, and the slash, as they are)
+    first, slash, _ = expanded.partition("/")
+    # Else a folder of that name would come into being, and invite `rm -r ~`.
+    if first.startswith("~") and (slash or first == "~") and not os.path.lexists(first):
+        raise InputError(f"the home folder {first} of {name} is not known; give the path in full, or ./{name}")
+    return expanded
+
+
+def require_utf8(path: str | os.PathLike[str], library: str) -> str:
+    """A path for a library that takes names in UTF-8 only.
+
+    Raises:
+        InputError: the path is not UTF-8; the file may be sound.
+    """
+    name = os.fspath(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{visible(name)}: the path is not UTF-8, which {library} needs; rename it") from None
+    return name
+
+
+def visible(text: str, *, keep: str = "") -> str:
+    """Text whose control characters, and bytes that are not UTF-8, are written as escapes.
+
+    What a terminal obeys (escape sequences, turns of writing direction) never reaches it from names of files, their
+    content or servers.
+
+    Args:
+        text: of any origin.
+        keep: control characters to leave as they are, such as the end of a line.
+    """
+    return _CONTROL.sub(lambda found: found[0] if found[0] in keep else _escaped(found[0]), text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a name that is not UTF-8
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
