@@ -6,7 +6,7 @@ import io
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -25,6 +25,7 @@ from lfdm_export.gif import MAX_FPS as MAX_GIF_FPS
 from lfdm_export.gif import encode_gif
 from lfdm_export.pictures.clips import MAX_FPS, import_av
 from lfdm_export.pictures.clips import load_clip as load_clip
+from lfdm_export.pictures.metadata import archive_text, exif_text, png_text, to_text
 
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
@@ -44,6 +45,7 @@ def save_clip(
     lossless: bool = False,
     latent: Float32Array | None = None,
     warped: UInt8Array | None = None,
+    metadata: Mapping[str, object] | None = None,
 ) -> Path:
     """Write a clip to a file that replaces an older one only once it is whole.
 
@@ -67,6 +69,7 @@ def save_clip(
         lossless: WebP without loss.
         latent: (B,3,T,h,w), for npz only.
         warped: like `frames`, for npz only.
+        metadata: how the clip was made, plain JSON values; see `lfdm_export.pictures.metadata`.
 
     Returns:
         The path written.
@@ -78,13 +81,14 @@ def save_clip(
     """
     target, (chosen, as_folder) = user_path(path), check_output(path, format=format, fps=fps)
     _check_frames(frames, chosen)
+    text = to_text(metadata) if metadata else ""
     with _told(target):
         if as_folder:
-            _write_numbered(target, frames)
+            _write_numbered(target, frames, text)
         else:
             arrays = {"frames": frames, "latent": latent, "warped": warped}
             with replacing(target) as stream:
-                encode_clip(stream, chosen, arrays, fps, lossless=lossless)
+                encode_clip(stream, chosen, arrays, fps, lossless=lossless, text=text)
     return target
 
 
@@ -125,7 +129,13 @@ def rehearse_output(path: str | os.PathLike[str], *, as_folder: bool) -> None:
 
 
 def encode_clip(
-    stream: BinaryIO, chosen: str, arrays: dict[str, npt.NDArray[Any] | None], fps: float, *, lossless: bool = False
+    stream: BinaryIO,
+    chosen: str,
+    arrays: dict[str, npt.NDArray[Any] | None],
+    fps: float,
+    *,
+    lossless: bool = False,
+    text: str = "",
 ) -> None:
     """Write a clip to a stream.
 
@@ -135,6 +145,7 @@ def encode_clip(
         arrays: ``frames`` (T,H,W,3) uint8; what else there is goes into npz alone.
         fps: frames per second.
         lossless: WebP without loss.
+        text: of `lfdm_export.pictures.metadata.to_text`; "" for none.
 
     Raises:
         InputError: the frames cannot be encoded.
@@ -143,23 +154,23 @@ def encode_clip(
     frames = arrays["frames"]
     assert frames is not None
     if chosen == "npz":
-        _write_npz(stream, arrays)
+        _write_npz(stream, {**arrays, "metadata": archive_text(text) if text else None})
     elif chosen == "gif":
-        stream.write(encode_gif(frames, fps))
+        stream.write(encode_gif(frames, fps, text))
     elif chosen == "webp":
-        _write_webp(stream, frames, fps, lossless=lossless)
+        _write_webp(stream, frames, fps, lossless=lossless, text=text)
     elif chosen == "mp4":
-        _write_mp4(stream, frames, fps)
+        _write_mp4(stream, frames, fps, text)
     else:
-        Image.fromarray(contact_sheet(frames)).save(stream, "PNG")
+        Image.fromarray(contact_sheet(frames)).save(stream, "PNG", pnginfo=png_text(text) if text else None)
 
 
-def _write_numbered(target: Path, frames: UInt8Array) -> None:
+def _write_numbered(target: Path, frames: UInt8Array, text: str) -> None:
     """A new folder of numbered frames, or an empty one that is filled."""
     place = destination(target).path
     with temporary_folder(place) as part:
         for index, frame in enumerate(frames):
-            Image.fromarray(frame).save(part / f"frame_{index:03d}.png")
+            Image.fromarray(frame).save(part / f"frame_{index:03d}.png", pnginfo=png_text(text) if text else None)
         publish(part, place)
 
 
@@ -210,16 +221,24 @@ def _write_npz(stream: BinaryIO, arrays: dict[str, npt.NDArray[Any] | None]) -> 
     np.savez_compressed(stream, **given)  # type: ignore[arg-type]  # a name could be `allow_pickle`; these are not
 
 
-def _write_webp(stream: BinaryIO, clip: UInt8Array, fps: float, *, lossless: bool) -> None:
+def _write_webp(stream: BinaryIO, clip: UInt8Array, fps: float, *, lossless: bool, text: str) -> None:
     first, *others = (Image.fromarray(frame) for frame in clip)
     ends = [round(index * 1000 / Fraction(fps)) for index in range(len(clip) + 1)]
     durations = np.diff(ends).tolist()
     first.save(
-        stream, "WEBP", save_all=True, append_images=others, duration=durations, loop=0, lossless=lossless, quality=92
+        stream,
+        "WEBP",
+        save_all=True,
+        append_images=others,
+        duration=durations,
+        loop=0,
+        lossless=lossless,
+        quality=92,
+        exif=exif_text(text) if text else b"",
     )
 
 
-def _write_mp4(target: BinaryIO, clip: UInt8Array, fps: float) -> None:
+def _write_mp4(target: BinaryIO, clip: UInt8Array, fps: float, text: str) -> None:
     import_av("writing an mp4 file")
     import av
 
@@ -235,6 +254,8 @@ def _write_mp4(target: BinaryIO, clip: UInt8Array, fps: float) -> None:
 
     try:
         with av.open(buffer, "w", format="mp4", options={"movflags": "faststart"}, io_open=written_so_far) as container:
+            if text:
+                container.metadata["comment"] = text
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.height, stream.width = padded.shape[1:3]
             stream.pix_fmt = "yuv420p"

@@ -22,6 +22,7 @@ from lfdm_export.json_codec import from_plain, to_plain
 from lfdm_export.pictures.crop import Crop, crop_box
 from lfdm_export.resize import area_resize, whole_array
 from lfdm_models.pictures.errors import PictureError
+from lfdm_models.pictures.formats import open_picture, open_stream
 from lfdm_models.pictures.raster import Box, Raster, on_black, read_picture, to_8_bits
 
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
@@ -125,6 +126,17 @@ def read_image(image: ImageLike) -> UInt8Array:
         InputError: not a readable picture, too large, or an array of another shape or type.
     """
     return whole_array(_read(image))
+
+
+def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(width, height) of a picture file as it lies, without decoding it.
+
+    Raises:
+        InputError: not a readable picture.
+    """
+    place = user_path(path)
+    with _as_input_error(), open_stream(place, str(place)) as stream:
+        return open_picture(stream, str(place)).full_size
 
 
 def read_stream(stream: BinaryIO, name: str, *, most_pixels: int) -> Raster:

@@ -485,7 +485,7 @@ def test_a_batch_is_saved_one_by_one(clips: Clip, tmp_path: Path, name: str, exp
 def test_saved_frames_are_the_clips(clips: Clip, tmp_path: Path):
     clips.save(tmp_path / "clip.npz")
     with np.load(tmp_path / "clip.npz") as archive:
-        assert set(archive.files) == {"frames", "latent", "warped"}
+        assert set(archive.files) == {"frames", "latent", "warped", "metadata"}
         np.testing.assert_array_equal(archive["frames"], clips.frames)
         np.testing.assert_array_equal(archive["latent"], clips.latent)
         np.testing.assert_array_equal(archive["warped"], clips.warped)

@@ -254,7 +254,7 @@ def own_rate(durations: Sequence[float]) -> float:
     quick, slow = ordered[len(ordered) // 20], ordered[-1 - len(ordered) // 20]
     seconds = sum(ordered) / len(ordered) if slow <= _STEADY * quick else ordered[(len(ordered) - 1) // 4]
     # A nearby simple rate: sums of seconds in floating point leave 23.9999…
-    return float(min(Fraction(1 / seconds).limit_denominator(1001), MAX_FPS)) if seconds > 1 / 1001 else float(MAX_FPS)
+    return min(float(Fraction(1 / seconds).limit_denominator(1001)), float(MAX_FPS))
 
 
 def resample(frames: UInt8Array, old: float, new: float) -> UInt8Array:

@@ -149,7 +149,7 @@ class Raster:
 def _turn(image: Image.Image) -> tuple[bool, bool, bool]:
     """How a picture is to be turned: what its orientation tag says, of which nothing else is read."""
     try:
-        value = image.getexif().get(_ORIENTATION)
+        value: Any = image.getexif().get(_ORIENTATION)
         if isinstance(value, tuple | bytes) and value:
             value = value[0]
         return _TURNS.get(value, _UPRIGHT)

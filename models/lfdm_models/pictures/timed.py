@@ -123,6 +123,23 @@ def video_frames(stream: BinaryIO, name: str) -> Iterator[TimedFrame]:
         yield TimedFrame(waiting[0], waiting[2] or usual)
 
 
+def video_comment(stream: BinaryIO, name: str) -> str | None:
+    """The comment that a video carries.
+
+    Raises:
+        ImportError: PyAV is not installed.
+        PictureError: it is no video of the usual containers.
+    """
+    import av
+
+    stream.seek(0)
+    with (
+        decoding(name, "a video"),
+        av.open(stream, metadata_errors="replace", options={"format_whitelist": _CONTAINERS}) as container,
+    ):
+        return container.metadata.get("comment")
+
+
 def _shown(
     waiting: tuple[UInt8Array, float | None, float | None], until: float | None, usual: float | None
 ) -> TimedFrame:
