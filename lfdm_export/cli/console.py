@@ -6,6 +6,7 @@ import argparse
 import io
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from types import TracebackType
 
@@ -45,6 +46,7 @@ def run(program: str, args: argparse.Namespace, command: Callable[[], int]) -> i
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without ✓ gets a ?, and its result
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd EXIF and the like, which does no harm
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"{program}: %(levelname)s: %(message)s"))
     logger = logging.getLogger("lfdm_export")

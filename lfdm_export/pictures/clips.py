@@ -251,8 +251,8 @@ def own_rate(durations: Sequence[float]) -> float:
     quarter of the frames may be quicker than the rate, so that no motion is lost to a pause.
     """
     ordered = sorted(durations)
-    quick, slow = ordered[len(ordered) // 20], ordered[-1 - len(ordered) // 20]
-    seconds = sum(ordered) / len(ordered) if slow <= _STEADY * quick else ordered[(len(ordered) - 1) // 4]
+    steady = ordered[-1] <= _STEADY * ordered[0]
+    seconds = sum(ordered) / len(ordered) if steady else ordered[(len(ordered) - 1) // 4]
     # A nearby simple rate: sums of seconds in floating point leave 23.9999…
     return min(float(Fraction(1 / seconds).limit_denominator(1001)), float(MAX_FPS))
 

@@ -51,8 +51,8 @@ def animation_frames(stream: BinaryIO, name: str) -> Iterator[TimedFrame]:
         raise PictureError(f"{name} is no animation, expected a GIF, WebP or animated PNG")
     if found.name == "GIF":
         facts = gif_facts(stream, MAX_SOURCE_FRAMES)
-        _check_work(facts.frames, facts.size, name)
         _check_canvas(facts.size, name)
+        _check_work(facts.frames, facts.size, name)
     image = open_picture(stream, name).image
     if found.name == "PNG" and not getattr(image, "is_animated", False):
         raise PictureError(f"{name} is a single picture, not a clip; give a folder of pictures, or an animation")
