@@ -241,6 +241,7 @@ def compare(bundle: Bundle, steps: int) -> list[Row]:
     graphs = {
         stage: count_graph(onnx.load(bundle.stage_path(stage), load_external_data=False))
         for stage in ("encode", "step", "step_guided", "decode", "estimate_motion")
+        if stage in bundle.stages
     }
     decode = (network["encode"] + network["decode_frame"]).times(frames)
     exported_decode = graphs["decode"].times(-(-frames // geometry.chunk_frames))
@@ -251,7 +252,7 @@ def compare(bundle: Bundle, steps: int) -> list[Row]:
         Row("step", network["step"], graphs["step"]),
         Row("step, guided", network["step"].times(2), graphs["step_guided"]),
         Row(f"decode of {frames} frames", decode, exported_decode),
-        Row("estimate_motion", network["estimate_motion"], graphs["estimate_motion"]),
+        *(Row(name, network[name], graphs[name]) for name in ("estimate_motion",) if name in graphs),
         Row(f"clip of {steps} steps", clip, exported_clip),
     ]
 

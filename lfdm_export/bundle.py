@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from lfdm_export.archives import read_arrays
 from lfdm_export.errors import BundleError, InputError
 from lfdm_export.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
-from lfdm_export.stages import StageSpec
+from lfdm_export.stages import DRIVE_STAGE, StageSpec
 
 MANIFEST = "manifest.json"
 EMBEDDINGS = "embeddings.npz"
@@ -109,6 +109,18 @@ class Bundle:
         if stage not in self.stages:
             raise BundleError(f"{self.path} has no stage {stage!r}; it has {', '.join(self.stages)}")
         return self.path / onnx_path(stage)
+
+    def require_drive(self, purpose: str) -> None:
+        """Refuse what needs the stage `estimate_motion` where the bundle was exported without.
+
+        Raises:
+            InputError: it was.
+        """
+        if not self.manifest.has_drive:
+            raise InputError(
+                f"{self.path} was exported without the stage {DRIVE_STAGE!r}, which {purpose} needs; export it again, "
+                "without --without-drive"
+            )
 
     @property
     def reference_path(self) -> Path | None:

@@ -83,6 +83,7 @@ def load_model(
         "dm": {"file": dm_path.name, "sha256": sha256(dm_path)},
         "trained": told.trained,
         **told.geometry,
+        **({} if told.data is None else {"data": told.data}),
     }
     return model
 

@@ -18,9 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lfdm_export.bundle import Bundle
 from lfdm_export.errors import InputError
 from lfdm_export.pipeline import Pipeline
 from lfdm_export.preprocess import to_float
+from lfdm_export.stages import DRIVE_STAGE
+from lfdm_export.wording import shortened
 from lfdm_models.training.classifier import MotionClassifier
 from lfdm_models.training.procedural import HELD_OUT_SEEDS, LABELS, sample_clip
 
@@ -34,6 +37,8 @@ _SHOWN, _REAL = 0, 1_000_000
 # Values of 0 … 255 by which a pixel that stands still may differ from the first frame.
 _STILL = 2
 _BATCH = 8
+# What provenance calls the data of models of drawn characters: `lfdm-train --data`, and the shipped model.
+_DRAWN = ("procedural", "procedural characters")
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ class Evaluation:
         seen: the classifier's labels.
         precision: of the bundle's graphs.
         seed: of characters and noise.
+        data: what the bundle was measured on.
         reconstruction: of the LFAE.
         real_accuracy: of the classifier on real clips of held-out characters.
         real_frechet: distance between features of two sets of real clips, of other characters.
@@ -122,6 +128,7 @@ class Evaluation:
     seen: tuple[str, ...]
     precision: str
     seed: int
+    data: str
     reconstruction: Reconstruction
     real_accuracy: float
     real_frechet: float
@@ -149,18 +156,20 @@ def evaluate_bundle(
         progress: told of what is done.
 
     Raises:
-        InputError: numbers are out of range, or the bundle knows none of the classifier's labels and clips were to be
-            generated.
+        InputError: numbers are out of range, the bundle's model is not of drawn characters, or the bundle knows none
+            of the classifier's labels and clips were to be generated.
         EngineError: an engine cannot be loaded or fails.
     """
     if clips < 1 or not 0 <= seed < 100_000:
         raise InputError(f"clips is {clips} and seed {seed}, expected 1 or more clips and a seed of 0 to 99999")
+    require_drawn_characters(pipeline.bundle)
+    pipeline.bundle.require_drive("reconstruction")
     labels = tuple(label for label in LABELS if label in pipeline.bundle.labels and label in classifier.labels)
     if settings and not labels:
         known = ", ".join(pipeline.bundle.labels) or "none"
         raise InputError(
-            f"this bundle's labels ({known}) are none of the procedural motions, which alone can be judged: "
-            f"expected some of {', '.join(LABELS)}; ask for no samplers to measure the LFAE alone"
+            f"this bundle's labels ({known}) are none that the classifier knows ({', '.join(classifier.labels)}); "
+            "give another classifier, or no samplers to measure the LFAE alone"
         )
     wanted = labels or LABELS
     shown = _Real.draw(pipeline, wanted, clips, _SHOWN + seed * 10_000)
@@ -174,6 +183,7 @@ def evaluate_bundle(
         seen=classifier.labels,
         precision=pipeline.bundle.manifest.precision,
         seed=seed,
+        data=describe_data(pipeline.bundle, wanted, clips),
         reconstruction=reconstruction,
         real_accuracy=float(np.mean([a == b for a, b in zip(right, (*shown.labels, *others.labels), strict=True)])),
         real_frechet=frechet_distance(shown_features, other_features),
@@ -181,6 +191,37 @@ def evaluate_bundle(
         generations=tuple(
             _generate(pipeline, classifier, setting, shown, other_features, seed, progress) for setting in settings
         ),
+    )
+
+
+def describe_data(bundle: Bundle, labels: Sequence[str], clips: int) -> str:
+    """What a bundle is measured on, in a line."""
+    size, frames = bundle.manifest.geometry.image_size, bundle.manifest.geometry.frames
+    return (
+        f"drawn characters that no training has seen: {clips} of each of {', '.join(labels)}, {frames} frames of "
+        f"{size}x{size}"
+    )
+
+
+def require_drawn_characters(bundle: Bundle) -> None:
+    """Refuse a model that was trained on anything but drawn characters, which alone are drawn and judged here.
+
+    Raises:
+        InputError: the bundle's provenance names other data, or, where it names none, its labels are others.
+    """
+    data = bundle.manifest.provenance.get("data")
+    others = [label for label in bundle.labels if label not in LABELS]
+    if data is not None and data not in _DRAWN:
+        why = f"its model was trained on the data set {data!r}"
+    elif others:
+        why = f"its labels ({shortened(bundle.labels)}) are not theirs ({', '.join(LABELS)})"
+    elif data is None and not bundle.labels:
+        why = "neither labels nor provenance say that its model is of such"
+    else:
+        return
+    raise InputError(
+        f"{bundle.path} cannot be evaluated: this measures drawn characters alone, and {why}; compare clips of its own "
+        "data instead"
     )
 
 
@@ -210,7 +251,7 @@ def _reconstruct(pipeline: Pipeline, real: _Real, progress: Progress | None) -> 
         clip = to_float(frames)  # (T, 3, H, W)
         encoded = pipeline.encode(frames[0])
         motion = [
-            pipeline.stages.run("estimate_motion", np.repeat(clip[:1], len(part), axis=0), part)[0]
+            pipeline.stages.run(DRIVE_STAGE, np.repeat(clip[:1], len(part), axis=0), part)[0]
             for part in (clip[start : start + _BATCH] for start in range(0, len(clip), _BATCH))
         ]
         latent = np.ascontiguousarray(np.concatenate(motion).transpose(1, 0, 2, 3))[None]

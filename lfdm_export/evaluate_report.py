@@ -44,6 +44,8 @@ def markdown(evaluation: Evaluation) -> str:
     lines = [
         f"# Evaluation ({evaluation.precision}, seed {evaluation.seed})",
         "",
+        f"Measured on {evaluation.data}.",
+        "",
         f"Reconstruction of {found.clips} clips of held-out characters, mean L1 of colours in [0, 1]: rebuilt "
         f"{found.frame:.5f}, warped {found.warped:.5f}, copying the first frame {found.copied:.5f}; rebuilt / copied "
         f"**{found.ratio:.3f}**.",

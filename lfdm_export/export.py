@@ -56,6 +56,7 @@ def export_bundle(
     text_encoder: BertTextEncoder | str | os.PathLike[str] | None = None,
     labels: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
+    drive: bool = True,
     reference: bool = True,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -75,6 +76,7 @@ def export_bundle(
             brings. None: the data set's, else all that the model brings.
         preprocessing: what happens to a picture before the model sees it. None: the data set's rule, else the plain
             one.
+        drive: include `estimate_motion`, which motion transfer alone needs: half of a bundle of the published size.
         reference: run the untouched networks as well and keep what they give, so that anybody can verify the bundle
             without them.
         progress: called as ``progress(stage, done, total)``.
@@ -102,7 +104,7 @@ def export_bundle(
     _require_cosine_schedule(model)
     encoder = load_text_encoder(text_encoder, geometry.text_width)
     table = _label_table(model, labels, encoder)
-    specs = stage_specs(geometry, with_text=encoder is not None)
+    specs = stage_specs(geometry, with_text=encoder is not None, with_drive=drive)
     with BundleWriter(out_dir) as writer:
         graphs = trace_graphs(model, encoder, specs, frames, progress)
         lowered = typed_graphs(Traced(graphs, model, geometry, table), engine, progress)
@@ -115,8 +117,9 @@ def export_bundle(
         if encoder is not None:
             encoder.save_tokenizer(writer.folder / TOKENIZER_FOLDER)
         if reference:
+            seed = secrets.randbits(32)
             writer.write_reference(
-                make_reference(model, geometry, seed=secrets.randbits(32), text_encoder=encoder, progress=progress)
+                make_reference(model, geometry, seed=seed, text_encoder=encoder, drive=drive, progress=progress)
             )
         return writer.finish(
             Manifest(

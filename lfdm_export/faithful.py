@@ -29,7 +29,7 @@ from lfdm_export.reference import (
 )
 from lfdm_export.reference_inputs import BATCH_SIZE, chain_conditions, chain_table, draw_inputs
 from lfdm_export.sampling import START, apply_step, sample, seeded_noise, step_from_denoiser
-from lfdm_export.stages import Geometry, stage_specs
+from lfdm_export.stages import DRIVE_STAGE, Geometry, stage_specs
 from lfdm_models.lfae import flow_to_latent, latent_to_flow
 from lfdm_models.model import LfdmModel
 from lfdm_models.text import BertTextEncoder
@@ -52,6 +52,7 @@ def make_reference(
     *,
     seed: int,
     text_encoder: BertTextEncoder | None = None,
+    drive: bool = True,
     whole: bool = False,
     progress: Progress | None = None,
 ) -> Reference:
@@ -62,6 +63,7 @@ def make_reference(
         geometry: sizes of the stages.
         seed: of all inputs and of the chain's noise, 0 … 2^64-1.
         text_encoder: for the stage `text`; None where the bundle has none.
+        drive: for the stage `estimate_motion`.
         whole: keep every value of the stages' outputs, which a stored reference does not.
         progress: called as ``progress("reference", done, total)``.
 
@@ -70,7 +72,7 @@ def make_reference(
         ExportError: the networks' own clip is not finite.
     """
     check_seeds([seed])
-    stages = stage_specs(geometry, with_text=text_encoder is not None)
+    stages = stage_specs(geometry, with_text=text_encoder is not None, with_drive=drive)
     steps = chain_table(model.diffusion.schedule()).steps
     tick = _ticker(progress, 2 * BATCH_SIZE + geometry.chunk_frames + steps + geometry.frames)
     with torch.inference_mode():
@@ -86,7 +88,8 @@ def make_reference(
         inputs = {**drawn, **known, **stored}
         results = {"encode": tuple(map(_array, encoded)), **_denoised(model, inputs, tick)}
         results["decode"] = _decoded(model, inputs, list(known.values()), tick)
-        results["estimate_motion"] = (_motion(model, inputs),)
+        if drive:
+            results[DRIVE_STAGE] = (_motion(model, inputs),)
         if text_encoder is not None:
             results[TEXT_STAGE] = (_array(text_encoder(*map(torch.from_numpy, tokens))),)
         chain = _chain(model, geometry, seed, tick)

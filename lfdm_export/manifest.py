@@ -16,7 +16,7 @@ from lfdm_export.errors import BundleError
 from lfdm_export.json_codec import from_plain, to_plain
 from lfdm_export.preprocess import Preprocessing
 from lfdm_export.sampler_tables import SAMPLERS
-from lfdm_export.stages import Geometry, StageSpec, stage_specs
+from lfdm_export.stages import DRIVE_STAGE, Geometry, StageSpec, stage_specs
 from lfdm_export.wording import count, shortened
 from lfdm_models.config import LfdmConfig
 
@@ -126,6 +126,11 @@ class Manifest:
         """Whether the bundle takes free text."""
         return any(spec.name == TEXT_STAGE for spec in self.stages)
 
+    @property
+    def has_drive(self) -> bool:
+        """Whether the bundle transfers motions."""
+        return any(spec.name == DRIVE_STAGE for spec in self.stages)
+
     def to_json(self) -> str:
         """The manifest as an indented JSON document.
 
@@ -179,7 +184,7 @@ def _check_geometry(geometry: Geometry, config: LfdmConfig) -> None:
 
 def _check_stages(stages: tuple[StageSpec, ...], geometry: Geometry, precision: str) -> None:
     names = [spec.name for spec in stages]
-    expected = stage_specs(geometry, with_text=TEXT_STAGE in names)
+    expected = stage_specs(geometry, with_text=TEXT_STAGE in names, with_drive=DRIVE_STAGE in names)
     if names != list(expected):
         raise ValueError(f"stages are {', '.join(names) or 'none'}, expected {', '.join(expected)}")
     for spec in stages:

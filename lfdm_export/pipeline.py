@@ -22,6 +22,7 @@ from lfdm_export.pictures.clips import Footage, read_footage
 from lfdm_export.pictures.crop import Crop
 from lfdm_export.preprocess import ImageLike, prepare_image, prepare_images, to_float, to_uint8
 from lfdm_export.stage_runner import StageRunner
+from lfdm_export.stages import DRIVE_STAGE
 from lfdm_export.targets import AUTO
 from lfdm_export.tokenizer import tokenize
 from lfdm_export.wording import count
@@ -206,18 +207,19 @@ class Pipeline:
             InputError: the image or the clip cannot be used.
             EngineError: an engine cannot be loaded or fails.
         """
+        self.bundle.require_drive("motion transfer")
         prepared = self._prepare(image, crop)
         if len(prepared) != 1:
             raise InputError(f"motion transfer takes one image, found a batch of {len(prepared)}; call it for each")
         footage = self._driving(driving_clip, fps, crop)
         driving = footage.frames
         source, latents = to_float(prepared), []
-        _report(progress, "estimate_motion", 0, len(driving))
+        _report(progress, DRIVE_STAGE, 0, len(driving))
         for start in range(0, len(driving), _MOTION_BATCH):
             part = to_float(driving[start : start + _MOTION_BATCH])
-            (latent,) = self.stages.run("estimate_motion", np.repeat(source, len(part), axis=0), part)
+            (latent,) = self.stages.run(DRIVE_STAGE, np.repeat(source, len(part), axis=0), part)
             latents.append(latent)
-            _report(progress, "estimate_motion", start + len(part), len(driving))
+            _report(progress, DRIVE_STAGE, start + len(part), len(driving))
         motion = np.ascontiguousarray(np.concatenate(latents).transpose(1, 0, 2, 3))[None]
         return replace(
             self._clip(prepared, self._encode(prepared, progress), motion, progress),

@@ -19,6 +19,8 @@ DType = Literal["float32", "int64"]
 BATCH = "batch"
 #: The dynamic token axis of the `text` stage.
 TOKENS = "tokens"
+#: The stage that motion transfer alone needs; a bundle may do without.
+DRIVE_STAGE = "estimate_motion"
 #: Columns of `coefficients`; see `lfdm_export.sampling`, which fills them.
 COEFFICIENTS = 11
 
@@ -131,12 +133,13 @@ def _tolerances(fp32: float, fp16: float, bf16: float) -> dict[str, float]:
     return {"fp32": fp32, "tf32": fp16, "fp16": fp16, "bf16": bf16, "int8": 5 * bf16, "fp8": 5 * bf16}
 
 
-def stage_specs(g: Geometry, *, with_text: bool = False) -> dict[str, StageSpec]:
+def stage_specs(g: Geometry, *, with_text: bool = False, with_drive: bool = True) -> dict[str, StageSpec]:
     """All stages of a model of that geometry, in the order in which a clip passes through them.
 
     Args:
         g: the sizes.
         with_text: include `text`, which only a bundle with a text encoder has.
+        with_drive: include `estimate_motion`, which only motion transfer needs.
     """
     side, latent_side = g.image_size, g.latent_size
 
@@ -187,7 +190,7 @@ def stage_specs(g: Geometry, *, with_text: bool = False) -> dict[str, StageSpec]
             _tolerances(1e-4, 5e-3, 5e-2),
         ),
         StageSpec(
-            "estimate_motion",
+            DRIVE_STAGE,
             (image, f32("driving", 3, side, side, low=0.0, high=1.0)),
             (f32("latent", 3, latent_side, latent_side, low=-1.0, high=1.0),),
             (1, 1, 32),
@@ -208,4 +211,4 @@ def stage_specs(g: Geometry, *, with_text: bool = False) -> dict[str, StageSpec]
                 _tolerances(1e-4, 1e-2, 1e-1),
             )
         )
-    return {spec.name: spec for spec in specs}
+    return {spec.name: spec for spec in specs if with_drive or spec.name != DRIVE_STAGE}

@@ -25,6 +25,7 @@ class TrainingFacts:
         region_pad: see `LfaeConfig`.
         trained: that they were.
         geometry: "frames" and "image_size" of the clips that the DM was trained with.
+        data: name of the data set that the DM was trained on, as of ``lfdm-train --data``.
         label_embeddings: (text_width,) float32 of each label that the DM was trained with.
     """
 
@@ -32,6 +33,7 @@ class TrainingFacts:
     region_pad: int | None = None
     trained: bool | None = None
     geometry: dict[str, int] = field(default_factory=dict)
+    data: str | None = None
     label_embeddings: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
@@ -46,6 +48,7 @@ def training_facts(lfae: Path, dm: Path) -> TrainingFacts:
     residual_flow = training.get("residual_flow")
     examples = _get(training, "examples")
     geometry = {"frames": examples.get("frames"), "image_size": examples.get("image size")}
+    data = examples.get("data")
     region_pad = _get(_get(told_by_lfae, _TRAINING), "config").get("region_pad")
     if not isinstance(residual_flow, bool | None):
         raise CheckpointError(f"{dm}: residual_flow is {residual_flow!r}, expected true or false; save it again")
@@ -56,6 +59,7 @@ def training_facts(lfae: Path, dm: Path) -> TrainingFacts:
         region_pad,
         True if training else None,
         {name: value for name, value in geometry.items() if isinstance(value, int)},
+        data if isinstance(data, str) else None,
         _label_embeddings(told_by_dm, dm),
     )
 

@@ -106,7 +106,7 @@ def verify_bundle(
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     manifest = opened.manifest
     # The program's own tolerances: those of the manifest come from whoever made the bundle.
-    specs = stage_specs(manifest.geometry, with_text=manifest.has_text)
+    specs = stage_specs(manifest.geometry, with_text=manifest.has_text, with_drive=manifest.has_drive)
     if manifest.precision not in CHAIN_TOLERANCES:
         raise BundleError(
             f"{opened.path} has the precision {manifest.precision!r}, for which this program knows no tolerances "
@@ -319,6 +319,7 @@ def _fresh(
         manifest.geometry,
         seed=secrets.randbits(32) if seed is None else seed,
         text_encoder=load_text_encoder(text_encoder, manifest.geometry.text_width),
+        drive=manifest.has_drive,
         whole=True,
         progress=progress,
     )

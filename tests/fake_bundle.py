@@ -190,12 +190,14 @@ def with_input(spec: StageSpec, change: Callable[[TensorSpec], TensorSpec]) -> S
     return replace(spec, inputs=(change(spec.inputs[0]), *spec.inputs[1:]))
 
 
-def fake_manifest(*, with_text: bool = False, sampler: SamplerDefaults | None = None) -> Manifest:
+def fake_manifest(
+    *, with_text: bool = False, with_drive: bool = True, sampler: SamplerDefaults | None = None
+) -> Manifest:
     return Manifest(
         config=CONFIG,
         geometry=GEOMETRY,
         precision="fp32",
-        stages=tuple(stage_specs(GEOMETRY, with_text=with_text).values()),
+        stages=tuple(stage_specs(GEOMETRY, with_text=with_text, with_drive=with_drive).values()),
         labels=LABELS,
         preprocessing=Preprocessing(),
         sampler=sampler or SamplerDefaults(steps=4),

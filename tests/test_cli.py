@@ -14,7 +14,7 @@ from PIL import Image
 
 from lfdm_export import __version__
 from lfdm_export.bundle import Bundle
-from lfdm_export.cli import export_main, generate_main, serve_main, train_main, verify_main
+from lfdm_export.cli import export_main, generate_main, info_main, serve_main, train_main, verify_main
 from lfdm_export.cli.console import Bars, OneBar
 from lfdm_export.cli.export import read_labels
 from lfdm_export.errors import InputError, ParityError
@@ -24,6 +24,7 @@ from tests.fake_bundle import EMBEDDINGS, FRAMES, SIZE, write_fake_bundle
 COMMANDS = {
     "lfdm-export": export_main,
     "lfdm-generate": generate_main,
+    "lfdm-info": info_main,
     "lfdm-serve": serve_main,
     "lfdm-train": train_main,
     "lfdm-verify": verify_main,
@@ -107,6 +108,7 @@ def test_version(program: str, capsys: pytest.CaptureFixture[str]):
         ("lfdm-generate", ["b", "--xyzzy"], "unknown option --xyzzy; see lfdm-generate --help"),
         ("lfdm-serve", ["--polcy", "step"], "did you mean --policy?"),
         ("lfdm-serve", [], "give a bundle to serve"),
+        ("lfdm-info", ["b", "--jsn"], "did you mean --json?"),
         ("lfdm-train lfae", ["--out", "o", "--step", "3"], "did you mean --steps?"),
         ("lfdm-train lfae", ["--out", "o"], "required: --steps"),
         ("lfdm-train", ["lfea"], "invalid choice 'lfea', did you mean lfae?"),
@@ -405,6 +407,7 @@ def test_export_of_nothing_is_the_shipped_model(calls: dict[str, Any], capsys: p
         "image_size": None,
         "text_encoder": None,
         "labels": None,
+        "drive": True,
         "reference": True,
     }
     assert calls["verify"]["model"] is None, "the reference is the model's, stored at export"

@@ -12,7 +12,7 @@ import torch
 
 from lfdm_export import Bundle, InputError, Pipeline, export_bundle
 from lfdm_export.cli.train import choose_settings, train_main
-from lfdm_export.evaluate import Setting, evaluate_bundle, frechet_distance
+from lfdm_export.evaluate import Setting, evaluate_bundle, frechet_distance, require_drawn_characters
 from lfdm_export.evaluate_report import JSON, MARKDOWN, markdown, write_evaluation
 from lfdm_models.demo import untrained_model
 from lfdm_models.training.classifier import (
@@ -28,6 +28,7 @@ from lfdm_models.training.classifier import (
 from lfdm_models.training.conditions import label_table
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.procedural import HELD_OUT_SEEDS, LABELS, sample_clip
+from tests.fake_bundle import fake_manifest, write_fake_bundle
 
 CLIPS = 1
 
@@ -144,6 +145,7 @@ def test_an_evaluation_has_everything(bundle: Bundle, classifier: MotionClassifi
     stored = json.loads((tmp_path / "report" / JSON).read_text(encoding="utf-8"))
     assert stored["generations"][1]["setting"] == {"sampler": "ddim", "steps": 3, "eta": 0.0, "guidance_scale": None}
     text = markdown(found)
+    assert f"Measured on drawn characters that no training has seen: 1 of each of {', '.join(LABELS[:3])}, 4" in text
     assert f"**{found.reconstruction.ratio:.3f}**" in text
     assert "| ddim | 3 | 0 | default | 3 |" in text
     assert all(f"| {label} |" in text for label in found.labels)
@@ -157,13 +159,47 @@ def test_copying_a_still_clip_costs_nothing_more(bundle: Bundle, classifier: Mot
     assert reconstruction.copied == pytest.approx(copied, rel=1e-4)
 
 
-def test_labels_that_nobody_can_judge_are_told(
-    small_bundle: Bundle, classifier: MotionClassifier, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("labels", "provenance", "why"),
+    [
+        (("anger", "fear"), {}, r"its labels \(anger, fear\) are not theirs \(smile, "),
+        ((*LABELS[:2], "jump"), {}, r"its labels \(smile, surprise, jump\) are not theirs"),
+        ((), {"trained": True}, "neither labels nor provenance say"),
+        (LABELS, {"data": "mug"}, "its model was trained on the data set 'mug'"),
+        ((), {"data": "plain"}, "its model was trained on the data set 'plain'"),
+        (LABELS[:3], {"data": "procedural"}, None),
+        ((), {"data": "procedural characters"}, None),
+        (LABELS, {"trained": True}, None),
+    ],
+)
+def test_models_of_other_data_are_refused(
+    tmp_path: Path, labels: tuple[str, ...], provenance: dict[str, object], why: str | None
 ):
-    pipeline = Pipeline(small_bundle, threads=1)
-    others = tuple(label for label in classifier.labels if label not in small_bundle.labels)
+    manifest = dataclasses.replace(fake_manifest(), labels=labels, provenance=provenance)
+    bundle = Bundle(tmp_path / "mine", manifest, np.zeros((len(labels), 6), np.float32), np.zeros(6, np.float32))
+    if why is None:
+        require_drawn_characters(bundle)
+        return
+    with pytest.raises(InputError, match=f"mine cannot be evaluated: this measures drawn characters alone, and {why}"):
+        require_drawn_characters(bundle)
+
+
+def test_the_command_refuses_before_it_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    bundle = write_fake_bundle(tmp_path / "mine")
+    assert train_main(["evaluate", str(bundle.path)]) == 1
+    printed = capsys.readouterr()
+    assert "its labels (Anger, happiness, turn left) are not theirs" in printed.err
+    assert printed.err.count("\n") == 1
+    assert not (bundle.path / "evaluation").exists()
+
+
+def test_labels_that_nobody_can_judge_are_told(
+    bundle: Bundle, classifier: MotionClassifier, monkeypatch: pytest.MonkeyPatch
+):
+    pipeline = Pipeline(bundle, threads=1)
+    others = tuple(label for label in classifier.labels if label not in bundle.labels)
     monkeypatch.setattr(classifier, "labels", others)
-    with pytest.raises(InputError, match="are none of the procedural motions"):
+    with pytest.raises(InputError, match="are none that the classifier knows"):
         evaluate_bundle(pipeline, classifier, [Setting("ddim", 2)], clips=1)
     with pytest.raises(InputError, match="expected 1 or more clips"):
         evaluate_bundle(pipeline, classifier, (), clips=0)

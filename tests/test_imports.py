@@ -62,6 +62,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "lfdm_export.archives",
         "lfdm_export.bundle",
+        "lfdm_export.bundle_facts",
         "lfdm_export.bundle_writer",
         "lfdm_export.engines",
         "lfdm_export.faithful",

@@ -15,11 +15,14 @@ from PIL import Image
 
 from lfdm_export import Clip, InputError, Pipeline, export, export_bundle
 from lfdm_export.bundle import Bundle
+from lfdm_export.cli import generate_main
 from lfdm_export.pictures import notebook
 from lfdm_export.preprocess import Preprocessing
+from lfdm_export.serving.triton_repository import write_repository
+from lfdm_export.verify import verify_bundle
 from lfdm_models.labels import MUG
 from lfdm_models.model import LfdmModel
-from tests.fake_bundle import FRAMES, SIZE, write_fake_bundle
+from tests.fake_bundle import FRAMES, SIZE, fake_manifest, write_fake_bundle
 
 
 @pytest.fixture
@@ -76,6 +79,41 @@ def test_an_unknown_data_set_is_refused_at_once(quick: list[Any], small_model: L
 def test_sizes_are_the_trained_ones(small_model: LfdmModel, provenance: dict[str, object], expected: tuple[int, int]):
     model = LfdmModel(small_model.config, small_model.lfae, small_model.diffusion, provenance)
     assert export.trained_geometry(model) == expected
+
+
+# --------------------------------------------------------------------- bundles without motion transfer
+
+
+def test_a_bundle_without_motion_transfer_verifies(quick: list[Any], small_model: LfdmModel, tmp_path: Path):
+    bundle = export_bundle(small_model, tmp_path / "bundle", frames=10, image_size=64, drive=False)
+    assert "estimate_motion" not in bundle.stages
+    assert not [name for name in bundle.manifest.files if "estimate_motion" in name]
+    report = verify_bundle(bundle, targets=("onnxruntime",), threads=1)
+    assert report.passed, report.table()
+    photo = np.zeros((64, 64, 3), np.uint8)
+    assert Pipeline(bundle).generate(photo, label="fear", steps=2).frames.shape == (1, 10, 64, 64, 3)
+
+
+def test_motion_transfer_of_a_bundle_without_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    bundle = write_fake_bundle(tmp_path / "small", fake_manifest(with_drive=False))
+    assert Bundle.open(bundle.path).manifest.has_drive is False
+    photo = np.zeros((SIZE, SIZE, 3), np.uint8)
+    assert Pipeline(bundle).generate(photo, label="anger", steps=2).frames.shape == (1, FRAMES, SIZE, SIZE, 3)
+    with pytest.raises(InputError, match="exported without the stage 'estimate_motion', which motion transfer needs"):
+        Pipeline(bundle).transfer_motion(photo, photo[None])
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    arguments = [str(bundle.path), "--image", f"{tmp_path}/photo.png", "--drive", "clip.gif", "-o", "a.gif"]
+    assert generate_main(arguments) == 1
+    printed = capsys.readouterr().err
+    assert "export it again, without --without-drive" in printed
+    assert printed.count("\n") == 1
+
+
+def test_a_triton_repository_needs_no_motion_transfer(tmp_path: Path):
+    bundle = write_fake_bundle(tmp_path / "small", fake_manifest(with_drive=False))
+    repository = write_repository(bundle, tmp_path / "repository")
+    assert not list(repository.rglob("*estimate_motion*"))
+    assert list(repository.rglob("decode.onnx"))
 
 
 # ------------------------------------------------------------------------------ what objects show

@@ -360,6 +360,7 @@ def test_a_loaded_pair_knows_what_it_was_trained_with(tmp_path: Path):
     assert (model.provenance["trained"], model.provenance["frames"], model.provenance["image_size"]) == (
         True, FRAMES, SIZE,
     )  # fmt: skip
+    assert model.provenance["data"] == "procedural"
     with pytest.raises(InputError, match="residual_flow is False, but the checkpoint was trained with True"):
         load_model(lfae / "lfae.pth", dm / "dm.pth", residual_flow=False)
     with pytest.raises(InputError, match="region_pad is 0, but the checkpoint was trained with 3"):

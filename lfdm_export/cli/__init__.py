@@ -6,8 +6,9 @@ its tolerance; 130: interrupted.
 
 from lfdm_export.cli.export import export_main
 from lfdm_export.cli.generate import generate_main
+from lfdm_export.cli.info import info_main
 from lfdm_export.cli.serve import serve_main
 from lfdm_export.cli.train import train_main
 from lfdm_export.cli.verify import verify_main
 
-__all__ = ["export_main", "generate_main", "serve_main", "train_main", "verify_main"]
+__all__ = ["export_main", "generate_main", "info_main", "serve_main", "train_main", "verify_main"]

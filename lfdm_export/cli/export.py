@@ -61,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
         help="the BERT of the DM's training: embeds the labels, and lets the bundle take free text; "
         f"with --dataset it is {PUBLISHED_ENCODER}; {NO_ENCODER!r} exports without labels and text",
     )
+    group.add_argument(
+        "--without-drive",
+        action="store_true",
+        help="leave out what --drive of lfdm-generate needs: half of a bundle of the published size",
+    )
     group.add_argument("--triton", type=Path, metavar="DIR", help="write a Triton model repository that serves it, too")
     group.add_argument("--no-verify", action="store_true", help="do not run PyTorch and compare")
     add_plan_options(parser)
@@ -101,6 +106,7 @@ def _export(args: argparse.Namespace) -> int:
             image_size=args.image_size,
             text_encoder=args.text_encoder,
             labels=labels,
+            drive=not args.without_drive,
             reference=not args.no_verify,
             progress=progress,
         )

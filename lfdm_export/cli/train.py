@@ -37,7 +37,10 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 def evaluate_main(argv: Sequence[str]) -> int:
     """Run ``lfdm-train evaluate``; returns the exit status."""
     parser = make_parser(
-        PROGRAM, "Measure a bundle on procedural characters that no training has seen: see its table.", _EXAMPLES
+        PROGRAM,
+        "Measure a bundle of the drawn (procedural) characters, on characters that no training has seen. Bundles of "
+        "other data are refused.",
+        _EXAMPLES,
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="folder that lfdm-export wrote")
     parser.add_argument("--clips", type=int, default=12, metavar="N", help="of each label (%(default)s)")
@@ -64,7 +67,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             raise MissingDependencyError(package, "evaluation", "train")
     import torch
 
-    from lfdm_export.evaluate import evaluate_bundle
+    from lfdm_export.evaluate import evaluate_bundle, require_drawn_characters
     from lfdm_export.evaluate_report import markdown, write_evaluation
     from lfdm_export.pipeline import Pipeline
     from lfdm_models.training.classifier import load_classifier, shipped_classifier
@@ -74,6 +77,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     pipeline = Pipeline.open(args.bundle, threads=args.threads)
+    require_drawn_characters(pipeline.bundle)
     try:
         classifier = shipped_classifier() if args.classifier is None else load_classifier(args.classifier)
     except TrainingError as error:

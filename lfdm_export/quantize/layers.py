@@ -11,6 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lfdm_export.graphs.policy import module_of
+from lfdm_export.stages import DRIVE_STAGE
 
 #: Modules whose layers stay float, as patterns of their whole names, with the reason. Measured on both golden variants
 #: (docs/precision.md): the first see three channels and the last give them, so that they cost next to nothing.
@@ -22,7 +23,7 @@ KEPT: dict[str, str] = {
     r"context": "runs once a clip, and its error would be in every step",
 }
 #: Stages in which nothing is quantised: they run once a clip or never, and give coordinates or conditions.
-KEPT_STAGES = ("estimate_motion", "text")
+KEPT_STAGES = (DRIVE_STAGE, "text")
 
 # Axis of the weights along which the outputs lie, by operator.
 _OUTPUT_AXES = {"Conv": 0, "SmallConv": 0, "ConvTranspose": 1, "MatMul": 1}
