@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lfdm_export.errors import InputError
+from lfdm_export.files.names import user_path
 from lfdm_export.noise import check_seeds
 
 
@@ -67,8 +68,10 @@ def load_embedding(path: str | os.PathLike[str]) -> NDArray[np.generic]:
         InputError: there is no such file, or it is no array.
     """
     try:
-        loaded = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        loaded = np.load(user_path(path), allow_pickle=False)
+    except InputError:
+        raise
+    except Exception as error:  # NumPy and its parsers raise anything on a damaged file
         reason = getattr(error, "strerror", None) or "it is no .npy array"
         raise InputError(f"the embedding {path} cannot be read: {reason}; save it with numpy.save") from error
     if not isinstance(loaded, np.ndarray):

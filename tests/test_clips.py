@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lfdm_export.conditions import load_embedding
 from lfdm_export.errors import InputError
 from lfdm_export.gif import encode_gif
 from lfdm_export.media import save_clip
@@ -90,6 +91,12 @@ def test_the_rate_of_a_clip():
     assert own_rate([0.1, 0.3, 0.11]) == 10
     assert own_rate([0.04] * 10 + [2.0] * 3) == 25  # pauses do not slow it down
     assert own_rate([1e-9] * 5) == clips.MAX_FPS
+    assert own_rate([5000.0, 5000.0]) == 1
+
+
+def test_a_clip_shorter_than_a_sample_has_one(tmp_path: Path):
+    path = save_clip(tmp_path / "a.webp", np.stack([frame(10), frame(90)]), fps=50)
+    assert len(load_clip(path, fps=1)) == 1
 
 
 def test_gif_frames_without_a_time_are_shown_as_browsers_do(tmp_path: Path):
@@ -291,3 +298,17 @@ def test_an_animation_that_ends_early_gives_what_is_there(tmp_path: Path):
     assert len(load_clip(tmp_path / "a.gif")) == 3
     buffer = io.BytesIO(data)
     assert [round(shown.seconds or 0, 3) for shown in timed.animation_frames(buffer, "a")] == [0.1] * 3
+
+
+def test_a_damaged_embedding_is_one_sentence(tmp_path: Path):
+    path = tmp_path / "e.npy"
+    np.save(path, np.zeros(5, np.float32))
+    sound = path.read_bytes()
+    damaged = [sound[:cut] for cut in range(0, len(sound), 9)]
+    damaged += [sound.replace(b"(5,)", change) for change in (b"(9**", b"((((", b"(-5)", b"\xff,,)", b"'a\x00\n")]
+    damaged += [b"PK\3\4 no archive", b"\x93NUMPY\x09\0"]
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=r"e\.npy cannot be read") as error:
+            load_embedding(path)
+        assert "\n" not in str(error.value)

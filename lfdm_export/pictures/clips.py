@@ -227,8 +227,8 @@ def _resampled(
     for index, (_, count) in enumerate(_counted(filled, rate)):
         if len(choice) + count > MAX_CLIP_FRAMES:
             collector.check(len(choice) + count)
-        choice += [index] * count
-    return Footage(collector.array((choice or [0])[:max_frames]), rate)
+        choice += [min(index, len(durations) - 1)] * count
+    return Footage(collector.array(choice[:max_frames]), rate)
 
 
 _NOTHING = np.empty(0, np.uint8)
@@ -236,16 +236,18 @@ _NOTHING = np.empty(0, np.uint8)
 
 def _counted(timed: Iterable[TimedFrame], fps: float) -> Iterator[tuple[TimedFrame, int]]:
     """Each frame with how many samples at `fps` it is on: each sample is the frame in the middle of its time."""
-    end, given = 0.0, 0
+    end, given, frame = 0.0, 0, None
     for frame in timed:
         end += frame.seconds or 0.0
         until = max(given, int(end * fps + 0.5 + 1e-6)) if end * fps < 2 * MAX_CLIP_FRAMES else 2 * MAX_CLIP_FRAMES
         yield frame, until - given
         given = until
+    if frame is not None and given == 0:
+        yield frame, 1  # shorter than half a sample
 
 
 def own_rate(durations: Sequence[float]) -> float:
-    """Frames per second of frames that are shown for these seconds, at most `MAX_FPS`.
+    """Frames per second of frames that are shown for these seconds, 1 to `MAX_FPS`.
 
     A steady clip has its mean rate, so that each frame comes once. Where some frames stay much longer than others, a
     quarter of the frames may be quicker than the rate, so that no motion is lost to a pause.
@@ -254,7 +256,7 @@ def own_rate(durations: Sequence[float]) -> float:
     steady = ordered[-1] <= _STEADY * ordered[0]
     seconds = sum(ordered) / len(ordered) if steady else ordered[(len(ordered) - 1) // 4]
     # A nearby simple rate: sums of seconds in floating point leave 23.9999…
-    return min(float(Fraction(1 / seconds).limit_denominator(1001)), float(MAX_FPS))
+    return min(max(float(Fraction(1 / seconds).limit_denominator(1001)), 1.0), float(MAX_FPS))
 
 
 def resample(frames: UInt8Array, old: float, new: float) -> UInt8Array:
