@@ -251,6 +251,7 @@ def test_a_driven_clip_plays_as_the_driving_clip_does(bundle: Bundle, photo: str
         assert generate(bundle, photo, "--drive", drive, "-o", str(tmp_path / "a.webp"), *more) == 0
         made = read_footage(tmp_path / "a.webp")
         assert len(made.frames) == count
+        assert made.fps is not None
         assert len(made.frames) / made.fps == pytest.approx(0.5, abs=0.01)
 
 

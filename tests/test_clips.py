@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -32,7 +33,7 @@ def frame(value: int, height: int = 16, width: int = 16) -> np.ndarray:
 def video(path: Path, times: Sequence[int], values: Sequence[int], codec: str = "ffv1") -> Path:
     """A frame of each value at each of these times, in milliseconds."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=30)
+        stream: Any = container.add_stream(codec, rate=30)
         stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1000)
         for time, value in zip(times, values, strict=True):
@@ -159,7 +160,7 @@ def test_a_title_in_another_encoding_is_no_damage(tmp_path: Path):
     path = tmp_path / "a.mkv"
     with av.open(str(path), "w") as container:
         container.metadata["title"] = "ABCDEFGH"
-        stream = container.add_stream("ffv1", rate=10)
+        stream: Any = container.add_stream("ffv1", rate=10)
         stream.width = stream.height = 16
         stream.pix_fmt = "yuv420p"
         container.mux(stream.encode(av.VideoFrame.from_ndarray(frame(9), format="rgb24")))
@@ -215,7 +216,12 @@ def test_frames_are_prepared_as_they_are_read(tmp_path: Path, monkeypatch: pytes
 def test_only_the_frames_that_a_rate_needs_are_prepared(tmp_path: Path):
     path = save_clip(tmp_path / "a.webp", np.stack([frame(10 * index) for index in range(20)]), fps=20)
     read = []
-    read_footage(path, fps=5, prepare=lambda picture: read.append(1) or picture)
+
+    def prepare(picture: np.ndarray) -> np.ndarray:
+        read.append(1)
+        return picture
+
+    read_footage(path, fps=5, prepare=prepare)
     assert len(read) == 5
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,7 +130,8 @@ def test_scale_enlarges_and_titles_stand_above_the_panels(tmp_path: Path):
         title = frames[0, :height, place * 64 : place * 64 + 64]
         assert title.min() < 100
         assert np.median(title) > 240
-    for scale in (0, 9, 1.5, True):
+    wrong: list[Any] = [0, 9, 1.5, True]
+    for scale in wrong:
         with pytest.raises(InputError, match="scale is"):
             clip().save(tmp_path / "c.gif", scale=scale)
     with pytest.raises(InputError, match="not what an npz archive holds"):
@@ -139,4 +141,4 @@ def test_scale_enlarges_and_titles_stand_above_the_panels(tmp_path: Path):
 def test_metadata_are_plain_json(tmp_path: Path):
     (path,) = clip().save(tmp_path / "a.png")
     with Image.open(path) as image:
-        assert json.loads(image.text["lfdm"])["seed"] == 7
+        assert json.loads(image.info["lfdm"])["seed"] == 7

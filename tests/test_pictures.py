@@ -8,6 +8,7 @@ import struct
 import subprocess
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,7 +170,8 @@ def test_the_content_decides_the_format(tmp_path: Path, form: str):
 
 def test_a_still_from_an_animation_is_its_first_frame_and_of_an_apng_the_cover(tmp_path: Path):
     frames = [Image.new("RGB", (4, 4), (value, 0, 0)) for value in (10, 20, 30)]
-    for ending, options in (("gif", {}), ("webp", {"lossless": True}), ("png", {"default_image": True})):
+    kinds: dict[str, dict[str, Any]] = {"gif": {}, "webp": {"lossless": True}, "png": {"default_image": True}}
+    for ending, options in kinds.items():
         frames[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:], **options)
         assert read_image(tmp_path / f"a.{ending}")[0, 0, 0] == 10
 
@@ -180,7 +182,7 @@ def test_a_still_from_an_animation_is_its_first_frame_and_of_an_apng_the_cover(t
 def test_deep_grey_is_scaled_by_its_depth(tmp_path: Path):
     grey = pixels(8, 9, 1)[:, :, 0]
     expected = np.repeat(grey[:, :, None], 3, axis=2)
-    deep = {
+    deep: dict[str, np.ndarray] = {
         "16.png": grey.astype(np.uint16) * 257,
         "16.tif": grey.astype(np.uint16) * 257,
         "16_in_32.tif": grey.astype(np.int32) * 257,
@@ -350,7 +352,7 @@ def test_a_crop_takes_the_place_of_the_data_sets_rule():
 
 
 @pytest.mark.parametrize("crop", [(0, 0, 41, 10), (-1, 0, 5, 5), (0, 0, 0, 5), (0, 36, 4, 5), "middle", (1, 2, 3), 7])
-def test_a_crop_outside_of_the_picture_is_refused(crop: object):
+def test_a_crop_outside_of_the_picture_is_refused(crop: Any):
     with pytest.raises(InputError, match="crop"):
         prepare_image(pixels(40, 40), 16, crop=crop)
 

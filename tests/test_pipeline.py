@@ -392,7 +392,8 @@ def test_motion_from_a_file(pipe: Pipeline, tmp_path: Path):
 def test_motion_keeps_the_time_of_the_driving_clip(pipe: Pipeline, tmp_path: Path):
     drive = save_clip(tmp_path / "drive.webp", photo(24, seed=5), fps=24)
     clip = pipe.transfer_motion(photo(), drive)
-    assert (clip.frames.shape[1], clip.fps) == (24, pytest.approx(24, abs=0.1))
+    assert clip.frames.shape[1] == 24
+    assert clip.fps == pytest.approx(24, abs=0.1)
     clip = pipe.transfer_motion(photo(), drive, fps=6)
     assert (clip.frames.shape[1], clip.fps) == (6, 6)
     assert clip.settings["made_by"] == "transfer_motion"
