@@ -69,7 +69,9 @@ def load_embedding(path: str | os.PathLike[str]) -> NDArray[np.generic]:
     """
     try:
         loaded = np.load(user_path(path), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # NumPy and its parsers raise anything on a damaged file
         reason = getattr(error, "strerror", None) or "it is no .npy array"
         raise InputError(f"the embedding {path} cannot be read: {reason}; save it with numpy.save") from error
     if not isinstance(loaded, np.ndarray):

@@ -26,12 +26,13 @@ _UNCHANGED = 255
 _PALETTE_SAMPLES = 400_000
 
 
-def encode_gif(frames: UInt8Array, fps: float) -> bytes:
+def encode_gif(frames: UInt8Array, fps: float, comment: str = "") -> bytes:
     """A GIF that loops for ever.
 
     Args:
         frames: (T,H,W,3).
         fps: frames a second, at most MAX_FPS; times are rounded to 1/100 s without drifting.
+        comment: ASCII text that the file carries.
 
     Source: the GIF89a specification.
     """
@@ -40,7 +41,7 @@ def encode_gif(frames: UInt8Array, fps: float) -> bytes:
     colours = np.concatenate([palette, palette[-1:]]).tobytes()
     height, width = frames.shape[1:3]
     loop = b"\x21\xff\x0bNETSCAPE2.0\x03\x01\0\0\0"
-    parts = [b"GIF89a", struct.pack("<HHBBB", width, height, 0xF7, 0, 0), colours, loop]
+    parts = [b"GIF89a", struct.pack("<HHBBB", width, height, 0xF7, 0, 0), colours, loop, *_comment(comment)]
     previous: UInt8Array | None = None
     for index, frame in enumerate(frames):
         indices = _nearest(frame, palette)
@@ -50,6 +51,13 @@ def encode_gif(frames: UInt8Array, fps: float) -> bytes:
         # Disposal 1 (leave the frame in place), with a transparent index.
         parts += [b"\x21\xf9\x04", struct.pack("<BHB", 0x05, delay, _UNCHANGED), b"\0", _image_block(shown, colours)]
     return b"".join([*parts, b"\x3b"])
+
+
+def _comment(text: str) -> list[bytes]:
+    """The comment extension, in blocks of at most 255 bytes; nothing for no text."""
+    data = text.encode("ascii")
+    blocks = [bytes([len(data[at : at + 255])]) + data[at : at + 255] for at in range(0, len(data), 255)]
+    return [b"\x21\xfe", *blocks, b"\0"] if blocks else []
 
 
 def _common_palette(frames: UInt8Array) -> UInt8Array:

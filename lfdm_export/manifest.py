@@ -6,6 +6,7 @@ need not check it again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from lfdm_export.errors import BundleError
 from lfdm_export.json_codec import from_plain, to_plain
 from lfdm_export.preprocess import Preprocessing
+from lfdm_export.sampler_tables import SAMPLERS
 from lfdm_export.stages import DRIVE_STAGE, Geometry, StageSpec, stage_specs
 from lfdm_export.wording import count, shortened
 from lfdm_models.config import MOST_TRAINING_STEPS, LfdmConfig
@@ -71,6 +73,12 @@ class SamplerDefaults:
         if not abs(self.guidance_scale) <= _LARGEST_WIDTH:
             raise ValueError(f"sampler.guidance_scale is {self.guidance_scale}, expected a small finite number")
 
+    def eta_of(self, sampler: str, eta: float | None) -> float | None:
+        """The eta that `sampler` runs with when `eta` is requested; None where it has none."""
+        if eta is None and sampler == self.sampler and self.eta is not None:
+            eta = self.eta
+        return SAMPLERS[sampler].default_eta if eta is None else float(eta)
+
 
 @dataclass(frozen=True, repr=False)
 class Manifest:
@@ -126,6 +134,11 @@ class Manifest:
         labels = f"{count(len(self.labels), 'label')} ({shortened(self.labels)})" if self.labels else "no labels"
         text = ", free text" if self.has_text else ""
         return f"{self.precision}, {count(self.geometry.frames, 'frame')} of {size}x{size}, {labels}{text}"
+
+    @property
+    def sha256(self) -> str:
+        """Which bundle it is: the hash of its manifest.json, and so of the hashes of all its files."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @property
     def has_text(self) -> bool:

@@ -1,14 +1,12 @@
-"""Clips to and from files: GIF, WebP, MP4, PNG and NumPy archives."""
+"""Clips to files: GIF, WebP, MP4, PNG and NumPy archives. They are read by `lfdm_export.pictures.clips`."""
 
 from __future__ import annotations
 
 import io
 import math
 import os
-import re
 import struct
-import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -18,32 +16,24 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lfdm_export.errors import InputError, LfdmExportError, MissingDependencyError
+from lfdm_export.errors import InputError, LfdmExportError
 from lfdm_export.files.atomic import rehearse, replacing, temporary_folder
 from lfdm_export.files.folders import publish
-from lfdm_export.files.names import require_utf8, user_name, user_path
+from lfdm_export.files.names import user_name, user_path
 from lfdm_export.files.places import destination
 from lfdm_export.gif import MAX_FPS as MAX_GIF_FPS
 from lfdm_export.gif import encode_gif
-from lfdm_export.preprocess import UNREADABLE, pil_to_rgb, read_image
+from lfdm_export.pictures.clips import MAX_FPS, import_av
+from lfdm_export.pictures.clips import load_clip as load_clip
+from lfdm_export.pictures.metadata import archive_text, exif_text, png_text, to_text
 
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
 ClipFormat = Literal["gif", "webp", "mp4", "png", "npz"]
 
 FORMATS: tuple[str, ...] = get_args(ClipFormat)
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-ANIMATION_ENDINGS = (".gif", ".webp", ".png", ".apng")
-VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
-MAX_FPS = 240
-#: A clip that is read may have at most so many frames, and so many pixels in all of them.
-MAX_CLIP_FRAMES = 10_000
-MAX_CLIP_PIXELS = 200_000_000
 _CONTACT_SHEET_ASPECT = 1.6
 _CONTACT_SHEET_GAP = 2
-
-
-# --- Writing -------------------------------------------------------------------------------------
 
 
 def save_clip(
@@ -55,6 +45,7 @@ def save_clip(
     lossless: bool = False,
     latent: Float32Array | None = None,
     warped: UInt8Array | None = None,
+    metadata: Mapping[str, object] | None = None,
 ) -> Path:
     """Write a clip to a file that replaces an older one only once it is whole.
 
@@ -78,6 +69,7 @@ def save_clip(
         lossless: WebP without loss.
         latent: (B,3,T,h,w), for npz only.
         warped: like `frames`, for npz only.
+        metadata: how the clip was made, plain JSON values; see `lfdm_export.pictures.metadata`.
 
     Returns:
         The path written.
@@ -89,13 +81,14 @@ def save_clip(
     """
     target, (chosen, as_folder) = user_path(path), check_output(path, format=format, fps=fps)
     _check_frames(frames, chosen)
+    text = to_text(metadata) if metadata else ""
     with _told(target):
         if as_folder:
-            _write_numbered(target, frames)
+            _write_numbered(target, frames, text)
         else:
             arrays = {"frames": frames, "latent": latent, "warped": warped}
             with replacing(target) as stream:
-                encode_clip(stream, chosen, arrays, fps, lossless=lossless)
+                encode_clip(stream, chosen, arrays, fps, lossless=lossless, text=text)
     return target
 
 
@@ -136,7 +129,13 @@ def rehearse_output(path: str | os.PathLike[str], *, as_folder: bool) -> None:
 
 
 def encode_clip(
-    stream: BinaryIO, chosen: str, arrays: dict[str, npt.NDArray[Any] | None], fps: float, *, lossless: bool = False
+    stream: BinaryIO,
+    chosen: str,
+    arrays: dict[str, npt.NDArray[Any] | None],
+    fps: float,
+    *,
+    lossless: bool = False,
+    text: str = "",
 ) -> None:
     """Write a clip to a stream.
 
@@ -146,6 +145,7 @@ def encode_clip(
         arrays: ``frames`` (T,H,W,3) uint8; what else there is goes into npz alone.
         fps: frames per second.
         lossless: WebP without loss.
+        text: of `lfdm_export.pictures.metadata.to_text`; "" for none.
 
     Raises:
         InputError: the frames cannot be encoded.
@@ -154,23 +154,23 @@ def encode_clip(
     frames = arrays["frames"]
     assert frames is not None
     if chosen == "npz":
-        _write_npz(stream, arrays)
+        _write_npz(stream, {**arrays, "metadata": archive_text(text) if text else None})
     elif chosen == "gif":
-        stream.write(encode_gif(frames, fps))
+        stream.write(encode_gif(frames, fps, text))
     elif chosen == "webp":
-        _write_webp(stream, frames, fps, lossless=lossless)
+        _write_webp(stream, frames, fps, lossless=lossless, text=text)
     elif chosen == "mp4":
-        _write_mp4(stream, frames, fps)
+        _write_mp4(stream, frames, fps, text)
     else:
-        Image.fromarray(contact_sheet(frames)).save(stream, "PNG")
+        Image.fromarray(contact_sheet(frames)).save(stream, "PNG", pnginfo=png_text(text) if text else None)
 
 
-def _write_numbered(target: Path, frames: UInt8Array) -> None:
+def _write_numbered(target: Path, frames: UInt8Array, text: str) -> None:
     """A new folder of numbered frames, or an empty one that is filled."""
     place = destination(target).path
     with temporary_folder(place) as part:
         for index, frame in enumerate(frames):
-            Image.fromarray(frame).save(part / f"frame_{index:03d}.png")
+            Image.fromarray(frame).save(part / f"frame_{index:03d}.png", pnginfo=png_text(text) if text else None)
         publish(part, place)
 
 
@@ -221,25 +221,27 @@ def _write_npz(stream: BinaryIO, arrays: dict[str, npt.NDArray[Any] | None]) -> 
     np.savez_compressed(stream, **given)  # type: ignore[arg-type]  # a name could be `allow_pickle`; these are not
 
 
-def _write_webp(stream: BinaryIO, clip: UInt8Array, fps: float, *, lossless: bool) -> None:
+def _write_webp(stream: BinaryIO, clip: UInt8Array, fps: float, *, lossless: bool, text: str) -> None:
     first, *others = (Image.fromarray(frame) for frame in clip)
     ends = [round(index * 1000 / Fraction(fps)) for index in range(len(clip) + 1)]
     durations = np.diff(ends).tolist()
     first.save(
-        stream, "WEBP", save_all=True, append_images=others, duration=durations, loop=0, lossless=lossless, quality=92
+        stream,
+        "WEBP",
+        save_all=True,
+        append_images=others,
+        duration=durations,
+        loop=0,
+        lossless=lossless,
+        quality=92,
+        exif=exif_text(text) if text else b"",
     )
 
 
-def _import_av(purpose: str) -> Any:
-    try:
-        import av
-    except ImportError:
-        raise MissingDependencyError("av", purpose, "video") from None
-    return av
+def _write_mp4(target: BinaryIO, clip: UInt8Array, fps: float, text: str) -> None:
+    import_av("writing an mp4 file")
+    import av
 
-
-def _write_mp4(target: BinaryIO, clip: UInt8Array, fps: float) -> None:
-    av = _import_av("writing an mp4 file")
     if "libx264" not in av.codecs_available:
         raise InputError("this build of PyAV has no H.264 encoder (libx264); install PyAV's own wheel, or write webp")
     height, width = clip.shape[1:3]
@@ -252,6 +254,8 @@ def _write_mp4(target: BinaryIO, clip: UInt8Array, fps: float) -> None:
 
     try:
         with av.open(buffer, "w", format="mp4", options={"movflags": "faststart"}, io_open=written_so_far) as container:
+            if text:
+                container.metadata["comment"] = text
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.height, stream.width = padded.shape[1:3]
             stream.pix_fmt = "yuv420p"
@@ -264,142 +268,3 @@ def _write_mp4(target: BinaryIO, clip: UInt8Array, fps: float) -> None:
             f"the clip of {width}x{height} pixels cannot be encoded as mp4 ({error}); write webp"
         ) from error
     target.write(buffer.getbuffer())
-
-
-# --- Reading -------------------------------------------------------------------------------------
-
-
-def load_clip(path: str | os.PathLike[str], *, max_frames: int | None = None) -> UInt8Array:
-    """Read a clip, such as one that drives a motion transfer.
-
-    Reads animated GIF, WebP and PNG (frames that stay longer than the shortest one are repeated
-    accordingly), video files (needs PyAV), NumPy archives with ``frames``, and folders of
-    equally large pictures, in natural order of their names (``frame_2`` before ``frame_10``).
-
-    Args:
-        path: file or folder.
-        max_frames: stop after so many frames.
-
-    Returns:
-        (T,H,W,3) uint8, RGB.
-
-    Raises:
-        InputError: no such file, no clip, damaged, too large, or frames of different sizes.
-        MissingDependencyError: a video file without PyAV.
-    """
-    source = user_path(path)
-    if max_frames is not None and max_frames < 1:
-        raise InputError(f"max_frames is {max_frames}, expected at least 1")
-    if not source.exists():
-        raise InputError(f"{source} does not exist; give a clip, or a folder of pictures")
-    ending = source.suffix.lower()
-    if source.is_dir():
-        return _stack(map(read_image, _pictures_in(source)), source, max_frames)
-    if ending == ".npz":
-        return _read_npz(source, max_frames)
-    if ending in VIDEO_ENDINGS:
-        return _stack(_video_frames(source), source, max_frames)
-    if ending in ANIMATION_ENDINGS:
-        return _read_animation(source, max_frames)
-    known = ", ".join(sorted({*ANIMATION_ENDINGS, *VIDEO_ENDINGS, ".npz"}))
-    raise InputError(f"the ending of {source} is none that clips are read from; expected one of {known}, or a folder")
-
-
-def _stack(frames: Iterable[UInt8Array], source: Path, max_frames: int | None) -> UInt8Array:
-    """Frames as one array, counted and measured while they come in."""
-    kept: list[UInt8Array] = []
-    for frame in frames:
-        if kept and frame.shape != kept[0].shape:
-            sizes = [f"{shape[1]}x{shape[0]}" for shape in (kept[0].shape, frame.shape)]
-            raise InputError(
-                f"frame {len(kept)} of {source} has {sizes[1]} pixels, the first {sizes[0]}; make all equal"
-            )
-        kept.append(frame)
-        _check_extent(len(kept), frame.shape, source)
-        if len(kept) == max_frames:
-            break
-    if not kept:
-        raise InputError(f"{source} has no frames")
-    return np.stack(kept)
-
-
-def _check_extent(count: int, shape: Sequence[int], source: Path) -> None:
-    if count > MAX_CLIP_FRAMES or count * shape[0] * shape[1] > MAX_CLIP_PIXELS:
-        raise InputError(
-            f"{source} has more than {MAX_CLIP_FRAMES:,} frames or {MAX_CLIP_PIXELS:,} pixels in all; "
-            "give a shorter or smaller clip"
-        )
-
-
-def _pictures_in(folder: Path) -> list[Path]:
-    def natural(entry: Path) -> list[tuple[int, str]]:
-        return [(int(digits or -1), text) for digits, text in re.findall(r"(\d+)|(\D+)", entry.name)]
-
-    pictures = [entry for entry in folder.iterdir() if entry.suffix.lower() in PICTURE_ENDINGS]
-    if not pictures:
-        raise InputError(f"{folder} has no pictures ({', '.join(PICTURE_ENDINGS)}); give a folder of frames")
-    return sorted((entry for entry in pictures if not entry.name.startswith(".")), key=natural)
-
-
-def _read_animation(source: Path, max_frames: int | None) -> UInt8Array:
-    durations: list[float] = []
-
-    def frames(image: Image.Image) -> Iterator[UInt8Array]:
-        for index in range(getattr(image, "n_frames", 1)):
-            image.seek(index)
-            pixels = pil_to_rgb(image, str(source))
-            durations.append(float(image.info.get("duration", 0)))
-            yield pixels
-
-    try:
-        with Image.open(source) as image:
-            if image.format == "PNG" and not getattr(image, "is_animated", False):
-                raise InputError(
-                    f"{source} is a single picture, not a clip; give a folder of pictures, or an animation"
-                )
-            clip = _stack(frames(image), source, max_frames)
-    except LfdmExportError:
-        raise
-    except UNREADABLE as error:
-        raise InputError(f"{source} cannot be read as a clip ({error})") from error
-    shortest = min((duration for duration in durations if duration > 0), default=0.0)
-    repeats = [max(1, round(duration / shortest)) if duration > 0 else 1 for duration in durations]
-    _check_extent(min(sum(repeats), max_frames or sum(repeats)), clip.shape[1:], source)
-    return np.repeat(clip, repeats, axis=0)[:max_frames] if sum(repeats) > len(clip) else clip
-
-
-def _read_npz(source: Path, max_frames: int | None) -> UInt8Array:
-    try:
-        with np.load(source, allow_pickle=False) as archive:
-            if "frames" not in archive.files:
-                found = ", ".join(archive.files) or "nothing"
-                raise InputError(f"{source} holds {found}, expected an array named frames")
-            # Measured before it is unpacked.
-            if archive.zip.getinfo("frames.npy").file_size > 3 * MAX_CLIP_PIXELS + 1024:
-                _check_extent(MAX_CLIP_FRAMES + 1, (1, 1), source)
-            frames = archive["frames"]
-    except LfdmExportError:
-        raise
-    except (*UNREADABLE, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{source} cannot be read as a NumPy archive ({error})") from error
-    clip = frames[0] if frames.ndim == 5 and len(frames) == 1 else frames
-    if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or clip.size == 0:
-        raise InputError(
-            f"frames in {source} have shape {frames.shape} and type {frames.dtype}, expected (T,H,W,3) of uint8"
-        )
-    _check_extent(len(clip), clip.shape[1:], source)
-    return np.array(clip[:max_frames])
-
-
-def _video_frames(source: Path) -> Iterator[UInt8Array]:
-    av = _import_av(f"reading {source.name}")
-    try:
-        with av.open(require_utf8(source, "PyAV")) as container:
-            if not container.streams.video:
-                raise InputError(f"{source} has no video; give a clip with pictures")
-            for frame in container.decode(container.streams.video[0]):
-                pixels = frame.to_ndarray(format="rgb24")
-                # Cameras held upright store lying pictures and the turn, counter-clockwise, beside them.
-                yield np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
-    except av.FFmpegError as error:
-        raise InputError(f"{source} cannot be read as a video ({error})") from error

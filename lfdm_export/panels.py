@@ -6,13 +6,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from lfdm_export.errors import InputError
 
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
 
+#: Of the five pictures.
+TITLES = ("source", "generated", "warped", "grid", "occlusion")
 #: Lines across and down the grid picture.
 GRID_LINES = 17
 # Drawn this many times larger and averaged down: Pillow's lines are not anti-aliased.
@@ -60,6 +62,21 @@ def panels(
         )
         strip[index] = np.concatenate(parts, axis=1)
     return strip
+
+
+def with_titles(strip: UInt8Array) -> UInt8Array:
+    """Panels (T,H,5W,3), with the title of each above it: (T,H+h,5W,3), h even."""
+    width = strip.shape[2] // len(TITLES)
+    font, size = ImageFont.load_default(), 11
+    across = max(font.getbbox(title)[2] for title in TITLES)
+    enlarged = max(1, width // int(2 * across))
+    band = Image.new("L", (strip.shape[2] // enlarged, size + 5), 255)
+    for place, title in enumerate(TITLES):
+        middle = (place + 0.5) * band.width / len(TITLES)
+        ImageDraw.Draw(band).text((middle - font.getbbox(title)[2] / 2, 2), title, fill=0, font=font)
+    band = band.resize((strip.shape[2], band.height * enlarged), Image.Resampling.BICUBIC)
+    above = np.repeat(np.asarray(band)[None, :, :, None], 3, axis=3)
+    return np.concatenate([np.repeat(above, len(strip), axis=0), strip], axis=1)
 
 
 def _identity(flow: Float32Array) -> Float32Array:

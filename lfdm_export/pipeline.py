@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,8 @@ from lfdm_export.conditions import common_batch, embedding_rows, finite_number, 
 from lfdm_export.engines.onnxruntime import Device
 from lfdm_export.errors import EngineError, InputError
 from lfdm_export.manifest import TEXT_STAGE
-from lfdm_export.media import load_clip
+from lfdm_export.pictures.clips import Footage, read_footage
+from lfdm_export.pictures.crop import Crop
 from lfdm_export.preprocess import ImageLike, prepare_image, prepare_images, to_float, to_uint8
 from lfdm_export.stage_runner import StageRunner
 from lfdm_export.stages import DRIVE_STAGE
@@ -113,6 +115,7 @@ class Pipeline:
         self,
         image: ImageLike,
         *,
+        crop: Crop | None = None,
         label: str | Sequence[str] | None = None,
         text: str | Sequence[str] | None = None,
         text_embedding: ArrayLike | None = None,
@@ -131,6 +134,8 @@ class Pipeline:
 
         Args:
             image: a path, a PIL image, (H,W,3) uint8, or (B,H,W,3) uint8 for a batch.
+            crop: what is cut out of the image first: "center", the largest square in its middle, or (x, y, width,
+                height) in its pixels. None keeps all of it, with black bars where it is not square.
             label: a known label, or one a sample.
             text: free text, or one a sample; for bundles with a text encoder.
             text_embedding: (text_width,) or (B, text_width).
@@ -149,7 +154,7 @@ class Pipeline:
             InputError: an argument cannot be used.
             EngineError: an engine cannot be loaded or fails.
         """
-        prepared = self._prepare(image)
+        prepared = self._prepare(image, crop)
         words, embeddings = self._conditions(label, text, text_embedding)
         batch = common_batch({"images": len(prepared), "labels": len(embeddings), "seeds": seed_count(seed)})
         encoded = self._encode(prepared, progress).repeat(batch)
@@ -168,19 +173,34 @@ class Pipeline:
             self._clip(prepared, encoded, latent, progress),
             labels=None if words is None else words * (batch // len(words)),
             seeds=None if noise is not None else sample_seeds(seed, batch),
+            settings={
+                **self._origin("generate"),
+                **self._sampling_settings(sampler, steps, eta, guidance_scale),
+                "condition": "label" if label is not None else "text" if text is not None else "text_embedding",
+            },
         )
 
     def transfer_motion(
-        self, image: ImageLike, driving_clip: str | os.PathLike[str] | UInt8, *, progress: Progress | None = None
+        self,
+        image: ImageLike,
+        driving_clip: str | os.PathLike[str] | UInt8,
+        *,
+        crop: Crop | None = None,
+        fps: float | None = None,
+        progress: Progress | None = None,
     ) -> Clip:
         """Make a clip of `image` moving as another clip does, with the LFAE alone.
 
         The motion is absolute: each frame's flow leads from `image` to that driving frame, so it looks best
-        where the clip begins in a pose like the image's.
+        where the clip begins in a pose like the image's. It is as long in time as the driving clip.
 
         Args:
             image: a path, a PIL image or (H,W,3) uint8.
-            driving_clip: a path, or (T,H,W,3) uint8; of any length.
+            driving_clip: a path, or (T,H,W,3) uint8; of at most 10,000 frames at its own rate, or at `fps`. A file's
+                frames are scaled one by one as they are read.
+            crop: what is cut out of the image, and out of each frame, first; see `generate`. A crop in pixels is the
+                image's alone: of the frames it takes the middle.
+            fps: frames per second that the driving clip is resampled to; None for its own.
             progress: called as ``progress(stage, done, total)``.
 
         Raises:
@@ -188,14 +208,11 @@ class Pipeline:
             EngineError: an engine cannot be loaded or fails.
         """
         self.bundle.require_drive("motion transfer")
-        prepared = self._prepare(image)
+        prepared = self._prepare(image, crop)
         if len(prepared) != 1:
             raise InputError(f"motion transfer takes one image, found a batch of {len(prepared)}; call it for each")
-        size, rule = self.bundle.manifest.geometry.image_size, self.bundle.manifest.preprocessing
-        frames = driving_clip if isinstance(driving_clip, np.ndarray) else load_clip(driving_clip)
-        if frames.ndim != 4 or len(frames) == 0:
-            raise InputError(f"driving_clip has shape {frames.shape}, expected (T,H,W,3)")
-        driving = np.stack([prepare_image(frame, size, rule) for frame in frames])
+        footage = self._driving(driving_clip, fps, crop)
+        driving = footage.frames
         source, latents = to_float(prepared), []
         _report(progress, DRIVE_STAGE, 0, len(driving))
         for start in range(0, len(driving), _MOTION_BATCH):
@@ -204,7 +221,22 @@ class Pipeline:
             latents.append(latent)
             _report(progress, DRIVE_STAGE, start + len(part), len(driving))
         motion = np.ascontiguousarray(np.concatenate(latents).transpose(1, 0, 2, 3))[None]
-        return self._clip(prepared, self._encode(prepared, progress), motion, progress)
+        return replace(
+            self._clip(prepared, self._encode(prepared, progress), motion, progress),
+            fps=footage.fps,
+            settings=self._origin("transfer_motion"),
+        )
+
+    def _driving(self, driving_clip: str | os.PathLike[str] | UInt8, fps: float | None, crop: Crop | None) -> Footage:
+        """A driving clip's frames as the model takes them, (T,size,size,3), and their rate."""
+        size, rule = self.bundle.manifest.geometry.image_size, self.bundle.manifest.preprocessing
+        middle: Crop | None = None if crop is None else "center"
+        prepare = functools.partial(prepare_image, size=size, preprocessing=rule, crop=middle)
+        if not isinstance(driving_clip, np.ndarray):
+            return read_footage(driving_clip, fps=fps, prepare=prepare)
+        if driving_clip.ndim != 4 or len(driving_clip) == 0:
+            raise InputError(f"driving_clip has shape {driving_clip.shape}, expected (T,H,W,3)")
+        return Footage(np.stack([prepare(frame) for frame in driving_clip]), fps)
 
     def encode(self, image: ImageLike) -> Encoded:
         """Encode one image, or a batch (B,H,W,3) uint8.
@@ -332,10 +364,32 @@ class Pipeline:
             frames[:, :, part], warped[:, :, part] = some_frames, some_warped
         return frames, warped
 
-    def _prepare(self, image: ImageLike) -> UInt8:
+    def _prepare(self, image: ImageLike, crop: Crop | None = None) -> UInt8:
         """Any image -> (B, H, W, 3) uint8 as the model takes it."""
         manifest = self.bundle.manifest
-        return prepare_images(image, manifest.geometry.image_size, manifest.preprocessing)
+        return prepare_images(image, manifest.geometry.image_size, manifest.preprocessing, crop=crop)
+
+    def _origin(self, made_by: str) -> dict[str, object]:
+        """What a clip's metadata say of the bundle."""
+        manifest = self.bundle.manifest
+        return {
+            "made_by": made_by,
+            "bundle": self.bundle.path.resolve().name,
+            "bundle_sha256": manifest.sha256,
+            "precision": manifest.precision,
+        }
+
+    def _sampling_settings(
+        self, sampler: str | None, steps: int | None, eta: float | None, guidance_scale: float | None
+    ) -> dict[str, object]:
+        """What a clip's metadata say of its sampling."""
+        defaults, table = self.bundle.manifest.sampler, self.sampler_table(sampler, steps, eta)
+        return {
+            "sampler": table.name,
+            "steps": table.steps,
+            "eta": defaults.eta_of(table.name, eta),
+            "guidance_scale": float(defaults.guidance_scale if guidance_scale is None else guidance_scale),
+        }
 
     def _encode(self, prepared: UInt8, progress: Progress | None) -> Encoded:
         _report(progress, "encode", 0, 1)

@@ -7,20 +7,23 @@ fits, padded with black to a square, divided by 255; out: clamped, times 255, tr
 from __future__ import annotations
 
 import os
-import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from lfdm_export.errors import EngineError, InputError
 from lfdm_export.files.names import user_path
 from lfdm_export.json_codec import from_plain, to_plain
-from lfdm_export.resize import area_resize
+from lfdm_export.pictures.crop import Crop, crop_box
+from lfdm_export.resize import area_resize, whole_array
+from lfdm_models.pictures.errors import PictureError
+from lfdm_models.pictures.formats import open_picture, open_stream
+from lfdm_models.pictures.raster import Box, Raster, on_black, read_picture, to_8_bits
 
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
@@ -29,10 +32,8 @@ ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | npt.NDArray[Any]"
 
 #: Of the rules below; no camera's pictures are larger.
 _LARGEST_SIDE = 1 << 14
-#: Larger pictures are refused before they are decoded.
+#: Of arrays and PIL images; files have the bounds of `lfdm_models.pictures.formats`.
 MAX_PIXELS = 80_000_000
-#: Everything that Pillow raises for a file that is damaged, or no picture.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,13 @@ _DATASETS = {
 def read_image(image: ImageLike) -> UInt8Array:
     """One picture as RGB.
 
-    Colours of a path or PIL image are converted to RGB, its EXIF orientation is applied, 16-bit
-    values are scaled to 8 bits and transparency is composited on black.
+    Files may be JPEG, PNG, WebP, GIF, BMP or TIFF, which their content decides. A path or PIL image is turned upright
+    as its EXIF or XMP orientation says, colors are converted to RGB, 16- and 32-bit grey is scaled to 8 bits, and
+    transparency is composited on black. Of an animation it is the first frame; of an animated PNG the picture that
+    viewers without animation show.
+
+    A JPEG of more than 40 million pixels (of several scans: about half as many) is scaled down by 2, 4 or 8 while it is
+    decoded. All others come as they are.
 
     Returns:
         (H,W,3) uint8.
@@ -121,52 +127,60 @@ def read_image(image: ImageLike) -> UInt8Array:
     Raises:
         InputError: not a readable picture, too large, or an array of another shape or type.
     """
-    if isinstance(image, np.ndarray):
-        return _array_to_rgb(image)
-    if isinstance(image, Image.Image):
-        return pil_to_rgb(image, "the image")
-    if not isinstance(image, str | os.PathLike):
-        raise InputError(f"an image must be a path, a PIL image or an array, not {type(image).__name__}")
-    name = str(user_path(image))
-    if Path(name).is_dir():
-        raise InputError(f"{name} is a folder, not an image; give the path of one picture")
-    try:
-        with Image.open(name) as opened:
-            return pil_to_rgb(opened, name)
-    except FileNotFoundError:
-        raise InputError(f"{name} does not exist; give the path of a picture") from None
-    except UNREADABLE as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{name} cannot be read as an image ({_first_line(error)})") from error
+    return whole_array(_read(image))
 
 
-def pil_to_rgb(image: Image.Image, name: str) -> UInt8Array:
-    """The current frame of a PIL image as `read_image` gives it; `name` is for messages.
-
-    Returns:
-        (H,W,3) uint8.
+def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(width, height) of a picture file as it lies, without decoding it.
 
     Raises:
-        InputError: too large, empty, damaged, or of float values, whose range is not known.
+        InputError: not a readable picture.
     """
-    width, height = image.size
-    if width * height > MAX_PIXELS or min(width, height) < 1:
-        raise InputError(f"{name} has {width}x{height} pixels, expected 1 to {MAX_PIXELS:,}; scale it down first")
-    if image.mode == "F":
-        raise InputError(f"{name} holds float values, whose range is not known; save it with 8 or 16 bits")
+    place = user_path(path)
+    with _as_input_error(), open_stream(place, str(place)) as stream:
+        return open_picture(stream, str(place)).full_size
+
+
+def read_stream(stream: BinaryIO, name: str, *, most_pixels: int) -> Raster:
+    """The picture in a binary stream, for `prepare_image`; read as `read_image` reads files.
+
+    Args:
+        stream: of an encoded picture.
+        name: for messages.
+        most_pixels: that it may have; the formats have bounds of their own.
+
+    Raises:
+        InputError: not a readable picture, or too large.
+    """
+    with _as_input_error():
+        return read_picture(stream, name, most_pixels=most_pixels)
+
+
+def _read(image: ImageLike | Raster) -> UInt8Array | Raster:
+    if isinstance(image, Raster):
+        return image
+    if isinstance(image, np.ndarray):
+        return _array_to_rgb(image)
+    with _as_input_error():
+        if isinstance(image, Image.Image):
+            width, height = image.size
+            if not 1 <= width * height <= MAX_PIXELS:
+                raise InputError(
+                    f"the image has {width}x{height} pixels, expected 1 to {MAX_PIXELS:,}; scale it down first"
+                )
+            return Raster(image, "the image")
+        if isinstance(image, str | os.PathLike):
+            path = user_path(image)
+            return read_picture(path, str(path))
+    raise InputError(f"an image must be a path, a PIL image or an array, not {type(image).__name__}")
+
+
+@contextmanager
+def _as_input_error() -> Iterator[None]:
     try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            return _array_to_rgb(np.asarray(image).clip(0, 65535).astype(np.uint16))
-        has_alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
-        return _array_to_rgb(np.asarray(image.convert("RGBA" if has_alpha else "RGB")))
-    except UNREADABLE as error:
-        raise InputError(f"{name} cannot be read as an image ({_first_line(error)})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+        yield
+    except PictureError as error:
+        raise InputError(str(error)) from error
 
 
 def _array_to_rgb(array: npt.NDArray[Any]) -> UInt8Array:
@@ -179,52 +193,69 @@ def _array_to_rgb(array: npt.NDArray[Any]) -> UInt8Array:
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise InputError(f"an image array of shape {shape} has more than {MAX_PIXELS:,} pixels; scale it down first")
     if array.dtype == np.uint16:
-        array = ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        array = to_8_bits(array)
     if array.dtype != np.uint8:
         raise InputError(f"an image array has values of type {array.dtype}, expected uint8 in 0..255 (or uint16)")
     if array.shape[2] == 4:
-        product = array[:, :, :3].astype(np.uint16) * array[:, :, 3:]
-        return ((product + 127) // 255).astype(np.uint8)
+        return on_black(array)
     return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else np.array(array, order="C")
 
 
-def prepare_image(image: ImageLike, size: int, preprocessing: Preprocessing | None = None) -> UInt8Array:
+def prepare_image(
+    image: ImageLike | Raster, size: int, preprocessing: Preprocessing | None = None, *, crop: Crop | None = None
+) -> UInt8Array:
     """One picture as the model takes it.
 
-    A picture that already has `size` rows and columns passes unchanged.
+    A picture that already has `size` rows and columns passes unchanged. Any other is scaled so that its longer side
+    fits, and padded with black to a square, as the published program does; `crop` avoids the padding.
 
     Args:
         image: see `read_image`.
         size: rows and columns of the result.
         preprocessing: the data set's rule; the plain one if None.
+        crop: what is cut out first, see `lfdm_export.pictures.crop`: "center" for the largest square in the middle, or
+            (x, y, width, height) in pixels of the upright picture. It takes the place of the data set's own rule.
 
     Returns:
         (size,size,3) uint8, RGB.
 
     Raises:
-        InputError: the picture cannot be used.
+        InputError: the picture cannot be used, or the crop is not within it.
     """
-    pixels, rule = read_image(image), preprocessing or Preprocessing()
-    if pixels.shape[:2] == (size, size):
-        return pixels
-    if rule.resize_first is not None:
-        pixels = area_resize(pixels, (rule.resize_first[1], rule.resize_first[0]))
-    if rule.frame_size is not None and pixels.shape[:2] == (rule.frame_size[1], rule.frame_size[0]):
-        pixels = pixels[slice(*rule.crop_rows or (None,)), slice(*rule.crop_columns or (None,))]
+    pixels, rule = _read(image), preprocessing or Preprocessing()
+    if crop is not None:
+        full = pixels.full_size if isinstance(pixels, Raster) else (pixels.shape[1], pixels.shape[0])
+        pixels, rule = _cut(pixels, crop_box(crop, full, (pixels.shape[1], pixels.shape[0]))), Preprocessing()
     height, width = pixels.shape[:2]
-    longer = max(height, width)
-    fitted = (height * size // longer, width * size // longer)
-    if min(fitted) < 1:
+    if (height, width) == (size, size):
+        return whole_array(pixels)
+    if min(height, width) * size < max(height, width):
         raise InputError(
             f"an image of {width}x{height} pixels is too long and thin to be scaled to {size}x{size}; crop it"
         )
+    if rule.resize_first is not None:
+        pixels = area_resize(pixels, (rule.resize_first[1], rule.resize_first[0]))
+    if rule.frame_size is not None and pixels.shape[:2] == (rule.frame_size[1], rule.frame_size[0]):
+        left, right = rule.crop_columns or (0, rule.frame_size[0])
+        top, bottom = rule.crop_rows or (0, rule.frame_size[1])
+        pixels = _cut(pixels, (left, top, right, bottom))
+    height, width = pixels.shape[:2]
+    longer = max(height, width)
+    fitted = (height * size // longer, width * size // longer)
     top, left = (size - fitted[0]) // 2, (size - fitted[1]) // 2
     square = np.zeros((size, size, 3), np.uint8)
     square[top : top + fitted[0], left : left + fitted[1]] = area_resize(pixels, fitted)
     return square
 
 
-def prepare_images(images: ImageLike, size: int, preprocessing: Preprocessing | None = None) -> UInt8Array:
+def _cut(pixels: UInt8Array | Raster, box: Box) -> UInt8Array | Raster:
+    left, top, right, bottom = box
+    return pixels.crop(box) if isinstance(pixels, Raster) else pixels[top:bottom, left:right]
+
+
+def prepare_images(
+    images: ImageLike, size: int, preprocessing: Preprocessing | None = None, *, crop: Crop | None = None
+) -> UInt8Array:
     """One picture or a batch of them, (B,H,W,3) uint8, as the model takes them; see `prepare_image`.
 
     Returns:
@@ -236,8 +267,8 @@ def prepare_images(images: ImageLike, size: int, preprocessing: Preprocessing | 
     if isinstance(images, np.ndarray) and images.ndim == 4:
         if len(images) == 0:
             raise InputError(f"a batch of images has shape {images.shape}, expected at least one image")
-        return np.stack([prepare_image(image, size, preprocessing) for image in images])
-    return prepare_image(images, size, preprocessing)[None]
+        return np.stack([prepare_image(image, size, preprocessing, crop=crop) for image in images])
+    return prepare_image(images, size, preprocessing, crop=crop)[None]
 
 
 def to_float(images: UInt8Array) -> Float32Array:

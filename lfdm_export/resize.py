@@ -10,18 +10,24 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from lfdm_models.pictures.raster import Raster
+
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
 
+# Of a picture, at a time.
+_STRIP_PIXELS = 1 << 20
 
-def area_resize(image: UInt8Array, size: tuple[int, int]) -> UInt8Array:
+
+def area_resize(image: UInt8Array | Raster, size: tuple[int, int]) -> UInt8Array:
     """Scale a picture as OpenCV's INTER_AREA does, to the last bit.
 
     Shrinking averages the area under each new pixel. Where an axis grows, both are interpolated
-    between two neighbours, in fixed point, with OpenCV's own weights for this mode.
+    between two neighbours, in fixed point, with OpenCV's own weights for this mode. A picture that shrinks is gone
+    through in strips of rows, so that a large one takes little memory beside its own.
 
     Args:
-        image: (H,W,C) uint8.
+        image: (H,W,C) uint8, or a decoded picture.
         size: new (height, width).
 
     Returns:
@@ -31,20 +37,28 @@ def area_resize(image: UInt8Array, size: tuple[int, int]) -> UInt8Array:
     """
     height, width, channels = image.shape
     if (height, width) == size:
-        return image.copy()
+        return whole_array(image).copy()
     if size[0] > height or size[1] > width:
-        return _enlarge(image, size)
+        return _enlarge(whole_array(image), size)
     # The factors as OpenCV has them: one over the quotient, so that 7 can come out as 7.000000000000001.
     factors = 1.0 / (size[0] / height), 1.0 / (size[1] / width)
     whole = round(factors[0]), round(factors[1])
+    strip = max(1, _STRIP_PIXELS // (width * whole[0])) * whole[0]  # of whole blocks
+    parts = (image[start : start + strip] for start in range(0, height, strip))
     if max(abs(factors[0] - whole[0]), abs(factors[1] - whole[1])) >= np.finfo(np.float64).eps:
-        rows = _weighted_sum(image, *_area_weights(width, size[1]), axis=1)
+        taps = _area_weights(width, size[1])
+        rows = np.concatenate([_weighted_sum(part, *taps, axis=1) for part in parts])
         return _round(_weighted_sum(rows, *_area_weights(height, size[0]), axis=0))
-    blocks = image.reshape(size[0], whole[0], size[1], whole[1], channels)
-    total = blocks.sum(axis=(1, 3), dtype=np.int32)
+    shape = (-1, whole[0], size[1], whole[1], channels)
+    total = np.concatenate([part.reshape(shape).sum(axis=(1, 3), dtype=np.int32) for part in parts])
     if whole == (2, 2):  # the one case that rounds a half up, not to even
         return ((total + 2) >> 2).astype(np.uint8)
     return _round(total.astype(np.float32) * np.float32(1.0 / (whole[0] * whole[1])))
+
+
+def whole_array(image: UInt8Array | Raster) -> UInt8Array:
+    """The picture as an array, which may be the one given: (H,W,C) uint8."""
+    return image.array() if isinstance(image, Raster) else image
 
 
 def _round(values: Float32Array) -> UInt8Array:
@@ -89,11 +103,13 @@ def _weighted_sum(
 def _enlarge(image: UInt8Array, size: tuple[int, int]) -> UInt8Array:
     """Two taps an axis with weights of 11 bits; sums are cut to OpenCV's fixed-point widths on the way."""
     (top, bottom, row_weights), (left, right, column_weights) = map(_enlarging_weights, image.shape[:2], size)
-    wide = image.astype(np.int32)
-    rows = wide[:, left] * column_weights[0][:, None] + wide[:, right] * column_weights[1][:, None]
-    rows >>= 4
+
+    def across(rows: UInt8Array) -> npt.NDArray[np.int32]:
+        wide = rows[:, left] * column_weights[0][:, None] + rows[:, right] * column_weights[1][:, None]
+        return wide >> 4
+
     upper, lower = (weights[:, None, None] for weights in row_weights)
-    total = ((upper * rows[top]) >> 16) + ((lower * rows[bottom]) >> 16)
+    total = ((upper * across(image[top])) >> 16) + ((lower * across(image[bottom])) >> 16)
     return ((total + 2) >> 2).clip(0, 255).astype(np.uint8)
 
 

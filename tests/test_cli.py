@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from lfdm_export.cli import export_main, generate_main, info_main, serve_main, t
 from lfdm_export.cli.console import Bars, OneBar
 from lfdm_export.cli.export import read_labels
 from lfdm_export.errors import InputError, ParityError
+from lfdm_export.media import load_clip, save_clip
+from lfdm_export.pictures.clips import read_footage
+from lfdm_export.pictures.metadata import clip_metadata
 from lfdm_export.pipeline import Pipeline
 from lfdm_models import text_files
 from lfdm_models.labels import DATASETS
@@ -207,6 +211,7 @@ def test_options_reach_the_pipeline(bundle: Bundle, photo: str, tmp_path: Path, 
     seen.pop("progress")
     assert seen == {
         "image": photo,
+        "crop": None,
         "label": "anger",
         "text": None,
         "text_embedding": None,
@@ -218,6 +223,39 @@ def test_options_reach_the_pipeline(bundle: Bundle, photo: str, tmp_path: Path, 
     }
     with Image.open(tmp_path / "clip") as image:
         assert (image.format, image.width, image.info["duration"]) == ("GIF", 5 * SIZE, 200)
+
+
+def test_generate_crops_scales_and_says_how(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    wide = np.full((20, 50, 3), 255, np.uint8)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    photo, out = str(tmp_path / "wide.png"), str(tmp_path / "a.npz")
+    assert generate(bundle, photo, "--label", "anger", "-o", out) == 0
+    assert "has 50x20 pixels: black bars make it square; --crop center avoids them" in capsys.readouterr().out
+    for crop in ("center", "30,0,20,20"):
+        assert generate(bundle, photo, "--label", "anger", "-o", out, "--crop", crop) == 0
+        assert "bars" not in capsys.readouterr().out
+    cropped = Pipeline.open(bundle).generate(np.full((SIZE, SIZE, 3), 255, np.uint8), label="anger")
+    with np.load(out) as archive:
+        np.testing.assert_array_equal(archive["frames"], cropped.frames)
+    assert generate(bundle, photo, "--label", "anger", "-o", f"{tmp_path}/f/", "--scale", "2", "--seed", "4") == 0
+    assert load_clip(tmp_path / "f").shape[1:3] == (2 * SIZE, 2 * SIZE)
+    found = clip_metadata(tmp_path / "f")
+    assert (found["seed"], found["label"], found["bundle"]) == (4, "Anger", bundle.path.name)
+    assert found["bundle_sha256"] == hashlib.sha256((bundle.path / "manifest.json").read_bytes()).hexdigest()
+    with pytest.raises(SystemExit):
+        generate(bundle, photo, "--label", "anger", "-o", out, "--crop", "middle")
+    assert "expected center, or X,Y,W,H" in capsys.readouterr().err
+
+
+def test_a_driven_clip_plays_as_the_driving_clip_does(bundle: Bundle, photo: str, tmp_path: Path):
+    driving = np.random.default_rng(1).integers(0, 256, (12, SIZE, SIZE, 3), np.uint8)
+    drive = str(save_clip(tmp_path / "drive.webp", driving, fps=24))
+    for more, count in (([], 12), (["--fps", "8"], 4)):
+        assert generate(bundle, photo, "--drive", drive, "-o", str(tmp_path / "a.webp"), *more) == 0
+        made = read_footage(tmp_path / "a.webp")
+        assert len(made.frames) == count
+        assert made.fps is not None
+        assert len(made.frames) / made.fps == pytest.approx(0.5, abs=0.01)
 
 
 def test_generate_from_an_embedding(bundle: Bundle, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

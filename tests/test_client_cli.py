@@ -18,6 +18,7 @@ from PIL import Image
 from lfdm_export.cli import generate_main
 from lfdm_export.client import Retry
 from lfdm_export.media import load_clip
+from lfdm_export.pictures.metadata import clip_metadata
 from lfdm_export.preprocess import prepare_image
 from lfdm_export.serving.contract import CLIP_MODEL, PRIORITY_PARAMETER, STREAM_MODEL
 from tests.fake_triton import FACTS, FakeTriton, Port, Serving
@@ -94,16 +95,26 @@ def test_options_reach_the_server(fake: FakeTriton, address: str, photo: str, tm
     assert (seen.tensors["sampler"][0], seen.tensors["steps"][0]) == (b"unipc", 7)
     assert seen.tensors["guidance_scale"][0] == 1.5
     with np.load(out) as archive:
-        assert set(archive.files) == {"frames", "latent", "warped"}
+        assert set(archive.files) == {"frames", "latent", "warped", "metadata"}
+
+
+def test_a_crop_and_metadata(fake: FakeTriton, address: str, photo: str, tmp_path: Path):
+    out = tmp_path / "clip.gif"
+    more = ["--crop", "center", "--seed", "3", "-q"]
+    for way in ([], ["--stream"]):
+        assert generate_main(["--url", address, "--image", photo, "--label", "anger", "-o", str(out), *more, *way]) == 0
+        np.testing.assert_array_equal(fake.seen[-1].tensors["image"], prepare_image(PIXELS, 16, crop="center"))
+        found = clip_metadata(out)
+        assert (found["label"], found["seed"], found["sampler"], found["steps"]) == ("Anger", 3, "ddim", 4)
 
 
 def test_panels(address: str, photo: str, tmp_path: Path):
     out = tmp_path / "clip.gif"
     assert generate_main(["--url", address, "--image", photo, "--text", "wave", "-o", str(out), "--panels", "-q"]) == 0
     clip = load_clip(out)
-    assert clip.shape == (5, 16, 80, 3)
+    assert clip.shape == (5, 32, 80, 3)  # titles above
     source = prepare_image(PIXELS, FACTS.image_size).astype(int)
-    assert np.abs(clip[0, :, :16] - source).mean() < 12, "the prepared photograph comes first, in the GIF's palette"
+    assert np.abs(clip[0, 16:, :16] - source).mean() < 12, "the prepared photograph comes first, in the GIF's palette"
 
 
 @pytest.mark.parametrize(

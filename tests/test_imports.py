@@ -45,6 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lfdm_models.command_line",
         "lfdm_models.config",
         "lfdm_models.labels",
+        "lfdm_models.pictures",
         "lfdm_models.schedule",
     ),
     # Networks, and files that become networks.
@@ -123,13 +124,15 @@ HEAVY = (
 )
 #: Of the networks' package, only these do without.
 LIGHT_NETWORKS = (
-    "lfdm_models", "lfdm_models.command_line", "lfdm_models.config", "lfdm_models.labels", "lfdm_models.schedule",
-    "lfdm_models.training", "lfdm_models.training.characters", "lfdm_models.training.cli",
-    "lfdm_models.training.conditions", "lfdm_models.training.drawing", "lfdm_models.training.draws",
-    "lfdm_models.training.errors", "lfdm_models.training.face", "lfdm_models.training.figure",
-    "lfdm_models.training.head", "lfdm_models.training.landmarks", "lfdm_models.training.layouts",
-    "lfdm_models.training.logs", "lfdm_models.training.motions", "lfdm_models.training.pictures",
-    "lfdm_models.training.procedural", "lfdm_models.training.settings",
+    "lfdm_models", "lfdm_models.command_line", "lfdm_models.config", "lfdm_models.labels", "lfdm_models.pictures",
+    "lfdm_models.pictures.errors", "lfdm_models.pictures.formats", "lfdm_models.pictures.headers",
+    "lfdm_models.pictures.raster", "lfdm_models.pictures.timed", "lfdm_models.schedule", "lfdm_models.training",
+    "lfdm_models.training.characters", "lfdm_models.training.cli", "lfdm_models.training.conditions",
+    "lfdm_models.training.drawing", "lfdm_models.training.draws", "lfdm_models.training.errors",
+    "lfdm_models.training.face", "lfdm_models.training.figure", "lfdm_models.training.head",
+    "lfdm_models.training.landmarks", "lfdm_models.training.layouts", "lfdm_models.training.logs",
+    "lfdm_models.training.motions", "lfdm_models.training.pictures", "lfdm_models.training.procedural",
+    "lfdm_models.training.settings",
 )  # fmt: skip
 
 BLOCKER = """

@@ -12,6 +12,7 @@ from PIL import Image
 from lfdm_export import media
 from lfdm_export.errors import InputError, MissingDependencyError
 from lfdm_export.media import load_clip, save_clip
+from lfdm_export.pictures import clips
 from lfdm_export.preprocess import read_image
 
 PHOTO = Path(__file__).parent / "data" / "astronaut.jpg"
@@ -242,12 +243,12 @@ def test_what_is_no_clip_is_refused(tmp_path, clip):
     Image.fromarray(clip[0]).save(tmp_path / "still.png")
     for name, message in {
         "a.mp4": "cannot be read as a video",
-        "a.gif": "cannot be read as a clip",
+        "a.gif": "cannot be read as an image",
         "a.npz": "cannot be read as a NumPy archive",
-        "a.txt": "the ending of",
+        "a.txt": "is no clip that can be read",
         "other.npz": "holds video, expected an array named frames",
         "floats.npz": "float64",
-        "objects.npz": "cannot be read as a NumPy archive",
+        "objects.npz": "type object",
         "folder": "has no pictures",
         "still.png": "single picture",
         "none.gif": "does not exist",
@@ -263,7 +264,7 @@ def test_a_clip_that_is_too_large_is_refused(tmp_path, clip, monkeypatch):
     for ending in ("gif", "webp", "mp4", "npz"):
         save_clip(tmp_path / f"a.{ending}", clip)
     save_clip(f"{tmp_path}/frames/", clip)
-    monkeypatch.setattr(media, "MAX_CLIP_PIXELS", 4 * 64 * 80)
+    monkeypatch.setattr(clips, "MAX_CLIP_PIXELS", 4 * 64 * 80)
     for name in ("a.gif", "a.webp", "a.mp4", "a.npz", "frames"):
         with pytest.raises(InputError, match="shorter or smaller"):
             load_clip(tmp_path / name)

@@ -16,6 +16,7 @@ from lfdm_export.engines import onnxruntime as ort_engine
 from lfdm_export.engines.interface import KeepsState
 from lfdm_export.errors import BundleError, EngineError, InputError
 from lfdm_export.manifest import SamplerDefaults
+from lfdm_export.media import save_clip
 from lfdm_export.preprocess import to_float
 from lfdm_models.schedule import cosine_schedule
 from tests.closeness import assert_same_floats
@@ -389,6 +390,26 @@ def test_motion_from_a_file(pipe: Pipeline, tmp_path: Path):
     np.testing.assert_array_equal(from_file.latent, pipe.transfer_motion(photo(), driving).latent)
 
 
+def test_motion_keeps_the_time_of_the_driving_clip(pipe: Pipeline, tmp_path: Path):
+    drive = save_clip(tmp_path / "drive.webp", photo(24, seed=5), fps=24)
+    clip = pipe.transfer_motion(photo(), drive)
+    assert clip.frames.shape[1] == 24
+    assert clip.fps == pytest.approx(24, abs=0.1)
+    clip = pipe.transfer_motion(photo(), drive, fps=6)
+    assert (clip.frames.shape[1], clip.fps) == (6, 6)
+    assert clip.settings["made_by"] == "transfer_motion"
+    assert pipe.transfer_motion(photo(), photo(3)).fps is None
+
+
+def test_settings_say_what_was_sampled(pipe: Pipeline):
+    clip = pipe.generate(photo(), label="anger", sampler="unipc", steps=3, guidance_scale=2, seed=9)
+    found = clip.metadata(0)
+    assert {name: found[name] for name in ("sampler", "steps", "eta", "guidance_scale", "label", "seed")} == {
+        "sampler": "unipc", "steps": 3, "eta": None, "guidance_scale": 2.0, "label": "Anger", "seed": 9,
+    }  # fmt: skip
+    assert pipe.generate(photo(), label="anger", steps=2).settings["eta"] == pipe.bundle.manifest.sampler.eta
+
+
 def test_wrong_motion(pipe: Pipeline, tmp_path: Path):
     with pytest.raises(InputError, match="takes one image, found a batch of 2"):
         pipe.transfer_motion(photo(2), photo(3))
@@ -488,7 +509,7 @@ def test_a_batch_is_saved_one_by_one(clips: Clip, tmp_path: Path, name: str, exp
 def test_saved_frames_are_the_clips(clips: Clip, tmp_path: Path):
     clips.save(tmp_path / "clip.npz")
     with np.load(tmp_path / "clip.npz") as archive:
-        assert set(archive.files) == {"frames", "latent", "warped"}
+        assert set(archive.files) == {"frames", "latent", "warped", "metadata"}
         np.testing.assert_array_equal(archive["frames"], clips.frames)
         np.testing.assert_array_equal(archive["latent"], clips.latent)
         np.testing.assert_array_equal(archive["warped"], clips.warped)

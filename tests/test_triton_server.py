@@ -257,7 +257,7 @@ def one(data: bytes) -> np.ndarray:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "not an image": ({"image_bytes": one(b"\0\1\2 no picture")}, "image_bytes is no picture that can be read"),
+    "not an image": ({"image_bytes": one(b"\0\1\2 no picture")}, "image_bytes cannot be read as an image"),
     "an empty image": ({"image_bytes": one(b"")}, "image_bytes is empty"),
     "a damaged image": ({"image_bytes": one(JPEG[: len(JPEG) // 2])}, "image_bytes cannot be read as an image"),
     "a decompression bomb": ({"image_bytes": one(huge_png(9000))}, "9000x9000 pixels, expected at most 40,000,000"),

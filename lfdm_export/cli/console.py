@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import warnings
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
@@ -72,6 +73,7 @@ def run(program: str, args: argparse.Namespace, command: Callable[[], int], *, e
     Raises:
         BaseException: whatever the body raised, with ``--debug``.
     """
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd EXIF and the like, which does no harm
     with orderly():
         handler = logging.StreamHandler()
         handler.setFormatter(_Formatter(f"{program}: %(levelname)s: %(message)s"))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lfdm_export.cli.console import Bars, add_common_options, make_parser, run, say
 from lfdm_export.cli.ending import orderly
 from lfdm_export.cli.making import Making
+from lfdm_export.cli.photograph import crop_of, say_bars
 from lfdm_export.cli.plans import add_target_option
 from lfdm_export.cli.remote import add_remote_options, check_remote_options, generate_remotely
 from lfdm_export.cli.wishes import Wish, example_name, inputs_of, seeds_of, wants_many, wishes
@@ -18,6 +19,7 @@ from lfdm_export.errors import InputError
 from lfdm_export.files.places import refuse_inputs
 from lfdm_export.media import FORMATS
 from lfdm_export.sampling import SAMPLERS
+from lfdm_models.pictures.formats import FORMAT_NAMES
 
 if TYPE_CHECKING:
     from lfdm_export.pipeline import Pipeline
@@ -63,7 +65,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="BUNDLE",
         help="folder that lfdm-export wrote, or characters: the shipped model; not with --url",
     )
-    parser.add_argument("--image", required=True, metavar="PHOTO", help="the photograph")
+    parser.add_argument("--image", required=True, metavar="PHOTO", help=f"the photograph: {FORMAT_NAMES}")
+    parser.add_argument(
+        "--crop",
+        type=crop_of,
+        metavar="center|X,Y,W,H",
+        help="cut this out of it (center: the largest square), in place of black bars around what is not square",
+    )
     parser.add_argument(
         "-o", "--out", required=True, metavar="FILE", help=f"the clip: .{', .'.join(FORMATS)}, or FOLDER/"
     )
@@ -87,11 +95,14 @@ def _parser() -> argparse.ArgumentParser:
     sampling.add_argument("--guidance", type=float, metavar="SCALE", help="1: as trained; above 1: more of the label")
     output = parser.add_argument_group("clip")
     output.add_argument("--format", choices=FORMATS, help="in place of the file's ending")
-    output.add_argument("--fps", type=float, default=10.0, help="frames a second (%(default)g)")
+    output.add_argument(
+        "--fps", type=float, help="frames per second (10; with --drive the clip's own, or the rate it is resampled to)"
+    )
+    output.add_argument("--scale", type=int, default=1, metavar="N", help="enlarge the pictures N times (1 to 8)")
     output.add_argument(
         "--panels",
         action="store_true",
-        help="show source, clip, warped image, deformed grid and occlusion side by side",
+        help="show source, clip, warped image, deformed grid and occlusion side by side, with titles",
     )
     output.add_argument("--threads", type=int, metavar="N", help="threads (all cores)")
     add_target_option(output)
@@ -104,7 +115,7 @@ def _generate(args: argparse.Namespace) -> int:
     # Before minutes of sampling: a clip that could not be written, or would replace an input, shows at once.
     if not wants_many(args):
         refuse_inputs(args.out, inputs_of(args))
-    rehearse_saving(example_name(args), format=args.format, panels=args.panels, fps=args.fps)
+    rehearse_saving(example_name(args), format=args.format, panels=args.panels, fps=args.fps, scale=args.scale)
     if args.url is not None:
         return generate_remotely(args)
     from lfdm_export.pipeline import Pipeline
@@ -127,6 +138,7 @@ def _generate(args: argparse.Namespace) -> int:
     status = making.finish(PROGRAM, facts)
     if not making.made:
         return status
+    say_bars(args, pipeline.bundle.manifest.preprocessing)
     say(args, f"target  {pipeline.stages.target}: {pipeline.stages.choice.reason}")
     if pipeline.bundle.manifest.provenance.get("trained") is False:
         say(args, "the model's weights are untrained: the clip shows that it runs, not what a trained one does")
@@ -168,7 +180,7 @@ def _label_is_known(pipeline: Pipeline, wish: Wish, making: Making) -> bool:
 
 def _clip(pipeline: Pipeline, args: argparse.Namespace, progress: Bars, part: Sequence[Wish]) -> Clip:
     if args.drive is not None:
-        return pipeline.transfer_motion(args.image, args.drive, progress=progress)
+        return pipeline.transfer_motion(args.image, args.drive, crop=args.crop, fps=args.fps, progress=progress)
     embedding = None
     if args.embedding is not None:
         from lfdm_export.conditions import load_embedding
@@ -178,6 +190,7 @@ def _clip(pipeline: Pipeline, args: argparse.Namespace, progress: Bars, part: Se
     one = len(part) == 1
     return pipeline.generate(
         args.image,
+        crop=args.crop,
         label=labels[0] if one or labels[0] is None else [label for label in labels if label is not None],
         text=args.text,
         text_embedding=embedding,

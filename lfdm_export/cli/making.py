@@ -58,7 +58,7 @@ class Making:
             LfdmExportError: it cannot be written.
         """
         args = self.args
-        self.made[wish] = clip.save(wish.out, format=args.format, panels=args.panels, fps=args.fps)
+        self.made[wish] = clip.save(wish.out, format=args.format, panels=args.panels, fps=args.fps, scale=args.scale)
         if clip.timings:
             self.steps = int(clip.timings[0]["steps"])
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lfdm_export.cli.console import Bars, say
 from lfdm_export.cli.making import Making
+from lfdm_export.cli.photograph import say_bars
 from lfdm_export.cli.wishes import Wish, wants_many, wishes
 from lfdm_export.clip import Clip
 from lfdm_export.errors import AuthenticationError, ServerUnavailableError
@@ -94,6 +95,8 @@ def generate_remotely(args: argparse.Namespace) -> int:
             model = client.facts()
             facts = {"sampler": args.sampler or model.sampler.sampler, "steps": making.steps, **facts}
         status = making.finish(PROGRAM, facts)
+        if making.made:
+            say_bars(args, client.facts().preprocessing)
         if making.made and client.facts().trained is False:
             say(args, "the model's weights are untrained: the clip shows that it runs, not what a trained one does")
     return status
@@ -144,6 +147,7 @@ def _whole(client: Client, args: argparse.Namespace, wish: Wish, progress: Bars 
     more = args.panels or _is_archive(args)
     return client.generate(
         args.image,
+        crop=args.crop,
         label=wish.label,
         text=args.text,
         text_embedding=_embedding(args),
@@ -170,6 +174,7 @@ def _streamed(client: Client, args: argparse.Namespace, wish: Wish, progress: Ba
     steps = 0
     with client.stream(
         args.image,
+        crop=args.crop,
         label=wish.label,
         text=args.text,
         text_embedding=_embedding(args),

@@ -17,6 +17,7 @@ from lfdm_export.client.health import Health, not_up, read_facts
 from lfdm_export.client.jobs import Asked, Job, Plan, Report, make_clip, make_plan
 from lfdm_export.client.settings import Settings, import_protocol
 from lfdm_export.clip import Clip
+from lfdm_export.pictures.crop import Crop
 from lfdm_export.preprocess import ImageLike
 from lfdm_export.serving.contract import CLIP_MODEL, Array, RequestCancelledError
 from lfdm_export.serving.model_facts import ModelFacts
@@ -101,6 +102,7 @@ class AsyncClient:
         self,
         image: ImageLike,
         *,
+        crop: Crop | None = None,
         label: str | Sequence[str] | None = None,
         text: str | Sequence[str] | None = None,
         text_embedding: ArrayLike | None = None,
@@ -120,6 +122,7 @@ class AsyncClient:
         facts = await self.facts()
         asked = Asked(
             image=image,
+            crop=crop,
             label=label,
             text=text,
             text_embedding=text_embedding,
@@ -167,6 +170,7 @@ class AsyncClient:
         self,
         image: ImageLike,
         *,
+        crop: Crop | None = None,
         label: str | None = None,
         text: str | None = None,
         text_embedding: ArrayLike | None = None,
@@ -190,6 +194,7 @@ class AsyncClient:
         """
         asked = Asked(
             image=image,
+            crop=crop,
             label=label,
             text=text,
             text_embedding=text_embedding,

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from lfdm_export.clip import Clip
 from lfdm_export.conditions import common_batch, embedding_rows, finite_number, per_sample, sample_seeds, seed_count
 from lfdm_export.errors import InputError, ServerError
+from lfdm_export.pictures.crop import Crop
 from lfdm_export.preprocess import ImageLike, prepare_images
 from lfdm_export.sampler_tables import SAMPLERS
 from lfdm_export.serving.contract import CLIP_OUTPUTS, MAX_PRIORITY, TIMINGS, Array
@@ -30,6 +31,7 @@ class Asked:
     """The arguments of `Client.generate`, which documents them."""
 
     image: ImageLike
+    crop: Crop | None = None
     label: str | Sequence[str] | None = None
     text: str | Sequence[str] | None = None
     text_embedding: ArrayLike | None = None
@@ -69,6 +71,7 @@ class Plan:
         words: label or text of each sample, if it has any.
         seeds: of each sample.
         priority: of all.
+        settings: how all are made; see `lfdm_export.clip.Clip`.
     """
 
     jobs: tuple[Job, ...]
@@ -77,6 +80,7 @@ class Plan:
     words: tuple[str, ...] | None
     seeds: tuple[int, ...]
     priority: int
+    settings: Mapping[str, object]
 
 
 def make_plan(asked: Asked, facts: ModelFacts) -> Plan:
@@ -87,7 +91,7 @@ def make_plan(asked: Asked, facts: ModelFacts) -> Plan:
     Raises:
         InputError: an argument cannot be used.
     """
-    source = prepare_images(asked.image, facts.image_size, facts.preprocessing)
+    source = prepare_images(asked.image, facts.image_size, facts.preprocessing, crop=asked.crop)
     name, words, conditions = _conditions(asked, facts)
     # Known before it is sent, so that a request that is sent again gives the same clip, and the caller can repeat it.
     seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
@@ -120,7 +124,27 @@ def make_plan(asked: Asked, facts: ModelFacts) -> Plan:
         words=None if words is None else words * (batch // len(words)),
         seeds=seeds,
         priority=asked.priority,
+        settings=_settings(asked, facts),
     )
+
+
+def _settings(asked: Asked, facts: ModelFacts) -> dict[str, object]:
+    """What a clip's metadata say of model and sampling; the steps come with the answer."""
+    defaults, sampler = facts.sampler, asked.sampler or facts.sampler.sampler
+    scale = defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
+    return {
+        "made_by": "generate",
+        "bundle_sha256": facts.bundle_sha256,
+        "precision": facts.precision,
+        "sampler": sampler,
+        "eta": defaults.eta_of(sampler, asked.eta),
+        "guidance_scale": float(scale),
+        "condition": _condition_name(asked),
+    }
+
+
+def _condition_name(asked: Asked) -> str:
+    return "label" if asked.label is not None else "text" if asked.text is not None else "text_embedding"
 
 
 def text_tensor(value: str) -> Array:
@@ -208,6 +232,7 @@ def make_clip(answers: Sequence[Mapping[str, Array]], plan: Plan, facts: ModelFa
     def together(name: str) -> Array:
         return np.stack([answer[name] if name in answer else absent[name] for answer in answers])
 
+    timings = tuple(read_timings(answer["timings"]) for answer in answers)
     return Clip(
         frames=together("frames"),
         warped=together("warped"),
@@ -216,7 +241,8 @@ def make_clip(answers: Sequence[Mapping[str, Array]], plan: Plan, facts: ModelFa
         residual_flow=facts.residual_flow,
         labels=plan.words,
         seeds=plan.seeds,
-        timings=tuple(read_timings(answer["timings"]) for answer in answers),
+        timings=timings,
+        settings={**plan.settings, "steps": int(timings[0]["steps"])},
     )
 
 

@@ -17,6 +17,7 @@ from lfdm_export.client.jobs import Asked, Job, Plan, Report, make_clip, make_pl
 from lfdm_export.client.settings import Retry, Settings, import_protocol
 from lfdm_export.client.sync_stream import Stream
 from lfdm_export.clip import Clip
+from lfdm_export.pictures.crop import Crop
 from lfdm_export.preprocess import ImageLike
 from lfdm_export.serving.contract import CLIP_MODEL, Array
 from lfdm_export.serving.model_facts import ModelFacts
@@ -123,6 +124,7 @@ class Client:
         self,
         image: ImageLike,
         *,
+        crop: Crop | None = None,
         label: str | Sequence[str] | None = None,
         text: str | Sequence[str] | None = None,
         text_embedding: ArrayLike | None = None,
@@ -144,6 +146,7 @@ class Client:
 
         Args:
             image: a path, a PIL image, (H,W,3) uint8, or (B,H,W,3) uint8 for a batch.
+            crop: what is cut out of the image first; see `lfdm_export.pipeline.Pipeline.generate`.
             label: a known label, or one a sample.
             text: free text, or one a sample; for models with a text encoder.
             text_embedding: (text_width,) or (B, text_width).
@@ -170,6 +173,7 @@ class Client:
         facts = self.facts()
         asked = Asked(
             image=image,
+            crop=crop,
             label=label,
             text=text,
             text_embedding=text_embedding,
@@ -195,6 +199,7 @@ class Client:
         self,
         image: ImageLike,
         *,
+        crop: Crop | None = None,
         label: str | None = None,
         text: str | None = None,
         text_embedding: ArrayLike | None = None,
@@ -215,6 +220,7 @@ class Client:
 
         Args:
             image: as for `generate`, and so are the others.
+            crop: what is cut out of it first.
             label: a known label.
             text: free text.
             text_embedding: (text_width,).
@@ -235,6 +241,7 @@ class Client:
         facts = self.facts()
         asked = Asked(
             image=image,
+            crop=crop,
             label=label,
             text=text,
             text_embedding=text_embedding,

@@ -34,6 +34,7 @@ class ModelFacts:
         sampler: defaults of generation.
         precision: of the graphs.
         trained: whether the weights are trained; None where nobody said.
+        bundle_sha256: which bundle it is, see `lfdm_export.manifest.Manifest.sha256`; None from an older server.
     """
 
     labels: tuple[str, ...]
@@ -47,6 +48,7 @@ class ModelFacts:
     sampler: SamplerDefaults
     precision: str
     trained: bool | None = None
+    bundle_sha256: str | None = None
 
     def __repr__(self) -> str:
         labels = f"{count(len(self.labels), 'label')} ({shortened(self.labels)})" if self.labels else "no labels"
@@ -69,6 +71,7 @@ class ModelFacts:
             sampler=manifest.sampler,
             precision=manifest.precision,
             trained=trained if isinstance(trained, bool) else None,
+            bundle_sha256=manifest.sha256,
         )
 
     def to_json(self) -> str:

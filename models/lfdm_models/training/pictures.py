@@ -7,22 +7,21 @@ padded with black to a square, the smaller half of the padding first.
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from lfdm_models.pictures.errors import PictureError
+from lfdm_models.pictures.formats import ANIMATED, PICTURE_ENDINGS, format_of, open_stream
+from lfdm_models.pictures.raster import read_picture
+from lfdm_models.pictures.timed import TimedFrame, animation_frames, video_frames
 from lfdm_models.training.drawing import UInt8Array
 
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 ANIMATION_ENDINGS = (".gif",)
 VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
-
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 class ClipError(Exception):
@@ -71,7 +70,7 @@ class DiskClip:
     """A clip that was opened: how many frames it has, and some of them on demand."""
 
     def __init__(self, path: Path, framing: Framing, size: int) -> None:
-        """Open a clip: pictures are only listed, a video is decoded.
+        """Open a clip: pictures are only listed, a video is decoded, frame by frame, and scaled.
 
         Args:
             path: a folder of pictures, in natural order of their names, or a video or GIF.
@@ -90,10 +89,9 @@ class DiskClip:
                     (entry for entry in path.iterdir() if entry.suffix.lower() in PICTURE_ENDINGS), key=_natural
                 )
             else:
-                opened = _video(path) if path.suffix.lower() in VIDEO_ENDINGS else _animation(path)
-                self._frames = [framing.prepare(frame, size) for frame in opened]
-        except _UNREADABLE as error:
-            raise ClipError(str(error) or type(error).__name__) from error
+                self._frames = [framing.prepare(Image.fromarray(frame.pixels), size) for frame in _frames(path)]
+        except (OSError, PictureError) as error:
+            raise ClipError(str(error)) from error
 
     def __len__(self) -> int:
         return len(self._pictures) or len(self._frames)
@@ -112,36 +110,23 @@ class DiskClip:
             return self._frames[index]
         path = self._pictures[index]
         try:
-            with Image.open(path) as picture:
-                upright: Image.Image = ImageOps.exif_transpose(picture).convert("RGB")
-                return self._framing.prepare(upright, self._size)
-        except _UNREADABLE as error:
-            raise ClipError(f"{path.name}: {error or type(error).__name__}") from error
+            return self._framing.prepare(Image.fromarray(read_picture(path, path.name).array()), self._size)
+        except PictureError as error:
+            raise ClipError(str(error)) from error
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
     return [(int(digits or -1), text) for digits, text in re.findall(r"(\d+)|(\D+)", path.name)]
 
 
-def _animation(path: Path) -> Iterator[Image.Image]:
-    with Image.open(path) as picture:
-        for index in range(getattr(picture, "n_frames", 1)):
-            picture.seek(index)
-            yield picture.convert("RGB")
-
-
-def _video(path: Path) -> Iterator[Image.Image]:
-    try:
-        import av
-    except ImportError:
-        raise ClipError("videos need the package 'av': pip install 'lfdm-export[video]'") from None
-    library: Any = av
-    try:
-        with library.open(str(path)) as container:
-            if not container.streams.video:
-                raise ClipError("it has no video")
-            for frame in container.decode(container.streams.video[0]):
-                pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-                yield Image.fromarray(np.ascontiguousarray(pixels))
-    except library.FFmpegError as error:
-        raise ClipError(str(error)) from error
+def _frames(path: Path) -> Iterator[TimedFrame]:
+    """Frames of an animation or a video, which its content decides."""
+    with open_stream(path, path.name) as stream:
+        found = format_of(stream.read(16))
+        if found is not None and found.name in ANIMATED:
+            yield from animation_frames(stream, path.name)
+            return
+        try:
+            yield from video_frames(stream, path.name)
+        except ImportError:
+            raise ClipError("videos need the package 'av': pip install 'lfdm-export[video]'") from None

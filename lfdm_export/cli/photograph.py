@@ -1,0 +1,34 @@
+"""What the command says and is told of the photograph."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lfdm_export.cli.console import say
+from lfdm_export.errors import InputError
+from lfdm_export.pictures.crop import Crop, parse_crop
+from lfdm_export.preprocess import Preprocessing, picture_size
+
+
+def crop_of(text: str) -> Crop:
+    """The value of --crop.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    try:
+        return parse_crop(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def say_bars(args: argparse.Namespace, rule: Preprocessing) -> None:
+    """Say where black bars came into the clip: where the photograph is not square, nor the data set's camera's."""
+    if args.crop is not None or rule.resize_first is not None or not Path(args.image).is_file():
+        return
+    size = picture_size(args.image)
+    if size[0] != size[1] and size != rule.frame_size:
+        say(
+            args, f"the photograph has {size[0]}x{size[1]} pixels: black bars make it square; --crop center avoids them"
+        )
