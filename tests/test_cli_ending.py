@@ -301,7 +301,7 @@ def test_the_tilde_of_every_path(
     assert generate(bundle, "~/photo.png", "--label", "anger", "--out=~/frames/", "-q") == 0
     assert sorted(path.name for path in home.iterdir()) == ["clip.gif", "frames", "photo.png"]
     assert list(here.iterdir()) == []
-    assert write_fake_bundle("~/bundle").path == home / "bundle"
+    assert write_fake_bundle(Path("~/bundle")).path == home / "bundle"
     assert Bundle.open("~/bundle").path == home / "bundle"
     assert export_main(["--lfae=~/lfae.pth", "--dm=~/dm.pth", "--out=~nobody-of-this-name/bundle", "-q"]) == 1
     assert list(here.iterdir()) == []

@@ -25,7 +25,7 @@ from lfdm_export.files.digests import sha256_and_size
 from lfdm_export.files.folders import give_back, publish, settle
 from lfdm_export.files.names import require_utf8, user_name, user_path, visible
 from lfdm_export.files.places import destination, refuse_inputs
-from lfdm_export.media import save_clip
+from lfdm_export.media import ClipFormat, save_clip
 
 
 def names(folder: Path) -> list[str]:
@@ -422,7 +422,7 @@ def test_a_rehearsal_writes_nothing(tmp_path: Path):
 def test_saving_a_clip_needs_no_folder_but_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     path = str(tmp_path / name) + "/" * name.endswith("/")
-    form = "gif" if name == "/dev/null" else None
+    form: ClipFormat | None = "gif" if name == "/dev/null" else None
     rehearse_saving(path, format=form)
     assert names(tmp_path) == []
     save_clip(path, np.zeros((2, 16, 16, 3), np.uint8), format=form)
