@@ -442,7 +442,7 @@ def test_export_of_nothing_is_the_shipped_model(calls: dict[str, Any], capsys: p
     export.pop("progress")
     assert export == {
         "model": FakeModel("from shipped", {"frames": 12, "image_size": 96}),
-        "out_dir": Path("bundle"),
+        "out_dir": "bundle",
         "engine": "fp32",
         "dataset": None,
         "frames": None,
@@ -470,7 +470,7 @@ def test_export_of_checkpoints(calls: dict[str, Any]):
         "region_pad": None,
     }
     export = calls["export"]
-    assert (export["model"].name, export["out_dir"], export["text_encoder"]) == ("loaded", Path("x"), "bert")
+    assert (export["model"].name, export["out_dir"], export["text_encoder"]) == ("loaded", "x", "bert")
     assert (export["frames"], export["image_size"], export["dataset"]) == (16, 64, "natops")
     assert export["reference"] is False
     assert "verify" not in calls
