@@ -155,8 +155,8 @@ class Bundle:
         """
         if not self.manifest.has_drive:
             raise InputError(
-                f"{self.path} was exported without the stage {DRIVE_STAGE!r}, which {purpose} needs; export it again, "
-                "without --without-drive"
+                f"{self.path} was exported without the stage {DRIVE_STAGE!r}, which {purpose} needs; give a bundle "
+                "that lfdm-export wrote without --without-drive"
             )
 
     @property

@@ -107,7 +107,7 @@ def test_motion_transfer_of_a_bundle_without_it_is_refused(tmp_path: Path, capsy
     arguments = [str(bundle.path), "--image", f"{tmp_path}/photo.png", "--drive", "clip.gif", "-o", "a.gif"]
     assert generate_main(arguments) == 1
     printed = capsys.readouterr().err
-    assert "export it again, without --without-drive" in printed
+    assert "give a bundle that lfdm-export wrote without --without-drive" in printed
     assert printed.count("\n") == 1
 
 
