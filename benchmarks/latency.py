@@ -24,6 +24,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import figures, machine, plots, subject
+from lfdm_export.machine import available_cores
 
 if TYPE_CHECKING:
     from benchmarks.contestants import Contestant, Made, Task
@@ -87,7 +88,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time clips of PyTorch, a naive ONNX export and the bundle.")
     subject.add_options(parser)
     parser.add_argument("--bundle", type=Path, help="a bundle of these checkpoints (else it is exported first)")
-    parser.add_argument("--threads", type=int, default=machine.available_cores(), help="for all (all cores)")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="for all (all cores)")
     parser.add_argument("--rounds", type=int, default=5, help="clips of each contestant (5)")
     parser.add_argument("--frames", type=int, default=40, help="of a clip (40)")
     parser.add_argument("--image-size", type=int, default=128, help="pixels (128)")

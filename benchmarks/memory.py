@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 # Light: a started process inherits the peak of the one that started it.
 from benchmarks import machine, subject
+from lfdm_export.machine import available_cores
 
 #: Largest peaks that are acceptable for the published sizes, in bytes.
 LIMITS = {"export": 6e9, "generate": 3e9}
@@ -39,7 +40,7 @@ def main() -> int:
     parser.add_argument("--frames", type=int, default=40, help="of a clip (40)")
     parser.add_argument("--image-size", type=int, default=128, help="pixels (128)")
     parser.add_argument("--steps", type=int, default=2, help="DDIM steps; they do not change the peak (2)")
-    parser.add_argument("--threads", type=int, default=machine.available_cores(), help="of generation (all cores)")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="of generation (all cores)")
     parser.add_argument("--out", type=Path, default=machine.RESULTS / "memory.json", metavar="FILE", help="results")
     options = parser.parse_args()
     facts = machine.describe()

@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 from benchmarks import figures, machine, plots, subject
 from benchmarks.latency import PARTS, make_task, samples
+from lfdm_export.machine import available_cores
 
 if TYPE_CHECKING:
     from benchmarks.contestants import Contestant, Made, Task
@@ -96,7 +97,7 @@ def _arguments() -> argparse.Namespace:
         "--bundles", type=Path, metavar="DIR", help="has bundles of these checkpoints, called fp32, bf16 and int8; "
         "those that are missing are exported into it (else all are, into a temporary folder)",
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, default=machine.available_cores(), help="for all (all cores)")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="for all (all cores)")
     parser.add_argument("--rounds", type=int, default=5, help="clips of each contestant (5)")
     parser.add_argument("--frames", type=int, default=40, help="of a clip (40)")
     parser.add_argument("--image-size", type=int, default=128, help="pixels (128)")

@@ -83,10 +83,10 @@ class ServerOptions:
         Raises:
             InputError: a port is taken, or the host is no address of this machine.
         """
-        names = ("http_port", "grpc_port", "metrics_port")
-        options = {name: f"--{name.replace('_', '-')}" for name in names}
-        ports = check_ports(self.host, {option: getattr(self, name) for name, option in options.items()})
-        return replace(self, **{name: ports[option] for name, option in options.items()})
+        http, grpc, metrics = "--http-port", "--grpc-port", "--metrics-port"
+        asked = {http: self.http_port, grpc: self.grpc_port, metrics: self.metrics_port}
+        ports = check_ports(self.host, asked)
+        return replace(self, http_port=ports[http], grpc_port=ports[grpc], metrics_port=ports[metrics])
 
 
 class TritonServer:
