@@ -119,6 +119,6 @@ def test_the_extras_that_the_code_names_bring_the_packages_that_it_names():
                 name = str(package.value).partition("[")[0]
                 found = missing_dependency(ModuleNotFoundError("no", name=name), "this", str(extra.value))
                 if found is None or found.extra != extra.value:
-                    wrong.append(f"{path.name}: {name} is not in {extra.value!r}")
+                    wrong.append(f"{path.name}: {package.value!r} is not in {extra.value!r}")
     assert seen > 5
     assert wrong == []
