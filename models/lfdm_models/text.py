@@ -163,7 +163,7 @@ def _strict_model(folder: Path, transformers: Any) -> nn.Module:
     weights = fitted(stored, expected, prefix, folder)
     model: nn.Module = transformers.AutoModel.from_config(config, **options).float()
     if not pooled and hasattr(model, "pooler"):
-        model.pooler = None
+        setattr(model, "pooler", None)  # noqa: B010  # a module elsewhere, as its type says
     model.load_state_dict(weights, strict=True)
     return model
 
