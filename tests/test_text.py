@@ -6,7 +6,9 @@ import socket
 import sys
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import safetensors.torch
 import torch
 
 from lfdm_export.errors import BundleError, InputError, MissingDependencyError
+from lfdm_export.stages import stage_specs
 from lfdm_export.tokenizer import tokenize
 from lfdm_models import text_files
 from lfdm_models.text import BertTextEncoder, TextEncoderError
@@ -346,3 +349,22 @@ def test_damaged_tokenizer(tmp_path: Path):
     (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(BundleError, match="no tokenizer"):
         tokenize(tmp_path, ["x"])
+
+
+def test_labels_are_served_without_the_package_for_text(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    from lfdm_export import Pipeline
+    from lfdm_export.serving.models.condition import warm_up_text
+    from tests.fake_bundle import EMBEDDINGS, LABELS, fake_manifest, write_fake_bundle
+
+    bundle = write_fake_bundle(tmp_path / "x")
+    stages = tuple(stage_specs(fake_manifest().geometry, with_text=True).values())
+    with_text = replace(bundle, manifest=replace(bundle.manifest, stages=stages))
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    pipeline = Pipeline(with_text)
+    warm_up_text(SimpleNamespace(pipeline=pipeline))  # type: ignore[arg-type]
+    assert "labels are served, free text is not" in caplog.text
+    np.testing.assert_array_equal(pipeline.bundle.embedding(LABELS[0]), EMBEDDINGS[0])
+    with pytest.raises(MissingDependencyError, match="pip install 'lfdm-export"):
+        pipeline.embed_text(["draw"])

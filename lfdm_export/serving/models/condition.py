@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.conditions import embedding_rows
-from lfdm_export.errors import InputError
+from lfdm_export.errors import InputError, MissingDependencyError
 from lfdm_export.manifest import TEXT_STAGE
 from lfdm_export.preprocess import to_float
 from lfdm_export.sampler_tables import SamplerTable
 from lfdm_export.serving.contract import Array
 from lfdm_export.serving.models.stub import Loaded, answer_each, load
 from lfdm_export.serving.requests import parse_condition, parse_sampling
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +66,17 @@ def conditions(tensors: Mapping[str, Array], loaded: Loaded) -> Conditions:
 
 
 def warm_up_text(loaded: Loaded) -> None:
-    """Load the text encoder, if the bundle has one, and run it once."""
-    if TEXT_STAGE in loaded.pipeline.bundle.stages:
+    """Load the text encoder, if the bundle has one, and run it once.
+
+    Labels have their embeddings in the bundle: where the package for free text is not installed, they are served
+    without it, and a request with free text is told what is missing.
+    """
+    if TEXT_STAGE not in loaded.pipeline.bundle.stages:
+        return
+    try:
         loaded.pipeline.embed_text(["warm-up"])
+    except MissingDependencyError as error:
+        logger.warning("labels are served, free text is not: %s", error)
 
 
 class ConditionModel:
