@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -133,12 +132,12 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path):
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[socket.socket]:
     """A hub that takes calls and never answers, and an empty cache."""
-    import huggingface_hub
+    from huggingface_hub import constants
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         yield server
 
 
@@ -152,9 +151,9 @@ def test_a_hub_that_does_not_answer(hub: socket.socket, monkeypatch: pytest.Monk
 
 
 def test_a_hub_that_is_not_to_be_called(hub: socket.socket, monkeypatch: pytest.MonkeyPatch):
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(TextEncoderError, match=r"HF_HUB_OFFLINE is set.*--text-encoder none"):
         BertTextEncoder.load("some/encoder")
     hub.setblocking(False)
@@ -351,11 +350,8 @@ def test_damaged_tokenizer(tmp_path: Path):
         tokenize(tmp_path, ["x"])
 
 
-def test_labels_are_served_without_the_package_for_text(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_labels_need_no_package_for_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     from lfdm_export import Pipeline
-    from lfdm_export.serving.models.condition import warm_up_text
     from tests.fake_bundle import EMBEDDINGS, LABELS, fake_manifest, write_fake_bundle
 
     bundle = write_fake_bundle(tmp_path / "x")
@@ -363,8 +359,6 @@ def test_labels_are_served_without_the_package_for_text(
     with_text = replace(bundle, manifest=replace(bundle.manifest, stages=stages))
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     pipeline = Pipeline(with_text)
-    warm_up_text(SimpleNamespace(pipeline=pipeline))  # type: ignore[arg-type]
-    assert "labels are served, free text is not" in caplog.text
     np.testing.assert_array_equal(pipeline.bundle.embedding(LABELS[0]), EMBEDDINGS[0])
     with pytest.raises(MissingDependencyError, match="pip install 'lfdm-export"):
         pipeline.embed_text(["draw"])
