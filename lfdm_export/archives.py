@@ -57,6 +57,8 @@ def _check_header(archive: zipfile.ZipFile, name: str, expected: tuple[str, tupl
         version = np.lib.format.read_magic(member)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, found = read(member, max_header_size=_HEADER_BYTES)
+    if found.hasobject:
+        raise ValueError(f"{name} holds Python objects")
     dtype, wanted = expected
     if shape != wanted or found != dtype:
         raise BundleError(f"{path}: {name} is {found} {str(shape)[:80]}, expected {dtype} {wanted}; export again")

@@ -19,6 +19,7 @@ _MOST_MESSAGES = 1_000_000
 _DEEPEST = 32
 #: Of `onnx.TensorProto.DataType`.
 _ONNX_TYPES = {"float32": 1, "int64": 7}
+_TYPE_NAMES = {1: "tensor(float)", 7: "tensor(int64)", 10: "tensor(float16)", 11: "tensor(double)"}
 _EXTERNAL = 1
 
 #: Fields that hold messages, by kind of message. Source: onnx.proto of ONNX 1.18 to 1.23.
@@ -73,11 +74,13 @@ def read_graph(path: Path) -> GraphFile:
     Raises:
         EngineError: it cannot be read, or is no ONNX graph of a size that a stage has.
     """
+    if not path.is_file():
+        raise EngineError(f"there is no graph at {path}; export again")
     try:
         with path.open("rb") as file:
             data = file.read(LARGEST_GRAPH + 1)
     except OSError as error:
-        raise EngineError(f"there is no graph at {path} ({error.strerror or error}); export again") from error
+        raise EngineError(f"cannot read {path}: {error.strerror or error}") from error
     if len(data) > LARGEST_GRAPH:
         raise EngineError(f"{path} is larger than {LARGEST_GRAPH} bytes, more than any stage's graph; export again")
     try:
@@ -93,6 +96,8 @@ def check_interface(path: Path, spec: StageSpec) -> GraphFile:
         EngineError: it is another stage, or no graph.
     """
     graph = read_graph(path)
+    if not graph.inputs and not graph.outputs:
+        raise EngineError(f"cannot load {path}: it holds no graph; export again")
     for kind, tensors, values in (("inputs", spec.inputs, graph.inputs), ("outputs", spec.outputs, graph.outputs)):
         names, expected = [value.name for value in values], [tensor.name for tensor in tensors]
         if names != expected:
@@ -155,7 +160,8 @@ def _number(text: str) -> int | None:
 def _check_value(path: Path, spec: StageSpec, tensor: TensorSpec, found: Value) -> None:
     where = f"{path} is not the stage {spec.name!r}: {tensor.name}"
     if found.onnx_type != _ONNX_TYPES[tensor.dtype]:
-        raise EngineError(f"{where} has ONNX's type {found.onnx_type}, expected {_ONNX_TYPES[tensor.dtype]}")
+        named = _TYPE_NAMES.get(found.onnx_type, f"tensor of ONNX's type {found.onnx_type}")
+        raise EngineError(f"{where} is a {named}, expected {_TYPE_NAMES[_ONNX_TYPES[tensor.dtype]]}")
     # A dynamic axis must be dynamic in the graph; a fixed one may also be left open (as outputs often are).
     if len(found.shape) != len(tensor.shape) or not all(
         isinstance(size, str) or size == axis for size, axis in zip(found.shape, tensor.shape, strict=True)

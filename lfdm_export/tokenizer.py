@@ -41,7 +41,9 @@ def tokenize(folder: Path, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDA
     path = folder / TOKENIZER_FILE
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # tokenizers raises bare Exception
+    except BaseException as error:  # tokenizers raises bare Exception, and a panic that is not even one
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise BundleError(f"{path} is no tokenizer ({error}); export again") from error
     for text in texts:
         if not isinstance(text, str) or not text.strip():

@@ -135,7 +135,10 @@ def test_external_weights_must_lie_beside_the_graph_and_be_whole(tmp_path: Path)
             replace(DENOISE, outputs=(replace(DENOISE.outputs[0], name="noise"),)),
             "outputs are predicted_noise, expected noise",
         ),
-        (with_input(DENOISE, lambda t: replace(t, dtype="int64")), "noisy_latent has ONNX's type 1, expected 7"),
+        (
+            with_input(DENOISE, lambda t: replace(t, dtype="int64")),
+            r"noisy_latent is a tensor\(float\), expected tensor\(int64\)",
+        ),
         (with_input(DENOISE, lambda t: replace(t, shape=("batch", 4, 5, 4, 4))), "noisy_latent has shape .*expected"),
         (with_input(DENOISE, lambda t: replace(t, shape=("batch", 3))), "noisy_latent has shape"),
     ],

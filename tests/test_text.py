@@ -6,6 +6,7 @@ import socket
 import sys
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import safetensors.torch
 import torch
 
 from lfdm_export.errors import BundleError, InputError, MissingDependencyError
+from lfdm_export.stages import stage_specs
 from lfdm_export.tokenizer import tokenize
 from lfdm_models import text_files
 from lfdm_models.text import BertTextEncoder, TextEncoderError
@@ -130,13 +132,12 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path):
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[socket.socket]:
     """A hub that takes calls and never answers, and an empty cache."""
-    import huggingface_hub
+    from huggingface_hub import constants
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
-        for module in (huggingface_hub.constants, sys.modules["huggingface_hub.hf_api"].__dict__["constants"]):
-            monkeypatch.setattr(module, "ENDPOINT", endpoint)
-            monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         yield server
 
 
@@ -150,9 +151,9 @@ def test_a_hub_that_does_not_answer(hub: socket.socket, monkeypatch: pytest.Monk
 
 
 def test_a_hub_that_is_not_to_be_called(hub: socket.socket, monkeypatch: pytest.MonkeyPatch):
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(TextEncoderError, match=r"HF_HUB_OFFLINE is set.*--text-encoder none"):
         BertTextEncoder.load("some/encoder")
     hub.setblocking(False)
@@ -347,3 +348,17 @@ def test_damaged_tokenizer(tmp_path: Path):
     (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(BundleError, match="no tokenizer"):
         tokenize(tmp_path, ["x"])
+
+
+def test_labels_need_no_package_for_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    from lfdm_export import Pipeline
+    from tests.fake_bundle import EMBEDDINGS, LABELS, fake_manifest, write_fake_bundle
+
+    bundle = write_fake_bundle(tmp_path / "x")
+    stages = tuple(stage_specs(fake_manifest().geometry, with_text=True).values())
+    with_text = replace(bundle, manifest=replace(bundle.manifest, stages=stages))
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    pipeline = Pipeline(with_text)
+    np.testing.assert_array_equal(pipeline.bundle.embedding(LABELS[0]), EMBEDDINGS[0])
+    with pytest.raises(MissingDependencyError, match="pip install 'lfdm-export"):
+        pipeline.embed_text(["draw"])

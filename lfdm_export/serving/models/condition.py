@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,8 @@ from lfdm_export.sampler_tables import SamplerTable
 from lfdm_export.serving.contract import Array
 from lfdm_export.serving.models.stub import Loaded, answer_each, load
 from lfdm_export.serving.requests import parse_condition, parse_sampling
-from lfdm_export.tokenizer import tokenizer_installed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +77,17 @@ def _embedded(text: str, loaded: Loaded) -> NDArray[np.float32]:
 
 
 def warm_up_text(loaded: Loaded) -> None:
-    """Load the text encoder and run it once, if the bundle has one and text can be tokenized here."""
-    if TEXT_STAGE in loaded.pipeline.bundle.stages and tokenizer_installed():
+    """Load the text encoder and run it once, if the bundle has one.
+
+    Labels have their embeddings in the bundle: where the package for free text is not installed, they are served
+    without it, and a request with free text is told what is missing.
+    """
+    if TEXT_STAGE not in loaded.pipeline.bundle.stages:
+        return
+    try:
         loaded.pipeline.embed_text(["warm-up"])
+    except MissingDependencyError as error:
+        logger.warning("labels are served, free text is not: %s", error)
 
 
 class ConditionModel:
