@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
             Path(folder),
             options.out.resolve(),
             options.golden,
-            pair,  # type: ignore[arg-type]
+            pair,
         )
         settings.save()
         try:
