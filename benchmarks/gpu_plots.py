@@ -49,7 +49,7 @@ def _bandwidth(axes: Any, parts: Mapping[str, Any]) -> None:
         axes.axvline(ceiling / 1e12, color="k", linewidth=1, label="device copy")
         axes.axvline(0.6 * ceiling / 1e12, color="k", linewidth=1, linestyle=":", label="60% of it")
     axes.set_xlabel("WarpBlend: bytes that must move, TB per second")
-    axes.legend(fontsize="small", frameon=False)
+    axes.legend(fontsize="small", frameon=False, loc="lower right")
 
 
 def _clip(axes: Any, parts: Mapping[str, Any]) -> None:
@@ -76,6 +76,7 @@ def _batches(axes: Any, parts: Mapping[str, Any]) -> None:
     axes.set_xlabel("batch")
     axes.set_ylabel("clips per second")
     if axes.lines:
+        axes.set_ylim(bottom=0)
         axes.legend(fontsize="small", frameon=False)
 
 
