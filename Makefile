@@ -4,6 +4,7 @@ VENV ?= .venv
 EXTRAS ?= test
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALLED_FOR_DEMO := $(VENV)/.installed-export
 PICTURE := docs/character.png
 
 .PHONY: help install server lint test test-full demo clean
@@ -27,6 +28,12 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
+# The demo needs less; where everything is installed, nothing more.
+$(INSTALLED_FOR_DEMO): pyproject.toml constraints.txt | $(BIN)/python
+	test $(INSTALLED) -nt pyproject.toml -a $(INSTALLED) -nt constraints.txt || \
+	  $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[export]'
+	@touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,7 +49,7 @@ test: install server lint
 test-full: install
 	$(BIN)/python -m pytest -q -m full
 
-demo: install
+demo: $(INSTALLED_FOR_DEMO)
 	rm -rf demo
 	mkdir demo
 	$(BIN)/lfdm-export --engine fp32 --out demo/bundle

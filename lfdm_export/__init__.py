@@ -1,10 +1,19 @@
 """Export of latent flow diffusion models (LFDM) to ONNX bundles, and generation of clips with them.
 
 Example:
-    >>> from lfdm_export import Pipeline, export_bundle, load_model
-    >>> model = load_model("RegionMM.pth", "flowdiff.pth")
-    >>> bundle = export_bundle(model, "mug", engine="fp32", frames=40)
-    >>> Pipeline.open(bundle).generate("face.jpg", label="happiness", seed=0).save("happiness.gif")
+    The model that comes with the package, which needs neither torch nor onnx:
+
+    >>> from lfdm_export import Pipeline
+    >>> pipeline = Pipeline("characters")
+    >>> clip = pipeline.generate("face.png", label="nod", steps=10, seed=1)
+    >>> paths = clip.save("nod.gif")
+
+    Checkpoints of your own become a bundle first:
+
+    >>> from lfdm_export import export_bundle, load_model
+    >>> model = load_model("RegionMM_mug.pth", "flowdiff_mug.pth", dataset="mug")
+    >>> bundle = export_bundle(model, "mug", dataset="mug")
+    >>> paths = Pipeline(bundle).generate("face.jpg", label="happiness", seed=0).save("happiness.gif")
 
 Importing the package is light: what needs torch or onnxruntime is imported when it is first used.
 """

@@ -14,7 +14,7 @@ Layout::
 from __future__ import annotations
 
 import difflib
-import hashlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lfdm_export import ready_bundle
 from lfdm_export.archives import read_arrays
 from lfdm_export.errors import BundleError, InputError
+from lfdm_export.files.digests import sha256_and_size
+from lfdm_export.files.folders import give_back
+from lfdm_export.files.names import user_path
 from lfdm_export.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
 from lfdm_export.stages import DRIVE_STAGE, StageSpec
 
@@ -37,7 +41,7 @@ PLANS_FOLDER = "plans"
 # Arrays of EMBEDDINGS.
 LABEL_ROWS, NULL_ROW = "embeddings", "null"
 
-_CHUNK = 1 << 20
+logger = logging.getLogger(__name__)
 Float32 = NDArray[np.float32]
 
 
@@ -64,17 +68,32 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check_hashes: bool = True) -> Bundle:
-        """Open a bundle.
+        """Open a bundle; one that a killed export had put aside is given back first.
 
         Args:
-            path: its folder.
+            path: its folder; or "characters", the shipped model's bundle, if no folder of that name is there.
             check_hashes: read every file and compare its SHA-256; else only presence and size count.
 
         Raises:
             BundleError: there is no bundle, or it is incomplete, altered, or of another format version.
         """
-        folder = Path(path)
-        if not folder.exists():
+        if os.fspath(path) == ready_bundle.NAME:
+            if not Path(path).exists():
+                return cls._open_ready(check_hashes=check_hashes)
+            logger.warning("%s is the folder here, not the shipped bundle of that name", path)
+        return cls._open(user_path(path), check_hashes=check_hashes)
+
+    @classmethod
+    def _open_ready(cls, *, check_hashes: bool) -> Bundle:
+        try:
+            return cls._open(ready_bundle.unpack(), check_hashes=check_hashes)
+        except BundleError as error:
+            logger.info("put together anew: %s", error)
+            return cls._open(ready_bundle.unpack(anew=True), check_hashes=check_hashes)
+
+    @classmethod
+    def _open(cls, folder: Path, *, check_hashes: bool) -> Bundle:
+        if not folder.exists() and not give_back(folder.resolve()):
             raise BundleError(f"there is no bundle at {folder}: no such folder; make one with lfdm-export")
         if not folder.is_dir():
             raise BundleError(f"{folder} is a file, expected the folder that lfdm-export wrote")
@@ -118,8 +137,8 @@ class Bundle:
         """
         if not self.manifest.has_drive:
             raise InputError(
-                f"{self.path} was exported without the stage {DRIVE_STAGE!r}, which {purpose} needs; export it again, "
-                "without --without-drive"
+                f"{self.path} was exported without the stage {DRIVE_STAGE!r}, which {purpose} needs; give a bundle "
+                "that lfdm-export wrote without --without-drive"
             )
 
     @property
@@ -159,16 +178,9 @@ def _required_files(manifest: Manifest) -> list[str]:
     return [EMBEDDINGS, *(onnx_path(spec.name) for spec in manifest.stages)]
 
 
-def fingerprint(path: Path, *, sync: bool = False) -> FileEntry:
-    """SHA-256 and size of a file, which `sync` also makes durable on the disk."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(_CHUNK):
-            digest.update(block)
-            size += len(block)
-        if sync:
-            os.fsync(file.fileno())
-    return FileEntry(digest.hexdigest(), size)
+def fingerprint(path: Path) -> FileEntry:
+    """SHA-256 and size of a file."""
+    return FileEntry(*sha256_and_size(path))
 
 
 def read_manifest(folder: Path) -> Manifest:

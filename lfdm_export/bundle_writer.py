@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
-import shutil
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -29,6 +27,10 @@ from lfdm_export.bundle import (
     read_manifest,
 )
 from lfdm_export.errors import BundleError, InputError
+from lfdm_export.files.atomic import locked, temporary_folder
+from lfdm_export.files.folders import publish, settle
+from lfdm_export.files.names import require_utf8
+from lfdm_export.files.places import destination
 from lfdm_export.manifest import Manifest
 from lfdm_export.reference import Reference
 
@@ -36,13 +38,16 @@ _log = logging.getLogger(__name__)
 
 # What may be written into a bundle later, and is no part of it.
 _LATER = (f"{PARITY_FOLDER}/", f"{PLANS_FOLDER}/")
+# What stays when a bundle is replaced.
+_CARRIED = (PLANS_FOLDER,)
 
 
 class BundleWriter:
     """Builds a bundle in a temporary folder beside the target, and puts it there when it is whole.
 
-    A context that is left without `finish` (an exception, Ctrl-C, a full disk) leaves no trace, and a
-    bundle that was at the target stays as it was. A target that holds anything but a bundle is refused.
+    What killed exports left beside the target is removed. A context that is left without `finish` (an exception,
+    Ctrl-C, a full disk) leaves no trace, and a bundle that was at the target stays as it was. A target that holds
+    anything but a bundle is refused.
 
     Example:
         >>> with BundleWriter("mug") as writer:
@@ -52,10 +57,19 @@ class BundleWriter:
     """
 
     def __init__(self, target: str | os.PathLike[str]) -> None:
-        """Name the folder that the bundle will be; nothing is touched yet."""
-        # Resolved, so that a link to a folder stays and what it points at is replaced.
-        self.target = Path(target).resolve()
-        self.folder = _beside(self.target, "partial")
+        """Name the folder that the bundle will be; nothing is touched yet.
+
+        Raises:
+            BundleError: the path cannot be followed.
+            InputError: the path is not UTF-8.
+        """
+        try:
+            # Behind all links, so that a link to a folder stays and what it points at is replaced.
+            self.target = destination(target).path
+        except OSError as error:
+            raise BundleError(f"cannot write to {target}: {error.strerror or error}") from error
+        require_utf8(self.target, "ONNX Runtime")
+        self._context = contextlib.ExitStack()
 
     def __enter__(self) -> BundleWriter:
         """Make the temporary folder.
@@ -63,19 +77,24 @@ class BundleWriter:
         Raises:
             BundleError: the target is no bundle, or its parent cannot be written.
         """
-        with _one_at_a_time(self.target.parent):
-            _require_replaceable(self.target)
         try:
-            (self.folder / ONNX_FOLDER).mkdir(parents=True)
+            with locked(self.target.parent):
+                settle(self.target, carry=_CARRIED)
+                _require_replaceable(self.target)
+            self.folder = self._context.enter_context(temporary_folder(self.target))
+            (self.folder / ONNX_FOLDER).mkdir()
         except OSError as error:
+            self._context.close()
             raise BundleError(f"cannot write to {self.target.parent}: {error.strerror or error}") from error
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove the temporary folder, unless `finish` has moved it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the temporary folder, and with it the bundle that `finish` replaced."""
+        self._context.__exit__(kind, error, trace)
+        if self.folder.exists():
+            _log.warning("what this export put aside could not be deleted wholly; remove %s", self.folder)
 
     def write_embeddings(self, embeddings: ArrayLike, null: ArrayLike) -> None:
         """Write the table of label embeddings.
@@ -101,7 +120,10 @@ class BundleWriter:
         reference.save(self.folder / REFERENCE)
 
     def finish(self, manifest: Manifest) -> Bundle:
-        """Hash all files, write the manifest last, and put the folder at the target in one rename.
+        """Hash all files, write the manifest last, and put the folder at the target in one step.
+
+        The plans of a bundle that was there move into the new one: each says what it was made of, and serves as long
+        as that is still there.
 
         Args:
             manifest: its ``files`` are filled in here.
@@ -111,25 +133,16 @@ class BundleWriter:
                 has meanwhile become something else.
         """
         try:
-            files = {name: fingerprint(self.folder / name, sync=True) for name in _list_files(self.folder)}
+            files = {name: fingerprint(self.folder / name) for name in _list_files(self.folder)}
             whole = dataclasses.replace(manifest, files=dict(sorted(files.items())))
             with (self.folder / MANIFEST).open("x", encoding="utf-8", newline="\n") as file:
                 file.write(whole.to_json())
-                file.flush()
-                os.fsync(file.fileno())
             Bundle.open(self.folder, check_hashes=False)
-            for folder in (*(path for path in self.folder.rglob("*") if path.is_dir()), self.folder):
-                _sync_folder(folder)
-            with _one_at_a_time(self.target.parent):
-                _publish(self.folder, self.target)
-                return Bundle.open(self.target, check_hashes=False)
+            check = functools.partial(_require_replaceable, self.target)
+            publish(self.folder, self.target, carry=_CARRIED, check=check)
+            return Bundle.open(self.target, check_hashes=False)
         except OSError as error:
             raise BundleError(f"cannot write the bundle {self.target}: {error.strerror or error}") from error
-
-
-def _beside(target: Path, word: str) -> Path:
-    """A hidden name in the same folder that nobody else has; same file system, so renames are atomic."""
-    return target.with_name(f".{target.name}.{word}-{uuid.uuid4().hex[:12]}")
 
 
 def _list_files(folder: Path) -> list[str]:
@@ -138,16 +151,6 @@ def _list_files(folder: Path) -> list[str]:
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()
     )
     return sorted(name for name in names if name != MANIFEST and not name.startswith(_LATER))
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a folder's entries durable, where the system can (not on Windows)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _require_replaceable(target: Path) -> None:
@@ -170,50 +173,3 @@ def _require_replaceable(target: Path) -> None:
     foreign = [name for name in _list_files(target) if name not in manifest.files]
     if foreign:
         raise BundleError(f"{target} holds files that are no part of the bundle, such as {foreign[0]}; {advice}")
-
-
-def _publish(folder: Path, target: Path) -> None:
-    """Rename `folder` to `target`; a bundle there gives way, and comes back if anything fails.
-
-    Its plans move into the new one: each says what it was made of, and serves as long as that is still there.
-    """
-    _require_replaceable(target)
-    aside = _beside(target, "old")
-    try:
-        if target.exists():
-            target.rename(aside)
-        _rename_new(folder, target)
-        with contextlib.suppress(OSError):  # most often there are none
-            (aside / PLANS_FOLDER).rename(target / PLANS_FOLDER)
-    except BaseException:
-        if aside.exists() and not target.exists():
-            aside.rename(target)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    if aside.exists():
-        _log.warning("the bundle that was replaced could not be deleted wholly; remove %s", aside)
-    _sync_folder(target.parent)
-
-
-def _rename_new(folder: Path, target: Path) -> None:
-    os.rename(folder, target)  # noqa: PTH104  # Path.rename may replace a file on some systems
-
-
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Keep other exporters that publish into `folder` waiting, where the system can lock a folder."""
-    try:
-        import fcntl
-
-        descriptor = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
-        yield
-        return
-    try:
-        # Some network file systems have no locks; the renames are atomic there as well.
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

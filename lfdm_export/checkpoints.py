@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lfdm_export.datasets import dataset_facts
 from lfdm_export.errors import CheckpointError, InputError
+from lfdm_export.files.names import user_path
 from lfdm_export.recognise import recognise_dm, recognise_lfae
 from lfdm_export.training_facts import training_facts
 from lfdm_export.weight_files import PARTS, read_tensors, sha256, shorten
@@ -69,7 +70,7 @@ def load_model(
         raise InputError(f"region_pad is {region_pad!r}, expected 3 (MUG), 0 (MHAD, NATOPS) or None")
     if region_pad is None and dataset is not None:
         region_pad = dataset_facts(dataset).region_pad
-    lfae_path, dm_path = Path(lfae).expanduser(), Path(dm).expanduser()
+    lfae_path, dm_path = user_path(lfae), user_path(dm)
     told = training_facts(lfae_path, dm_path)
     residual_flow = _agreed("residual_flow", residual_flow, told.residual_flow)
     region_pad = _agreed("region_pad", region_pad, told.region_pad)

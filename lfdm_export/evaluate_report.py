@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfdm_export.errors import InputError
+from lfdm_export.files.atomic import replacing, write_file
 from lfdm_export.json_codec import to_plain
 
 if TYPE_CHECKING:
@@ -27,14 +26,13 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> tuple[Path, ...]:
         InputError: the folder cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         written = [folder / JSON, folder / MARKDOWN]
-        _write(written[0], json.dumps(to_plain(evaluation), indent=2) + "\n")
-        _write(written[1], markdown(evaluation))
+        write_file(written[0], (json.dumps(to_plain(evaluation), indent=2) + "\n").encode())
+        write_file(written[1], markdown(evaluation).encode())
         if evaluation.generations and _plot(evaluation, folder / PLOT):
             written.append(folder / PLOT)
     except OSError as error:
-        raise InputError(f"cannot write {error.filename}: {error.strerror}; choose another folder") from error
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error
     return tuple(written)
 
 
@@ -91,15 +89,6 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _plot(evaluation: Evaluation, path: Path) -> bool:
     """Accuracy and distance over steps, a line a sampler; False where matplotlib is not installed."""
     try:
@@ -125,11 +114,6 @@ def _plot(evaluation: Evaluation, path: Path) -> bool:
         axes.minorticks_off()
         axes.legend(fontsize="small")
     left.set_ylim(0, 103)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with part.open("wb") as file:
-            canvas.print_png(file)
-        os.replace(part, path)  # noqa: PTH105 (as atomic, and raises with both names)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as stream:
+        canvas.print_png(stream)
     return True

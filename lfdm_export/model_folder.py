@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +21,15 @@ import numpy as np
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lfdm_export.checkpoints import load_networks
 from lfdm_export.errors import CheckpointError, InputError
+from lfdm_export.files.atomic import temporary_folder
+from lfdm_export.files.folders import give_back, publish
+from lfdm_export.files.names import user_path
+from lfdm_export.files.places import destination
 from lfdm_export.json_codec import from_plain, to_plain
 from lfdm_export.weight_files import read_tensors, sha256
 from lfdm_models.model import LfdmModel
@@ -90,36 +93,36 @@ def save_model(model: LfdmModel, folder: str | os.PathLike[str]) -> Path:
         InputError: the path is taken by something else, or cannot be written, or the model's labels or
             provenance cannot be stored.
     """
-    target = Path(folder).expanduser()
-    _require_free(target)
     embeddings = _stack_labels(model)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        safetensors.torch.save_file(_weights(model.lfae, ""), temporary / LFAE)
-        safetensors.torch.save_file(_weights(model.diffusion, "diffusion."), temporary / DM)
-        if embeddings is not None:
-            safetensors.torch.save_file({_EMBEDDINGS: torch.from_numpy(embeddings)}, temporary / LABELS)
-        card = ModelCard(
-            format="lfdm-model",
-            version=1,
-            residual_flow=model.config.residual_flow,
-            region_pad=model.config.lfae.region_pad,
-            region_temperature=model.config.lfae.region_temperature,
-            labels=tuple(model.label_embeddings),
-            provenance=model.provenance,
-            files={path.name: sha256(path) for path in sorted(temporary.iterdir())},
-        )
-        (temporary / CARD).write_text(_to_json(card), encoding="utf-8")
-        _swap(temporary, target)
-    except OSError as error:
-        raise InputError(
-            f"cannot write the model to {target}: {error.strerror or error}; choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        target = destination(folder).path
+        _require_free(target)
+        with temporary_folder(target) as temporary:
+            _fill(temporary, model, embeddings)
+            publish(temporary, target, check=lambda: _require_free(target))
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write the model to {os.fspath(folder)}: {reason}; choose another folder") from error
     return target
+
+
+def _fill(folder: Path, model: LfdmModel, embeddings: NDArray[np.float32] | None) -> None:
+    """Write a model's files."""
+    safetensors.torch.save_file(_weights(model.lfae, ""), folder / LFAE)
+    safetensors.torch.save_file(_weights(model.diffusion, "diffusion."), folder / DM)
+    if embeddings is not None:
+        safetensors.torch.save_file({_EMBEDDINGS: torch.from_numpy(embeddings)}, folder / LABELS)
+    card = ModelCard(
+        format="lfdm-model",
+        version=1,
+        residual_flow=model.config.residual_flow,
+        region_pad=model.config.lfae.region_pad,
+        region_temperature=model.config.lfae.region_temperature,
+        labels=tuple(model.label_embeddings),
+        provenance=model.provenance,
+        files={path.name: sha256(path) for path in sorted(folder.iterdir())},
+    )
+    (folder / CARD).write_text(_to_json(card), encoding="utf-8")
 
 
 def load_model_folder(folder: str | os.PathLike[str]) -> LfdmModel:
@@ -135,7 +138,8 @@ def load_model_folder(folder: str | os.PathLike[str]) -> LfdmModel:
         CheckpointError: there is no such folder, or it is incomplete, altered or of another version, or its
             weights are not as `load_model` needs them.
     """
-    path = Path(folder).expanduser()
+    path = user_path(folder)
+    give_back(path.resolve())
     card = _read_card(path)
     for name, expected in card.files.items():
         if not (path / name).is_file():
@@ -176,20 +180,6 @@ def _require_free(target: Path) -> None:
     names = {path.name for path in target.iterdir()}
     if names and (CARD not in names or not names <= {CARD, LFAE, DM, LABELS}):
         raise InputError(f"{target} is there already and holds other files; choose a new folder")
-
-
-def _swap(new: Path, target: Path) -> None:
-    """Put a finished folder in its place; an older one disappears only once it is there."""
-    old = new.with_name(new.name + ".old")
-    if target.exists():
-        target.rename(old)
-    try:
-        new.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _weights(network: nn.Module, prefix: str) -> dict[str, Tensor]:

@@ -159,7 +159,7 @@ def _make(
         work.mkdir()
         result = build_in_child(work, request, graph)
         plan, layers = work / PLAN, work / LAYERS
-        record = PlanRecord(wanted, fingerprint(plan, sync=True), result.seconds, result.peak_bytes, result.layers)
+        record = PlanRecord(wanted, fingerprint(plan), result.seconds, result.peak_bytes, result.layers)
         folder.install(record, plan, layers if layers.is_file() else None, work)
     except OSError as error:
         raise EngineError(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.errors import BundleError, InputError
+from lfdm_export.files.atomic import write_file
+from lfdm_export.files.names import user_path
 from lfdm_export.json_codec import from_plain, to_plain
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Pictures:
     panels: NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The outcome of a verification.
 
@@ -178,6 +178,11 @@ class Report:
     geometry: Mapping[str, int]
     others: tuple[OtherEngine, ...] = ()
     pictures: Pictures | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        failed = len(self.failures)
+        outcome = f"{failed} of {len(self.all_checks)} checks failed" if failed else "passed"
+        return f"<Report of {self.bundle!r}, {self.precision}, {self.engine}: {outcome}>"
 
     @property
     def passed(self) -> bool:
@@ -260,11 +265,12 @@ class Report:
         """
         from lfdm_export.report_page import page
 
-        target = Path(folder)
+        target = user_path(folder)
         try:
-            target.mkdir(parents=True, exist_ok=True)
-            _replace(target / JSON_NAME, self.to_json())
-            return _replace(target / HTML_NAME, page(self))
+            for name, text in ((JSON_NAME, self.to_json()), (HTML_NAME, page(self))):
+                # A label can hold half a surrogate pair, which JSON can and UTF-8 cannot.
+                write_file(target / name, text.encode("utf-8", "xmlcharrefreplace"))
+            return target / HTML_NAME
         except OSError as error:
             raise BundleError(
                 f"the report cannot be written to {target} ({error.strerror or error}); make the folder writable"
@@ -291,18 +297,6 @@ def percent(share: float) -> str:
     if share >= 10:
         return f"{share:,.0f}×"
     return f"{share:.2g}×" if share >= 2 else f"{share:.0%}" if share >= 0.01 else "<1%"
-
-
-def _replace(path: Path, text: str) -> Path:
-    part = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    try:
-        # A label can hold half a surrogate pair, which JSON can and UTF-8 cannot.
-        part.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))
-        part.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-    return path
 
 
 def sentence(text: str) -> str:

@@ -34,7 +34,7 @@ def tokenize(folder: Path, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDA
         raise MissingDependencyError("tokenizers", "free text", "text") from error
     path = folder / TOKENIZER_FILE
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises bare Exception
         raise BundleError(f"{path} is no tokenizer ({error}); export again") from error
     for text in texts:

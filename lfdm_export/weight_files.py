@@ -5,7 +5,6 @@ Keys come out flat, as ``generator.first.conv.weight`` or ``diffusion.betas``, w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import re
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lfdm_export.errors import CheckpointError
+from lfdm_export.files.digests import sha256_and_size
 
 #: Top-level entries of checkpoints that hold networks, each a state dict.
 PARTS = ("generator", "region_predictor", "bg_predictor", "diffusion")
@@ -99,14 +99,10 @@ def sha256(path: Path) -> str:
     Raises:
         CheckpointError: it cannot be read.
     """
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        return sha256_and_size(path)[0]
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    return digest.hexdigest()
 
 
 def shorten(names: Iterable[str], shown: int = 3) -> str:

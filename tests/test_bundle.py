@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lfdm_export import bundle_writer
 from lfdm_export.bundle import Bundle
 from lfdm_export.bundle_writer import BundleWriter
 from lfdm_export.errors import BundleError, InputError
+from lfdm_export.files import folders
 from lfdm_export.manifest import FORMAT_VERSION, Manifest
 from lfdm_export.preprocess import Preprocessing
 from tests.fake_bundle import EMBEDDINGS, GEOMETRY, LABELS, NULL, WIDTH, fake_manifest, write_fake_bundle
@@ -385,11 +385,16 @@ def test_a_link_to_a_bundle_stays_a_link(folder: Path, tmp_path: Path):
 
 
 def test_the_old_bundle_comes_back_if_the_new_one_cannot_be_put_there(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    def denied(source: Path, target: Path) -> None:
-        assert not target.exists(), "the old one is aside by now"
-        raise OSError(errno.EACCES, "Permission denied")
+    real = folders._rename
 
-    monkeypatch.setattr(bundle_writer, "_rename_new", denied)
+    def denied(source: Path, target: Path) -> None:
+        if source.suffix == ".part" and target == folder:
+            assert not target.exists(), "the old one is aside by now"
+            raise OSError(errno.EACCES, "Permission denied")
+        real(source, target)
+
+    monkeypatch.setattr(folders, "_exchange", lambda *_: False)
+    monkeypatch.setattr(folders, "_rename", denied)
     with pytest.raises(BundleError, match="Permission denied"):
         write_fake_bundle(folder, dataclasses.replace(fake_manifest(), provenance={"made": "later"}))
     assert Bundle.open(folder).manifest.provenance == {"trained": False}

@@ -70,6 +70,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lfdm_export.manifest",
         "lfdm_export.onnx_export",
         "lfdm_export.quantize",
+        "lfdm_export.ready_bundle",
         "lfdm_export.reference",
         "lfdm_export.reference_inputs",
         "lfdm_export.stage_runner",

@@ -90,6 +90,8 @@ def test_a_bundle_without_motion_transfer_verifies(quick: list[Any], small_model
     assert not [name for name in bundle.manifest.files if "estimate_motion" in name]
     report = verify_bundle(bundle, targets=("onnxruntime",), threads=1)
     assert report.passed, report.table()
+    assert repr(report).startswith("<Report of 'bundle', fp32, ")
+    assert repr(report).endswith(": passed>")
     photo = np.zeros((64, 64, 3), np.uint8)
     assert Pipeline(bundle).generate(photo, label="fear", steps=2).frames.shape == (1, 10, 64, 64, 3)
 
@@ -105,7 +107,7 @@ def test_motion_transfer_of_a_bundle_without_it_is_refused(tmp_path: Path, capsy
     arguments = [str(bundle.path), "--image", f"{tmp_path}/photo.png", "--drive", "clip.gif", "-o", "a.gif"]
     assert generate_main(arguments) == 1
     printed = capsys.readouterr().err
-    assert "export it again, without --without-drive" in printed
+    assert "give a bundle that lfdm-export wrote without --without-drive" in printed
     assert printed.count("\n") == 1
 
 

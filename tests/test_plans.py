@@ -20,7 +20,7 @@ import onnx
 import pytest
 
 from lfdm_export import plan_making
-from lfdm_export.bundle import Bundle, fingerprint
+from lfdm_export.bundle import Bundle
 from lfdm_export.bundle_writer import BundleWriter
 from lfdm_export.cuda_driver import Gpu
 from lfdm_export.engines import plans, tensorrt_build
@@ -300,15 +300,12 @@ def test_a_full_disk_leaves_the_old_plan_or_none(
     make(bundle, "encode")
     folder = PlanFolder(bundle.path, "tensorrt-rtx")
     before = files(folder)
-    real = fingerprint
 
-    def full(path: Path, *, sync: bool = False) -> Any:
-        if path.name == name and sync:
+    def full(path: Path) -> None:
+        if path.name == name:
             raise OSError(28, "No space left on device")
-        return real(path, sync=sync)
 
-    monkeypatch.setattr(plans, "fingerprint", full)
-    monkeypatch.setattr(plan_making, "fingerprint", full)
+    monkeypatch.setattr(plans, "sync_path", full)
     with pytest.raises(EngineError, match=r"plan of stage 'encode' cannot be written: No space left on device"):
         make(bundle, "encode", gpus=["SM89"])
     assert files(folder) == before
@@ -335,7 +332,7 @@ def test_a_crash_between_plan_and_record_leaves_none(bundle: Bundle, builder: Bu
 
 def test_what_a_killed_builder_left_is_swept(bundle: Bundle, builder: Builder):
     folder = PlanFolder(bundle.path, "tensorrt-rtx")
-    left = folder.path / ".building-0123456789ab" / "step"
+    left = folder.path / ".building.lfdm-0123456789ab.part" / "step"
     left.mkdir(parents=True)
     (left / "plan").write_bytes(b"half")
     make(bundle, "encode")

@@ -1,7 +1,7 @@
 """The commands: each parses, calls the library, prints, and returns the exit status.
 
 0: done; 1: an error, told in one line; 2: wrong usage; 3: the export differs from its reference by more than
-its tolerance; 130: interrupted.
+its tolerance; 130: interrupted (128 and the number of any signal that ends it: 143, 129).
 """
 
 from lfdm_export.cli.export import export_main

@@ -3,26 +3,46 @@
 from __future__ import annotations
 
 import argparse
-import io
 import logging
-import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
 
 from lfdm_export import __version__
+from lfdm_export.cli.ending import Stopped, is_stdout, orderly
 from lfdm_export.errors import LfdmExportError, ParityError
+from lfdm_export.files.names import visible
 from lfdm_models.command_line import Parser
 
 OK, FAILED, PARITY_FAILED, INTERRUPTED = 0, 1, 3, 130
 
 
+class _Parser(Parser):
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(visible(message, keep="\n"), file)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record), keep="\n")
+
+
+class _Console(Console):
+    """A console on which names, files and servers cannot play: it prints their control characters as escapes."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.is_control else segment._replace(text=visible(segment.text, keep="\n"))
+
+
 def make_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
     """A parser whose help ends in examples."""
-    return Parser(
+    return _Parser(
         prog=program,
         description=description,
         epilog="examples:\n" + examples,
@@ -41,30 +61,32 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 def run(program: str, args: argparse.Namespace, command: Callable[[], int]) -> int:
     """Run a command's body; turn whatever it raises into a line on stderr and an exit status.
 
+    A signal that ends it gives 128 and its number.
+
     Raises:
         BaseException: whatever the body raised, with ``--debug``.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without ✓ gets a ?, and its result
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd EXIF and the like, which does no harm
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(f"{program}: %(levelname)s: %(message)s"))
-    logger = logging.getLogger("lfdm_export")
-    logger.addHandler(handler)
-    try:
-        return command()
-    except KeyboardInterrupt:
-        if args.debug:
-            raise
-        complain(program, "interrupted")
-        return INTERRUPTED
-    except Exception as error:
-        if args.debug:
-            raise
-        complain(program, "error: " + describe_error(error))
-        return PARITY_FAILED if isinstance(error, ParityError) else FAILED
-    finally:
-        logger.removeHandler(handler)
+    with orderly():
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Formatter(f"{program}: %(levelname)s: %(message)s"))
+        logger = logging.getLogger("lfdm_export")
+        logger.addHandler(handler)
+        try:
+            return command()
+        except KeyboardInterrupt as error:
+            if args.debug:
+                raise
+            ended = isinstance(error, Stopped) and error.status != INTERRUPTED
+            complain(program, f"ended by {error}" if ended else "interrupted")
+            return error.status if isinstance(error, Stopped) else INTERRUPTED
+        except Exception as error:
+            if args.debug:
+                raise
+            complain(program, "error: " + describe_error(error))
+            return PARITY_FAILED if isinstance(error, ParityError) else FAILED
+        finally:
+            logger.removeHandler(handler)
 
 
 def describe_error(error: Exception) -> str:
@@ -80,15 +102,19 @@ def describe_error(error: Exception) -> str:
 
 
 def complain(program: str, message: str) -> None:
-    """Print one line on stderr."""
+    """Print a line on stderr."""
     text = f"{program}: {' '.join(message.split())}"
-    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+    _Console(stderr=True, soft_wrap=True).print(visible(text), markup=False, highlight=False)
 
 
 def say(args: argparse.Namespace, text: object) -> None:
-    """Print a result on stdout, unless quiet. Text is printed as it is; tables may be rich's."""
+    """Print a result, unless quiet. Text is printed as it is; tables may be rich's.
+
+    It goes to stdout; where the command's output itself goes there (``--out /dev/stdout``), to stderr.
+    """
     if not args.quiet:
-        Console(soft_wrap=isinstance(text, str)).print(text, markup=False, highlight=False)
+        console = _Console(stderr=is_stdout(getattr(args, "out", None)), soft_wrap=isinstance(text, str))
+        console.print(visible(text, keep="\n") if isinstance(text, str) else text, markup=False, highlight=False)
 
 
 class Bars:
@@ -99,7 +125,7 @@ class Bars:
 
     def __init__(self, *, quiet: bool, names: dict[str, str] | None = None) -> None:
         """Name stages otherwise than the library does, with `names`."""
-        console = Console(stderr=True)
+        console = _Console(stderr=True)
         self._names = names or {}
         self._tasks: dict[str, TaskID] = {}
         self._progress = Progress(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfdm_export.cli.console import OK, OneBar, add_common_options, make_parser, run, say
+from lfdm_export.cli.ending import orderly
 from lfdm_export.cli.models import SHIPPED, add_model_options, check_model_options, open_model
 from lfdm_export.cli.plans import add_plan_options, check_plan_options, choose_target, make_bundle_plans
 from lfdm_export.cli.verify import verify_and_report
 from lfdm_export.datasets import NO_ENCODER, PUBLISHED_ENCODER
 from lfdm_export.errors import InputError
+from lfdm_export.files.names import user_path
 from lfdm_export.stages import PRECISIONS
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ _EXAMPLES = """\
 """
 
 
+@orderly()
 def export_main(argv: Sequence[str] | None = None) -> int:
     """Run ``lfdm-export``; returns the exit status (see `lfdm_export.cli`)."""
     parser = _parser()
@@ -45,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_model_options(parser, "Both checkpoints, or a model folder; none means the small trained one that is shipped.")
     group = parser.add_argument_group("bundle")
-    group.add_argument("-o", "--out", type=Path, default=Path("bundle"), metavar="DIR", help="where to (%(default)s)")
+    group.add_argument("-o", "--out", default="bundle", metavar="DIR", help="where to (%(default)s)")
     group.add_argument(
         "--engine",
         default="fp32",
@@ -66,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave out what --drive of lfdm-generate needs: half of a bundle of the published size",
     )
-    group.add_argument("--triton", type=Path, metavar="DIR", help="write a Triton model repository that serves it, too")
+    group.add_argument("--triton", metavar="DIR", help="write a Triton model repository that serves it, too")
     group.add_argument("--no-verify", action="store_true", help="do not run PyTorch and compare")
     add_plan_options(parser)
     add_common_options(parser)
@@ -87,6 +89,10 @@ def _export(args: argparse.Namespace) -> int:
     labels = None if args.labels is None else read_labels(args.labels)
     if args.lfae is None and args.model is None:
         say(args, f"no checkpoints given: exporting the shipped model {SHIPPED!r}")
+    if args.triton is not None:
+        from lfdm_export.serving.triton_repository import require_apart
+
+        require_apart(args.out, args.triton)
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when transformers is imported
     from lfdm_export.export import export_bundle
@@ -139,9 +145,10 @@ def read_labels(value: str) -> tuple[str, ...]:
     Raises:
         InputError: the file cannot be read, or there are no labels.
     """
-    if Path(value).is_file():
+    path = user_path(value)
+    if path.is_file():
         try:
-            names = Path(value).read_text(encoding="utf-8").splitlines()
+            names = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"the labels in {value} cannot be read ({error}); give a text file in UTF-8") from error
     elif "/" in value or value.lower().endswith(".txt"):

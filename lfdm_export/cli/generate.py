@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lfdm_export.cli.console import Bars, add_common_options, make_parser, run, say
+from lfdm_export.cli.ending import orderly
 from lfdm_export.cli.making import Making
 from lfdm_export.cli.photograph import crop_of, say_bars
 from lfdm_export.cli.plans import add_target_option
 from lfdm_export.cli.remote import add_remote_options, check_remote_options, generate_remotely
-from lfdm_export.cli.wishes import Wish, example_name, seeds_of, wishes
+from lfdm_export.cli.wishes import Wish, example_name, inputs_of, seeds_of, wants_many, wishes
 from lfdm_export.clip import Clip, rehearse_saving
 from lfdm_export.errors import InputError
+from lfdm_export.files.places import refuse_inputs
 from lfdm_export.media import FORMATS
 from lfdm_export.sampling import SAMPLERS
 from lfdm_models.pictures.formats import FORMAT_NAMES
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "lfdm-generate"
 _EXAMPLES = """\
+  lfdm-generate characters --image drawing.png --label nod --out nod.gif
   lfdm-generate mug --image face.jpg --label happiness --out happiness.gif
   lfdm-generate mug --image face.jpg --label fear --sampler unipc --steps 8 --seed 3 -o fear.mp4
   lfdm-generate mug --image face.jpg --label anger --guidance 2 --panels -o anger.gif
@@ -39,6 +42,7 @@ _LARGEST_BATCH, _BATCH_VALUES = 8, 4 * 40 * 32 * 32
 _STAGES = {"estimate_motion": "estimate motion"}
 
 
+@orderly()
 def generate_main(argv: Sequence[str] | None = None) -> int:
     """Run ``lfdm-generate``; returns the exit status (see `lfdm_export.cli`)."""
     parser = _parser()
@@ -55,7 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser(
         PROGRAM, "Make a clip of a photograph that moves as a label, a text or a clip says.", _EXAMPLES
     )
-    parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help="folder that lfdm-export wrote; not with --url")
+    parser.add_argument(
+        "bundle",
+        nargs="?",
+        metavar="BUNDLE",
+        help="folder that lfdm-export wrote, or characters: the shipped model; not with --url",
+    )
     parser.add_argument("--image", required=True, metavar="PHOTO", help=f"the photograph: {FORMAT_NAMES}")
     parser.add_argument(
         "--crop",
@@ -103,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    # Before minutes of sampling: a clip that could not be written shows at once.
+    # Before minutes of sampling: a clip that could not be written, or would replace an input, shows at once.
+    if not wants_many(args):
+        refuse_inputs(args.out, inputs_of(args))
     rehearse_saving(example_name(args), format=args.format, panels=args.panels, fps=args.fps, scale=args.scale)
     if args.url is not None:
         return generate_remotely(args)

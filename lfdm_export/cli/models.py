@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfdm_models.labels import DATASETS
@@ -74,4 +73,4 @@ def open_model(args: argparse.Namespace) -> LfdmModel:
     from lfdm_export.model_folder import load_model_folder
     from lfdm_models.demo import SHIPPED as SHIPPED_FOLDER
 
-    return load_model_folder(SHIPPED_FOLDER if args.model in (None, SHIPPED) else Path(args.model))
+    return load_model_folder(SHIPPED_FOLDER if args.model in (None, SHIPPED) else args.model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfdm_export.cli.console import OneBar, say
@@ -43,9 +42,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         help="make plans for it; auto (the default below fp32): TensorRT if it and a GPU are there, else TensorRT for "
         "RTX, which needs no GPU; none (the default of fp32)",
     )
-    group.add_argument(
-        "--plans", type=Path, metavar="BUNDLE", help="make the plans of a bundle that is there; export nothing"
-    )
+    group.add_argument("--plans", metavar="BUNDLE", help="make the plans of a bundle that is there; export nothing")
     group.add_argument(
         "--gpus",
         type=lambda text: tuple(name.strip().upper() for name in text.split(",")),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from lfdm_export.cli.console import OK, add_common_options, make_parser, run, say
+from lfdm_export.cli.ending import orderly
 from lfdm_export.engines.onnxruntime import DEVICES
 from lfdm_export.errors import InputError
+from lfdm_export.files.names import user_name
 from lfdm_export.serving.order import POLICIES, Policy
 from lfdm_export.serving.requests import Limits
 from lfdm_export.serving.server_files import SERVER_VARIABLE, find_server, install_server
@@ -31,6 +32,7 @@ _EXAMPLES = """\
 """
 
 
+@orderly()
 def serve_main(argv: Sequence[str] | None = None) -> int:
     """Run ``lfdm-serve``; returns the exit status (see `lfdm_export.cli`)."""
     parser = _parser()
@@ -46,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
         "Serve a bundle with Triton Inference Server, until SIGINT or SIGTERM; then finish what it has.",
         _EXAMPLES,
     )
-    parser.add_argument("bundle", metavar="BUNDLE", nargs="?", help="folder that lfdm-export wrote")
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", nargs="?", help="folder that lfdm-export wrote, or characters: the shipped model"
+    )
     server = parser.add_argument_group("server")
     server.add_argument(
         "--install-server", action="store_true", help="fetch the server (55 MB, through pip), unless it is there"
@@ -118,8 +122,6 @@ def _serve(args: argparse.Namespace) -> int:
     from lfdm_export.bundle import Bundle
     from lfdm_export.serving.triton_repository import write_repository
 
-    # Until the server is ready and drains at a signal: clean up as after Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     options, settings = _server_options(args), _settings(args)
     files = find_server(args.tritonserver)
     bundle = Bundle.open(args.bundle)
@@ -149,7 +151,7 @@ def _server_options(args: argparse.Namespace) -> ServerOptions:
         metrics_port=args.metrics_port,
         start_timeout=args.start_timeout,
         drain_timeout=args.drain_timeout,
-        trace_file=args.trace,
+        trace_file=None if args.trace is None else user_name(args.trace),
         trace_rate=args.trace_rate,
         verbose=args.verbose,
         arguments=tuple(args.server_argument),

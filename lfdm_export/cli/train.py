@@ -6,11 +6,13 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lfdm_export.cli.console import OK, Bars, add_common_options, make_parser, run, say
+from lfdm_export.cli.console import OK, Bars, add_common_options, complain, make_parser, run, say
+from lfdm_export.cli.ending import orderly
 from lfdm_export.errors import InputError, LfdmExportError, MissingDependencyError
+from lfdm_export.files.atomic import rehearse
+from lfdm_export.files.names import user_path
 
 if TYPE_CHECKING:
     from lfdm_export.evaluate import Setting
@@ -24,6 +26,7 @@ _EXAMPLES = """\
 _NONE = "none"
 
 
+@orderly()
 def train_main(argv: Sequence[str] | None = None) -> int:
     """Run ``lfdm-train``; returns the exit status (see `lfdm_export.cli`)."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -53,9 +56,9 @@ def evaluate_main(argv: Sequence[str]) -> int:
     parser.add_argument("--eta", type=float, metavar="X", help="of ddim (the sampler's own)")
     parser.add_argument("--guidance-scale", type=float, metavar="X", help="(the bundle's own)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of characters and noise (%(default)s)")
-    parser.add_argument("--classifier", type=Path, metavar="FILE", help="of motions (the one that is shipped)")
+    parser.add_argument("--classifier", metavar="FILE", help="of motions (the one that is shipped)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (all cores)")
-    parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="folder of the report (BUNDLE/evaluation)")
+    parser.add_argument("-o", "--out", metavar="DIR", help="folder of the report (BUNDLE/evaluation)")
     add_common_options(parser)
     args = parser.parse_args(argv)
     return run(PROGRAM, args, lambda: _evaluate(args))
@@ -68,7 +71,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     import torch
 
     from lfdm_export.evaluate import evaluate_bundle, require_drawn_characters
-    from lfdm_export.evaluate_report import markdown, write_evaluation
+    from lfdm_export.evaluate_report import JSON, markdown, write_evaluation
     from lfdm_export.pipeline import Pipeline
     from lfdm_models.training.classifier import load_classifier, shipped_classifier
     from lfdm_models.training.errors import TrainingError
@@ -78,18 +81,27 @@ def _evaluate(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     pipeline = Pipeline.open(args.bundle, threads=args.threads)
     require_drawn_characters(pipeline.bundle)
+    if args.out is None:
+        folder = pipeline.bundle.path / "evaluation"
+    else:  # before minutes of measuring: a folder that cannot be written shows at once
+        folder = user_path(args.out)
+        rehearse(folder / JSON)
     try:
-        classifier = shipped_classifier() if args.classifier is None else load_classifier(args.classifier)
+        classifier = shipped_classifier() if args.classifier is None else load_classifier(user_path(args.classifier))
     except TrainingError as error:
         raise LfdmExportError(str(error)) from error
     with Bars(quiet=args.quiet) as progress:
         evaluation = evaluate_bundle(
             pipeline, classifier, settings, clips=args.clips, seed=args.seed, progress=progress
         )
-    folder = args.out if args.out is not None else pipeline.bundle.path / "evaluation"
-    written = write_evaluation(evaluation, folder)
     say(args, markdown(evaluation))
-    say(args, "\n".join(f"report  {path}" for path in written))
+    try:
+        written = write_evaluation(evaluation, folder)
+        say(args, "\n".join(f"report  {path}" for path in written))
+    except InputError as error:
+        if args.out is not None:
+            raise
+        complain(PROGRAM, f"warning: {error}")  # the bundle may be mounted read-only; its figures are shown
     return OK
 
 

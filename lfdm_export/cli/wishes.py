@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lfdm_export.errors import InputError
+from lfdm_export.files.names import user_path
+from lfdm_export.files.places import refuse_inputs
 
 #: Clips that one command makes at most; more are rather a slip than a wish.
 MAX_CLIPS = 1000
@@ -51,6 +53,11 @@ def seeds_of(word: str) -> range:
     return range(first, last + 1)
 
 
+def inputs_of(args: argparse.Namespace) -> dict[str, str | None]:
+    """The files and folders that the command reads, which no clip may replace."""
+    return {"--image": args.image, "--drive": args.drive, "--embedding": args.embedding, "BUNDLE": args.bundle}
+
+
 def wants_many(args: argparse.Namespace) -> bool:
     """Whether the command names several clips, whose files then say label and seed."""
     return bool(args.labels_all or len(args.label or ()) > 1 or sum(map(len, args.seeds or ())) > 1)
@@ -69,7 +76,8 @@ def wishes(args: argparse.Namespace, known: Sequence[str]) -> tuple[Wish, ...]:
         known: labels of the bundle or of the served model.
 
     Raises:
-        InputError: there are too many, none, one of them twice, or a device would have to take them all.
+        InputError: there are too many, none, one of them twice, a device would have to take them all, or one would
+            replace an input.
     """
     seeds = [args.seed] if args.seeds is None else [seed for part in args.seeds for seed in part]
     if not wants_many(args):
@@ -88,7 +96,8 @@ def wishes(args: argparse.Namespace, known: Sequence[str]) -> tuple[Wish, ...]:
         twice = [value for value in values if values.count(value) > 1]
         if twice:
             raise InputError(f"the {noun} {twice[0]!r} is given twice; leave one out")
-    if Path(args.out).exists() and not (Path(args.out).is_file() or Path(args.out).is_dir()):
+    out = user_path(args.out)
+    if out.exists() and not (out.is_file() or out.is_dir()):
         raise InputError(f"{args.out} takes one clip, found {len(labels) * len(seeds)}; give a file name or a folder")
     made: dict[str, Wish] = {}
     for seed in seeds:
@@ -98,6 +107,7 @@ def wishes(args: argparse.Namespace, known: Sequence[str]) -> tuple[Wish, ...]:
             while name.casefold() in made:  # two labels may differ in what no file name shows
                 name = _name(args.out, args.format, f"{_word(label or '')}-{number}", seed or 0)
                 number += 1
+            refuse_inputs(name, inputs_of(args))
             made[name.casefold()] = Wish(label, seed, name)
     return tuple(made.values())
 
@@ -106,7 +116,7 @@ def _name(out: str | os.PathLike[str], ending: str | None, label: str | None, se
     """``a.gif`` -> ``a-nod-seed3.gif``; ``folder/`` -> ``folder/nod-seed3.gif``, without ending a folder of frames."""
     given = os.fspath(out)
     words = "-".join([*([] if label is None else [_word(label)]), f"seed{seed}"])
-    if given.endswith(("/", os.sep)) or Path(given).is_dir():
+    if given.endswith(("/", os.sep)) or user_path(given).is_dir():
         return f"{given.rstrip('/' + os.sep)}/{words}" + (f".{ending}" if ending else "/")
     suffix = Path(given).suffix
     return f"{given.removesuffix(suffix)}-{words}{suffix}"

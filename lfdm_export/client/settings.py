@@ -7,10 +7,10 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from lfdm_export.errors import InputError, MissingDependencyError
+from lfdm_export.files.names import user_path
 from lfdm_export.wording import not_default
 
 Compression = Literal["gzip", "deflate"]
@@ -246,7 +246,7 @@ def import_protocol() -> tuple[Any, Any]:
 
 def _pem(path: str | os.PathLike[str]) -> bytes:
     try:
-        data = Path(path).read_bytes()
+        data = user_path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{os.fspath(path)} cannot be read: {error.strerror}; give a PEM file") from error
     if b"-----BEGIN" not in data:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from lfdm_export.cuda_driver import CudaDriver, Gpu, load_driver
 from lfdm_export.engines.gpu_memory import DeviceBuffer
 from lfdm_export.engines.tensorrt_api import Api, load_api
 from lfdm_export.errors import EngineError
+from lfdm_export.files.atomic import write_file
 from lfdm_export.targets import Target
 
 _log = logging.getLogger(__name__)
@@ -120,15 +120,11 @@ class GpuSession:
         data = bytes(self._kernels.serialize())
         if len(data) == self._kernels_bytes:
             return
-        part = self._kernels_path.with_name(f".{self._kernels_path.name}.{os.getpid()}")
         try:
-            part.write_bytes(data)
-            part.replace(self._kernels_path)
+            write_file(self._kernels_path, data)
             self._kernels_bytes = len(data)
         except OSError as error:
             _log.info("compiled kernels cannot be kept in %s: %s", self._kernels_path, error.strerror or error)
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
 
 
 @functools.cache

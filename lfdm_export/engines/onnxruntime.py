@@ -11,6 +11,7 @@ import numpy as np
 
 from lfdm_export.engines.feeds import Array, check_feeds, check_outputs
 from lfdm_export.errors import EngineError, MissingDependencyError
+from lfdm_export.files.names import require_utf8
 from lfdm_export.stages import StageSpec, TensorSpec
 
 Device = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
@@ -126,8 +127,9 @@ def _providers(device: Device) -> tuple[str, ...]:
 def _load(path: Path, options: Any, providers: Sequence[str]) -> Any:
     if not path.is_file():
         raise EngineError(f"there is no graph at {path}; export again")
+    name = require_utf8(path, "ONNX Runtime")
     try:
-        session = _onnxruntime().InferenceSession(path, options, providers=list(providers))
+        session = _onnxruntime().InferenceSession(name, options, providers=list(providers))
     except Exception as error:  # onnxruntime's exceptions share no other base
         raise EngineError(f"ONNX Runtime cannot load {path}: {_one_line(error)}; export again") from error
     if session.get_providers()[0] != providers[0]:  # it falls back to the CPU with no more than a log line

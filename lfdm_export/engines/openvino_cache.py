@@ -5,11 +5,9 @@ An entry is one file: a line of JSON with its key and the SHA-256 of the rest, t
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lfdm_export.files.atomic import replacing
 from lfdm_export.machine import package_versions, processor_info, processor_name
 
 logger = logging.getLogger(__name__)
@@ -70,16 +69,10 @@ class CompiledCache:
 
     def write(self, entry: str, key: str, blob: bytes | memoryview) -> None:
         """Keep an entry, in place of an older one; a folder that cannot be written leaves the cache as it is."""
-        path = self.path(entry)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         header = {"key": key, "sha256": hashlib.sha256(blob).hexdigest()}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            with replacing(self.path(entry)) as file:
                 file.write(json.dumps(header).encode() + b"\n")
                 file.write(blob)
-            temporary.replace(path)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
             logger.warning("what OpenVINO compiled cannot be kept in %s: %s", self.folder, error.strerror or error)

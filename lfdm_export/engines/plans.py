@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,11 +21,11 @@ from typing import Literal
 from lfdm_export.bundle import PLANS_FOLDER, Bundle, fingerprint
 from lfdm_export.cuda_driver import Gpu
 from lfdm_export.errors import EngineError
+from lfdm_export.files.atomic import folder_made, locked, sync_path, temporary_folder
 from lfdm_export.json_codec import from_plain, to_plain
 from lfdm_export.manifest import FileEntry
 from lfdm_export.targets import PLAN_TARGETS, TITLES, Target
 
-_BUILDING = ".building-"
 # A record is some kilobytes; a file far beyond that is not one.
 _LARGEST_RECORD = 1 << 20
 
@@ -157,16 +154,8 @@ class PlanFolder:
             EngineError: the bundle cannot be written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with _locked(self.path):
-                for stale in self.path.glob(f"{_BUILDING}*"):
-                    shutil.rmtree(stale, ignore_errors=True)
-                folder = self.path / f"{_BUILDING}{uuid.uuid4().hex[:12]}"
-                folder.mkdir()
-                try:
-                    yield folder
-                finally:
-                    shutil.rmtree(folder, ignore_errors=True)
+            with folder_made(self.path), locked(self.path), temporary_folder(self.path / "building") as folder:
+                yield folder
         except OSError as error:
             raise EngineError(f"plans cannot be written to {self.path}: {error.strerror or error}") from error
 
@@ -179,33 +168,19 @@ class PlanFolder:
         stage = record.fingerprint.stage
         written = workshop / f"{stage}.json"
         written.write_text(json.dumps(to_plain(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        fingerprint(written, sync=True)
+        sync_path(written)
+        sync_path(plan)
         self.record_path(stage).unlink(missing_ok=True)
         self.layers_path(stage).unlink(missing_ok=True)
         plan.replace(self.plan(stage))
         if layers is not None:
             layers.replace(self.layers_path(stage))
         written.replace(self.record_path(stage))
+        sync_path(self.path)
 
     def stages(self) -> tuple[str, ...]:
         """The stages that have a plan and a record, fit or not."""
         return tuple(sorted(path.stem for path in self.path.glob("*.plan") if self.record_path(path.stem).is_file()))
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:  # not on Windows: there the renames alone keep plans whole
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def remake(bundle: Path, target: Target) -> str:

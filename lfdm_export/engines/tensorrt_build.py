@@ -24,6 +24,7 @@ from typing import Any
 from lfdm_export.engines.plans import BuildOptions
 from lfdm_export.engines.tensorrt_api import Api, load_api, refit_engine
 from lfdm_export.errors import EngineError, LfdmExportError
+from lfdm_export.files.atomic import write_file
 from lfdm_export.json_codec import from_plain, to_plain
 from lfdm_export.stages import BATCH, TOKENS, StageSpec
 from lfdm_export.targets import TITLES, Target
@@ -161,8 +162,6 @@ def _build(request: BuildRequest, work: Path) -> BuildResult:
         plan, layers = _built(api, request, graph)
     with (work / PLAN).open("wb") as file:
         file.write(plan)
-        file.flush()
-        os.fsync(file.fileno())
     seconds = time.perf_counter() - started
     inspected = _inspected(api, plan)
     if inspected is not None:
@@ -193,7 +192,7 @@ def _built(api: Api, request: BuildRequest, graph: bytes) -> tuple[Any, dict[str
         raise EngineError(api.take_errors())
     if cache is not None:
         with contextlib.suppress(OSError):  # only the next build would have gained
-            _replace(Path(request.timing_cache), bytes(config.get_timing_cache().serialize()))
+            write_file(request.timing_cache, bytes(config.get_timing_cache().serialize()))
     return plan, _layers(network)
 
 
@@ -285,12 +284,6 @@ def _layers(network: Any) -> dict[str, object]:
         "of kind": dict(kinds.most_common()),
         "outputs of type": dict(types.most_common()),
     }
-
-
-def _replace(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_bytes(data)
-    part.replace(path)
 
 
 def _peak_bytes() -> int:

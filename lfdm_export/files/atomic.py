@@ -24,7 +24,9 @@ from lfdm_export.files.places import destination
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    _flock = None
+else:
+    _flock = fcntl.flock
 
 _MARK = ".lfdm-"
 _LEFTOVER = re.compile(r"^\..*\.lfdm-[0-9a-f]{12}\.part$", re.DOTALL)
@@ -284,9 +286,9 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        if fcntl is not None:
+        if _flock is not None:
             with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                _flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
@@ -294,10 +296,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _lock(descriptor: int) -> bool | None:
     """Whether a lock was got: False where another holds it, None where there are no locks."""
-    if fcntl is None:
+    if _flock is None:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:

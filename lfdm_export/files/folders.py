@@ -8,6 +8,7 @@ import errno
 import functools
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,7 +18,14 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
-def publish(folder: Path, target: Path, *, carry: Sequence[str] = (), check: Callable[[], None] | None = None) -> None:
+def publish(
+    folder: Path,
+    target: Path,
+    *,
+    carry: Sequence[str] = (),
+    check: Callable[[], None] | None = None,
+    replace: bool = True,
+) -> None:
     """Make a folder durable and put it at `target`; an older one there is exchanged for it.
 
     Whenever this is cut off, `target` is the old folder or the new one, or `give_back` makes it the old one.
@@ -27,6 +35,7 @@ def publish(folder: Path, target: Path, *, carry: Sequence[str] = (), check: Cal
         target: its place, behind all links.
         carry: entries of the old folder that belong to the new one where it has none of its own.
         check: raises if what is at the target must not be replaced; called when nobody else can change it.
+        replace: else what is at the target stays there, and `folder` where it is.
 
     Raises:
         OSError: it cannot be done; the target is as it was.
@@ -38,7 +47,8 @@ def publish(folder: Path, target: Path, *, carry: Sequence[str] = (), check: Cal
             check()
         if not target.exists():
             _rename(folder, target)
-        else:
+        elif replace:
+            shutil.copymode(target, folder)
             # The old one gets a leftover's name, which others would remove before its entries are carried over.
             with locked(target):
                 try:
@@ -131,4 +141,4 @@ def _renameat2() -> Callable[[int, bytes, int, bytes, int], int] | None:
         return None
     function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
     function.restype = ctypes.c_int
-    return function  # type: ignore[no-any-return]
+    return function

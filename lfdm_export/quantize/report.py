@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lfdm_export.errors import BundleError
+from lfdm_export.files.atomic import write_file
 from lfdm_export.json_codec import from_plain, to_plain
 from lfdm_export.quantize.ranges import Format
 
@@ -101,12 +102,9 @@ class SensitivityReport:
 
     def write(self, folder: Path) -> Path:
         """Write it as JSON and as Markdown; returns the latter's path."""
-        folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(to_plain(self), indent=1, allow_nan=False) + "\n"
         for name, content in ((JSON_NAME, text), (MARKDOWN_NAME, self.markdown())):
-            temporary = folder / f".{name}"
-            temporary.write_text(content, encoding="utf-8")
-            temporary.replace(folder / name)
+            write_file(folder / name, content.encode())
         return folder / MARKDOWN_NAME
 
     @classmethod

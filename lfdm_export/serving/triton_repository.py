@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,6 +10,10 @@ from pathlib import Path
 
 from lfdm_export.bundle import ONNX_FOLDER, Bundle
 from lfdm_export.errors import BundleError, ExportError
+from lfdm_export.files.atomic import temporary_folder
+from lfdm_export.files.folders import publish
+from lfdm_export.files.names import user_path
+from lfdm_export.files.places import destination
 from lfdm_export.serving.contract import (
     CLIP_MODEL,
     CONDITION_MODEL,
@@ -75,6 +78,8 @@ def write_repository(
     settings = replace(settings or ServingSettings(), bundle=place)
     manifest = bundle.manifest
 
+    require_apart(bundle.path, target)
+
     def fill(folder: Path) -> None:
         _write_models(folder, manifest.geometry, settings, ModelFacts.of(manifest), engines)
         if engines != "python":
@@ -83,7 +88,7 @@ def write_repository(
         if copy_bundle:
             shutil.copytree(bundle.path, folder / BUNDLE_PLACE)
 
-    return _write(Path(target), fill)
+    return _write(target, fill)
 
 
 def write_open_repository(target: str | os.PathLike[str]) -> Path:
@@ -93,26 +98,32 @@ def write_open_repository(target: str | os.PathLike[str]) -> Path:
         ExportError: something else is at `target`, or it cannot be written.
         MissingDependencyError: tritonclient is not installed.
     """
-    return _write(Path(target), lambda folder: _write_models(folder, None, ServingSettings(), None, "python"))
+    return _write(target, lambda folder: _write_models(folder, None, ServingSettings(), None, "python"))
 
 
-def _write(target: Path, fill: Callable[[Path], None]) -> Path:
-    """Fill a folder beside `target`, and put it in its place."""
+def require_apart(bundle: str | os.PathLike[str], repository: str | os.PathLike[str]) -> None:
+    """Refuse a repository inside the bundle that it serves, in its place, or around it.
+
+    Raises:
+        ExportError: one lies in the other.
+    """
+    here, there = user_path(bundle).resolve(), user_path(repository).resolve()
+    if there == here or here in there.parents or there in here.parents:
+        raise ExportError(f"the repository {there} and the bundle {here} lie one in the other; choose another folder")
+
+
+def _write(path: str | os.PathLike[str], fill: Callable[[Path], None]) -> Path:
+    """Fill a folder beside the target, and put it in its place."""
+    target = user_path(path)
     if target.exists() and not (target / CLIP_MODEL / "config.pbtxt").is_file() and not _is_empty_folder(target):
         raise ExportError(f"{target} is there and is no model repository of this program; choose another folder")
-    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
     try:
-        part.mkdir(parents=True)
-        fill(part)
-        if target.exists():
-            target.rename(old)
-        part.rename(target)
+        place = destination(target).path
+        with temporary_folder(place) as part:
+            fill(part)
+            publish(part, place)
     except OSError as error:
         raise ExportError(f"the repository {target} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return target
 
 

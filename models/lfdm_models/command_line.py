@@ -50,11 +50,11 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             known = ", ".join(map(str, action.choices))
             hint = did_you_mean(str(value), map(str, action.choices))
-            raise argparse.ArgumentError(action, f"invalid choice {value!r}{hint} (choose from {known})")
+            raise argparse.ArgumentError(action, f"invalid choice {value!r}{hint}, expected one of {known}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The known word that is nearest, as a clause; "" if none is near."""
+    """The known word that is nearest, in parentheses; "" if none is near."""
     folded = {one.casefold(): one for one in known}
     near = difflib.get_close_matches(word.casefold(), folded, n=1)
-    return f", did you mean {folded[near[0]]}?" if near else ""
+    return f" (did you mean {folded[near[0]]}?)" if near else ""

@@ -58,8 +58,8 @@ class BertTextEncoder(nn.Module):
                 "a text encoder needs the package 'transformers', which is not installed; "
                 "install it with: pip install 'lfdm-export[text]'"
             ) from error
-        local = Path(source).is_dir()
-        name = str(source)
+        name = os.path.expanduser(source)  # noqa: PTH111  (it may be a name on the hub)
+        local = Path(name).is_dir()
         # The hub's client tells of each of its many attempts; the error below says it once.
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         # Its bars are for who watches a download; what is read from a folder is there at once.

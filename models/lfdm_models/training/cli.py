@@ -1,6 +1,7 @@
 """``lfdm-train``: the two stages of training as commands.
 
-Exit status: 0 done; 1 an error, told in one line; 2 wrong usage; 130 stopped on request, with a checkpoint.
+Exit status: 0 done; 1 an error, told in one line; 2 wrong usage; 130 stopped by Ctrl-C, with a checkpoint (128 and
+the number of any signal that stops it: 143, 129).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import dataclasses
 import importlib.metadata
 import io
 import logging
+import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,7 +41,10 @@ if TYPE_CHECKING:
     from lfdm_models.training.recipes import DataSettings
 
 PROGRAM = "lfdm-train"
+#: All but the end of a line; bytes of names that are not UTF-8.
+_CONTROL = re.compile("[\\x00-\\x09\\x0b-\\x1f\\x7f-\\x9f\\udc80-\\udcff]")
 OK, FAILED, STOPPED = 0, 1, 130
+_PATHS = ("out", "root", "vgg", "start", "lfae")
 _EXAMPLES = """\
   lfdm-train lfae --out runs/lfae --steps 20000
   lfdm-train dm --lfae runs/lfae/lfae.pth --out runs/dm --steps 20000
@@ -53,22 +59,25 @@ _EXAMPLES = """\
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``lfdm-train``; returns the exit status."""
     args = _parser().parse_args(argv)
+    for name in _PATHS:
+        if getattr(args, name, None) is not None:
+            setattr(args, name, Path(os.path.expanduser(getattr(args, name))))  # noqa: PTH111  (no error for ~unknown)
     if args.stage == "evaluate":  # the toolkit's command answers before it comes to this
         _complain("error: evaluate measures exported bundles, and comes with lfdm_export: run lfdm-train")
         return FAILED
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a path that the terminal cannot spell is no fault of the run
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(levelname)s: %(message)s"))
+    handler.setFormatter(_Formatter(f"{PROGRAM}: %(levelname)s: %(message)s"))
     logger = logging.getLogger("lfdm_models")
     logger.addHandler(handler)
     try:
         if args.stage == "classifier":
             return _train_classifier(args)
         outcome = _train(args)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         _complain("interrupted")
-        return STOPPED
+        return int(getattr(error, "status", STOPPED))  # the toolkit's handlers raise one that knows its signal
     except Exception as error:
         if args.debug:
             raise
@@ -81,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console(soft_wrap=True).print(f"step {outcome.step}: {losses}\ncheckpoint  {outcome.checkpoint}", markup=False)
     if not outcome.finished:
         _complain(f"stopped after step {outcome.step} of {args.steps}; go on with --resume")
-        return STOPPED
+        return 128 + outcome.signal if outcome.signal else STOPPED
     return OK
 
 
@@ -187,11 +196,14 @@ def _train(args: argparse.Namespace) -> Outcome:
     import torch
 
     from lfdm_models.training import recipes
+    from lfdm_models.training.files import refuse_input
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     config = recipes.network_config(args.size, args.data)
     data, run = _data(args), _run(args)
+    inputs = {f"--{name}": getattr(args, name, None) for name in ("start", "lfae", "vgg")}
+    refuse_input(args.out / f"{args.stage}.pth", inputs)
     with _Bar(quiet=args.quiet, log_every=args.log_every) as bar:
         if args.stage == "lfae":
             return recipes.train_lfae(
@@ -280,8 +292,18 @@ def _describe(error: Exception) -> str:
 
 
 def _complain(message: str) -> None:
-    text = f"{PROGRAM}: {' '.join(message.split())}"
+    text = _visible(f"{PROGRAM}: {' '.join(message.split())}")
     Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+def _visible(text: str) -> str:
+    """Control characters as escapes: a terminal shall not obey names of files."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", text)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _visible(super().format(record))
 
 
 class _Bar:

@@ -349,8 +349,11 @@ class _From(Sampler[int]):
 
 
 def _leave_interrupts(_: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the one that trains decides when to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C, or the end of the terminal, reaches all its processes; the one that trains decides when to stop."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the one that trains ends them
 
 
 def batches(

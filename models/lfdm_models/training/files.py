@@ -2,35 +2,116 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from lfdm_models.training.errors import TrainingError
+
+_LONGEST_NAME = 255
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, which then takes its place.
 
+    A link stays, and what it leads to is replaced; a device or a pipe is written to. What killed runs left in the
+    folder is removed. (`lfdm_export.files.atomic` does the same for the toolkit.)
+
+    Args:
+        path: the file; missing folders are made.
+        write: fills the file that it is given.
+
     Raises:
         TrainingError: it cannot be written.
     """
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())  # else a machine that goes down may leave the new name without the new bytes
-        part.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
+        if path.exists() and not path.is_file() and not path.is_dir():
+            write(path)
+            return
+        target = path.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target.parent)
+        with _part(target) as part:
+            write(part)
+            _sync(part)  # else a machine that goes down may leave the new name without the new bytes
+            part.replace(target)
+            _sync(target.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError where the disk is full
         raise TrainingError(f"{path} cannot be written: {error}; free some space or choose another folder") from error
+
+
+def refuse_input(output: Path, inputs: Mapping[str, Path | None]) -> None:
+    """Refuse to replace a file that is read.
+
+    Args:
+        output: what will be written.
+        inputs: files by the option that names them.
+
+    Raises:
+        TrainingError: they are one and the same file, by whatever names.
+    """
+    for option, path in inputs.items():
+        if path is not None and path.is_file() and output.exists() and path.samefile(output):
+            raise TrainingError(
+                f"the output {output} is the same file as {option} {path}, which it would replace; "
+                "choose another folder for the run"
+            )
+
+
+@contextmanager
+def _part(target: Path) -> Iterator[Path]:
+    """A name beside `target`, locked as long as its writer lives; gone afterwards."""
+    ending = f".lfdm-{secrets.token_hex(6)}.part"
+    kept = os.fsencode(target.name)[: _LONGEST_NAME - len(ending) - 1].decode("utf-8", "ignore")
+    part = target.with_name(f".{kept}{ending}")
+    try:
+        with part.open("xb") as file:
+            _lock(file.fileno())
+            yield part
     finally:
         part.unlink(missing_ok=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs left: files of our names that nobody has locked."""
+    for path in folder.glob(".*.lfdm-*.part"):
+        if path.is_file() and not path.is_symlink():
+            with suppress(OSError), path.open("rb") as file:
+                if _lock(file.fileno()):
+                    path.unlink()
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether a file was locked: not where another process holds it, or where there are no locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or a folder's entries, durable, where the file system can."""
+    if os.name != "posix" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

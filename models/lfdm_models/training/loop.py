@@ -92,12 +92,14 @@ class Outcome:
         step: steps done.
         finished: all steps are done; else the run was asked to stop.
         losses: of the last step.
+        signal: number of the signal that asked; 0: none did.
     """
 
     checkpoint: Path
     step: int
     finished: bool
     losses: dict[str, float]
+    signal: int = 0
 
 
 class _State:
@@ -154,7 +156,7 @@ def train(
     resume: bool = False,
     progress: ReportProgress = no_report,
 ) -> Outcome:
-    """Train until all steps are done, or SIGINT or SIGTERM asks for an end after the current step.
+    """Train until all steps are done, or SIGINT, SIGTERM or SIGHUP asks for an end after the current step.
 
     Args:
         stage: what is trained.
@@ -191,7 +193,7 @@ def train(
         pin_memory=device.type == "cuda",
     )
     with _stop_requests() as asked, Logs(folder / "logs", events=processes.first) as logs, matmul_precision(precision):
-        while state.step < run.steps and not processes.any(asked.is_set()):
+        while state.step < run.steps and not processes.any(bool(asked)):
             losses = _step(stage, state, data, optimiser, run, precision, processes)
             done = state.step
             if not processes.first:
@@ -207,7 +209,7 @@ def train(
         if processes.first:
             _write(stage, state, facts, folder)
         processes.wait()  # until the files are there
-    return Outcome(path, state.step, state.step >= run.steps, losses)
+    return Outcome(path, state.step, state.step >= run.steps, losses, asked[0] if asked else 0)
 
 
 def _step(
@@ -279,19 +281,24 @@ def _facts(optimiser: OptimiserSettings, run: RunSettings, processes: int) -> di
 
 
 @contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second signal does what it always does."""
-    asked = threading.Event()
+def _stop_requests() -> Iterator[list[int]]:
+    """The numbers of the signals that asked for an end; a second one does what it always does.
+
+    SIGINT, SIGTERM and SIGHUP ask for it; those that are ignored (nohup) stay so.
+    """
+    asked: list[int] = []
     before: dict[signal.Signals, Any] = {}
 
     def ask(number: int, _: FrameType | None) -> None:
         logger.warning("asked to stop: finishing the current step")
-        asked.set()
+        asked.append(number)
         signal.signal(number, before[signal.Signals(number)])
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, ask)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            found = getattr(signal, name, None)
+            if found is not None and signal.getsignal(found) != signal.SIG_IGN:
+                before[found] = signal.signal(found, ask)
     try:
         yield asked
     finally:
