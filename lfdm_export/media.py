@@ -110,7 +110,9 @@ def check_output(
         limit = MAX_GIF_FPS if chosen == "gif" else MAX_FPS
         raise InputError(f"fps is {fps}, expected a number above 0 and at most {limit} for {chosen}")
     if as_folder and chosen != "png":
-        raise InputError(f"{target} names a folder, which only numbered png frames can fill; give a file for {chosen}")
+        raise InputError(
+            f"{user_name(path)} names a folder, which only numbered png frames can fill; give a file for {chosen}"
+        )
     with _told(target):
         if as_folder and target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise InputError(f"{target} exists and is not an empty folder; give a new one for the numbered frames")
