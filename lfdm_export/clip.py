@@ -23,7 +23,7 @@ from lfdm_export.pictures.notebook import clips_html
 from lfdm_export.wording import count, shortened
 
 DEFAULT_FPS = 10.0
-_NO_PANELS = "panels and scaled pictures are not what an npz archive holds; choose another format"
+_NO_PANELS = "panels and enlarged pictures are what an npz archive does not hold; choose another format"
 
 
 @dataclass(frozen=True, eq=False, repr=False)

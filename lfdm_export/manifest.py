@@ -136,9 +136,10 @@ class Manifest:
         return f"{self.precision}, {count(self.geometry.frames, 'frame')} of {size}x{size}, {labels}{text}"
 
     @property
-    def sha256(self) -> str:
-        """Which bundle it is: the hash of its manifest.json, and so of the hashes of all its files."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+    def bundle_id(self) -> str:
+        """Which bundle it is: the SHA-256 of lines ``HASH  NAME`` of all its files, in order of their names."""
+        lines = (f"{entry.sha256}  {name}\n" for name, entry in sorted(self.files.items()))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @property
     def has_text(self) -> bool:

@@ -111,7 +111,7 @@ def check_output(
         raise InputError(f"fps is {fps}, expected a number above 0 and at most {limit} for {chosen}")
     if as_folder and chosen != "png":
         raise InputError(
-            f"{os.fspath(path)} names a folder, which only numbered png frames can fill; give a file for {chosen}"
+            f"{user_name(path)} names a folder, which only numbered png frames can fill; give a file for {chosen}"
         )
     with _told(target):
         if as_folder and target.exists() and not (target.is_dir() and not any(target.iterdir())):

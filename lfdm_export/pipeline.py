@@ -375,7 +375,7 @@ class Pipeline:
         return {
             "made_by": made_by,
             "bundle": self.bundle.path.resolve().name,
-            "bundle_sha256": manifest.sha256,
+            "bundle_id": manifest.bundle_id,
             "precision": manifest.precision,
         }
 

@@ -134,7 +134,7 @@ def _settings(asked: Asked, facts: ModelFacts) -> dict[str, object]:
     scale = defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
     return {
         "made_by": "generate",
-        "bundle_sha256": facts.bundle_sha256,
+        "bundle_id": facts.bundle_id,
         "precision": facts.precision,
         "sampler": sampler,
         "eta": defaults.eta_of(sampler, asked.eta),

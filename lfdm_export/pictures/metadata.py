@@ -65,9 +65,9 @@ def clip_metadata(path: str | os.PathLike[str]) -> dict[str, object]:
 
     Returns:
         ``program``, ``version``, and of the rest what was known: ``made_by`` ("generate" or "transfer_motion"),
-        ``bundle`` (its name), ``bundle_sha256`` (of its manifest.json), ``precision``, ``condition``, ``label``,
-        ``text``, ``seed``, ``sampler``, ``steps``, ``eta``, ``guidance_scale``, ``fps``. Where an archive holds several
-        samples, label and seed are lists.
+        ``bundle`` (its name), ``bundle_id`` (`lfdm_export.manifest.Manifest.bundle_id`), ``precision``,
+        ``condition``, ``label``, ``text``, ``seed``, ``sampler``, ``steps``, ``eta``, ``guidance_scale``, ``fps``.
+        Where an archive holds several samples, label and seed are lists.
 
     Raises:
         InputError: the file cannot be read, or carries no such metadata.

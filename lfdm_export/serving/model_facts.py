@@ -34,7 +34,7 @@ class ModelFacts:
         sampler: defaults of generation.
         precision: of the graphs.
         trained: whether the weights are trained; None where nobody said.
-        bundle_sha256: which bundle it is, see `lfdm_export.manifest.Manifest.sha256`; None from an older server.
+        bundle_id: which bundle it is, see `lfdm_export.manifest.Manifest.bundle_id`; None from an older server.
     """
 
     labels: tuple[str, ...]
@@ -48,7 +48,7 @@ class ModelFacts:
     sampler: SamplerDefaults
     precision: str
     trained: bool | None = None
-    bundle_sha256: str | None = None
+    bundle_id: str | None = None
 
     def __repr__(self) -> str:
         labels = f"{count(len(self.labels), 'label')} ({shortened(self.labels)})" if self.labels else "no labels"
@@ -71,7 +71,7 @@ class ModelFacts:
             sampler=manifest.sampler,
             precision=manifest.precision,
             trained=trained if isinstance(trained, bool) else None,
-            bundle_sha256=manifest.sha256,
+            bundle_id=manifest.bundle_id,
         )
 
     def to_json(self) -> str:
