@@ -159,14 +159,13 @@ def _read(path: Path) -> bytes:
 
 
 def _cache() -> Path:
-    said = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        return (said if said.is_absolute() else Path.home() / ".cache") / "lfdm-export" / "bundles"
-    except RuntimeError:  # no HOME, and no entry in passwd
+    cache = user_cache()
+    if cache is None:
         raise BundleError(
             f"there is no home to put the shipped bundle {NAME!r} together in; let XDG_CACHE_HOME name a folder that "
             "can be written"
-        ) from None
+        )
+    return cache / CACHE_NAME / "bundles"
 
 
 if __name__ == "__main__":
