@@ -19,6 +19,7 @@ from lfdm_export.graphs.openvino_bodies import (
     openvino_temporal_attention,
     openvino_warp_functions,
 )
+from lfdm_export.graphs.openvino_quantized import unsigned_after_concat
 from lfdm_export.ops.group_norm_silu.onnx_function import whole_group_norm_silu_functions
 from lfdm_export.ops.small_conv.onnx_function import plain_small_conv_function
 from lfdm_export.ops.spatial_attention.onnx_function import explicit_spatial_attention_function
@@ -44,7 +45,8 @@ def with_bodies(model: onnx.ModelProto, target: str) -> onnx.ModelProto:
             as it is.
         target: "onnxruntime": the stored bodies. "tensorrt", "tensorrt-rtx": attention written out around
             opset 23's RotaryEmbedding, GroupNormalization, Conv, a search of few rounds for the quantile.
-            "openvino": attention and rotation written out, Conv; everything inlined, opset 20.
+            "openvino": attention and rotation written out, Conv; everything inlined, opset 20; what is quantized
+            after a Concat is stored as uint8.
 
     Returns:
         Another model with the same nodes (inlined for "openvino"), inputs, outputs and weights.
@@ -136,4 +138,5 @@ def _for_openvino(model: onnx.ModelProto) -> onnx.ModelProto:
     inlined = onnx.inliner.inline_local_functions(model)
     del inlined.opset_import[:]
     inlined.opset_import.append(onnx.helper.make_opsetid("", OPENVINO_OPSET))
+    unsigned_after_concat(inlined.graph)
     return inlined
