@@ -65,11 +65,17 @@ class Pipeline:
     """
 
     def __init__(
-        self, bundle: Bundle, *, threads: int | None = None, device: Device = "cpu", target: str = AUTO
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        device: Device = "cpu",
+        target: str = AUTO,
+        self_check: bool = True,
     ) -> None:
         """Use a bundle; see `open`. Its stages can be run one by one through ``stages``."""
         self.bundle = bundle
-        self.stages = StageRunner(bundle, threads=threads, device=device, target=target)
+        self.stages = StageRunner(bundle, threads=threads, device=device, target=target, self_check=self_check)
 
     @classmethod
     def open(
@@ -79,6 +85,7 @@ class Pipeline:
         threads: int | None = None,
         device: Device = "cpu",
         target: str = AUTO,
+        self_check: bool = True,
     ) -> Pipeline:
         """Open a bundle, or the path of one, whose files are then checked by their hashes.
 
@@ -87,14 +94,16 @@ class Pipeline:
             threads: threads of each engine on a CPU; None takes all cores.
             device: where ONNX Runtime runs: "cpu", "cuda", "tensorrt" or "tensorrt-rtx".
             target: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or "auto": the first of the two TensorRTs
-                that the bundle has plans for and that runs here, else ONNX Runtime, else OpenVINO.
+                that the bundle has plans for and that runs here, else the faster of ONNX Runtime and OpenVINO.
+            self_check: before a target is used on this machine for the first time, compare it with the reference in
+                the bundle (seconds); "auto" takes only what passes. Findings are kept in the user's cache folder.
 
         Raises:
             BundleError: there is no whole bundle at the path.
             InputError: the target is unknown.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        return cls(opened, threads=threads, device=device, target=target)
+        return cls(opened, threads=threads, device=device, target=target, self_check=self_check)
 
     def generate(
         self,

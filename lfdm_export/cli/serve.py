@@ -6,18 +6,19 @@ import argparse
 import signal
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from lfdm_export.cli.console import OK, add_common_options, make_parser, run, say
-from lfdm_export.engines.onnxruntime import DEVICES
+from lfdm_export.engines.onnxruntime import DEVICES, Device
 from lfdm_export.errors import InputError
 from lfdm_export.serving.order import POLICIES, Policy
 from lfdm_export.serving.requests import Limits
 from lfdm_export.serving.server_files import SERVER_VARIABLE, find_server, install_server
 from lfdm_export.serving.settings import ServingSettings
 from lfdm_export.serving.supervisor import ServerOptions, TritonServer, wait_for_signal
-from lfdm_export.targets import AUTO, TARGETS
+from lfdm_export.targets import AUTO, TARGETS, Choice
 
 if TYPE_CHECKING:
     from lfdm_export.bundle import Bundle
@@ -123,6 +124,8 @@ def _serve(args: argparse.Namespace) -> int:
     options, settings = _server_options(args), _settings(args)
     files = find_server(args.tritonserver)
     bundle = Bundle.open(args.bundle)
+    settings, choice = settle_target(bundle, settings)
+    say(args, f"target   {choice.target}: {choice.reason}")
     with tempfile.TemporaryDirectory(prefix="lfdm-serve-") as folder:
         repository = write_repository(bundle, Path(folder) / "repository", settings=settings, copy_bundle=False)
         with TritonServer(files, repository, options) as server:
@@ -130,6 +133,24 @@ def _serve(args: argparse.Namespace) -> int:
             wait_for_signal(server)
             say(args, "stopping: requests in flight are finished")
     return OK
+
+
+def settle_target(bundle: Bundle, settings: ServingSettings) -> tuple[ServingSettings, Choice]:
+    """Choose what runs the stages, checked on this machine, once for all models.
+
+    Raises:
+        EngineError: no target runs the bundle, or the one of the settings is not available or wrong here.
+    """
+    from lfdm_export.stage_runner import StageRunner
+
+    choice = StageRunner(
+        bundle,
+        threads=settings.threads or None,
+        device=cast(Device, settings.device),
+        target=settings.target,
+        self_check=settings.self_check,
+    ).choice
+    return replace(settings, target=choice.target or AUTO, self_check=False), choice
 
 
 def _announce(args: argparse.Namespace, bundle: Bundle, server: TritonServer) -> None:

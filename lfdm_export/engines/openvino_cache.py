@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lfdm_export.machine import package_versions, processor_info, processor_name
+from lfdm_export.machine import package_versions, processor_facts
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def cache_key(graph: bytes, weights: Mapping[str, NDArray[np.uint8]], options: M
     facts = {
         "options": {name: str(value) for name, value in sorted(options.items())},
         "versions": package_versions(("openvino", "lfdm-export")),
-        "processor": [processor_name(), processor_info().get("flags", "")],
+        "processor": processor_facts(),
     }
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for name, data in sorted(weights.items()):

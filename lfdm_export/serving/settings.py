@@ -34,6 +34,8 @@ class ServingSettings:
         threads: of each engine; 0 takes all cores.
         target: what runs the stages, see `lfdm_export.targets`; "auto" for the best that the bundle and machine have.
         device: where ONNX Runtime runs; see `OnnxRuntimeEngine`.
+        self_check: each model takes a target only after it was compared on this machine; not needed where whoever
+            starts the server has done so.
         limits: of a request.
     """
 
@@ -45,6 +47,7 @@ class ServingSettings:
     threads: int = 0
     target: str = AUTO
     device: str = "cpu"
+    self_check: bool = True
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
