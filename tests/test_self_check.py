@@ -19,6 +19,7 @@ from lfdm_export.engines import self_check
 from lfdm_export.engines.self_check import VARIABLE, Finding, SelfCheck
 from lfdm_export.engines.self_check_choice import choose_checked
 from lfdm_export.errors import EngineError
+from lfdm_export.machine import environment
 from lfdm_export.serving.settings import ServingSettings
 from lfdm_export.stage_runner import StageRunner
 from lfdm_export.targets import Choice, Target
@@ -177,8 +178,7 @@ def changed_limit(patch: pytest.MonkeyPatch) -> None:
 
 
 def changed_version(patch: pytest.MonkeyPatch) -> None:
-    before = self_check.environment
-    patch.setattr(self_check, "environment", lambda *a, **k: {**before(*a, **k), "onnxruntime": "0.1"})
+    patch.setattr(self_check, "environment", lambda *a, **k: {**environment(*a, **k), "onnxruntime": "0.1"})
 
 
 @pytest.mark.parametrize("change", [changed_processor, changed_limit, changed_version])

@@ -34,9 +34,9 @@ class ServingSettings:
         threads: of each engine; 0 takes all cores.
         target: what runs the stages, see `lfdm_export.targets`; "auto" for the best that the bundle and machine have.
         device: where ONNX Runtime runs; see `OnnxRuntimeEngine`.
+        limits: of a request.
         self_check: each model takes a target only after it was compared on this machine; not needed where whoever
             starts the server has done so.
-        limits: of a request.
     """
 
     bundle: str = ""
@@ -47,8 +47,8 @@ class ServingSettings:
     threads: int = 0
     target: str = AUTO
     device: str = "cpu"
-    self_check: bool = True
     limits: Limits = field(default_factory=Limits)
+    self_check: bool = True
 
     def __post_init__(self) -> None:
         """Check ranges.
