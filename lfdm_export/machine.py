@@ -19,6 +19,9 @@ CACHE_NAME = "lfdm-export"
 _PROCESS = Path("/proc/self")
 _CPUS = Path("/sys/devices/system/cpu")
 
+#: Environment variables that keep libraries from features that the processor has.
+_LIMITS = ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA")
+
 
 def environment(threads: int | None, *, with_torch: bool) -> dict[str, str]:
     """This machine and its programs, by name.
@@ -99,6 +102,12 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
 def processor_name() -> str:
     """The processor's name, as far as the system tells."""
     return processor_info().get("model name") or platform.processor() or platform.machine()
+
+
+def processor_facts() -> list[str]:
+    """What decides which kernels libraries take: the processor's name and features, and limits of the environment."""
+    limits = [f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ]
+    return [processor_name(), processor_info().get("flags", ""), *limits]
 
 
 def processor_info() -> dict[str, str]:

@@ -79,10 +79,11 @@ class Pipeline:
         threads: int | None = None,
         device: Device = "cpu",
         target: str = AUTO,
+        self_check: bool = True,
     ) -> None:
         """Use a bundle, or open the path of one; see `open`. Its stages can be run one by one through ``stages``."""
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        self.stages = StageRunner(self.bundle, threads=threads, device=device, target=target)
+        self.stages = StageRunner(self.bundle, threads=threads, device=device, target=target, self_check=self_check)
 
     def __repr__(self) -> str:
         return f"<Pipeline {str(self.bundle.path)!r}: {self.bundle.manifest.summary()}; {self.stages.state()}>"
@@ -95,6 +96,7 @@ class Pipeline:
         threads: int | None = None,
         device: Device = "cpu",
         target: str = AUTO,
+        self_check: bool = True,
     ) -> Pipeline:
         """Open a bundle, or the path of one, whose files are then checked by their hashes.
 
@@ -103,13 +105,15 @@ class Pipeline:
             threads: threads of each engine on a CPU; None takes all cores.
             device: where ONNX Runtime runs: "cpu", "cuda", "tensorrt" or "tensorrt-rtx".
             target: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or "auto": the first of the two TensorRTs
-                that the bundle has plans for and that runs here, else ONNX Runtime, else OpenVINO.
+                that the bundle has plans for and that runs here, else the faster of ONNX Runtime and OpenVINO.
+            self_check: before a target is used on this machine for the first time, compare it with the reference in
+                the bundle (seconds); "auto" takes only what passes. Findings are kept in the user's cache folder.
 
         Raises:
             BundleError: there is no whole bundle at the path.
             InputError: the target is unknown.
         """
-        return cls(bundle, threads=threads, device=device, target=target)
+        return cls(bundle, threads=threads, device=device, target=target, self_check=self_check)
 
     def generate(
         self,

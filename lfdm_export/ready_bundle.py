@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import sys
 import zipfile
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ import lfdm_models
 from lfdm_export.errors import BundleError
 from lfdm_export.files.atomic import temporary_folder
 from lfdm_export.files.folders import publish
+from lfdm_export.machine import CACHE_NAME, user_cache
 
 #: What commands and `Pipeline` call it.
 NAME = "characters"

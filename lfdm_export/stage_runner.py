@@ -16,8 +16,10 @@ from lfdm_export.engines.interface import Engine, KeepsState, StateLoop
 from lfdm_export.engines.onnxruntime import Device, OnnxRuntimeEngine
 from lfdm_export.engines.onnxruntime_binding import STATE, BoundOnnxRuntimeEngine
 from lfdm_export.engines.plans import targets_with_plans
+from lfdm_export.engines.self_check import is_enabled
+from lfdm_export.engines.self_check_choice import choose_checked
 from lfdm_export.errors import EngineError
-from lfdm_export.targets import AUTO, Choice, Target, check_target_name, find_target
+from lfdm_export.targets import AUTO, Choice, Target, check_target_name, find_targets
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,13 @@ class StageRunner:
     """Runs stages; engines are kept once loaded. Not for several threads at once."""
 
     def __init__(
-        self, bundle: Bundle, *, threads: int | None = None, device: Device = "cpu", target: str = AUTO
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        device: Device = "cpu",
+        target: str = AUTO,
+        self_check: bool = True,
     ) -> None:
         """Use a bundle; nothing is loaded yet.
 
@@ -39,6 +47,8 @@ class StageRunner:
             threads: threads of each engine on a CPU; None takes all cores.
             device: where ONNX Runtime runs; see `OnnxRuntimeEngine`.
             target: what runs the stages, see `lfdm_export.targets`; "auto" looks for the fastest that can.
+            self_check: take a target only after it was compared on this machine; see
+                `lfdm_export.engines.self_check`. The environment variable LFDM_SELF_CHECK=0 turns it off, too.
 
         Raises:
             InputError: the target is unknown.
@@ -47,22 +57,35 @@ class StageRunner:
         self.bundle = bundle
         self._specs = bundle.stages
         self._threads, self._device, self._asked = threads, device, target
+        self._self_check = self_check
         self._engines: dict[str, Engine] = {}
         self._loops: dict[tuple[str, int, int], StateLoop] = {}
 
     @functools.cached_property
     def choice(self) -> Choice:
-        """The target that runs the stages, and why.
+        """The target that runs the stages, and why; the first access may run the self-check, which takes seconds.
 
         Raises:
-            EngineError: what was asked for cannot be had here, or nothing here runs the bundle.
+            EngineError: the requested target is not available here or gives wrong results here, or no target runs
+                the bundle.
         """
         if self._device != "cpu" and self._asked == AUTO:
             return Choice("onnxruntime", f"the device {self._device!r} is ONNX Runtime's")
         plans = targets_with_plans(self.bundle)
-        choice = find_target(self._asked, "run", self.bundle.manifest.precision, plans=plans)
+        able = find_targets(self._asked, "run", self.bundle.manifest.precision, plans=plans)
+        choice = able[0]
+        if self._self_check and self._device == "cpu" and is_enabled():
+            choice, runner = choose_checked(
+                self.bundle, able, self._unchecked, named=self._asked != AUTO, threads=self._threads
+            )
+            if isinstance(runner, StageRunner):  # what was loaded for the check is not loaded again
+                self._engines, self._loops = runner._engines, runner._loops
         logger.info("target %s: %s", choice.target, choice.reason)
         return choice
+
+    def _unchecked(self, target: Target) -> StageRunner:
+        """The same with one target, taken as it is."""
+        return StageRunner(self.bundle, threads=self._threads, device=self._device, target=target, self_check=False)
 
     @property
     def target(self) -> Target:

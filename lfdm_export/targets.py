@@ -82,6 +82,8 @@ _CPU_PRECISIONS: Mapping[Target, tuple[str, ...]] = {
 _CPU_ORDER: Mapping[str, tuple[Target, ...]] = {"int8": ("openvino", "onnxruntime")}
 # Without one of these OpenVINO has no bf16, or only an imitation that is slower than float32.
 _BF16_PROCESSORS = ("avx512_bf16", "amx_bf16")
+# Without one of these OpenVINO adds pairs of 8-bit products in 16 bits, which saturate: see docs/precision.md.
+_INT8_PROCESSORS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,11 @@ def lacking(
         return f"{TITLES[target]} has no {precision} on a CPU: take another target, or export another precision"
     if target == "openvino" and precision == "bf16" and not set(_BF16_PROCESSORS) & set(machine.processor):
         return "this processor has no bf16 (AVX-512 BF16 or AMX): export another precision"
+    if target == "openvino" and precision == "int8" and not set(_INT8_PROCESSORS) & set(machine.processor):
+        return (
+            "this processor has no VNNI, without which its 8-bit sums saturate (clips of the shipped model come to "
+            "23 dB): use --target onnxruntime"
+        )
     return ""
 
 
@@ -225,6 +232,24 @@ def find_target(
         InputError: the name is unknown.
         EngineError: the target cannot be had here; or "auto" finds nothing that runs the bundle.
     """
+    return find_targets(name, purpose, precision, plans=plans, machine=machine, gpus=gpus)[0]
+
+
+def find_targets(
+    name: str,
+    purpose: Purpose,
+    precision: str,
+    *,
+    plans: Collection[str] = (),
+    machine: Machine | None = None,
+    gpus: Collection[str] | None = None,
+) -> tuple[Choice, ...]:
+    """Every target that a name may mean on this machine, the preferred one first; see `find_target`.
+
+    Raises:
+        InputError: see `find_target`.
+        EngineError: see `find_target`.
+    """
     check_target_name(name, AUTO)
     machine = this_machine() if machine is None else machine
     if name != AUTO:
@@ -232,19 +257,23 @@ def find_target(
         reason = lacking(target, purpose, precision, machine, gpus=gpus)
         if reason:
             raise EngineError(f"the target {target!r} cannot be had here: {reason}")
-        return Choice(target, "as asked")
+        return (Choice(target, "as asked"),)
     tried = PLAN_TARGETS if purpose == "export" else (*PLAN_TARGETS, *_CPU_ORDER.get(precision, CPU_TARGETS))
     against: dict[Target, str] = {}
+    able: list[Choice] = []
     for target in tried:
         if purpose == "run" and target in PLAN_TARGETS and target not in plans:
             continue
         reason = lacking(target, purpose, precision, machine, gpus=gpus)
         if not reason:
-            return Choice(target, _why(target, purpose, machine, against))
-        against[target] = reason
+            able.append(Choice(target, _why(target, purpose, machine, against)))
+        else:
+            against[target] = reason
+    if able:
+        return tuple(able)
     listed = "; ".join(f"{TITLES[target]}: {reason}" for target, reason in against.items())
     if purpose == "export":
-        return Choice(None, listed)
+        return (Choice(None, listed),)
     raise EngineError(f"nothing here runs a bundle of precision {precision!r}: {listed}")
 
 

@@ -5,6 +5,7 @@ Needs neither torch nor the checkpoints where the bundle holds a reference.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -32,7 +33,7 @@ from lfdm_export.pipeline import Progress
 from lfdm_export.reference import Reference
 from lfdm_export.reference_inputs import CHAIN_ETA, CHAIN_SAMPLER
 from lfdm_export.report import Check, OtherEngine, Report
-from lfdm_export.stage_runner import load_engine
+from lfdm_export.stage_runner import StageRunner, load_engine
 from lfdm_export.stages import CHAIN_TOLERANCES, StageSpec, stage_specs
 from lfdm_export.targets import (
     AUTO,
@@ -172,14 +173,20 @@ def _choose(bundle: Bundle, names: Sequence[str]) -> tuple[list[str], list[Other
             if precision not in _SIMULATED:
                 raise InputError(f"fp16 and bf16 can be simulated, {bundle.path} is {precision}; take another target")
         elif name == AUTO:
-            taken = _first(precision)
+            taken = _first(bundle)
         elif name != "onnxruntime":  # what that lacks is told when it is loaded, by its package's name
             find_target(name, "run", precision, machine=this_machine())
         chosen.append(taken)
     return list(dict.fromkeys(chosen)), []
 
 
-def _first(precision: str) -> str:
+def _first(bundle: Bundle) -> str:
+    """What "auto" takes for graphs; where nothing passes the self-check, what it would take, so that a report tells."""
+    precision = bundle.manifest.precision
+    with contextlib.suppress(EngineError):
+        target = StageRunner(bundle).target
+        if target not in PLAN_TARGETS:
+            return target
     try:
         return str(find_target(AUTO, "run", precision, machine=this_machine()).target)
     except EngineError:

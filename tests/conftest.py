@@ -35,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"
     # What tests compile is of no use to whoever runs them.
     os.environ.setdefault("LFDM_CACHE_SIZE", "0")
+    # Engines are compared where tests ask for it; none of the others loads two of them in order to choose.
+    os.environ.setdefault("LFDM_SELF_CHECK", "0")
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,16 @@ import pytest
 from lfdm_export import targets
 from lfdm_export.cuda_driver import Gpu, find_gpus
 from lfdm_export.errors import EngineError, InputError
-from lfdm_export.targets import Choice, Machine, Target, find_target, lacking, precisions, rtx_architectures
+from lfdm_export.targets import (
+    Choice,
+    Machine,
+    Target,
+    find_target,
+    find_targets,
+    lacking,
+    precisions,
+    rtx_architectures,
+)
 from tests.test_imports import BLOCKER
 
 RTX = {"tensorrt_rtx_bindings": "1.7.1.116", "onnxruntime_ep_nv_tensorrt_rtx": "0.5.0"}
@@ -186,6 +195,24 @@ def test_no_driver_is_no_error(monkeypatch: pytest.MonkeyPatch):
     assert gpus == ()
     assert "no NVIDIA driver" in reason
     assert "libno-such-driver.so.1" in reason
+
+
+@pytest.mark.parametrize("flags", [("avx512_vnni",), ("avx2", "avx_vnni"), ("amx_int8",)])
+def test_openvino_runs_int8_where_8_bit_sums_are_whole(flags: tuple[str, ...]):
+    here = Machine((), "none", CPU, flags)
+    assert [choice.target for choice in find_targets("auto", "run", "int8", machine=here)] == [
+        "openvino", "onnxruntime",
+    ]  # fmt: skip
+
+
+def test_openvino_is_refused_where_they_saturate():
+    here = Machine((), "none", CPU, ("avx2", "avx512f", "avx512bw"))
+    (choice,) = find_targets("auto", "run", "int8", machine=here)
+    assert choice.target == "onnxruntime"
+    assert "not OpenVINO: this processor has no VNNI" in choice.reason
+    with pytest.raises(EngineError, match=r"no VNNI, without which .* saturate .*: use --target onnxruntime"):
+        find_target("openvino", "run", "int8", machine=here)
+    assert find_target("openvino", "run", "fp32", machine=here).target == "openvino"
 
 
 def test_packages_are_looked_for_by_their_import_names():

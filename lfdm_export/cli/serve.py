@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from lfdm_export.cli.console import OK, add_common_options, make_parser, run, say
@@ -18,7 +19,7 @@ from lfdm_export.serving.run_folder import run_folder
 from lfdm_export.serving.server_files import SERVER_VARIABLE, find_server, install_server
 from lfdm_export.serving.settings import ServingSettings
 from lfdm_export.serving.supervisor import ServerOptions, TritonServer, wait_for_signal
-from lfdm_export.targets import AUTO, TARGETS
+from lfdm_export.targets import AUTO, TARGETS, Choice
 from lfdm_export.tokenizer import tokenizer_installed
 
 if TYPE_CHECKING:
@@ -127,9 +128,11 @@ def _serve(args: argparse.Namespace) -> int:
 
     options, settings = _server_options(args), _settings(args)
     bundle = Bundle.open(args.bundle)
-    check_packages(bundle, settings)
+    check_packages(bundle)
+    settings, choice = settle_target(bundle, settings)
     files = find_server(args.tritonserver)
     options = options.with_ports()
+    say(args, f"target   {choice.target}: {choice.reason}")
     with run_folder() as folder:
         repository = write_repository(bundle, folder / "repository", settings=settings, copy_bundle=False)
         with TritonServer(files, repository, options) as server:
@@ -139,23 +142,38 @@ def _serve(args: argparse.Namespace) -> int:
     return OK
 
 
-def check_packages(bundle: Bundle, settings: ServingSettings) -> None:
+def check_packages(bundle: Bundle) -> None:
     """What the models would find missing only after they were started, each in a traceback of its own.
 
     Raises:
-        EngineError: nothing here runs the bundle, or not what the settings ask for.
         MissingDependencyError: Triton's messages are not installed.
     """
     from lfdm_export.serving.triton_config import messages
-    from lfdm_export.stage_runner import StageRunner
 
     messages()
-    _ = StageRunner(bundle, device=cast(Device, settings.device), target=settings.target).choice
     if bundle.manifest.has_text and not tokenizer_installed():
         logger.warning(
             "free text is refused, labels and embeddings are served: the package 'tokenizers' is not installed; "
             "install it with: pip install 'lfdm-export[serve]'"
         )
+
+
+def settle_target(bundle: Bundle, settings: ServingSettings) -> tuple[ServingSettings, Choice]:
+    """Choose what runs the stages, checked on this machine, once for all models.
+
+    Raises:
+        EngineError: no target runs the bundle, or the one of the settings is not available or wrong here.
+    """
+    from lfdm_export.stage_runner import StageRunner
+
+    choice = StageRunner(
+        bundle,
+        threads=settings.threads or None,
+        device=cast(Device, settings.device),
+        target=settings.target,
+        self_check=settings.self_check,
+    ).choice
+    return replace(settings, target=choice.target or AUTO, self_check=False), choice
 
 
 def _announce(args: argparse.Namespace, bundle: Bundle, server: TritonServer) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from lfdm_export.errors import InputError
 from lfdm_export.files.atomic import replacing
-from lfdm_export.machine import CACHE_NAME, package_versions, processor_info, processor_name, user_cache
+from lfdm_export.machine import CACHE_NAME, package_versions, processor_facts, user_cache
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def cache_key(graph: bytes, weights: Mapping[str, NDArray[np.uint8]], options: M
     facts = {
         "options": {name: str(value) for name, value in sorted(options.items())},
         "versions": package_versions(("openvino", "lfdm-export")),
-        "processor": [processor_name(), processor_info().get("flags", "")],
+        "processor": processor_facts(),
     }
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for name, data in sorted(weights.items()):

@@ -13,6 +13,7 @@ import onnx
 import onnx.inliner
 
 from lfdm_export.errors import ExportError
+from lfdm_export.graphs.openvino_quantized import unsigned_after_concat
 from lfdm_export.ops.domain import DOMAIN
 from lfdm_export.ops.operator import Body, Nodes, Operator
 from lfdm_export.ops.operators import find_operator
@@ -36,7 +37,8 @@ def with_bodies(model: onnx.ModelProto, target: str) -> onnx.ModelProto:
             as it is.
         target: "onnxruntime": the stored bodies. "tensorrt", "tensorrt-rtx": attention written out around
             opset 23's RotaryEmbedding, GroupNormalization, Conv, a search of few rounds for the quantile.
-            "openvino": attention and rotation written out, Conv; everything inlined, opset 20.
+            "openvino": attention and rotation written out, Conv; everything inlined, opset 20; what is quantized
+            after a Concat is stored as uint8.
 
     Returns:
         Another model with the same nodes (inlined for "openvino"), inputs, outputs and weights.
@@ -62,4 +64,5 @@ def _for_openvino(model: onnx.ModelProto) -> onnx.ModelProto:
     inlined = onnx.inliner.inline_local_functions(model)
     del inlined.opset_import[:]
     inlined.opset_import.append(onnx.helper.make_opsetid("", OPENVINO_OPSET))
+    unsigned_after_concat(inlined.graph)
     return inlined

@@ -35,6 +35,8 @@ class ServingSettings:
         target: what runs the stages, see `lfdm_export.targets`; "auto" for the best that the bundle and machine have.
         device: where ONNX Runtime runs; see `OnnxRuntimeEngine`.
         limits: of a request.
+        self_check: each model takes a target only after it was compared on this machine; not needed where whoever
+            starts the server has done so.
     """
 
     bundle: str = ""
@@ -46,6 +48,7 @@ class ServingSettings:
     target: str = AUTO
     device: str = "cpu"
     limits: Limits = field(default_factory=Limits)
+    self_check: bool = True
 
     def __post_init__(self) -> None:
         """Check ranges.

@@ -62,7 +62,11 @@ def load(args: Mapping[str, str]) -> Loaded:
     # Its hashes were compared when the repository was written; each model would read all weights again.
     bundle = Bundle.open(folder, check_hashes=False)
     pipeline = Pipeline.open(
-        bundle, threads=settings.threads or None, device=cast(Device, settings.device), target=settings.target
+        bundle,
+        threads=settings.threads or None,
+        device=cast(Device, settings.device),
+        target=settings.target,
+        self_check=settings.self_check,
     )
     return Loaded(settings, parameters, pipeline, interfaces(bundle.manifest.geometry)[args["model_name"]])
 

@@ -1,0 +1,160 @@
+"""The target that a bundle runs with: of those that can, the fastest that gives what PyTorch gave."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from lfdm_export.bundle import Bundle
+from lfdm_export.engines.self_check import VARIABLE, Finding, Runner, SelfCheck
+from lfdm_export.errors import BundleError, EngineError, MissingDependencyError
+from lfdm_export.machine import processor_name
+from lfdm_export.stages import CHAIN_TOLERANCES
+from lfdm_export.targets import CPU_TARGETS, PLAN_TARGETS, TITLES, Choice, Target
+
+logger = logging.getLogger(__name__)
+
+#: A later target takes the place of one that comes before it where it needs less than this share of its time.
+_FASTER = 0.9
+#: Precisions in which targets are known to differ.
+_DELICATE = ("bf16", "int8", "fp8")
+
+
+def choose_checked(
+    bundle: Bundle,
+    able: Sequence[Choice],
+    make: Callable[[Target], Runner],
+    *,
+    named: bool,
+    threads: int | None = None,
+) -> tuple[Choice, Runner | None]:
+    """Check targets where this machine has not, and choose.
+
+    Plans come first, in their order; of the targets that run graphs on the CPU, the fastest is taken. A bundle without
+    a reference cannot be checked: then ONNX Runtime comes first, which computes in float32 what it has no kernel for.
+
+    Args:
+        bundle: to be run.
+        able: what can run it, in order of preference; one if it was named.
+        make: gives what runs the bundle's stages with a target.
+        named: the target was requested by its name.
+        threads: of each engine; None takes all cores.
+
+    Returns:
+        The choice, and what runs it if the check loaded its engines.
+
+    Raises:
+        EngineError: no target passes; the message has the figures.
+    """
+    if bundle.manifest.precision not in CHAIN_TOLERANCES:
+        why_not = f"this program knows no tolerances of {bundle.manifest.precision}"
+    elif bundle.reference_path is None:
+        why_not = "the bundle holds no reference to compare with"
+    else:
+        try:
+            return _Choosing(bundle, able, make, named=named, threads=threads).choose()
+        except BundleError as error:  # of the reference
+            why_not = str(error)
+    return _unchecked(bundle, able, why_not, named=named), None
+
+
+def _unchecked(bundle: Bundle, able: Sequence[Choice], why: str, *, named: bool) -> Choice:
+    precision = bundle.manifest.precision
+    choice = able[0]
+    if not named and choice.target in CPU_TARGETS:
+        choice = min(able, key=lambda one: _place(one.target))
+    if precision in _DELICATE:
+        logger.warning(
+            "%s in %s is not checked on this machine: %s; compare it with the model: lfdm-verify %s",
+            TITLES[_target(choice)], precision, why, bundle.path,
+        )  # fmt: skip
+    return Choice(choice.target, f"{choice.reason}; not checked on this machine: {why}")
+
+
+def _place(target: Target | None) -> int:
+    return CPU_TARGETS.index(target) if target in CPU_TARGETS else len(CPU_TARGETS)
+
+
+def _target(choice: Choice) -> Target:
+    assert choice.target is not None, "only plans can be made by nothing"
+    return choice.target
+
+
+class _Choosing:
+    """The work of `choose_checked`."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        able: Sequence[Choice],
+        make: Callable[[Target], Runner],
+        *,
+        named: bool,
+        threads: int | None,
+    ) -> None:
+        self._bundle, self._able, self._make, self._named = bundle, able, make, named
+        self._check = SelfCheck(bundle, threads=threads)
+        self._runners: dict[Target, Runner] = {}
+        self._against: dict[Target, str] = {}
+
+    def choose(self) -> tuple[Choice, Runner | None]:
+        reasons = {_target(choice): choice.reason for choice in self._able}
+        plans = [[target] for target in reasons if target in PLAN_TARGETS]
+        for group in (*plans, [target for target in reasons if target in CPU_TARGETS]):
+            for target, seconds in self._by_speed(group):
+                if self._find(target, whole=True) is not None:
+                    reason = reasons[target] + self._why(target, seconds)
+                    return Choice(target, reason), self._runners.get(target)
+        raise EngineError(self._message())
+
+    def _by_speed(self, group: Sequence[Target]) -> list[tuple[Target, dict[Target, float]]]:
+        """Those of a group that pass so far, the one to take first; each with the seconds of all."""
+        found = {target: self._find(target, whole=False) for target in group}
+        seconds = {target: finding.seconds for target, finding in found.items() if finding is not None}
+        order: list[Target] = []
+        left = list(seconds)
+        while left:
+            best = left[0]
+            for target in left[1:]:
+                if seconds[target] < _FASTER * seconds[best]:
+                    best = target
+            order.append(best)
+            left.remove(best)
+        return [(target, seconds) for target in order]
+
+    def _find(self, target: Target, *, whole: bool) -> Finding | None:
+        """What a target gave; None, with the reason kept, where it does not pass."""
+        try:
+            if target not in self._runners:
+                self._runners[target] = self._make(target)
+            finding = self._check.check(target, self._runners[target], whole=whole)
+        except (EngineError, MissingDependencyError) as error:
+            if len(self._able) == 1:
+                raise
+            self._against[target] = str(error)
+            return None
+        if finding.wrong:
+            self._against[target] = "; ".join(finding.wrong)
+            if not self._named:
+                logger.warning("%s is wrong on this machine and not used: %s", TITLES[target], self._against[target])
+            return None
+        return finding
+
+    def _why(self, target: Target, seconds: dict[Target, float]) -> str:
+        others = [
+            f"{TITLES[other]} takes {needed:.2g} s"
+            for other, needed in seconds.items()
+            if other != target and other not in self._against
+        ]
+        wrong = [f"not {TITLES[other]}, which is wrong here: {why}" for other, why in self._against.items()]
+        passed = f"passed the self-check on this machine, {seconds[target]:.2g} s for its clip"
+        return "; ".join(["", passed, *others, *wrong])
+
+    def _message(self) -> str:
+        precision = self._bundle.manifest.precision
+        listed = " | ".join(f"{TITLES[target]}: {why}" for target, why in self._against.items())
+        remedy = "export another precision" if not self._named else "use another --target, or export another precision"
+        return (
+            f"{self._bundle.path} in {precision} comes out wrong on this processor ({processor_name()}): {listed}; "
+            f"{remedy}, or take it as it is with {VARIABLE}=0 (self_check=False)"
+        )
