@@ -47,7 +47,7 @@ server: install
 	$(BIN)/lfdm-serve --quiet --install-server
 
 test: install server lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-full: install
 	$(BIN)/python -m pytest -q -m full

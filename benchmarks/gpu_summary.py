@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.gpu_plots import plot
 from benchmarks.gpu_records import Record
 from benchmarks.gpu_verdicts import NOT_MEASURED, floors, verdicts
 
@@ -17,9 +19,7 @@ _KERNELS = 12
 def write_summary(result: Record, out: Path) -> None:
     """Write gpu.md and gpu.png into a folder."""
     (out / "gpu.md").write_text(summary(result), encoding="utf-8")
-    try:
-        from benchmarks.gpu_plots import plot
-    except ImportError:
+    if importlib.util.find_spec("matplotlib") is None:
         print("no plots: matplotlib is not installed", file=sys.stderr)
         return
     plot(result, out / "gpu.png")

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from lfdm_export import ready_bundle
 from lfdm_export.archives import read_arrays
-from lfdm_export.errors import BundleError, EngineError, InputError, LfdmExportError
+from lfdm_export.errors import BundleError, EngineError, InputError
 from lfdm_export.files.digests import sha256_and_size
 from lfdm_export.files.folders import give_back
 from lfdm_export.files.names import user_path
@@ -88,8 +88,6 @@ class Bundle:
                     return cls._open_ready(check_hashes=check_hashes)
                 logger.warning("%s is the folder here, not the shipped bundle of that name", path)
             return cls._open(user_path(path), check_hashes=check_hashes)
-        except LfdmExportError:
-            raise
         except (OSError, ValueError, RuntimeError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0][:200]
             raise BundleError(f"the bundle {str(path)[:200]!a} cannot be opened: {reason}") from error

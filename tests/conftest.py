@@ -93,9 +93,17 @@ def small_model() -> LfdmModel:
 @pytest.fixture(scope="session")
 def small_bundle(small_model: LfdmModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle of it, of 10 frames of 64 pixels, whose last decoded chunk is not full; not to be changed."""
-    from lfdm_export import export_bundle
+    from lfdm_export import Bundle, export_bundle
+    from lfdm_export.files.atomic import locked
 
-    return export_bundle(small_model, tmp_path_factory.mktemp("small") / "bundle", frames=10, image_size=64)
+    # The processes among which pytest-xdist shares the tests have a folder each, in one that they share.
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "small"
+    folder.mkdir(exist_ok=True)
+    with locked(folder):
+        if not (folder / "export" / "bundle").exists():
+            export_bundle(small_model, folder / "export" / "bundle", frames=10, image_size=64)
+    return Bundle.open(folder / "export" / "bundle")
 
 
 @pytest.fixture(scope="session")

@@ -131,7 +131,7 @@ def test_a_huge_manifest_is_not_read(folder: Path):
         (lambda m: m["geometry"].update(chunk_frames=0), "size below 1"),
         (lambda m: m["geometry"].update(skip_channels=[4, 8, 17]), "skip_channels"),
         (lambda m: m["geometry"].update(text_width=7), "text_width is 7"),
-        (lambda m: m["stages"].pop(), "stages are encode"),
+        (lambda m: m["stages"].pop(1), "stages are encode"),
         (lambda m: m["stages"][0].update(inputs=[]), "inputs of stage 'encode'"),
         (lambda m: m["stages"][0]["inputs"][0].update(dtype="float16"), "dtype is 'float16'"),
         (lambda m: m["stages"][0].update(batch=[4, 2, 1]), "rising sizes"),

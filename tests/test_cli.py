@@ -488,10 +488,10 @@ def test_export_of_checkpoints(calls: dict[str, Any]):
     ("options", "dataset", "pad", "encoder", "labels"),
     [
         ([], None, None, None, None),
-        (["--dataset", "mug"], "mug", None, None, None),
+        (["--dataset", "mug"], "mug", None, "bert-base-cased", None),
         (["--dataset", "mug", "--region-pad", "0", "--text-encoder", "folder"], "mug", 0, "folder", None),
         (["--dataset", "mug", "--text-encoder", "none"], "mug", None, "none", None),
-        (["--dataset", "mug", "--labels", "jump"], "mug", None, None, ("jump",)),
+        (["--dataset", "mug", "--labels", "jump"], "mug", None, "bert-base-cased", ("jump",)),
     ],
 )
 def test_the_data_set_reaches_the_library(

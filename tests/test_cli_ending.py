@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,8 @@ def start(code: str, *arguments: object, **options: Any) -> subprocess.Popen[str
     command = [sys.executable, "-c", _COMMAND + code, *map(str, arguments)]
     pipe = subprocess.PIPE
     options = {"stdin": pipe, "stdout": pipe, "stderr": pipe, **options}
-    return subprocess.Popen(command, text=True, **options)
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    return subprocess.Popen(command, encoding="utf-8", env=environment, **options)
 
 
 # ------------------------------------------------------------------------------------------ signals
@@ -239,6 +241,9 @@ def pipeline(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Any:
 
         def __init__(self) -> None:
             self.bundle = bundle
+
+        def sampler_table(self, *_: object) -> SimpleNamespace:
+            return SimpleNamespace(name="ddim", steps=2)
 
         def generate(self, *_: object, **__: object) -> Clip:
             return Clip(

@@ -267,7 +267,7 @@ def test_a_clip_of_frames_alone(tmp_path: Path):
         clip.save(tmp_path / "panels.gif", panels=True)
     clip.save(tmp_path / "clip.npz")
     with np.load(tmp_path / "clip.npz") as archive:
-        assert archive.files == ["frames"]
+        assert archive.files == ["frames", "metadata"]
 
 
 def test_the_client_needs_neither_torch_nor_onnx():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -135,6 +136,7 @@ def test_the_structure_is_what_is_left_without_the_weights(bundle: Bundle, tmp_p
     assert other_graph != graph
     assert other_structure == structure
     small.dims[0] += 1
+    small.raw_data = bytes(4 * math.prod(small.dims))
     onnx.save(model, folder / "onnx" / "encode.onnx")
     assert builder_graph(changed, "encode", "tensorrt-rtx")[1] != structure
 
@@ -352,7 +354,10 @@ def test_what_was_measured_is_kept_for_the_next_build(api: Api, tmp_path: Path):
     told(api, timing_cache=str(path))
     assert path.read_bytes() == b" and more"
     told(api, timing_cache=str(tmp_path / "nowhere" / "timing.cache"))
-    assert [one.name for one in tmp_path.iterdir()] == ["timing.cache"]
+    assert (tmp_path / "nowhere" / "timing.cache").read_bytes() == b" and more"
+    (tmp_path / "file").touch()
+    told(api, timing_cache=str(tmp_path / "file" / "timing.cache"))  # cannot be kept, and costs nothing
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["file", "nowhere", "timing.cache"]
 
 
 def test_no_builder_and_no_plan_are_errors(api: Api, monkeypatch: pytest.MonkeyPatch):
