@@ -88,6 +88,17 @@ def user_cache() -> Path | None:
         return None
 
 
+def optional_cache() -> Path | None:
+    """This project's folder for what only saves time; None where there is no folder of the user's caches.
+
+    A home without one (a container's, a service's) is left as it is: nothing is put there that nobody requested.
+    XDG_CACHE_HOME counts whether it exists or not.
+    """
+    cache = user_cache()
+    wanted = cache is not None and (cache.is_dir() or Path(os.environ.get("XDG_CACHE_HOME", "")).is_absolute())
+    return cache / CACHE_NAME if cache is not None and wanted else None
+
+
 def package_versions(names: Iterable[str]) -> dict[str, str]:
     """Versions of those of the packages that are installed."""
     found = {}

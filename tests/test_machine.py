@@ -115,6 +115,17 @@ def test_the_cache_folder_is_where_the_system_says(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Path, "home", homeless)
     assert machine.user_cache() is None
+    assert machine.optional_cache() is None
+
+
+def test_a_home_without_a_cache_folder_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert machine.optional_cache() is None
+    (tmp_path / ".cache").mkdir()
+    assert machine.optional_cache() == tmp_path / ".cache" / "lfdm-export"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    assert machine.optional_cache() == tmp_path / "elsewhere" / "lfdm-export"
 
 
 def test_only_one_place_looks_for_the_home():

@@ -397,7 +397,7 @@ def test_a_user_may_have_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(InputError, match="LFDM_CACHE_SIZE is 'much', expected a size such as 4GB"):
         user_compiled_cache()
     monkeypatch.delenv(SIZE_VARIABLE)
-    monkeypatch.setattr("lfdm_export.engines.openvino_cache.user_cache", lambda: None)
+    monkeypatch.setattr("lfdm_export.engines.openvino_cache.optional_cache", lambda: None)
     assert user_compiled_cache() is None
 
 

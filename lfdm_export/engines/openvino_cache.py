@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from lfdm_export.errors import InputError
 from lfdm_export.files.atomic import replacing
-from lfdm_export.machine import CACHE_NAME, package_versions, processor_facts, user_cache
+from lfdm_export.machine import optional_cache, package_versions, processor_facts
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ def user_compiled_cache() -> CompiledCache | None:
     Raises:
         InputError: LFDM_CACHE_SIZE is no size.
     """
-    size, folder = cache_size(), user_cache()
-    return None if size == 0 or folder is None else CompiledCache(folder / CACHE_NAME / "openvino", size)
+    size, folder = cache_size(), optional_cache()
+    return None if size == 0 or folder is None else CompiledCache(folder / "openvino", size)
 
 
 def cache_size() -> int:

@@ -28,7 +28,7 @@ from lfdm_export.cuda_driver import find_gpus
 from lfdm_export.engines.plans import PlanFolder
 from lfdm_export.files.atomic import write_file
 from lfdm_export.json_codec import from_plain, to_plain
-from lfdm_export.machine import CACHE_NAME, environment, processor_facts, user_cache
+from lfdm_export.machine import environment, optional_cache, processor_facts
 from lfdm_export.preprocess import to_float
 from lfdm_export.reference import Reference, positions
 from lfdm_export.reference_inputs import BATCH_SIZE, chain_table
@@ -220,9 +220,9 @@ def _timed(runner: Runner, stage: str, feeds: list[NDArray[Any]]) -> float:
 
 
 def _path(key: Mapping[str, Any]) -> Path | None:
-    cache = user_cache()
+    cache = optional_cache()
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return None if cache is None else cache / CACHE_NAME / "self-check" / f"{name}.json"
+    return None if cache is None else cache / "self-check" / f"{name}.json"
 
 
 def _read(key: Mapping[str, Any]) -> Finding | None:
