@@ -19,7 +19,7 @@ from benchmarks.throughput_report import line
 
 if TYPE_CHECKING:
     from lfdm_export.client import Client
-    from lfdm_export.pipeline import Pipeline
+    from lfdm_export.generate.pipeline import Pipeline
 
 #: Shares of the requests that have guidance.
 GUIDED = 0.25

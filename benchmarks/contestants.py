@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lfdm_export import sampling
-from lfdm_export.pipeline import Pipeline
-from lfdm_export.preprocess import to_float
+from lfdm_export.generate.pipeline import Pipeline
+from lfdm_export.pictures.preprocess import to_float
+from lfdm_export.sampling import loop as sampling
 from lfdm_models.generator import Generator
 from lfdm_models.lfae import latent_to_flow
 from lfdm_models.model import LfdmModel

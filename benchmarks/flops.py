@@ -25,7 +25,7 @@ import onnx.inliner
 import onnx.shape_inference
 
 if TYPE_CHECKING:
-    from lfdm_export.bundle import Bundle
+    from lfdm_export.bundle.reader import Bundle
     from lfdm_models.config import LfdmConfig
 
 Shape = tuple[int, ...]
@@ -279,7 +279,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     arguments = parser.parse_args()
 
-    from lfdm_export.bundle import Bundle
+    from lfdm_export.bundle.reader import Bundle
     from lfdm_export.errors import LfdmExportError
     from lfdm_export.files.atomic import write_file
 

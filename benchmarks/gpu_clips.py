@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from benchmarks.gpu_floors import Work
 from benchmarks.gpu_kernels import published_step
 from benchmarks.gpu_timing import captured
-from lfdm_export import sampling
-from lfdm_export.noise import START, seeded_noise
 from lfdm_export.ops.thresholded_step.gpu import noise_on_gpu
 from lfdm_export.rewrite.precision import channels_last, in_precision
 from lfdm_export.rewrite.stage_modules import stage_modules
+from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling.noise import START, seeded_noise
 from lfdm_models.lfae import latent_to_flow
 from lfdm_models.model import LfdmModel
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from benchmarks.gpu_records import Record
 from benchmarks.gpu_work import Bench
-from lfdm_export.cuda_driver import CudaDriver, Handle, load_driver
-from lfdm_export.engines.gpu_memory import DeviceBuffer, PinnedArray, PinnedRing
+from lfdm_export.engines.cuda_driver import CudaDriver, Handle, load_driver
+from lfdm_export.engines.tensorrt.gpu_memory import DeviceBuffer, PinnedArray, PinnedRing
 from lfdm_export.errors import EngineError
 
 _COUNT = 122_880

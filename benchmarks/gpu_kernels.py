@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_timing import Budget, Timing, captured, measure, synchronize
-from lfdm_export import sampling
-from lfdm_export.noise import noise_for
 from lfdm_export.ops.thresholded_step.gpu import noise_on_gpu
 from lfdm_export.ops.thresholded_step.reference import thresholded_step, thresholded_step_in_torch
 from lfdm_export.ops.warp.reference import warp, warp_blend, warp_blend_in_torch, warp_in_torch
+from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling.noise import noise_for
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMS = {"planar": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -35,7 +35,7 @@ from benchmarks.gpu_records import Record, write_record  # noqa: E402
 from benchmarks.gpu_summary import write_summary  # noqa: E402
 from benchmarks.gpu_verdicts import verdicts  # noqa: E402
 from benchmarks.gpu_work import Settings  # noqa: E402
-from lfdm_export.cuda_driver import find_gpus  # noqa: E402
+from lfdm_export.engines.cuda_driver import find_gpus  # noqa: E402
 
 #: Kept for the summary and the plots.
 _RESERVED_SECONDS = 5.0

@@ -20,16 +20,16 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from lfdm_export import onnx_export
-from lfdm_export.bundle import EMBEDDINGS, ONNX_FOLDER, REFERENCE, Bundle
-from lfdm_export.bundle_writer import BundleWriter
+from lfdm_export.bundle.reader import EMBEDDINGS, ONNX_FOLDER, REFERENCE, Bundle
+from lfdm_export.bundle.writer import BundleWriter
 from lfdm_export.files.atomic import write_file
+from lfdm_export.generate.pipeline import Pipeline
+from lfdm_export.graphs import trace as onnx_export
 from lfdm_export.graphs.policy import GROUPS, KEPT
-from lfdm_export.graphs.simulate import simulate
 from lfdm_export.graphs.typed import TYPES, LowPrecision, lower
-from lfdm_export.pipeline import Pipeline
-from lfdm_export.reference import Reference
-from lfdm_export.verify_chain import check_chain
+from lfdm_export.parity.chain import check_chain
+from lfdm_export.parity.simulate import simulate
+from lfdm_export.reference.stored import Reference
 
 #: The stages of a clip.
 STAGES = ("encode", "step", "decode")

@@ -28,7 +28,7 @@ from lfdm_export.machine import available_cores
 
 if TYPE_CHECKING:
     from benchmarks.contestants import Contestant, Made, Task
-    from lfdm_export.bundle import Bundle
+    from lfdm_export.bundle.reader import Bundle
     from lfdm_models.model import LfdmModel
 
 #: Largest difference (max abs) between contestants that still counts as the same clip.
@@ -48,7 +48,7 @@ def main() -> int:
     plot = None if arguments.no_plot else _plotter()
     import torch
 
-    from lfdm_export.checkpoints import load_model
+    from lfdm_export.checkpoints.load import load_model
     from lfdm_export.errors import LfdmExportError
 
     facts = machine.describe()
@@ -103,9 +103,9 @@ def _arguments() -> argparse.Namespace:
 
 
 def _bundle(model: LfdmModel, arguments: argparse.Namespace, folder: Path) -> Bundle:
-    from lfdm_export.bundle import Bundle
+    from lfdm_export.bundle.reader import Bundle
     from lfdm_export.errors import InputError
-    from lfdm_export.export import export_bundle
+    from lfdm_export.export.bundle_export import export_bundle
 
     size = (arguments.frames, arguments.image_size)
     if arguments.bundle is None:
@@ -123,8 +123,8 @@ def _bundle(model: LfdmModel, arguments: argparse.Namespace, folder: Path) -> Bu
 def make_task(model: LfdmModel, bundle: Bundle, steps: int) -> Task:
     """A clip of a photograph by DDIM, always the same."""
     from benchmarks.contestants import Task
-    from lfdm_export import sampling
-    from lfdm_export.preprocess import prepare_images
+    from lfdm_export.pictures.preprocess import prepare_images
+    from lfdm_export.sampling import loop as sampling
 
     geometry = bundle.manifest.geometry
     random = np.random.default_rng(_SEED)
@@ -139,7 +139,7 @@ def _contestants(
     model: LfdmModel, bundle: Bundle, task: Task, arguments: argparse.Namespace, folder: Path
 ) -> Iterator[Contestant]:
     from benchmarks import contestants
-    from lfdm_export.pipeline import Pipeline
+    from lfdm_export.generate.pipeline import Pipeline
 
     if "pytorch" not in arguments.skip:
         yield contestants.eager(model)

@@ -18,7 +18,7 @@ from lfdm_export.errors import DeadlineError, LfdmExportError, ServerUnavailable
 
 if TYPE_CHECKING:
     from lfdm_export.client import Client
-    from lfdm_export.pipeline import Pipeline
+    from lfdm_export.generate.pipeline import Pipeline
 
 UInt8 = NDArray[np.uint8]
 #: "late": refused or given up for its deadline; "refused": the queue was full; "wrong": another clip came.

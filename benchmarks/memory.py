@@ -86,8 +86,8 @@ def _peak() -> int:
 
 
 def _export(arguments: list[str]) -> Callable[[], object]:
-    from lfdm_export.checkpoints import load_model
-    from lfdm_export.export import export_bundle
+    from lfdm_export.checkpoints.load import load_model
+    from lfdm_export.export.bundle_export import export_bundle
 
     lfae, dm, out, frames, image_size = arguments
     return lambda: export_bundle(load_model(lfae, dm), out, frames=int(frames), image_size=int(image_size))
@@ -97,7 +97,7 @@ def _generate(arguments: list[str]) -> Callable[[], object]:
     import numpy as np
     import onnxruntime  # noqa: F401  (its own share of the peak)
 
-    from lfdm_export.pipeline import Pipeline
+    from lfdm_export.generate.pipeline import Pipeline
 
     bundle, steps, threads = arguments
 

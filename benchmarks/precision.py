@@ -30,7 +30,7 @@ from lfdm_export.machine import available_cores
 
 if TYPE_CHECKING:
     from benchmarks.contestants import Contestant, Made, Task
-    from lfdm_export.bundle import Bundle
+    from lfdm_export.bundle.reader import Bundle
     from lfdm_models.model import LfdmModel
 
 #: Name, precision of the bundle, and target of each contestant; ratios are against the first.
@@ -52,9 +52,9 @@ def main() -> int:
     import torch
 
     from benchmarks import contestants
-    from lfdm_export.checkpoints import load_model
+    from lfdm_export.checkpoints.load import load_model
     from lfdm_export.errors import LfdmExportError
-    from lfdm_export.pipeline import Pipeline
+    from lfdm_export.generate.pipeline import Pipeline
 
     torch.set_num_threads(arguments.threads)
     try:
@@ -125,9 +125,9 @@ def _bundles(model: LfdmModel, arguments: argparse.Namespace, scratch: Path) -> 
     Raises:
         InputError: one that is there is of another size or precision.
     """
-    from lfdm_export.bundle import Bundle
+    from lfdm_export.bundle.reader import Bundle
     from lfdm_export.errors import InputError
-    from lfdm_export.export import export_bundle
+    from lfdm_export.export.bundle_export import export_bundle
 
     folder = arguments.bundles or scratch
     wanted = arguments.frames, arguments.image_size

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lfdm_export.serving.control import open_directly
+from lfdm_export.serving.server.control import open_directly
 
 #: Seconds that a server may take to be ready, and to stop.
 _START, _STOP = 300.0, 90.0

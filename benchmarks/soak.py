@@ -25,11 +25,11 @@ from benchmarks.cells import GUIDED, SEED, connect, say
 from benchmarks.load import Order, make_orders
 from benchmarks.served import MemoryWatch, Served, serve, tell_logs
 from lfdm_export.errors import DeadlineError, InputError, LfdmExportError, ServerError
-from lfdm_export.serving.contract import RequestCancelledError
+from lfdm_export.protocol.contract import RequestCancelledError
 
 if TYPE_CHECKING:
     from lfdm_export.client import Client
-    from lfdm_export.pipeline import Pipeline
+    from lfdm_export.generate.pipeline import Pipeline
 
 #: Part of the time after which memory counts, and growth beyond which it is not flat.
 WARM_UP, FLAT = 0.3, 0.05
@@ -72,7 +72,7 @@ def run_soak(bundle: Path, folder: Path, arguments: argparse.Namespace) -> dict[
     Returns:
         What was done, violations, memory, and lines that say so.
     """
-    from lfdm_export.pipeline import Pipeline
+    from lfdm_export.generate.pipeline import Pipeline
 
     seconds, pipeline = 60.0 * arguments.soak, Pipeline.open(bundle, threads=arguments.threads)
     say(f"making {arguments.orders} clips to compare with")
@@ -242,7 +242,7 @@ def _infer(me: _Client, image: bytes, order: Order) -> None:
     """
     import tritonclient.grpc as triton
 
-    from lfdm_export.serving.contract import CLIP_MODEL
+    from lfdm_export.protocol.contract import CLIP_MODEL
 
     inputs = []
     for name, value in (("image_bytes", image), ("label", order.label.encode())):

@@ -118,7 +118,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _export(folder: Path, frames: int, image_size: int) -> Path:
-    from lfdm_export.export import export_bundle
+    from lfdm_export.export.bundle_export import export_bundle
     from lfdm_models.demo import untrained_model
 
     say("exporting the small model")
@@ -126,7 +126,7 @@ def _export(folder: Path, frames: int, image_size: int) -> Path:
 
 
 def _compare(bundle: Path, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    from lfdm_export.pipeline import Pipeline
+    from lfdm_export.generate.pipeline import Pipeline
 
     pipeline = Pipeline.open(bundle, threads=arguments.threads)
     say(f"making {arguments.orders} clips to compare with")

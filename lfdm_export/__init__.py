@@ -36,11 +36,11 @@ from lfdm_export.errors import (
 from lfdm_export.telemetry import turn_off
 
 if TYPE_CHECKING:
-    from lfdm_export.bundle import Bundle
-    from lfdm_export.checkpoints import load_model
-    from lfdm_export.clip import Clip
-    from lfdm_export.export import export_bundle
-    from lfdm_export.pipeline import Pipeline
+    from lfdm_export.bundle.reader import Bundle
+    from lfdm_export.checkpoints.load import load_model
+    from lfdm_export.export.bundle_export import export_bundle
+    from lfdm_export.generate.pipeline import Pipeline
+    from lfdm_export.pictures.clip import Clip
 
 __version__ = "0.1.0"
 __all__ = [
@@ -62,11 +62,11 @@ __all__ = [
 turn_off()
 
 _LAZY = {
-    "Bundle": "lfdm_export.bundle",
-    "Clip": "lfdm_export.clip",
-    "Pipeline": "lfdm_export.pipeline",
-    "export_bundle": "lfdm_export.export",
-    "load_model": "lfdm_export.checkpoints",
+    "Bundle": "lfdm_export.bundle.reader",
+    "Clip": "lfdm_export.pictures.clip",
+    "Pipeline": "lfdm_export.generate.pipeline",
+    "export_bundle": "lfdm_export.export.bundle_export",
+    "load_model": "lfdm_export.checkpoints.load",
 }
 
 

@@ -21,7 +21,7 @@ BATCH = "batch"
 TOKENS = "tokens"
 #: The stage that motion transfer alone needs; a bundle may do without.
 DRIVE_STAGE = "estimate_motion"
-#: Columns of `coefficients`; see `lfdm_export.sampling`, which fills them.
+#: Columns of `coefficients`; see `lfdm_export.sampling.loop`, which fills them.
 COEFFICIENTS = 11
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from lfdm_export.bundle import Bundle
+    from lfdm_export.bundle.reader import Bundle
     from lfdm_export.ops.cuda.host import HostKernels
     from lfdm_models.model import LfdmModel
     from tests.running_server import RunningServer
@@ -118,7 +118,7 @@ def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
 @pytest.fixture(scope="session")
 def triton_server(small_bundle: Bundle) -> Iterator[RunningServer]:
     """A real Triton server on the small bundle, for requests that leave it as it is: one for all files of tests."""
-    from lfdm_export.serving.server_files import install_server
+    from lfdm_export.serving.server.files import install_server
     from tests.running_server import ServeCommand
 
     install_server()  # nothing is fetched where it is there, as after `make server`

@@ -11,10 +11,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from lfdm_export.bundle import Bundle
-from lfdm_export.bundle_writer import BundleWriter
-from lfdm_export.manifest import Manifest, SamplerDefaults
-from lfdm_export.preprocess import Preprocessing
+from lfdm_export.bundle.manifest import Manifest, SamplerDefaults
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.bundle.writer import BundleWriter
+from lfdm_export.pictures.preprocess import Preprocessing
 from lfdm_export.stages import Geometry, StageSpec, TensorSpec, stage_specs
 from lfdm_models.config import DmConfig, HourglassConfig, LfaeConfig, LfdmConfig
 

@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from lfdm_export.bundle import Bundle
-from lfdm_export.cuda_driver import SIGNATURES, CudaDriver
-from lfdm_export.engines.gpu_session import GpuSession
-from lfdm_export.engines.onnxruntime import OnnxRuntimeEngine
-from lfdm_export.engines.tensorrt_api import Api
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.engines.cuda_driver import SIGNATURES, CudaDriver
+from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
+from lfdm_export.engines.targets import Target
+from lfdm_export.engines.tensorrt.api import Api
+from lfdm_export.engines.tensorrt.gpu_session import GpuSession
 from lfdm_export.stages import StageSpec
-from lfdm_export.targets import Target
 
 OUT_OF_MEMORY, NO_DEVICE, INVALID_CONTEXT, ILLEGAL_ADDRESS, CAPTURING = 2, 100, 201, 700, 900
 _TEXTS = {

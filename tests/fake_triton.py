@@ -13,11 +13,11 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from lfdm_export.bundle.manifest import SamplerDefaults
 from lfdm_export.client.wire import decode, encode
 from lfdm_export.errors import InputError
-from lfdm_export.manifest import SamplerDefaults
-from lfdm_export.preprocess import Preprocessing
-from lfdm_export.serving.contract import (
+from lfdm_export.pictures.preprocess import Preprocessing
+from lfdm_export.protocol.contract import (
     CANCEL_INPUT,
     CANCEL_OUTPUT,
     CLIP_INPUTS,
@@ -30,8 +30,8 @@ from lfdm_export.serving.contract import (
     Array,
     WireTensor,
 )
-from lfdm_export.serving.model_facts import FACTS_PARAMETER, ModelFacts
-from lfdm_export.serving.requests import GenerationRequest, parse_request
+from lfdm_export.protocol.model_facts import FACTS_PARAMETER, ModelFacts
+from lfdm_export.protocol.requests import GenerationRequest, parse_request
 
 FACTS = ModelFacts(
     labels=("Anger", "happiness"),

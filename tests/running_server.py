@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc as triton
 
-from lfdm_export.serving.contract import CLIP_MODEL, STREAM_INPUTS, WireTensor
-from lfdm_export.serving.control import open_directly
+from lfdm_export.protocol.contract import CLIP_MODEL, STREAM_INPUTS, WireTensor
+from lfdm_export.serving.server.control import open_directly
 
 #: Options of gRPC for a server of this machine: a proxy in the environment is for others.
 DIRECT = [("grpc.enable_http_proxy", 0)]

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfdm_export import sampling
-from lfdm_export.serving.jobs import Outcome, Sampled, SampleJob, Timings
-from lfdm_export.serving.observer import Tick
+from lfdm_export.batching.jobs import Outcome, Sampled, SampleJob, Timings
+from lfdm_export.batching.observer import Tick
+from lfdm_export.sampling import loop as sampling
 from lfdm_models.schedule import cosine_schedule
 from tests import fake_bundle
 from tests.fake_bundle import GEOMETRY, NULL, WIDTH

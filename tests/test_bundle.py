@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lfdm_export.bundle import Bundle
-from lfdm_export.bundle_writer import BundleWriter
+from lfdm_export.bundle.manifest import FORMAT_VERSION, Manifest
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.bundle.writer import BundleWriter
 from lfdm_export.errors import BundleError, InputError
 from lfdm_export.files import folders
-from lfdm_export.manifest import FORMAT_VERSION, Manifest
-from lfdm_export.preprocess import Preprocessing
+from lfdm_export.pictures.preprocess import Preprocessing
 from tests.fake_bundle import EMBEDDINGS, GEOMETRY, LABELS, NULL, WIDTH, fake_manifest, write_fake_bundle
 
 

@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lfdm_export.checkpoints import load_model
+from lfdm_export.checkpoints.architecture import recognise_dm, recognise_lfae
+from lfdm_export.checkpoints.load import load_model
+from lfdm_export.checkpoints.weight_files import sha256
 from lfdm_export.errors import CheckpointError, InputError
-from lfdm_export.recognise import recognise_dm, recognise_lfae
-from lfdm_export.weight_files import sha256
 from lfdm_models.config import DmConfig, HourglassConfig, LfaeConfig, LfdmConfig
 from lfdm_models.diffusion import Diffusion
 from lfdm_models.lfae import Lfae

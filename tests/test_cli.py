@@ -15,15 +15,15 @@ import pytest
 from PIL import Image
 
 from lfdm_export import __version__
-from lfdm_export.bundle import Bundle
+from lfdm_export.bundle.reader import Bundle
 from lfdm_export.cli import export_main, generate_main, info_main, serve_main, train_main, verify_main
 from lfdm_export.cli.console import Bars, OneBar
 from lfdm_export.cli.export import read_labels
 from lfdm_export.errors import InputError, ParityError
-from lfdm_export.media import load_clip, save_clip
+from lfdm_export.generate.pipeline import Pipeline
+from lfdm_export.pictures.clip_files import load_clip, save_clip
 from lfdm_export.pictures.clips import read_footage
 from lfdm_export.pictures.metadata import clip_metadata
-from lfdm_export.pipeline import Pipeline
 from lfdm_models import text_files
 from lfdm_models.labels import DATASETS
 from tests.closeness import assert_same_floats
@@ -430,10 +430,10 @@ def calls(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> dict[str, Any]:
         return FakeModel(f"from {folder}", {"frames": 12, "image_size": 96} if folder == Path("shipped") else {})
 
     fakes: dict[str, dict[str, Any]] = {
-        "lfdm_export.export": {"export_bundle": export_bundle},
-        "lfdm_export.verify": {"verify_bundle": verify_bundle},
-        "lfdm_export.checkpoints": {"load_model": load_model},
-        "lfdm_export.model_folder": {"load_model_folder": load_model_folder},
+        "lfdm_export.export.bundle_export": {"export_bundle": export_bundle},
+        "lfdm_export.parity.verify": {"verify_bundle": verify_bundle},
+        "lfdm_export.checkpoints.load": {"load_model": load_model},
+        "lfdm_export.checkpoints.model_folder": {"load_model_folder": load_model_folder},
         "lfdm_models.demo": {"untrained_model": lambda: FakeModel("untrained", {}), "SHIPPED": Path("shipped")},
     }
     for name, functions in fakes.items():

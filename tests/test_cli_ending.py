@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lfdm_export.bundle import Bundle
+from lfdm_export.bundle.reader import Bundle
 from lfdm_export.cli import export_main, generate_main, verify_main
-from lfdm_export.clip import Clip
 from lfdm_export.errors import BundleError, InputError
-from lfdm_export.pipeline import Pipeline
-from lfdm_export.serving.triton_repository import require_apart
+from lfdm_export.generate.pipeline import Pipeline
+from lfdm_export.pictures.clip import Clip
+from lfdm_export.serving.triton.repository import require_apart
 from tests.fake_bundle import EMBEDDINGS, write_fake_bundle
 
 _COMMAND = """
@@ -315,7 +315,7 @@ def test_the_tilde_of_every_path(
 def test_a_clip_goes_to_stdout_and_words_to_stderr(bundle: Bundle, photo: Path, tmp_path: Path):
     code = """
 import numpy as np
-from lfdm_export.clip import Clip
+from lfdm_export.pictures.clip import Clip
 args.out = "/dev/stdout"
 def work():
     zeros = lambda *shape: np.zeros(shape, np.uint8)
@@ -341,7 +341,7 @@ def test_a_report_that_cannot_be_kept_is_shown(bundle: Bundle, monkeypatch: pyte
         def table(self) -> str:
             return "all checks passed"
 
-    monkeypatch.setattr("lfdm_export.verify.verify_bundle", lambda *_, **__: Shown())
+    monkeypatch.setattr("lfdm_export.parity.verify.verify_bundle", lambda *_, **__: Shown())
     assert verify_main([str(bundle.path)]) == 0
     printed = capsys.readouterr()
     assert "all checks passed" in printed.out

@@ -34,7 +34,6 @@ from lfdm_export.client import (
     Settings,
     Tls,
 )
-from lfdm_export.clip import Clip
 from lfdm_export.errors import (
     AuthenticationError,
     DeadlineError,
@@ -43,8 +42,9 @@ from lfdm_export.errors import (
     ServerError,
     ServerUnavailableError,
 )
-from lfdm_export.preprocess import prepare_image
-from lfdm_export.serving.contract import CLIP_MODEL, PRIORITY_PARAMETER, STREAM_MODEL
+from lfdm_export.pictures.clip import Clip
+from lfdm_export.pictures.preprocess import prepare_image
+from lfdm_export.protocol.contract import CLIP_MODEL, PRIORITY_PARAMETER, STREAM_MODEL
 from tests.fake_triton import FACTS, FakeTriton, Port, Serving
 
 Arguments = dict[str, Any]

@@ -17,10 +17,10 @@ from PIL import Image
 
 from lfdm_export.cli import generate_main
 from lfdm_export.client import Retry
-from lfdm_export.media import load_clip
+from lfdm_export.pictures.clip_files import load_clip
 from lfdm_export.pictures.metadata import clip_metadata
-from lfdm_export.preprocess import prepare_image
-from lfdm_export.serving.contract import CLIP_MODEL, PRIORITY_PARAMETER, STREAM_MODEL
+from lfdm_export.pictures.preprocess import prepare_image
+from lfdm_export.protocol.contract import CLIP_MODEL, PRIORITY_PARAMETER, STREAM_MODEL
 from tests.fake_triton import FACTS, FakeTriton, Port, Serving
 from tests.test_client import PATIENCE, expected_frames, until
 

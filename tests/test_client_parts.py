@@ -13,9 +13,9 @@ import pytest
 from lfdm_export.client.faults import Attempts, Fault, plain_sentence, read_fault, stream_status
 from lfdm_export.client.settings import Retry, Settings, Tls, token_from_environment, uses_proxy
 from lfdm_export.client.wire import decode, encode
-from lfdm_export.clip import Clip
 from lfdm_export.errors import InputError, LfdmExportError, ServerError
-from lfdm_export.serving.contract import STREAM_OUTPUTS, WireTensor
+from lfdm_export.pictures.clip import Clip
+from lfdm_export.protocol.contract import STREAM_OUTPUTS, WireTensor
 from tests.fake_triton import answer, text
 
 # ---------------------------------------------------------------------------------------- settings

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lfdm_export.bundle import Bundle
+from lfdm_export.bundle.reader import Bundle
 from lfdm_export.cli import generate_main
 from lfdm_export.client import AsyncClient, Client, Frames, Health, Preview, Progress, RequestCancelledError
-from lfdm_export.clip import Clip
 from lfdm_export.errors import DeadlineError, InputError
-from lfdm_export.media import load_clip
-from lfdm_export.pipeline import Pipeline
-from lfdm_export.serving.model_facts import ModelFacts
+from lfdm_export.generate.pipeline import Pipeline
+from lfdm_export.pictures.clip import Clip
+from lfdm_export.pictures.clip_files import load_clip
+from lfdm_export.protocol.model_facts import ModelFacts
 from tests.running_server import RunningServer
 
 PHOTO = Path(__file__).parent / "data" / "astronaut.jpg"

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lfdm_export.conditions import load_embedding
 from lfdm_export.errors import InputError
-from lfdm_export.gif import encode_gif
-from lfdm_export.media import save_clip
+from lfdm_export.generate.arguments import load_embedding
 from lfdm_export.pictures import clips
+from lfdm_export.pictures.clip_files import save_clip
 from lfdm_export.pictures.clips import load_clip, own_rate, read_footage, resample
+from lfdm_export.pictures.gif import encode_gif
 from lfdm_models.pictures import timed
 from lfdm_models.training.pictures import ClipError, DiskClip, Framing
 

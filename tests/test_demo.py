@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lfdm_export import sampling
-from lfdm_export.export import trained_geometry
-from lfdm_export.model_folder import load_model_folder
-from lfdm_export.preprocess import prepare_images, to_float
+from lfdm_export.checkpoints.model_folder import load_model_folder
+from lfdm_export.export.bundle_export import trained_geometry
+from lfdm_export.pictures.preprocess import prepare_images, to_float
+from lfdm_export.sampling import loop as sampling
 from lfdm_models.demo import CONFIG, SHIPPED, untrained_model
 from lfdm_models.labels import MUG
 from lfdm_models.lfae import latent_to_flow

@@ -20,8 +20,8 @@ import pytest
 import yaml
 
 from lfdm_export.cli import serve
-from lfdm_export.serving.contract import CLIP_MODEL
-from lfdm_export.serving.supervisor import ServerOptions
+from lfdm_export.protocol.contract import CLIP_MODEL
+from lfdm_export.serving.server.supervisor import ServerOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
@@ -157,7 +157,7 @@ def test_probes_ask_for_the_clips_own_readiness(place: str):
 
 
 def test_stopping_leaves_time_to_drain():
-    from lfdm_export.serving import supervisor
+    from lfdm_export.serving.server import supervisor
 
     needed = ServerOptions.drain_timeout + supervisor._TERM_TIMEOUT
     pod = resources()["Deployment"]["spec"]["template"]["spec"]

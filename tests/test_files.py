@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lfdm_export.clip import rehearse_saving
 from lfdm_export.errors import InputError
 from lfdm_export.files import atomic, folders
 from lfdm_export.files.atomic import locked, rehearse, replacing, temporary_folder, write_file
@@ -25,7 +24,8 @@ from lfdm_export.files.digests import sha256_and_size
 from lfdm_export.files.folders import give_back, publish, settle
 from lfdm_export.files.names import require_utf8, user_name, user_path, visible
 from lfdm_export.files.places import destination, refuse_inputs
-from lfdm_export.media import ClipFormat, save_clip
+from lfdm_export.pictures.clip import rehearse_saving
+from lfdm_export.pictures.clip_files import ClipFormat, save_clip
 
 
 def names(folder: Path) -> list[str]:

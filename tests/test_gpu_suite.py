@@ -29,7 +29,7 @@ from benchmarks.gpu_summary import summary, write_summary
 from benchmarks.gpu_timing import Budget, OutOfTimeError, Timing
 from benchmarks.gpu_verdicts import TARGETS, floors, verdicts
 from benchmarks.gpu_work import Bench, Settings, load_model
-from lfdm_export.cuda_driver import CudaDriver
+from lfdm_export.engines.cuda_driver import CudaDriver
 from tests.fake_gpu import FakeLibrary
 
 ROOT = Path(__file__).resolve().parents[1]

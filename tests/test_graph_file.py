@@ -13,10 +13,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from lfdm_export.bundle import Bundle
-from lfdm_export.engines.onnxruntime import OnnxRuntimeEngine
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from lfdm_export.errors import BundleError, EngineError
-from lfdm_export.graph_file import check_graph, read_graph
+from lfdm_export.graphs.file import check_graph, read_graph
 from lfdm_export.graphs.stored import load_stage
 from lfdm_export.stages import StageSpec, TensorSpec
 from tests.fake_bundle import write_fake_bundle
@@ -124,7 +124,7 @@ def test_no_engine_sees_a_graph_that_reads_something_else(
 @pytest.mark.parametrize("place", [in_initializer, in_constant])
 def test_openvino_maps_initializers_alone(place: Callable[[TensorProto], onnx.ModelProto], tmp_path: Path):
     pytest.importorskip("openvino")
-    from lfdm_export.engines.openvino import OpenVinoEngine
+    from lfdm_export.engines.openvino.engine import OpenVinoEngine
 
     path = written(place(external("w.data")), tmp_path)
     if place is in_initializer:

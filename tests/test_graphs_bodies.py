@@ -13,12 +13,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lfdm_export import sampling
-from lfdm_export.bundle import Bundle
-from lfdm_export.engines.openvino import shared_core
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.engines.openvino.engine import shared_core
 from lfdm_export.errors import ExportError
 from lfdm_export.graphs.bodies import OPENVINO_OPSET, with_bodies
-from lfdm_export.onnx_export import example
+from lfdm_export.graphs.trace import example
 from lfdm_export.ops.domain import DOMAIN
 from lfdm_export.ops.group_norm_silu.onnx_function import whole_group_norm_silu_function
 from lfdm_export.ops.group_norm_silu.reference import group_norm_silu
@@ -30,6 +29,7 @@ from lfdm_export.ops.temporal_attention import operator_name
 from lfdm_export.ops.temporal_attention.onnx_function import explicit_temporal_attention_function
 from lfdm_export.ops.temporal_attention.reference import TemporalWeights, temporal_attention
 from lfdm_export.ops.thresholded_step.onnx_function import thresholded_step_function
+from lfdm_export.sampling import loop as sampling
 from lfdm_export.stages import BATCH
 from tests.test_ops import hostile_values, normal, run_node, thresholded, torch_of
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lfdm_export import targets
-from lfdm_export.bundle_facts import bundle_facts
 from lfdm_export.cli import info_main
-from lfdm_export.targets import Machine
+from lfdm_export.engines import targets
+from lfdm_export.engines.bundle_facts import bundle_facts
+from lfdm_export.engines.targets import Machine
 from tests.fake_bundle import FRAMES, SIZE, fake_manifest, write_fake_bundle
 from tests.test_imports import BLOCKER, OPTIONAL, ROOT
 
@@ -59,8 +59,8 @@ def test_json_without_torch_and_onnx(bundle: Path):
 
 
 def test_what_runs_nowhere_says_why(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from lfdm_export import bundle_facts as module
-    from lfdm_export.bundle import Bundle
+    from lfdm_export.bundle.reader import Bundle
+    from lfdm_export.engines import bundle_facts as module
 
     machine = Machine((), "there is no GPU", {})
     monkeypatch.setattr(module, "this_machine", lambda: machine)
@@ -74,7 +74,7 @@ def test_what_runs_nowhere_says_why(bundle: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_a_bundle_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    from lfdm_export.bundle_writer import BundleWriter
+    from lfdm_export.bundle.writer import BundleWriter
     from tests.fake_bundle import EMBEDDINGS, NULL, write_graphs
 
     manifest = dataclasses.replace(fake_manifest(), labels=())

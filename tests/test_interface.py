@@ -13,13 +13,14 @@ import onnx_ir as ir
 import pytest
 from PIL import Image
 
-from lfdm_export import Clip, InputError, Pipeline, export, export_bundle
-from lfdm_export.bundle import Bundle
+from lfdm_export import Clip, InputError, Pipeline, export_bundle
+from lfdm_export.bundle.reader import Bundle
 from lfdm_export.cli import generate_main
+from lfdm_export.export import bundle_export as export
+from lfdm_export.parity.verify import verify_bundle
 from lfdm_export.pictures import notebook
-from lfdm_export.preprocess import Preprocessing
-from lfdm_export.serving.triton_repository import write_repository
-from lfdm_export.verify import verify_bundle
+from lfdm_export.pictures.preprocess import Preprocessing
+from lfdm_export.serving.triton.repository import write_repository
 from lfdm_models.labels import MUG
 from lfdm_models.model import LfdmModel
 from tests.fake_bundle import FRAMES, SIZE, fake_manifest, write_fake_bundle

@@ -16,14 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lfdm_export import sampling
-from lfdm_export.noise import START, noise_for
 from lfdm_export.ops.cuda.host import THREAD_ORDERS, HostKernels, build
 from lfdm_export.ops.cuda.source import ROOT, Storage
 from lfdm_export.ops.thresholded_step.kernels import STORAGES, noise_kernel, noise_launch, step_kernel, step_launch
 from lfdm_export.ops.thresholded_step.reference import thresholded_step_in_torch
 from lfdm_export.ops.warp.kernels import Layout, warp_kernel, warp_launch
 from lfdm_export.ops.warp.reference import warp_blend_in_torch, warp_in_torch
+from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling.noise import START, noise_for
 from tests.kernel_arrays import KERNELS, LAYOUTS, TORCH, addresses, empty, stored, values_of
 
 STORAGE_TYPES = tuple(TORCH)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from lfdm_export.errors import EngineError
-from lfdm_export.noise import START, noise_for
 from lfdm_export.ops.cuda.dispatch import on_gpu, standing_in
 from lfdm_export.ops.cuda.host import HostKernels
 from lfdm_export.ops.group_norm_silu.reference import group_norm_silu
@@ -21,6 +20,7 @@ from lfdm_export.ops.warp.gpu import warp_blend_on_gpu, warp_on_gpu
 from lfdm_export.ops.warp.reference import warp, warp_blend, warp_blend_in_torch, warp_in_torch
 from lfdm_export.rewrite.precision import channels_last, in_precision
 from lfdm_export.rewrite.stage_modules import stage_modules
+from lfdm_export.sampling.noise import START, noise_for
 from lfdm_models.model import LfdmModel
 
 FRAMES, SIZE, LATENT = 4, 64, 16

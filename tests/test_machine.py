@@ -167,8 +167,8 @@ def test_every_engine_is_given_its_number_of_threads(
     import onnx
     import onnxruntime
 
-    from lfdm_export.engines import onnxruntime as ort_engine
-    from lfdm_export.engines import openvino as openvino_engine
+    from lfdm_export.engines.onnxruntime import engine as ort_engine
+    from lfdm_export.engines.openvino import engine as openvino_engine
     from tests.fake_bundle import SPECS, fake_graph
 
     path = tmp_path / "denoise.onnx"

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lfdm_export.bundle import Bundle
+from lfdm_export.bundle.reader import Bundle
 from lfdm_export.cli import generate_main
 from lfdm_export.cli.generate import batch_size
 from lfdm_export.errors import EngineError
-from lfdm_export.media import load_clip
-from lfdm_export.pipeline import Pipeline
+from lfdm_export.generate.pipeline import Pipeline
+from lfdm_export.pictures.clip_files import load_clip
 from lfdm_export.stages import Geometry
 from tests.fake_bundle import SIZE, fake_manifest, write_fake_bundle
 from tests.fake_triton import FakeTriton, Serving

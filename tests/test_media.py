@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lfdm_export import media
 from lfdm_export.errors import InputError, MissingDependencyError
-from lfdm_export.media import load_clip, save_clip
+from lfdm_export.pictures import clip_files as media
 from lfdm_export.pictures import clips
-from lfdm_export.preprocess import read_image
+from lfdm_export.pictures.clip_files import load_clip, save_clip
+from lfdm_export.pictures.preprocess import read_image
 
 PHOTO = Path(__file__).parent / "data" / "astronaut.jpg"
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lfdm_export.clip import Clip
 from lfdm_export.errors import InputError
-from lfdm_export.media import load_clip, save_clip
+from lfdm_export.pictures.clip import Clip
+from lfdm_export.pictures.clip_files import load_clip, save_clip
 from lfdm_export.pictures.metadata import clip_metadata
 
 SETTINGS = {"bundle": "mug", "sampler": "ddim", "steps": 10, "eta": None, "condition": "label"}

@@ -10,11 +10,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lfdm_export import model_folder
-from lfdm_export.checkpoints import load_model
+from lfdm_export.checkpoints import model_folder
+from lfdm_export.checkpoints.load import load_model
+from lfdm_export.checkpoints.model_folder import load_model_folder, save_model
+from lfdm_export.checkpoints.weight_files import sha256
 from lfdm_export.errors import CheckpointError, InputError
-from lfdm_export.model_folder import load_model_folder, save_model
-from lfdm_export.weight_files import sha256
 from lfdm_models.config import DmConfig, HourglassConfig, LfaeConfig, LfdmConfig
 from lfdm_models.diffusion import Diffusion
 from lfdm_models.lfae import Lfae

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lfdm_export.errors import InputError
-from lfdm_export.noise import START, handed_noise, noise_for, seeded_noise
+from lfdm_export.sampling.noise import START, handed_noise, noise_for, seeded_noise
 
 MASK = 2**64 - 1
 

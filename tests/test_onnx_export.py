@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lfdm_export import onnx_export
-from lfdm_export.bundle import Bundle
+from lfdm_export.bundle.reader import Bundle
 from lfdm_export.errors import ExportError
+from lfdm_export.graphs import trace as onnx_export
 from lfdm_export.ops.domain import DOMAIN
 from lfdm_export.stages import BATCH, StageSpec, TensorSpec
 from tests.closeness import assert_same_floats

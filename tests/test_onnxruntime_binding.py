@@ -8,14 +8,14 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from lfdm_export import sampling
-from lfdm_export.bundle import Bundle
+from lfdm_export.bundle.reader import Bundle
 from lfdm_export.engines.interface import KeepsState, StateLoop
-from lfdm_export.engines.onnxruntime import OnnxRuntimeEngine
-from lfdm_export.engines.onnxruntime_binding import BoundOnnxRuntimeEngine
+from lfdm_export.engines.onnxruntime.binding import BoundOnnxRuntimeEngine
+from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from lfdm_export.errors import EngineError
-from lfdm_export.noise import START, seeded_noise
-from lfdm_export.sampler_tables import SamplerTable, sampler_table
+from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling.noise import START, seeded_noise
+from lfdm_export.sampling.tables import SamplerTable, sampler_table
 from lfdm_models.schedule import cosine_schedule
 from tests.closeness import assert_same_floats
 from tests.fake_bundle import GEOMETRY, SPECS, TRAINING_STEPS, fake_graph

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from lfdm_export.engines.onnxruntime import Device, OnnxRuntimeEngine
+from lfdm_export.engines.onnxruntime.engine import Device, OnnxRuntimeEngine
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.stages import StageSpec
 from tests.closeness import assert_same_floats

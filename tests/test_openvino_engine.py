@@ -13,16 +13,16 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from lfdm_export import sampling
-from lfdm_export.bundle import Bundle
-from lfdm_export.engines.onnxruntime import OnnxRuntimeEngine
-from lfdm_export.engines.openvino import OpenVinoEngine, shared_core
-from lfdm_export.engines.openvino_cache import SIZE_VARIABLE, CompiledCache, cache_key, user_compiled_cache
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
+from lfdm_export.engines.openvino.cache import SIZE_VARIABLE, CompiledCache, cache_key, user_compiled_cache
+from lfdm_export.engines.openvino.engine import OpenVinoEngine, shared_core
 from lfdm_export.errors import EngineError, InputError
 from lfdm_export.files.atomic import part_name, replacing
-from lfdm_export.pipeline import Pipeline
-from lfdm_export.sampling import apply_step
-from lfdm_export.stage_runner import load_engine
+from lfdm_export.generate.pipeline import Pipeline
+from lfdm_export.generate.stage_runner import load_engine
+from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling.loop import apply_step
 from lfdm_export.stages import StageSpec, TensorSpec
 from tests.closeness import assert_same_floats
 from tests.fake_bundle import SPECS, Feeds, fake_graph, feeds_for, predicted_noise, with_input
@@ -190,7 +190,7 @@ def test_a_precision_that_the_processor_has_not_is_no_silent_fp32(path: Path, mo
 def test_missing_packages(path: Path, package: str):
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
-        "from lfdm_export.engines.openvino import OpenVinoEngine\n"
+        "from lfdm_export.engines.openvino.engine import OpenVinoEngine\n"
         "from lfdm_export.errors import MissingDependencyError\n"
         "from lfdm_export.stages import StageSpec\n"
         f"try:\n    OpenVinoEngine({str(path)!r}, StageSpec('denoise', (), (), (1, 1, 1), {{}}))\n"
@@ -205,7 +205,7 @@ def test_signals_after_an_engine_is_gone(path: Path):
     """Where every engine brought a core of its own, and took it along, this ended by SIGSEGV."""
     code = (
         "import gc, os, signal\n"
-        "from lfdm_export.engines.openvino import OpenVinoEngine\n"
+        "from lfdm_export.engines.openvino.engine import OpenVinoEngine\n"
         "from tests.fake_bundle import SPECS, feeds_for\n"
         f"engines = [OpenVinoEngine({str(path)!r}, SPECS['denoise'], threads=1) for _ in range(2)]\n"
         "for engine in engines:\n    engine.run(feeds_for(SPECS['denoise'], batch=1))\n"
@@ -397,7 +397,7 @@ def test_a_user_may_have_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(InputError, match="LFDM_CACHE_SIZE is 'much', expected a size such as 4GB"):
         user_compiled_cache()
     monkeypatch.delenv(SIZE_VARIABLE)
-    monkeypatch.setattr("lfdm_export.engines.openvino_cache.optional_cache", lambda: None)
+    monkeypatch.setattr("lfdm_export.engines.openvino.cache.optional_cache", lambda: None)
     assert user_compiled_cache() is None
 
 

@@ -12,8 +12,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from lfdm_export import onnx_export
 from lfdm_export.errors import ExportError
+from lfdm_export.graphs import trace as onnx_export
 from lfdm_export.graphs.bodies import with_bodies
 from lfdm_export.ops import operators
 from lfdm_export.ops.domain import DOMAIN, OPSET, VERSION

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from lfdm_export import sampling
 from lfdm_export.ops.domain import DOMAIN, OPSET, VERSION
 from lfdm_export.ops.group_norm_silu.onnx_function import group_norm_silu_function
 from lfdm_export.ops.group_norm_silu.reference import group_norm_silu
@@ -29,6 +28,7 @@ from lfdm_export.ops.thresholded_step.onnx_function import thresholded_step_func
 from lfdm_export.ops.thresholded_step.reference import thresholded_step
 from lfdm_export.ops.warp.onnx_function import warp_function
 from lfdm_export.ops.warp.reference import warp, warp_blend
+from lfdm_export.sampling import loop as sampling
 from tests.closeness import assert_same_floats
 
 Array = NDArray[np.generic]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lfdm_export.errors import InputError
-from lfdm_export.panels import panels
+from lfdm_export.pictures.panels import panels
 
 SIZE, CELLS = 64, 16
 

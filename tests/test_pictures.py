@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lfdm_export import resize
 from lfdm_export.errors import InputError
+from lfdm_export.pictures import resize
 from lfdm_export.pictures.crop import parse_crop
-from lfdm_export.preprocess import Preprocessing, prepare_image, read_image, read_stream
+from lfdm_export.pictures.preprocess import Preprocessing, prepare_image, read_image, read_stream
 from lfdm_models.pictures import formats
 from lfdm_models.pictures.headers import MAX_SCANS
 from lfdm_models.pictures.raster import Raster, read_picture

@@ -9,15 +9,16 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from lfdm_export import Clip, Pipeline, sampling
-from lfdm_export.bundle import Bundle
-from lfdm_export.bundle_writer import BundleWriter
-from lfdm_export.engines import onnxruntime as ort_engine
+from lfdm_export import Clip, Pipeline
+from lfdm_export.bundle.manifest import SamplerDefaults
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.bundle.writer import BundleWriter
 from lfdm_export.engines.interface import KeepsState
+from lfdm_export.engines.onnxruntime import engine as ort_engine
 from lfdm_export.errors import BundleError, EngineError, InputError
-from lfdm_export.manifest import SamplerDefaults
-from lfdm_export.media import save_clip
-from lfdm_export.preprocess import to_float
+from lfdm_export.pictures.clip_files import save_clip
+from lfdm_export.pictures.preprocess import to_float
+from lfdm_export.sampling import loop as sampling
 from lfdm_models.schedule import cosine_schedule
 from tests.closeness import assert_same_floats
 from tests.fake_bundle import (

@@ -19,17 +19,18 @@ import numpy as np
 import onnx
 import pytest
 
-from lfdm_export import plan_making
-from lfdm_export.bundle import Bundle
-from lfdm_export.bundle_writer import BundleWriter
-from lfdm_export.cuda_driver import Gpu
-from lfdm_export.engines import plans, tensorrt_build
-from lfdm_export.engines.plans import BuildOptions, PlanFolder, PlanRecord, plan_to_run, targets_with_plans
-from lfdm_export.engines.tensorrt_build import BuildRequest, BuildResult
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.bundle.writer import BundleWriter
+from lfdm_export.engines.cuda_driver import Gpu
+from lfdm_export.engines.targets import Machine
+from lfdm_export.engines.tensorrt import build as tensorrt_build
+from lfdm_export.engines.tensorrt import plans
+from lfdm_export.engines.tensorrt.build import BuildRequest, BuildResult
+from lfdm_export.engines.tensorrt.plans import BuildOptions, PlanFolder, PlanRecord, plan_to_run, targets_with_plans
 from lfdm_export.errors import EngineError, InputError
-from lfdm_export.json_codec import from_plain, to_plain
-from lfdm_export.plan_making import PlanMade, make_plans
-from lfdm_export.targets import Machine
+from lfdm_export.export import plans as plan_making
+from lfdm_export.export.plans import PlanMade, make_plans
+from lfdm_export.files.json_codec import from_plain, to_plain
 from tests.fake_bundle import EMBEDDINGS, NULL, fake_manifest, write_fake_bundle, write_graphs
 from tests.test_targets import RTX, TENSORRT
 
@@ -372,7 +373,7 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pa
         real = subprocess.Popen
 
         def start(command: list[str], **options: Any) -> Any:
-            assert command[1:3] == ["-m", "lfdm_export.engines.tensorrt_build"]
+            assert command[1:3] == ["-m", "lfdm_export.engines.tensorrt.build"]
             return real([sys.executable, str(script), command[3]], **options)
 
         monkeypatch.setattr(subprocess, "Popen", start)
@@ -421,7 +422,7 @@ def test_a_killed_parent_takes_the_builder_along(tmp_path: Path):
     if not sys.platform.startswith("linux"):
         return  # the system has no such thing
     child_code = (
-        "import time\nfrom lfdm_export.engines.tensorrt_build import _die_with_parent\n"
+        "import time\nfrom lfdm_export.engines.tensorrt.build import _die_with_parent\n"
         "_die_with_parent()\nprint('ready', flush=True)\ntime.sleep(600)\n"
     )
     parent_code = (

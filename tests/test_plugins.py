@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import nn
 
-from lfdm_export import sampling
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.ops.cuda import host, launcher, nvrtc
 from lfdm_export.ops.cuda.source import Kernel, Launch, Storage
@@ -26,6 +25,7 @@ from lfdm_export.ops.thresholded_step.kernels import STORAGES, step_kernel, step
 from lfdm_export.ops.thresholded_step.reference import thresholded_step
 from lfdm_export.ops.warp.kernels import Layout, warp_kernel, warp_launch
 from lfdm_export.ops.warp.reference import warp, warp_blend, warp_blend_in_torch
+from lfdm_export.sampling import loop as sampling
 from tests.kernel_arrays import KERNELS, addresses, empty, stored, values_of
 
 PLUGINS = ("Warp", "WarpBlend", "ThresholdedStep")

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from lfdm_export.errors import EngineError, InputError
-from lfdm_export.preprocess import Preprocessing, prepare_image, prepare_images, read_image, to_float, to_uint8
-from lfdm_export.resize import area_resize
+from lfdm_export.pictures.preprocess import Preprocessing, prepare_image, prepare_images, read_image, to_float, to_uint8
+from lfdm_export.pictures.resize import area_resize
 
 PHOTO = Path(__file__).parent / "data" / "astronaut.jpg"
 

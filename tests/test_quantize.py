@@ -16,9 +16,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lfdm_export.bundle import Bundle
-from lfdm_export.engines.onnxruntime import OnnxRuntimeEngine
-from lfdm_export.engines.openvino import OpenVinoEngine
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
+from lfdm_export.engines.openvino.engine import OpenVinoEngine
 from lfdm_export.errors import BundleError, InputError
 from lfdm_export.quantize import states
 from lfdm_export.quantize.layers import KEPT, find_layers, kept_reason

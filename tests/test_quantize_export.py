@@ -13,22 +13,22 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-import lfdm_export.export
-from lfdm_export.bundle import PARITY_FOLDER, Bundle
+import lfdm_export.export.bundle_export
+from lfdm_export.bundle.reader import PARITY_FOLDER, Bundle
 from lfdm_export.cli import export_main
+from lfdm_export.engines.targets import find_target, this_machine
 from lfdm_export.errors import InputError
-from lfdm_export.export import export_bundle
-from lfdm_export.graphs import precisions
-from lfdm_export.pipeline import Pipeline
+from lfdm_export.export import precisions
+from lfdm_export.export.bundle_export import export_bundle
+from lfdm_export.generate.pipeline import Pipeline
+from lfdm_export.parity.chain import check_chain
+from lfdm_export.parity.report.model import Check
+from lfdm_export.parity.verify import verify_bundle
 from lfdm_export.quantize.graphs import quantised_graphs
 from lfdm_export.quantize.ranges import FORMATS, Format
 from lfdm_export.quantize.report import SensitivityReport
 from lfdm_export.quantize.states import Calibration, Chain
-from lfdm_export.reference import Reference
-from lfdm_export.report import Check
-from lfdm_export.targets import find_target, this_machine
-from lfdm_export.verify import verify_bundle
-from lfdm_export.verify_chain import check_chain
+from lfdm_export.reference.stored import Reference
 from lfdm_models.model import LfdmModel
 
 PHOTO = Path(__file__).parent / "data" / "astronaut.jpg"
@@ -51,7 +51,9 @@ def quick(small_bundle: Bundle) -> object:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precisions, "quantised_graphs", less)
         patch.setattr(
-            lfdm_export.export, "trace_graphs", lambda *_: {name: graph.clone() for name, graph in graphs.items()}
+            lfdm_export.export.bundle_export,
+            "trace_graphs",
+            lambda *_: {name: graph.clone() for name, graph in graphs.items()},
         )
         yield
 

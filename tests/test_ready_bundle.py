@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 import lfdm_export
-from lfdm_export import Bundle, BundleError, Pipeline, ready_bundle
+from lfdm_export import Bundle, BundleError, Pipeline
+from lfdm_export.bundle import ready as ready_bundle
 from lfdm_export.cli import generate_main, info_main
-from lfdm_export.media import load_clip
+from lfdm_export.pictures.clip_files import load_clip
 from lfdm_models.training.procedural import HELD_OUT_SEEDS, LABELS, sample_clip
 from tests.fake_bundle import write_fake_bundle
 from tests.test_imports import BLOCKER, OPTIONAL, ROOT

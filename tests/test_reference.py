@@ -12,13 +12,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lfdm_export.bundle import Bundle
+from lfdm_export.bundle.reader import Bundle
 from lfdm_export.errors import BundleError, ExportError, InputError
-from lfdm_export.export import geometry_of
-from lfdm_export.faithful import make_reference
-from lfdm_export.reference import MAX_VALUES, Reference, kept_frames, positions, thin
-from lfdm_export.reference_inputs import BATCH_SIZE, DRAWN, chain_table, draw_inputs
-from lfdm_export.sampling import noise_for, threshold
+from lfdm_export.export.bundle_export import geometry_of
+from lfdm_export.reference.inputs import BATCH_SIZE, DRAWN, chain_table, draw_inputs
+from lfdm_export.reference.pytorch import make_reference
+from lfdm_export.reference.stored import MAX_VALUES, Reference, kept_frames, positions, thin
+from lfdm_export.sampling.loop import noise_for, threshold
 from lfdm_export.stages import BATCH, Geometry, stage_specs
 from lfdm_models.config import LfdmConfig
 from lfdm_models.demo import CONFIG

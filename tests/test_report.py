@@ -15,9 +15,9 @@ from PIL import Image
 from rich.console import Console
 
 from lfdm_export.errors import BundleError, InputError
-from lfdm_export.report import CHAIN, Check, Pictures, Report, StepError, number, percent
-from lfdm_export.report_charts import bar, step_chart
-from lfdm_export.report_page import MAGNIFIED, page
+from lfdm_export.parity.report.charts import bar, step_chart
+from lfdm_export.parity.report.model import CHAIN, Check, Pictures, Report, StepError, number, percent
+from lfdm_export.parity.report.page import MAGNIFIED, page
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 EVIL = "<script>alert('x')</script>\"&"

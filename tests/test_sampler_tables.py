@@ -13,8 +13,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from lfdm_export.errors import InputError
-from lfdm_export.sampler_tables import LOG_SNR_START
-from lfdm_export.sampling import (
+from lfdm_export.sampling.loop import (
     NEXT_FROM_NOISE,
     NEXT_FROM_PREDICTED_NOISE,
     NEXT_FROM_X0,
@@ -31,6 +30,7 @@ from lfdm_export.sampling import (
     step_from_denoiser,
     unipc_table,
 )
+from lfdm_export.sampling.tables import LOG_SNR_START
 from lfdm_models.schedule import Schedule, cosine_schedule
 
 SCHEDULE = cosine_schedule(1000)
@@ -239,7 +239,7 @@ def test_quadratic_times_beat_even_ones(monkeypatch: pytest.MonkeyPatch, deviati
     fine = final(dpmpp_2m_table(SCHEDULE, 900))
     quadratic = [final(make(SCHEDULE, 10)) for make in (dpmpp_2m_table, unipc_table)]
     even = np.linspace(0, 995, 11).round()[:0:-1].astype(np.int64)
-    monkeypatch.setattr("lfdm_export.sampler_tables._solver_times", lambda schedule, steps: even)
+    monkeypatch.setattr("lfdm_export.sampling.tables._solver_times", lambda schedule, steps: even)
     for mine, make in zip(quadratic, (dpmpp_2m_table, unipc_table), strict=True):
         others = final(make(SCHEDULE, 10))
         assert np.square(mine - fine).mean() < 0.5**2 * np.square(others - fine).mean()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lfdm_export.errors import InputError
-from lfdm_export.sampling import (
+from lfdm_export.sampling.loop import (
     START,
     apply_step,
     ddim_table,

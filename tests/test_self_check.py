@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lfdm_export.bundle import Bundle
+from lfdm_export.bundle.reader import Bundle
 from lfdm_export.cli.serve import settle_target
 from lfdm_export.engines import self_check
 from lfdm_export.engines.self_check import VARIABLE, Finding, SelfCheck
 from lfdm_export.engines.self_check_choice import choose_checked
+from lfdm_export.engines.targets import Choice, Target
 from lfdm_export.errors import EngineError
+from lfdm_export.generate.stage_runner import StageRunner
 from lfdm_export.machine import environment
-from lfdm_export.serving.settings import ServingSettings
-from lfdm_export.stage_runner import StageRunner
-from lfdm_export.targets import Choice, Target
+from lfdm_export.serving.triton.settings import ServingSettings
 
 ABLE = (Choice("onnxruntime", "is installed"), Choice("openvino", "is there"))
 Change = Callable[[str, tuple[np.ndarray, ...]], tuple[np.ndarray, ...]]
@@ -274,7 +274,7 @@ def test_a_server_is_started_on_what_was_checked(small_bundle: Bundle, monkeypat
 
 def test_processes_may_check_at_the_same_time(small_bundle: Bundle, cache: Path):
     code = (
-        "import sys; from lfdm_export.pipeline import Pipeline\n"
+        "import sys; from lfdm_export.generate.pipeline import Pipeline\n"
         "print(Pipeline.open(sys.argv[1], threads=1, target='onnxruntime').stages.target)"
     )
     both = [

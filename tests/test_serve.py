@@ -22,15 +22,15 @@ import pytest
 
 from lfdm_export.cli import serve_main
 from lfdm_export.errors import InputError
-from lfdm_export.serving import server_files
-from lfdm_export.serving.contract import STREAM_INPUTS, preview_indices
-from lfdm_export.serving.control import Control
-from lfdm_export.serving.requests import Limits, image_file, parse_priority, parse_request
-from lfdm_export.serving.run_folder import run_folder
-from lfdm_export.serving.server_files import ServerFiles, ServerFilesError, find_server, install_server
-from lfdm_export.serving.settings import BUNDLE_VARIABLE, ServingSettings
-from lfdm_export.serving.supervisor import ServerOptions
-from lfdm_export.serving.watchdog import live_stubs, remove_shared_memory
+from lfdm_export.protocol.contract import STREAM_INPUTS, preview_indices
+from lfdm_export.protocol.requests import Limits, image_file, parse_priority, parse_request
+from lfdm_export.serving.server import files as server_files
+from lfdm_export.serving.server.control import Control
+from lfdm_export.serving.server.files import ServerFiles, ServerFilesError, find_server, install_server
+from lfdm_export.serving.server.run_folder import run_folder
+from lfdm_export.serving.server.supervisor import ServerOptions
+from lfdm_export.serving.server.watchdog import live_stubs, remove_shared_memory
+from lfdm_export.serving.triton.settings import BUNDLE_VARIABLE, ServingSettings
 from tests.fake_bundle import fake_manifest, write_fake_bundle
 
 JPEG = b"\xff\xd8\xff\xe0 a picture"
@@ -284,7 +284,7 @@ def test_stubs_are_found_by_their_shared_memory(tmp_path: Path):
 
 
 def test_only_own_shared_memory_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lfdm_export.serving.watchdog._SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr("lfdm_export.serving.server.watchdog._SHARED_MEMORY", tmp_path)
     for name in ("lfdm_serve_1_a", "lfdm_serve_1_b", "lfdm_serve_2_a", "other"):
         (tmp_path / name).touch()
     remove_shared_memory("lfdm_serve_1_", keep=["lfdm_serve_1_b"])
@@ -445,7 +445,7 @@ def test_folders_of_killed_servers_are_removed_by_the_next(tmp_path: Path, monke
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     code = (
         f"import sys, tempfile; tempfile.tempdir = {str(tmp_path)!r}\n"
-        "from lfdm_export.serving.run_folder import run_folder\n"
+        "from lfdm_export.serving.server.run_folder import run_folder\n"
         "with run_folder() as folder:\n"
         "    (folder / 'repository').mkdir(); print(folder, flush=True); sys.stdin.read()\n"
     )
@@ -504,11 +504,11 @@ def test_labels_are_served_where_text_cannot_be_tokenized():
         "import importlib.util as util; find = util.find_spec\n"
         "util.find_spec = lambda name, *rest: None if name == 'tokenizers' else find(name, *rest)\n"
         "from lfdm_export.errors import InputError\n"
-        "from lfdm_export.pipeline import Pipeline\n"
-        "from lfdm_export.serving.interfaces import interfaces\n"
+        "from lfdm_export.generate.pipeline import Pipeline\n"
+        "from lfdm_export.serving.triton.interfaces import interfaces\n"
         "from lfdm_export.serving.models.condition import conditions, warm_up_text\n"
         "from lfdm_export.serving.models.stub import Loaded\n"
-        "from lfdm_export.serving.settings import ServingSettings\n"
+        "from lfdm_export.serving.triton.settings import ServingSettings\n"
         "from pathlib import Path\n"
         "from tests.fake_bundle import fake_manifest, write_fake_bundle\n"
         "pipeline = Pipeline(write_fake_bundle(Path(sys.argv[1]), fake_manifest(with_text=True)), threads=1)\n"

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lfdm_export.batching.jobs import DeadlineExceededError, QueueFullError, Sampled, SampleJob, StoppingError
+from lfdm_export.batching.step_batcher import StepBatcher, Ticket
 from lfdm_export.errors import EngineError, InputError
-from lfdm_export.serving.contract import RequestCancelledError
-from lfdm_export.serving.jobs import DeadlineExceededError, QueueFullError, Sampled, SampleJob, StoppingError
-from lfdm_export.serving.step_batcher import StepBatcher, Ticket
+from lfdm_export.protocol.contract import RequestCancelledError
 from tests.fake_bundle import GEOMETRY, NULL
 from tests.sampler_fakes import Answers, Events, NumpyStages, expected_latent, make_job
 

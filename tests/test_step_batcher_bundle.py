@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from lfdm_export.bundle import Bundle
-from lfdm_export.pipeline import Encoded, Pipeline
-from lfdm_export.serving.jobs import SampleJob
-from lfdm_export.serving.step_batcher import StepBatcher
+from lfdm_export.batching.jobs import SampleJob
+from lfdm_export.batching.step_batcher import StepBatcher
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.generate.pipeline import Encoded, Pipeline
 from tests.sampler_fakes import Answers
 
 Float32 = NDArray[np.float32]

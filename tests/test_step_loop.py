@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lfdm_export.batching.jobs import Callbacks, DeadlineExceededError, SampleJob
+from lfdm_export.batching.live_job import LiveJob
+from lfdm_export.batching.noise_ahead import NoiseAhead
+from lfdm_export.batching.observer import Tick
+from lfdm_export.batching.order import BATCH_DELAY, PRIORITY_SECONDS, STRETCH, Policy
+from lfdm_export.batching.rows import Rows
+from lfdm_export.batching.step_loop import StepLoop
 from lfdm_export.errors import EngineError
-from lfdm_export.serving.contract import RequestCancelledError
-from lfdm_export.serving.jobs import Callbacks, DeadlineExceededError, SampleJob
-from lfdm_export.serving.live_job import LiveJob
-from lfdm_export.serving.noise_ahead import NoiseAhead
-from lfdm_export.serving.observer import Tick
-from lfdm_export.serving.order import BATCH_DELAY, PRIORITY_SECONDS, STRETCH, Policy
-from lfdm_export.serving.rows import Rows
-from lfdm_export.serving.step_loop import StepLoop
+from lfdm_export.protocol.contract import RequestCancelledError
 from tests.fake_bundle import GEOMETRY, NULL
 from tests.sampler_fakes import SHAPE, Answers, Clock, Events, NumpyStages, expected_latent, make_job
 

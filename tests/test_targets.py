@@ -7,10 +7,9 @@ from collections.abc import Mapping
 
 import pytest
 
-from lfdm_export import targets
-from lfdm_export.cuda_driver import Gpu, find_gpus
-from lfdm_export.errors import EngineError, InputError
-from lfdm_export.targets import (
+from lfdm_export.engines import targets
+from lfdm_export.engines.cuda_driver import Gpu, find_gpus
+from lfdm_export.engines.targets import (
     Choice,
     Machine,
     Target,
@@ -20,6 +19,7 @@ from lfdm_export.targets import (
     precisions,
     rtx_architectures,
 )
+from lfdm_export.errors import EngineError, InputError
 from tests.test_imports import BLOCKER
 
 RTX = {"tensorrt_rtx_bindings": "1.7.1.116", "onnxruntime_ep_nv_tensorrt_rtx": "0.5.0"}
@@ -162,7 +162,7 @@ def test_what_rtx_builds_for():
 
 def test_this_machine_is_looked_at_without_loading_anything():
     code = (
-        "import sys\nfrom lfdm_export.targets import this_machine\n"
+        "import sys\nfrom lfdm_export.engines.targets import this_machine\n"
         "found = this_machine()\n"
         "heavy = {'onnxruntime', 'openvino', 'tensorrt', 'tensorrt_rtx_bindings'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -176,7 +176,7 @@ def test_this_machine_is_looked_at_without_loading_anything():
 
 def test_a_bare_machine():
     code = BLOCKER.format(optional={"onnxruntime", "openvino", "tensorrt", *RTX}) + (
-        "from lfdm_export.targets import find_target\n"
+        "from lfdm_export.engines.targets import find_target\n"
         "print(find_target('auto', 'export', 'fp16').target)\n"
         "find_target('auto', 'run', 'fp16')\n"
     )
@@ -186,7 +186,7 @@ def test_a_bare_machine():
 
 
 def test_no_driver_is_no_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lfdm_export.cuda_driver._LIBRARY", "libno-such-driver.so.1")
+    monkeypatch.setattr("lfdm_export.engines.cuda_driver._LIBRARY", "libno-such-driver.so.1")
     find_gpus.cache_clear()
     try:
         gpus, reason = find_gpus()

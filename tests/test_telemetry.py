@@ -14,7 +14,7 @@ import pytest
 from lfdm_export.telemetry import VARIABLES
 
 ROOT = Path(__file__).resolve().parents[1]
-CORE = "from lfdm_export.engines.openvino import shared_core; shared_core()"
+CORE = "from lfdm_export.engines.openvino.engine import shared_core; shared_core()"
 
 
 def run_at_home(code: str, home: Path, **variables: str) -> list[str]:

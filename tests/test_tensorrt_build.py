@@ -16,17 +16,18 @@ from typing import Any
 import onnx
 import pytest
 
-from lfdm_export.bundle import Bundle
-from lfdm_export.cuda_driver import find_gpus
-from lfdm_export.engines import tensorrt_api, tensorrt_build
-from lfdm_export.engines.plan_graph import builder_graph
-from lfdm_export.engines.plans import BuildOptions, PlanFolder
-from lfdm_export.engines.tensorrt_api import Api, load_api
-from lfdm_export.engines.tensorrt_build import BuildRequest, build_in_child, profile_of
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.engines.cuda_driver import find_gpus
+from lfdm_export.engines.tensorrt import api as tensorrt_api
+from lfdm_export.engines.tensorrt import build as tensorrt_build
+from lfdm_export.engines.tensorrt.api import Api, load_api
+from lfdm_export.engines.tensorrt.build import BuildRequest, build_in_child, profile_of
+from lfdm_export.engines.tensorrt.plan_graph import builder_graph
+from lfdm_export.engines.tensorrt.plans import BuildOptions, PlanFolder
 from lfdm_export.errors import EngineError, MissingDependencyError
+from lfdm_export.export.plans import PlanMade, make_plans
+from lfdm_export.generate.stage_runner import StageRunner
 from lfdm_export.ops.cuda.host import find_compiler
-from lfdm_export.plan_making import PlanMade, make_plans
-from lfdm_export.stage_runner import StageRunner
 from tests.fake_bundle import SPECS, fake_graph
 
 #: Of each sort one: an encoder, the sampling step with attention, warping, the LFAE's own path.

@@ -13,20 +13,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lfdm_export import Pipeline, sampling
-from lfdm_export.bundle import Bundle, fingerprint
-from lfdm_export.cuda_driver import CudaDriver, Gpu
-from lfdm_export.engines import device_loop, gpu_session, tensorrt_run
-from lfdm_export.engines.gpu_memory import DeviceBuffer
-from lfdm_export.engines.onnxruntime import OnnxRuntimeEngine
-from lfdm_export.engines.plan_context import PlanContext
-from lfdm_export.engines.plans import BuildOptions, Fingerprint, PlanFolder, PlanRecord
-from lfdm_export.engines.tensorrt_run import TensorRtEngine
+from lfdm_export import Pipeline
+from lfdm_export.bundle.reader import Bundle, fingerprint
+from lfdm_export.engines.cuda_driver import CudaDriver, Gpu
+from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
+from lfdm_export.engines.targets import Target
+from lfdm_export.engines.tensorrt import device_loop, gpu_session
+from lfdm_export.engines.tensorrt import engine as tensorrt_run
+from lfdm_export.engines.tensorrt.engine import TensorRtEngine
+from lfdm_export.engines.tensorrt.gpu_memory import DeviceBuffer
+from lfdm_export.engines.tensorrt.plan_context import PlanContext
+from lfdm_export.engines.tensorrt.plans import BuildOptions, Fingerprint, PlanFolder, PlanRecord
 from lfdm_export.errors import EngineError
-from lfdm_export.json_codec import to_plain
-from lfdm_export.stage_runner import StageRunner
+from lfdm_export.files.json_codec import to_plain
+from lfdm_export.generate.stage_runner import StageRunner
+from lfdm_export.sampling import loop as sampling
 from lfdm_export.stages import StageSpec
-from lfdm_export.targets import Target
 from lfdm_models.schedule import cosine_schedule
 from tests.closeness import assert_same_floats
 from tests.fake_bundle import FRAMES, LATENT, SIZE, TRAINING_STEPS, feeds_for, write_fake_bundle
@@ -579,7 +581,7 @@ def test_values_that_are_not_finite_are_found_at_the_end(place: Place, monkeypat
 
 
 def test_a_stripped_plan_gets_the_bundles_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from lfdm_export.engines.plan_graph import builder_graph
+    from lfdm_export.engines.tensorrt.plan_graph import builder_graph
 
     place = make_place("tensorrt", tmp_path, monkeypatch, BuildOptions(strip=True))
     with pytest.raises(EngineError, match=r"of another structure than the bundle's; make it with: .* --strip"):

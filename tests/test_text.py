@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 
 from lfdm_export.errors import BundleError, InputError, MissingDependencyError
+from lfdm_export.generate.tokenizer import tokenize
 from lfdm_export.stages import stage_specs
-from lfdm_export.tokenizer import tokenize
 from lfdm_models import text_files
 from lfdm_models.text import BertTextEncoder, TextEncoderError
 

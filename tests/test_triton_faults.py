@@ -21,15 +21,15 @@ from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 
 from lfdm_export import Pipeline
-from lfdm_export.bundle import Bundle
+from lfdm_export.bundle.reader import Bundle
 from lfdm_export.errors import ServerError
-from lfdm_export.serving.contract import CLIP_MODEL, DECODE_MODEL, ENCODE_MODEL, SAMPLE_MODEL, STREAM_MODEL
-from lfdm_export.serving.interfaces import DECODE_CHUNK_MODEL
-from lfdm_export.serving.server_files import install_server
-from lfdm_export.serving.settings import BUNDLE_VARIABLE
-from lfdm_export.serving.supervisor import ServerOptions, TritonServer
-from lfdm_export.serving.triton_config import DECODE_MODEL_PARAMETER
-from lfdm_export.serving.watchdog import live_stubs
+from lfdm_export.protocol.contract import CLIP_MODEL, DECODE_MODEL, ENCODE_MODEL, SAMPLE_MODEL, STREAM_MODEL
+from lfdm_export.serving.server.files import install_server
+from lfdm_export.serving.server.supervisor import ServerOptions, TritonServer
+from lfdm_export.serving.server.watchdog import live_stubs
+from lfdm_export.serving.triton.config import DECODE_MODEL_PARAMETER
+from lfdm_export.serving.triton.interfaces import DECODE_CHUNK_MODEL
+from lfdm_export.serving.triton.settings import BUNDLE_VARIABLE
 from tests.running_server import DEADLINE, RunningServer, eventually, inputs_of
 
 ROOT = Path(__file__).resolve().parents[1]

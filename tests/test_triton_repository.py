@@ -9,10 +9,10 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from lfdm_export.bundle import Bundle
+from lfdm_export.bundle.manifest import Manifest
+from lfdm_export.bundle.reader import Bundle
 from lfdm_export.errors import BundleError, ExportError
-from lfdm_export.manifest import Manifest
-from lfdm_export.serving.contract import (
+from lfdm_export.protocol.contract import (
     CLIP_INPUTS,
     CLIP_MODEL,
     CLIP_OUTPUTS,
@@ -23,11 +23,11 @@ from lfdm_export.serving.contract import (
     STEP_MODELS,
     STREAM_MODEL,
 )
-from lfdm_export.serving.interfaces import DECODE_CHUNK_MODEL, interfaces
-from lfdm_export.serving.model_facts import FACTS_PARAMETER, ModelFacts
-from lfdm_export.serving.settings import ServingSettings
-from lfdm_export.serving.triton_config import DECODE_MODEL_PARAMETER, model_configs
-from lfdm_export.serving.triton_repository import BUNDLE_PLACE, write_open_repository, write_repository
+from lfdm_export.protocol.model_facts import FACTS_PARAMETER, ModelFacts
+from lfdm_export.serving.triton.config import DECODE_MODEL_PARAMETER, model_configs
+from lfdm_export.serving.triton.interfaces import DECODE_CHUNK_MODEL, interfaces
+from lfdm_export.serving.triton.repository import BUNDLE_PLACE, write_open_repository, write_repository
+from lfdm_export.serving.triton.settings import ServingSettings
 from tests.fake_bundle import (
     CHUNK,
     FRAMES,

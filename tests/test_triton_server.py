@@ -25,11 +25,11 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from lfdm_export import Pipeline
-from lfdm_export.bundle import Bundle
-from lfdm_export.clip import Clip
-from lfdm_export.preprocess import prepare_image, read_image
-from lfdm_export.serving.contract import CLIP_MODEL, SAMPLE_MODEL, STREAM_MODEL, preview_indices
-from lfdm_export.serving.control import open_directly
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.pictures.clip import Clip
+from lfdm_export.pictures.preprocess import prepare_image, read_image
+from lfdm_export.protocol.contract import CLIP_MODEL, SAMPLE_MODEL, STREAM_MODEL, preview_indices
+from lfdm_export.serving.server.control import open_directly
 from tests.running_server import DEADLINE, DIRECT, RunningServer, eventually, inputs_of, json_input
 
 PHOTO = Path(__file__).parent / "data" / "astronaut.jpg"

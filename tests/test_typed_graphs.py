@@ -16,15 +16,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lfdm_export import onnx_export
-from lfdm_export.bundle import Bundle
+from lfdm_export.bundle.reader import Bundle
 from lfdm_export.errors import ExportError
-from lfdm_export.export import write_graphs
+from lfdm_export.export.bundle_export import write_graphs
+from lfdm_export.graphs import trace as onnx_export
 from lfdm_export.graphs.bodies import with_bodies
 from lfdm_export.graphs.policy import GROUPS, KEPT, module_of, node_name
-from lfdm_export.graphs.simulate import simulate
 from lfdm_export.graphs.typed import TYPES, LowPrecision, lower
 from lfdm_export.ops.domain import DOMAIN
+from lfdm_export.parity.simulate import simulate
 from lfdm_export.stages import BATCH, StageSpec
 
 FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}

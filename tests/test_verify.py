@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lfdm_export.bundle import Bundle, fingerprint
-from lfdm_export.bundle_writer import BundleWriter
-from lfdm_export.engines.onnxruntime import OnnxRuntimeEngine
+from lfdm_export.bundle.reader import Bundle, fingerprint
+from lfdm_export.bundle.writer import BundleWriter
+from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from lfdm_export.errors import BundleError, EngineError, InputError
-from lfdm_export.report import CHAIN, Check, Report
+from lfdm_export.parity.report.model import CHAIN, Check, Report
+from lfdm_export.parity.verify import verify_bundle
 from lfdm_export.stages import stage_specs
-from lfdm_export.verify import verify_bundle
 from lfdm_models.model import LfdmModel
 from lfdm_models.text import BertTextEncoder
 from tests.fake_bundle import write_fake_bundle
@@ -145,7 +145,7 @@ def test_fresh_seeds_differ(small_bundle: Bundle, small_model: LfdmModel, monkey
         seeds.append(seed)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lfdm_export.faithful.make_reference", no_reference)
+    monkeypatch.setattr("lfdm_export.reference.pytorch.make_reference", no_reference)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             verify_bundle(small_bundle, model=small_model)
@@ -165,7 +165,7 @@ def test_progress(small_bundle: Bundle):
 def test_without_torch(small_bundle: Bundle):
     code = BLOCKER.format(optional={"torch", "onnx", "onnxscript", "safetensors", "transformers", "einops"}) + (
         "import pathlib\n"
-        "from lfdm_export.verify import verify_bundle\n"
+        "from lfdm_export.parity.verify import verify_bundle\n"
         f"report = verify_bundle({str(small_bundle.path)!r}, threads=1)\n"
         "assert report.passed, report.failures\n"
         "assert 'torch' not in sys.modules\n"
@@ -285,7 +285,7 @@ def test_a_stage_that_takes_no_single_sample(small_bundle: Bundle, monkeypatch: 
 
 
 def test_a_wrong_sampler_fails_in_the_clip_alone(small_bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
-    import lfdm_export.verify_chain as chain
+    import lfdm_export.parity.chain as chain
 
     monkeypatch.setattr(chain, "CHAIN_ETA", 0.5)
     report = verify_bundle(small_bundle, threads=1)
@@ -394,8 +394,8 @@ def text_bundle(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Bundle:
     """The small bundle with the stage `text` as well."""
-    from lfdm_export import onnx_export
-    from lfdm_export.faithful import make_reference
+    from lfdm_export.graphs import trace as onnx_export
+    from lfdm_export.reference.pytorch import make_reference
 
     manifest = small_bundle.manifest
     specs = stage_specs(manifest.geometry, with_text=True)

@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lfdm_export import verify
-from lfdm_export.bundle import Bundle
-from lfdm_export.bundle_writer import BundleWriter
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.bundle.writer import BundleWriter
 from lfdm_export.cli import verify_main
-from lfdm_export.cuda_driver import Gpu
-from lfdm_export.engines.onnxruntime import OnnxRuntimeEngine
-from lfdm_export.engines.openvino import OpenVinoEngine
+from lfdm_export.engines.cuda_driver import Gpu
+from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
+from lfdm_export.engines.openvino.engine import OpenVinoEngine
+from lfdm_export.engines.targets import Machine
 from lfdm_export.errors import EngineError, InputError, MissingDependencyError
-from lfdm_export.report import OtherEngine, Report
-from lfdm_export.report_page import page
-from lfdm_export.targets import Machine
-from lfdm_export.verify import verify_bundle
-from lfdm_export.verify_chain import ChainResult
+from lfdm_export.parity import verify
+from lfdm_export.parity.chain import ChainResult
+from lfdm_export.parity.report.model import OtherEngine, Report
+from lfdm_export.parity.report.page import page
+from lfdm_export.parity.verify import verify_bundle
 from tests.test_plans import L4
 from tests.test_targets import EVERYTHING, machine
 

@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lfdm_export.bundle.manifest import check_labels
+from lfdm_export.checkpoints.datasets import NO_ENCODER, PUBLISHED_ENCODER, dataset_facts
 from lfdm_export.cli.console import OK, OneBar, add_common_options, make_parser, run, say
 from lfdm_export.cli.ending import orderly
 from lfdm_export.cli.models import SHIPPED, add_model_options, check_model_options, open_model
 from lfdm_export.cli.plans import add_plan_options, check_plan_options, choose_target, make_bundle_plans
 from lfdm_export.cli.verify import verify_and_report
-from lfdm_export.datasets import NO_ENCODER, PUBLISHED_ENCODER, dataset_facts
 from lfdm_export.errors import InputError
 from lfdm_export.files.names import user_path
-from lfdm_export.manifest import check_labels
 from lfdm_export.stages import PRECISIONS
 
 if TYPE_CHECKING:
-    from lfdm_export.bundle import Bundle
+    from lfdm_export.bundle.reader import Bundle
 
 PROGRAM = "lfdm-export"
 #: A label is a few words.
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _make_plans(args: argparse.Namespace) -> int:
     """The plans of a bundle that is there."""
-    from lfdm_export.bundle import Bundle
+    from lfdm_export.bundle.reader import Bundle
 
     bundle = Bundle.open(args.plans)
     make_bundle_plans(args, bundle, choose_target(args, bundle.manifest.precision))
@@ -94,13 +94,13 @@ def _export(args: argparse.Namespace) -> int:
     if args.lfae is None and args.model is None:
         say(args, f"no checkpoints given: exporting the shipped model {SHIPPED!r}")
     if args.triton is not None:
-        from lfdm_export.serving.triton_repository import require_apart
+        from lfdm_export.serving.triton.repository import require_apart
 
         require_apart(args.out, args.triton)
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when transformers is imported
-    from lfdm_export.export import export_bundle
-    from lfdm_export.graphs.precisions import check_precision
+    from lfdm_export.export.bundle_export import export_bundle
+    from lfdm_export.export.precisions import check_precision
 
     # Before minutes of exporting: what cannot be had shows at once.
     check_precision(args.engine)
@@ -125,7 +125,7 @@ def _export(args: argparse.Namespace) -> int:
     _tell_sensitivity(args, bundle)
     targets = make_bundle_plans(args, bundle, choice)
     if args.triton is not None:
-        from lfdm_export.serving.triton_repository import write_repository
+        from lfdm_export.serving.triton.repository import write_repository
 
         say(args, f"triton  {write_repository(bundle, args.triton)}")
     if args.no_verify:
@@ -156,7 +156,7 @@ def _tell_sensitivity(args: argparse.Namespace, bundle: Bundle) -> None:
     """Which layers of an 8-bit bundle are quantised, and which of them cost most."""
     if bundle.manifest.precision not in ("int8", "fp8"):
         return
-    from lfdm_export.bundle import PARITY_FOLDER
+    from lfdm_export.bundle.reader import PARITY_FOLDER
     from lfdm_export.quantize.report import MARKDOWN_NAME, SensitivityReport
 
     folder = bundle.path / PARITY_FOLDER

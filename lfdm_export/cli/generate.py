@@ -14,15 +14,15 @@ from lfdm_export.cli.photograph import crop_of, say_bars
 from lfdm_export.cli.plans import add_target_option
 from lfdm_export.cli.remote import add_remote_options, check_remote_options, generate_remotely
 from lfdm_export.cli.wishes import Wish, example_name, inputs_of, seeds_of, wants_many, wishes
-from lfdm_export.clip import Clip, rehearse_saving
 from lfdm_export.errors import InputError
 from lfdm_export.files.places import refuse_inputs
-from lfdm_export.media import FORMATS
-from lfdm_export.sampling import SAMPLERS
+from lfdm_export.pictures.clip import Clip, rehearse_saving
+from lfdm_export.pictures.clip_files import FORMATS
+from lfdm_export.sampling.loop import SAMPLERS
 from lfdm_models.pictures.formats import FORMAT_NAMES
 
 if TYPE_CHECKING:
-    from lfdm_export.pipeline import Pipeline
+    from lfdm_export.generate.pipeline import Pipeline
     from lfdm_export.stages import Geometry
 
 PROGRAM = "lfdm-generate"
@@ -118,7 +118,7 @@ def _generate(args: argparse.Namespace) -> int:
     rehearse_saving(example_name(args), format=args.format, panels=args.panels, fps=args.fps, scale=args.scale)
     if args.url is not None:
         return generate_remotely(args)
-    from lfdm_export.pipeline import Pipeline
+    from lfdm_export.generate.pipeline import Pipeline
 
     pipeline = Pipeline.open(args.bundle, threads=args.threads, target=args.target)
     with Bars(quiet=args.quiet, names=_STAGES) as progress:
@@ -183,7 +183,7 @@ def _clip(pipeline: Pipeline, args: argparse.Namespace, progress: Bars, part: Se
         return pipeline.transfer_motion(args.image, args.drive, crop=args.crop, fps=args.fps, progress=progress)
     embedding = None
     if args.embedding is not None:
-        from lfdm_export.conditions import load_embedding
+        from lfdm_export.generate.arguments import load_embedding
 
         embedding = load_embedding(args.embedding)
     labels, seeds = [wish.label for wish in part], [wish.seed for wish in part]

@@ -11,7 +11,7 @@ from lfdm_export.cli.console import OK, add_common_options, make_parser, run, sa
 from lfdm_export.wording import count
 
 if TYPE_CHECKING:
-    from lfdm_export.bundle_facts import BundleFacts
+    from lfdm_export.engines.bundle_facts import BundleFacts
 
 PROGRAM = "lfdm-info"
 _EXAMPLES = """\
@@ -35,8 +35,8 @@ def info_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from lfdm_export.bundle import Bundle
-    from lfdm_export.bundle_facts import bundle_facts
+    from lfdm_export.bundle.reader import Bundle
+    from lfdm_export.engines.bundle_facts import bundle_facts
 
     facts = bundle_facts(Bundle.open(args.bundle))
     if args.json:

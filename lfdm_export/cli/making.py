@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lfdm_export.cli.console import FAILED, OK, complain, describe_error, say
 from lfdm_export.cli.wishes import Wish
-from lfdm_export.clip import Clip
+from lfdm_export.pictures.clip import Clip
 from lfdm_export.wording import count, shortened
 
 

@@ -57,7 +57,7 @@ def open_model(args: argparse.Namespace) -> LfdmModel:
         CheckpointError: it cannot be loaded.
     """
     if args.lfae is not None:
-        from lfdm_export.checkpoints import load_model
+        from lfdm_export.checkpoints.load import load_model
 
         return load_model(
             args.lfae,
@@ -70,7 +70,7 @@ def open_model(args: argparse.Namespace) -> LfdmModel:
         from lfdm_models.demo import untrained_model
 
         return untrained_model()
-    from lfdm_export.model_folder import load_model_folder
+    from lfdm_export.checkpoints.model_folder import load_model_folder
     from lfdm_models.demo import SHIPPED as SHIPPED_FOLDER
 
     return load_model_folder(SHIPPED_FOLDER if args.model in (None, SHIPPED) else args.model)

@@ -8,7 +8,7 @@ from pathlib import Path
 from lfdm_export.cli.console import say
 from lfdm_export.errors import InputError
 from lfdm_export.pictures.crop import Crop, parse_crop
-from lfdm_export.preprocess import Preprocessing, picture_size
+from lfdm_export.pictures.preprocess import Preprocessing, picture_size
 
 
 def crop_of(text: str) -> Crop:

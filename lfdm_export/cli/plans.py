@@ -6,11 +6,11 @@ import argparse
 from typing import TYPE_CHECKING
 
 from lfdm_export.cli.console import OneBar, say
-from lfdm_export.targets import AUTO, PLAN_TARGETS, RTX_ARCHITECTURES, TARGETS, Choice, find_target
+from lfdm_export.engines.targets import AUTO, PLAN_TARGETS, RTX_ARCHITECTURES, TARGETS, Choice, find_target
 
 if TYPE_CHECKING:
-    from lfdm_export.bundle import Bundle
-    from lfdm_export.engines.plans import BuildOptions
+    from lfdm_export.bundle.reader import Bundle
+    from lfdm_export.engines.tensorrt.plans import BuildOptions
 
 #: Value of --target that asks for graphs alone.
 NO_TARGET = "none"
@@ -95,9 +95,9 @@ def make_bundle_plans(args: argparse.Namespace, bundle: Bundle, choice: Choice |
     say(args, f"target  {choice.target}: {choice.reason}")
     if choice.target not in PLAN_TARGETS:
         return (choice.target,)
-    from lfdm_export.engines.plans import PlanFolder
-    from lfdm_export.plan_making import make_plans
-    from lfdm_export.targets import lacking, this_machine
+    from lfdm_export.engines.targets import lacking, this_machine
+    from lfdm_export.engines.tensorrt.plans import PlanFolder
+    from lfdm_export.export.plans import make_plans
 
     with OneBar(quiet=args.quiet) as progress:
         made = make_plans(bundle, choice.target, options=_options(args), gpus=args.gpus, progress=progress)
@@ -115,7 +115,7 @@ def make_bundle_plans(args: argparse.Namespace, bundle: Bundle, choice: Choice |
 
 
 def _options(args: argparse.Namespace) -> BuildOptions:
-    from lfdm_export.engines.plans import BuildOptions
+    from lfdm_export.engines.tensorrt.plans import BuildOptions
 
     return BuildOptions(
         optimization_level=args.optimization_level,

@@ -12,8 +12,8 @@ from lfdm_export.cli.console import Bars, say
 from lfdm_export.cli.making import Making
 from lfdm_export.cli.photograph import say_bars
 from lfdm_export.cli.wishes import Wish, wants_many, wishes
-from lfdm_export.clip import Clip
 from lfdm_export.errors import AuthenticationError, ServerUnavailableError
+from lfdm_export.pictures.clip import Clip
 
 if TYPE_CHECKING:
     import numpy as np
@@ -200,6 +200,6 @@ def _streamed(client: Client, args: argparse.Namespace, wish: Wish, progress: Ba
 def _embedding(args: argparse.Namespace) -> NDArray[np.generic] | None:
     if args.embedding is None:
         return None
-    from lfdm_export.conditions import load_embedding
+    from lfdm_export.generate.arguments import load_embedding
 
     return load_embedding(args.embedding)

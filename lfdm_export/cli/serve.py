@@ -8,22 +8,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
+from lfdm_export.batching.order import POLICIES, Policy
 from lfdm_export.cli.console import OK, add_common_options, make_parser, run, say
 from lfdm_export.cli.ending import orderly
-from lfdm_export.engines.onnxruntime import DEVICES, Device
+from lfdm_export.engines.onnxruntime.engine import DEVICES, Device
+from lfdm_export.engines.targets import AUTO, TARGETS, Choice
 from lfdm_export.errors import InputError
 from lfdm_export.files.names import user_name
-from lfdm_export.serving.order import POLICIES, Policy
-from lfdm_export.serving.requests import Limits
-from lfdm_export.serving.run_folder import run_folder
-from lfdm_export.serving.server_files import SERVER_VARIABLE, find_server, install_server
-from lfdm_export.serving.settings import ServingSettings
-from lfdm_export.serving.supervisor import ServerOptions, TritonServer, wait_for_signal
-from lfdm_export.targets import AUTO, TARGETS, Choice
-from lfdm_export.tokenizer import tokenizer_installed
+from lfdm_export.generate.tokenizer import tokenizer_installed
+from lfdm_export.protocol.requests import Limits
+from lfdm_export.serving.server.files import SERVER_VARIABLE, find_server, install_server
+from lfdm_export.serving.server.run_folder import run_folder
+from lfdm_export.serving.server.supervisor import ServerOptions, TritonServer, wait_for_signal
+from lfdm_export.serving.triton.settings import ServingSettings
 
 if TYPE_CHECKING:
-    from lfdm_export.bundle import Bundle
+    from lfdm_export.bundle.reader import Bundle
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +123,8 @@ def _serve(args: argparse.Namespace) -> int:
         say(args, f"server   {files.binary}")
         if args.bundle is None:
             return OK
-    from lfdm_export.bundle import Bundle
-    from lfdm_export.serving.triton_repository import write_repository
+    from lfdm_export.bundle.reader import Bundle
+    from lfdm_export.serving.triton.repository import write_repository
 
     options, settings = _server_options(args), _settings(args)
     bundle = Bundle.open(args.bundle)
@@ -148,7 +148,7 @@ def check_packages(bundle: Bundle) -> None:
     Raises:
         MissingDependencyError: Triton's messages are not installed.
     """
-    from lfdm_export.serving.triton_config import messages
+    from lfdm_export.serving.triton.config import messages
 
     messages()
     if bundle.manifest.has_text and not tokenizer_installed():
@@ -164,7 +164,7 @@ def settle_target(bundle: Bundle, settings: ServingSettings) -> tuple[ServingSet
     Raises:
         EngineError: no target runs the bundle, or the one of the settings is not available or wrong here.
     """
-    from lfdm_export.stage_runner import StageRunner
+    from lfdm_export.generate.stage_runner import StageRunner
 
     choice = StageRunner(
         bundle,

@@ -14,7 +14,7 @@ from lfdm_export.files.atomic import rehearse
 from lfdm_export.files.names import user_path
 
 if TYPE_CHECKING:
-    from lfdm_export.evaluate import Setting
+    from lfdm_export.evaluation.evaluate import Setting
 
 PROGRAM = "lfdm-train evaluate"
 _EXAMPLES = """\
@@ -66,9 +66,9 @@ def evaluate_main(argv: Sequence[str]) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     import torch
 
-    from lfdm_export.evaluate import evaluate_bundle, require_drawn_characters
-    from lfdm_export.evaluate_report import JSON, markdown, write_evaluation
-    from lfdm_export.pipeline import Pipeline
+    from lfdm_export.evaluation.evaluate import evaluate_bundle, require_drawn_characters
+    from lfdm_export.evaluation.report import JSON, markdown, write_evaluation
+    from lfdm_export.generate.pipeline import Pipeline
     from lfdm_models.training.classifier import load_classifier, shipped_classifier
     from lfdm_models.training.errors import TrainingError
 
@@ -107,7 +107,7 @@ def choose_settings(samplers: str, steps: str, eta: float | None, guidance_scale
     Raises:
         InputError: steps are no numbers.
     """
-    from lfdm_export.evaluate import Setting
+    from lfdm_export.evaluation.evaluate import Setting
 
     if samplers == _NONE:
         return ()

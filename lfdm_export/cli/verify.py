@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from lfdm_export.cli.console import OK, PARITY_FAILED, Bars, add_common_options, complain, make_parser, run, say
 from lfdm_export.cli.ending import orderly
 from lfdm_export.cli.models import add_model_options, check_model_options, open_model
+from lfdm_export.engines.targets import EVERY_TARGET, SIMULATION, TARGETS
 from lfdm_export.errors import BundleError
-from lfdm_export.targets import EVERY_TARGET, SIMULATION, TARGETS
 
 if TYPE_CHECKING:
-    from lfdm_export.bundle import Bundle
+    from lfdm_export.bundle.reader import Bundle
     from lfdm_models.model import LfdmModel
 
 PROGRAM = "lfdm-verify"
@@ -59,7 +59,7 @@ def verify_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from lfdm_export.bundle import Bundle
+    from lfdm_export.bundle.reader import Bundle
 
     bundle = Bundle.open(args.bundle)
     model = None if args.lfae is None and args.model is None else open_model(args)
@@ -87,8 +87,8 @@ def verify_and_report(
     polygraphy: bool = False,
 ) -> int:
     """Verify a bundle, print the table, write the report into the bundle; returns the exit status."""
-    from lfdm_export.bundle import PARITY_FOLDER
-    from lfdm_export.verify import verify_bundle
+    from lfdm_export.bundle.reader import PARITY_FOLDER
+    from lfdm_export.parity.verify import verify_bundle
 
     with Bars(quiet=args.quiet) as progress:
         report = verify_bundle(

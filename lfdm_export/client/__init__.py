@@ -15,8 +15,8 @@ from lfdm_export.client.health import Health
 from lfdm_export.client.settings import Retry, Settings, Tls, token_from_environment
 from lfdm_export.client.sync import Client
 from lfdm_export.client.sync_stream import Stream
-from lfdm_export.serving.contract import RequestCancelledError
-from lfdm_export.serving.model_facts import ModelFacts
+from lfdm_export.protocol.contract import RequestCancelledError
+from lfdm_export.protocol.model_facts import ModelFacts
 
 __all__ = [
     "AsyncClient",

@@ -10,9 +10,9 @@ from typing import Any
 from lfdm_export.client.async_connection import AsyncConnection
 from lfdm_export.client.events import Assembly, Event
 from lfdm_export.client.jobs import Job, Plan
-from lfdm_export.clip import Clip
-from lfdm_export.serving.contract import RequestCancelledError
-from lfdm_export.serving.model_facts import ModelFacts
+from lfdm_export.pictures.clip import Clip
+from lfdm_export.protocol.contract import RequestCancelledError
+from lfdm_export.protocol.model_facts import ModelFacts
 
 
 class OpeningStream:

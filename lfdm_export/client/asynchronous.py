@@ -16,11 +16,11 @@ from lfdm_export.client.faults import Attempts
 from lfdm_export.client.health import Health, not_up, read_facts
 from lfdm_export.client.jobs import Asked, Job, Plan, Report, make_clip, make_plan
 from lfdm_export.client.settings import Settings, import_protocol
-from lfdm_export.clip import Clip
+from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.crop import Crop
-from lfdm_export.preprocess import ImageLike
-from lfdm_export.serving.contract import CLIP_MODEL, Array, RequestCancelledError
-from lfdm_export.serving.model_facts import ModelFacts
+from lfdm_export.pictures.preprocess import ImageLike
+from lfdm_export.protocol.contract import CLIP_MODEL, Array, RequestCancelledError
+from lfdm_export.protocol.model_facts import ModelFacts
 
 
 class AsyncClient:

@@ -10,7 +10,7 @@ from lfdm_export.client.faults import Fault, read_fault, stream_status
 from lfdm_export.client.jobs import Job, Plan, check_answer, text_tensor
 from lfdm_export.client.settings import Settings, import_protocol
 from lfdm_export.client.wire import decode, infer_request
-from lfdm_export.serving.contract import (
+from lfdm_export.protocol.contract import (
     CANCEL_INPUT,
     CANCEL_OUTPUT,
     CLIP_INPUTS,
@@ -22,7 +22,7 @@ from lfdm_export.serving.contract import (
     STREAM_OUTPUTS,
     Array,
 )
-from lfdm_export.serving.model_facts import ModelFacts
+from lfdm_export.protocol.model_facts import ModelFacts
 
 #: Seconds for requests that compute nothing.
 QUICK = 10.0

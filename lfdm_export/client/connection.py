@@ -14,7 +14,7 @@ from lfdm_export.client.calls import Calls
 from lfdm_export.client.faults import Attempts, Fault
 from lfdm_export.client.settings import Settings, import_grpc, import_protocol
 from lfdm_export.errors import InputError, LfdmExportError
-from lfdm_export.serving.contract import RequestCancelledError
+from lfdm_export.protocol.contract import RequestCancelledError
 
 logger = logging.getLogger(__name__)
 #: Seconds that telling the server of a request that is given up may take.

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.client.jobs import Asked, Job, Plan, make_clip, make_plan, read_timings
-from lfdm_export.clip import Clip
 from lfdm_export.errors import InputError, ServerError
-from lfdm_export.serving.contract import Array
-from lfdm_export.serving.model_facts import ModelFacts
+from lfdm_export.pictures.clip import Clip
+from lfdm_export.protocol.contract import Array
+from lfdm_export.protocol.model_facts import ModelFacts
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Done:
     """The clip is whole.
 
     Attributes:
-        timings: seconds, and sampling steps, by the names of `lfdm_export.serving.contract.TIMINGS`.
+        timings: seconds, and sampling steps, by the names of `lfdm_export.protocol.contract.TIMINGS`.
     """
 
     timings: Mapping[str, float]

@@ -17,7 +17,7 @@ from lfdm_export.errors import (
     ServerError,
     ServerUnavailableError,
 )
-from lfdm_export.serving.contract import (
+from lfdm_export.protocol.contract import (
     DEADLINE_MESSAGE,
     DRAINING_MESSAGE,
     QUEUE_FULL_MESSAGE,

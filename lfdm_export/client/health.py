@@ -8,8 +8,8 @@ from typing import Any
 
 from lfdm_export.client.faults import Fault
 from lfdm_export.errors import ServerError
-from lfdm_export.serving.contract import CLIP_MODEL
-from lfdm_export.serving.model_facts import FACTS_PARAMETER, ModelFacts
+from lfdm_export.protocol.contract import CLIP_MODEL
+from lfdm_export.protocol.model_facts import FACTS_PARAMETER, ModelFacts
 
 logger = logging.getLogger(__name__)
 

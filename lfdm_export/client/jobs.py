@@ -11,14 +11,21 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lfdm_export.clip import Clip
-from lfdm_export.conditions import common_batch, embedding_rows, finite_number, per_sample, sample_seeds, seed_count
 from lfdm_export.errors import InputError, ServerError
+from lfdm_export.generate.arguments import (
+    common_batch,
+    embedding_rows,
+    finite_number,
+    per_sample,
+    sample_seeds,
+    seed_count,
+)
+from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.crop import Crop
-from lfdm_export.preprocess import ImageLike, prepare_images
-from lfdm_export.sampler_tables import SAMPLERS
-from lfdm_export.serving.contract import CLIP_OUTPUTS, MAX_PRIORITY, TIMINGS, Array
-from lfdm_export.serving.model_facts import ModelFacts
+from lfdm_export.pictures.preprocess import ImageLike, prepare_images
+from lfdm_export.protocol.contract import CLIP_OUTPUTS, MAX_PRIORITY, TIMINGS, Array
+from lfdm_export.protocol.model_facts import ModelFacts
+from lfdm_export.sampling.tables import SAMPLERS
 
 #: Called with what is counted, how much of it is done, and out of how much.
 Report: TypeAlias = Callable[[str, int, int], None]
@@ -71,7 +78,7 @@ class Plan:
         words: label or text of each sample, if it has any.
         seeds: of each sample.
         priority: of all.
-        settings: how all are made; see `lfdm_export.clip.Clip`.
+        settings: how all are made; see `lfdm_export.pictures.clip.Clip`.
     """
 
     jobs: tuple[Job, ...]

@@ -16,11 +16,11 @@ from lfdm_export.client.health import Health, not_up, read_facts
 from lfdm_export.client.jobs import Asked, Job, Plan, Report, make_clip, make_plan
 from lfdm_export.client.settings import Retry, Settings, import_protocol
 from lfdm_export.client.sync_stream import Stream
-from lfdm_export.clip import Clip
+from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.crop import Crop
-from lfdm_export.preprocess import ImageLike
-from lfdm_export.serving.contract import CLIP_MODEL, Array
-from lfdm_export.serving.model_facts import ModelFacts
+from lfdm_export.pictures.preprocess import ImageLike
+from lfdm_export.protocol.contract import CLIP_MODEL, Array
+from lfdm_export.protocol.model_facts import ModelFacts
 
 
 class Client:
@@ -140,17 +140,17 @@ class Client:
         request_id: str | None = None,
         progress: Report | None = None,
     ) -> Clip:
-        """Make a clip of `image` moving as the label says, as `lfdm_export.pipeline.Pipeline.generate` does.
+        """Make a clip of `image` moving as the label says, as `lfdm_export.generate.pipeline.Pipeline.generate` does.
 
         Several images, labels or seeds are as many requests at once.
 
         Args:
             image: a path, a PIL image, (H,W,3) uint8, or (B,H,W,3) uint8 for a batch.
-            crop: what is cut out of the image first; see `lfdm_export.pipeline.Pipeline.generate`.
+            crop: what is cut out of the image first; see `lfdm_export.generate.pipeline.Pipeline.generate`.
             label: a known label, or one a sample.
             text: free text, or one a sample; for models with a text encoder.
             text_embedding: (text_width,) or (B, text_width).
-            sampler: a name of `lfdm_export.sampler_tables.SAMPLERS`; None for the model's default, as below.
+            sampler: a name of `lfdm_export.sampling.tables.SAMPLERS`; None for the model's default, as below.
             steps: sampling steps.
             eta: DDIM's share of fresh noise, 0 … 1.
             guidance_scale: 1 as trained, above 1 for more of the label.

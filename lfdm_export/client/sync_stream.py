@@ -9,8 +9,8 @@ from typing import Any
 from lfdm_export.client.connection import Connection
 from lfdm_export.client.events import Assembly, Event
 from lfdm_export.client.jobs import Job, Plan
-from lfdm_export.clip import Clip
-from lfdm_export.serving.model_facts import ModelFacts
+from lfdm_export.pictures.clip import Clip
+from lfdm_export.protocol.model_facts import ModelFacts
 
 
 class Stream:

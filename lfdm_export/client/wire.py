@@ -10,7 +10,7 @@ import numpy as np
 
 from lfdm_export.client.settings import import_protocol
 from lfdm_export.errors import ServerError
-from lfdm_export.serving.contract import PRIORITY_PARAMETER, Array, WireTensor
+from lfdm_export.protocol.contract import PRIORITY_PARAMETER, Array, WireTensor
 
 _MICROSECONDS = 1e6
 

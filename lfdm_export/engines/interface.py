@@ -8,8 +8,8 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from lfdm_export.engines.feeds import Array
-from lfdm_export.sampler_tables import SamplerTable
+from lfdm_export.engines.checks import Array
+from lfdm_export.sampling.tables import SamplerTable
 from lfdm_export.stages import StageSpec
 
 Float32: TypeAlias = NDArray[np.float32]

@@ -23,19 +23,19 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lfdm_export.bundle import MANIFEST, Bundle
-from lfdm_export.cuda_driver import find_gpus
-from lfdm_export.engines.plans import PlanFolder
+from lfdm_export.bundle.reader import MANIFEST, Bundle
+from lfdm_export.engines.cuda_driver import find_gpus
+from lfdm_export.engines.targets import PLAN_TARGETS, Target
+from lfdm_export.engines.tensorrt.plans import PlanFolder
 from lfdm_export.files.atomic import write_file
-from lfdm_export.json_codec import from_plain, to_plain
+from lfdm_export.files.json_codec import from_plain, to_plain
 from lfdm_export.machine import environment, optional_cache, processor_facts
-from lfdm_export.preprocess import to_float
-from lfdm_export.reference import Reference, positions
-from lfdm_export.reference_inputs import BATCH_SIZE, chain_table
-from lfdm_export.sampler_tables import SamplerTable
-from lfdm_export.sampling import NoiseSource, seeded_noise
+from lfdm_export.pictures.preprocess import to_float
+from lfdm_export.reference.inputs import BATCH_SIZE, chain_table
+from lfdm_export.reference.stored import Reference, positions
+from lfdm_export.sampling.loop import NoiseSource, seeded_noise
+from lfdm_export.sampling.tables import SamplerTable
 from lfdm_export.stages import CHAIN_TOLERANCES, StageSpec, stage_specs
-from lfdm_export.targets import PLAN_TARGETS, Target
 from lfdm_models.schedule import cosine_schedule
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ _TIMED = 2
 
 
 class Runner(Protocol):
-    """What runs the stages of a bundle with one target, such as `lfdm_export.stage_runner.StageRunner`."""
+    """What runs the stages of a bundle with one target, such as `lfdm_export.generate.stage_runner.StageRunner`."""
 
     def run(self, stage: str, *tensors: NDArray[np.generic]) -> tuple[Float32, ...]:
         """Run one stage."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-from lfdm_export.bundle import Bundle
+from lfdm_export.bundle.reader import Bundle
 from lfdm_export.engines.self_check import VARIABLE, Finding, Runner, SelfCheck
+from lfdm_export.engines.targets import CPU_TARGETS, PLAN_TARGETS, TITLES, Choice, Target
 from lfdm_export.errors import BundleError, EngineError, MissingDependencyError
 from lfdm_export.machine import processor_name
 from lfdm_export.stages import CHAIN_TOLERANCES
-from lfdm_export.targets import CPU_TARGETS, PLAN_TARGETS, TITLES, Choice, Target
 
 logger = logging.getLogger(__name__)
 

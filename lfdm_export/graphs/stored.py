@@ -8,7 +8,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from lfdm_export.errors import EngineError
-from lfdm_export.graph_file import check_graph
+from lfdm_export.graphs.file import check_graph
 from lfdm_export.stages import StageSpec
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from lfdm_export.errors import InputError, MissingDependencyError
 from lfdm_export.files.names import user_path
 from lfdm_export.pictures.archives import read_frames
-from lfdm_export.preprocess import read_image
+from lfdm_export.pictures.preprocess import read_image
 from lfdm_models.pictures.errors import PictureError
 from lfdm_models.pictures.formats import ANIMATED, PICTURE_ENDINGS, VIDEO_SIGNATURE, format_of, open_stream
 from lfdm_models.pictures.timed import TimedFrame, animation_frames, video_frames

@@ -58,14 +58,14 @@ def archive_text(text: str) -> np.ndarray[Any, np.dtype[np.str_]]:
 
 
 def clip_metadata(path: str | os.PathLike[str]) -> dict[str, object]:
-    """Read how a clip was made: what `lfdm_export.clip.Clip.save` wrote into its file.
+    """Read how a clip was made: what `lfdm_export.pictures.clip.Clip.save` wrote into its file.
 
     Args:
         path: a GIF, WebP, MP4, PNG or npz file, or a folder of PNG frames.
 
     Returns:
         ``program``, ``version``, and of the rest what was known: ``made_by`` ("generate" or "transfer_motion"),
-        ``bundle`` (its name), ``bundle_id`` (`lfdm_export.manifest.Manifest.bundle_id`), ``precision``,
+        ``bundle`` (its name), ``bundle_id`` (`lfdm_export.bundle.manifest.Manifest.bundle_id`), ``precision``,
         ``condition``, ``label``, ``text``, ``seed``, ``sampler``, ``steps``, ``eta``, ``guidance_scale``, ``fps``.
         Where an archive holds several samples, label and seed are lists.
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from lfdm_export.gif import encode_gif
+from lfdm_export.pictures.gif import encode_gif
 
 #: Pixels of all frames that are shown; in the worst case a GIF takes about a byte for each.
 PIXELS = 3_000_000

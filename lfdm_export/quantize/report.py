@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lfdm_export.errors import BundleError
 from lfdm_export.files.atomic import write_file
-from lfdm_export.json_codec import from_plain, to_plain
+from lfdm_export.files.json_codec import from_plain, to_plain
 from lfdm_export.quantize.ranges import Format
 
 #: Files of a report in a bundle's parity folder.

@@ -19,9 +19,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lfdm_export import onnx_export
-from lfdm_export.engines.feeds import Array
-from lfdm_export.engines.onnxruntime import OnnxRuntimeEngine
+from lfdm_export.engines.checks import Array
+from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
+from lfdm_export.graphs import trace as onnx_export
 from lfdm_export.quantize.layers import find_layers, kept_reason
 from lfdm_export.quantize.qdq import initializer
 from lfdm_export.quantize.ranges import Format, quantise, rounded, weight_scales

@@ -17,15 +17,16 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lfdm_export import onnx_export, sampling
-from lfdm_export.engines.feeds import Array
-from lfdm_export.engines.onnxruntime import OnnxRuntimeEngine
-from lfdm_export.noise import START, seeded_noise
-from lfdm_export.preprocess import to_float
+from lfdm_export.engines.checks import Array
+from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
+from lfdm_export.graphs import trace as onnx_export
+from lfdm_export.pictures.preprocess import to_float
 from lfdm_export.quantize.layers import find_layers
 from lfdm_export.quantize.ranges import Observed
-from lfdm_export.reference_inputs import draw_pictures
-from lfdm_export.sampler_tables import SamplerTable, sampler_table
+from lfdm_export.reference.inputs import draw_pictures
+from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling.noise import START, seeded_noise
+from lfdm_export.sampling.tables import SamplerTable, sampler_table
 from lfdm_export.stages import Geometry, StageSpec, TensorSpec, stage_specs
 from lfdm_models.schedule import Schedule
 

@@ -1,7 +1,7 @@
 """The small models that come with the package.
 
 `SHIPPED` is the folder of a trained one: procedural characters that smile, nod, wave, … as a label says; beside it lies
-its model card. `lfdm_export.model_folder.load_model_folder` loads it.
+its model card. `lfdm_export.checkpoints.model_folder.load_model_folder` loads it.
 
 `untrained_model` makes one with untrained weights, for tests and measurements. It shows nothing but that the machinery
 runs. So that one can see that it does, a few weights are set by hand: a clip is the photograph itself, softly moved by

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lfdm_export import sampling
 from lfdm_export.ops.cuda.launcher import STORAGES, launch
 from lfdm_export.ops.thresholded_step.kernels import noise_kernel, noise_launch, step_kernel, step_launch
+from lfdm_export.sampling import loop as sampling
 
 
 def thresholded_step_on_gpu(
@@ -23,7 +23,7 @@ def thresholded_step_on_gpu(
 
 
 def noise_on_gpu(seeds: Tensor, step: Tensor, shape: Sequence[int]) -> Tensor:
-    """Standard normal noise: the values of `lfdm_export.noise.noise_for`, drawn where they are needed.
+    """Standard normal noise: the values of `lfdm_export.sampling.noise.noise_for`, drawn where they are needed.
 
     The step lies in the GPU's memory, so that a captured graph can be replayed for every step.
 

@@ -17,7 +17,7 @@
 // (1032 bins). If both order statistics are below 1 that was all, as in most steps of a trained model. Else passes 2
 // and 3 narrow the bin by 11 and 9 bits down to a single value; pass 3 also sees the smallest value above.
 // Everything is exact: order statistics are bits, and estimate, interpolation and update are the same float32
-// operations, in the same order and without contraction, as in `lfdm_export.sampling`.
+// operations, in the same order and without contraction, as in `lfdm_export.sampling.loop`.
 //
 // NaN: its bits are above all numbers', as torch sorts it; a bound or an estimate that is NaN gives NaN.
 #include "cuda/shim.cuh"
@@ -32,7 +32,7 @@ constexpr uint32 MAGNITUDE_BITS = 0x7fffffffu;
 // Bits of an offset from ONE_BITS: 31, in passes of 11 (of which 1032 values occur), 11 and 9.
 constexpr int FIRST_SHIFT = 20, SECOND_SHIFT = 9;
 
-// Columns of `coefficients`, as in lfdm_export.sampler_tables.
+// Columns of `coefficients`, as in lfdm_export.sampling.tables.
 enum Column {
     X0_FROM_LATENT,
     X0_FROM_PREDICTED_NOISE,

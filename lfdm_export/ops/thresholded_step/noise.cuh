@@ -1,4 +1,4 @@
-// Standard normal noise from seed, step and element: the stream of lfdm_export.noise, on the GPU.
+// Standard normal noise from seed, step and element: the stream of lfdm_export.sampling.noise, on the GPU.
 //
 // Philox4x64-10 with key (seed, 0); block j, of counter (j + 1, 0, step + 1, 0), gives four words; two words make two
 // normal values by Box and Muller in float64, rounded to float32. The words are NumPy's, bit for bit; logarithm and

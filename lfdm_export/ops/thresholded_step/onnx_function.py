@@ -13,8 +13,8 @@ from __future__ import annotations
 import onnx
 import onnx.parser
 
-from lfdm_export import sampling
 from lfdm_export.ops.domain import DOMAIN, OPSET
+from lfdm_export.sampling import loop as sampling
 
 #: From 2^-126 .. 2^128, 8 halvings of the exponent's range leave a factor of 2, and 24 halvings of
 #: that neighbouring floats; two to spare.

@@ -10,15 +10,15 @@ import math
 import torch
 from torch import Tensor
 
-from lfdm_export import sampling
 from lfdm_export.ops.cuda.dispatch import has_kernel
 from lfdm_export.ops.symbolic import Attributes, exporting, node
+from lfdm_export.sampling import loop as sampling
 
 
 def thresholded_step(
     latent: Tensor, predicted_noise: Tensor, history: Tensor, noise: Tensor, coefficients: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One update of any sampler; the meaning of the coefficients is `lfdm_export.sampling`'s.
+    """One update of any sampler; the meaning of the coefficients is `lfdm_export.sampling.loop`'s.
 
     On a GPU this is the kernel of `kernel.cuh`.
 

@@ -2,7 +2,7 @@
 
 Motion is resized by sampling it at constant points, and one source is sampled for all frames at once. The plugin
 rounds whatever leads to a Resize to bf16, coordinates included; nothing else that leads to them is rounded if they
-are outputs of the model, as `lfdm_export.engines.openvino` makes them.
+are outputs of the model, as `lfdm_export.engines.openvino.engine` makes them.
 """
 
 from __future__ import annotations

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfdm_export.conditions import embedding_rows
+from lfdm_export.bundle.manifest import TEXT_STAGE
 from lfdm_export.errors import InputError, MissingDependencyError
-from lfdm_export.manifest import TEXT_STAGE
-from lfdm_export.preprocess import to_float
-from lfdm_export.sampler_tables import SamplerTable
-from lfdm_export.serving.contract import Array
+from lfdm_export.generate.arguments import embedding_rows
+from lfdm_export.pictures.preprocess import to_float
+from lfdm_export.protocol.contract import Array
+from lfdm_export.protocol.requests import parse_condition, parse_sampling
+from lfdm_export.sampling.tables import SamplerTable
 from lfdm_export.serving.models.stub import Loaded, answer_each, load
-from lfdm_export.serving.requests import parse_condition, parse_sampling
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from lfdm_export.errors import EngineError, InputError
-from lfdm_export.pipeline import Encoded, Pipeline
-from lfdm_export.preprocess import to_uint8
-from lfdm_export.serving.contract import Array, RequestCancelledError
+from lfdm_export.generate.pipeline import Encoded, Pipeline
+from lfdm_export.pictures.preprocess import to_uint8
+from lfdm_export.protocol.contract import Array, RequestCancelledError
 from lfdm_export.serving.models.stub import failure, load, response
-from lfdm_export.serving.triton_config import DECODE_MODEL_PARAMETER
+from lfdm_export.serving.triton.config import DECODE_MODEL_PARAMETER
 
 #: A chunk of latent (1, 3, F, h, w) -> frames and warped images, (1, 3, F, H, W) float32.
 DecodeChunk = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]

@@ -13,10 +13,10 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from lfdm_export.serving.contract import IN_FLIGHT, METRICS_INTERVAL
-from lfdm_export.serving.jobs import Outcome, Timings
+from lfdm_export.batching.jobs import Outcome, Timings
+from lfdm_export.batching.observer import Tick
+from lfdm_export.protocol.contract import IN_FLIGHT, METRICS_INTERVAL
 from lfdm_export.serving.models.stub import log_error
-from lfdm_export.serving.observer import Tick
 
 #: Upper bounds of the histograms' buckets, seconds.
 BUCKETS = [0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0]
@@ -42,7 +42,7 @@ _REQUESTS = "lfdm_requests_total"
 
 
 class Metrics:
-    """An observer of the sampler (`lfdm_export.serving.observer.Observer`) that keeps the server's metrics.
+    """An observer of the sampler (`lfdm_export.batching.observer.Observer`) that keeps the server's metrics.
 
     May be told from any thread.
     """

@@ -6,10 +6,10 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lfdm_export.preprocess import UInt8Array, prepare_image, read_stream
-from lfdm_export.serving.contract import Array
+from lfdm_export.pictures.preprocess import UInt8Array, prepare_image, read_stream
+from lfdm_export.protocol.contract import Array
+from lfdm_export.protocol.requests import parse_image
 from lfdm_export.serving.models.stub import Loaded, answer_each, load
-from lfdm_export.serving.requests import parse_image
 
 
 def prepared_pixels(tensors: Mapping[str, Array], loaded: Loaded) -> UInt8Array:

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from lfdm_export.batching.jobs import Sampled, SampleJob
+from lfdm_export.batching.step_batcher import Ticket
 from lfdm_export.errors import InputError
-from lfdm_export.sampler_tables import SamplerTable
-from lfdm_export.serving.contract import CANCEL_INPUT, CANCEL_OUTPUT, Array
-from lfdm_export.serving.jobs import Sampled, SampleJob
+from lfdm_export.protocol.contract import CANCEL_INPUT, CANCEL_OUTPUT, Array
+from lfdm_export.protocol.requests import parse_priority
+from lfdm_export.sampling.tables import SamplerTable
 from lfdm_export.serving.models.sampler import RunningSampler
 from lfdm_export.serving.models.stub import custom_parameters, deadline, failure, inputs, load, log_error, response
-from lfdm_export.serving.requests import parse_priority
-from lfdm_export.serving.step_batcher import Ticket
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 

@@ -6,10 +6,10 @@ import os
 import threading
 import time
 
+from lfdm_export.batching.step_batcher import StepBatcher
 from lfdm_export.errors import EngineError
 from lfdm_export.serving.models.metrics import Metrics
 from lfdm_export.serving.models.stub import Loaded, log_error
-from lfdm_export.serving.step_batcher import StepBatcher
 
 #: Seconds between two looks at whether the loop lives.
 _LOOK = 0.5

@@ -17,9 +17,10 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from lfdm_export.pipeline import Encoded
-from lfdm_export.preprocess import to_float, to_uint8
-from lfdm_export.serving.contract import (
+from lfdm_export.batching.jobs import Sampled, SampleJob
+from lfdm_export.generate.pipeline import Encoded
+from lfdm_export.pictures.preprocess import to_float, to_uint8
+from lfdm_export.protocol.contract import (
     QUEUE_FULL_MESSAGE,
     STREAM_INPUTS,
     Array,
@@ -28,14 +29,13 @@ from lfdm_export.serving.contract import (
     StreamKind,
     preview_indices,
 )
-from lfdm_export.serving.jobs import Sampled, SampleJob
+from lfdm_export.protocol.requests import check_request, parse_priority, parse_sampling
 from lfdm_export.serving.models.condition import conditions, warm_up_text
 from lfdm_export.serving.models.decode import chunk_starts, warm_up_decode
 from lfdm_export.serving.models.encode import encode, warm_up_encode
 from lfdm_export.serving.models.preprocess import prepared_pixels
 from lfdm_export.serving.models.sampler import RunningSampler
 from lfdm_export.serving.models.stub import Loaded, custom_parameters, deadline, failure, inputs, load, log_error
-from lfdm_export.serving.requests import check_request, parse_priority, parse_sampling
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 

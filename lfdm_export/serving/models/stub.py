@@ -14,13 +14,13 @@ from typing import Any, cast
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from lfdm_export.bundle import Bundle
-from lfdm_export.engines.onnxruntime import Device
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.engines.onnxruntime.engine import Device
 from lfdm_export.errors import EngineError, InputError, LfdmExportError
-from lfdm_export.pipeline import Pipeline
-from lfdm_export.serving.contract import Array, OverloadedError, RequestCancelledError
-from lfdm_export.serving.interfaces import ModelInterface, interfaces
-from lfdm_export.serving.settings import ServingSettings
+from lfdm_export.generate.pipeline import Pipeline
+from lfdm_export.protocol.contract import Array, OverloadedError, RequestCancelledError
+from lfdm_export.serving.triton.interfaces import ModelInterface, interfaces
+from lfdm_export.serving.triton.settings import ServingSettings
 
 #: What a model makes of one request's tensors.
 Function = Callable[[Mapping[str, Array]], Mapping[str, Array]]

@@ -1,0 +1,1 @@
+"""The step scheduler of the server."""

@@ -1,0 +1,41 @@
+"""Noise that is drawn while the engine runs. NumPy only.
+
+A draw takes 0.6 ms for the small model and 16 times as long for the published size, for each sample at each step that
+takes one: nothing beside a step on a CPU, but as long as the step itself on a GPU.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from lfdm_export.batching.jobs import Float32
+from lfdm_export.machine import available_cores
+from lfdm_export.sampling.noise import noise_for
+
+_MOST_THREADS = 4
+
+
+class NoiseAhead:
+    """Draws of one sampler's jobs, each the same as `noise_for` gives, some of them begun early."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        """Draw nothing yet.
+
+        Args:
+            shape: (3, T, h, w) of one sample.
+        """
+        self._shape = shape
+        threads = max(1, min(_MOST_THREADS, available_cores() - 1))
+        self._pool = ThreadPoolExecutor(threads, "lfdm-noise")
+
+    def begin(self, seed: int, step: int) -> Future[Float32]:
+        """Begin the draw (3, T, h, w) of a step."""
+        return self._pool.submit(self.draw, seed, step)
+
+    def draw(self, seed: int, step: int) -> Float32:
+        """The draw (3, T, h, w) of a step, now."""
+        return noise_for((seed,), step, self._shape)[0]
+
+    def close(self) -> None:
+        """Begin no more; those that wait are dropped."""
+        self._pool.shutdown(cancel_futures=True)

@@ -1,0 +1,253 @@
+"""The steps of all jobs of a sampler, one after the other. No thread: `lfdm_export.batching.step_batcher` has that."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+from lfdm_export.batching.jobs import DeadlineExceededError, Outcome, Sampled
+from lfdm_export.batching.live_job import LiveJob
+from lfdm_export.batching.observer import Observer, Tick, tell
+from lfdm_export.batching.order import Policy, choose
+from lfdm_export.batching.rows import Ran, Rows
+from lfdm_export.errors import EngineError, LfdmExportError
+from lfdm_export.protocol.contract import DEADLINE_MESSAGE, RequestCancelledError
+
+logger = logging.getLogger(__name__)
+
+#: Steps among which the fastest is looked for, to tell which deadlines cannot be met.
+_RECENT_STEPS = 256
+#: Seconds between two looks at whether a waiting job was cancelled; a running one is looked at before each step.
+_ASK_EVERY = 0.1
+#: What hands a callback to the thread that calls it; the flag says whether it is the job's last.
+Deliver: TypeAlias = Callable[[Callable[[], None], bool], None]
+
+
+@dataclass
+class Counts:
+    """What was done; see `lfdm_export.batching.observer.Stats`."""
+
+    running: int = 0
+    finished: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    expired: int = 0
+    ticks: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    engine_seconds: float = 0.0
+    noise_seconds: float = 0.0
+    queued_seconds: float = 0.0
+    in_tick_since: float | None = None
+
+
+class StepLoop:
+    """Decides who takes the next step, takes it, and ends jobs. For one thread; counts may be read from others."""
+
+    def __init__(
+        self,
+        unguided: Rows,
+        guided: Rows,
+        *,
+        slots: int,
+        policy: Policy,
+        deliver: Deliver,
+        observer: Observer | None,
+        clock: Callable[[], float],
+    ) -> None:
+        """Begin without jobs.
+
+        Args:
+            unguided: rows of `step`.
+            guided: rows of `step_guided`.
+            slots: jobs in one step at most.
+            policy: see `lfdm_export.batching.order`.
+            deliver: is given callbacks.
+            observer: is told what happens.
+            clock: seconds.
+        """
+        self._rows = {False: unguided, True: guided}
+        self._slots, self._policy, self._deliver, self._observer, self._clock = slots, policy, deliver, observer, clock
+        self._recent = {guided: deque[float](maxlen=_RECENT_STEPS) for guided in (False, True)}
+        #: Seconds of the fastest recent step, by whether guided; 0 as long as there was none.
+        self.pace = {False: 0.0, True: 0.0}
+        self.counts = Counts()
+        #: Jobs that have not ended, by arrival.
+        self.live: list[LiveJob] = []
+        # Finished jobs of a batch of whole clips, which are answered when all are.
+        self._held: list[LiveJob] = []
+
+    def step(self) -> bool:
+        """End who is to end, then take one step of those whose turn it is.
+
+        Returns:
+            Whether there was anybody to take it; else a batch is still to fill up, or nobody is there.
+        """
+        self._end_given_up()
+        chosen = choose(self._policy, self.live, self._slots, self._clock(), self.pace)
+        if chosen and self._policy == "dynamic":  # the batch keeps its size
+            chosen += self._held
+        if chosen:
+            self._tick(chosen)
+        return bool(chosen)
+
+    def give_up(self, error: Exception) -> None:
+        """End every job with an error."""
+        for live in list(self.live):
+            self._end(live, "failed", error)
+        self._release()
+
+    def _end_given_up(self) -> None:
+        """End jobs that were cancelled or are too late, running ones too unless the policy runs whole clips."""
+        now = self._clock()
+        for live in list(self.live):
+            if self._policy != "step" and live.joined is not None:
+                continue
+            try:
+                cancelled = live.cancel_requested or self._ask(live, now)
+            except Exception as error:  # noqa: BLE001 - the caller's function; fails this job alone
+                self._end(live, "failed", error)
+                continue
+            if cancelled:
+                self._end(live, "cancelled", RequestCancelledError("the request was cancelled"))
+            elif live.job.deadline is not None:
+                late = _lateness(live, live.job.deadline - now, self.pace[live.job.guided])
+                if late is not None:
+                    self._end(live, "expired", DeadlineExceededError(f"{DEADLINE_MESSAGE}: {late}"))
+
+    def _ask(self, live: LiveJob, now: float) -> bool:
+        if live.callbacks.is_cancelled is None or (live.joined is None and now - live.asked < _ASK_EVERY):
+            return False
+        live.asked = now
+        return live.callbacks.is_cancelled()
+
+    def _tick(self, chosen: list[LiveJob]) -> None:
+        """One step of the chosen jobs."""
+        counts, started = self.counts, time.perf_counter()
+        counts.in_tick_since = now = self._clock()
+        counts.running, waiting = len(chosen), len(self.live) - sum(not live.ended for live in chosen)
+        for live in chosen:
+            if live.joined is None:
+                self._join(live, now)
+        counts.ticks += 1
+        ran = [self._step_rows(guided, [live for live in chosen if live.job.guided is guided]) for guided in self._rows]
+        if not any(live.joined is not None for live in self.live):
+            self._release()
+        if not self.live:  # nobody will take the rows of those who ended just now
+            for rows in self._rows.values():
+                rows.seat([])
+        engine, noise = sum(one.engine for one in ran), sum(one.noise for one in ran)
+        seconds = time.perf_counter() - started
+        counts.seconds, counts.engine_seconds = counts.seconds + seconds, counts.engine_seconds + engine
+        counts.noise_seconds += noise
+        counts.in_tick_since = None
+        counts.running = sum(not live.ended for live in chosen)
+        if self._observer is not None:
+            tick = Tick(len(chosen), self._slots, waiting, seconds, engine, noise)
+            tell(partial(self._observer.ticked, tick))
+
+    def _join(self, live: LiveJob, now: float) -> None:
+        live.joined, queued = now, now - live.submitted
+        self.counts.queued_seconds += queued
+        if self._observer is not None:
+            tell(partial(self._observer.joined, queued, self.counts.ticks - live.ticks_before))
+
+    def _step_rows(self, guided: bool, jobs: list[LiveJob]) -> Ran:
+        """One step of the jobs of one stage; if it fails they all do, and nobody else."""
+        rows = self._rows[guided]
+        try:
+            rows.seat(jobs)
+            if not jobs:
+                return Ran(0.0, 0.0)
+            ran = rows.step()
+        except Exception as error:
+            logger.exception("a step failed, and %d jobs with it", len(jobs))
+            wrapped = error if isinstance(error, LfdmExportError) else EngineError(f"a step failed: {error!r}")
+            for live in {*jobs, *rows.jobs}:
+                if not live.ended:
+                    self._end(live, "failed", wrapped)
+            rows.clear()
+            return Ran(0.0, 0.0)
+        recent = self._recent[guided]
+        recent.append(ran.engine + ran.noise)
+        self.pace[guided] = min(recent)
+        for row, (live, finite) in enumerate(zip(rows.jobs, rows.finite(), strict=True)):
+            self._after_step(live, rows, row, finite)
+        return ran
+
+    def _after_step(self, live: LiveJob, rows: Rows, row: int, finite: bool) -> None:
+        job, callbacks = live.job, live.callbacks
+        if live.ended:
+            return
+        live.step += 1
+        self.counts.steps += 1
+        if not finite:
+            message = (
+                f"step {live.step} of {job.table.steps} gave values that are not finite; "
+                "the weights or the engine are at fault: check the bundle with lfdm-verify"
+            )
+            self._end(live, "failed", EngineError(message))
+        elif not live.steps_left:
+            live.latent = rows.latent(row)
+            if self._policy in ("dynamic", "dynamic-shrink"):  # a batch's answers come together
+                live.ended = True
+                self.live.remove(live)
+                self._held.append(live)
+            else:
+                self._end(live, "finished", None)
+        else:
+            if callbacks.progress is not None and job.progress_every and live.step % job.progress_every == 0:
+                self._deliver(partial(callbacks.progress, live.step), False)
+            if callbacks.preview is not None and job.preview_every and live.step % job.preview_every == 0:
+                live.previews.append((live.step, rows.estimate(row)))
+                self._deliver(partial(_call_with_preview, live), False)
+
+    def _release(self) -> None:
+        for live in self._held:
+            self._end(live, "finished", None)
+        self._held.clear()
+
+    def _end(self, live: LiveJob, outcome: Outcome, error: Exception | None) -> None:
+        """Let a job go, and have its last callback called."""
+        live.ended = True
+        if live in self.live:
+            self.live.remove(live)
+        timings = live.timings(self._clock())
+        setattr(self.counts, outcome, getattr(self.counts, outcome) + 1)
+        if self._observer is not None:
+            tell(partial(self._observer.ended, outcome, timings))
+        if error is not None:
+            self._deliver(partial(live.callbacks.error, error), True)
+        elif live.latent is not None:
+            self._deliver(partial(live.callbacks.done, Sampled(live.latent, timings)), True)
+        live.latent = live.history = None
+
+
+def _call_with_preview(live: LiveJob) -> None:
+    if live.callbacks.preview is not None and live.previews and not live.ended:
+        live.callbacks.preview(*live.previews.popleft())
+
+
+def _lateness(live: LiveJob, seconds_left: float, pace: float) -> str | None:
+    """What is wrong with a job's deadline; None if it may still be met.
+
+    Args:
+        live: the job.
+        seconds_left: until its deadline.
+        pace: seconds of the fastest recent step; 0 if unknown.
+    """
+    steps = live.job.table.steps
+    if seconds_left <= 0:
+        return f"{live.step} of {steps} steps were done; allow more time, or ask for fewer steps"
+    least = live.steps_left * pace
+    if least <= seconds_left:
+        return None
+    return (
+        f"found {seconds_left:.3g} s left for {live.steps_left} of {steps} steps, expected {least:.3g} s at least; "
+        "allow more time, or ask for fewer steps"
+    )

@@ -1,0 +1,264 @@
+"""`manifest.json` of a bundle: everything that is known about it, as a frozen dataclass.
+
+A manifest that was read is whole and consistent, or reading it raised: whoever holds a `Manifest`
+need not check it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath, PureWindowsPath
+
+from lfdm_export.errors import BundleError
+from lfdm_export.files.json_codec import from_plain, to_plain
+from lfdm_export.pictures.preprocess import Preprocessing
+from lfdm_export.sampling.tables import SAMPLERS
+from lfdm_export.stages import DRIVE_STAGE, Geometry, StageSpec, stage_specs
+from lfdm_export.wording import count, shortened
+from lfdm_models.config import MOST_TRAINING_STEPS, LfdmConfig
+
+#: Raised when a bundle's layout changes so that older programs cannot read it.
+FORMAT_VERSION = 1
+#: What tells a bundle's manifest from any other `manifest.json`.
+FORMAT = "lfdm-bundle"
+#: The optional stage that only a bundle with a text encoder has.
+TEXT_STAGE = "text"
+#: What a bundle may have of labels; each of them is a row of its table, and stands in messages.
+MOST_LABELS, LONGEST_LABEL = 10_000, 512
+#: The largest that any size of a geometry, batch or step count may be.
+_LARGEST_SIZE, _LARGEST_WIDTH = 1 << 13, 1 << 16
+#: Of one part of a path, in bytes, on the usual file systems.
+_LONGEST_NAME = 255
+#: A manifest is some tens of kilobytes; a file far beyond that is not one.
+MAX_MANIFEST_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Fingerprint of one file of a bundle: its SHA-256 in hexadecimal, and its size in bytes."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class SamplerDefaults:
+    """What `Pipeline.generate` does unless told otherwise.
+
+    Attributes:
+        sampler: name of a sampler of `lfdm_export.sampling.loop`.
+        steps: number of sampling steps; None for the sampler's own default.
+        eta: DDIM's share of fresh noise, 0 … 1; None for the sampler's own default.
+        guidance_scale: classifier-free guidance; 1 is the conditional prediction alone.
+    """
+
+    sampler: str = "ddim"
+    steps: int | None = 10
+    eta: float | None = 1.0
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        if self.steps is not None and not 1 <= self.steps <= MOST_TRAINING_STEPS:
+            raise ValueError(f"sampler.steps is {self.steps}, expected 1 to {MOST_TRAINING_STEPS}")
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise ValueError(f"sampler.eta is {self.eta}, expected 0 to 1")
+        if not abs(self.guidance_scale) <= _LARGEST_WIDTH:
+            raise ValueError(f"sampler.guidance_scale is {self.guidance_scale}, expected a small finite number")
+
+    def eta_of(self, sampler: str, eta: float | None) -> float | None:
+        """The eta that `sampler` runs with when `eta` is requested; None where it has none."""
+        if eta is None and sampler == self.sampler and self.eta is not None:
+            eta = self.eta
+        return SAMPLERS[sampler].default_eta if eta is None else float(eta)
+
+
+@dataclass(frozen=True, repr=False)
+class Manifest:
+    """What a bundle is and holds.
+
+    Attributes:
+        config: architecture of the networks.
+        geometry: sizes of all stages.
+        precision: of the graphs, a key of every stage's tolerances, e.g. "fp32".
+        stages: in the order in which a clip passes through them.
+        labels: known labels, in the order of the rows of the embedding table.
+        preprocessing: what happens to a photograph before it is an image for the model.
+        sampler: defaults of generation.
+        provenance: where the weights come from; plain JSON values.
+        versions: of the programs that made the bundle, by name.
+        files: every file of the bundle but the manifest and the parity report, by relative POSIX path.
+        format, format_version: of the bundle.
+    """
+
+    config: LfdmConfig
+    geometry: Geometry
+    precision: str
+    stages: tuple[StageSpec, ...]
+    labels: tuple[str, ...]
+    preprocessing: Preprocessing
+    sampler: SamplerDefaults = SamplerDefaults()
+    provenance: Mapping[str, object] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        """Check that the parts agree with each other.
+
+        Raises:
+            ValueError: they do not; the message says where.
+        """
+        _check_geometry(self.geometry, self.config)
+        _check_stages(self.stages, self.geometry, self.precision)
+        check_labels(self.labels)
+        for name, entry in self.files.items():
+            _check_file_name(name)
+            if len(entry.sha256) != 64 or not set(entry.sha256) <= set("0123456789abcdef") or entry.bytes < 0:
+                raise ValueError(f"files.{name} has no valid SHA-256 and size")
+
+    def __repr__(self) -> str:
+        return f"<Manifest: {self.summary()}>"
+
+    def summary(self) -> str:
+        """Precision, sizes and labels, in a line."""
+        size = self.geometry.image_size
+        labels = f"{count(len(self.labels), 'label')} ({shortened(self.labels)})" if self.labels else "no labels"
+        text = ", free text" if self.has_text else ""
+        return f"{self.precision}, {count(self.geometry.frames, 'frame')} of {size}x{size}, {labels}{text}"
+
+    @property
+    def bundle_id(self) -> str:
+        """Which bundle it is: the SHA-256 of lines ``HASH  NAME`` of all its files, in order of their names."""
+        lines = (f"{entry.sha256}  {name}\n" for name, entry in sorted(self.files.items()))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the bundle takes free text."""
+        return any(spec.name == TEXT_STAGE for spec in self.stages)
+
+    @property
+    def has_drive(self) -> bool:
+        """Whether the bundle transfers motions."""
+        return any(spec.name == DRIVE_STAGE for spec in self.stages)
+
+    def to_json(self) -> str:
+        """The manifest as an indented JSON document.
+
+        Raises:
+            BundleError: provenance or preprocessing hold what JSON cannot.
+        """
+        try:
+            return json.dumps(to_plain(self), indent=2, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise BundleError(f"the manifest cannot be written as JSON: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Manifest:
+        """Read what `to_json` wrote.
+
+        Raises:
+            BundleError: it is no JSON, no manifest, of another format version, incomplete or inconsistent.
+        """
+        try:
+            plain = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"the manifest is no valid JSON ({error}); export again") from error
+        if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+            raise BundleError(f"the manifest is not one of a bundle: it lacks the entry format = {FORMAT!r}")
+        if plain.get("format_version") != FORMAT_VERSION:
+            raise BundleError(
+                f"the bundle has format version {plain.get('format_version')!r}, this program reads version "
+                f"{FORMAT_VERSION}; export again, or use the lfdm-export that made it"
+            )
+        try:
+            return from_plain(cls, plain, "manifest")
+        except ValueError as error:
+            raise BundleError(f"the manifest is incomplete or wrong: {error}; export again") from error
+
+
+def _check_geometry(geometry: Geometry, config: LfdmConfig) -> None:
+    g = geometry
+    if min(g.image_size, g.latent_size, g.frames, g.chunk_frames, g.context_channels, g.text_width) < 1:
+        raise ValueError(f"geometry holds a size below 1: {g}")
+    if max(g.image_size, g.frames) > _LARGEST_SIZE or max(g.context_channels, g.text_width) > _LARGEST_WIDTH:
+        raise ValueError(
+            f"geometry holds a size beyond what this program runs (pixels a side and frames {_LARGEST_SIZE}, "
+            f"widths {_LARGEST_WIDTH}): {g}"
+        )
+    if g.chunk_frames > g.frames:
+        raise ValueError(f"geometry.chunk_frames is {g.chunk_frames}, expected at most frames, {g.frames}")
+    channels = tuple(config.lfae.generator_channels(level) for level in range(config.lfae.down_blocks + 1))
+    for name, found, expected in (
+        ("latent_size", g.latent_size, config.latent_size(g.image_size)),
+        ("skip_channels", g.skip_channels, channels),
+        ("text_width", g.text_width, config.dm.text_width),
+    ):
+        if found != expected:
+            raise ValueError(f"geometry.{name} is {found}, the configuration gives {expected}")
+
+
+def _check_stages(stages: tuple[StageSpec, ...], geometry: Geometry, precision: str) -> None:
+    names = [spec.name for spec in stages]
+    expected = stage_specs(geometry, with_text=TEXT_STAGE in names, with_drive=DRIVE_STAGE in names)
+    if names != list(expected):
+        raise ValueError(f"stages are {', '.join(names) or 'none'}, expected {', '.join(expected)}")
+    for spec in stages:
+        known = expected[spec.name]
+        for kind, found, wanted in (("inputs", spec.inputs, known.inputs), ("outputs", spec.outputs, known.outputs)):
+            if [(t.name, t.dtype, t.shape) for t in found] != [(t.name, t.dtype, t.shape) for t in wanted]:
+                raise ValueError(f"the {kind} of stage {spec.name!r} are not those that this program knows")
+        if not 1 <= spec.batch[0] <= spec.batch[1] <= spec.batch[2]:
+            raise ValueError(f"stage {spec.name!r} has the batch profile {spec.batch}, expected rising sizes from 1")
+        if spec.batch[2] > _LARGEST_SIZE:
+            raise ValueError(f"stage {spec.name!r} has batches up to {spec.batch[2]}, expected at most {_LARGEST_SIZE}")
+        if precision not in spec.tolerance:
+            raise ValueError(f"stage {spec.name!r} has no tolerance for precision {precision!r}")
+
+
+def check_labels(labels: Sequence[str]) -> None:
+    """See that labels can be told from each other and printed.
+
+    Raises:
+        ValueError: one is empty, too long, not printable, or there twice; the message says which.
+    """
+    if len(labels) > MOST_LABELS:
+        raise ValueError(f"there are {len(labels)} labels, expected at most {MOST_LABELS}")
+    seen: dict[str, str] = {}
+    for label in labels:
+        key = label.strip().casefold()
+        if not key:
+            raise ValueError("a label is empty")
+        if len(label) > LONGEST_LABEL or not label.isprintable():
+            raise ValueError(
+                f"the label {label[:40]!a} is longer than {LONGEST_LABEL} characters or holds one that is not printable"
+            )
+        if key in seen:
+            raise ValueError(f"the label {seen[key]!r} is there twice (case and outer spaces do not count)")
+        seen[key] = label
+
+
+def _check_file_name(name: str) -> None:
+    """Refuse a path that could lead out of the bundle, on any system."""
+    windows = PureWindowsPath(name)
+    parts = name.split("/")
+    if (
+        not name
+        or "\\" in name
+        or not name.isprintable()  # control characters and lone surrogates among them
+        or any(len(part.encode()) > _LONGEST_NAME for part in parts)
+        or PurePosixPath(name).is_absolute()
+        or windows.drive
+        or windows.root
+        or any(part in ("", ".", "..") for part in parts)
+    ):
+        raise ValueError(f"the file name {name[:80]!a} is not a plain path inside the bundle")

@@ -1,0 +1,175 @@
+"""Writing a bundle: all or nothing, and never over anything but a bundle."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lfdm_export.bundle.manifest import Manifest
+from lfdm_export.bundle.reader import (
+    EMBEDDINGS,
+    LABEL_ROWS,
+    MANIFEST,
+    NULL_ROW,
+    ONNX_FOLDER,
+    PARITY_FOLDER,
+    PLANS_FOLDER,
+    REFERENCE,
+    Bundle,
+    fingerprint,
+    read_manifest,
+)
+from lfdm_export.errors import BundleError, InputError
+from lfdm_export.files.atomic import locked, temporary_folder
+from lfdm_export.files.folders import publish, settle
+from lfdm_export.files.names import require_utf8
+from lfdm_export.files.places import destination
+from lfdm_export.reference.stored import Reference
+
+_log = logging.getLogger(__name__)
+
+# What may be written into a bundle later, and is no part of it.
+_LATER = (f"{PARITY_FOLDER}/", f"{PLANS_FOLDER}/")
+# What stays when a bundle is replaced.
+_CARRIED = (PLANS_FOLDER,)
+
+
+class BundleWriter:
+    """Builds a bundle in a temporary folder beside the target, and puts it there when it is whole.
+
+    What killed exports left beside the target is removed. A context that is left without `finish` (an exception,
+    Ctrl-C, a full disk) leaves no trace, and a bundle that was at the target stays as it was. A target that holds
+    anything but a bundle is refused.
+
+    Example:
+        >>> with BundleWriter("mug") as writer:
+        ...     export_graphs(writer.folder / "onnx")
+        ...     writer.write_embeddings(embeddings, null)
+        ...     bundle = writer.finish(manifest)
+    """
+
+    def __init__(self, target: str | os.PathLike[str]) -> None:
+        """Name the folder that the bundle will be; nothing is touched yet.
+
+        Raises:
+            BundleError: the path cannot be followed.
+            InputError: the path is not UTF-8.
+        """
+        try:
+            # Behind all links, so that a link to a folder stays and what it points at is replaced.
+            self.target = destination(target).path
+        except OSError as error:
+            raise BundleError(f"cannot write to {target}: {error.strerror or error}") from error
+        require_utf8(self.target, "ONNX Runtime")
+        self._context = contextlib.ExitStack()
+
+    def __enter__(self) -> BundleWriter:
+        """Make the temporary folder.
+
+        Raises:
+            BundleError: the target is no bundle, or its parent cannot be written.
+        """
+        try:
+            with locked(self.target.parent):
+                settle(self.target, carry=_CARRIED)
+                _require_replaceable(self.target)
+            self.folder = self._context.enter_context(temporary_folder(self.target))
+            (self.folder / ONNX_FOLDER).mkdir()
+        except OSError as error:
+            self._context.close()
+            raise BundleError(f"cannot write to {self.target.parent}: {error.strerror or error}") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove the temporary folder, and with it the bundle that `finish` replaced."""
+        self._context.__exit__(kind, error, trace)
+        if self.folder.exists():
+            _log.warning("what this export put aside could not be deleted wholly; remove %s", self.folder)
+
+    def write_embeddings(self, embeddings: ArrayLike, null: ArrayLike) -> None:
+        """Write the table of label embeddings.
+
+        Args:
+            embeddings: (labels, text_width), in the order of the manifest's labels.
+            null: (text_width,), the null embedding.
+
+        Raises:
+            InputError: a shape is wrong or a value not finite.
+        """
+        rows = {LABEL_ROWS: np.asarray(embeddings, np.float32), NULL_ROW: np.asarray(null, np.float32)}
+        if rows[LABEL_ROWS].ndim != 2 or rows[LABEL_ROWS].shape[1:] != rows[NULL_ROW].shape:
+            shapes = " and ".join(str(array.shape) for array in rows.values())
+            raise InputError(f"label and null embeddings have shapes {shapes}, expected (N, width) and (width,)")
+        if not all(np.isfinite(array).all() for array in rows.values()):
+            raise InputError("the label embeddings hold values that are not finite; make them again")
+        with (self.folder / EMBEDDINGS).open("wb") as file:
+            np.savez(file, **rows)  # type: ignore[arg-type]  # numpy's stub takes the arrays for `allow_pickle`
+
+    def write_reference(self, reference: Reference) -> None:
+        """Write what PyTorch gives, so that the bundle can be verified without PyTorch and the checkpoints."""
+        reference.save(self.folder / REFERENCE)
+
+    def finish(self, manifest: Manifest) -> Bundle:
+        """Hash all files, write the manifest last, and put the folder at the target in one step.
+
+        The plans of a bundle that was there move into the new one: each says what it was made of, and serves as long
+        as that is still there.
+
+        Args:
+            manifest: its ``files`` are filled in here.
+
+        Raises:
+            BundleError: a file that the manifest needs was not written, the disk is full, or the target
+                has meanwhile become something else.
+        """
+        try:
+            files = {name: fingerprint(self.folder / name) for name in _list_files(self.folder)}
+            whole = dataclasses.replace(manifest, files=dict(sorted(files.items())))
+            with (self.folder / MANIFEST).open("x", encoding="utf-8", newline="\n") as file:
+                file.write(whole.to_json())
+            Bundle.open(self.folder, check_hashes=False)
+            check = functools.partial(_require_replaceable, self.target)
+            publish(self.folder, self.target, carry=_CARRIED, check=check)
+            return Bundle.open(self.target, check_hashes=False)
+        except OSError as error:
+            raise BundleError(f"cannot write the bundle {self.target}: {error.strerror or error}") from error
+
+
+def _list_files(folder: Path) -> list[str]:
+    """Relative POSIX paths of all files but the manifest, the parity report and the plans."""
+    names = (
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()
+    )
+    return sorted(name for name in names if name != MANIFEST and not name.startswith(_LATER))
+
+
+def _require_replaceable(target: Path) -> None:
+    """Refuse a target whose replacement would cost anybody a file that is not an export's.
+
+    Raises:
+        BundleError: the target is a file, a folder of other things, or a bundle with other things in it.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise BundleError(f"{target} is a file; choose another place for the bundle")
+    if not any(target.iterdir()):
+        return
+    advice = "choose another place for the bundle, or remove it yourself"
+    try:
+        manifest = read_manifest(target)
+    except BundleError as error:
+        raise BundleError(f"{target} exists and is not a bundle that could be replaced ({error}); {advice}") from error
+    foreign = [name for name in _list_files(target) if name not in manifest.files]
+    if foreign:
+        raise BundleError(f"{target} holds files that are no part of the bundle, such as {foreign[0]}; {advice}")

@@ -1,0 +1,107 @@
+"""What a bundle is and what runs it here, gathered for people and programs; needs neither torch nor onnx."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.engines.targets import AUTO, PLAN_TARGETS, TARGETS, find_target, lacking, this_machine
+from lfdm_export.engines.tensorrt.plans import targets_with_plans
+from lfdm_export.errors import EngineError
+from lfdm_export.files.json_codec import to_plain
+from lfdm_export.sampling.tables import SAMPLERS
+
+
+@dataclass(frozen=True)
+class TargetFact:
+    """Whether one target runs the bundle on this machine.
+
+    Attributes:
+        runs: it does.
+        reason: why not, and what to do; why it is taken, of the one that "auto" takes; else "".
+    """
+
+    runs: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class BundleFacts:
+    """The facts of one bundle.
+
+    Attributes:
+        path: its folder.
+        labels: that have an embedding.
+        text: whether it takes free text.
+        drive: whether it transfers motions (`Pipeline.transfer_motion`).
+        frames: of a clip.
+        image_size: rows and columns, in pixels.
+        precision: of the graphs.
+        dataset: whose preprocessing its pictures get; None for the plain rule.
+        sampling: the defaults: sampler, steps, eta, guidance_scale.
+        samplers: names of all samplers.
+        targets: by name.
+        auto: the target that is taken where none is named; None if nothing runs the bundle here.
+        files: bytes of each file, the largest first.
+        provenance: where the weights come from.
+        versions: of the programs that made the bundle.
+    """
+
+    path: str
+    labels: tuple[str, ...]
+    text: bool
+    drive: bool
+    frames: int
+    image_size: int
+    precision: str
+    dataset: str | None
+    sampling: Mapping[str, object]
+    samplers: tuple[str, ...]
+    targets: Mapping[str, TargetFact]
+    auto: str | None
+    files: Mapping[str, int]
+    provenance: Mapping[str, object]
+    versions: Mapping[str, str]
+
+    def to_json(self) -> dict[str, object]:
+        """As a plain JSON object."""
+        plain: dict[str, object] = to_plain(self)
+        return plain
+
+
+def bundle_facts(bundle: Bundle) -> BundleFacts:
+    """The facts of an opened bundle on this machine."""
+    manifest, machine = bundle.manifest, this_machine()
+    plans = targets_with_plans(bundle)
+    targets: dict[str, TargetFact] = {}
+    for target in TARGETS:
+        reason = lacking(target, "run", manifest.precision, machine)
+        if not reason and target in PLAN_TARGETS and target not in plans:
+            reason = f"the bundle has no plans for it: lfdm-export --plans {bundle.path} --target {target}"
+        targets[target] = TargetFact(not reason, reason)
+    auto = None
+    try:
+        choice = find_target(AUTO, "run", manifest.precision, plans=plans, machine=machine)
+    except EngineError:
+        pass  # each target says why
+    else:
+        auto = choice.target
+        targets[choice.target or ""] = TargetFact(True, choice.reason)
+    return BundleFacts(
+        path=str(bundle.path),
+        labels=bundle.labels,
+        text=manifest.has_text,
+        drive=manifest.has_drive,
+        frames=manifest.geometry.frames,
+        image_size=manifest.geometry.image_size,
+        precision=manifest.precision,
+        dataset=manifest.preprocessing.dataset,
+        sampling=to_plain(manifest.sampler),
+        samplers=tuple(SAMPLERS),
+        targets=targets,
+        auto=auto,
+        files={name: entry.bytes for name, entry in sorted(manifest.files.items(), key=lambda item: -item[1].bytes)},
+        provenance=manifest.provenance,
+        versions=manifest.versions,
+    )

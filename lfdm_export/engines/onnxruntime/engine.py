@@ -1,0 +1,188 @@
+"""A stage's graph run by ONNX Runtime."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from lfdm_export.engines.checks import Array, check_feeds, check_outputs
+from lfdm_export.errors import EngineError, MissingDependencyError
+from lfdm_export.files.names import require_utf8
+from lfdm_export.graphs.file import check_graph
+from lfdm_export.machine import available_cores
+from lfdm_export.stages import StageSpec, TensorSpec
+
+Device = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
+#: Execution providers by device; the first has to be there, the next takes what it cannot run. TensorRT keeps no engine
+#: from one load to the next: the provider's own cache would not notice other weights in the same graph.
+_PROVIDERS: dict[str, tuple[str, ...]] = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider",),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
+    "tensorrt-rtx": ("NvTensorRTRTXExecutionProvider", "CUDAExecutionProvider"),
+}
+DEVICES = tuple(_PROVIDERS)
+#: Where a device's tensors lie, as ONNX Runtime calls it.
+MEMORY = {device: "cpu" if device == "cpu" else "cuda" for device in DEVICES}
+_ONNX_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}
+_ERRORS_ONLY = 3
+
+
+class OnnxRuntimeEngine:
+    """One loaded stage.
+
+    Loading optimises the graph and takes memory for its weights; `run` may be called from one
+    thread at a time.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        spec: StageSpec,
+        *,
+        threads: int | None = None,
+        device: Device = "cpu",
+        allow_spinning: bool = True,
+    ) -> None:
+        """Load a graph and compare its interface with the stage's.
+
+        Args:
+            path: the .onnx file; external data lies beside it.
+            spec: the stage that it is meant to be.
+            threads: threads of one run; None takes every core that this process may use.
+            device: "cpu", "cuda", or an execution provider on it, "tensorrt" or "tensorrt-rtx".
+            allow_spinning: let idle threads wait busily, which is faster as long as this engine alone uses the
+                cores; threads that outnumber the cores never do.
+
+        Raises:
+            EngineError: the file cannot be loaded, is another stage, or the device cannot be had.
+            MissingDependencyError: onnxruntime is not installed.
+        """
+        self.path, self.spec = Path(path), spec
+        check_graph(self.path, spec)
+        self._session = open_session(self.path, threads=threads, device=device, allow_spinning=allow_spinning)
+        _check_interface(self.path, spec, "inputs", spec.inputs, self._session.get_inputs())
+        _check_interface(self.path, spec, "outputs", spec.outputs, self._session.get_outputs())
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the stage once.
+
+        Args:
+            feeds: exactly the stage's inputs, by name, of its dtypes and shapes.
+
+        Returns:
+            The stage's outputs, by name.
+
+        Raises:
+            EngineError: the feeds do not fit the stage, or the run fails (out of memory, for one).
+        """
+        axes = check_feeds(self.spec, feeds)
+        names = [tensor.name for tensor in self.spec.outputs]
+        contiguous = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        try:
+            values = self._session.run(names, contiguous)
+        except Exception as error:  # onnxruntime's exceptions share no other base
+            raise EngineError(f"stage {self.spec.name!r} failed in ONNX Runtime: {_one_line(error)}") from error
+        outputs = cast(dict[str, Array], dict(zip(names, values, strict=True)))
+        check_outputs(self.spec, outputs, axes)
+        return outputs
+
+
+def open_session(path: Path, *, threads: int | None = None, device: Device = "cpu", allow_spinning: bool = True) -> Any:
+    """An `onnxruntime.InferenceSession` as every graph of a bundle is run; for the arguments see `OnnxRuntimeEngine`.
+
+    Raises:
+        EngineError: the file cannot be loaded, or the device is not available.
+        MissingDependencyError: onnxruntime is not installed.
+    """
+    if threads is not None and threads < 1:
+        raise EngineError(f"threads is {threads}, expected 1 or more, or None for all cores")
+    options = _options(available_cores() if threads is None else threads, allow_spinning)
+    return _load(path, options, _providers(device))
+
+
+def _options(threads: int, allow_spinning: bool) -> Any:
+    ort = _onnxruntime()
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    # The pattern allocator maps and unmaps the whole arena each run: some 40,000 page faults for a UNet step.
+    options.enable_mem_pattern = False
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _ERRORS_ONLY
+    # Left to itself it counts the machine's processors, and pins its threads to them whether they are allowed or not.
+    options.intra_op_num_threads = threads
+    spins = allow_spinning and threads <= available_cores()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spins else "0")
+    # Else its idle threads would go on waiting busily while the next stage's engine runs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # It drops a Relu before a float8 QuantizeLinear as if that had no negative values (1.32).
+    options.add_session_config_entry("optimization.disable_specified_optimizers", "ReluQuantRewrite")
+    return options
+
+
+def _providers(device: Device) -> tuple[str, ...]:
+    if device not in _PROVIDERS:
+        raise EngineError(f"unknown device {device!r}; expected {' or '.join(map(repr, _PROVIDERS))}")
+    first, *rest = _PROVIDERS[device]
+    available = _onnxruntime().get_available_providers()
+    if first not in available:
+        remedy = (
+            f"take a build with {first}, or device 'cuda'"
+            if device == "tensorrt-rtx"
+            else "install it with: pip install 'lfdm-export[gpu]'"
+        )
+        raise EngineError(f"this onnxruntime cannot run on {device!r}; {remedy}")
+    return (first, *(provider for provider in rest if provider in available))
+
+
+def _load(path: Path, options: Any, providers: Sequence[str]) -> Any:
+    if not path.is_file():
+        raise EngineError(f"there is no graph at {path}; export again")
+    name = require_utf8(path, "ONNX Runtime")
+    try:
+        session = _onnxruntime().InferenceSession(name, options, providers=list(providers))
+    except Exception as error:  # onnxruntime's exceptions share no other base
+        raise EngineError(f"ONNX Runtime cannot load {path}: {_one_line(error)}; export again") from error
+    if session.get_providers()[0] != providers[0]:  # it falls back to the CPU with no more than a log line
+        raise EngineError(
+            f"ONNX Runtime could not start {providers[0]} for {path}; check the GPU's driver and libraries"
+        )
+    session.disable_fallback()
+    return session
+
+
+def _check_interface(
+    path: Path, spec: StageSpec, kind: str, tensors: Sequence[TensorSpec], nodes: Sequence[Any]
+) -> None:
+    names, expected = [node.name for node in nodes], [tensor.name for tensor in tensors]
+    if names != expected:
+        raise EngineError(
+            f"{path} is not the stage {spec.name!r}: its {kind} are {', '.join(names)}, expected {', '.join(expected)}"
+        )
+    for tensor, node in zip(tensors, nodes, strict=True):
+        where = f"{path} is not the stage {spec.name!r}: {tensor.name}"
+        if node.type != _ONNX_TYPES[tensor.dtype]:
+            raise EngineError(f"{where} is a {node.type}, expected {_ONNX_TYPES[tensor.dtype]}")
+        if len(node.shape) != len(tensor.shape) or not all(map(_axis_fits, node.shape, tensor.shape)):
+            raise EngineError(f"{where} has shape {tuple(node.shape)}, expected {tensor.shape}")
+
+
+def _axis_fits(found: object, expected: int | str) -> bool:
+    """A dynamic axis must be dynamic in the graph; a fixed one may also be left open (as outputs often are)."""
+    return not isinstance(found, int) or found == expected
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError("onnxruntime", "running a bundle", "run") from error
+    return onnxruntime
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]

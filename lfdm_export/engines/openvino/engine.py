@@ -1,0 +1,234 @@
+"""A stage's graph run by OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_export.engines.checks import Array, check_feeds, check_outputs
+from lfdm_export.engines.openvino.cache import CompiledCache, cache_key
+from lfdm_export.errors import EngineError, MissingDependencyError
+from lfdm_export.graphs.file import walk
+from lfdm_export.machine import available_cores
+from lfdm_export.stages import BATCH, StageSpec
+from lfdm_export.telemetry import import_openvino
+
+# What the plugin computes in where the graph says float32. A graph of fp16 says by itself what is rounded.
+_HINTS: Mapping[str, str] = {"fp32": "f32", "tf32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "bf16"}
+_DEVICE = "CPU"
+# How a graph says that its weights lie in this process's memory, where this module has mapped their file.
+_MAPPED = "*/_ORT_MEM_ADDR_/*"
+
+
+class OpenVinoEngine:
+    """One loaded stage.
+
+    Loading reads the graph; it is compiled when the first run shows its batch: for the stage's usual batch with
+    fixed shapes, which is faster (the published UNet's step by a sixth), and once for all others. `run` may be
+    called from one thread at a time.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        spec: StageSpec,
+        *,
+        threads: int | None = None,
+        precision: str = "fp32",
+        cache: CompiledCache | None = None,
+    ) -> None:
+        """Load a graph and compare its interface with the stage's.
+
+        Args:
+            path: the .onnx file; external data lies beside it.
+            spec: the stage that it is meant to be.
+            threads: threads of one run; None takes every core that this process may use.
+            precision: "fp32", "tf32" and "fp16" compute in float32 what the graph leaves open; "bf16" lets the
+                plugin compute in bf16 wherever that is faster, but for the update of the sampler, the sampling
+                coordinates and what follows the last convolution; "int8" does the same with what an int8 graph
+                does not quantise, where the processor has bf16.
+            cache: of what was compiled, read only where graph, weights, versions, processor and options are the
+                same. None compiles anew each time.
+
+        Raises:
+            EngineError: the file cannot be loaded, is another stage, or the processor has not got the precision.
+            MissingDependencyError: OpenVINO, or what it takes to prepare a graph for it, is not installed.
+        """
+        self.path, self.spec = Path(path), spec
+        if threads is not None and threads < 1:
+            raise EngineError(f"threads is {threads}, expected 1 or more, or None for all cores")
+        self._core = shared_core()
+        self._options = _options(self._core, available_cores() if threads is None else threads, precision)
+        if not self.path.is_file():
+            raise EngineError(f"there is no graph at {self.path}; export again")
+        self._graph, self._weights, self._identity = _graph_and_weights(self.path, spec)
+        self._used = {name for port in self._model(batch=None).inputs for name in port.get_names()}
+        self._cache = cache
+        self._requests: dict[int | None, Any] = {}
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the stage once.
+
+        Args:
+            feeds: exactly the stage's inputs, by name, of its dtypes and shapes.
+
+        Returns:
+            The stage's outputs, by name.
+
+        Raises:
+            EngineError: the feeds do not fit the stage, or the run fails (out of memory, for one).
+        """
+        axes = check_feeds(self.spec, feeds)
+        contiguous = {name: np.ascontiguousarray(array) for name, array in feeds.items() if name in self._used}
+        try:
+            values = self._request(axes).infer(contiguous, share_inputs=True, share_outputs=True)
+            # Copied, for the request writes into the same arrays when it runs again.
+            outputs: dict[str, Array] = {t.name: np.array(values[t.name]) for t in self.spec.outputs}
+        except RuntimeError as error:
+            raise EngineError(f"stage {self.spec.name!r} failed in OpenVINO: {_one_line(error)}") from error
+        check_outputs(self.spec, outputs, axes)
+        return outputs
+
+    def _request(self, axes: Mapping[str, int]) -> Any:
+        usual = set(axes) == {BATCH} and axes[BATCH] == self.spec.batch[1]
+        batch = axes[BATCH] if usual else None
+        if batch not in self._requests:
+            self._requests[batch] = self._compiled(batch).create_infer_request()
+        return self._requests[batch]
+
+    def _compiled(self, batch: int | None) -> Any:
+        """The graph compiled for a batch, or for any."""
+        if self._cache is None:
+            return self._core.compile_model(self._model(batch), _DEVICE, self._options)
+        key = cache_key(self._identity, self._weights, {**self._options, "batch": batch})
+        entry = f"{self.spec.name}-{'any' if batch is None else batch}"
+        blob = self._cache.read(entry, key)
+        if blob is not None:
+            with contextlib.suppress(RuntimeError):  # of a plugin that says it is the same, and is not: compile anew
+                return self._core.import_model(blob, _DEVICE, self._options)
+        compiled = self._core.compile_model(self._model(batch), _DEVICE, self._options)
+        self._cache.write(entry, key, compiled.export_model().getbuffer())
+        return compiled
+
+    def _model(self, batch: int | None) -> Any:
+        """The graph as the plugin shall compile it."""
+        try:
+            model = self._core.read_model(model=self._graph)
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO cannot load {self.path}: {_one_line(error)}; export again") from error
+        if batch is not None:
+            shapes = {tensor.name: list(tensor.concrete(**{BATCH: batch})) for tensor in self.spec.inputs}
+            model.reshape({name: shape for name, shape in shapes.items() if name in self._used})
+        keep_coordinates(model)
+        return model
+
+
+def keep_coordinates(model: Any) -> None:
+    """Make every sampling grid an output, so that under the bf16 hint it is computed in float32.
+
+    The plugin rounds nothing on the way to an output behind the last product, convolution or Resize: its rule to
+    keep the tail of a network exact. Measured on the published decoder: 46 dB become 61 dB.
+
+    Args:
+        model: an `openvino.Model`; it is changed.
+    """
+    grids = {}
+    for node in model.get_ops():
+        if node.get_type_name() == "GridSample":
+            grid = node.input_value(1)
+            if grid.get_node().get_type_name() != "Constant":
+                grids[grid.get_node().get_friendly_name(), grid.get_index()] = grid
+    if grids:
+        model.add_outputs(list(grids.values()))
+
+
+def _options(core: Any, threads: int, precision: str) -> dict[str, Any]:
+    if precision not in _HINTS:
+        raise EngineError(f"unknown precision {precision!r} for OpenVINO; expected one of {', '.join(_HINTS)}")
+    hint = _HINTS[precision]
+    if hint == "bf16" and "BF16" not in core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"):
+        if precision == "bf16":
+            raise EngineError("this processor has no bf16 for OpenVINO (AVX-512 BF16 or AMX); export fp32 and use that")
+        hint = "f32"
+    # Pinned threads would fight for their cores with those of the other stages' engines.
+    return {
+        "INFERENCE_PRECISION_HINT": hint,
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,
+    }
+
+
+def _graph_and_weights(path: Path, spec: StageSpec) -> tuple[bytes, dict[str, NDArray[np.uint8]], bytes]:
+    """The stage's graph with the bodies that suit OpenVINO, its mapped weights by file, and what tells it from others.
+
+    The graph refers to the mapped memory. Stages of one network map the same file, so its pages are in memory once.
+    """
+    try:
+        import onnx
+
+        from lfdm_export.graphs.bodies import with_bodies
+        from lfdm_export.graphs.stored import load_stage
+    except ImportError as error:
+        raise MissingDependencyError(error.name or "onnx", "preparing a graph for OpenVINO", "openvino") from error
+    stored = load_stage(path, spec)
+    model = with_bodies(stored, "openvino")
+    identity = hashlib.sha256(model.SerializeToString(deterministic=True)).digest()
+    weights: dict[str, NDArray[np.uint8]] = {}
+    mapped = 0
+    for tensor in model.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        mapped += 1
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        name, start, length = entries["location"], int(entries.get("offset", 0)), int(entries["length"])
+        if name not in weights:
+            weights[name] = _mapped(path, name)
+        if start < 0 or length < 0 or start + length > len(weights[name]):
+            raise EngineError(f"{path.parent / name} is too short for {tensor.name}; export again")
+        del tensor.external_data[:]
+        address = weights[name].ctypes.data + start
+        for key, value in (("location", _MAPPED), ("offset", address), ("length", length)):
+            tensor.external_data.add(key=key, value=str(value))
+    serialized = model.SerializeToString()
+    # OpenVINO would take any address of this process that a graph of a stranger's names.
+    if sum(data.location == _MAPPED for data in walk(serialized).external) != mapped:
+        raise EngineError(f"{path} keeps weights outside of its initializers, which OpenVINO cannot map; export again")
+    return serialized, weights, identity
+
+
+def _mapped(path: Path, name: str) -> NDArray[np.uint8]:
+    """A file of weights beside a graph."""
+    try:
+        return np.memmap(path.parent / name, np.uint8, mode="r")
+    except (OSError, ValueError) as error:
+        raise EngineError(f"OpenVINO cannot load {path}: {_one_line(error)}; export again") from error
+
+
+@functools.cache
+def shared_core() -> Any:
+    """The `openvino.Core` of this process; it is never let go.
+
+    Its CPU plugin gives the loading thread a stack for signals, and takes the memory back when the last core that
+    holds it is gone, but leaves the thread with it: the next signal would write to whatever is there by then.
+    Observed with OpenVINO 2026.4 on a processor with AMX: a crash at SIGTERM, or freed memory overwritten.
+
+    Raises:
+        MissingDependencyError: OpenVINO is not installed.
+    """
+    try:
+        return import_openvino().Core()
+    except ImportError as error:
+        raise MissingDependencyError("openvino", "running a bundle with OpenVINO", "openvino") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]

@@ -1,0 +1,126 @@
+"""TensorRT and TensorRT for RTX as one module each, of nearly the same names."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lfdm_export.engines.targets import OLDEST_TENSORRT, RTX_BINDINGS, RTX_LIBRARIES, TITLES, Target
+from lfdm_export.errors import EngineError, MissingDependencyError
+
+_log = logging.getLogger(__name__)
+
+# RTX says so once a process, whatever one does; it means nothing.
+_NOISE = "Thread context has not been set"
+
+
+@dataclass(frozen=True)
+class Api:
+    """One of the two, loaded.
+
+    Attributes:
+        target: "tensorrt" or "tensorrt-rtx".
+        module: its Python module.
+        version: of its libraries.
+        logger: an `ILogger`, whose ``errors`` holds what was logged as an error since `take_errors`.
+    """
+
+    target: Target
+    module: Any
+    version: str
+    logger: Any
+
+    @property
+    def title(self) -> str:
+        """Name and version, for messages and fingerprints."""
+        return f"{TITLES[self.target]} {self.version}"
+
+    def take_errors(self) -> str:
+        """The errors logged since the last call, in one line."""
+        errors, self.logger.errors[:] = list(self.logger.errors), []
+        return "; ".join(" ".join(error.split()) for error in errors)[:600] or "it does not say why"
+
+
+@functools.cache
+def load_api(target: Target) -> Api:
+    """Load the libraries and the module.
+
+    Raises:
+        MissingDependencyError: a package is missing.
+        EngineError: the packages do not fit together, or a library cannot be loaded.
+    """
+    try:
+        module = _load_rtx() if target == "tensorrt-rtx" else importlib.import_module("tensorrt")
+    except ImportError as error:
+        packages = (RTX_BINDINGS, RTX_LIBRARIES) if target == "tensorrt-rtx" else ("tensorrt",)
+        missing = next((name for name in packages if importlib.util.find_spec(name) is None), None)
+        if missing is not None:
+            raise MissingDependencyError(missing, TITLES[target], target) from error
+        raise EngineError(f"{TITLES[target]} is installed but cannot be loaded: {error}") from error
+    version = str(module.__version__)
+    if target == "tensorrt" and tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TENSORRT:
+        raise EngineError(
+            f"TensorRT {version} is too old, expected {'.'.join(map(str, OLDEST_TENSORRT))} or newer; "
+            "run: pip install --upgrade tensorrt"
+        )
+    return Api(target, module, version, _logger(module))
+
+
+def refit_engine(api: Api, engine: Any, graph: bytes, weights_beside: str) -> None:
+    """Give a loaded engine the weights of a graph of the same structure.
+
+    Raises:
+        EngineError: the graph does not fit, or lacks weights.
+    """
+    refitter = api.module.Refitter(engine, api.logger)
+    parser = api.module.OnnxParserRefitter(refitter, api.logger)
+    if not parser.refit_from_bytes(graph, weights_beside) or not refitter.refit_cuda_engine():
+        raise EngineError(f"the weights do not fit the plan: {api.take_errors()}")
+
+
+def _load_rtx() -> Any:
+    """The bindings, with the libraries that the other package brings: importing that one loads them."""
+    libraries = importlib.import_module(RTX_LIBRARIES)
+    module = importlib.import_module(RTX_BINDINGS)
+    expected = ".".join(str(module.__version__).split(".")[:3])
+    folder = Path(str(libraries.__file__)).parent
+    # Bindings and library of different versions crash, or read each other's structures wrongly.
+    found = sorted(path.name.partition(".so.")[2] for path in folder.glob("libtensorrt_rtx.so.*.*"))
+    if found and expected not in found:
+        raise EngineError(
+            f"the bindings of TensorRT for RTX are of version {expected}, its libraries of {', '.join(found)}; "
+            "install the two that belong together: pip install 'lfdm-export[tensorrt-rtx]'"
+        )
+    return module
+
+
+def _logger(module: Any) -> Any:
+    severity = module.ILogger.Severity
+    levels: dict[Any, Callable[..., None]] = {
+        severity.INTERNAL_ERROR: _log.error,
+        severity.ERROR: _log.error,
+        severity.WARNING: _log.debug,  # hundreds a graph, of names that repeat
+    }
+
+    class Logger(module.ILogger):
+        """Passes messages on to Python's logging, and keeps errors for the exception that follows."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, level: Any, message: str) -> None:
+            if level not in levels or _NOISE in message:
+                return
+            if level != severity.WARNING:
+                self.errors.append(message)
+            _log.debug("%s: %s", level, message)
+
+    return Logger()

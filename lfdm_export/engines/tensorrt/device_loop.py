@@ -1,0 +1,182 @@
+"""The denoising loop with its state on the GPU: the host only draws noise and queues."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_export.engines.checks import Array
+from lfdm_export.engines.cuda_driver import Handle
+from lfdm_export.engines.tensorrt.gpu_memory import DeviceBuffer, PinnedArray, PinnedRing, byte_count, quietly
+from lfdm_export.engines.tensorrt.gpu_session import GpuSession
+from lfdm_export.engines.tensorrt.plan_context import PlanContext
+from lfdm_export.sampling.tables import SamplerTable
+from lfdm_export.stages import StageSpec
+
+Float32: TypeAlias = NDArray[np.float32]
+
+#: What the host may pin for noise that waits for its step. Ten steps of 32 clips of the published size take 157 MB.
+NOISE_BYTES = 256 << 20
+
+
+class DeviceLoop:
+    """Chains of `step` or `step_guided` for one batch size, one after the other.
+
+    Any thread may call any method, and waits while another uses an engine or loop of the same session; a chain's own
+    order is the caller's business.
+
+    Between `begin` and `latent` nothing visits the host and nothing waits: noise is drawn into pinned memory while
+    the GPU is at earlier steps. With TensorRT a step, and the copies that make its results the next one's inputs,
+    are captured as one CUDA graph, once; TensorRT for RTX captures its engines by itself.
+    """
+
+    def __init__(self, session: GpuSession, context: PlanContext, spec: StageSpec, batch: int) -> None:
+        """Take memory for the state.
+
+        Args:
+            session: of the GPU.
+            context: of the stage's engine, which nobody else uses.
+            spec: the stage.
+            batch: samples of each chain; at most the stage's largest.
+
+        Raises:
+            EngineError: there is not enough memory.
+        """
+        self._session, self._context, self._batch = session, context, batch
+        self._driver, self._stream = self._session.driver, self._session.stream
+        self._inputs = {tensor.name: tensor.concrete(batch=batch) for tensor in spec.inputs}
+        self._dtypes = {tensor.name: tensor.dtype for tensor in spec.inputs}
+        with session.owned():
+            self._memory = {
+                tensor.name: DeviceBuffer(self._driver, byte_count(tensor.concrete(batch=batch), tensor.dtype))
+                for tensor in (*spec.inputs, *spec.outputs)
+            }
+        self._rows: dict[str, DeviceBuffer] = {}
+        self._staging: dict[str, PinnedArray] = {}
+        self._noise: PinnedRing | None = None
+        self._graph: Handle | None = None
+        self._silent = self._warm = self._running = False
+
+    def begin(self, start: Float32, fixed: Mapping[str, Array], table: SamplerTable) -> None:
+        """Queue what a chain starts from. A chain that was left half done is given up.
+
+        Args:
+            start: (batch, 3, T, h, w).
+            fixed: the inputs that no step changes, by name.
+            table: the sampler; each of its rows serves all samples.
+        """
+        with self._session.owned():
+            self._begin(start, fixed, table)
+
+    def _begin(self, start: Float32, fixed: Mapping[str, Array], table: SamplerTable) -> None:
+        if self._running:
+            self._driver.synchronize(self._stream)
+            self._settle()
+        self._running = True
+        for name, values in {"noisy_latent": start, **fixed}.items():
+            self._upload(name, self._memory[name], np.asarray(values, self._dtypes[name]))
+        history = self._memory["history"]
+        self._driver.clear(history.pointer, history.size, self._stream)
+        self._silent = False
+        for name, rows in (("timestep", table.timesteps), ("coefficients", table.coefficients)):
+            values = np.repeat(np.asarray(rows, self._dtypes[name])[:, None], self._batch, axis=1)
+            if name not in self._rows or self._rows[name].size < values.nbytes:
+                self._rows[name] = DeviceBuffer(self._driver, values.nbytes)
+            self._upload(f"{name} of all steps", self._rows[name], values)
+        draws = int(np.count_nonzero(table.draws_noise))
+        slots = min(draws, max(2, NOISE_BYTES // self._memory["noise"].size))
+        if self._noise is None or self._noise.slots < slots:
+            self._noise = PinnedRing(self._driver, self._inputs["noise"], np.float32, slots)
+
+    def step(self, index: int, noise: Float32 | None) -> None:
+        """Queue one step.
+
+        Args:
+            index: of the sampler's row.
+            noise: (batch, 3, T, h, w), which may be changed as soon as this returns; None for none.
+        """
+        with self._session.owned():
+            self._take_step(index, noise)
+
+    def _take_step(self, index: int, noise: Float32 | None) -> None:
+        for name, rows in self._rows.items():
+            target = self._memory[name]
+            self._driver.copy(target.pointer, rows.pointer + index * target.size, target.size, self._stream)
+        memory = self._memory["noise"]
+        if noise is not None:
+            assert self._noise is not None
+            self._noise.upload(memory.pointer, noise, self._stream)
+            self._silent = False
+        elif not self._silent:
+            self._driver.clear(memory.pointer, memory.size, self._stream)
+            self._silent = True
+        self._advance()
+
+    def latent(self) -> Float32:
+        """Wait for all that was queued; the latent (batch, 3, T, h, w) after the last step."""
+        memory = self._memory["noisy_latent"]
+        with self._session.owned():
+            staging = self._staged("the latent", self._inputs["noisy_latent"], np.dtype(np.float32))
+            self._driver.download(staging.address, memory.pointer, memory.size, self._stream)
+            self._driver.synchronize(self._stream)
+            return staging.array.copy()
+
+    def finish(self) -> Float32:
+        """`latent` of a chain that is done."""
+        with self._session.owned():
+            latent = self.latent()
+            self._settle()
+            self._session.keep_kernels()
+            return latent
+
+    def _settle(self) -> None:
+        """What was queued is done."""
+        self._running = False
+        if self._noise is not None:
+            self._noise.settle()
+
+    def _advance(self) -> None:
+        """Queue the network, and its results as the next step's state: as a graph, from the second time on."""
+        if self._context.prepare(self._inputs):
+            self._context.bind({name: memory.pointer for name, memory in self._memory.items()})
+            self._graph, self._warm = None, False
+        if self._session.api.target == "tensorrt-rtx" or not self._warm:
+            # TensorRT does things in a first run that cannot be captured.
+            self._queue()
+            self._warm = True
+            return
+        if self._graph is None:
+            self._graph = self._captured()
+        self._driver.launch(self._graph, self._stream)
+
+    def _queue(self) -> None:
+        self._context.enqueue()
+        for state, result in (("noisy_latent", "next_latent"), ("history", "next_history")):
+            target, source = self._memory[state], self._memory[result]
+            self._driver.copy(target.pointer, source.pointer, target.size, self._stream)
+
+    def _captured(self) -> Handle:
+        self._driver.begin_capture(self._stream)
+        try:
+            self._queue()
+        except BaseException:
+            quietly(self._driver.abandon_capture, self._stream)
+            raise
+        graph = self._driver.end_capture(self._stream)
+        weakref.finalize(self, quietly, self._driver.destroy_graph, graph).atexit = False
+        return graph
+
+    def _upload(self, name: str, target: DeviceBuffer, values: Array) -> None:
+        staging = self._staged(name, values.shape, values.dtype)
+        staging.array[...] = values
+        self._driver.upload(target.pointer, staging.address, staging.size, self._stream)
+
+    def _staged(self, name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> PinnedArray:
+        found = self._staging.get(name)
+        if found is None or found.array.shape != shape:
+            found = self._staging[name] = PinnedArray(self._driver, shape, dtype)
+        return found

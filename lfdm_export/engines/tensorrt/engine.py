@@ -1,0 +1,178 @@
+"""A stage's plan run by TensorRT or TensorRT for RTX, and the denoising loop that stays on the GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.engines.checks import Array, check_feeds
+from lfdm_export.engines.targets import Target
+from lfdm_export.engines.tensorrt.api import refit_engine
+from lfdm_export.engines.tensorrt.device_loop import DeviceLoop
+from lfdm_export.engines.tensorrt.gpu_memory import DeviceBuffer, PinnedArray
+from lfdm_export.engines.tensorrt.gpu_session import GpuSession, gpu_session
+from lfdm_export.engines.tensorrt.plan_context import PlanContext
+from lfdm_export.engines.tensorrt.plans import plan_to_run, remake
+from lfdm_export.errors import EngineError
+from lfdm_export.stages import StageSpec, TensorSpec
+
+
+class TensorRtEngine:
+    """One loaded plan; for any thread, which waits while another uses an engine or loop of the same session.
+
+    Attributes:
+        path: of the plan.
+        spec: the stage.
+        session: what it shares with the other engines.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        spec: StageSpec,
+        *,
+        session: GpuSession,
+        host_code: bool = False,
+        weights: tuple[bytes, str] | None = None,
+    ) -> None:
+        """Load a plan and compare its interface with the stage's.
+
+        Args:
+            path: the .plan file; `open_engine` looks whether it fits the bundle.
+            spec: the stage that it is meant to be.
+            session: of the GPU.
+            host_code: the plan holds a runtime of its own.
+            weights: the graph that holds the weights of a stripped plan, and the path beside which its files lie.
+
+        Raises:
+            EngineError: the plan cannot be loaded, or is another stage.
+        """
+        self.path, self.spec, self.session = Path(path), spec, session
+        with session.owned():
+            self._engine = session.load(self.path, host_code=host_code)
+            if weights is not None:
+                refit_engine(session.api, self._engine, *weights)
+            _check_interface(session.api.module, self._engine, self.path, spec)
+            self._own = self.context()
+        self._buffers: dict[str, DeviceBuffer] = {}
+        self._staging: dict[str, PinnedArray] = {}
+
+    def context(self) -> PlanContext:
+        """Another way of running the engine, whose weights they share: a captured CUDA graph wants one to itself.
+
+        Raises:
+            EngineError: there is not enough memory.
+        """
+        with self.session.owned():
+            return PlanContext(self.session, self._engine, self.path, self.spec)
+
+    def denoise_loop(self, batch: int) -> DeviceLoop:
+        """Chains of this stage whose state stays on the GPU.
+
+        Raises:
+            EngineError: there is not enough memory.
+        """
+        return DeviceLoop(self.session, self.context(), self.spec, batch)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the stage once: up, compute, down.
+
+        Args:
+            feeds: exactly the stage's inputs, by name, of its dtypes and shapes.
+
+        Returns:
+            The stage's outputs, by name.
+
+        Raises:
+            EngineError: the feeds do not fit the stage, or the run fails (out of memory, for one).
+        """
+        axes = check_feeds(self.spec, feeds)
+        with self.session.owned():
+            return self._run(feeds, axes)
+
+    def _run(self, feeds: Mapping[str, Array], axes: Mapping[str, int]) -> dict[str, Array]:
+        driver, stream = self.session.driver, self.session.stream
+        tensors = (*self.spec.inputs, *self.spec.outputs)
+        staged = {tensor.name: self._staged(tensor, tensor.concrete(**axes)) for tensor in tensors}
+        pointers = {name: self._pointer(name, staging.size) for name, staging in staged.items()}
+        fresh = self._own.prepare({tensor.name: tensor.concrete(**axes) for tensor in self.spec.inputs})
+        self._own.bind(pointers)
+        for tensor in self.spec.inputs:
+            staging = staged[tensor.name]
+            staging.array[...] = feeds[tensor.name]
+            driver.upload(pointers[tensor.name], staging.address, staging.size, stream)
+        self._own.enqueue()
+        for tensor in self.spec.outputs:
+            staging = staged[tensor.name]
+            driver.download(staging.address, pointers[tensor.name], staging.size, stream)
+        driver.synchronize(stream)
+        if fresh:
+            self.session.keep_kernels()
+        return {tensor.name: staged[tensor.name].array.copy() for tensor in self.spec.outputs}
+
+    def _staged(self, tensor: TensorSpec, shape: tuple[int, ...]) -> PinnedArray:
+        found = self._staging.get(tensor.name)
+        if found is None or found.array.shape != shape:
+            found = self._staging[tensor.name] = PinnedArray(self.session.driver, shape, tensor.dtype)
+        return found
+
+    def _pointer(self, name: str, size: int) -> int:
+        found = self._buffers.get(name)
+        if found is None or found.size < size:
+            found = self._buffers[name] = DeviceBuffer(self.session.driver, size)
+        return found.pointer
+
+
+def open_engine(bundle: Bundle, stage: str, target: Target) -> TensorRtEngine:
+    """The engine of a stage's plan, if the plan is one of this bundle, this version and this GPU.
+
+    Raises:
+        EngineError: there is no such plan, or it cannot be loaded; the message says what to run.
+        MissingDependencyError: a package is missing.
+    """
+    session = gpu_session(target)
+    path, record = plan_to_run(bundle, stage, target, session.api.title, session.gpu)
+    options = record.fingerprint.options
+    weights = None
+    if options.strip:
+        from lfdm_export.engines.tensorrt.plan_graph import builder_graph
+
+        graph, structure, _ = builder_graph(bundle, stage, target)
+        if structure != record.fingerprint.structure:
+            raise EngineError(
+                f"the plan {path} was made from a graph of another structure than the bundle's; "
+                f"make it with: {remake(bundle.path, target)} --strip"
+            )
+        weights = graph, str(bundle.stage_path(stage).resolve())
+    return TensorRtEngine(
+        path, bundle.stages[stage], session=session, host_code=options.version_compatible, weights=weights
+    )
+
+
+def _check_interface(trt: Any, engine: Any, path: Path, spec: StageSpec) -> None:
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    for kind, tensors, mode in (
+        ("inputs", spec.inputs, trt.TensorIOMode.INPUT),
+        ("outputs", spec.outputs, trt.TensorIOMode.OUTPUT),
+    ):
+        found = [name for name in names if engine.get_tensor_mode(name) == mode]
+        expected = [tensor.name for tensor in tensors]
+        if sorted(found) != sorted(expected):
+            raise EngineError(
+                f"{path} is not the stage {spec.name!r}: its {kind} are {', '.join(found)}, "
+                f"expected {', '.join(expected)}"
+            )
+        for tensor in tensors:
+            dtype = {"float32": trt.DataType.FLOAT, "int64": trt.DataType.INT64}[tensor.dtype]
+            shape = tuple(engine.get_tensor_shape(tensor.name))
+            where = f"{path} is not the stage {spec.name!r}: {tensor.name}"
+            if engine.get_tensor_dtype(tensor.name) != dtype:
+                raise EngineError(f"{where} is a {engine.get_tensor_dtype(tensor.name)}, expected {tensor.dtype}")
+            fits = len(shape) == len(tensor.shape) and all(
+                size in (-1, axis) for size, axis in zip(shape, tensor.shape, strict=True)
+            )
+            if not fits:
+                raise EngineError(f"{where} has shape {shape}, expected {tensor.shape}")

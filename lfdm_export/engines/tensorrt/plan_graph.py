@@ -1,0 +1,42 @@
+"""A stage's graph as a builder reads it, and what of it does not change with the weights' values."""
+
+from __future__ import annotations
+
+import hashlib
+
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.engines.targets import Target
+from lfdm_export.errors import MissingDependencyError
+
+
+def builder_graph(bundle: Bundle, stage: str, target: Target) -> tuple[bytes, str, tuple[str, ...]]:
+    """A stage's graph with the bodies that suit a target.
+
+    Returns:
+        The serialised model, whose large weights are external; SHA-256 of what is left of it without the values of
+        its floating-point weights; names of the files that hold its large weights.
+
+    Raises:
+        EngineError: the graph is another stage's, damaged, or reads what is not beside it.
+        MissingDependencyError: onnx is not installed.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise MissingDependencyError("onnx", "making plans", "export") from error
+    from lfdm_export.graphs.bodies import with_bodies
+    from lfdm_export.graphs.stored import load_stage
+
+    model = with_bodies(load_stage(bundle.stage_path(stage), bundle.stages[stage]), target)
+    graph = model.SerializeToString(deterministic=True)
+    data_files: set[str] = set()
+    integers = {onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.BOOL}
+    for tensor in model.graph.initializer:
+        data_files.update(entry.value for entry in tensor.external_data if entry.key == "location")
+        if tensor.data_type not in integers:
+            del tensor.external_data[:]
+            tensor.ClearField("raw_data")
+            del tensor.float_data[:]
+            del tensor.int32_data[:]
+    structure = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+    return graph, structure, tuple(sorted(data_files))

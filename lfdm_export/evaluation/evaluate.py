@@ -1,0 +1,361 @@
+"""How good a bundle's clips are, on procedural characters that no training has seen.
+
+Reconstruction is the published protocol of the LFAE: mean L1 between real and rebuilt frames, the first frame as the
+reference; beside it stands what copying that frame would give. Generated clips are judged by the classifier of
+`lfdm_models.training.classifier`: does it see the label, and how far are its features from those of real clips
+(Fréchet distance). What ought to stay still is compared with the first frame.
+
+Source: Ni et al., CVPR 2023 (arXiv 2303.13744), Sec. 4; Heusel et al., GANs Trained by a Two Time-Scale Update Rule
+(arXiv 1706.08500), for the distance.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.errors import InputError
+from lfdm_export.generate.pipeline import Pipeline
+from lfdm_export.pictures.preprocess import to_float
+from lfdm_export.stages import DRIVE_STAGE
+from lfdm_export.wording import shortened
+from lfdm_models.training.classifier import MotionClassifier
+from lfdm_models.training.procedural import HELD_OUT_SEEDS, LABELS, sample_clip
+
+UInt8Array = NDArray[np.uint8]
+Float64Array = NDArray[np.float64]
+#: (what is at work, how much of it is done, of how much).
+Progress = Callable[[str, int, int], None]
+
+# Held-out characters by purpose: for reconstruction and generation; further ones as the real clips to compare with.
+_SHOWN, _REAL = 0, 1_000_000
+# Values of 0 … 255 by which a pixel that stands still may differ from the first frame.
+_STILL = 2
+_BATCH = 8
+# What provenance calls the data of models of drawn characters: `lfdm-train --data`, and the shipped model.
+_DRAWN = ("procedural", "procedural characters")
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How well the LFAE rebuilds clips from their first frame; mean absolute differences of colours in [0, 1].
+
+    Attributes:
+        clips: how many there were.
+        frame: of rebuilt frames.
+        warped: of the first frame moved by the flow alone.
+        copied: of the first frame as it is.
+        by_label: `frame` divided by `copied`, of the clips of each label.
+    """
+
+    clips: int
+    frame: float
+    warped: float
+    copied: float
+    by_label: dict[str, float]
+
+    @property
+    def ratio(self) -> float:
+        """`frame` divided by `copied`."""
+        return self.frame / self.copied
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What clips are generated with.
+
+    Attributes:
+        sampler: see `lfdm_export.sampling.loop.SAMPLERS`.
+        steps: of it; None: its own number.
+        eta: see there.
+        guidance_scale: see `Pipeline.generate`; None for the bundle's default.
+    """
+
+    sampler: str
+    steps: int | None = None
+    eta: float | None = None
+    guidance_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Clips of one setting.
+
+    Attributes:
+        setting: what they were generated with; its number of steps is filled in.
+        clips: how many there were, the same number of each label.
+        accuracy: share in which the classifier sees the label asked for.
+        by_label: the same for each label.
+        confusion: clips by label asked for (rows) and seen (columns), in the order of the report's labels.
+        frechet: distance of the classifier's features from those of real clips.
+        still: mean absolute difference from the first frame where the real clip stands still.
+        seconds: of a clip, on average.
+    """
+
+    setting: Setting
+    clips: int
+    accuracy: float
+    by_label: dict[str, float]
+    confusion: tuple[tuple[int, ...], ...]
+    frechet: float
+    still: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate_bundle` found.
+
+    Attributes:
+        labels: that were asked for; columns of confusion are all labels of the classifier, `seen`.
+        seen: the classifier's labels.
+        precision: of the bundle's graphs.
+        seed: of characters and noise.
+        data: what the bundle was measured on.
+        reconstruction: of the LFAE.
+        real_accuracy: of the classifier on real clips of held-out characters.
+        real_frechet: distance between features of two sets of real clips, of other characters.
+        real_still: `Generation.still` of what the LFAE rebuilds.
+        generations: in the order of the settings.
+    """
+
+    labels: tuple[str, ...]
+    seen: tuple[str, ...]
+    precision: str
+    seed: int
+    data: str
+    reconstruction: Reconstruction
+    real_accuracy: float
+    real_frechet: float
+    real_still: float
+    generations: tuple[Generation, ...]
+
+
+def evaluate_bundle(
+    pipeline: Pipeline,
+    classifier: MotionClassifier,
+    settings: Sequence[Setting],
+    *,
+    clips: int = 12,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a bundle.
+
+    Args:
+        pipeline: over the bundle.
+        classifier: that judges.
+        settings: what to generate with; none: the LFAE alone is measured.
+        clips: of each label.
+        seed: of characters and noise: all settings get the same.
+        progress: told of what is done.
+
+    Raises:
+        InputError: numbers are out of range, the bundle's model is not of drawn characters, or the bundle knows none
+            of the classifier's labels and clips were to be generated.
+        EngineError: an engine cannot be loaded or fails.
+    """
+    if clips < 1 or not 0 <= seed < 100_000:
+        raise InputError(f"clips is {clips} and seed {seed}, expected 1 or more clips and a seed of 0 to 99999")
+    require_drawn_characters(pipeline.bundle)
+    pipeline.bundle.require_drive("reconstruction")
+    labels = tuple(label for label in LABELS if label in pipeline.bundle.labels and label in classifier.labels)
+    if settings and not labels:
+        known = ", ".join(pipeline.bundle.labels) or "none"
+        raise InputError(
+            f"this bundle's labels ({known}) are none that the classifier knows ({', '.join(classifier.labels)}); "
+            "give another classifier, or no samplers to measure the LFAE alone"
+        )
+    wanted = labels or LABELS
+    shown = _Real.draw(pipeline, wanted, clips, _SHOWN + seed * 10_000)
+    others = _Real.draw(pipeline, wanted, clips, _REAL + seed * 10_000)
+    reconstruction, real_still = _reconstruct(pipeline, shown, progress)
+    shown_features, shown_seen = classifier.judge(shown.frames)
+    other_features, other_seen = classifier.judge(others.frames)
+    right = [classifier.labels[i] for i in (*shown_seen, *other_seen)]
+    return Evaluation(
+        labels=wanted,
+        seen=classifier.labels,
+        precision=pipeline.bundle.manifest.precision,
+        seed=seed,
+        data=describe_data(pipeline.bundle, wanted, clips),
+        reconstruction=reconstruction,
+        real_accuracy=float(np.mean([a == b for a, b in zip(right, (*shown.labels, *others.labels), strict=True)])),
+        real_frechet=frechet_distance(shown_features, other_features),
+        real_still=real_still,
+        generations=tuple(
+            _generate(pipeline, classifier, setting, shown, other_features, seed, progress) for setting in settings
+        ),
+    )
+
+
+def describe_data(bundle: Bundle, labels: Sequence[str], clips: int) -> str:
+    """What a bundle is measured on, in a line."""
+    size, frames = bundle.manifest.geometry.image_size, bundle.manifest.geometry.frames
+    return (
+        f"drawn characters that no training has seen: {clips} of each of {', '.join(labels)}, {frames} frames of "
+        f"{size}x{size}"
+    )
+
+
+def require_drawn_characters(bundle: Bundle) -> None:
+    """Refuse a model that was trained on anything but drawn characters, which alone are drawn and judged here.
+
+    Raises:
+        InputError: the bundle's provenance names other data, or, where it names none, its labels are others.
+    """
+    data = bundle.manifest.provenance.get("data")
+    others = [label for label in bundle.labels if label not in LABELS]
+    if data is not None and data not in _DRAWN:
+        why = f"its model was trained on the data set {data!r}"
+    elif others:
+        why = f"its labels ({shortened(bundle.labels)}) are not theirs ({', '.join(LABELS)})"
+    elif data is None and not bundle.labels:
+        why = "neither labels nor provenance say that its model is of such"
+    else:
+        return
+    raise InputError(
+        f"{bundle.path} cannot be evaluated: this measures drawn characters alone, and {why}; compare clips of its own "
+        "data instead"
+    )
+
+
+@dataclass(frozen=True)
+class _Real:
+    """Real clips (N, T, H, W, 3) uint8 of held-out characters, and their labels."""
+
+    frames: UInt8Array
+    labels: tuple[str, ...]
+
+    @classmethod
+    def draw(cls, pipeline: Pipeline, labels: Sequence[str], clips: int, first: int) -> _Real:
+        geometry = pipeline.bundle.manifest.geometry
+        asked = [label for _ in range(clips) for label in labels]
+        frames = [
+            sample_clip(HELD_OUT_SEEDS[first + i], size=geometry.image_size, frames=geometry.frames, label=label).frames
+            for i, label in enumerate(asked)
+        ]
+        return cls(np.stack(frames), tuple(asked))
+
+
+def _reconstruct(pipeline: Pipeline, real: _Real, progress: Progress | None) -> tuple[Reconstruction, float]:
+    """Also the mean difference of rebuilt still parts from the first frame."""
+    errors, still = np.zeros((len(real.labels), 3)), []
+    for index, frames in enumerate(real.frames):
+        _report(progress, "reconstruction", index, len(real.labels))
+        clip = to_float(frames)  # (T, 3, H, W)
+        encoded = pipeline.encode(frames[0])
+        motion = [
+            pipeline.stages.run(DRIVE_STAGE, np.repeat(clip[:1], len(part), axis=0), part)[0]
+            for part in (clip[start : start + _BATCH] for start in range(0, len(clip), _BATCH))
+        ]
+        latent = np.ascontiguousarray(np.concatenate(motion).transpose(1, 0, 2, 3))[None]
+        rebuilt, warped = (pictures[0].transpose(1, 0, 2, 3) for pictures in pipeline.decode(encoded, latent))
+        # Of the first frame nothing is to be rebuilt.
+        errors[index] = [
+            np.abs(found[1:] - clip[1:]).mean() for found in (rebuilt, warped, np.repeat(clip[:1], len(clip), 0))
+        ]
+        still.append(_still_difference(rebuilt.transpose(0, 2, 3, 1), frames))
+    frame, warp, copied = errors.mean(axis=0)
+    by_label = {
+        label: float(np.divide(*errors[[name == label for name in real.labels]][:, [0, 2]].mean(axis=0)))
+        for label in dict.fromkeys(real.labels)
+    }
+    return Reconstruction(len(errors), float(frame), float(warp), float(copied), by_label), float(np.mean(still))
+
+
+def _generate(
+    pipeline: Pipeline,
+    classifier: MotionClassifier,
+    setting: Setting,
+    real: _Real,
+    real_features: NDArray[np.float32],
+    seed: int,
+    progress: Progress | None,
+) -> Generation:
+    table = pipeline.sampler_table(setting.sampler, setting.steps, setting.eta)
+    features: list[NDArray[np.float32]] = []
+    seen: list[int] = []
+    still: list[float] = []
+    seconds = 0.0
+    name = f"{setting.sampler} {table.steps}"
+    for start in range(0, len(real.labels), _BATCH):
+        _report(progress, name, start, len(real.labels))
+        part = slice(start, start + _BATCH)
+        before = time.perf_counter()
+        made = pipeline.generate(
+            np.ascontiguousarray(real.frames[part, 0]),
+            label=list(real.labels[part]),
+            sampler=setting.sampler,
+            steps=setting.steps,
+            eta=setting.eta,
+            guidance_scale=setting.guidance_scale,
+            seed=[seed * 10_000 + start + i for i in range(len(real.labels[part]))],
+        )
+        seconds += time.perf_counter() - before
+        some_features, some_seen = classifier.judge(made.frames)
+        features.append(some_features)
+        seen.extend(int(label) for label in some_seen)
+        still.extend(
+            _still_difference(found.astype(np.float32) / 255, wanted)
+            for found, wanted in zip(made.frames, real.frames[part], strict=True)
+        )
+    _report(progress, name, len(real.labels), len(real.labels))
+    labels = tuple(dict.fromkeys(real.labels))
+    confusion = np.zeros((len(labels), len(classifier.labels)), np.int64)
+    for asked, found in zip(real.labels, seen, strict=True):
+        confusion[labels.index(asked), found] += 1
+    right = {
+        label: float(row[classifier.labels.index(label)] / row.sum())
+        for label, row in zip(labels, confusion, strict=True)
+    }
+    return Generation(
+        setting=Setting(setting.sampler, table.steps, setting.eta, setting.guidance_scale),
+        clips=len(seen),
+        accuracy=float(np.mean(list(right.values()))),
+        by_label=right,
+        confusion=tuple(tuple(int(count) for count in row) for row in confusion),
+        frechet=frechet_distance(np.concatenate(features), real_features),
+        still=float(np.mean(still)),
+        seconds=seconds / len(seen),
+    )
+
+
+def _still_difference(found: NDArray[np.float32], real: UInt8Array) -> float:
+    """Mean absolute difference from the real first frame, of frames (T, H, W, 3) in [0, 1], where `real` stands still.
+
+    The border of two pixels is left out: beyond it there is nothing that a warp could fetch.
+    """
+    offset = np.abs(real.astype(np.int16) - real[:1]).max(axis=(0, 3))
+    mask = offset <= _STILL
+    mask[:2], mask[-2:], mask[:, :2], mask[:, -2:] = False, False, False, False
+    if not mask.any():
+        return 0.0
+    first = real[0].astype(np.float32) / 255
+    return float(np.abs(found - first)[1:, mask].mean())
+
+
+def frechet_distance(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
+    """Fréchet distance of two sets of features (N, F) as if both were normally distributed: 0 for equal ones.
+
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)); the trace of the root is the sum of the roots of the eigenvalues of
+    C1^(1/2) C2 C1^(1/2), which is symmetric.
+    """
+    means: list[Float64Array] = [np.mean(part, axis=0, dtype=np.float64) for part in (first, second)]
+    covariances = [np.atleast_2d(np.cov(part.astype(np.float64), rowvar=False, bias=True)) for part in (first, second)]
+    values, vectors = np.linalg.eigh(covariances[0])
+    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    mixed = np.linalg.eigvalsh(root @ covariances[1] @ root)
+    cross = np.sqrt(np.clip(mixed, 0, None)).sum()
+    distance = ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * cross
+    return float(max(distance, 0.0))
+
+
+def _report(progress: Progress | None, what: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(what, done, total)

@@ -1,0 +1,1 @@
+"""Networks become a bundle, and a bundle plans."""

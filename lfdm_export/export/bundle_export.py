@@ -1,0 +1,270 @@
+"""A loaded model -> a bundle."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lfdm_export.bundle.manifest import TEXT_STAGE, Manifest, check_labels
+from lfdm_export.bundle.reader import ONNX_FOLDER, PARITY_FOLDER, TOKENIZER_FOLDER, Bundle
+from lfdm_export.bundle.writer import BundleWriter
+from lfdm_export.checkpoints.datasets import NO_ENCODER, dataset_facts
+from lfdm_export.errors import ExportError, InputError
+from lfdm_export.export.precisions import Traced, check_precision, typed_graphs
+from lfdm_export.graphs import trace as onnx_export
+from lfdm_export.machine import package_versions
+from lfdm_export.pictures.preprocess import Preprocessing
+from lfdm_export.reference.pytorch import make_reference
+from lfdm_export.rewrite.stage_modules import stage_modules
+from lfdm_export.stages import Geometry, StageSpec, stage_specs
+from lfdm_models.config import LfdmConfig
+from lfdm_models.model import LfdmModel
+from lfdm_models.schedule import cosine_schedule
+from lfdm_models.text import BertTextEncoder, TextEncoderError
+
+logger = logging.getLogger(__name__)
+
+#: Called with the stage at work, how many are done, and how many there are.
+Progress: TypeAlias = Callable[[str, int, int], None]
+#: Frames that one run of `decode` gives; from 2 to 20 the time a frame is the same, and memory grows with them.
+CHUNK_FRAMES = 8
+#: Stages that one traced graph gives, and the file that their weights share.
+_UNET_GRAPHS = {"step": ("step", "denoise"), "step_guided": ("step_guided", "denoise_guided")}
+_UNET_DATA = "unet.data"
+#: What the published models were trained on.
+_PUBLISHED_FRAMES, _PUBLISHED_SIZE = 40, 128
+_VERSIONED = ("lfdm-export", "numpy", "torch", "onnx", "onnxscript", "transformers")
+
+
+def export_bundle(
+    model: LfdmModel,
+    out_dir: str | os.PathLike[str],
+    *,
+    engine: str = "fp32",
+    dataset: str | None = None,
+    frames: int | None = None,
+    image_size: int | None = None,
+    text_encoder: BertTextEncoder | str | os.PathLike[str] | None = None,
+    labels: Sequence[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    drive: bool = True,
+    reference: bool = True,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export a model as a bundle, atomically: an interrupted export leaves what was there.
+
+    Args:
+        model: of `load_model`.
+        out_dir: becomes the bundle; must not exist, be empty, or be a bundle, which is then replaced.
+        engine: precision of the graphs, one of `stages.PRECISIONS`; see docs/precision.md.
+        dataset: what the model was trained on, "mug", "mhad" or "natops": gives text encoder, labels and preprocessing,
+            each unless it is given itself.
+        frames: T, frames of a clip; fixed in the bundle. None: as the model was trained, else 40.
+        image_size: H = W in pixels; fixed in the bundle. None: as the model was trained, else 128.
+        text_encoder: the BERT that the model was trained with: a folder, a hub name, or loaded. With it the
+            bundle takes free text. "none": none, and so no labels but those that the model brings, even of a data set.
+        labels: the known labels, embedded by the text encoder, or chosen among those that the model
+            brings. None: the data set's, else all that the model brings.
+        preprocessing: what happens to a picture before the model sees it. None: the data set's rule, else the plain
+            one.
+        drive: include `estimate_motion`, which motion transfer alone needs: half of a bundle of the published size.
+        reference: run the untouched networks as well and keep what they give, so that anybody can verify the bundle
+            without them.
+        progress: called as ``progress(stage, done, total)``.
+
+    Returns:
+        The bundle.
+
+    Raises:
+        InputError: an argument cannot be used.
+        ExportError: the export came out wrong.
+        BundleError: the bundle cannot be written there.
+    """
+    check_precision(engine)
+    if dataset is not None:
+        facts = dataset_facts(dataset)
+        preprocessing = facts.preprocessing if preprocessing is None else preprocessing
+        if text_encoder != NO_ENCODER:
+            text_encoder = facts.text_encoder if text_encoder is None else text_encoder
+            labels = facts.labels if labels is None else labels
+    if text_encoder == NO_ENCODER:
+        text_encoder = None
+    trained_frames, trained_size = trained_geometry(model)
+    frames = trained_frames if frames is None else frames
+    geometry = geometry_of(model.config, frames, trained_size if image_size is None else image_size)
+    _require_cosine_schedule(model)
+    encoder = load_text_encoder(text_encoder, geometry.text_width)
+    if labels is not None:
+        _check_labels(labels)
+    table = _label_table(model, labels, encoder)
+    specs = stage_specs(geometry, with_text=encoder is not None, with_drive=drive)
+    with BundleWriter(out_dir) as writer:
+        graphs = trace_graphs(model, encoder, specs, frames, progress)
+        lowered = typed_graphs(Traced(graphs, model, geometry, table), engine, progress)
+        write_graphs(lowered.graphs, specs, writer.folder / ONNX_FOLDER)
+        if lowered.sensitivity is not None:
+            lowered.sensitivity.write(writer.folder / PARITY_FOLDER)
+        del graphs, lowered
+        rows = np.array(list(table.values()), np.float32).reshape(len(table), geometry.text_width)
+        writer.write_embeddings(rows, model.diffusion.denoise_fn.null_cond_emb.detach().numpy()[0])
+        if encoder is not None:
+            encoder.save_tokenizer(writer.folder / TOKENIZER_FOLDER)
+        if reference:
+            seed = secrets.randbits(32)
+            writer.write_reference(
+                make_reference(model, geometry, seed=seed, text_encoder=encoder, drive=drive, progress=progress)
+            )
+        return writer.finish(
+            Manifest(
+                config=model.config,
+                geometry=geometry,
+                precision=engine,
+                stages=tuple(specs.values()),
+                labels=tuple(table),
+                preprocessing=preprocessing or Preprocessing(),
+                provenance=dict(model.provenance),
+                versions={"python": platform.python_version(), **package_versions(_VERSIONED)},
+            )
+        )
+
+
+def trained_geometry(model: LfdmModel) -> tuple[int, int]:
+    """Frames of a clip and pixels a side that a model was trained with; the published ones where it does not say."""
+    found = (model.provenance.get(name) for name in ("frames", "image_size"))
+    frames, image_size = (value if isinstance(value, int) else None for value in found)
+    return frames or _PUBLISHED_FRAMES, image_size or _PUBLISHED_SIZE
+
+
+def geometry_of(config: LfdmConfig, frames: int, image_size: int) -> Geometry:
+    """The sizes of all stages.
+
+    Raises:
+        InputError: the networks cannot run on such images, or `frames` is below 1.
+    """
+    if frames < 1:
+        raise InputError(f"frames is {frames}, expected 1 or more")
+    try:
+        latent_size = config.latent_size(image_size)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return Geometry(
+        image_size=image_size,
+        latent_size=latent_size,
+        frames=frames,
+        chunk_frames=min(CHUNK_FRAMES, frames),
+        skip_channels=tuple(config.lfae.generator_channels(level) for level in range(config.lfae.down_blocks + 1)),
+        context_channels=config.dm.width,
+        text_width=config.dm.text_width,
+    )
+
+
+def _require_cosine_schedule(model: LfdmModel) -> None:
+    """A bundle says how long the schedule is, not what it is: there is but one published."""
+    found = model.diffusion.schedule()
+    expected = cosine_schedule(found.steps)
+    for name, values in expected.buffers().items():
+        if not np.allclose(found.buffers()[name], values, rtol=1e-4, atol=1e-6):
+            raise ExportError(
+                f"the DM's noise schedule is not the cosine schedule of {found.steps} steps (its {name} differs); "
+                "expected the published schedule; train the DM with it"
+            )
+
+
+def trace_graphs(
+    model: LfdmModel,
+    encoder: BertTextEncoder | None,
+    specs: Mapping[str, StageSpec],
+    frames: int,
+    progress: Progress | None = None,
+) -> dict[str, ir.Model]:
+    """The float32 graph of every stage, by name; their weights are the model's own where no rewrite changed them."""
+    modules = stage_modules(model, frames)
+    if encoder is not None:
+        modules[TEXT_STAGE] = encoder
+    traced = [name for name in specs if not name.startswith("denoise")]
+    graphs: dict[str, ir.Model] = {}
+    for done, name in enumerate(traced):
+        if progress is not None:
+            progress(name, done, len(traced))
+        spec = specs[name]
+        if name not in _UNET_GRAPHS:
+            graphs[name] = onnx_export.trace(modules[name], spec.inputs, spec.outputs)
+            continue
+        stages = [specs[stage] for stage in _UNET_GRAPHS[name]]
+        outputs = [tensor for stage in reversed(stages) for tensor in stage.outputs]
+        graph = onnx_export.trace(modules[name], spec.inputs, outputs)
+        graphs |= {stage.name: onnx_export.select(graph, stage) for stage in stages}
+    if progress is not None:
+        progress("done", len(traced), len(traced))
+    return graphs
+
+
+def write_graphs(graphs: Mapping[str, ir.Model], specs: Mapping[str, StageSpec], folder: Path) -> None:
+    """Write every stage's graph and check it; the UNet's graphs share their weights' file.
+
+    Raises:
+        ExportError: a graph is not valid ONNX.
+    """
+    unet = [stage for stages in _UNET_GRAPHS.values() for stage in stages]
+    onnx_export.save({name: graphs[name] for name in unet}, folder, _UNET_DATA)
+    for name in specs:
+        if name not in unet:
+            onnx_export.save({name: graphs[name]}, folder, f"{name}.data")
+    onnx_export.check(folder, specs)
+
+
+def load_text_encoder(
+    source: BertTextEncoder | str | os.PathLike[str] | None, text_width: int
+) -> BertTextEncoder | None:
+    """A text encoder, loaded if it is not yet, that fits the DM; None for None.
+
+    Raises:
+        InputError: it cannot be loaded, or its embeddings are of another width.
+    """
+    if source is None:
+        return None
+    try:
+        encoder = source if isinstance(source, BertTextEncoder) else BertTextEncoder.load(source)
+    except TextEncoderError as error:
+        raise InputError(str(error)) from error
+    if encoder.width != text_width:
+        raise InputError(
+            f"the text encoder gives embeddings of {encoder.width} values, the DM expects {text_width}; "
+            "give the encoder that the DM was trained with"
+        )
+    return encoder
+
+
+def _check_labels(labels: Sequence[str]) -> None:
+    try:
+        check_labels(labels)
+    except ValueError as error:
+        raise InputError(f"the labels cannot be used: {error}; give each once, in printable text") from error
+
+
+def _label_table(
+    model: LfdmModel, labels: Sequence[str] | None, encoder: BertTextEncoder | None
+) -> dict[str, NDArray[np.float32]]:
+    """Embedding of each known label, by the text encoder if there is one."""
+    wanted = list(model.label_embeddings) if labels is None else list(labels)
+    if not wanted:
+        logger.info("the bundle knows no labels: give labels and a text encoder, or generate with text embeddings")
+        return {}
+    if encoder is not None:
+        return dict(zip(wanted, encoder.embed(wanted), strict=True))
+    missing = [label for label in wanted if label not in model.label_embeddings]
+    if missing:
+        raise InputError(
+            f"there is no text embedding for the label {missing[0]!r} (of {len(missing)} without one); "
+            "give the text encoder that the DM was trained with (the published models: bert-base-cased)"
+        )
+    return {label: model.label_embeddings[label] for label in wanted}

@@ -1,0 +1,487 @@
+"""Image and label -> clip, over the engines of a bundle."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lfdm_export.bundle.manifest import TEXT_STAGE
+from lfdm_export.bundle.reader import TOKENIZER_FOLDER, Bundle
+from lfdm_export.engines.onnxruntime.engine import Device
+from lfdm_export.engines.targets import AUTO
+from lfdm_export.errors import EngineError, InputError
+from lfdm_export.generate.arguments import (
+    common_batch,
+    embedding_rows,
+    finite_number,
+    per_sample,
+    sample_seeds,
+    seed_count,
+)
+from lfdm_export.generate.stage_runner import StageRunner
+from lfdm_export.generate.tokenizer import tokenize
+from lfdm_export.pictures.clip import Clip
+from lfdm_export.pictures.clips import Footage, read_footage
+from lfdm_export.pictures.crop import Crop
+from lfdm_export.pictures.preprocess import ImageLike, prepare_image, prepare_images, to_float, to_uint8
+from lfdm_export.sampling import loop as sampling
+from lfdm_export.stages import DRIVE_STAGE
+from lfdm_export.wording import count
+from lfdm_models.schedule import cosine_schedule
+
+Float32: TypeAlias = NDArray[np.float32]
+UInt8: TypeAlias = NDArray[np.uint8]
+#: Called with the stage at work, how much of it is done, and out of how much.
+Progress: TypeAlias = Callable[[str, int, int], None]
+#: Driving frames that `estimate_motion` takes in one run.
+_MOTION_BATCH = 8
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Encoded:
+    """What every frame and step of a clip shares.
+
+    Attributes:
+        image: (B, 3, H, W) float32 in [0, 1].
+        skips: the encoder's outputs, full size first; the last is `feature`.
+        context: (B, C, h, w) float32, the UNet's response to the feature.
+    """
+
+    image: Float32
+    skips: tuple[Float32, ...]
+    context: Float32
+
+    def __repr__(self) -> str:
+        height, width = self.image.shape[2:]
+        return f"<Encoded: {count(len(self.image), 'image')} of {width}x{height}>"
+
+    def repeat(self, batch: int) -> Encoded:
+        """The same for `batch` samples, if it is one image's."""
+        if len(self.image) == batch:
+            return self
+        skips = tuple(np.repeat(skip, batch, axis=0) for skip in self.skips)
+        return Encoded(np.repeat(self.image, batch, axis=0), skips, np.repeat(self.context, batch, axis=0))
+
+
+class Pipeline:
+    """Makes clips with a bundle.
+
+    Engines are loaded when their stage is first needed, and kept. Not for several threads at once.
+
+    Example:
+        >>> pipe = Pipeline("mug")
+        >>> pipe.generate("face.jpg", label="happiness", seed=0).save("happiness.gif")
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle | str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        device: Device = "cpu",
+        target: str = AUTO,
+        self_check: bool = True,
+    ) -> None:
+        """Use a bundle, or open the path of one; see `open`. Its stages can be run one by one through ``stages``."""
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        self.stages = StageRunner(self.bundle, threads=threads, device=device, target=target, self_check=self_check)
+
+    def __repr__(self) -> str:
+        return f"<Pipeline {str(self.bundle.path)!r}: {self.bundle.manifest.summary()}; {self.stages.state()}>"
+
+    @classmethod
+    def open(
+        cls,
+        bundle: Bundle | str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        device: Device = "cpu",
+        target: str = AUTO,
+        self_check: bool = True,
+    ) -> Pipeline:
+        """Open a bundle, or the path of one, whose files are then checked by their hashes.
+
+        Args:
+            bundle: a bundle or its folder.
+            threads: threads of each engine on a CPU; None takes all cores.
+            device: where ONNX Runtime runs: "cpu", "cuda", "tensorrt" or "tensorrt-rtx".
+            target: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or "auto": the first of the two TensorRTs
+                that the bundle has plans for and that runs here, else the faster of ONNX Runtime and OpenVINO.
+            self_check: before a target is used on this machine for the first time, compare it with the reference in
+                the bundle (seconds); "auto" takes only what passes. Findings are kept in the user's cache folder.
+
+        Raises:
+            BundleError: there is no whole bundle at the path.
+            InputError: the target is unknown.
+        """
+        return cls(bundle, threads=threads, device=device, target=target, self_check=self_check)
+
+    def generate(
+        self,
+        image: ImageLike,
+        *,
+        crop: Crop | None = None,
+        label: str | Sequence[str] | None = None,
+        text: str | Sequence[str] | None = None,
+        text_embedding: ArrayLike | None = None,
+        sampler: str | None = None,
+        steps: int | None = None,
+        eta: float | None = None,
+        guidance_scale: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        noise: Iterator[Float32] | None = None,
+        progress: Progress | None = None,
+    ) -> Clip:
+        """Make a clip of `image` moving as the label says.
+
+        Exactly one of `label`, `text` and `text_embedding` is given. Whatever is given once serves every
+        sample, so one image and seven labels make seven clips.
+
+        Args:
+            image: a path, a PIL image, (H,W,3) uint8, or (B,H,W,3) uint8 for a batch.
+            crop: what is cut out of the image first: "center", the largest square in its middle, or (x, y, width,
+                height) in its pixels. None keeps all of it, with black bars where it is not square.
+            label: a known label, or one a sample.
+            text: free text, or one a sample; for bundles with a text encoder.
+            text_embedding: (text_width,) or (B, text_width).
+            sampler: a name of `lfdm_export.sampling.loop.SAMPLERS`; None for the bundle's default.
+            steps: sampling steps; None for the default.
+            eta: DDIM's share of fresh noise, 0 … 1; None for the default.
+            guidance_scale: 1 for the conditional prediction, 0 for the unconditional one, above 1 for
+                more of the label; None for the default.
+            seed: one a sample; a single one gives sample i the seed ``seed + i``. A sample's noise depends
+                on nothing but its seed. None is 0.
+            noise: instead of a seed: float32 draws (B,3,T,h,w), first the start, then one for each step that
+                takes one.
+            progress: called as ``progress(stage, done, total)``.
+
+        Raises:
+            InputError: an argument cannot be used.
+            EngineError: an engine cannot be loaded or fails.
+        """
+        prepared = self._prepare(image, crop)
+        words, embeddings = self._conditions(label, text, text_embedding)
+        batch = common_batch({"images": len(prepared), "labels": len(embeddings), "seeds": seed_count(seed)})
+        encoded = self._encode(prepared, progress).repeat(batch)
+        latent = self.sample(
+            encoded,
+            np.repeat(embeddings, batch // len(embeddings), axis=0),
+            sampler=sampler,
+            steps=steps,
+            eta=eta,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            noise=noise,
+            progress=progress,
+        )
+        return replace(
+            self._clip(prepared, encoded, latent, progress),
+            labels=None if words is None else words * (batch // len(words)),
+            seeds=None if noise is not None else sample_seeds(seed, batch),
+            settings={
+                **self._origin("generate"),
+                **self._sampling_settings(sampler, steps, eta, guidance_scale),
+                "condition": "label" if label is not None else "text" if text is not None else "text_embedding",
+            },
+        )
+
+    def transfer_motion(
+        self,
+        image: ImageLike,
+        driving_clip: str | os.PathLike[str] | UInt8,
+        *,
+        crop: Crop | None = None,
+        fps: float | None = None,
+        progress: Progress | None = None,
+    ) -> Clip:
+        """Make a clip of `image` moving as another clip does, with the LFAE alone.
+
+        The motion is absolute: each frame's flow leads from `image` to that driving frame, so it looks best
+        where the clip begins in a pose like the image's. It is as long in time as the driving clip.
+
+        Args:
+            image: a path, a PIL image or (H,W,3) uint8.
+            driving_clip: a path, or (T,H,W,3) uint8; of at most 10,000 frames at its own rate, or at `fps`. A file's
+                frames are scaled one by one as they are read.
+            crop: what is cut out of the image, and out of each frame, first; see `generate`. A crop in pixels is the
+                image's alone: of the frames it takes the middle.
+            fps: frames per second that the driving clip is resampled to; None for its own.
+            progress: called as ``progress(stage, done, total)``.
+
+        Raises:
+            InputError: the image or the clip cannot be used.
+            EngineError: an engine cannot be loaded or fails.
+        """
+        self.bundle.require_drive("motion transfer")
+        prepared = self._prepare(image, crop)
+        if len(prepared) != 1:
+            raise InputError(f"motion transfer takes one image, found a batch of {len(prepared)}; call it for each")
+        footage = self._driving(driving_clip, fps, crop)
+        driving = footage.frames
+        source, latents = to_float(prepared), []
+        _report(progress, DRIVE_STAGE, 0, len(driving))
+        for start in range(0, len(driving), _MOTION_BATCH):
+            part = to_float(driving[start : start + _MOTION_BATCH])
+            (latent,) = self.stages.run(DRIVE_STAGE, np.repeat(source, len(part), axis=0), part)
+            latents.append(latent)
+            _report(progress, DRIVE_STAGE, start + len(part), len(driving))
+        motion = np.ascontiguousarray(np.concatenate(latents).transpose(1, 0, 2, 3))[None]
+        return replace(
+            self._clip(prepared, self._encode(prepared, progress), motion, progress),
+            fps=footage.fps,
+            settings=self._origin("transfer_motion"),
+        )
+
+    def _driving(self, driving_clip: str | os.PathLike[str] | UInt8, fps: float | None, crop: Crop | None) -> Footage:
+        """A driving clip's frames as the model takes them, (T,size,size,3), and their rate."""
+        size, rule = self.bundle.manifest.geometry.image_size, self.bundle.manifest.preprocessing
+        middle: Crop | None = None if crop is None else "center"
+        prepare = functools.partial(prepare_image, size=size, preprocessing=rule, crop=middle)
+        if not isinstance(driving_clip, np.ndarray):
+            return read_footage(driving_clip, fps=fps, prepare=prepare)
+        if driving_clip.ndim != 4 or len(driving_clip) == 0:
+            raise InputError(f"driving_clip has shape {driving_clip.shape}, expected (T,H,W,3)")
+        return Footage(np.stack([prepare(frame) for frame in driving_clip]), fps)
+
+    def encode(self, image: ImageLike) -> Encoded:
+        """Encode one image, or a batch (B,H,W,3) uint8.
+
+        Raises:
+            InputError: the image cannot be used.
+            EngineError: the engine cannot be loaded or fails.
+        """
+        return self._encode(self._prepare(image), None)
+
+    def embed_text(self, texts: Sequence[str]) -> Float32:
+        """Free texts -> text embeddings (B, text_width) float32.
+
+        Raises:
+            InputError: the bundle has no text encoder, or a text cannot be used.
+        """
+        if not self.bundle.manifest.has_text:
+            known = ", ".join(self.bundle.labels) or "none"
+            raise InputError(
+                f"this bundle has no text encoder; give one of its labels ({known}) or a text embedding, "
+                "or export again with a text encoder"
+            )
+        # One at a time: padding would leave its trace in the last bits, and a sample depends on no other.
+        rows = [
+            self.stages.run(TEXT_STAGE, *tokenize(self.bundle.path / TOKENIZER_FOLDER, [text]))[0] for text in texts
+        ]
+        return np.concatenate(rows)
+
+    def sample(
+        self,
+        encoded: Encoded,
+        embedding: ArrayLike,
+        *,
+        sampler: str | None = None,
+        steps: int | None = None,
+        eta: float | None = None,
+        guidance_scale: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        noise: Iterator[Float32] | None = None,
+        progress: Progress | None = None,
+    ) -> Float32:
+        """Denoise.
+
+        Args:
+            encoded: of B images.
+            embedding: (text_width,) or (B, text_width).
+            sampler: see `generate`, as for all that follow.
+            steps: number of sampling steps.
+            eta: DDIM's share of fresh noise.
+            guidance_scale: of classifier-free guidance.
+            seed: one a sample, or a single one.
+            noise: instead of a seed.
+            progress: called as ``progress("denoise", steps done, steps)``.
+
+        Returns:
+            The latent (B, 3, T, h, w) float32.
+
+        Raises:
+            InputError: an argument cannot be used.
+            EngineError: an engine cannot be loaded, fails, or gives values that are not finite.
+        """
+        geometry, defaults = self.bundle.manifest.geometry, self.bundle.manifest.sampler
+        batch = len(encoded.image)
+        rows = embedding_rows(embedding, geometry.text_width)
+        if len(rows) not in (1, batch):
+            raise InputError(f"found {len(rows)} text embeddings for {batch} images, expected 1 or {batch}")
+        scale = defaults.guidance_scale if guidance_scale is None else finite_number(guidance_scale, "guidance_scale")
+        table = self.sampler_table(sampler, steps, eta)
+        shape = (3, geometry.frames, geometry.latent_size, geometry.latent_size)
+        if noise is None:
+            source = sampling.seeded_noise(sample_seeds(seed, batch), shape)
+        elif seed is None:
+            source = sampling.handed_noise(iter(noise), (batch, *shape))
+        else:
+            raise InputError("both seed and noise were given, expected one of them; leave one out")
+
+        def on_step(index: int, latent: Float32 | None) -> None:
+            if latent is not None:
+                _require_finite(latent, index, table.steps)
+            _report(progress, "denoise", index + 1, table.steps)
+
+        _report(progress, "denoise", 0, table.steps)
+        stage, fixed = self._condition(encoded, np.repeat(rows, batch // len(rows), axis=0), scale)
+        latent = self.stages.sample(stage, fixed, table, source, on_step=on_step)
+        _require_finite(latent, table.steps - 1, table.steps)  # where the steps' own latents stayed with the engine
+        return latent
+
+    def sampler_table(
+        self, sampler: str | None = None, steps: int | None = None, eta: float | None = None
+    ) -> sampling.SamplerTable:
+        """The sampler that these arguments mean; the bundle's defaults count for its own default sampler.
+
+        Raises:
+            InputError: the sampler is unknown, or cannot do with these steps or this eta.
+        """
+        manifest = self.bundle.manifest
+        defaults = manifest.sampler
+        if sampler is None or sampler == defaults.sampler:
+            sampler = defaults.sampler
+            steps = defaults.steps if steps is None else steps
+            eta = defaults.eta if eta is None else eta
+        schedule = cosine_schedule(manifest.config.dm.training_steps)
+        return sampling.sampler_table(sampler, schedule, steps, None if eta is None else finite_number(eta, "eta"))
+
+    def decode(self, encoded: Encoded, latent: Float32, *, progress: Progress | None = None) -> tuple[Float32, Float32]:
+        """Decode a latent.
+
+        Args:
+            encoded: of B images.
+            latent: (B, 3, T, h, w) float32, of any number of frames T.
+            progress: called as ``progress("decode", frames done, T)``.
+
+        Returns:
+            Frames and warped images, both (B, 3, T, H, W) float32 in [0, 1].
+
+        Raises:
+            InputError: the latent has another shape or dtype, or is not finite.
+            EngineError: the engine cannot be loaded or fails.
+        """
+        size = self.bundle.manifest.geometry.image_size
+        shape = (*latent.shape[:3], size, size)
+        frames, warped = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        for start, some_frames, some_warped in self._decode_chunks(encoded, latent, progress):
+            part = slice(start, start + some_frames.shape[2])
+            frames[:, :, part], warped[:, :, part] = some_frames, some_warped
+        return frames, warped
+
+    def _prepare(self, image: ImageLike, crop: Crop | None = None) -> UInt8:
+        """Any image -> (B, H, W, 3) uint8 as the model takes it."""
+        manifest = self.bundle.manifest
+        return prepare_images(image, manifest.geometry.image_size, manifest.preprocessing, crop=crop)
+
+    def _origin(self, made_by: str) -> dict[str, object]:
+        """What a clip's metadata say of the bundle."""
+        manifest = self.bundle.manifest
+        return {
+            "made_by": made_by,
+            "bundle": self.bundle.path.resolve().name,
+            "bundle_id": manifest.bundle_id,
+            "precision": manifest.precision,
+        }
+
+    def _sampling_settings(
+        self, sampler: str | None, steps: int | None, eta: float | None, guidance_scale: float | None
+    ) -> dict[str, object]:
+        """What a clip's metadata say of its sampling."""
+        defaults, table = self.bundle.manifest.sampler, self.sampler_table(sampler, steps, eta)
+        return {
+            "sampler": table.name,
+            "steps": table.steps,
+            "eta": defaults.eta_of(table.name, eta),
+            "guidance_scale": float(defaults.guidance_scale if guidance_scale is None else guidance_scale),
+        }
+
+    def _encode(self, prepared: UInt8, progress: Progress | None) -> Encoded:
+        _report(progress, "encode", 0, 1)
+        image = to_float(prepared)
+        *skips, context = self.stages.run("encode", image)
+        _report(progress, "encode", 1, 1)
+        return Encoded(image, tuple(skips), context)
+
+    def _conditions(
+        self, label: str | Sequence[str] | None, text: str | Sequence[str] | None, text_embedding: ArrayLike | None
+    ) -> tuple[tuple[str, ...] | None, Float32]:
+        """What the clip is conditioned on: its words if it has any, and embeddings (B, text_width)."""
+        given = [value is not None for value in (label, text, text_embedding)]
+        if sum(given) != 1:
+            raise InputError(f"found {sum(given)} of label, text and text_embedding, expected exactly one")
+        if label is not None:
+            rows = [self.bundle.label_index(one) for one in per_sample(label, "label")]
+            return tuple(self.bundle.labels[row] for row in rows), self.bundle.embeddings[rows]
+        if text is not None:
+            texts = per_sample(text, "text")
+            return texts, self.embed_text(texts)
+        return None, embedding_rows(cast(ArrayLike, text_embedding), self.bundle.manifest.geometry.text_width)
+
+    def _condition(self, encoded: Encoded, embedding: Float32, scale: float) -> tuple[str, dict[str, Float32]]:
+        """The stage that samples, and its inputs that stay the same; `step` where one branch is enough."""
+        batch = len(encoded.image)
+        if scale == 0.0:
+            embedding = np.repeat(self.bundle.null_embedding[None], batch, axis=0)
+        fixed = {"context": encoded.context, "text_embedding": embedding}
+        if scale in (0.0, 1.0):
+            return "step", fixed
+        return "step_guided", {**fixed, "guidance_scale": np.full(batch, scale, np.float32)}
+
+    def _decode_chunks(
+        self, encoded: Encoded, latent: Float32, progress: Progress | None
+    ) -> Iterator[tuple[int, Float32, Float32]]:
+        """Give first frame, frames and warped of each chunk; a last chunk that is not full overlaps the one before."""
+        geometry = self.bundle.manifest.geometry
+        batch, expected = len(encoded.image), (3, geometry.latent_size, geometry.latent_size)
+        shape = latent.shape
+        if latent.ndim != 5 or (shape[0], shape[1], *shape[3:]) != (batch, *expected) or shape[2] < 1:
+            raise InputError(f"latent has shape {shape}, expected ({batch}, 3, frames, {expected[1]}, {expected[2]})")
+        if latent.dtype != np.float32 or not np.isfinite(latent).all():
+            raise InputError(f"latent is {latent.dtype}, expected float32 and all values finite")
+        frames, chunk = shape[2], geometry.chunk_frames
+        if frames < chunk:
+            latent = np.concatenate([latent, np.repeat(latent[:, :, -1:], chunk - frames, axis=2)], axis=2)
+        _report(progress, "decode", 0, frames)
+        for start in range(0, frames, chunk):
+            begin = max(0, min(start, frames - chunk))
+            part = latent[:, :, begin : begin + chunk]
+            decoded = self.stages.run("decode", encoded.image, *encoded.skips, part)
+            some_frames, some_warped = (images[:, :, : frames - begin] for images in decoded)
+            yield begin, some_frames, some_warped
+            _report(progress, "decode", min(start + chunk, frames), frames)
+
+    def _clip(self, prepared: UInt8, encoded: Encoded, latent: Float32, progress: Progress | None) -> Clip:
+        """Decode into 8-bit pictures chunk by chunk, so that no clip is held as float32."""
+        size = self.bundle.manifest.geometry.image_size
+        batch, frame_count = latent.shape[0], latent.shape[2]
+        frames, warped = (np.empty((batch, frame_count, size, size, 3), np.uint8) for _ in range(2))
+        for start, some_frames, some_warped in self._decode_chunks(encoded, latent, progress):
+            part = slice(start, start + some_frames.shape[2])
+            frames[:, part], warped[:, part] = to_uint8(some_frames), to_uint8(some_warped)
+        return Clip(
+            frames=frames,
+            warped=warped,
+            latent=latent,
+            source=np.repeat(prepared, batch // len(prepared), axis=0),
+            residual_flow=self.bundle.manifest.config.residual_flow,
+        )
+
+
+def _require_finite(latent: Float32, index: int, steps: int) -> None:
+    if not np.isfinite(latent).all():
+        raise EngineError(
+            f"step {index + 1} of {steps} gave values that are not finite; "
+            "the weights or the engine are at fault: check the bundle with lfdm-verify"
+        )
+
+
+def _report(progress: Progress | None, stage: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(stage, done, total)

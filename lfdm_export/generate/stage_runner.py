@@ -1,0 +1,261 @@
+"""The stages of one bundle as functions of arrays, each over an engine that is loaded when first needed."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.engines.interface import Engine, KeepsState, StateLoop
+from lfdm_export.engines.onnxruntime.binding import STATE, BoundOnnxRuntimeEngine
+from lfdm_export.engines.onnxruntime.engine import Device, OnnxRuntimeEngine
+from lfdm_export.engines.self_check import is_enabled
+from lfdm_export.engines.self_check_choice import choose_checked
+from lfdm_export.engines.targets import AUTO, Choice, Target, check_target_name, find_targets
+from lfdm_export.engines.tensorrt.plans import targets_with_plans
+from lfdm_export.errors import EngineError
+from lfdm_export.sampling import loop as sampling
+
+logger = logging.getLogger(__name__)
+
+Float32: TypeAlias = NDArray[np.float32]
+#: Called after each step with its index and, where it is at hand or was asked for, the latent.
+OnStep: TypeAlias = Callable[[int, Float32 | None], None]
+
+
+class StageRunner:
+    """Runs stages; engines are kept once loaded. Not for several threads at once."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        device: Device = "cpu",
+        target: str = AUTO,
+        self_check: bool = True,
+    ) -> None:
+        """Use a bundle; nothing is loaded yet.
+
+        Args:
+            bundle: the bundle.
+            threads: threads of each engine on a CPU; None takes all cores.
+            device: where ONNX Runtime runs; see `OnnxRuntimeEngine`.
+            target: what runs the stages, see `lfdm_export.engines.targets`; "auto" looks for the fastest that can.
+            self_check: take a target only after it was compared on this machine; see
+                `lfdm_export.engines.self_check`. The environment variable LFDM_SELF_CHECK=0 turns it off, too.
+
+        Raises:
+            InputError: the target is unknown.
+        """
+        check_target_name(target, AUTO)
+        self.bundle = bundle
+        self._specs = bundle.stages
+        self._threads, self._device, self._asked = threads, device, target
+        self._self_check = self_check
+        self._engines: dict[str, Engine] = {}
+        self._loops: dict[tuple[str, int, int], StateLoop] = {}
+
+    @functools.cached_property
+    def choice(self) -> Choice:
+        """The target that runs the stages, and why; the first access may run the self-check, which takes seconds.
+
+        Raises:
+            EngineError: the requested target is not available here or gives wrong results here, or no target runs
+                the bundle.
+        """
+        if self._device != "cpu" and self._asked == AUTO:
+            return Choice("onnxruntime", f"the device {self._device!r} is ONNX Runtime's")
+        plans = targets_with_plans(self.bundle)
+        able = find_targets(self._asked, "run", self.bundle.manifest.precision, plans=plans)
+        choice = able[0]
+        if self._self_check and self._device == "cpu" and is_enabled():
+            choice, runner = choose_checked(
+                self.bundle, able, self._unchecked, named=self._asked != AUTO, threads=self._threads
+            )
+            if isinstance(runner, StageRunner):  # what was loaded for the check is not loaded again
+                self._engines, self._loops = runner._engines, runner._loops
+        logger.info("target %s: %s", choice.target, choice.reason)
+        return choice
+
+    def _unchecked(self, target: Target) -> StageRunner:
+        """The same with one target, taken as it is."""
+        return StageRunner(self.bundle, threads=self._threads, device=self._device, target=target, self_check=False)
+
+    @property
+    def target(self) -> Target:
+        """The target that runs the stages; see `choice`."""
+        target = self.choice.target
+        assert target is not None, "only plans can be made by nothing"
+        return target
+
+    def run(self, stage: str, *tensors: NDArray[np.generic]) -> tuple[Float32, ...]:
+        """Run one stage.
+
+        Args:
+            stage: its name.
+            tensors: its inputs, in the order of its `StageSpec`; a batch beyond the stage's largest is
+                run in parts.
+
+        Returns:
+            Its outputs, in the order of its `StageSpec`.
+
+        Raises:
+            EngineError: the engine cannot be loaded, the inputs do not fit, or the run fails.
+        """
+        engine = self.engine(stage)
+        spec = engine.spec
+        if len(tensors) != len(spec.inputs):
+            raise EngineError(f"stage {stage!r} takes {len(spec.inputs)} inputs, found {len(tensors)}")
+        parts = []
+        for part in _parts(max(map(len, tensors)), spec.batch[2]):
+            feeds = {spec.name: array[part] for spec, array in zip(spec.inputs, tensors, strict=True)}
+            outputs = engine.run(feeds)
+            parts.append([outputs[tensor.name] for tensor in spec.outputs])
+        joined = (some[0] if len(some) == 1 else np.concatenate(some) for some in zip(*parts, strict=True))
+        return cast(tuple[Float32, ...], tuple(joined))
+
+    def sample(
+        self,
+        stage: str,
+        fixed: Mapping[str, Float32],
+        table: sampling.SamplerTable,
+        source: sampling.NoiseSource,
+        *,
+        on_step: OnStep | None = None,
+        every_latent: bool = False,
+    ) -> Float32:
+        """Run a whole chain; its state stays where the engine runs, if the engine can keep it there.
+
+        Args:
+            stage: "step" or "step_guided".
+            fixed: the stage's inputs that no step changes, by name.
+            table: the sampler.
+            source: of the noise of the start, and of the steps that draw some.
+            on_step: told of each step that was taken or, by an engine that keeps the state, queued.
+            every_latent: give `on_step` the latent of every step, which such an engine then has to fetch.
+
+        Returns:
+            The last latent, (B, 3, T, h, w) float32.
+
+        Raises:
+            EngineError: the engine cannot be loaded or fails.
+        """
+        engine = self.engine(stage)
+        start = source(sampling.START)
+        if isinstance(engine, KeepsState):
+            return self._sample_there(engine, stage, fixed, table, start, source, on_step, every_latent)
+        names = [tensor.name for tensor in engine.spec.inputs]
+
+        def step(
+            noisy_latent: Float32, timestep: NDArray[np.int64], history: Float32, noise: Float32, coefficients: Float32
+        ) -> tuple[Float32, Float32]:
+            state: dict[str, NDArray[np.generic]] = {
+                "noisy_latent": noisy_latent,
+                "timestep": timestep,
+                "history": history,
+                "noise": noise,
+                "coefficients": coefficients,
+            }
+            state.update(fixed)
+            next_latent, next_history = self.run(stage, *(state[name] for name in names))
+            return next_latent, next_history
+
+        told = None if on_step is None else lambda index, latent, _history: on_step(index, latent)
+        return sampling.sample(step, table, start, source, on_step=told)
+
+    def _sample_there(
+        self,
+        engine: KeepsState,
+        stage: str,
+        fixed: Mapping[str, Float32],
+        table: sampling.SamplerTable,
+        start: Float32,
+        source: sampling.NoiseSource,
+        on_step: OnStep | None,
+        every_latent: bool,
+    ) -> Float32:
+        """`sample` by loops of the engine's own, one for each part of the batch."""
+        parts = _parts(len(start), self._specs[stage].batch[2])
+        loops = []
+        for number, part in enumerate(parts):
+            key = stage, number, len(start[part])
+            if key not in self._loops:
+                self._loops[key] = engine.denoise_loop(len(start[part]))
+            loops.append(self._loops[key])
+            loops[-1].begin(start[part], {name: values[part] for name, values in fixed.items()}, table)
+        for index in range(table.steps):
+            noise = source(index) if table.draws_noise[index] else None
+            for loop, part in zip(loops, parts, strict=True):
+                loop.step(index, None if noise is None else noise[part])
+            if on_step is not None:
+                on_step(index, np.concatenate([loop.latent() for loop in loops]) if every_latent else None)
+        return np.concatenate([loop.finish() for loop in loops])
+
+    def state(self) -> str:
+        """The target and the loaded stages, in a line; nothing is loaded or decided for it."""
+        target = self.__dict__["choice"].target if "choice" in self.__dict__ else self._asked
+        return f"target {target}, loaded: {', '.join(self.loaded) or 'nothing yet'}"
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """The stages whose engines are loaded."""
+        return tuple(self._engines)
+
+    def engine(self, stage: str) -> Engine:
+        """The stage's engine.
+
+        Raises:
+            BundleError: the bundle has no such stage.
+            EngineError: the engine cannot be loaded.
+        """
+        if stage not in self._engines:
+            self.bundle.stage_path(stage)
+            self._engines[stage] = load_engine(
+                self.bundle, stage, self.target, threads=self._threads, device=self._device
+            )
+        return self._engines[stage]
+
+
+def load_engine(
+    bundle: Bundle, stage: str, target: Target, *, threads: int | None = None, device: Device = "cpu"
+) -> Engine:
+    """Load one stage for a target.
+
+    Args:
+        bundle: the bundle.
+        stage: its name.
+        target: what runs it.
+        threads: on a CPU; None takes all cores.
+        device: where ONNX Runtime runs.
+
+    Raises:
+        BundleError: the bundle has no such stage.
+        EngineError: the engine cannot be loaded.
+        MissingDependencyError: the target's package is not installed.
+    """
+    path, spec = bundle.stage_path(stage), bundle.stages[stage]
+    if target == "onnxruntime":
+        # On a CPU a chain whose values are not finite is better stopped at once than kept where it is.
+        if device != "cpu" and set(STATE) <= {tensor.name for tensor in spec.outputs}:
+            return BoundOnnxRuntimeEngine(path, spec, threads=threads, device=device)
+        return OnnxRuntimeEngine(path, spec, threads=threads, device=device)
+    if target == "openvino":
+        from lfdm_export.engines.openvino.cache import user_compiled_cache
+        from lfdm_export.engines.openvino.engine import OpenVinoEngine
+
+        cache = user_compiled_cache()
+        return OpenVinoEngine(path, spec, threads=threads, precision=bundle.manifest.precision, cache=cache)
+    from lfdm_export.engines.tensorrt.engine import open_engine
+
+    return open_engine(bundle, stage, target)
+
+
+def _parts(batch: int, largest: int) -> list[slice]:
+    """A batch in parts of at most the largest."""
+    return [slice(start, start + largest) for start in range(0, batch, largest)]

@@ -1,0 +1,1 @@
+"""Each representation of the model against the one before."""

@@ -1,0 +1,134 @@
+"""Engines against ONNX Runtime, by NVIDIA Polygraphy: its runner of the same graph, its comparison, its files.
+
+A second opinion, whose code is not this program's: `verify` compares with PyTorch through this program's own engines.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.engines.interface import Engine
+from lfdm_export.engines.onnxruntime.engine import open_session
+from lfdm_export.errors import EngineError, MissingDependencyError
+from lfdm_export.parity.report.model import Check
+from lfdm_export.stages import StageSpec
+
+Array = NDArray[Any]
+
+_OTHERS = "this engine does not give what ONNX Runtime gives for the same graph, as Polygraphy runs it"
+_REFERENCE = "ONNX Runtime, by Polygraphy"
+
+
+def compare_stage(
+    bundle: Bundle,
+    spec: StageSpec,
+    load: Callable[[str], Engine],
+    name: str,
+    tolerance: float,
+    inputs: Mapping[str, Array],
+    *,
+    save: str | os.PathLike[str] | None = None,
+) -> list[Check]:
+    """Run one stage by an engine and by Polygraphy's ONNX Runtime, and compare the outputs.
+
+    Args:
+        bundle: that holds the stage.
+        spec: the stage.
+        load: gives the engine of a stage.
+        name: of the engine, for Polygraphy.
+        tolerance: largest error, relative to max(1, largest magnitude of ONNX Runtime's output).
+        inputs: every stage input by name.
+        save: folder for inputs' outputs as ``STAGE.json``, which ``polygraphy`` reads again; None for none.
+
+    Returns:
+        A check an output.
+
+    Raises:
+        EngineError: the engine cannot be loaded or fails, or ONNX Runtime does.
+        MissingDependencyError: Polygraphy is not installed.
+    """
+    try:
+        from polygraphy.backend.base import BaseRunner
+        from polygraphy.backend.onnxrt import OnnxrtRunner
+        from polygraphy.common import TensorMetadata
+        from polygraphy.comparator import Comparator, SimpleCompareFunc
+        from polygraphy.exception import PolygraphyException
+        from polygraphy.logger import G_LOGGER
+    except ImportError as error:
+        raise MissingDependencyError("polygraphy", "comparing engines by Polygraphy", "polygraphy") from error
+
+    class EngineRunner(BaseRunner):
+        """One of this program's engines, as Polygraphy runs things."""
+
+        def activate_impl(self) -> None:
+            self.engine = load(spec.name)
+
+        def deactivate_impl(self) -> None:
+            del self.engine
+
+        def get_input_metadata_impl(self) -> Any:
+            metadata = TensorMetadata()
+            for tensor in spec.inputs:
+                shape = tuple(axis if isinstance(axis, int) else None for axis in tensor.shape)
+                metadata.add(tensor.name, np.dtype(tensor.dtype), shape)
+            return metadata
+
+        def infer_impl(self, feed_dict: Mapping[str, Array]) -> Any:
+            started = time.perf_counter()
+            outputs = OrderedDict(self.engine.run(dict(feed_dict)))
+            self.inference_time = time.perf_counter() - started
+            return outputs
+
+    feeds = {tensor.name: np.ascontiguousarray(inputs[tensor.name]) for tensor in spec.inputs}
+    runners = [OnnxrtRunner(lambda: open_session(bundle.stage_path(spec.name)), name=_REFERENCE), EngineRunner(name)]
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        try:
+            results = Comparator.run(runners, data_loader=[feeds])
+        except PolygraphyException as error:
+            raise EngineError(f"stage {spec.name!r} in Polygraphy: {' '.join(str(error).split())[:500]}") from error
+        expected = dict(results[_REFERENCE][0])
+        scales = {tensor.name: _magnitude(expected[tensor.name]) for tensor in spec.outputs}
+        allowed = {output: tolerance * max(1.0, scale) for output, scale in scales.items()}
+        compare = SimpleCompareFunc(atol=allowed, rtol=0.0, check_error_stat="max")
+        accuracy = Comparator.compare_accuracy(results, compare_func=compare)
+        if save is not None:
+            Path(save).mkdir(parents=True, exist_ok=True)
+            results.save(str(Path(save) / f"{spec.name}.json"))
+    (verdicts,) = accuracy[0][_REFERENCE, name]  # one comparison, one iteration
+    return [
+        _check(
+            spec.name, tensor.name, verdicts[tensor.name], scales[tensor.name], tolerance, expected[tensor.name].size
+        )
+        for tensor in spec.outputs
+    ]
+
+
+def _magnitude(values: Array) -> float:
+    return float(np.abs(values).max())
+
+
+def _check(stage: str, output: str, verdict: Any, scale: float, tolerance: float, compared: int) -> Check:
+    """Polygraphy's verdict on an output."""
+    passed = bool(verdict)
+    return Check(
+        stage,
+        "values",
+        output,
+        passed=passed,
+        found=verdict.max_absdiff / max(1.0, scale),
+        allowed=tolerance,
+        max_abs=verdict.max_absdiff,
+        mean_abs=verdict.mean_absdiff,
+        scale=scale,
+        compared=compared,
+        meaning="" if passed else _OTHERS,
+    )

@@ -1,0 +1,363 @@
+"""Parity of a bundle: what its engines give against what PyTorch gives.
+
+Needs neither torch nor the checkpoints where the bundle holds a reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from numpy.typing import NDArray
+
+from lfdm_export.bundle.manifest import TEXT_STAGE
+from lfdm_export.bundle.reader import PARITY_FOLDER, Bundle
+from lfdm_export.engines.cuda_driver import find_gpus
+from lfdm_export.engines.interface import Engine
+from lfdm_export.engines.targets import (
+    AUTO,
+    EVERY_TARGET,
+    PLAN_TARGETS,
+    SIMULATION,
+    TARGETS,
+    TITLES,
+    Target,
+    find_target,
+    lacking,
+    this_machine,
+)
+from lfdm_export.engines.tensorrt.plans import remake, targets_with_plans
+from lfdm_export.errors import BundleError, EngineError, InputError
+from lfdm_export.files.json_codec import to_plain
+from lfdm_export.generate.pipeline import Progress
+from lfdm_export.generate.stage_runner import StageRunner, load_engine
+from lfdm_export.machine import environment
+from lfdm_export.parity.chain import ChainResult, check_chain
+from lfdm_export.parity.polygraphy import compare_stage
+from lfdm_export.parity.report.model import Check, OtherEngine, Report
+from lfdm_export.parity.stages import check_stage
+from lfdm_export.reference.inputs import CHAIN_ETA, CHAIN_SAMPLER
+from lfdm_export.reference.stored import Reference
+from lfdm_export.stages import CHAIN_TOLERANCES, StageSpec, stage_specs
+
+_SIMULATED = ("fp16", "bf16")
+# What is less than it seems on a CPU.
+_PLACES: Mapping[tuple[str, str], str] = {
+    ("onnxruntime", "int8"): "CPU (rounded to int8, convolved in float32)",
+    ("onnxruntime", "fp8"): "CPU (rounded to fp8, multiplied in float32)",
+}
+_SIMULATION_TITLE = "a GPU's rounding, simulated by ONNX Runtime, CPU"
+
+if TYPE_CHECKING:
+    from lfdm_models.model import LfdmModel
+    from lfdm_models.text import BertTextEncoder
+
+
+def verify_bundle(
+    bundle: Bundle | str | os.PathLike[str],
+    *,
+    model: LfdmModel | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    text_encoder: BertTextEncoder | str | os.PathLike[str] | None = None,
+    targets: Sequence[str] = ("onnxruntime",),
+    polygraphy: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Compare a bundle with its model: every stage, then a whole clip, with each engine.
+
+    Of each stage, in this order and as far as it goes: names, dtypes and shapes; finite values; error against
+    PyTorch; a sample alone against the same sample in a batch. Then a clip of 10 DDIM steps with the same noise:
+    error after each step, of flow, occlusion and frames.
+
+    Args:
+        bundle: a bundle, or the path of one, whose files are then checked by their hashes.
+        model: what the bundle was exported from: PyTorch runs again, on fresh inputs. None compares with the
+            reference that was stored in the bundle at export, which needs no torch.
+        seed: of the fresh inputs; None draws one, and the report tells it.
+        threads: of each engine; None takes all cores.
+        text_encoder: what the bundle's was exported from, a folder, a hub name, or loaded; needed beside `model`
+            where the bundle has one.
+        targets: what runs the stages, each of them in turn. "all" is every target: those that cannot run this bundle
+            on this machine are told with the reason. "simulation" is ONNX Runtime with graphs of float32 that round
+            as a GPU does in fp16 or bf16. "auto" is the first that runs here, or else the simulation.
+        polygraphy: compare each engine with ONNX Runtime by NVIDIA Polygraphy as well, stage by stage; the outputs
+            are left in BUNDLE/parity/polygraphy, for its tools.
+        progress: called as ``progress(what, done, total)``.
+
+    Returns:
+        What was found; write it with ``report.write(folder)``.
+
+    Raises:
+        BundleError: there is no whole bundle at the path, or it holds no reference and no model is given.
+        InputError: the model is another than the bundle's, or an argument is missing or without meaning.
+        EngineError: a target that is asked for by name cannot be had here; or no target can.
+        MissingDependencyError: onnxruntime is not installed, or Polygraphy, if that is asked for.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    manifest = opened.manifest
+    # The program's own tolerances: those of the manifest come from whoever made the bundle.
+    specs = stage_specs(manifest.geometry, with_text=manifest.has_text, with_drive=manifest.has_drive)
+    if manifest.precision not in CHAIN_TOLERANCES:
+        raise BundleError(
+            f"{opened.path} has the precision {manifest.precision!r}, for which this program knows no tolerances "
+            f"(it knows {', '.join(CHAIN_TOLERANCES)}); use the lfdm-export that made it"
+        )
+    if model is None:
+        reference, origin = _stored(opened, specs, seed), "PyTorch's outputs, stored in the bundle at export"
+    else:
+        reference = _fresh(opened, model, seed, text_encoder, progress)
+        origin = "PyTorch, run anew on fresh inputs"
+    inputs = reference.inputs(manifest.config, manifest.geometry)
+
+    runs, absent = _choose(opened, targets)
+    with_all = specs, inputs, reference, threads, progress
+    outcomes = [
+        _simulate(opened, *with_all)
+        if target == SIMULATION
+        else _run(opened, cast(Target, target), *with_all, manifest.precision)
+        for target in runs
+    ]
+    first = outcomes[0]
+    others = [outcome.engine for outcome in outcomes[1:]]
+    if polygraphy:
+        engines = [cast(Target, target) for target in runs if target != SIMULATION]
+        others += [_by_polygraphy(opened, target, specs, inputs, threads) for target in engines]
+    return Report(
+        bundle=opened.path.resolve().name,
+        precision=manifest.precision,
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        engine=first.engine.name,
+        reference=origin,
+        seed=reference.seed,
+        sampler=f"{CHAIN_SAMPLER}, {len(reference.chain.latents)} steps, eta {CHAIN_ETA:g}, guidance 1",
+        checks=first.engine.checks,
+        steps=first.chain.steps,
+        environment=environment(threads, with_torch=model is not None),
+        exported_with=manifest.versions,
+        provenance=_plain(manifest.provenance),
+        labels=manifest.labels,
+        geometry=_sizes(opened),
+        others=(*others, *absent),
+        pictures=first.chain.pictures,
+    )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What one engine did."""
+
+    engine: OtherEngine
+    chain: ChainResult
+
+
+def _choose(bundle: Bundle, names: Sequence[str]) -> tuple[list[str], list[OtherEngine]]:
+    """The targets that run, and those of "all" that cannot, with the reason."""
+    if EVERY_TARGET in names:
+        return _every(bundle)
+    precision = bundle.manifest.precision
+    chosen = []
+    for name in names:
+        taken = name
+        if name == SIMULATION:
+            if precision not in _SIMULATED:
+                raise InputError(f"fp16 and bf16 can be simulated, {bundle.path} is {precision}; take another target")
+        elif name == AUTO:
+            taken = _first(bundle)
+        elif name != "onnxruntime":  # what that lacks is told when it is loaded, by its package's name
+            find_target(name, "run", precision, machine=this_machine())
+        chosen.append(taken)
+    return list(dict.fromkeys(chosen)), []
+
+
+def _first(bundle: Bundle) -> str:
+    """What "auto" takes for graphs; where nothing passes the self-check, what it would take, so that a report tells."""
+    precision = bundle.manifest.precision
+    with contextlib.suppress(EngineError):
+        target = StageRunner(bundle).target
+        if target not in PLAN_TARGETS:
+            return target
+    try:
+        return str(find_target(AUTO, "run", precision, machine=this_machine()).target)
+    except EngineError:
+        if precision not in _SIMULATED:
+            raise
+        return SIMULATION
+
+
+def _every(bundle: Bundle) -> tuple[list[str], list[OtherEngine]]:
+    machine, precision, plans = this_machine(), bundle.manifest.precision, targets_with_plans(bundle)
+    runs: list[str] = []
+    absent: list[OtherEngine] = []
+    for target in TARGETS:
+        reason = lacking(target, "run", precision, machine)
+        if not reason and target in PLAN_TARGETS and target not in plans:
+            reason = f"the bundle has no plans for it: {remake(bundle.path, target)}"
+        if reason:
+            absent.append(OtherEngine(TITLES[target], lacking=reason))
+        else:
+            runs.append(target)
+    if precision in _SIMULATED and not set(runs) & set(PLAN_TARGETS):
+        missing = [name for name in ("onnx", "onnxruntime", "torch") if importlib.util.find_spec(name) is None]
+        if missing:
+            reason = f"{' and '.join(missing)} not installed: pip install 'lfdm-export[export]'"
+            absent.append(OtherEngine(_SIMULATION_TITLE, lacking=reason))
+        else:
+            runs.append(SIMULATION)
+    if not runs:
+        reasons = "; ".join(f"{engine.name}: {engine.lacking}" for engine in absent)
+        raise EngineError(f"nothing here runs {bundle.path}: {reasons}")
+    return runs, absent
+
+
+def _simulate(
+    bundle: Bundle,
+    specs: Mapping[str, StageSpec],
+    inputs: Mapping[str, NDArray[Any]],
+    reference: Reference,
+    threads: int | None,
+    progress: Progress | None,
+) -> _Outcome:
+    """All checks with graphs of float32 that round as those of the bundle do on a GPU."""
+    from lfdm_export.parity.simulate import simulate_bundle
+
+    with tempfile.TemporaryDirectory() as folder:
+        simulated = simulate_bundle(bundle, Path(folder) / "bundle")
+        outcome = _run(simulated, "onnxruntime", specs, inputs, reference, threads, progress, bundle.manifest.precision)
+    return dataclasses.replace(outcome, engine=dataclasses.replace(outcome.engine, name=_SIMULATION_TITLE))
+
+
+def _run(
+    bundle: Bundle,
+    target: Target,
+    specs: Mapping[str, StageSpec],
+    inputs: Mapping[str, NDArray[Any]],
+    reference: Reference,
+    threads: int | None,
+    progress: Progress | None,
+    precision: str,
+) -> _Outcome:
+    """All checks with one target, within the tolerances of a precision."""
+
+    def load(stage: str) -> Engine:
+        return load_engine(bundle, stage, target, threads=threads)
+
+    checks: list[Check] = []
+    for done, spec in enumerate(specs.values()):
+        if progress is not None:
+            progress("stages", done, len(specs))
+        checks += check_stage(load, spec, spec.tolerance[precision], inputs, reference)
+    if progress is not None:
+        progress("stages", len(specs), len(specs))
+    chain = check_chain(bundle, reference.chain, reference.seed, threads, progress, target, precision)
+    gpus, _ = find_gpus()
+    place = gpus[0].name if target in PLAN_TARGETS and gpus else _PLACES.get((target, precision), "CPU")
+    return _Outcome(OtherEngine(f"{TITLES[target]}, {place}", (*checks, *chain.checks)), chain)
+
+
+def _by_polygraphy(
+    bundle: Bundle,
+    target: Target,
+    specs: Mapping[str, StageSpec],
+    inputs: Mapping[str, NDArray[Any]],
+    threads: int | None,
+) -> OtherEngine:
+    """One engine against ONNX Runtime as Polygraphy runs it."""
+
+    def load(stage: str) -> Engine:
+        return load_engine(bundle, stage, target, threads=threads)
+
+    checks: list[Check] = []
+    for spec in specs.values():
+        tolerance = spec.tolerance[bundle.manifest.precision]
+        save = bundle.path / PARITY_FOLDER / "polygraphy"
+        try:
+            checks += compare_stage(bundle, spec, load, TITLES[target], tolerance, inputs, save=save)
+        except EngineError as error:
+            checks.append(Check(spec.name, "interface", "Polygraphy", passed=False, meaning=str(error)))
+    return OtherEngine(f"{TITLES[target]} against ONNX Runtime, by Polygraphy", tuple(checks))
+
+
+def _stored(bundle: Bundle, specs: Mapping[str, StageSpec], seed: int | None) -> Reference:
+    path = bundle.reference_path
+    if path is None:
+        raise BundleError(
+            f"{bundle.path} holds no reference to compare with: give the model that it was exported from "
+            "(lfdm-verify BUNDLE --lfae FILE --dm FILE, or --model), or export it again"
+        )
+    if seed is not None:
+        raise InputError(
+            "seed was given, but the bundle's own reference has its seed already; give the model as well, or no seed"
+        )
+    return Reference.load(path, bundle.manifest.config, bundle.manifest.geometry, specs)
+
+
+def _fresh(
+    bundle: Bundle,
+    model: LfdmModel,
+    seed: int | None,
+    text_encoder: BertTextEncoder | str | os.PathLike[str] | None,
+    progress: Progress | None,
+) -> Reference:
+    from lfdm_export.export.bundle_export import load_text_encoder
+    from lfdm_export.reference.pytorch import make_reference
+
+    manifest = bundle.manifest
+    if model.config != manifest.config:
+        raise InputError(
+            f"the model is not the one of {bundle.path}: {_difference(manifest.config, model.config)}; "
+            "give the checkpoints and options that the bundle was exported with"
+        )
+    if manifest.has_text != (text_encoder is not None):
+        has, give = ("has a", "give it") if manifest.has_text else ("has no", "leave it out")
+        raise InputError(f"{bundle.path} {has} text encoder (stage {TEXT_STAGE!r}); {give} beside the model")
+    return make_reference(
+        model,
+        manifest.geometry,
+        seed=secrets.randbits(32) if seed is None else seed,
+        text_encoder=load_text_encoder(text_encoder, manifest.geometry.text_width),
+        drive=manifest.has_drive,
+        whole=True,
+        progress=progress,
+    )
+
+
+def _difference(expected: object, found: object) -> str:
+    """The first field in which two configurations differ."""
+    pairs = dict(_flat(to_plain(found), ""))
+    for name, value in _flat(to_plain(expected), ""):
+        if pairs.get(name) != value:
+            return f"{name} is {pairs.get(name)}, expected {value}"
+    return "their configurations differ"
+
+
+def _flat(value: Any, name: str) -> list[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        return [(name, value)]
+    return [pair for key, item in value.items() for pair in _flat(item, f"{name}.{key}" if name else key)]
+
+
+def _plain(provenance: Mapping[str, object]) -> dict[str, object]:
+    """Provenance as strict JSON has it; a NaN, which Python reads, becomes a string."""
+    plain: dict[str, object] = json.loads(json.dumps(to_plain(provenance)), parse_constant=str)
+    return plain
+
+
+def _sizes(bundle: Bundle) -> dict[str, int]:
+    g = bundle.manifest.geometry
+    return {
+        "image size": g.image_size,
+        "latent size": g.latent_size,
+        "frames": g.frames,
+        "frames decoded together": g.chunk_frames,
+    }

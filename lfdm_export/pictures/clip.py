@@ -1,0 +1,193 @@
+"""What a pipeline makes: frames, and all that they were made from."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_export.errors import InputError
+from lfdm_export.files.names import user_name
+from lfdm_export.pictures.clip_files import ClipFormat, check_output, encode_clip, rehearse_output, save_clip
+from lfdm_export.pictures.clips import resample
+from lfdm_export.pictures.enlarge import check_scale, enlarge
+from lfdm_export.pictures.gif import MAX_FPS as MAX_GIF_FPS
+from lfdm_export.pictures.notebook import clips_html
+from lfdm_export.pictures.panels import panels as make_panels
+from lfdm_export.pictures.panels import with_titles
+from lfdm_export.wording import count, shortened
+
+DEFAULT_FPS = 10.0
+_NO_PANELS = "panels and enlarged pictures are what an npz archive does not hold; choose another format"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Clip:
+    """One clip a sample.
+
+    Attributes:
+        frames: (B, T, H, W, 3) uint8.
+        warped: (B, T, H, W, 3) uint8, the image moved by the flow alone; (B, 0, H, W, 3) where a server was not asked
+            for it.
+        latent: (B, 3, T, h, w) float32: backward sampling grid (x, y), or its offset from the identity
+            if `residual_flow`; then occlusion; each scaled to [-1, 1]; (B, 3, 0, h, w) where a server was not asked
+            for it.
+        source: (B, H, W, 3) uint8, the reference image after preprocessing.
+        residual_flow: what the latent's grid is.
+        labels: label or text of each sample, if it had any.
+        seeds: seed of each sample, if its noise came from one.
+        timings: of each sample, from a server: see `lfdm_export.protocol.contract.TIMINGS`.
+        fps: frames per second that it is meant for, where it follows a driving clip; None: none in particular.
+        settings: how all samples were made, plain JSON values by name; see `lfdm_export.pictures.metadata`.
+    """
+
+    frames: NDArray[np.uint8]
+    warped: NDArray[np.uint8]
+    latent: NDArray[np.float32]
+    source: NDArray[np.uint8]
+    residual_flow: bool
+    labels: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+    timings: tuple[Mapping[str, float], ...] | None = None
+    fps: float | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        format: ClipFormat | None = None,  # noqa: A002 (the word that users look for)
+        panels: bool = False,
+        fps: float | None = None,
+        scale: int = 1,
+    ) -> tuple[Path, ...]:
+        """Write one file a sample; see `lfdm_export.pictures.clip_files.save_clip` for endings and formats.
+
+        The file carries `metadata`, which `lfdm_export.pictures.metadata.clip_metadata` reads.
+
+        Args:
+            path: where to. Of several samples, sample i goes to ``NAME-i.ENDING``; an npz archive holds all.
+            format: overrides the ending.
+            panels: show source | generated | warped | deformed grid | occlusion side by side, with titles.
+            fps: frames per second; None for the clip's own, 10 if it has none. A GIF of a quicker clip keeps its speed
+                with fewer frames.
+            scale: enlarges the pictures 1 to 8 times (Lanczos).
+
+        Returns:
+            The paths written.
+
+        Raises:
+            InputError: the path, the format, fps or scale cannot be used.
+            MissingDependencyError: MP4 without PyAV.
+        """
+        name = user_name(path)
+        rate = fps if fps is not None else self.fps or DEFAULT_FPS
+        if (format or Path(name).suffix.lower().removeprefix(".")) == "npz":
+            if panels or scale != 1:
+                raise InputError(_NO_PANELS)
+            latent, warped = self.latent if self.latent.size else None, self.warped if self.warped.size else None
+            metadata = {**self.metadata(), "fps": rate}
+            return (
+                save_clip(path, self.frames, format="npz", fps=rate, latent=latent, warped=warped, metadata=metadata),
+            )
+        written = []
+        for index in range(len(self.frames)):
+            target = name if len(self.frames) == 1 else _numbered(name, index)
+            pictures, shown = self._pictures(index, panels, scale), rate
+            if fps is None and rate > MAX_GIF_FPS and check_output(target, format=format)[0] == "gif":
+                pictures, shown = resample(pictures, rate, MAX_GIF_FPS), MAX_GIF_FPS
+            metadata = {**self.metadata(index), "fps": shown}
+            written.append(save_clip(target, pictures, format=format, fps=shown, metadata=metadata))
+        return tuple(written)
+
+    def metadata(self, index: int | None = None) -> dict[str, object]:
+        """How a sample was made: `settings`, its label and its seed; lists of all samples' for None."""
+        found = dict(self.settings)
+        words = "text" if found.get("condition") == "text" else "label"
+        for name, values in ((words, self.labels), ("seed", self.seeds)):
+            if values is not None:
+                found[name] = values[index] if index is not None else values[0] if len(values) == 1 else list(values)
+        return found
+
+    def __repr__(self) -> str:
+        samples, frames, height, width = self.frames.shape[:4]
+        labels = "" if self.labels is None else f", labels: {shortened(self.labels)}"
+        seeds = "" if self.seeds is None else f", seeds: {shortened(self.seeds)}"
+        return f"<Clip: {count(samples, 'sample')} of {count(frames, 'frame')} of {width}x{height}{labels}{seeds}>"
+
+    def sample(self, index: int) -> Clip:
+        """The clip of one sample, which shares memory with this one.
+
+        Raises:
+            InputError: there is no such sample.
+        """
+        if not 0 <= index < len(self.frames):
+            raise InputError(f"there is no sample {index}; the clip has {len(self.frames)}, counted from 0")
+        one = slice(index, index + 1)
+        return replace(
+            self,
+            frames=self.frames[one],
+            warped=self.warped[one],
+            latent=self.latent[one],
+            source=self.source[one],
+            labels=self.labels and self.labels[one],
+            seeds=self.seeds and self.seeds[one],
+            timings=self.timings and self.timings[one],
+        )
+
+    def _repr_html_(self) -> str:
+        """The clip, moving; what a notebook shows."""
+        labels = self.labels or ("",) * len(self.frames)
+        seeds = ("",) * len(self.frames) if self.seeds is None else tuple(f"seed {seed}" for seed in self.seeds)
+        captions = [", ".join(part for part in pair if part) for pair in zip(labels, seeds, strict=True)]
+        return clips_html(self.frames, captions, fps=min(self.fps or DEFAULT_FPS, MAX_GIF_FPS))
+
+    def _pictures(self, index: int, panels: bool, scale: int) -> NDArray[np.uint8]:
+        """(T, H, W, 3), or (T, H, 5W, 3) with panels and a little higher, times `scale`."""
+        if not panels:
+            return enlarge(self.frames[index], scale)
+        if not (self.latent.size and self.warped.size):
+            raise InputError("panels need the warped images and the latent; ask the server for both")
+        strip = make_panels(
+            self.source[index],
+            self.frames[index],
+            self.warped[index],
+            self.latent[index],
+            residual_flow=self.residual_flow,
+        )
+        return with_titles(enlarge(strip, scale))
+
+
+def rehearse_saving(
+    path: str | os.PathLike[str],
+    *,
+    format: ClipFormat | None = None,  # noqa: A002 (the word that users look for)
+    panels: bool = False,
+    fps: float | None = None,
+    scale: int = 1,
+) -> None:
+    """Encode a tiny clip in memory, to learn before a long generation that a later `Clip.save` could not be.
+
+    Raises:
+        InputError: the ending, the format, fps, scale or the path cannot be used.
+        MissingDependencyError: MP4 without PyAV.
+    """
+    rate = DEFAULT_FPS if fps is None else fps
+    chosen, as_folder = check_output(path, format=format, fps=rate)
+    check_scale(scale)
+    if chosen == "npz" and (panels or scale != 1):
+        raise InputError(_NO_PANELS)
+    encode_clip(io.BytesIO(), chosen, {"frames": np.zeros((1, 16, 16, 3), np.uint8)}, rate)
+    rehearse_output(path, as_folder=as_folder)
+
+
+def _numbered(name: str, index: int) -> str:
+    """``a.gif`` -> ``a-0.gif``; ``folder/`` -> ``folder-0/``."""
+    bare = name.rstrip("/" + os.sep)
+    slash, suffix = name[len(bare) :], Path(bare).suffix
+    return f"{bare[: len(bare) - len(suffix)]}-{index}{suffix}{slash}"

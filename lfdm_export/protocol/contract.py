@@ -1,0 +1,168 @@
+"""What clients and server say to each other: models, tensors, parameters, and what an answer means.
+
+NumPy only. Server, clients and the emitted `config.pbtxt` files all take names, data types and shapes from here; those
+of the stages themselves (`skip_0`, `latent`, `frames` …) are spelt as `lfdm_export.stages` does.
+`lfdm_export.protocol.requests` checks what a request holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_export.errors import LfdmExportError
+
+WireType = Literal["BYTES", "UINT8", "BOOL", "INT32", "INT64", "FP32"]
+Array: TypeAlias = NDArray[Any]
+
+# --- Models ---------------------------------------------------------------------------------------
+
+#: The ensemble: one request, one clip.
+CLIP_MODEL = "lfdm"
+#: The decoupled model: previews, then frames in chunks as they are decoded. gRPC streams only.
+STREAM_MODEL = "lfdm_stream"
+# What the ensemble is made of.
+PREPROCESS_MODEL = "lfdm_preprocess"
+CONDITION_MODEL = "lfdm_condition"
+ENCODE_MODEL = "lfdm_encode"
+SAMPLE_MODEL = "lfdm_sample"
+DECODE_MODEL = "lfdm_decode"
+#: In the order in which a clip passes through them.
+STEP_MODELS = (PREPROCESS_MODEL, CONDITION_MODEL, ENCODE_MODEL, SAMPLE_MODEL, DECODE_MODEL)
+
+# --- Request parameters ---------------------------------------------------------------------------
+
+#: Custom request parameter, an integer: higher goes first; 0 if absent.
+PRIORITY_PARAMETER = "lfdm_priority"
+#: Priorities beyond this, either way, are refused.
+MAX_PRIORITY = 1000
+# The deadline is Triton's own `timeout` in microseconds, counted from the request's arrival at the sampler.
+
+# --- Answers --------------------------------------------------------------------------------------
+
+#: Responses of the stream by their `kind`.
+StreamKind = Literal["progress", "preview", "frames", "done"]
+#: Elements of `timings`: seconds waited for a slot, seconds of sampling, sampling steps, seconds of decoding.
+TIMINGS = ("queue_seconds", "sampling_seconds", "steps", "decode_seconds")
+#: How the message of a missed deadline begins. Its status is UNAVAILABLE: Triton's models know no DEADLINE_EXCEEDED.
+DEADLINE_MESSAGE = "deadline exceeded"
+#: How the message of a full queue begins; its status is UNAVAILABLE.
+QUEUE_FULL_MESSAGE = "queue full"
+#: How the message of a server that is being stopped begins; its status is UNAVAILABLE.
+DRAINING_MESSAGE = "server is stopping"
+
+# --- Metrics --------------------------------------------------------------------------------------
+
+#: Gauge: requests of a model (label `model`) that have not had their last response.
+IN_FLIGHT = "lfdm_in_flight"
+#: Our own metrics are as old as this at most, in seconds.
+METRICS_INTERVAL = 0.5
+
+_NUMPY: Mapping[WireType, type[np.generic]] = {
+    "BYTES": np.object_,
+    "UINT8": np.uint8,
+    "BOOL": np.bool_,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "FP32": np.float32,
+}
+
+
+class RequestCancelledError(LfdmExportError):
+    """The client gave up its request; answered as CANCELLED."""
+
+
+class OverloadedError(LfdmExportError):
+    """The server cannot serve the request now; answered as UNAVAILABLE."""
+
+
+@dataclass(frozen=True)
+class WireTensor:
+    """One tensor of a request or a response.
+
+    Attributes:
+        name: its name on the wire.
+        datatype: Triton's name of its type; BYTES are variable-length strings.
+        shape: ints for fixed axes, names for those that depend on the bundle or the request.
+        optional: a request may leave it out; of a response, it comes when asked for.
+        about: one line for people.
+    """
+
+    name: str
+    datatype: WireType
+    shape: tuple[int | str, ...]
+    optional: bool = False
+    about: str = ""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """NumPy's type; object, holding `bytes`, for BYTES."""
+        return np.dtype(_NUMPY[self.datatype])
+
+
+def _option(name: str, datatype: WireType, about: str) -> WireTensor:
+    return WireTensor(name, datatype, (1,), optional=True, about=about)
+
+
+#: One of these two.
+IMAGE_INPUTS = (
+    _option("image_bytes", "BYTES", "an encoded picture (JPEG, PNG …), or its base64 text"),
+    WireTensor("image", "UINT8", ("height", "width", 3), optional=True, about="RGB pixels, of any size"),
+)
+#: One of these three.
+CONDITION_INPUTS = (
+    _option("label", "BYTES", "one of the bundle's labels, UTF-8"),
+    _option("text", "BYTES", "free text, UTF-8, for bundles with a text encoder"),
+    WireTensor("text_embedding", "FP32", ("text_width",), optional=True, about="finite values"),
+)
+#: Each has a default: the bundle's own (seed: 0).
+SAMPLING_INPUTS = (
+    _option("seed", "INT64", "0 to 2^63 - 1"),
+    _option("steps", "INT32", "sampling steps, from 1"),
+    _option("sampler", "BYTES", "ddim, ddpm, dpm++2m or unipc"),
+    _option("eta", "FP32", "DDIM's share of fresh noise, 0 to 1"),
+    _option("guidance_scale", "FP32", "1: as trained; above 1: more of the label"),
+)
+CLIP_INPUTS = (*IMAGE_INPUTS, *CONDITION_INPUTS, *SAMPLING_INPUTS)
+CLIP_OUTPUTS = (
+    WireTensor("frames", "UINT8", ("frames", "size", "size", 3), about="the clip, RGB"),
+    WireTensor("warped", "UINT8", ("frames", "size", "size", 3), optional=True, about="the warped image, RGB"),
+    WireTensor("latent", "FP32", (3, "frames", "latent_size", "latent_size"), optional=True, about="grid, occlusion"),
+    WireTensor("timings", "FP32", (len(TIMINGS),), optional=True, about=", ".join(TIMINGS)),
+)
+STREAM_INPUTS = (
+    *CLIP_INPUTS,
+    _option("preview_every", "INT32", "a preview after each so many steps; 0, the default, for none"),
+    _option(
+        "progress_every", "INT32", "a response of kind progress after each so many steps; 0, the default, for none"
+    ),
+)
+#: `kind`, `step` and `steps` are in each response; `frame_indices` and `frames` in previews and frames; the rest in the
+#: response of kind done, which is the last one.
+STREAM_OUTPUTS = (
+    WireTensor("kind", "BYTES", (1,), about="progress, preview, frames or done"),
+    WireTensor("step", "INT32", (1,), about="steps that are done"),
+    WireTensor("steps", "INT32", (1,), about="steps that there are"),
+    WireTensor("frame_indices", "INT32", ("n",), optional=True, about="which frames of the clip these are, from 0"),
+    WireTensor("frames", "UINT8", ("n", "size", "size", 3), optional=True, about="RGB"),
+    WireTensor("frame_count", "INT32", (1,), optional=True, about="frames of the clip"),
+    WireTensor("timings", "FP32", (len(TIMINGS),), optional=True, about=", ".join(TIMINGS)),
+)
+#: A request to the sampler with this alone cancels another one: cancellation does not reach into a running ensemble.
+CANCEL_INPUT = _option("cancel_request_id", "BYTES", "id of the request to cancel")
+#: The answer to it: whether a request of that id was waiting or running.
+CANCEL_OUTPUT = WireTensor("cancelled", "BOOL", (1,), optional=True, about="whether there was such a request")
+
+
+def preview_indices(frames: int, chunk: int) -> NDArray[np.int32]:
+    """Which frames a preview shows: as many as one run of `decode` gives, spread evenly over the clip.
+
+    Args:
+        frames: T, of the clip.
+        chunk: frames of one run of `decode`; at most T.
+    """
+    return np.linspace(0, frames - 1, chunk).round().astype(np.int32)

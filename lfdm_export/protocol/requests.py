@@ -1,0 +1,290 @@
+"""A request's tensors, checked and read: everything that can be said about them without the bundle. NumPy only."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_export.errors import InputError
+from lfdm_export.protocol.contract import (
+    CLIP_INPUTS,
+    CONDITION_INPUTS,
+    IMAGE_INPUTS,
+    MAX_PRIORITY,
+    PRIORITY_PARAMETER,
+    STREAM_INPUTS,
+    Array,
+    WireTensor,
+)
+from lfdm_export.sampling.tables import SAMPLERS
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server accepts.
+
+    Attributes:
+        image_bytes: of an encoded picture.
+        image_pixels: of a picture, looked at before it is decoded.
+        steps: sampling steps.
+        guidance_scale: largest; the smallest is 0.
+        text_bytes: of a label or a text.
+    """
+
+    image_bytes: int = 20 << 20
+    image_pixels: int = 40_000_000
+    steps: int = 1000
+    guidance_scale: float = 20.0
+    text_bytes: int = 4096
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            InputError: a limit would refuse everything.
+        """
+        for name in ("image_bytes", "image_pixels", "steps", "guidance_scale", "text_bytes"):
+            if not getattr(self, name) >= 1:
+                raise InputError(f"the limit {name} is {getattr(self, name)}, expected 1 or more")
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationRequest:
+    """What a request asks for; None where it leaves the choice to the bundle.
+
+    Attributes:
+        image_bytes: an encoded picture (base64 already undone); else `image` is there.
+        image: (H, W, 3) uint8.
+        label, text, text_embedding: exactly one is there; the embedding is (text_width,) float32, finite.
+        seed: 0 … 2^63 - 1.
+        steps, sampler, eta, guidance_scale: as `Pipeline.generate` takes them.
+        preview_every, progress_every: in steps; 0 for none.
+    """
+
+    image_bytes: bytes | None = None
+    image: NDArray[np.uint8] | None = None
+    label: str | None = None
+    text: str | None = None
+    text_embedding: NDArray[np.float32] | None = None
+    seed: int = 0
+    steps: int | None = None
+    sampler: str | None = None
+    eta: float | None = None
+    guidance_scale: float | None = None
+    preview_every: int = 0
+    progress_every: int = 0
+
+
+def parse_request(
+    tensors: Mapping[str, Array], limits: Limits | None = None, *, stream: bool = False
+) -> GenerationRequest:
+    """Check and read a whole request.
+
+    Args:
+        tensors: those that the request has, by name; BYTES as object arrays of `bytes`.
+        limits: the server's; the usual ones if None.
+        stream: whether the inputs of the stream are known.
+
+    Raises:
+        InputError: a tensor is unknown, of another type or shape, out of range, missing, or one too many.
+    """
+    limits = limits or Limits()
+    check_request(tensors, STREAM_INPUTS if stream else CLIP_INPUTS)
+    image, condition = parse_image(tensors, limits), parse_condition(tensors, limits)
+    return replace(
+        parse_sampling(tensors, limits),
+        image_bytes=image.image_bytes,
+        image=image.image,
+        label=condition.label,
+        text=condition.text,
+        text_embedding=condition.text_embedding,
+    )
+
+
+def check_request(tensors: Mapping[str, Array], known: Sequence[WireTensor]) -> None:
+    """Compare tensors with what a model takes: names, types, shapes.
+
+    Raises:
+        InputError: one is unknown, missing, or of another type or shape.
+    """
+    specs = {spec.name: spec for spec in known}
+    for name, array in tensors.items():
+        if name not in specs:
+            raise InputError(f"found the unknown input {name!r}, expected some of {', '.join(specs)}")
+        check_tensor(specs[name], array)
+    for spec in known:
+        if not spec.optional and spec.name not in tensors:
+            raise InputError(f"the input {spec.name!r} is missing; give it ({spec.about})")
+
+
+def check_tensor(spec: WireTensor, array: Array) -> None:
+    """Compare one tensor with its specification.
+
+    Raises:
+        InputError: its type or shape differs.
+    """
+    expected = f"{spec.datatype} of shape ({', '.join(map(str, spec.shape))})"
+    fits = len(array.shape) == len(spec.shape) and all(
+        found == wanted if isinstance(wanted, int) else found >= 1
+        for found, wanted in zip(array.shape, spec.shape, strict=True)
+    )
+    if array.dtype != spec.dtype or not fits:
+        raise InputError(f"{spec.name} is {array.dtype} of shape {array.shape}, expected {expected}")
+
+
+def parse_image(tensors: Mapping[str, Array], limits: Limits) -> GenerationRequest:
+    """A request of nothing but `image_bytes` or `image`.
+
+    Raises:
+        InputError: none or both are there, or it is too large.
+    """
+    _exactly_one(tensors, IMAGE_INPUTS)
+    if "image_bytes" in tensors:
+        return GenerationRequest(image_bytes=image_file(_bytes(tensors, "image_bytes"), limits))
+    image = tensors["image"]
+    height, width = image.shape[:2]
+    if height * width > limits.image_pixels:
+        raise InputError(
+            f"image has {width}x{height} pixels, expected at most {limits.image_pixels:,}; scale it down first"
+        )
+    return GenerationRequest(image=image)
+
+
+def parse_condition(tensors: Mapping[str, Array], limits: Limits) -> GenerationRequest:
+    """A request of nothing but `label`, `text` or `text_embedding`.
+
+    Raises:
+        InputError: not exactly one is there, it is no text in UTF-8, too long, or has values that are not finite.
+    """
+    _exactly_one(tensors, CONDITION_INPUTS)
+    if "label" in tensors:
+        return GenerationRequest(label=_text(tensors, "label", limits.text_bytes))
+    if "text" in tensors:
+        return GenerationRequest(text=_text(tensors, "text", limits.text_bytes))
+    embedding = tensors["text_embedding"]
+    if not np.isfinite(embedding).all():
+        raise InputError("text_embedding holds values that are not finite; make it again")
+    return GenerationRequest(text_embedding=embedding)
+
+
+def parse_sampling(tensors: Mapping[str, Array], limits: Limits) -> GenerationRequest:
+    """A request of nothing but what has a default.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+    sampler = _text(tensors, "sampler", limits.text_bytes) if "sampler" in tensors else None
+    if sampler is not None and sampler not in SAMPLERS:
+        raise InputError(f"sampler: found {sampler!r}, expected one of {', '.join(SAMPLERS)}; choose one of these")
+    return GenerationRequest(
+        seed=_integer(tensors, "seed", 0, 2**63 - 1) or 0,
+        steps=_integer(tensors, "steps", 1, limits.steps),
+        sampler=sampler,
+        eta=_number(tensors, "eta", 1.0),
+        guidance_scale=_number(tensors, "guidance_scale", limits.guidance_scale),
+        preview_every=_integer(tensors, "preview_every", 0, limits.steps) or 0,
+        progress_every=_integer(tensors, "progress_every", 0, limits.steps) or 0,
+    )
+
+
+def parse_priority(parameters: Mapping[str, object]) -> int:
+    """The request's priority.
+
+    Args:
+        parameters: the request's custom parameters.
+
+    Raises:
+        InputError: it is no integer, or out of range.
+    """
+    value = parameters.get(PRIORITY_PARAMETER, 0)
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > MAX_PRIORITY:
+        raise InputError(
+            f"the parameter {PRIORITY_PARAMETER} is {value!r}, "
+            f"expected an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}"
+        )
+    return value
+
+
+def image_file(data: bytes, limits: Limits) -> bytes:
+    """An encoded picture out of `image_bytes`, whose base64 (as JSON needs it) is undone.
+
+    No picture format consists of base64's characters alone, so the two cannot be mistaken for each other.
+
+    Raises:
+        InputError: it is empty or too large.
+    """
+    if not data:
+        raise InputError("image_bytes is empty, expected an encoded picture such as a JPEG file")
+    # Base64 takes 4 bytes for 3; the rest is room for line ends and a data URL's head.
+    if len(data) > limits.image_bytes * 4 // 3 + limits.image_bytes // 16 + 128:
+        raise _too_large(len(data), limits)
+    decoded = _from_base64(data)
+    if len(decoded) > limits.image_bytes:
+        raise _too_large(len(decoded), limits)
+    return decoded
+
+
+_DATA_URL = re.compile(rb"data:[\w.+/-]*;base64,")
+
+
+def _from_base64(data: bytes) -> bytes:
+    head = _DATA_URL.match(data)
+    text = b"".join((data[head.end() :] if head else data).split())
+    try:
+        return base64.b64decode(text, validate=True) or data
+    except (binascii.Error, ValueError):
+        return data
+
+
+def _too_large(size: int, limits: Limits) -> InputError:
+    return InputError(
+        f"image_bytes has {size:,} bytes, expected at most {limits.image_bytes:,}; send a smaller picture"
+    )
+
+
+def _exactly_one(tensors: Mapping[str, Array], specs: Sequence[WireTensor]) -> None:
+    names = [spec.name for spec in specs]
+    found = [name for name in names if name in tensors]
+    if len(found) != 1:
+        raise InputError(f"found {' and '.join(found) or 'none'} of {', '.join(names)}, expected exactly one")
+
+
+def _bytes(tensors: Mapping[str, Array], name: str) -> bytes:
+    value = tensors[name][0]
+    if not isinstance(value, bytes):
+        raise InputError(f"{name} holds {type(value).__name__}, expected bytes")
+    return value
+
+
+def _text(tensors: Mapping[str, Array], name: str, most: int) -> str:
+    value = _bytes(tensors, name)
+    if not 1 <= len(value) <= most:
+        raise InputError(f"{name} has {len(value)} bytes, expected 1 to {most}")
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{name} is no text in UTF-8; encode it so") from None
+
+
+def _integer(tensors: Mapping[str, Array], name: str, least: int, most: int) -> int | None:
+    if name not in tensors:
+        return None
+    value = int(tensors[name][0])
+    if not least <= value <= most:
+        raise InputError(f"{name} is {value}, expected {least} to {most}")
+    return value
+
+
+def _number(tensors: Mapping[str, Array], name: str, most: float) -> float | None:
+    if name not in tensors:
+        return None
+    value = float(tensors[name][0])
+    if not 0.0 <= value <= most:  # NaN fails too
+        raise InputError(f"{name} is {value}, expected 0 to {most:g}")
+    return value

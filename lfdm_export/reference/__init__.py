@@ -1,0 +1,1 @@
+"""What the untouched networks give, for parity."""

@@ -1,0 +1,1 @@
+"""The denoising loop: tables of coefficients, noise, one step after the other."""

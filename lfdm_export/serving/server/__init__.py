@@ -1,0 +1,1 @@
+"""The server process: its files, start, watch and stop."""

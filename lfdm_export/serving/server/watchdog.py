@@ -1,0 +1,162 @@
+"""Notices Python models whose process died or hangs, and loads them again: the server itself does neither.
+
+A killed process shows in the system's list of processes at once, which costs nothing to look at. That one lives but
+answers nothing is found by small real requests, to those models that have such.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from lfdm_export.errors import ServerError
+from lfdm_export.protocol.contract import CANCEL_INPUT, PREPROCESS_MODEL, SAMPLE_MODEL
+from lfdm_export.serving.server.control import Control
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two looks at the processes, and between two probing requests.
+LOOK_EVERY, PROBE_EVERY = 0.3, 5.0
+#: A probe that is not answered for so many seconds means that its model hangs: it must wait for whom it follows.
+PROBE_TIMEOUT = 30.0
+#: Seconds after which a model that could not be loaded is tried again: first, and at most.
+RETRY, LONGEST_RETRY = 1.0, 30.0
+_STUB = "triton_python_backend_stub"
+_SHARED_MEMORY = Path("/dev/shm")
+
+_BLACK_PIXEL = {"name": "image", "datatype": "UINT8", "shape": [1, 1, 3], "data": [0, 0, 0]}
+_CANCEL_NOTHING = {"name": CANCEL_INPUT.name, "datatype": "BYTES", "shape": [1], "data": [""]}
+#: Requests that are answered at once, whatever their model is at.
+_PROBES: Mapping[str, Mapping[str, object]] = {
+    PREPROCESS_MODEL: {"inputs": [_BLACK_PIXEL]},
+    SAMPLE_MODEL: {"inputs": [_CANCEL_NOTHING]},
+}
+
+
+@dataclass(frozen=True)
+class Stub:
+    """The process of a Python model.
+
+    Attributes:
+        model: its name.
+        pid: of the process.
+        region: name of its shared memory.
+    """
+
+    model: str
+    pid: int
+    region: str
+
+
+def live_stubs(region_prefix: str) -> list[Stub]:
+    """The processes of Python models of one server that are alive, also where the server itself is gone.
+
+    Args:
+        region_prefix: what the names of the server's shared memory begin with.
+    """
+    found = []
+    for entry in os.listdir("/proc"):  # noqa: PTH208 (thrice a second: no objects for names)
+        if not entry.isdigit():
+            continue
+        try:
+            arguments = Path(f"/proc/{entry}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+        except OSError:
+            continue  # gone meanwhile
+        # A dead one that nobody has waited for has no arguments any more.
+        if len(arguments) > 2 and arguments[0].endswith(_STUB) and arguments[2].startswith(region_prefix):
+            found.append(Stub(Path(arguments[1]).parent.parent.name, int(entry), arguments[2]))
+    return found
+
+
+def remove_shared_memory(prefix: str, keep: Sequence[str] = ()) -> None:
+    """Remove the shared memory that killed processes left behind.
+
+    Args:
+        prefix: what the names of the server's regions begin with.
+        keep: names of those in use.
+    """
+    for path in _SHARED_MEMORY.glob(f"{prefix}*"):
+        if path.name not in keep:
+            with suppress(OSError):
+                path.unlink()
+
+
+class Watchdog:
+    """Watches a server's models on a thread of its own."""
+
+    def __init__(self, control: Control, models: Sequence[str], region_prefix: str) -> None:
+        """Start to watch.
+
+        Args:
+            control: of the server.
+            models: the Python models that should live.
+            region_prefix: what the names of the server's shared memory begin with.
+        """
+        self._control, self._models, self._prefix = control, tuple(models), region_prefix
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=work, name=name, daemon=True)
+            for work, name in ((self._watch, "lfdm-watchdog"), (self._probe, "lfdm-probe"))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End; a reload that is under way is waited for."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(PROBE_TIMEOUT)
+
+    def _watch(self) -> None:
+        wait = dict.fromkeys(self._models, 0.0)
+        not_before = dict.fromkeys(self._models, 0.0)
+        while not self._stop.wait(LOOK_EVERY):
+            alive = {stub.model for stub in live_stubs(self._prefix)}
+            for model in self._models:
+                if model in alive or time.monotonic() < not_before[model]:
+                    continue
+                if self._reload(model):
+                    wait[model] = 0.0
+                else:
+                    wait[model] = min(max(RETRY, 2 * wait[model]), LONGEST_RETRY)
+                    not_before[model] = time.monotonic() + wait[model]
+
+    def _reload(self, model: str) -> bool:
+        """Unload and load a model: only that makes a new process; whether it lives again."""
+        began = time.monotonic()
+        logger.error("the process of %s has died: it is loaded again; requests that it had are lost", model)
+        try:
+            self._control.unload(model)
+            remove_shared_memory(self._prefix, [stub.region for stub in live_stubs(self._prefix)])
+            self._control.load(model)
+        except ServerError as error:
+            logger.error("%s could not be loaded again: %s", model, error)
+            return False
+        logger.warning("%s serves again after %.1f s", model, time.monotonic() - began)
+        return True
+
+    def _probe(self) -> None:
+        while not self._stop.wait(PROBE_EVERY):
+            for model, body in _PROBES.items():
+                if model in self._models and not self._stop.is_set():
+                    self._probe_model(model, body)
+
+    def _probe_model(self, model: str, body: Mapping[str, object]) -> None:
+        stubs = [stub for stub in live_stubs(self._prefix) if stub.model == model]
+        try:
+            self._control.infer(model, body, timeout=PROBE_TIMEOUT)
+        except ServerError as error:
+            # One that died meanwhile is the other thread's business; one that is being loaded answers NOT_FOUND.
+            if error.code != "UNAVAILABLE" or not stubs or not self._control.model_ready(model):
+                return
+            logger.error("%s has not answered for %.0f s: its process is ended", model, PROBE_TIMEOUT)
+            for stub in stubs:
+                with suppress(OSError):
+                    os.kill(stub.pid, signal.SIGKILL)

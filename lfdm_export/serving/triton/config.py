@@ -1,0 +1,167 @@
+"""`config.pbtxt` of every model, made as Triton's own protobuf message and written in protobuf's own text format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from lfdm_export.errors import MissingDependencyError
+from lfdm_export.protocol.contract import CLIP_MODEL, DECODE_MODEL, ENCODE_MODEL, STEP_MODELS, STREAM_MODEL, WireTensor
+from lfdm_export.protocol.model_facts import FACTS_PARAMETER, ModelFacts
+from lfdm_export.serving.triton.interfaces import (
+    ANY_GEOMETRY,
+    DECODE_CHUNK_MODEL,
+    ModelInterface,
+    engine_interface,
+    interfaces,
+)
+from lfdm_export.serving.triton.settings import ServingSettings
+from lfdm_export.stages import Geometry, StageSpec, stage_specs
+
+#: What runs encode and decode: our own runner in a Python model, or one of Triton's backends.
+TritonEngine = Literal["python", "onnxruntime", "tensorrt"]
+#: Name of the engine's file in a version's folder.
+ENGINE_FILES: Mapping[str, str] = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
+#: Key of `lfdm_decode`: the model that runs a chunk, where it does not run it itself.
+DECODE_MODEL_PARAMETER = "decode_model"
+#: How long a run of encode or decode waits for requests of other clips to share it with, in microseconds.
+_QUEUE_DELAY = 500
+
+
+def model_configs(
+    geometry: Geometry | None,
+    settings: ServingSettings,
+    *,
+    facts: ModelFacts | None = None,
+    engines: TritonEngine = "python",
+) -> dict[str, Any]:
+    """The configuration of every model of a repository.
+
+    Args:
+        geometry: of the bundle; None leaves all sizes open, for any bundle.
+        settings: what the models are told.
+        facts: what clients are told.
+        engines: what runs encode and decode.
+
+    Returns:
+        `ModelConfig` messages by model name.
+
+    Raises:
+        MissingDependencyError: tritonclient is not installed.
+    """
+    known = interfaces(geometry)
+    sizes = {} if geometry is None else _sizes(geometry)
+    configs = {name: _python_config(known[name], sizes, settings) for name in (*STEP_MODELS, STREAM_MODEL)}
+    configs[STREAM_MODEL].model_transaction_policy.decoupled = True
+    if engines != "python":
+        stages, exact = stage_specs(geometry or ANY_GEOMETRY), geometry is not None
+        for name, stage in ((ENCODE_MODEL, stages["encode"]), (DECODE_CHUNK_MODEL, stages["decode"])):
+            configs[name] = _engine_config(engine_interface(name, stage, exact=exact), stage, sizes, engines)
+        _decode_on_gpu(configs[DECODE_MODEL])
+    configs[CLIP_MODEL] = _ensemble_config(known, sizes)
+    if facts is not None:
+        for name in (CLIP_MODEL, STREAM_MODEL):
+            configs[name].parameters[FACTS_PARAMETER].string_value = facts.to_json()
+    return configs
+
+
+def config_text(config: Any) -> str:
+    """A configuration as the text of `config.pbtxt`."""
+    from google.protobuf import text_format
+
+    return text_format.MessageToString(config, as_utf8=True)
+
+
+def _sizes(geometry: Geometry) -> dict[str, int]:
+    """What the contract's named axes are; those that differ from request to request are not there."""
+    return {
+        "size": geometry.image_size,
+        "frames": geometry.frames,
+        "latent_size": geometry.latent_size,
+        "text_width": geometry.text_width,
+    }
+
+
+def _python_config(interface: ModelInterface, sizes: Mapping[str, int], settings: ServingSettings) -> Any:
+    """A Python model: one process, which batches by itself, if it does."""
+    config = _config(interface, sizes)
+    config.backend = "python"
+    config.instance_group.add(count=1, kind=messages().ModelInstanceGroup.KIND_CPU)
+    for name, value in settings.to_parameters().items():
+        config.parameters[name].string_value = value
+    return config
+
+
+def _engine_config(interface: ModelInterface, stage: StageSpec, sizes: Mapping[str, int], engines: TritonEngine) -> Any:
+    """A stage that one of Triton's backends runs, with the requests of several clips in one batch."""
+    config = _config(interface, sizes, batched=True)
+    config.backend = engines
+    config.max_batch_size = stage.batch[2]
+    config.dynamic_batching.max_queue_delay_microseconds = _QUEUE_DELAY
+    config.default_model_filename = ENGINE_FILES[engines]
+    config.instance_group.add(count=1, kind=messages().ModelInstanceGroup.KIND_GPU)
+    return config
+
+
+def _decode_on_gpu(config: Any) -> None:
+    """Let the model that takes a clip through another one's runs leave tensors on the GPU."""
+    config.parameters[DECODE_MODEL_PARAMETER].string_value = DECODE_CHUNK_MODEL
+    config.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value = "no"
+    config.instance_group[0].kind = messages().ModelInstanceGroup.KIND_GPU
+
+
+def _ensemble_config(known: Mapping[str, ModelInterface], sizes: Mapping[str, int]) -> Any:
+    """The steps in order: an input is what an earlier step gave of that name, else the ensemble's own."""
+    clip = known[CLIP_MODEL]
+    config = _config(clip, sizes)
+    config.platform = "ensemble"
+    asked = {tensor.name for tensor in clip.inputs}
+    wanted = {tensor.name for tensor in clip.outputs}
+    wanted |= {tensor.name for name in STEP_MODELS for tensor in known[name].inputs}
+    made: dict[str, str] = {}
+    for name in STEP_MODELS:
+        step = config.ensemble_scheduling.step.add(model_name=name, model_version=-1)
+        for tensor in known[name].inputs:
+            if tensor.name in made or tensor.name in asked:
+                step.input_map[tensor.name] = made.get(tensor.name, tensor.name)
+        for tensor in known[name].outputs:
+            if tensor.name in wanted:
+                # What the request gave and what a step made of it go by different names in the ensemble.
+                made[tensor.name] = f"ready_{tensor.name}" if tensor.name in asked else tensor.name
+                step.output_map[tensor.name] = made[tensor.name]
+    return config
+
+
+def _config(interface: ModelInterface, sizes: Mapping[str, int], *, batched: bool = False) -> Any:
+    config = messages().ModelConfig(name=interface.name)
+    for tensor in interface.inputs:
+        dims = _dims(tensor, sizes, batched=batched)
+        config.input.add(name=tensor.name, data_type=_data_type(tensor), dims=dims, optional=tensor.optional)
+    for tensor in interface.outputs:
+        dims = _dims(tensor, sizes, batched=batched)
+        config.output.add(name=tensor.name, data_type=_data_type(tensor), dims=dims)
+    return config
+
+
+def _data_type(tensor: WireTensor) -> int:
+    value: int = messages().DataType.Value("TYPE_STRING" if tensor.datatype == "BYTES" else f"TYPE_{tensor.datatype}")
+    return value
+
+
+def _dims(tensor: WireTensor, sizes: Mapping[str, int], *, batched: bool) -> list[int]:
+    """Axes as Triton writes them, -1 for open ones; without the batch where Triton adds it itself."""
+    axes = tensor.shape[1:] if batched else tensor.shape
+    return [sizes.get(axis, -1) if isinstance(axis, str) else axis for axis in axes]
+
+
+def messages() -> Any:
+    """Triton's protobuf messages of a model's configuration.
+
+    Raises:
+        MissingDependencyError: tritonclient is not installed.
+    """
+    try:
+        from tritonclient.grpc import model_config_pb2
+    except ImportError as error:
+        raise MissingDependencyError("tritonclient[grpc]", "writing a Triton model repository", "serve") from error
+    return model_config_pb2

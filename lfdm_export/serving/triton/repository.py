@@ -1,0 +1,166 @@
+"""A Triton model repository out of a bundle: configurations, thin `model.py` files, engines."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.errors import BundleError, ExportError
+from lfdm_export.files.atomic import temporary_folder
+from lfdm_export.files.folders import publish
+from lfdm_export.files.names import user_path
+from lfdm_export.files.places import destination
+from lfdm_export.graphs.file import read_graph
+from lfdm_export.protocol.contract import (
+    CLIP_MODEL,
+    CONDITION_MODEL,
+    DECODE_MODEL,
+    ENCODE_MODEL,
+    PREPROCESS_MODEL,
+    SAMPLE_MODEL,
+    STREAM_MODEL,
+)
+from lfdm_export.protocol.model_facts import ModelFacts
+from lfdm_export.serving.triton.config import ENGINE_FILES, TritonEngine, config_text, model_configs
+from lfdm_export.serving.triton.interfaces import DECODE_CHUNK_MODEL
+from lfdm_export.serving.triton.settings import ServingSettings
+from lfdm_export.stages import Geometry
+
+#: The class behind each Python model.
+_CLASSES: Mapping[str, str] = {
+    PREPROCESS_MODEL: "preprocess.PreprocessModel",
+    CONDITION_MODEL: "condition.ConditionModel",
+    ENCODE_MODEL: "encode.EncodeModel",
+    SAMPLE_MODEL: "sample.SampleModel",
+    DECODE_MODEL: "decode.DecodeModel",
+    STREAM_MODEL: "stream.StreamModel",
+}
+#: Stages that an engine of Triton may run, by the model that is that engine.
+_ENGINE_STAGES: Mapping[str, str] = {ENCODE_MODEL: "encode", DECODE_CHUNK_MODEL: "decode"}
+#: Where a bundle lies inside a repository: Triton takes every folder of a repository for a model, and looks at nothing
+#: in a model's folder but its configuration and its versions.
+BUNDLE_PLACE = f"{SAMPLE_MODEL}/bundle"
+_VERSION = "1"
+#: Keeps the folder of the ensemble's version, which has no file, where only files are kept.
+_PLACEHOLDER = ".gitkeep"
+
+
+def write_repository(
+    bundle: Bundle,
+    target: str | os.PathLike[str],
+    *,
+    settings: ServingSettings | None = None,
+    engines: TritonEngine = "python",
+    copy_bundle: bool = True,
+) -> Path:
+    """Write a repository that serves one bundle, with its exact shapes.
+
+    Args:
+        bundle: what is served.
+        target: folder of the repository; one that was written earlier is replaced.
+        settings: how it is served; its `bundle` is set here.
+        engines: what runs encode and decode: "python" for our own runner, which serves everywhere; "onnxruntime" or
+            "tensorrt" for Triton's backends of NVIDIA's container, with the bundle's graphs or plans as their models.
+        copy_bundle: put a copy of the bundle into the repository, so that it can be moved; else refer to its path.
+
+    Returns:
+        The repository's path.
+
+    Raises:
+        ExportError: something else is at `target`, or it cannot be written.
+        BundleError: the bundle has no plans for "tensorrt".
+        MissingDependencyError: tritonclient is not installed.
+    """
+    place = BUNDLE_PLACE if copy_bundle else str(bundle.path.resolve())
+    settings = replace(settings or ServingSettings(), bundle=place)
+    manifest = bundle.manifest
+
+    require_apart(bundle.path, target)
+
+    def fill(folder: Path) -> None:
+        _write_models(folder, manifest.geometry, settings, ModelFacts.of(manifest), engines)
+        if engines != "python":
+            for model, stage in _ENGINE_STAGES.items():
+                _place_engine(bundle, stage, engines, folder / model / _VERSION)
+        if copy_bundle:
+            shutil.copytree(bundle.path, folder / BUNDLE_PLACE)
+
+    return _write(target, fill)
+
+
+def write_open_repository(target: str | os.PathLike[str]) -> Path:
+    """Write the repository for any bundle, which the environment variable LFDM_BUNDLE names: all sizes are open.
+
+    Raises:
+        ExportError: something else is at `target`, or it cannot be written.
+        MissingDependencyError: tritonclient is not installed.
+    """
+    return _write(target, lambda folder: _write_models(folder, None, ServingSettings(), None, "python"))
+
+
+def require_apart(bundle: str | os.PathLike[str], repository: str | os.PathLike[str]) -> None:
+    """Refuse a repository inside the bundle that it serves, in its place, or around it.
+
+    Raises:
+        ExportError: one lies in the other.
+    """
+    here, there = user_path(bundle).resolve(), user_path(repository).resolve()
+    if there == here or here in there.parents or there in here.parents:
+        raise ExportError(f"the repository {there} and the bundle {here} lie one in the other; choose another folder")
+
+
+def _write(path: str | os.PathLike[str], fill: Callable[[Path], None]) -> Path:
+    """Fill a folder beside the target, and put it in its place."""
+    target = user_path(path)
+    if target.exists() and not (target / CLIP_MODEL / "config.pbtxt").is_file() and not _is_empty_folder(target):
+        raise ExportError(f"{target} is there and is no model repository of this program; choose another folder")
+    try:
+        place = destination(target).path
+        with temporary_folder(place) as part:
+            fill(part)
+            publish(part, place)
+    except OSError as error:
+        raise ExportError(f"the repository {target} cannot be written: {error.strerror or error}") from error
+    return target
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _write_models(
+    folder: Path, geometry: Geometry | None, settings: ServingSettings, facts: ModelFacts | None, engines: TritonEngine
+) -> None:
+    """Every model's folder: configuration, and in its one version what runs it."""
+    for name, config in model_configs(geometry, settings, facts=facts, engines=engines).items():
+        version = folder / name / _VERSION
+        version.mkdir(parents=True)
+        (folder / name / "config.pbtxt").write_text(config_text(config), encoding="utf-8")
+        if config.backend == "python":
+            module, class_name = _CLASSES[name].split(".")
+            text = f"from lfdm_export.serving.models.{module} import {class_name} as TritonPythonModel  # noqa: F401\n"
+            (version / "model.py").write_text(text, encoding="utf-8")
+        elif name == CLIP_MODEL:
+            (version / _PLACEHOLDER).touch()
+
+
+def _place_engine(bundle: Bundle, stage: str, engines: TritonEngine, version: Path) -> None:
+    """Put a stage's plan, or its graph and the weights beside it, where Triton looks for the model."""
+    target = version / ENGINE_FILES[engines]
+    if engines == "tensorrt":
+        plan = bundle.path / "plans" / "tensorrt" / f"{stage}.plan"
+        if not plan.is_file():
+            raise BundleError(
+                f"{bundle.path} has no TensorRT plan of {stage} at {plan.relative_to(bundle.path)}; "
+                "build it on the machine that will serve: lfdm-export --target tensorrt"
+            )
+        shutil.copyfile(plan, target)
+        return
+    graph = bundle.stage_path(stage)
+    shutil.copyfile(graph, target)
+    for name in sorted({data.location for data in read_graph(graph).external}):
+        shutil.copyfile(graph.parent / name, version / name)

@@ -1,0 +1,125 @@
+"""How a bundle is served: chosen once, written into each model's configuration, read back by the models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from lfdm_export.batching.order import POLICIES, Policy
+from lfdm_export.engines.onnxruntime.engine import DEVICES
+from lfdm_export.engines.targets import AUTO, check_target_name
+from lfdm_export.errors import InputError
+from lfdm_export.protocol.requests import Limits
+
+#: Where the bundle is, for a configuration that does not say it.
+BUNDLE_VARIABLE = "LFDM_BUNDLE"
+#: What the parameters of a configuration that are limits begin with.
+_LIMIT = "limit_"
+
+
+@dataclass(frozen=True)
+class ServingSettings:
+    """What every model of a repository is told.
+
+    Attributes:
+        bundle: folder of the bundle; relative to the repository; empty for what LFDM_BUNDLE says.
+        slots: samples that the sampler runs together at most; see `lfdm_export.batching.step_batcher` for how many.
+        queue_limit: requests that may wait for a slot; more are refused.
+        policy: "step": samples join and leave at each step; "clip": one clip at a time; "dynamic": whole clips are
+            batched, and none joins a running batch.
+        fixed_batch: run all slots at each step, empty or not, so that a clip has the same bits in any company.
+        threads: of each engine; 0 takes all cores.
+        target: what runs the stages, see `lfdm_export.engines.targets`; "auto" for the best that the bundle and machine have.
+        device: where ONNX Runtime runs; see `OnnxRuntimeEngine`.
+        limits: of a request.
+        self_check: each model takes a target only after it was compared on this machine; not needed where whoever
+            starts the server has done so.
+    """
+
+    bundle: str = ""
+    slots: int = 1
+    queue_limit: int = 64
+    policy: Policy = "step"
+    fixed_batch: bool = False
+    threads: int = 0
+    target: str = AUTO
+    device: str = "cpu"
+    limits: Limits = field(default_factory=Limits)
+    self_check: bool = True
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            InputError: a value is out of range.
+        """
+        for name, least in (("slots", 1), ("queue_limit", 1), ("threads", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}, expected {least} or more")
+        check_target_name(self.target, AUTO)
+        if self.device not in DEVICES:
+            raise InputError(f"device is {self.device!r}, expected {' or '.join(DEVICES)}")
+        if self.policy not in POLICIES:
+            raise InputError(f"policy is {self.policy!r}, expected one of {', '.join(POLICIES)}")
+
+    def to_parameters(self) -> dict[str, str]:
+        """As the string parameters of a Triton model's configuration."""
+        own = {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self) if entry.name != "limits"}
+        limits = {_LIMIT + entry.name: _plain(getattr(self.limits, entry.name)) for entry in fields(Limits)}
+        return own | limits
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str]) -> ServingSettings:
+        """What `to_parameters` gave; what is not there has its default, other parameters are left alone.
+
+        Raises:
+            InputError: a value cannot be read, or is out of range.
+        """
+        defaults, limits = cls(), Limits()
+        found = {
+            entry.name: _read(parameters, entry.name, getattr(defaults, entry.name))
+            for entry in fields(cls)
+            if entry.name != "limits"
+        }
+        known = {
+            entry.name: _read(parameters, _LIMIT + entry.name, getattr(limits, entry.name)) for entry in fields(limits)
+        }
+        return cls(**found, limits=Limits(**known))
+
+    def bundle_folder(self, repository: Path) -> Path:
+        """Where the bundle is.
+
+        Args:
+            repository: the model repository, to which a relative path is relative.
+
+        Raises:
+            InputError: neither `bundle` nor the environment says.
+        """
+        said = self.bundle or os.environ.get(BUNDLE_VARIABLE, "")
+        if not said:
+            raise InputError(
+                f"no bundle is named: set the environment variable {BUNDLE_VARIABLE} to the folder that lfdm-export "
+                "wrote, or the parameter 'bundle' in the model's config.pbtxt"
+            )
+        return repository / said
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _read(parameters: Mapping[str, str], name: str, default: Any) -> Any:
+    """A parameter, as what its default is."""
+    text = parameters.get(name)
+    if text is None or isinstance(default, str):
+        return default if text is None else text
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[text]
+        return type(default)(text)
+    except (KeyError, ValueError):
+        kind = "true or false" if isinstance(default, bool) else "a number"
+        raise InputError(f"the parameter {name} in config.pbtxt is {text!r}, expected {kind}") from None
