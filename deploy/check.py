@@ -7,7 +7,7 @@ By hand, for it needs packages that are not the project's own:
     checks/bin/pip install --no-deps kserve
     checks/bin/python deploy/check.py
 
-`kubectl` builds the kustomizations where it is there. What needs no package is tested in tests/test_deploy.py.
+`kubectl` builds the kustomizations where it is there. What needs no package is tested in tests/serving/test_deploy.py.
 """
 
 from __future__ import annotations

@@ -1,0 +1,210 @@
+"""Verification with every engine that a machine has, and against Polygraphy's runner."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.bundle.writer import BundleWriter
+from lfdm_export.cli import verify_main
+from lfdm_export.engines.cuda_driver import Gpu
+from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
+from lfdm_export.engines.openvino.engine import OpenVinoEngine
+from lfdm_export.engines.targets import Machine
+from lfdm_export.errors import EngineError, InputError, MissingDependencyError
+from lfdm_export.parity import verify
+from lfdm_export.parity.chain import ChainResult
+from lfdm_export.parity.report.model import OtherEngine, Report
+from lfdm_export.parity.report.page import page
+from lfdm_export.parity.verify import verify_bundle
+from tests.engines.test_plans import L4
+from tests.engines.test_targets import EVERYTHING, machine
+
+NO_GPU = machine(EVERYTHING)
+
+
+@pytest.fixture(scope="module")
+def bundle(small_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A copy, so that what is compiled and compared may be written into it."""
+    return Bundle.open(shutil.copytree(small_bundle.path, tmp_path_factory.mktemp("engines") / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def report(bundle: Bundle) -> Report:
+    return verify_bundle(bundle, threads=1, targets=("all",), polygraphy=True)
+
+
+def of(report: Report, name: str) -> OtherEngine:
+    (found,) = [other for other in report.others if other.name.startswith(name)]
+    return found
+
+
+def test_every_engine_of_this_machine_runs_and_the_others_say_why_not(report: Report):
+    assert report.engine == "ONNX Runtime, CPU"
+    assert report.passed, report.failures
+    openvino = of(report, "OpenVINO, CPU")
+    assert [(c.stage, c.kind, c.subject) for c in openvino.checks] == [
+        (c.stage, c.kind, c.subject) for c in report.checks
+    ]
+    assert [c.found for c in openvino.checks] != [c.found for c in report.checks], "another engine, other last bits"
+    for name in ("TensorRT", "TensorRT for RTX"):
+        (other,) = [one for one in report.others if one.name == name]
+        assert other.lacking
+        assert other.checks == ()
+    assert len(report.all_checks) > 2 * len(report.checks)
+
+
+def test_polygraphy_has_the_same_opinion(report: Report, bundle: Bundle):
+    for name in ("ONNX Runtime against ONNX Runtime, by Polygraphy", "OpenVINO against ONNX Runtime, by Polygraphy"):
+        other = of(report, name)
+        assert [check.stage for check in other.checks] == [
+            spec.name for spec in bundle.stages.values() for _ in spec.outputs
+        ]
+        assert all(check.found is not None for check in other.checks)
+    own = of(report, "ONNX Runtime against")
+    assert max(check.found or 0 for check in own.checks) < 1e-5, "the same engine, in other memory"
+    assert max(check.found or 0 for check in of(report, "OpenVINO against").checks) > 0
+
+
+def test_polygraphys_own_file_can_be_read_again(report: Report, bundle: Bundle):
+    from polygraphy.comparator import RunResults
+
+    results = RunResults.load(str(bundle.path / "parity" / "polygraphy" / "encode.json"))
+    assert list(dict(results.items())) == ["ONNX Runtime, by Polygraphy", "OpenVINO"]
+    assert Bundle.open(bundle.path).manifest == bundle.manifest, "no part of the bundle"
+
+
+def test_the_report_shows_them(report: Report):
+    assert Report.from_json(report.to_json()) == report
+    html = page(report)
+    assert "Other engines" in html
+    assert "OpenVINO against ONNX Runtime, by Polygraphy" in html
+    assert "not run: " in html
+    from rich.console import Console
+
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report.table())
+    text = console.export_text()
+    assert "OpenVINO, CPU" in text
+    assert "TensorRT for RTX" in text
+
+
+def test_an_engine_that_is_wrong_fails_with_its_name(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+    real = OpenVinoEngine.run
+
+    def wrong(engine: OpenVinoEngine, feeds: Any) -> Any:
+        outputs = real(engine, feeds)
+        if engine.spec.name == "encode":
+            outputs["context"] = np.multiply(outputs["context"], np.float32(1.01))
+        return outputs
+
+    monkeypatch.setattr(OpenVinoEngine, "run", wrong)
+    report = verify_bundle(bundle, threads=1, targets=("onnxruntime", "openvino"), polygraphy=True)
+    assert not report.passed
+    stages = {check.stage for check in report.failures}
+    assert stages >= {"OpenVINO, CPU: encode", "OpenVINO against ONNX Runtime, by Polygraphy: encode"}
+    assert not any(stage.startswith(("encode", "ONNX Runtime")) for stage in stages)
+    assert "OpenVINO, CPU: encode" in report.verdict
+    assert "✗" in page(report)
+    assert of(report, "OpenVINO, CPU").nearest is not None
+
+
+def test_an_engine_that_breaks_is_a_failure_of_polygraphys_comparison_too(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(engine: OnnxRuntimeEngine, feeds: Any) -> Any:
+        raise EngineError("out of order")
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", broken)
+    report = verify_bundle(bundle, threads=1, polygraphy=True)
+    checks = of(report, "ONNX Runtime against").checks
+    assert {check.meaning for check in checks} == {"out of order"}
+    assert len(checks) == len(bundle.stages)
+
+
+def test_one_engine_by_name(bundle: Bundle):
+    report = verify_bundle(bundle, threads=1, targets=("openvino",))
+    assert report.engine == "OpenVINO, CPU"
+    assert report.passed
+    assert report.others == ()
+
+
+def test_what_is_asked_for_by_name_and_not_there_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(verify, "this_machine", lambda: NO_GPU)
+    with pytest.raises(EngineError, match=r"'tensorrt' cannot be had here: .* sees no GPU"):
+        verify_bundle(bundle, targets=("tensorrt",))
+    with pytest.raises(InputError, match="unknown target 'tpu'"):
+        verify_bundle(bundle, targets=("tpu",))
+
+
+def test_nothing_at_all_runs_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(verify, "this_machine", lambda: Machine((), "there is no GPU", {}))
+    with pytest.raises(EngineError, match=r"nothing here runs .*: ONNX Runtime: onnxruntime not installed: pip"):
+        verify_bundle(bundle, targets=("all",))
+
+
+def test_a_gpu_without_plans_is_told_how_to_get_them(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(verify, "this_machine", lambda: machine({**EVERYTHING}, L4))
+    ran: list[str] = []
+
+    def stop(bundle: Bundle, target: str, *_: Any) -> Any:
+        ran.append(target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "_run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        verify_bundle(bundle, targets=("all",))
+    runs, absent = verify._choose(bundle, ("all",))
+    assert runs == ["onnxruntime", "openvino"]
+    assert [other.lacking for other in absent] == [
+        f"the bundle has no plans for it: lfdm-export --plans {bundle.path} --target {target}"
+        for target in ("tensorrt", "tensorrt-rtx")
+    ]
+
+
+def test_without_polygraphy(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(__import__("sys").modules, "polygraphy.backend.base", None)
+    with pytest.raises(MissingDependencyError, match=r"'polygraphy'.*pip install 'lfdm-export\[polygraphy\]'"):
+        verify._by_polygraphy(bundle, "onnxruntime", {"encode": bundle.stages["encode"]}, {"image": np.zeros(1)}, 1)
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_runs_all_of_them(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    asked: dict[str, Any] = {}
+
+    def stop(bundle: Bundle, **options: Any) -> Any:
+        asked.update(options)
+        raise EngineError("enough")
+
+    monkeypatch.setattr(verify, "verify_bundle", stop)
+    assert verify_main([str(bundle.path)]) == 1
+    assert (asked["targets"], asked["polygraphy"]) == (("all",), False)
+    verify_main([str(bundle.path), "--target", "openvino", "--target", "onnxruntime", "--polygraphy"])
+    assert (asked["targets"], asked["polygraphy"]) == (("openvino", "onnxruntime"), True)
+    with pytest.raises(SystemExit):
+        verify_main([str(bundle.path), "--target", "tpu"])
+
+
+def test_the_parity_folder_may_hold_polygraphys_files_when_a_bundle_is_replaced(report: Report, bundle: Bundle):
+    with BundleWriter(bundle.path):
+        pass
+    written = json.loads((bundle.path / "manifest.json").read_text(encoding="utf-8"))
+    assert not any(name.startswith("parity/") for name in written["files"])
+
+
+def test_what_runs_on_the_gpu_is_named_by_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(verify, "check_stage", lambda *_: [])
+    monkeypatch.setattr(verify, "check_chain", lambda *_: ChainResult(()))
+    monkeypatch.setattr(verify, "find_gpus", lambda: ((Gpu("NVIDIA L4", (8, 9), 1, "13.0"),), ""))
+    reference: Any = SimpleNamespace(chain=None, seed=0)
+    names = [verify._run(bundle, t, {}, {}, reference, 1, None, "fp32").engine.name for t in ("tensorrt", "openvino")]
+    assert names == ["TensorRT, NVIDIA L4", "OpenVINO, CPU"]
