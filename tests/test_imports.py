@@ -1,4 +1,4 @@
-"""Which module may import which: layers as data, and what must import on a bare machine."""
+"""Which room may import which: one strict order, and what must import on a bare machine."""
 
 from __future__ import annotations
 
@@ -15,88 +15,20 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (ROOT, ROOT / "models")
 PACKAGES = ("lfdm_export", "lfdm_models")
 
-#: From the bottom up. A module imports from its own layer or from those before it. A name stands for
-#: the module and everything below it; the first that fits counts.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("lfdm_export.dependencies", "lfdm_export.errors", "lfdm_export.telemetry"),
-    # How files are written.
-    ("lfdm_export.files",),
-    # Plain facts and arithmetic; pictures and clips.
-    (
-        "lfdm_export.pictures.clip",
-        "lfdm_export.generate.arguments",
-        "lfdm_export.engines.cuda_driver",
-        "lfdm_export.checkpoints.datasets",
-        "lfdm_export.pictures.gif",
-        "lfdm_export.machine",
-        "lfdm_export.files.json_codec",
-        "lfdm_export.pictures.clip_files",
-        "lfdm_export.sampling.noise",
-        "lfdm_export.pictures.panels",
-        "lfdm_export.pictures",
-        "lfdm_export.pictures.preprocess",
-        "lfdm_export.pictures.resize",
-        "lfdm_export.sampling.tables",
-        "lfdm_export.sampling.loop",
-        "lfdm_export.stages",
-        "lfdm_export.engines.targets",
-        "lfdm_export.generate.tokenizer",
-        "lfdm_export.wording",
-        "lfdm_models.command_line",
-        "lfdm_models.config",
-        "lfdm_models.labels",
-        "lfdm_models.pictures",
-        "lfdm_models.schedule",
-    ),
-    # Networks, and files that become networks.
-    (
-        "lfdm_export.checkpoints.load",
-        "lfdm_export.checkpoints.model_folder",
-        "lfdm_export.checkpoints.architecture",
-        "lfdm_export.checkpoints.training_facts",
-        "lfdm_export.checkpoints.weight_files",
-        "lfdm_models",
-    ),
-    # Networks that become deployable modules.
-    ("lfdm_export.ops", "lfdm_export.rewrite"),
-    # Graphs, the folder that holds them, and what runs them.
-    (
-        "lfdm_export.files.arrays",
-        "lfdm_export.bundle.reader",
-        "lfdm_export.engines.bundle_facts",
-        "lfdm_export.bundle.writer",
-        "lfdm_export.engines",
-        "lfdm_export.reference.pytorch",
-        "lfdm_export.graphs.file",
-        "lfdm_export.graphs",
-        "lfdm_export.bundle.manifest",
-        "lfdm_export.graphs.trace",
-        "lfdm_export.quantize",
-        "lfdm_export.bundle.ready",
-        "lfdm_export.reference.stored",
-        "lfdm_export.reference.inputs",
-        "lfdm_export.generate.stage_runner",
-    ),
-    # What people ask for.
-    (
-        "lfdm_export.client",
-        "lfdm_export.evaluation.evaluate",
-        "lfdm_export.evaluation.report",
-        "lfdm_export.parity.polygraphy",
-        "lfdm_export.export.bundle_export",
-        "lfdm_export.generate.pipeline",
-        "lfdm_export.export.plans",
-        "lfdm_export.parity.report.model",
-        "lfdm_export.parity.report.charts",
-        "lfdm_export.parity.report.page",
-        "lfdm_export.parity.report.table",
-        "lfdm_export.serving",
-        "lfdm_export.parity.verify",
-        "lfdm_export.parity.chain",
-        "lfdm_export.parity.stages",
-    ),
-    ("lfdm_export.cli",),
-)
+#: The rooms of `lfdm_export`, from the bottom up: a module imports from its own room or from those before it, inside of
+#: functions too; only what type checkers alone see is free. `lfdm_models` lies below all of them.
+ROOMS = (
+    "errors", "dependencies", "telemetry", "wording", "stages", "machine",
+    "files", "sampling", "pictures", "checkpoints", "ops", "rewrite", "graphs", "bundle", "reference", "engines",
+    "quantize", "export", "generate", "parity", "protocol", "batching", "client", "serving", "evaluation", "cli",
+)  # fmt: skip
+#: Modules that others may import by the names that they had before they moved into rooms; nothing here does.
+FORMER = ("bundle_writer", "media", "preprocess")
+#: Of the networks' package, plain facts that import no network.
+FACTS = (
+    "lfdm_models.command_line", "lfdm_models.config", "lfdm_models.labels", "lfdm_models.pictures",
+    "lfdm_models.schedule",
+)  # fmt: skip
 
 #: Not in the core's dependencies: no light module may need them to be imported.
 OPTIONAL = (
@@ -108,19 +40,25 @@ OPTIONAL = (
 #: The modules that may import optional packages at their top; every other one must do without.
 HEAVY = (
     "lfdm_export.checkpoints.load",
+    "lfdm_export.checkpoints.model_folder",
+    "lfdm_export.checkpoints.training_facts",
+    "lfdm_export.checkpoints.weight_files",
     "lfdm_export.evaluation.evaluate",
     "lfdm_export.export.bundle_export",
-    "lfdm_export.reference.pytorch",
-    "lfdm_export.graphs",
-    "lfdm_export.checkpoints.model_folder",
+    "lfdm_export.export.precisions",
+    "lfdm_export.graphs.bodies",
+    "lfdm_export.graphs.openvino_quantized",
+    "lfdm_export.graphs.policy",
+    "lfdm_export.graphs.stored",
     "lfdm_export.graphs.trace",
+    "lfdm_export.graphs.typed",
     "lfdm_export.ops",
+    "lfdm_export.parity.simulate",
     "lfdm_export.quantize",
+    "lfdm_export.reference.pytorch",
     "lfdm_export.rewrite",
     # Run inside Triton alone, whose package they import.
     "lfdm_export.serving.models",
-    "lfdm_export.checkpoints.training_facts",
-    "lfdm_export.checkpoints.weight_files",
 )
 #: Of the networks' package, only these do without.
 LIGHT_NETWORKS = (
@@ -185,16 +123,23 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def layer_of(module: str) -> int:
-    for level, names in enumerate(LAYERS):
-        if any(below(module, name) for name in names):
-            return level
-    raise AssertionError(f"{module} is in no layer: give it a place in LAYERS")
+def room_of(module: str) -> int:
+    """Where a module stands in the order; the networks' package below all rooms."""
+    package, _, inside = module.partition(".")
+    return -1 if package == "lfdm_models" else (*ROOMS, *FORMER).index(inside.partition(".")[0])
+
+
+def for_type_checkers(tree: ast.Module) -> set[ast.AST]:
+    """Everything below an ``if TYPE_CHECKING:``."""
+    guards = (node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+    return {inside for guard in guards for inside in ast.walk(guard)}
 
 
 def own_imports(path: Path, known: set[str]) -> Iterator[str]:
-    """Every module of this project that a file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """Every module of this project that a file imports when it runs, in functions too."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    free = for_type_checkers(tree)
+    for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -202,7 +147,8 @@ def own_imports(path: Path, known: set[str]) -> Iterator[str]:
             assert node.level == 0, f"{path}: relative import"
             base = node.module or ""
             names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names]
-        yield from (name for name in names if name.partition(".")[0] in PACKAGES)
+        if node not in free:
+            yield from (name for name in names if name.partition(".")[0] in PACKAGES)
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
@@ -217,6 +163,11 @@ LIGHT = [
 ]
 
 
+def test_every_module_has_a_room():
+    inside = {name.partition(".")[2].partition(".")[0] for name in MODULES if below(name, "lfdm_export")}
+    assert inside - {""} == {*ROOMS, *FORMER}
+
+
 def test_imports_point_one_way():
     wrong = []
     for module, path in MODULES.items():
@@ -225,8 +176,33 @@ def test_imports_point_one_way():
         for imported in own_imports(path, set(MODULES)):
             if imported == "lfdm_export":
                 continue  # `from lfdm_export import __version__`; what else it gives is lazy
-            if layer_of(imported) > layer_of(module):
+            if room_of(imported) > room_of(module):
                 wrong.append(f"{module} imports {imported}")
+    assert wrong == []
+
+
+def test_former_names_lead_to_the_same_things():
+    from lfdm_export import media, preprocess
+    from lfdm_export.bundle import Bundle
+    from lfdm_export.bundle.reader import Bundle as Reader
+    from lfdm_export.bundle.writer import BundleWriter
+    from lfdm_export.bundle_writer import BundleWriter as Former
+    from lfdm_export.pictures import clip_files, clips
+    from lfdm_export.pictures import preprocess as preparation
+
+    assert (Bundle, Former) == (Reader, BundleWriter)
+    assert (media.load_clip, media.save_clip) == (clips.load_clip, clip_files.save_clip)
+    assert all(getattr(preprocess, name) is getattr(preparation, name) for name in preprocess.__all__)
+
+
+def test_facts_import_no_network():
+    wrong = [
+        f"{module} imports {imported}"
+        for module, path in MODULES.items()
+        if any(below(module, fact) for fact in FACTS)
+        for imported in own_imports(path, set(MODULES))
+        if not any(below(imported, fact) for fact in FACTS)
+    ]
     assert wrong == []
 
 

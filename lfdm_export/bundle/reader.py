@@ -8,7 +8,7 @@ Layout::
     BUNDLE/reference.npz       what PyTorch gave, for verification; may be left out
     BUNDLE/tokenizer/          only with a text encoder
     BUNDLE/parity/             the verification report; may be written later, not hashed
-    BUNDLE/plans/              what TensorRT runs (`lfdm_export.engines.tensorrt.plans`); may be written later, not hashed
+    BUNDLE/plans/              what TensorRT runs; may be written later, not hashed
 """
 
 from __future__ import annotations

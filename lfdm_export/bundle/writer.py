@@ -9,6 +9,7 @@ import logging
 import os
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -32,7 +33,9 @@ from lfdm_export.files.atomic import locked, temporary_folder
 from lfdm_export.files.folders import publish, settle
 from lfdm_export.files.names import require_utf8
 from lfdm_export.files.places import destination
-from lfdm_export.reference.stored import Reference
+
+if TYPE_CHECKING:
+    from lfdm_export.reference.stored import Reference
 
 _log = logging.getLogger(__name__)
 

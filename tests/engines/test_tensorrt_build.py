@@ -429,7 +429,7 @@ def test_tensorrt_has_every_name_that_is_used(tmp_path: Path):
     }
     command = [sys.executable, "-c", _NAMES_OF_TENSORRT, str(tmp_path), find_compiler(), json.dumps(wanted)]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=Path(tensorrt_api.__file__).parents[2]
+        command, capture_output=True, text=True, check=False, cwd=Path(tensorrt_api.__file__).parents[3]
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []

@@ -277,7 +277,8 @@ def test_every_metric_that_is_asked_for_is_in_our_code(own_metrics: set[str]):
 
 
 def test_outcomes_that_are_asked_for_are_in_our_code():
-    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "lfdm_export/serving").rglob("*.py"))
+    sources = [path for room in ("batching", "serving") for path in (ROOT / "lfdm_export" / room).rglob("*.py")]
+    code = "".join(path.read_text(encoding="utf-8") for path in sources)
     asked = {value for _, query in queries() for value in re.findall(r'outcome="(\w+)"', query)}
     assert {"finished", "rejected", "failed"} <= asked
     for outcome in asked:

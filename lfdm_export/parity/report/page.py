@@ -28,7 +28,7 @@ _LONGEST, _MOST_LABELS = 400, 60
 
 def page(report: Report) -> str:
     """The whole HTML document."""
-    template = Template(files("lfdm_export").joinpath("report_page.html").read_text(encoding="utf-8"))
+    template = Template(files("lfdm_export.parity.report").joinpath("page.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=_text(f"Parity of {report.bundle}: {'passed' if report.passed else 'FAILED'}"),
         bundle=_text(report.bundle),

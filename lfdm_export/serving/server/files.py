@@ -249,7 +249,7 @@ def _own_folders() -> tuple[str, ...]:
     """Where this program's packages are imported from, which need not be installed."""
     import lfdm_models
 
-    packages = (Path(__file__).parents[1], Path(lfdm_models.__file__).parent)
+    packages = (Path(__file__).parents[2], Path(lfdm_models.__file__).parent)
     return tuple(dict.fromkeys(str(package.parent) for package in packages))
 
 

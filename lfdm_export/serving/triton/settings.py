@@ -32,7 +32,7 @@ class ServingSettings:
             batched, and none joins a running batch.
         fixed_batch: run all slots at each step, empty or not, so that a clip has the same bits in any company.
         threads: of each engine; 0 takes all cores.
-        target: what runs the stages, see `lfdm_export.engines.targets`; "auto" for the best that the bundle and machine have.
+        target: what runs the stages, see `engines.targets`; "auto" for the best that the bundle and machine have.
         device: where ONNX Runtime runs; see `OnnxRuntimeEngine`.
         limits: of a request.
         self_check: each model takes a target only after it was compared on this machine; not needed where whoever

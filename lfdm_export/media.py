@@ -1,0 +1,6 @@
+"""Former place of clips' readers and writers; what is imported from here goes on working."""
+
+from lfdm_export.pictures.clip_files import save_clip
+from lfdm_export.pictures.clips import load_clip
+
+__all__ = ["load_clip", "save_clip"]

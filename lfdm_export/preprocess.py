@@ -1,0 +1,5 @@
+"""Former place of `lfdm_export.pictures.preprocess`; what is imported from here goes on working."""
+
+from lfdm_export.pictures.preprocess import Preprocessing, prepare_image, prepare_images, read_image
+
+__all__ = ["Preprocessing", "prepare_image", "prepare_images", "read_image"]
