@@ -148,7 +148,7 @@ def test_no_thread_of_an_engine_leaves_the_mask(engine: str, tmp_path: Path):
     module, name = engine.split(".")
     code = (
         "import os; allowed = {max(os.sched_getaffinity(0))}; os.sched_setaffinity(0, allowed)\n"
-        f"from lfdm_export.engines.{module} import {name}\n"
+        f"from lfdm_export.engines.{module}.engine import {name}\n"
         "from tests.fake_bundle import SPECS, feeds_for\n"
         f"engine = {name}({str(tmp_path / 'denoise.onnx')!r}, SPECS['denoise'])\n"
         "engine.run(feeds_for(SPECS['denoise'], batch=1))\n"
