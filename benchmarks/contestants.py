@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.pictures.preprocess import to_float
-from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling.loop import sample, step_from_denoiser
+from lfdm_export.sampling.tables import SamplerTable
 from lfdm_models.generator import Generator
 from lfdm_models.lfae import latent_to_flow
 from lfdm_models.model import LfdmModel
@@ -40,7 +41,7 @@ class Task:
 
     image: NDArray[np.uint8]
     embedding: Float32
-    table: sampling.SamplerTable
+    table: SamplerTable
     draws: Sequence[Float32]
 
 
@@ -117,9 +118,9 @@ class Published:
         image = to_float(task.image)
         feature = self.encode(image)
         watch.lap()
-        step = sampling.step_from_denoiser(lambda latent, t: self.denoise(latent, feature, task.embedding, t))
+        step = step_from_denoiser(lambda latent, t: self.denoise(latent, feature, task.embedding, t))
         start, *later = task.draws
-        latent = sampling.sample(step, task.table, start, later, on_step=lambda *_: watch.lap())
+        latent = sample(step, task.table, start, later, on_step=lambda *_: watch.lap())
         decoded = [self.decode_frame(image, np.ascontiguousarray(latent[:, :, i])) for i in range(latent.shape[2])]
         frames = np.stack([frame for frame, *_ in decoded], axis=2)
         watch.lap()

@@ -21,8 +21,8 @@ from benchmarks.gpu_timing import captured
 from lfdm_export.ops.thresholded_step.gpu import noise_on_gpu
 from lfdm_export.rewrite.precision import channels_last, in_precision
 from lfdm_export.rewrite.stage_modules import stage_modules
-from lfdm_export.sampling import loop as sampling
 from lfdm_export.sampling.noise import START, seeded_noise
+from lfdm_export.sampling.tables import SamplerTable, sampler_table
 from lfdm_models.lfae import latent_to_flow
 from lfdm_models.model import LfdmModel
 
@@ -46,7 +46,7 @@ class Task:
     image: Tensor
     embedding: Tensor
     seeds: tuple[int, ...]
-    table: sampling.SamplerTable
+    table: SamplerTable
     frames: int
     latent_size: int
 
@@ -90,7 +90,7 @@ def make_task(model: LfdmModel, batch: int, device: torch.device, *, image_size:
     coarse = torch.from_numpy(random.random((batch, 3, 8, 8), dtype=np.float32))
     image = nn.functional.interpolate(coarse, size=(image_size, image_size), mode="bicubic").clamp(0, 1)
     embedding = random.standard_normal((batch, model.config.dm.text_width), np.float32) * np.float32(0.3)
-    table = sampling.sampler_table("ddim", model.diffusion.schedule(), steps, None)
+    table = sampler_table("ddim", model.diffusion.schedule(), steps, None)
     latent_size = image_size >> model.config.lfae.down_blocks
     return Task(
         image.to(device), torch.from_numpy(embedding).to(device), tuple(range(batch)), table, frames, latent_size

@@ -15,7 +15,7 @@ from benchmarks.gpu_timing import Budget, Timing, captured, measure, synchronize
 from lfdm_export.ops.thresholded_step.gpu import noise_on_gpu
 from lfdm_export.ops.thresholded_step.reference import thresholded_step, thresholded_step_in_torch
 from lfdm_export.ops.warp.reference import warp, warp_blend, warp_blend_in_torch, warp_in_torch
-from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling.loop import apply_step
 from lfdm_export.sampling.noise import noise_for
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -154,13 +154,13 @@ def _check_step(count: int, device: torch.device) -> Record:
     history = rng.standard_normal((batch, 2, count)).astype(np.float32)
     coefficients = rng.standard_normal((batch, 11)).astype(np.float32)
     arrays = (latent, predicted, history, noise, coefficients)
-    expected = sampling.apply_step(*arrays)
+    expected = apply_step(*arrays)
     tensors = [torch.from_numpy(array).to(device) for array in arrays]
     found = [tensor.cpu().numpy() for tensor in thresholded_step(*tensors)]
     different = sum(int((a != b).sum()) for a, b in zip(found, expected, strict=True))
     # A narrower prediction is what a float16 network gives.
     half = thresholded_step(tensors[0], tensors[1].half(), *tensors[2:])
-    exact = sampling.apply_step(latent, predicted.astype(np.float16).astype(np.float32), *arrays[2:])
+    exact = apply_step(latent, predicted.astype(np.float16).astype(np.float32), *arrays[2:])
     different += sum(int((a.cpu().numpy() != b).sum()) for a, b in zip(half, exact, strict=True))
     return {"error": float(different), "values": 6 * latent.size}
 

@@ -24,7 +24,7 @@ from lfdm_export.bundle.reader import EMBEDDINGS, ONNX_FOLDER, REFERENCE, Bundle
 from lfdm_export.bundle.writer import BundleWriter
 from lfdm_export.files.atomic import write_file
 from lfdm_export.generate.pipeline import Pipeline
-from lfdm_export.graphs import trace as onnx_export
+from lfdm_export.graphs import trace
 from lfdm_export.graphs.policy import GROUPS, KEPT
 from lfdm_export.graphs.typed import TYPES, LowPrecision, lower
 from lfdm_export.parity.chain import check_chain
@@ -100,11 +100,9 @@ def _simulated(bundle: Bundle, precision: LowPrecision, row: Row, scratch: Path)
                 (folder / f"{stage}.onnx").touch()
                 continue
             typed = lower(ir.load(bundle.stage_path(stage)), precision, kept=row.kept)
-            onnx_export.save({stage: typed}, scratch, "typed.data")
+            trace.save({stage: typed}, scratch, "typed.data")
             also = row.also if stage in row.stages else None
-            onnx_export.save(
-                {stage: simulate(scratch / f"{stage}.onnx", precision, also=also)}, folder, f"{stage}.data"
-            )
+            trace.save({stage: simulate(scratch / f"{stage}.onnx", precision, also=also)}, folder, f"{stage}.data")
         for name in (EMBEDDINGS, REFERENCE):
             shutil.copy(bundle.path / name, writer.folder / name)
         return writer.finish(bundle.manifest)

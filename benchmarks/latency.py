@@ -124,11 +124,11 @@ def make_task(model: LfdmModel, bundle: Bundle, steps: int) -> Task:
     """A clip of a photograph by DDIM, always the same."""
     from benchmarks.contestants import Task
     from lfdm_export.pictures.preprocess import prepare_images
-    from lfdm_export.sampling import loop as sampling
+    from lfdm_export.sampling.tables import sampler_table
 
     geometry = bundle.manifest.geometry
     random = np.random.default_rng(_SEED)
-    table = sampling.sampler_table("ddim", model.diffusion.schedule(), steps, None)
+    table = sampler_table("ddim", model.diffusion.schedule(), steps, None)
     shape = (1, 3, geometry.frames, geometry.latent_size, geometry.latent_size)
     draws = [random.standard_normal(shape, np.float32) for _ in range(1 + int(table.draws_noise.sum()))]
     embedding = random.standard_normal((1, geometry.text_width), np.float32) * np.float32(0.3)

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from lfdm_export.batching.jobs import Outcome, Sampled, SampleJob, Timings
 from lfdm_export.batching.observer import Tick
-from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling.loop import sample
+from lfdm_export.sampling.noise import START, seeded_noise
+from lfdm_export.sampling.tables import sampler_table
 from lfdm_models.schedule import cosine_schedule
 from tests import fake_bundle
 from tests.fake_bundle import GEOMETRY, NULL, WIDTH
@@ -40,7 +42,7 @@ def make_job(
     return SampleJob(
         random.random((1, GEOMETRY.context_channels, side, side), np.float32) if context is None else context,
         random.random(WIDTH, np.float32),
-        sampling.sampler_table(sampler, SCHEDULE, steps),
+        sampler_table(sampler, SCHEDULE, steps),
         guidance_scale,
         seed,
         priority,
@@ -67,8 +69,8 @@ def expected_latent(job: SampleJob, on_step: Callable[[int, Float32, Float32], N
         next_latent, next_history = stages.run("step_guided" if job.guided else "step", *inputs, coefficients)
         return next_latent, next_history
 
-    source = sampling.seeded_noise([job.seed], SHAPE)
-    return sampling.sample(step, job.table, source(sampling.START), source, on_step=on_step)
+    source = seeded_noise([job.seed], SHAPE)
+    return sample(step, job.table, source(START), source, on_step=on_step)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from lfdm_export.errors import InputError
 from lfdm_export.files.places import refuse_inputs
 from lfdm_export.pictures.clip import Clip, rehearse_saving
 from lfdm_export.pictures.clip_files import FORMATS
-from lfdm_export.sampling.loop import SAMPLERS
+from lfdm_export.sampling.tables import SAMPLERS
 from lfdm_models.pictures.formats import FORMAT_NAMES
 
 if TYPE_CHECKING:

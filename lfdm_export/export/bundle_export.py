@@ -20,7 +20,7 @@ from lfdm_export.bundle.writer import BundleWriter
 from lfdm_export.checkpoints.datasets import NO_ENCODER, dataset_facts
 from lfdm_export.errors import ExportError, InputError
 from lfdm_export.export.precisions import Traced, check_precision, typed_graphs
-from lfdm_export.graphs import trace as onnx_export
+from lfdm_export.graphs import trace
 from lfdm_export.machine import package_versions
 from lfdm_export.pictures.preprocess import Preprocessing
 from lfdm_export.reference.pytorch import make_reference
@@ -197,12 +197,12 @@ def trace_graphs(
             progress(name, done, len(traced))
         spec = specs[name]
         if name not in _UNET_GRAPHS:
-            graphs[name] = onnx_export.trace(modules[name], spec.inputs, spec.outputs)
+            graphs[name] = trace.trace(modules[name], spec.inputs, spec.outputs)
             continue
         stages = [specs[stage] for stage in _UNET_GRAPHS[name]]
         outputs = [tensor for stage in reversed(stages) for tensor in stage.outputs]
-        graph = onnx_export.trace(modules[name], spec.inputs, outputs)
-        graphs |= {stage.name: onnx_export.select(graph, stage) for stage in stages}
+        graph = trace.trace(modules[name], spec.inputs, outputs)
+        graphs |= {stage.name: trace.select(graph, stage) for stage in stages}
     if progress is not None:
         progress("done", len(traced), len(traced))
     return graphs
@@ -215,11 +215,11 @@ def write_graphs(graphs: Mapping[str, ir.Model], specs: Mapping[str, StageSpec],
         ExportError: a graph is not valid ONNX.
     """
     unet = [stage for stages in _UNET_GRAPHS.values() for stage in stages]
-    onnx_export.save({name: graphs[name] for name in unet}, folder, _UNET_DATA)
+    trace.save({name: graphs[name] for name in unet}, folder, _UNET_DATA)
     for name in specs:
         if name not in unet:
-            onnx_export.save({name: graphs[name]}, folder, f"{name}.data")
-    onnx_export.check(folder, specs)
+            trace.save({name: graphs[name]}, folder, f"{name}.data")
+    trace.check(folder, specs)
 
 
 def load_text_encoder(

@@ -30,7 +30,9 @@ from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.clips import Footage, read_footage
 from lfdm_export.pictures.crop import Crop
 from lfdm_export.pictures.preprocess import ImageLike, prepare_image, prepare_images, to_float, to_uint8
-from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling import tables
+from lfdm_export.sampling.noise import handed_noise, seeded_noise
+from lfdm_export.sampling.tables import SamplerTable
 from lfdm_export.stages import DRIVE_STAGE
 from lfdm_export.wording import count
 from lfdm_models.schedule import cosine_schedule
@@ -318,9 +320,9 @@ class Pipeline:
         table = self.sampler_table(sampler, steps, eta)
         shape = (3, geometry.frames, geometry.latent_size, geometry.latent_size)
         if noise is None:
-            source = sampling.seeded_noise(sample_seeds(seed, batch), shape)
+            source = seeded_noise(sample_seeds(seed, batch), shape)
         elif seed is None:
-            source = sampling.handed_noise(iter(noise), (batch, *shape))
+            source = handed_noise(iter(noise), (batch, *shape))
         else:
             raise InputError("both seed and noise were given, expected one of them; leave one out")
 
@@ -337,7 +339,7 @@ class Pipeline:
 
     def sampler_table(
         self, sampler: str | None = None, steps: int | None = None, eta: float | None = None
-    ) -> sampling.SamplerTable:
+    ) -> SamplerTable:
         """The sampler that these arguments mean; the bundle's defaults count for its own default sampler.
 
         Raises:
@@ -350,7 +352,7 @@ class Pipeline:
             steps = defaults.steps if steps is None else steps
             eta = defaults.eta if eta is None else eta
         schedule = cosine_schedule(manifest.config.dm.training_steps)
-        return sampling.sampler_table(sampler, schedule, steps, None if eta is None else finite_number(eta, "eta"))
+        return tables.sampler_table(sampler, schedule, steps, None if eta is None else finite_number(eta, "eta"))
 
     def decode(self, encoded: Encoded, latent: Float32, *, progress: Progress | None = None) -> tuple[Float32, Float32]:
         """Decode a latent.

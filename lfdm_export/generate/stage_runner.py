@@ -19,7 +19,9 @@ from lfdm_export.engines.self_check_choice import choose_checked
 from lfdm_export.engines.targets import AUTO, Choice, Target, check_target_name, find_targets
 from lfdm_export.engines.tensorrt.plans import targets_with_plans
 from lfdm_export.errors import EngineError
-from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling.loop import sample as run_loop
+from lfdm_export.sampling.noise import START, NoiseSource
+from lfdm_export.sampling.tables import SamplerTable
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +126,8 @@ class StageRunner:
         self,
         stage: str,
         fixed: Mapping[str, Float32],
-        table: sampling.SamplerTable,
-        source: sampling.NoiseSource,
+        table: SamplerTable,
+        source: NoiseSource,
         *,
         on_step: OnStep | None = None,
         every_latent: bool = False,
@@ -147,7 +149,7 @@ class StageRunner:
             EngineError: the engine cannot be loaded or fails.
         """
         engine = self.engine(stage)
-        start = source(sampling.START)
+        start = source(START)
         if isinstance(engine, KeepsState):
             return self._sample_there(engine, stage, fixed, table, start, source, on_step, every_latent)
         names = [tensor.name for tensor in engine.spec.inputs]
@@ -167,16 +169,16 @@ class StageRunner:
             return next_latent, next_history
 
         told = None if on_step is None else lambda index, latent, _history: on_step(index, latent)
-        return sampling.sample(step, table, start, source, on_step=told)
+        return run_loop(step, table, start, source, on_step=told)
 
     def _sample_there(
         self,
         engine: KeepsState,
         stage: str,
         fixed: Mapping[str, Float32],
-        table: sampling.SamplerTable,
+        table: SamplerTable,
         start: Float32,
-        source: sampling.NoiseSource,
+        source: NoiseSource,
         on_step: OnStep | None,
         every_latent: bool,
     ) -> Float32:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from lfdm_export.bundle.reader import EMBEDDINGS, ONNX_FOLDER, REFERENCE, TOKENIZER_FOLDER, Bundle
 from lfdm_export.bundle.writer import BundleWriter
 from lfdm_export.errors import InputError
-from lfdm_export.graphs import trace as onnx_export
+from lfdm_export.graphs import trace
 from lfdm_export.graphs.bodies import with_bodies
 from lfdm_export.graphs.typed import MOVING, TYPES, LowPrecision
 
@@ -44,7 +44,7 @@ def simulate_bundle(bundle: Bundle, folder: str | os.PathLike[str]) -> Bundle:
     with BundleWriter(folder) as writer:
         for stage in bundle.stages:
             graph = simulate(bundle.stage_path(stage), precision)
-            onnx_export.save({stage: graph}, writer.folder / ONNX_FOLDER, f"{stage}.data")
+            trace.save({stage: graph}, writer.folder / ONNX_FOLDER, f"{stage}.data")
         for name in bundle.manifest.files:
             if name in (EMBEDDINGS, REFERENCE) or name.startswith(f"{TOKENIZER_FOLDER}/"):
                 (writer.folder / name).parent.mkdir(exist_ok=True)

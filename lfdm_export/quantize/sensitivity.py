@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from lfdm_export.engines.checks import Array
 from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from lfdm_export.graphs import trace as onnx_export
+from lfdm_export.graphs import trace
 from lfdm_export.quantize.layers import find_layers, kept_reason
 from lfdm_export.quantize.qdq import initializer
 from lfdm_export.quantize.ranges import Format, quantise, rounded, weight_scales
@@ -194,7 +194,7 @@ class Switchable:
         self._scales = np.array([scales[name] for name in self.names], np.float32)
         count = len(self.names)
         extra = (TensorSpec(_GATES, "float32", (count,)), TensorSpec(_SCALES, "float32", (count,)))
-        onnx_export.save({spec.name: switched}, folder, f"{spec.name}.data")
+        trace.save({spec.name: switched}, folder, f"{spec.name}.data")
         wide = dataclasses.replace(spec, inputs=(*spec.inputs, *extra))
         self._engine = OnnxRuntimeEngine(folder / f"{spec.name}.onnx", wide, threads=threads)
 

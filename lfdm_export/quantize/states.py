@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from lfdm_export.engines.checks import Array
 from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from lfdm_export.graphs import trace as onnx_export
+from lfdm_export.graphs import trace
 from lfdm_export.pictures.preprocess import to_float
 from lfdm_export.quantize.layers import find_layers
 from lfdm_export.quantize.ranges import Observed
 from lfdm_export.reference.inputs import draw_pictures
-from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling.loop import sample, step_from_denoiser
 from lfdm_export.sampling.noise import START, seeded_noise
 from lfdm_export.sampling.tables import SamplerTable, sampler_table
 from lfdm_export.stages import Geometry, StageSpec, TensorSpec, stage_specs
@@ -44,7 +44,7 @@ class Chain:
     """One chain to sample.
 
     Attributes:
-        sampler: a name of `sampling.SAMPLERS`.
+        sampler: a name of `sampling.tables.SAMPLERS`.
         steps: at most; fewer where the model's schedule is shorter.
         eta: DDIM's share of fresh noise; None where the sampler has none.
         guidance_scale: 1 for the label alone, 0 for none, above 1 for both.
@@ -164,7 +164,7 @@ class _Stage:
             if value.name not in own and value.name not in extra:
                 extra[value.name] = value
         observing.graph.outputs.extend(extra.values())
-        onnx_export.save({spec.name: observing}, folder, f"{spec.name}.data")
+        trace.save({spec.name: observing}, folder, f"{spec.name}.data")
         outputs = (*spec.outputs, *(_tensor_spec(value) for value in extra.values()))
         wide = dataclasses.replace(spec, outputs=outputs)
         self._engine = OnnxRuntimeEngine(folder / f"{spec.name}.onnx", wide, threads=threads)
@@ -270,7 +270,7 @@ class _Calibrator:
             return predicted
 
         source = seeded_noise([self.settings.seed + number], (3, g.frames, g.latent_size, g.latent_size))
-        return sampling.sample(sampling.step_from_denoiser(denoise), table, source(START), source)
+        return sample(step_from_denoiser(denoise), table, source(START), source)
 
     def _embedding(self, chain: Chain, held_out: bool) -> Float32:
         """The next label's, where the chain sees a label and there are any."""

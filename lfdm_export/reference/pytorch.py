@@ -28,8 +28,8 @@ from lfdm_export.reference.stored import (
     stored_specs,
     thin,
 )
-from lfdm_export.sampling.loop import START, apply_step, sample, seeded_noise, step_from_denoiser
-from lfdm_export.sampling.noise import check_seeds
+from lfdm_export.sampling.loop import apply_step, sample, step_from_denoiser
+from lfdm_export.sampling.noise import START, check_seeds, seeded_noise
 from lfdm_export.stages import DRIVE_STAGE, Geometry, stage_specs
 from lfdm_models.lfae import flow_to_latent, latent_to_flow
 from lfdm_models.model import LfdmModel

@@ -1,7 +1,7 @@
 """One sampling step in NumPy, and the loop that every engine shares.
 
 The samplers themselves are tables of coefficients (`lfdm_export.sampling.tables`, where the arithmetic of
-a step is written down), their noise comes from `lfdm_export.sampling.noise`; both can be imported from here.
+a step is written down), their noise comes from `lfdm_export.sampling.noise`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from lfdm_export.errors import InputError
-from lfdm_export.sampling.noise import START, NoiseSource, handed_noise, noise_for, seeded_noise
+from lfdm_export.sampling.noise import NoiseSource, handed_noise
 from lfdm_export.sampling.tables import (
     CARRY_FROM_CARRY,
     CARRY_FROM_PREVIOUS_X0,
@@ -23,51 +23,12 @@ from lfdm_export.sampling.tables import (
     NEXT_FROM_PREDICTED_NOISE,
     NEXT_FROM_PREVIOUS_X0,
     NEXT_FROM_X0,
-    SAMPLERS,
     X0_FROM_LATENT,
     X0_FROM_PREDICTED_NOISE,
     Float32Array,
     Int64Array,
     SamplerTable,
-    ddim_table,
-    ddpm_table,
-    dpmpp_2m_table,
-    sampler_table,
-    unipc_table,
 )
-
-__all__ = [
-    "CARRY_FROM_CARRY",
-    "CARRY_FROM_PREVIOUS_X0",
-    "CARRY_FROM_X0",
-    "NEXT_FROM_CARRY",
-    "NEXT_FROM_LATENT",
-    "NEXT_FROM_NOISE",
-    "NEXT_FROM_PREDICTED_NOISE",
-    "NEXT_FROM_PREVIOUS_X0",
-    "NEXT_FROM_X0",
-    "SAMPLERS",
-    "START",
-    "X0_FROM_LATENT",
-    "X0_FROM_PREDICTED_NOISE",
-    "NoiseSource",
-    "SamplerTable",
-    "Step",
-    "apply_step",
-    "ddim_table",
-    "ddpm_table",
-    "dpmpp_2m_table",
-    "handed_noise",
-    "noise_for",
-    "quantile_0_9",
-    "quantile_rank",
-    "sample",
-    "sampler_table",
-    "seeded_noise",
-    "step_from_denoiser",
-    "threshold",
-    "unipc_table",
-]
 
 
 class Step(Protocol):

@@ -13,7 +13,7 @@ from lfdm_export.engines.interface import KeepsState, StateLoop
 from lfdm_export.engines.onnxruntime.binding import BoundOnnxRuntimeEngine
 from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from lfdm_export.errors import EngineError
-from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling.loop import sample
 from lfdm_export.sampling.noise import START, seeded_noise
 from lfdm_export.sampling.tables import SamplerTable, sampler_table
 from lfdm_models.schedule import cosine_schedule
@@ -56,7 +56,7 @@ def plain(engine: OnnxRuntimeEngine, table: SamplerTable, fixed: dict[str, Any],
         return outputs["next_latent"], outputs["next_history"]
 
     source = seeded_noise(seeds, SHAPE)
-    return sampling.sample(step, table, source(START), source)
+    return sample(step, table, source(START), source)
 
 
 def bound(loop: StateLoop, table: SamplerTable, fixed: dict[str, Any], seeds: list[int]) -> Any:

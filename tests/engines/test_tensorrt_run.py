@@ -27,7 +27,8 @@ from lfdm_export.engines.tensorrt.plans import BuildOptions, Fingerprint, PlanFo
 from lfdm_export.errors import EngineError
 from lfdm_export.files.json_codec import to_plain
 from lfdm_export.generate.stage_runner import StageRunner
-from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling.noise import START, NoiseSource, seeded_noise
+from lfdm_export.sampling.tables import sampler_table
 from lfdm_export.stages import StageSpec
 from lfdm_models.schedule import cosine_schedule
 from tests.closeness import assert_same_floats
@@ -117,8 +118,8 @@ def chain(
 ) -> tuple[np.ndarray, list[np.ndarray | None]]:
     """A chain's last latent, and what was told of each step."""
     told: list[np.ndarray | None] = []
-    table = sampling.sampler_table(sampler, SCHEDULE, steps, eta)
-    source = sampling.seeded_noise(range(batch), SHAPE)
+    table = sampler_table(sampler, SCHEDULE, steps, eta)
+    source = seeded_noise(range(batch), SHAPE)
     latent = runner.sample(
         "step_guided" if guided else "step",
         conditions(batch, guided=guided),
@@ -187,10 +188,10 @@ def test_any_thread_may_load_and_run(place: Place):
 
 def test_any_thread_may_take_a_chains_steps(place: Place):
     expected, _ = chain(place.runner)
-    table = sampling.sampler_table("ddim", SCHEDULE, 6, None)
-    source = sampling.seeded_noise(range(1), SHAPE)
+    table = sampler_table("ddim", SCHEDULE, 6, None)
+    source = seeded_noise(range(1), SHAPE)
     loop = in_thread(lambda: place.runner.engine("step").denoise_loop(1))  # type: ignore[attr-defined]
-    in_thread(lambda: loop.begin(source(sampling.START), conditions(1), table))
+    in_thread(lambda: loop.begin(source(START), conditions(1), table))
     for index in range(6):
         noise = source(index) if table.draws_noise[index] else None
         in_thread(functools.partial(loop.step, index, noise))
@@ -424,8 +425,8 @@ def test_nothing_waits_within_a_chain(place: Place):
     place.calls.clear()
     place.gpu.log.clear()
     found: list[list[str]] = []
-    table = sampling.sampler_table("ddim", SCHEDULE, 6, 1.0)
-    source = sampling.seeded_noise(range(2), SHAPE)
+    table = sampler_table("ddim", SCHEDULE, 6, 1.0)
+    source = seeded_noise(range(2), SHAPE)
     place.runner.sample(
         "step", conditions(2), table, source, on_step=lambda *_: found.append(list(place.calls)), every_latent=False
     )
@@ -516,7 +517,7 @@ def test_a_chain_left_half_done_leaves_no_trace(place: Place):
         if index == 2:
             raise Stop
 
-    table, source = sampling.sampler_table("ddim", SCHEDULE, 6, 1.0), sampling.seeded_noise([9], SHAPE)
+    table, source = sampler_table("ddim", SCHEDULE, 6, 1.0), seeded_noise([9], SHAPE)
     with pytest.raises(Stop):
         place.runner.sample("step", conditions(1), table, source, on_step=stop)
     assert_same_floats(chain(place.runner)[0], expected)
@@ -537,9 +538,9 @@ def test_a_capture_that_fails_leaves_the_stream_usable(tmp_path: Path, monkeypat
 def test_pinned_noise_may_be_changed_at_once(place: Place):
     """A caller may reuse one array for all draws."""
     host = StageRunner(place.bundle, threads=1, target="onnxruntime")
-    table = sampling.sampler_table("ddim", SCHEDULE, 6, 1.0)
+    table = sampler_table("ddim", SCHEDULE, 6, 1.0)
 
-    def draws(*, reused: bool) -> sampling.NoiseSource:
+    def draws(*, reused: bool) -> NoiseSource:
         draw = np.empty((1, *SHAPE), np.float32)
 
         def source(step: int) -> Any:

@@ -18,7 +18,9 @@ from lfdm_export.engines.onnxruntime import engine as ort_engine
 from lfdm_export.errors import BundleError, EngineError, InputError
 from lfdm_export.pictures.clip_files import save_clip
 from lfdm_export.pictures.preprocess import to_float
-from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling import loop
+from lfdm_export.sampling.noise import START, seeded_noise
+from lfdm_export.sampling.tables import SamplerTable, sampler_table
 from lfdm_models.schedule import cosine_schedule
 from tests.closeness import assert_same_floats
 from tests.fake_bundle import (
@@ -61,7 +63,7 @@ def reference_latent(
     images: NDArray[np.uint8],
     embeddings: NDArray[np.float32],
     seeds: tuple[int, ...],
-    table: sampling.SamplerTable,
+    table: SamplerTable,
     scale: float,
 ) -> NDArray[np.float32]:
     """What the fake graphs must give, computed in NumPy."""
@@ -72,8 +74,8 @@ def reference_latent(
         predicted = predicted_noise(noisy_latent, context, embeddings, timestep, scale)
         return update(noisy_latent, predicted, history, noise, coefficients)
 
-    source = sampling.seeded_noise(seeds, SHAPE)
-    return sampling.sample(step, table, source(sampling.START), source)
+    source = seeded_noise(seeds, SHAPE)
+    return loop.sample(step, table, source(START), source)
 
 
 def reference_frames(images: NDArray[np.uint8], latent: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -87,7 +89,7 @@ def reference_frames(images: NDArray[np.uint8], latent: NDArray[np.float32]) -> 
 def test_a_clip_is_what_the_stages_make(pipe: Pipeline):
     image = photo()
     clip = pipe.generate(image, label="happiness", steps=4, eta=0.5, seed=7)
-    table = sampling.sampler_table("ddim", SCHEDULE, 4, 0.5)
+    table = sampler_table("ddim", SCHEDULE, 4, 0.5)
     expected = reference_latent(image[None], EMBEDDINGS[1:2], (7,), table, 1.0)
     np.testing.assert_allclose(clip.latent, expected, atol=1e-5)
     frames = reference_frames(image[None], clip.latent)
@@ -106,7 +108,7 @@ def test_a_clip_is_what_the_stages_make(pipe: Pipeline):
 def test_every_sampler_takes_its_own_defaults(pipe: Pipeline, sampler: str):
     steps, eta = (4, None) if sampler == "ddim" else (None, None)  # the manifest's default is 4 steps of DDIM
     clip = pipe.generate(photo(), label="Anger", sampler=sampler)
-    table = sampling.sampler_table(sampler, SCHEDULE, steps, eta)
+    table = sampler_table(sampler, SCHEDULE, steps, eta)
     expected = reference_latent(photo()[None], EMBEDDINGS[:1], (0,), table, 1.0)
     np.testing.assert_allclose(clip.latent, expected, atol=2e-5)
 
@@ -130,7 +132,7 @@ def test_guidance_takes_the_right_stage(
     pipe = Pipeline.open(bundle)
     clip = pipe.generate(photo(), label="turn left", guidance_scale=scale)
     assert set(pipe.stages.loaded) == {"encode", stage, "decode"}
-    table = sampling.sampler_table("ddim", SCHEDULE, 4, 1.0)
+    table = sampler_table("ddim", SCHEDULE, 4, 1.0)
     expected = reference_latent(photo()[None], row[None], (0,), table, weight)
     np.testing.assert_allclose(clip.latent, expected, atol=1e-5)
 
@@ -165,7 +167,7 @@ def test_handed_noise_is_taken_in_order(pipe: Pipeline):
         predicted = predicted_noise(noisy_latent, context, EMBEDDINGS[:1], timestep)
         return update(noisy_latent, predicted, history, noise, coefficients)
 
-    expected = sampling.sample(step, table, draws[0], iter(draws[1:]))
+    expected = loop.sample(step, table, draws[0], iter(draws[1:]))
     np.testing.assert_allclose(clip.latent, expected, atol=1e-5)
     assert clip.seeds is None
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.errors import ExportError
-from lfdm_export.graphs import trace as onnx_export
+from lfdm_export.graphs import trace
 from lfdm_export.ops.domain import DOMAIN
 from lfdm_export.stages import BATCH, StageSpec, TensorSpec
 from tests.closeness import assert_same_floats
@@ -87,7 +87,7 @@ def test_denoise_is_what_step_updates_with(small_bundle: Bundle) -> None:
     """Coefficients that pass the predicted noise on: both graphs are one."""
     spec = small_bundle.stages["step"]
     generator = torch.Generator().manual_seed(0)
-    feeds = {t.name: onnx_export.example(t, {BATCH: 2}, generator).numpy() for t in spec.inputs}
+    feeds = {t.name: trace.example(t, {BATCH: 2}, generator).numpy() for t in spec.inputs}
     feeds["coefficients"] = np.zeros_like(feeds["coefficients"])
     feeds["coefficients"][:, 4] = 1
     step = session(small_bundle, "step").run(["next_latent"], feeds)[0]
@@ -125,15 +125,15 @@ SPEC = StageSpec(
 
 def test_a_lost_dynamic_axis_is_an_error() -> None:
     with pytest.raises((ExportError, torch.onnx.OnnxExporterError)):
-        onnx_export.trace(Scale(fixed=True), SPEC.inputs, SPEC.outputs)
+        trace.trace(Scale(fixed=True), SPEC.inputs, SPEC.outputs)
 
 
 def test_equal_weights_are_stored_once_and_parts_run(tmp_path: Path) -> None:
-    whole = onnx_export.trace(Scale(fixed=False), SPEC.inputs, SPEC.outputs)
+    whole = trace.trace(Scale(fixed=False), SPEC.inputs, SPEC.outputs)
     part = StageSpec("part", SPEC.inputs, SPEC.outputs[1:], SPEC.batch, {})
-    onnx_export.save({"scale": whole, "part": onnx_export.select(whole, part)}, tmp_path, "weights.data")
+    trace.save({"scale": whole, "part": trace.select(whole, part)}, tmp_path, "weights.data")
     assert (tmp_path / "weights.data").stat().st_size == 2048 * 4
-    onnx_export.check(tmp_path, {"scale": SPEC, "part": part})
+    trace.check(tmp_path, {"scale": SPEC, "part": part})
     x = np.ones((3, 2048), np.float32)
     found = onnxruntime.InferenceSession(tmp_path / "part.onnx").run(None, {"x": x})
     assert len(found) == 1
@@ -141,10 +141,10 @@ def test_equal_weights_are_stored_once_and_parts_run(tmp_path: Path) -> None:
 
 
 def test_a_broken_graph_is_an_error(tmp_path: Path) -> None:
-    whole = onnx_export.trace(Scale(fixed=False), SPEC.inputs, SPEC.outputs)
-    onnx_export.save({"scale": whole}, tmp_path, "weights.data")
+    whole = trace.trace(Scale(fixed=False), SPEC.inputs, SPEC.outputs)
+    trace.save({"scale": whole}, tmp_path, "weights.data")
     model = onnx.load(tmp_path / "scale.onnx", load_external_data=False)
     model.graph.node[0].op_type = "NoSuchOperator"
     onnx.save(model, tmp_path / "scale.onnx")
     with pytest.raises(ExportError, match="not valid ONNX"):
-        onnx_export.check(tmp_path, {"scale": SPEC})
+        trace.check(tmp_path, {"scale": SPEC})

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.errors import ExportError
 from lfdm_export.export.bundle_export import write_graphs
-from lfdm_export.graphs import trace as onnx_export
+from lfdm_export.graphs import trace
 from lfdm_export.graphs.bodies import with_bodies
 from lfdm_export.graphs.policy import GROUPS, KEPT, module_of, node_name
 from lfdm_export.graphs.typed import TYPES, LowPrecision, lower
@@ -185,7 +185,7 @@ def test_what_is_kept_is_float32(folders: dict[LowPrecision, Path], precision: L
 
 def inputs(spec: StageSpec) -> dict[str, NDArray[np.generic]]:
     generator = torch.Generator().manual_seed(2)
-    return {tensor.name: onnx_export.example(tensor, {BATCH: 2}, generator).numpy() for tensor in spec.inputs}
+    return {tensor.name: trace.example(tensor, {BATCH: 2}, generator).numpy() for tensor in spec.inputs}
 
 
 def outputs(path: Path, feeds: dict[str, NDArray[np.generic]]) -> list[NDArray[np.float32]]:
@@ -213,7 +213,7 @@ def test_values(small_bundle: Bundle, folders: dict[LowPrecision, Path], stage: 
     simulated = {}
     for precision in BOTH:
         graph = simulate(folders[precision] / f"{stage}.onnx", precision)
-        onnx_export.save({precision: graph}, tmp_path, f"{precision}.data")
+        trace.save({precision: graph}, tmp_path, f"{precision}.data")
         simulated[precision] = errors(outputs(tmp_path / f"{precision}.onnx", feeds), expected)
         assert simulated[precision] <= spec.tolerance[precision]
     # 8 bits of mantissa to 11.
@@ -230,8 +230,8 @@ def test_simulation_rounds_as_the_type_does(tmp_path: Path, precision: LowPrecis
         <float[6, 5] w = {{{values}}}> {{ a = MatMul(x, w)  b = Mul(a, a)  y = Sqrt(b) }}"""
     )
     low = lower(ir.from_proto(onnx.shape_inference.infer_shapes(model)), precision)
-    onnx_export.save({"low": low}, tmp_path, "low.data")
-    onnx_export.save({"simulated": simulate(tmp_path / "low.onnx", precision)}, tmp_path, "simulated.data")
+    trace.save({"low": low}, tmp_path, "low.data")
+    trace.save({"simulated": simulate(tmp_path / "low.onnx", precision)}, tmp_path, "simulated.data")
     x = np.random.default_rng(2).integers(-4095, 4096, (7, 6)).astype(np.float32) / np.float32(4096)
 
     def stored(values: NDArray[np.float32]) -> NDArray[np.float32]:

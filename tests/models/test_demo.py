@@ -11,7 +11,9 @@ from torch import Tensor
 from lfdm_export.checkpoints.model_folder import load_model_folder
 from lfdm_export.export.bundle_export import trained_geometry
 from lfdm_export.pictures.preprocess import prepare_images, to_float
-from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling.loop import sample, step_from_denoiser
+from lfdm_export.sampling.noise import START, seeded_noise
+from lfdm_export.sampling.tables import sampler_table
 from lfdm_models.demo import CONFIG, SHIPPED, untrained_model
 from lfdm_models.labels import MUG
 from lfdm_models.lfae import latent_to_flow
@@ -69,9 +71,9 @@ def sample_latents(model: LfdmModel, feature: Tensor, labels: list[str], frames:
         inputs = torch.from_numpy(noisy), feature, embeddings, torch.from_numpy(timestep)
         return model.diffusion.denoise_fn(*inputs).numpy()
 
-    source = sampling.seeded_noise(list(range(len(labels))), (3, frames, LATENT, LATENT))
-    table = sampling.sampler_table("ddim", cosine_schedule(model.config.dm.training_steps), 10)
-    return sampling.sample(sampling.step_from_denoiser(denoise), table, source(sampling.START), source)
+    source = seeded_noise(list(range(len(labels))), (3, frames, LATENT, LATENT))
+    table = sampler_table("ddim", cosine_schedule(model.config.dm.training_steps), 10)
+    return sample(step_from_denoiser(denoise), table, source(START), source)
 
 
 def test_a_clip_is_the_photograph_softly_moved(model: LfdmModel, image: Tensor):

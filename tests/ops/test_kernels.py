@@ -22,7 +22,8 @@ from lfdm_export.ops.thresholded_step.kernels import STORAGES, noise_kernel, noi
 from lfdm_export.ops.thresholded_step.reference import thresholded_step_in_torch
 from lfdm_export.ops.warp.kernels import Layout, warp_kernel, warp_launch
 from lfdm_export.ops.warp.reference import warp_blend_in_torch, warp_in_torch
-from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling import tables
+from lfdm_export.sampling.loop import apply_step, quantile_rank
 from lfdm_export.sampling.noise import START, noise_for
 from tests.kernel_arrays import KERNELS, LAYOUTS, TORCH, addresses, empty, stored, values_of
 
@@ -255,7 +256,7 @@ def run_step(
     order: int = 0,
 ) -> tuple[Tensor, Tensor]:
     state, narrow = storages
-    lower, weight = sampling.quantile_rank(latent[0].numel())
+    lower, weight = quantile_rank(latent[0].numel())
     results = [empty(tuple(shape), state) for shape in (latent.shape, history.shape)]
     inputs = [
         stored(latent, state),
@@ -274,8 +275,8 @@ def step_arguments(estimates: Tensor) -> tuple[Tensor, ...]:
     """Arguments for which x0 estimates are these (B, n), the next latent is x0, and the carry 0."""
     zeros = torch.zeros_like(estimates)
     coefficients = torch.zeros(len(estimates), 11)
-    coefficients[:, sampling.X0_FROM_LATENT] = 1
-    coefficients[:, sampling.NEXT_FROM_X0] = 1
+    coefficients[:, tables.X0_FROM_LATENT] = 1
+    coefficients[:, tables.NEXT_FROM_X0] = 1
     return estimates, zeros, torch.stack([zeros, zeros], dim=1), zeros, coefficients
 
 
@@ -310,7 +311,7 @@ def hostile_estimates(count: int) -> Tensor:
 @pytest.mark.parametrize("count", [122_880, 6_144, 1_007, 7, 2, 1])
 def test_step_is_numpys_to_the_last_bit(host: HostKernels, count: int) -> None:
     arguments = step_arguments(hostile_estimates(count))
-    expected = sampling.apply_step(*(argument.numpy() for argument in arguments))
+    expected = apply_step(*(argument.numpy() for argument in arguments))
     same_values(run_step(host, *arguments), expected)
 
 
@@ -329,7 +330,7 @@ def test_a_rank_on_either_side_of_one(host: HostKernels) -> None:
             if large:
                 values[-large:] = torch.tensor([1.25, 1.5, 7.0])[-large:]
             arguments = step_arguments(values[None])
-            same_values(run_step(host, *arguments), sampling.apply_step(*(a.numpy() for a in arguments)))
+            same_values(run_step(host, *arguments), apply_step(*(a.numpy() for a in arguments)))
 
 
 # Weights of the upper neighbour: 0.9, 0.8, 0.4, 0.
@@ -337,7 +338,7 @@ def test_a_rank_on_either_side_of_one(host: HostKernels) -> None:
 def test_interpolation_is_done_from_the_nearer_end(host: HostKernels, count: int) -> None:
     # From the other one the last bit differs in some of so many.
     arguments = step_arguments(random(1, 100, count) * 5)
-    same_values(run_step(host, *arguments), sampling.apply_step(*(argument.numpy() for argument in arguments)))
+    same_values(run_step(host, *arguments), apply_step(*(argument.numpy() for argument in arguments)))
 
 
 @pytest.mark.parametrize("count", [1024, 1023])
@@ -365,7 +366,7 @@ def test_step_combines_as_its_coefficients_say(
     coefficients = random(6, 3, 11)
     coefficients[:, 0] *= 3  # so that the threshold bites in some samples
     exact = (latent, predicted, history, noise, coefficients)
-    expected = sampling.apply_step(*(argument.numpy() for argument in exact))
+    expected = apply_step(*(argument.numpy() for argument in exact))
     found = run_step(host, *exact, storages=storages)
     same_values(found, tuple(rounded(torch.from_numpy(array), state).float() for array in expected))
 
@@ -381,7 +382,7 @@ def test_order_of_threads_does_not_matter_to_a_step(host: HostKernels) -> None:
 def test_columns_are_the_sampler_tables() -> None:
     text = (ROOT / "thresholded_step" / "kernel.cuh").read_text(encoding="utf-8")
     names = re.findall(r"\w+", re.search(r"enum Column \{(.*?)\}", text, re.DOTALL)[1])  # type: ignore[index]
-    assert [getattr(sampling, name) for name in names] == list(range(11))
+    assert [getattr(tables, name) for name in names] == list(range(11))
 
 
 # -- noise

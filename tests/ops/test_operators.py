@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 
 from lfdm_export.errors import ExportError
-from lfdm_export.graphs import trace as onnx_export
+from lfdm_export.graphs import trace
 from lfdm_export.graphs.bodies import with_bodies
 from lfdm_export.ops import operators
 from lfdm_export.ops.domain import DOMAIN, OPSET, VERSION
@@ -42,7 +42,7 @@ def graph_with(op_type: str, *times: int) -> onnx.ModelProto:
 
 def with_stored_bodies(model: onnx.ModelProto) -> onnx.ModelProto:
     traced = ir.from_proto(model)
-    onnx_export._add_functions(traced)
+    trace._add_functions(traced)
     return ir.to_proto(traced)
 
 

@@ -28,7 +28,8 @@ from lfdm_export.ops.thresholded_step.onnx_function import thresholded_step_func
 from lfdm_export.ops.thresholded_step.reference import thresholded_step
 from lfdm_export.ops.warp.onnx_function import warp_function
 from lfdm_export.ops.warp.reference import warp, warp_blend
-from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling import tables
+from lfdm_export.sampling.loop import apply_step, quantile_rank
 from tests.closeness import assert_same_floats
 
 Array = NDArray[np.generic]
@@ -132,7 +133,7 @@ def test_identity_motion_of_a_visible_source_changes_it_little() -> None:
 def run_step(
     latent: Array, predicted: Array, history: Array, noise: Array, coefficients: Array
 ) -> list[NDArray[np.float32]]:
-    lower, weight = sampling.quantile_rank(math.prod(latent.shape[1:]))
+    lower, weight = quantile_rank(math.prod(latent.shape[1:]))
     feeds = {
         "latent": latent,
         "predicted_noise": predicted,
@@ -150,8 +151,8 @@ def bound_of(values: NDArray[np.float32]) -> NDArray[np.float32]:
     latent = values.reshape(batch, 1, 1, count, 1)
     zeros = np.zeros_like(latent)
     coefficients = np.zeros((batch, 11), np.float32)
-    coefficients[:, sampling.X0_FROM_LATENT] = 1
-    coefficients[:, sampling.NEXT_FROM_X0] = 1
+    coefficients[:, tables.X0_FROM_LATENT] = 1
+    coefficients[:, tables.NEXT_FROM_X0] = 1
     x0, _ = run_step(latent, zeros, np.zeros((batch, 2, *latent.shape[1:]), np.float32), zeros, coefficients)
     return x0.reshape(batch, count)
 
@@ -201,7 +202,7 @@ def test_step_combines_as_its_coefficients_say() -> None:
     found = run_step(*arguments)
     for other in (
         [t.numpy() for t in thresholded_step(*map(torch_of, arguments))],
-        sampling.apply_step(*arguments),
+        apply_step(*arguments),
     ):
         for array, expected in zip(found, other, strict=True):
             np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-5)

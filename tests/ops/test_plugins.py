@@ -25,7 +25,8 @@ from lfdm_export.ops.thresholded_step.kernels import STORAGES, step_kernel, step
 from lfdm_export.ops.thresholded_step.reference import thresholded_step
 from lfdm_export.ops.warp.kernels import Layout, warp_kernel, warp_launch
 from lfdm_export.ops.warp.reference import warp, warp_blend, warp_blend_in_torch
-from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling import tables
+from lfdm_export.sampling.loop import quantile_rank
 from tests.kernel_arrays import KERNELS, addresses, empty, stored, values_of
 
 PLUGINS = ("Warp", "WarpBlend", "ThresholdedStep")
@@ -133,14 +134,14 @@ def blend_case(channels: int, storage: Storage, size: int, stride: int = 1) -> d
 
 
 def step_case(state: Storage, predicted: Storage) -> dict[str, Any]:
-    lower, weight = sampling.quantile_rank(math.prod(LATENT))
+    lower, weight = quantile_rank(math.prod(LATENT))
     types = {"predicted": predicted}
     shapes = {"latent": LATENT, "predicted": LATENT, "history": (2, *LATENT), "noise": LATENT}
     inputs = [tensor(shape, types.get(name, state)) for name, shape in shapes.items()]
     return {
         "op": "ThresholdedStep",
         "batch": [BATCH] * 5,
-        "inputs": [*inputs, tensor((sampling.NEXT_FROM_NOISE + 4,))],
+        "inputs": [*inputs, tensor((tables.NEXT_FROM_NOISE + 4,))],
         "attributes": {"lower_rank": lower, "weight": float(weight)},
     }
 
@@ -246,7 +247,7 @@ def test_warps_are_launched_as_elsewhere(answers: dict[str, dict[str, Any]], cas
 
 def test_steps_are_launched_as_elsewhere(answers: dict[str, dict[str, Any]]) -> None:
     elements = math.prod(LATENT)
-    lower, weight = sampling.quantile_rank(elements)
+    lower, weight = quantile_rank(elements)
     plan = step_launch(elements, lower, float(weight), BATCH)
     for state, predicted in STORAGES:
         combinations = answers[f"step {state} {predicted}"]["combinations"]

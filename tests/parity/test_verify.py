@@ -394,15 +394,15 @@ def text_bundle(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Bundle:
     """The small bundle with the stage `text` as well."""
-    from lfdm_export.graphs import trace as onnx_export
+    from lfdm_export.graphs import trace
     from lfdm_export.reference.pytorch import make_reference
 
     manifest = small_bundle.manifest
     specs = stage_specs(manifest.geometry, with_text=True)
     with BundleWriter(tmp_path_factory.mktemp("text") / "bundle") as writer:
         shutil.copytree(small_bundle.path / "onnx", writer.folder / "onnx", dirs_exist_ok=True)
-        graph = onnx_export.trace(encoder, specs["text"].inputs, specs["text"].outputs)
-        onnx_export.save({"text": graph}, writer.folder / "onnx", "text.data")
+        graph = trace.trace(encoder, specs["text"].inputs, specs["text"].outputs)
+        trace.save({"text": graph}, writer.folder / "onnx", "text.data")
         writer.write_embeddings(small_bundle.embeddings, small_bundle.null_embedding)
         encoder.save_tokenizer(writer.folder / "tokenizer")
         writer.write_reference(make_reference(small_model, manifest.geometry, seed=5, text_encoder=encoder))

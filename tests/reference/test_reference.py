@@ -18,7 +18,8 @@ from lfdm_export.export.bundle_export import geometry_of
 from lfdm_export.reference.inputs import BATCH_SIZE, DRAWN, chain_table, draw_inputs
 from lfdm_export.reference.pytorch import make_reference
 from lfdm_export.reference.stored import MAX_VALUES, Reference, kept_frames, positions, thin
-from lfdm_export.sampling.loop import noise_for, threshold
+from lfdm_export.sampling.loop import threshold
+from lfdm_export.sampling.noise import noise_for
 from lfdm_export.stages import BATCH, Geometry, stage_specs
 from lfdm_models.config import LfdmConfig
 from lfdm_models.demo import CONFIG

@@ -13,7 +13,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from lfdm_export.errors import InputError
-from lfdm_export.sampling.loop import (
+from lfdm_export.sampling.loop import sample, step_from_denoiser
+from lfdm_export.sampling.noise import seeded_noise
+from lfdm_export.sampling.tables import (
+    LOG_SNR_START,
     NEXT_FROM_NOISE,
     NEXT_FROM_PREDICTED_NOISE,
     NEXT_FROM_X0,
@@ -24,13 +27,9 @@ from lfdm_export.sampling.loop import (
     ddim_table,
     ddpm_table,
     dpmpp_2m_table,
-    sample,
     sampler_table,
-    seeded_noise,
-    step_from_denoiser,
     unipc_table,
 )
-from lfdm_export.sampling.tables import LOG_SNR_START
 from lfdm_models.schedule import Schedule, cosine_schedule
 
 SCHEDULE = cosine_schedule(1000)

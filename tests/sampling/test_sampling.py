@@ -10,20 +10,9 @@ import pytest
 import torch
 
 from lfdm_export.errors import InputError
-from lfdm_export.sampling.loop import (
-    START,
-    apply_step,
-    ddim_table,
-    ddpm_table,
-    noise_for,
-    quantile_0_9,
-    sample,
-    sampler_table,
-    seeded_noise,
-    step_from_denoiser,
-    threshold,
-    unipc_table,
-)
+from lfdm_export.sampling.loop import apply_step, quantile_0_9, sample, step_from_denoiser, threshold
+from lfdm_export.sampling.noise import START, noise_for, seeded_noise
+from lfdm_export.sampling.tables import ddim_table, ddpm_table, sampler_table, unipc_table
 from lfdm_models.schedule import cosine_schedule
 
 SHAPE = (2, 3, 4, 2, 2)

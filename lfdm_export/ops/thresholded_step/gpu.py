@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lfdm_export.ops.cuda.launcher import STORAGES, launch
 from lfdm_export.ops.thresholded_step.kernels import noise_kernel, noise_launch, step_kernel, step_launch
-from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling.loop import quantile_rank
 
 
 def thresholded_step_on_gpu(
@@ -56,7 +56,7 @@ def _step(
         _dense(coefficients.to(torch.float32)),
     ]
     elements = math.prod(latent.shape[1:])
-    lower, weight = sampling.quantile_rank(elements)
+    lower, weight = quantile_rank(elements)
     results = _step_results(*inputs)
     kernel = step_kernel(STORAGES[state], STORAGES[predicted_noise.dtype])
     launch(kernel, step_launch(elements, lower, float(weight), len(latent)), inputs, results)

@@ -14,7 +14,7 @@ import onnx
 import onnx.parser
 
 from lfdm_export.ops.domain import DOMAIN, OPSET
-from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling import tables
 
 #: From 2^-126 .. 2^128, 8 halvings of the exponent's range leave a factor of 2, and 24 halvings of
 #: that neighbouring floats; two to spare.
@@ -149,7 +149,7 @@ def thresholded_step_function(weight: float, *, pivots_at_once: bool = False) ->
     """The function, for latents whose quantile has that interpolation weight.
 
     Args:
-        weight: of `sampling.quantile_rank`; it decides from which end the interpolation is done.
+        weight: of `sampling.loop.quantile_rank`; it decides from which end the interpolation is done.
         pivots_at_once: search with many pivots in few rounds, instead of bisection.
     """
     search, rounds = _search(pivots_at_once)
@@ -157,17 +157,20 @@ def thresholded_step_function(weight: float, *, pivots_at_once: bool = False) ->
         f"i_{i} = Constant <value_ints = [{i}]> ()\n    c_{i} = Gather <axis = 1> (coefficients, i_{i})"
         for i in range(11)
     )
-    s = sampling
-    x0 = [(s.X0_FROM_LATENT, "x"), (s.X0_FROM_PREDICTED_NOISE, "e")]
+    x0 = [(tables.X0_FROM_LATENT, "x"), (tables.X0_FROM_PREDICTED_NOISE, "e")]
     latent = [
-        (s.NEXT_FROM_LATENT, "x"),
-        (s.NEXT_FROM_X0, "x0"),
-        (s.NEXT_FROM_PREDICTED_NOISE, "e"),
-        (s.NEXT_FROM_CARRY, "carry"),
-        (s.NEXT_FROM_PREVIOUS_X0, "previous"),
-        (s.NEXT_FROM_NOISE, "z"),
+        (tables.NEXT_FROM_LATENT, "x"),
+        (tables.NEXT_FROM_X0, "x0"),
+        (tables.NEXT_FROM_PREDICTED_NOISE, "e"),
+        (tables.NEXT_FROM_CARRY, "carry"),
+        (tables.NEXT_FROM_PREVIOUS_X0, "previous"),
+        (tables.NEXT_FROM_NOISE, "z"),
     ]
-    carry = [(s.CARRY_FROM_CARRY, "carry"), (s.CARRY_FROM_X0, "x0"), (s.CARRY_FROM_PREVIOUS_X0, "previous")]
+    carry = [
+        (tables.CARRY_FROM_CARRY, "carry"),
+        (tables.CARRY_FROM_X0, "x0"),
+        (tables.CARRY_FROM_PREVIOUS_X0, "previous"),
+    ]
     text = f"""
 <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
 ThresholdedStep <lower_rank, weight>

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lfdm_export.ops.cuda.dispatch import has_kernel
 from lfdm_export.ops.symbolic import Attributes, exporting, node
-from lfdm_export.sampling import loop as sampling
+from lfdm_export.sampling import tables
+from lfdm_export.sampling.loop import quantile_rank
 
 
 def thresholded_step(
@@ -33,7 +34,7 @@ def thresholded_step(
         The next latent and the next history.
     """
     if exporting():
-        lower, weight = sampling.quantile_rank(math.prod(latent.shape[1:]))
+        lower, weight = quantile_rank(math.prod(latent.shape[1:]))
         inputs = [latent, predicted_noise, history, noise, coefficients]
         attributes: Attributes = {"lower_rank": lower, "weight": float(weight)}
         next_latent, next_history = node(
@@ -53,24 +54,22 @@ def thresholded_step_in_torch(
     """`thresholded_step` by torch's own operators, on any device."""
     c = coefficients.view(*coefficients.shape, *[1] * (latent.ndim - 1)).unbind(dim=1)
     carry, previous = history.unbind(dim=1)
-    estimate = c[sampling.X0_FROM_LATENT] * latent + c[sampling.X0_FROM_PREDICTED_NOISE] * predicted_noise
+    estimate = c[tables.X0_FROM_LATENT] * latent + c[tables.X0_FROM_PREDICTED_NOISE] * predicted_noise
     magnitude = estimate.flatten(1).abs()
-    lower, weight = sampling.quantile_rank(magnitude.shape[1])
+    lower, weight = quantile_rank(magnitude.shape[1])
     ordered = magnitude.sort(dim=1).values
     above = ordered[:, min(lower + 1, magnitude.shape[1] - 1)]
     bound = torch.lerp(ordered[:, lower], above, float(weight)).clamp(min=1).view(-1, *[1] * (latent.ndim - 1))
     x0 = torch.clamp(estimate, -bound, bound) / bound
     next_latent = (
-        c[sampling.NEXT_FROM_LATENT] * latent
-        + c[sampling.NEXT_FROM_X0] * x0
-        + c[sampling.NEXT_FROM_PREDICTED_NOISE] * predicted_noise
-        + c[sampling.NEXT_FROM_CARRY] * carry
-        + c[sampling.NEXT_FROM_PREVIOUS_X0] * previous
-        + c[sampling.NEXT_FROM_NOISE] * noise
+        c[tables.NEXT_FROM_LATENT] * latent
+        + c[tables.NEXT_FROM_X0] * x0
+        + c[tables.NEXT_FROM_PREDICTED_NOISE] * predicted_noise
+        + c[tables.NEXT_FROM_CARRY] * carry
+        + c[tables.NEXT_FROM_PREVIOUS_X0] * previous
+        + c[tables.NEXT_FROM_NOISE] * noise
     )
     next_carry = (
-        c[sampling.CARRY_FROM_CARRY] * carry
-        + c[sampling.CARRY_FROM_X0] * x0
-        + c[sampling.CARRY_FROM_PREVIOUS_X0] * previous
+        c[tables.CARRY_FROM_CARRY] * carry + c[tables.CARRY_FROM_X0] * x0 + c[tables.CARRY_FROM_PREVIOUS_X0] * previous
     )
     return next_latent, torch.stack([next_carry, x0], dim=1)
