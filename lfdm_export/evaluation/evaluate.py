@@ -70,7 +70,7 @@ class Setting:
     """What clips are generated with.
 
     Attributes:
-        sampler: see `lfdm_export.sampling.loop.SAMPLERS`.
+        sampler: see `lfdm_export.sampling.tables.SAMPLERS`.
         steps: of it; None: its own number.
         eta: see there.
         guidance_scale: see `Pipeline.generate`; None for the bundle's default.

@@ -152,7 +152,7 @@ class Pipeline:
             label: a known label, or one a sample.
             text: free text, or one a sample; for bundles with a text encoder.
             text_embedding: (text_width,) or (B, text_width).
-            sampler: a name of `lfdm_export.sampling.loop.SAMPLERS`; None for the bundle's default.
+            sampler: a name of `lfdm_export.sampling.tables.SAMPLERS`; None for the bundle's default.
             steps: sampling steps; None for the default.
             eta: DDIM's share of fresh noise, 0 … 1; None for the default.
             guidance_scale: 1 for the conditional prediction, 0 for the unconditional one, above 1 for
