@@ -65,7 +65,13 @@ def wants_many(args: argparse.Namespace) -> bool:
 
 def example_name(args: argparse.Namespace) -> str:
     """A file that the command might write, to rehearse with."""
-    return _name(args.out, args.format, None, 0) if wants_many(args) else str(args.out)
+    return _name(args.out, args.format, None, 0) if wants_many(args) and not _is_device(args) else str(args.out)
+
+
+def _is_device(args: argparse.Namespace) -> bool:
+    """Whether the output is a device or a pipe, beside which there is no other file."""
+    out = user_path(args.out)
+    return out.exists() and not (out.is_file() or out.is_dir())
 
 
 def wishes(args: argparse.Namespace, known: Sequence[str]) -> tuple[Wish, ...]:
@@ -96,8 +102,7 @@ def wishes(args: argparse.Namespace, known: Sequence[str]) -> tuple[Wish, ...]:
         twice = [value for value in values if values.count(value) > 1]
         if twice:
             raise InputError(f"the {noun} {twice[0]!r} is given twice; leave one out")
-    out = user_path(args.out)
-    if out.exists() and not (out.is_file() or out.is_dir()):
+    if _is_device(args):
         raise InputError(f"{args.out} takes one clip, found {len(labels) * len(seeds)}; give a file name or a folder")
     made: dict[str, Wish] = {}
     for seed in seeds:

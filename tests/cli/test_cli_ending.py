@@ -67,7 +67,8 @@ def start(code: str, *arguments: object, **options: Any) -> subprocess.Popen[str
 ])  # fmt: skip
 def test_a_signal_leaves_nothing_and_is_told_by_the_status(tmp_path: Path, name: str, said: str):
     number = signal.Signals[name]
-    process = start(_WRITING, tmp_path)
+    # A suite in the background inherits ignored signals.
+    process = start(_WRITING, tmp_path, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
     process.send_signal(number)
