@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from benchmarks.machine import write_json
 
 Record = dict[str, Any]
 
+#: Folders whose names are left out of what is recorded: they say nothing about another machine.
+_FOLDERS = (f"{Path(__file__).resolve().parents[1]}/", f"{sys.prefix}/")
+
 
 def write_record(path: Path, record: Record) -> None:
     """Write a record, whole or not at all; JSON has no infinities, so that they become "inf" and "nan"."""
-    write_json(path, _finite(record))
+    write_json(path, plain(record))
 
 
 def read_record(path: Path) -> Record | None:
@@ -26,9 +30,14 @@ def read_record(path: Path) -> Record | None:
     return record
 
 
-def _finite(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A record as it is kept: without infinities, and without the names of this machine's folders."""
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [plain(item) for item in value]
+    if isinstance(value, str):
+        for folder in _FOLDERS:
+            value = value.replace(folder, "")
+        return value
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -31,7 +31,7 @@ if __name__ == "__main__":
 from benchmarks import machine  # noqa: E402
 from benchmarks.gpu_parts import PARTS, SHARED, Part  # noqa: E402
 from benchmarks.gpu_processes import Job, run_jobs  # noqa: E402
-from benchmarks.gpu_records import Record, write_record  # noqa: E402
+from benchmarks.gpu_records import Record, plain, write_record  # noqa: E402
 from benchmarks.gpu_summary import write_summary  # noqa: E402
 from benchmarks.gpu_verdicts import verdicts  # noqa: E402
 from benchmarks.gpu_work import Settings  # noqa: E402
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
             _run_parts(options.parts, settings, begin + 60 * options.minutes - _RESERVED_SECONDS, result)
         finally:
             _write(result, options.out)
-            write_summary(result, options.out)
+            write_summary(plain(result), options.out)
     failed = [name for name, part in result["parts"].items() if part["status"] == "failed"]
     if failed:
         print(f"gpu_suite: failed: {', '.join(failed)}; see {options.out / 'gpu.md'}", file=sys.stderr)

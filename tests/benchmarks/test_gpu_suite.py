@@ -307,6 +307,11 @@ def test_records_are_json_whatever_is_in_them(tmp_path: Path) -> None:
     assert read_record(tmp_path / "none.json") is None
 
 
+def test_records_do_not_name_folders_of_the_machine(tmp_path: Path) -> None:
+    write_record(tmp_path / "x.json", {"traceback": f'File "{gpu_part.__file__}", in {sys.prefix}/lib/x.py'})
+    assert strict_json(tmp_path / "x.json") == {"traceback": 'File "benchmarks/gpu_part.py", in lib/x.py'}
+
+
 def test_settings_come_back(tmp_path: Path) -> None:
     for more in ({}, {"golden": tmp_path}, {"checkpoints": (tmp_path / "a", tmp_path / "b")}):
         settings = Settings("cuda", False, tmp_path, tmp_path / "out", **more)
