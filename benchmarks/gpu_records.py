@@ -13,7 +13,7 @@ from benchmarks.machine import write_json
 Record = dict[str, Any]
 
 #: Folders whose names are left out of what is recorded: they say nothing about another machine.
-_FOLDERS = (f"{Path(__file__).resolve().parents[1]}/", f"{sys.prefix}/")
+_FOLDERS = (f"{sys.prefix}/", f"{Path(__file__).resolve().parents[1]}/")
 
 
 def write_record(path: Path, record: Record) -> None:
