@@ -43,6 +43,7 @@ HEAVY = (
     "lfdm_export.checkpoints.model_folder",
     "lfdm_export.checkpoints.training_facts",
     "lfdm_export.checkpoints.weight_files",
+    "lfdm_export.engines.pytorch",
     "lfdm_export.evaluation.evaluate",
     "lfdm_export.export.bundle_export",
     "lfdm_export.export.precisions",

@@ -7,6 +7,7 @@ Layout::
     BUNDLE/embeddings.npz      the label embeddings and the null embedding
     BUNDLE/reference.npz       what PyTorch gave, for verification; may be left out
     BUNDLE/tokenizer/          only with a text encoder
+    BUNDLE/torch/              weights for PyTorch; only where it was exported for the target torch
     BUNDLE/parity/             the verification report; may be written later, not hashed
     BUNDLE/plans/              what TensorRT runs; may be written later, not hashed
 """
@@ -37,6 +38,7 @@ EMBEDDINGS = "embeddings.npz"
 REFERENCE = "reference.npz"
 ONNX_FOLDER = "onnx"
 TOKENIZER_FOLDER = "tokenizer"
+TORCH_WEIGHTS = "torch/weights.safetensors"
 PARITY_FOLDER = "parity"
 PLANS_FOLDER = "plans"
 # Arrays of EMBEDDINGS.

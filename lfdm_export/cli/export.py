@@ -119,6 +119,7 @@ def _export(args: argparse.Namespace) -> int:
             labels=labels,
             drive=not args.without_drive,
             reference=not args.no_verify,
+            torch_weights=choice is not None and choice.target == "torch",
             progress=progress,
         )
     say(args, f"bundle  {bundle.path} ({describe(bundle)})")

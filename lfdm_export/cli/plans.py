@@ -6,7 +6,15 @@ import argparse
 from typing import TYPE_CHECKING
 
 from lfdm_export.cli.console import OneBar, say
-from lfdm_export.engines.targets import AUTO, PLAN_TARGETS, RTX_ARCHITECTURES, TARGETS, Choice, find_target
+from lfdm_export.engines.targets import (
+    AUTO,
+    HELD_TARGETS,
+    PLAN_TARGETS,
+    RTX_ARCHITECTURES,
+    TARGETS,
+    Choice,
+    find_target,
+)
 
 if TYPE_CHECKING:
     from lfdm_export.bundle.reader import Bundle
@@ -25,8 +33,8 @@ def add_target_option(parser: argparse._ActionsContainer) -> None:
         "--target",
         choices=(AUTO, *TARGETS),
         default=AUTO,
-        help="what runs the stages; auto: TensorRT, or TensorRT for RTX, where the bundle has plans for it and the "
-        "GPU is there, else ONNX Runtime",
+        help="what runs the stages; auto: TensorRT, TensorRT for RTX or PyTorch, where the bundle holds plans or "
+        "weights for it and a GPU is there, else ONNX Runtime or OpenVINO, whichever is faster",
     )
 
 
@@ -34,13 +42,14 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     """Add --target, --plans and how plans are built."""
     group = parser.add_argument_group(
         "plans",
-        "What TensorRT runs; built for a GPU. ONNX Runtime and OpenVINO take the graphs, which are always there.",
+        "What TensorRT runs; built for a GPU. PyTorch takes weights beside the graphs, and compiles where it runs. "
+        "ONNX Runtime and OpenVINO take the graphs, which are always there.",
     )
     group.add_argument(
         "--target",
         choices=(AUTO, *TARGETS, NO_TARGET),
-        help="make plans for it; auto (the default below fp32): TensorRT if it and a GPU are there, else TensorRT for "
-        "RTX, which needs no GPU; none (the default of fp32)",
+        help="make plans for it, or add weights (torch); auto (the default below fp32): TensorRT if it and a GPU are "
+        "there, else TensorRT for RTX, which needs no GPU; none (the default of fp32)",
     )
     group.add_argument("--plans", metavar="BUNDLE", help="make the plans of a bundle that is there; export nothing")
     group.add_argument(
@@ -66,7 +75,9 @@ def check_plan_options(parser: argparse.ArgumentParser, args: argparse.Namespace
     if args.plans is not None and args.target == NO_TARGET:
         parser.error("--plans makes plans: leave out --target none")
     given = [name for name in _BUILDING if getattr(args, name)]
-    if given and args.target in (NO_TARGET, "onnxruntime", "openvino"):
+    if args.plans is not None and args.target == "torch":
+        parser.error("PyTorch runs no plans: export the bundle again from its checkpoints with --target torch")
+    if given and args.target not in (None, AUTO, *PLAN_TARGETS):
         parser.error(f"--{given[0].replace('_', '-')} is for plans; --target {args.target} has none")
 
 
@@ -82,7 +93,7 @@ def choose_target(args: argparse.Namespace, precision: str) -> Choice | None:
         name = AUTO if asked or precision != "fp32" else NO_TARGET
     if name == NO_TARGET:
         return None
-    return find_target(name, "export" if name in (AUTO, *PLAN_TARGETS) else "run", precision, gpus=args.gpus)
+    return find_target(name, "export" if name in (AUTO, *HELD_TARGETS) else "run", precision, gpus=args.gpus)
 
 
 def make_bundle_plans(args: argparse.Namespace, bundle: Bundle, choice: Choice | None) -> tuple[str, ...]:

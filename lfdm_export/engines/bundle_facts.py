@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lfdm_export.bundle.reader import Bundle
-from lfdm_export.engines.targets import AUTO, PLAN_TARGETS, TARGETS, find_target, lacking, this_machine
-from lfdm_export.engines.tensorrt.plans import targets_with_plans
+from lfdm_export.engines.held import held_targets, why_not_held
+from lfdm_export.engines.targets import AUTO, TARGETS, find_target, lacking, this_machine
 from lfdm_export.errors import EngineError
 from lfdm_export.files.json_codec import to_plain
 from lfdm_export.sampling.tables import SAMPLERS
@@ -73,16 +73,14 @@ class BundleFacts:
 def bundle_facts(bundle: Bundle) -> BundleFacts:
     """The facts of an opened bundle on this machine."""
     manifest, machine = bundle.manifest, this_machine()
-    plans = targets_with_plans(bundle)
+    held = held_targets(bundle)
     targets: dict[str, TargetFact] = {}
     for target in TARGETS:
-        reason = lacking(target, "run", manifest.precision, machine)
-        if not reason and target in PLAN_TARGETS and target not in plans:
-            reason = f"the bundle has no plans for it: lfdm-export --plans {bundle.path} --target {target}"
+        reason = lacking(target, "run", manifest.precision, machine) or why_not_held(bundle, target)
         targets[target] = TargetFact(not reason, reason)
     auto = None
     try:
-        choice = find_target(AUTO, "run", manifest.precision, plans=plans, machine=machine)
+        choice = find_target(AUTO, "run", manifest.precision, plans=held, machine=machine)
     except EngineError:
         pass  # each target says why
     else:

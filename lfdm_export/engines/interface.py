@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -49,3 +50,42 @@ class KeepsState(Protocol):
 
     def denoise_loop(self, batch: int) -> StateLoop:
         """A loop for a batch size, at most the stage's largest."""
+
+
+@dataclass(frozen=True, eq=False)
+class ClipRequest:
+    """What clips of B samples are made of.
+
+    Attributes:
+        image: (B, 3, H, W) float32 in [0, 1].
+        fixed: inputs of the sampling stage that no step changes, by name, but for the encoder's.
+        seeds: one a sample, 0 to 2^64 - 1.
+        table: the sampler.
+    """
+
+    image: Float32
+    fixed: Mapping[str, Float32]
+    seeds: tuple[int, ...]
+    table: SamplerTable
+
+
+@dataclass(frozen=True, eq=False)
+class MadeClips:
+    """Whole clips of B samples.
+
+    Attributes:
+        frames: (B, T, H, W, 3) uint8.
+        warped: the sources warped alone, likewise.
+        latent: (B, 3, T, h, w) float32.
+    """
+
+    frames: NDArray[np.uint8]
+    warped: NDArray[np.uint8]
+    latent: Float32
+
+
+class ClipMaker(Protocol):
+    """Makes whole clips of one batch size where the engine runs."""
+
+    def make(self, request: ClipRequest, on_step: Callable[[int], None] | None = None) -> MadeClips:
+        """Make them; `on_step` is called with the index of each step that was queued."""

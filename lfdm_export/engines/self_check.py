@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from lfdm_export.bundle.reader import MANIFEST, Bundle
 from lfdm_export.engines.cuda_driver import find_gpus
-from lfdm_export.engines.targets import PLAN_TARGETS, Target
+from lfdm_export.engines.targets import HELD_TARGETS, PLAN_TARGETS, Target
 from lfdm_export.engines.tensorrt.plans import PlanFolder
 from lfdm_export.files.atomic import write_file
 from lfdm_export.files.json_codec import from_plain, to_plain
@@ -203,12 +203,13 @@ class SelfCheck:
             "bundle": hashlib.sha256((self._bundle.path / MANIFEST).read_bytes()).hexdigest(),
             "target": target,
             "processor": processor_facts(),
-            "environment": environment(self._threads, with_torch=False),
+            "environment": environment(self._threads, with_torch=target == "torch"),
         }
         if target in PLAN_TARGETS:
             folder = PlanFolder(self._bundle.path, target)
             records = {stage: folder.record(stage) for stage in _STAGES}
             facts["plans"] = {stage: record.plan.sha256 for stage, record in records.items() if record is not None}
+        if target in HELD_TARGETS:
             facts["gpus"] = [f"{gpu}" for gpu in find_gpus()[0]]
         return facts
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.engines.self_check import VARIABLE, Finding, Runner, SelfCheck
-from lfdm_export.engines.targets import CPU_TARGETS, PLAN_TARGETS, TITLES, Choice, Target
+from lfdm_export.engines.targets import CPU_TARGETS, HELD_TARGETS, TITLES, Choice, Target
 from lfdm_export.errors import BundleError, EngineError, MissingDependencyError
 from lfdm_export.machine import processor_name
 from lfdm_export.stages import CHAIN_TOLERANCES
@@ -30,8 +30,9 @@ def choose_checked(
 ) -> tuple[Choice, Runner | None]:
     """Check targets where this machine has not, and choose.
 
-    Plans come first, in their order; of the targets that run graphs on the CPU, the fastest is taken. A bundle without
-    a reference cannot be checked: then ONNX Runtime comes first, which computes in float32 what it has no kernel for.
+    Those that run what the bundle holds for them alone come first, in their order; of the targets that run graphs on
+    the CPU, the fastest is taken. A bundle without a reference cannot be checked: then ONNX Runtime comes first, which
+    computes in float32 what it has no kernel for.
 
     Args:
         bundle: to be run.
@@ -99,8 +100,8 @@ class _Choosing:
 
     def choose(self) -> tuple[Choice, Runner | None]:
         reasons = {_target(choice): choice.reason for choice in self._able}
-        plans = [[target] for target in reasons if target in PLAN_TARGETS]
-        for group in (*plans, [target for target in reasons if target in CPU_TARGETS]):
+        held = [[target] for target in reasons if target in HELD_TARGETS]
+        for group in (*held, [target for target in reasons if target in CPU_TARGETS]):
             for target, seconds in self._by_speed(group):
                 if self._find(target, whole=True) is not None:
                     reason = reasons[target] + self._why(target, seconds)

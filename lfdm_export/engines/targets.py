@@ -1,7 +1,8 @@
 """What can run a bundle, what of it this machine has, and which is taken where nobody says.
 
 A target is a program that runs stages. "onnxruntime" and "openvino" take a bundle's graphs as they are; "tensorrt"
-and "tensorrt-rtx" take plans, which are built for a GPU and lie beside the graphs.
+and "tensorrt-rtx" take plans, which are built for a GPU and lie beside the graphs; "torch" takes weights that lie
+there, and compiles its own programs of them.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from lfdm_export.engines.cuda_driver import Gpu, find_gpus
 from lfdm_export.errors import EngineError, InputError
 from lfdm_export.machine import processor_info
 
-Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
+Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "torch"]
 Purpose = Literal["export", "run"]
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 #: Targets that take plans in place of graphs; where both can be had, the first is taken.
 PLAN_TARGETS: tuple[Target, ...] = ("tensorrt", "tensorrt-rtx")
+#: Targets that run what a bundle holds for them alone, in the order in which "auto" takes them on a GPU.
+HELD_TARGETS: tuple[Target, ...] = (*PLAN_TARGETS, "torch")
 #: Targets that run graphs on a CPU; the first that can is taken, but for `_CPU_ORDER`.
 CPU_TARGETS: tuple[Target, ...] = ("onnxruntime", "openvino")
 #: Chooses among the targets; see `find_target`.
@@ -37,6 +40,7 @@ TITLES: Mapping[Target, str] = {
     "openvino": "OpenVINO",
     "tensorrt": "TensorRT",
     "tensorrt-rtx": "TensorRT for RTX",
+    "torch": "PyTorch",
 }
 
 #: Bindings and libraries of TensorRT for RTX come in two packages, and must be of the same version.
@@ -50,12 +54,14 @@ _NEEDED: Mapping[Target, Mapping[str, tuple[str, ...]]] = {
         RTX_BINDINGS: ("tensorrt-rtx-cu13-bindings",),
         RTX_LIBRARIES: ("onnxruntime-ep-nv-tensorrt-rtx-cu13",),
     },
+    "torch": {"torch": ("torch",), "einops": ("einops",), "safetensors": ("safetensors",)},
 }
 _EXTRAS: Mapping[Target, str] = {
     "onnxruntime": "run",
     "openvino": "openvino",
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt-rtx",
+    "torch": "torch",
 }
 #: The oldest TensorRT that takes every strongly typed graph of a bundle.
 OLDEST_TENSORRT = (10, 12)
@@ -78,6 +84,9 @@ _CPU_PRECISIONS: Mapping[Target, tuple[str, ...]] = {
     "onnxruntime": ("fp32", "tf32", "fp16", "int8", "fp8"),
     "openvino": ("fp32", "tf32", "fp16", "bf16", "int8"),
 }
+#: What PyTorch runs, and the same without a GPU: its 16-bit floats of a CPU are bfloat16.
+_TORCH_PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+_TORCH_CPU_PRECISIONS = ("fp32", "tf32", "bf16")
 # ONNX Runtime convolves in float32 what an int8 graph has quantised; see docs/precision.md.
 _CPU_ORDER: Mapping[str, tuple[Target, ...]] = {"int8": ("openvino", "onnxruntime")}
 # Without one of these OpenVINO has no bf16, or only an imitation that is slower than float32.
@@ -149,6 +158,8 @@ def lacking(
         return f"TensorRT {machine.packages['tensorrt']} is older than {oldest}: pip install --upgrade tensorrt"
     if target in PLAN_TARGETS:
         return _gpu_lacking(target, purpose, precision, machine, gpus)
+    if target == "torch":
+        return _torch_lacking(purpose, precision, machine)
     if precision not in _CPU_PRECISIONS[target]:
         return f"{TITLES[target]} has no {precision} on a CPU: take another target, or export another precision"
     if target == "openvino" and precision == "bf16" and not set(_BF16_PROCESSORS) & set(machine.processor):
@@ -158,6 +169,21 @@ def lacking(
             "this processor has no VNNI, without which its 8-bit sums saturate (clips of the shipped model come to "
             "23 dB): use --target onnxruntime"
         )
+    return ""
+
+
+def _torch_lacking(purpose: Purpose, precision: str, machine: Machine) -> str:
+    """`lacking` of PyTorch, which is there."""
+    if precision not in _TORCH_PRECISIONS:
+        return f"PyTorch has no {precision} here: take another target, or export another precision"
+    if purpose == "export":
+        return ""
+    if machine.gpus:
+        gpu = machine.gpus[0]
+        lacks = gpu.compute_capability < _FIRST_CAPABILITY[precision]
+        return f"{gpu.name} ({gpu.architecture}) has no {precision}: export another precision" if lacks else ""
+    if precision not in _TORCH_CPU_PRECISIONS:
+        return f"PyTorch runs {precision} on a GPU, and {machine.no_gpu}: take another target, or export bf16 or fp32"
     return ""
 
 
@@ -217,14 +243,15 @@ def find_target(
     """The target that a name means on this machine.
 
     "auto" is, for making plans, TensorRT where it and a GPU are, else TensorRT for RTX where its packages are, else
-    none; for running, the first of these whose plans the bundle has and that runs here, else ONNX Runtime, else
-    OpenVINO; for int8 OpenVINO comes first, which is faster there.
+    none; for running, the first of these whose plans the bundle has and that runs here, else PyTorch where there is a
+    GPU and the bundle holds its weights, else ONNX Runtime, else OpenVINO; for int8 OpenVINO comes first, which is
+    faster there.
 
     Args:
         name: a target, or "auto".
         purpose: "export" or "run".
         precision: of the bundle.
-        plans: targets that the bundle has plans of; counts for "run".
+        plans: those of `HELD_TARGETS` that the bundle holds plans or weights for; counts for "run".
         machine: None for this one.
         gpus: architectures that TensorRT for RTX shall build for.
 
@@ -258,11 +285,13 @@ def find_targets(
         if reason:
             raise EngineError(f"the target {target!r} cannot be had here: {reason}")
         return (Choice(target, "as asked"),)
-    tried = PLAN_TARGETS if purpose == "export" else (*PLAN_TARGETS, *_CPU_ORDER.get(precision, CPU_TARGETS))
+    tried = PLAN_TARGETS if purpose == "export" else (*HELD_TARGETS, *_CPU_ORDER.get(precision, CPU_TARGETS))
     against: dict[Target, str] = {}
     able: list[Choice] = []
     for target in tried:
-        if purpose == "run" and target in PLAN_TARGETS and target not in plans:
+        if purpose == "run" and target in HELD_TARGETS and target not in plans:
+            continue
+        if target == "torch" and not machine.gpus:  # on a CPU the others are as fast, and need no compiler
             continue
         reason = lacking(target, purpose, precision, machine, gpus=gpus)
         if not reason:
@@ -280,7 +309,7 @@ def find_targets(
 def _why(target: Target, purpose: Purpose, machine: Machine, against: Mapping[Target, str]) -> str:
     version = machine.packages[next(iter(_NEEDED[target]))]
     there = f"{TITLES[target]} {version} is installed" if target != "tensorrt-rtx" else f"{TITLES[target]} is installed"
-    if target == "tensorrt" or (target == "tensorrt-rtx" and purpose == "run"):
+    if target in ("tensorrt", "torch") or (target == "tensorrt-rtx" and purpose == "run"):
         there += f" and there is a GPU, {machine.gpus[0].name} ({machine.gpus[0].architecture})"
     elif target == "tensorrt-rtx":
         there += " and builds without a GPU"

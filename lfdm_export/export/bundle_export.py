@@ -15,9 +15,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lfdm_export.bundle.manifest import TEXT_STAGE, Manifest, check_labels
-from lfdm_export.bundle.reader import ONNX_FOLDER, PARITY_FOLDER, TOKENIZER_FOLDER, Bundle
+from lfdm_export.bundle.reader import ONNX_FOLDER, PARITY_FOLDER, TOKENIZER_FOLDER, TORCH_WEIGHTS, Bundle
 from lfdm_export.bundle.writer import BundleWriter
 from lfdm_export.checkpoints.datasets import NO_ENCODER, dataset_facts
+from lfdm_export.engines.pytorch.weights import write_weights
 from lfdm_export.errors import ExportError, InputError
 from lfdm_export.export.precisions import Traced, check_precision, typed_graphs
 from lfdm_export.graphs import trace
@@ -58,6 +59,7 @@ def export_bundle(
     preprocessing: Preprocessing | None = None,
     drive: bool = True,
     reference: bool = True,
+    torch_weights: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Export a model as a bundle, atomically: an interrupted export leaves what was there.
@@ -79,6 +81,7 @@ def export_bundle(
         drive: include `estimate_motion`, which motion transfer alone needs: half of a bundle of the published size.
         reference: run the untouched networks as well and keep what they give, so that anybody can verify the bundle
             without them.
+        torch_weights: include the weights that the target torch runs; of fp32, tf32, fp16 and bf16.
         progress: called as ``progress(stage, done, total)``.
 
     Returns:
@@ -114,6 +117,8 @@ def export_bundle(
         if lowered.sensitivity is not None:
             lowered.sensitivity.write(writer.folder / PARITY_FOLDER)
         del graphs, lowered
+        if torch_weights:
+            write_weights(model, frames, engine, writer.folder / TORCH_WEIGHTS, drive=drive)
         rows = np.array(list(table.values()), np.float32).reshape(len(table), geometry.text_width)
         writer.write_embeddings(rows, model.diffusion.denoise_fn.null_cond_emb.detach().numpy()[0])
         if encoder is not None:

@@ -6,13 +6,14 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias, cast
+from typing import TypeAlias, TypedDict, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lfdm_export.bundle.manifest import TEXT_STAGE
 from lfdm_export.bundle.reader import TOKENIZER_FOLDER, Bundle
+from lfdm_export.engines.interface import ClipRequest
 from lfdm_export.engines.onnxruntime.engine import Device
 from lfdm_export.engines.targets import AUTO
 from lfdm_export.errors import EngineError, InputError
@@ -41,6 +42,17 @@ Float32: TypeAlias = NDArray[np.float32]
 UInt8: TypeAlias = NDArray[np.uint8]
 #: Called with the stage at work, how much of it is done, and out of how much.
 Progress: TypeAlias = Callable[[str, int, int], None]
+
+
+class _Sampling(TypedDict):
+    """What a caller says of sampling; None for the bundle's default."""
+
+    sampler: str | None
+    steps: int | None
+    eta: float | None
+    guidance_scale: float | None
+
+
 #: Driving frames that `estimate_motion` takes in one run.
 _MOTION_BATCH = 8
 
@@ -170,27 +182,51 @@ class Pipeline:
         prepared = self._prepare(image, crop)
         words, embeddings = self._conditions(label, text, text_embedding)
         batch = common_batch({"images": len(prepared), "labels": len(embeddings), "seeds": seed_count(seed)})
-        encoded = self._encode(prepared, progress).repeat(batch)
-        latent = self.sample(
-            encoded,
-            np.repeat(embeddings, batch // len(embeddings), axis=0),
-            sampler=sampler,
-            steps=steps,
-            eta=eta,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            noise=noise,
-            progress=progress,
-        )
+        rows = np.repeat(embeddings, batch // len(embeddings), axis=0)
+        asked: _Sampling = {"sampler": sampler, "steps": steps, "eta": eta, "guidance_scale": guidance_scale}
+        clip = None if noise is not None else self._whole_clip(prepared, rows, asked, seed, progress)
+        if clip is None:
+            encoded = self._encode(prepared, progress).repeat(batch)
+            latent = self.sample(encoded, rows, **asked, seed=seed, noise=noise, progress=progress)
+            clip = self._clip(prepared, encoded, latent, progress)
         return replace(
-            self._clip(prepared, encoded, latent, progress),
+            clip,
             labels=None if words is None else words * (batch // len(words)),
             seeds=None if noise is not None else sample_seeds(seed, batch),
             settings={
                 **self._origin("generate"),
-                **self._sampling_settings(sampler, steps, eta, guidance_scale),
+                **self._sampling_settings(**asked),
                 "condition": "label" if label is not None else "text" if text is not None else "text_embedding",
             },
+        )
+
+    def _whole_clip(
+        self,
+        prepared: UInt8,
+        embeddings: Float32,
+        asked: _Sampling,
+        seed: int | Sequence[int] | None,
+        progress: Progress | None,
+    ) -> Clip | None:
+        """Clips of B embeddings made where the engine runs, in one go; None where it runs stages alone."""
+        batch = len(embeddings)
+        stage, fixed = self._condition(embeddings, self._guidance_scale(asked["guidance_scale"]))
+        maker = self.stages.clip_maker(stage, batch)
+        if maker is None:
+            return None
+        table = self.sampler_table(asked["sampler"], asked["steps"], asked["eta"])
+        image = np.repeat(to_float(prepared), batch // len(prepared), axis=0)
+        _report(progress, "denoise", 0, table.steps)
+        made = maker.make(
+            ClipRequest(image, fixed, sample_seeds(seed, batch), table),
+            on_step=lambda index: _report(progress, "denoise", index + 1, table.steps),
+        )
+        return Clip(
+            frames=made.frames,
+            warped=made.warped,
+            latent=made.latent,
+            source=np.repeat(prepared, batch // len(prepared), axis=0),
+            residual_flow=self.bundle.manifest.config.residual_flow,
         )
 
     def transfer_motion(
@@ -311,12 +347,12 @@ class Pipeline:
             InputError: an argument cannot be used.
             EngineError: an engine cannot be loaded, fails, or gives values that are not finite.
         """
-        geometry, defaults = self.bundle.manifest.geometry, self.bundle.manifest.sampler
+        geometry = self.bundle.manifest.geometry
         batch = len(encoded.image)
         rows = embedding_rows(embedding, geometry.text_width)
         if len(rows) not in (1, batch):
             raise InputError(f"found {len(rows)} text embeddings for {batch} images, expected 1 or {batch}")
-        scale = defaults.guidance_scale if guidance_scale is None else finite_number(guidance_scale, "guidance_scale")
+        scale = self._guidance_scale(guidance_scale)
         table = self.sampler_table(sampler, steps, eta)
         shape = (3, geometry.frames, geometry.latent_size, geometry.latent_size)
         if noise is None:
@@ -332,8 +368,8 @@ class Pipeline:
             _report(progress, "denoise", index + 1, table.steps)
 
         _report(progress, "denoise", 0, table.steps)
-        stage, fixed = self._condition(encoded, np.repeat(rows, batch // len(rows), axis=0), scale)
-        latent = self.stages.sample(stage, fixed, table, source, on_step=on_step)
+        stage, fixed = self._condition(np.repeat(rows, batch // len(rows), axis=0), scale)
+        latent = self.stages.sample(stage, {"context": encoded.context, **fixed}, table, source, on_step=on_step)
         _require_finite(latent, table.steps - 1, table.steps)  # where the steps' own latents stayed with the engine
         return latent
 
@@ -426,12 +462,18 @@ class Pipeline:
             return texts, self.embed_text(texts)
         return None, embedding_rows(cast(ArrayLike, text_embedding), self.bundle.manifest.geometry.text_width)
 
-    def _condition(self, encoded: Encoded, embedding: Float32, scale: float) -> tuple[str, dict[str, Float32]]:
-        """The stage that samples, and its inputs that stay the same; `step` where one branch is enough."""
-        batch = len(encoded.image)
+    def _guidance_scale(self, asked: float | None) -> float:
+        """Of a request, or the bundle's default."""
+        if asked is None:
+            return self.bundle.manifest.sampler.guidance_scale
+        return finite_number(asked, "guidance_scale")
+
+    def _condition(self, embedding: Float32, scale: float) -> tuple[str, dict[str, Float32]]:
+        """The stage that samples, `step` where one branch is enough, and its inputs beside `context` that stay."""
+        batch = len(embedding)
         if scale == 0.0:
             embedding = np.repeat(self.bundle.null_embedding[None], batch, axis=0)
-        fixed = {"context": encoded.context, "text_embedding": embedding}
+        fixed = {"text_embedding": embedding}
         if scale in (0.0, 1.0):
             return "step", fixed
         return "step_guided", {**fixed, "guidance_scale": np.full(batch, scale, np.float32)}

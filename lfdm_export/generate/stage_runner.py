@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.bundle.reader import Bundle
-from lfdm_export.engines.interface import Engine, KeepsState, StateLoop
+from lfdm_export.engines.held import held_targets
+from lfdm_export.engines.interface import ClipMaker, Engine, KeepsState, StateLoop
 from lfdm_export.engines.onnxruntime.binding import STATE, BoundOnnxRuntimeEngine
 from lfdm_export.engines.onnxruntime.engine import Device, OnnxRuntimeEngine
 from lfdm_export.engines.self_check import is_enabled
 from lfdm_export.engines.self_check_choice import choose_checked
 from lfdm_export.engines.targets import AUTO, Choice, Target, check_target_name, find_targets
-from lfdm_export.engines.tensorrt.plans import targets_with_plans
 from lfdm_export.errors import EngineError
 from lfdm_export.sampling.loop import sample as run_loop
 from lfdm_export.sampling.noise import START, NoiseSource
@@ -62,6 +62,7 @@ class StageRunner:
         self._self_check = self_check
         self._engines: dict[str, Engine] = {}
         self._loops: dict[tuple[str, int, int], StateLoop] = {}
+        self._makers: dict[tuple[str, int], ClipMaker | None] = {}
 
     @functools.cached_property
     def choice(self) -> Choice:
@@ -73,15 +74,15 @@ class StageRunner:
         """
         if self._device != "cpu" and self._asked == AUTO:
             return Choice("onnxruntime", f"the device {self._device!r} is ONNX Runtime's")
-        plans = targets_with_plans(self.bundle)
-        able = find_targets(self._asked, "run", self.bundle.manifest.precision, plans=plans)
+        held = held_targets(self.bundle)
+        able = find_targets(self._asked, "run", self.bundle.manifest.precision, plans=held)
         choice = able[0]
         if self._self_check and self._device == "cpu" and is_enabled():
             choice, runner = choose_checked(
                 self.bundle, able, self._unchecked, named=self._asked != AUTO, threads=self._threads
             )
             if isinstance(runner, StageRunner):  # what was loaded for the check is not loaded again
-                self._engines, self._loops = runner._engines, runner._loops
+                self._engines, self._loops, self._makers = runner._engines, runner._loops, runner._makers
         logger.info("target %s: %s", choice.target, choice.reason)
         return choice
 
@@ -199,6 +200,25 @@ class StageRunner:
                 on_step(index, np.concatenate([loop.latent() for loop in loops]) if every_latent else None)
         return np.concatenate([loop.finish() for loop in loops])
 
+    def clip_maker(self, stage: str, batch: int) -> ClipMaker | None:
+        """What makes whole clips of a batch size where the engine runs; None where stages are run one by one.
+
+        Args:
+            stage: that samples, "step" or "step_guided".
+            batch: samples that are made together.
+
+        Raises:
+            EngineError: it cannot be loaded.
+        """
+        if self.target != "torch" or batch > self._specs[stage].batch[2]:
+            return None
+        key = stage, batch
+        if key not in self._makers:
+            from lfdm_export.engines.pytorch.clips import clip_maker
+
+            self._makers[key] = clip_maker(self.bundle, stage, batch)
+        return self._makers[key]
+
     def state(self) -> str:
         """The target and the loaded stages, in a line; nothing is loaded or decided for it."""
         target = self.__dict__["choice"].target if "choice" in self.__dict__ else self._asked
@@ -248,11 +268,15 @@ def load_engine(
             return BoundOnnxRuntimeEngine(path, spec, threads=threads, device=device)
         return OnnxRuntimeEngine(path, spec, threads=threads, device=device)
     if target == "openvino":
-        from lfdm_export.engines.openvino.cache import user_compiled_cache
+        from lfdm_export.engines.compiled_cache import user_compiled_cache
         from lfdm_export.engines.openvino.engine import OpenVinoEngine
 
-        cache = user_compiled_cache()
+        cache = user_compiled_cache("openvino")
         return OpenVinoEngine(path, spec, threads=threads, precision=bundle.manifest.precision, cache=cache)
+    if target == "torch":
+        from lfdm_export.engines.pytorch.engine import open_engine as open_torch_engine
+
+        return open_torch_engine(bundle, stage, threads=threads)
     from lfdm_export.engines.tensorrt.engine import open_engine
 
     return open_engine(bundle, stage, target)

@@ -23,10 +23,12 @@ from numpy.typing import NDArray
 from lfdm_export.bundle.manifest import TEXT_STAGE
 from lfdm_export.bundle.reader import PARITY_FOLDER, Bundle
 from lfdm_export.engines.cuda_driver import find_gpus
+from lfdm_export.engines.held import why_not_held
 from lfdm_export.engines.interface import Engine
 from lfdm_export.engines.targets import (
     AUTO,
     EVERY_TARGET,
+    HELD_TARGETS,
     PLAN_TARGETS,
     SIMULATION,
     TARGETS,
@@ -36,7 +38,6 @@ from lfdm_export.engines.targets import (
     lacking,
     this_machine,
 )
-from lfdm_export.engines.tensorrt.plans import remake, targets_with_plans
 from lfdm_export.errors import BundleError, EngineError, InputError
 from lfdm_export.files.json_codec import to_plain
 from lfdm_export.generate.pipeline import Progress
@@ -185,7 +186,7 @@ def _first(bundle: Bundle) -> str:
     precision = bundle.manifest.precision
     with contextlib.suppress(EngineError):
         target = StageRunner(bundle).target
-        if target not in PLAN_TARGETS:
+        if target not in HELD_TARGETS:
             return target
     try:
         return str(find_target(AUTO, "run", precision, machine=this_machine()).target)
@@ -196,13 +197,11 @@ def _first(bundle: Bundle) -> str:
 
 
 def _every(bundle: Bundle) -> tuple[list[str], list[OtherEngine]]:
-    machine, precision, plans = this_machine(), bundle.manifest.precision, targets_with_plans(bundle)
+    machine, precision = this_machine(), bundle.manifest.precision
     runs: list[str] = []
     absent: list[OtherEngine] = []
     for target in TARGETS:
-        reason = lacking(target, "run", precision, machine)
-        if not reason and target in PLAN_TARGETS and target not in plans:
-            reason = f"the bundle has no plans for it: {remake(bundle.path, target)}"
+        reason = lacking(target, "run", precision, machine) or why_not_held(bundle, target)
         if reason:
             absent.append(OtherEngine(TITLES[target], lacking=reason))
         else:
@@ -261,7 +260,7 @@ def _run(
         progress("stages", len(specs), len(specs))
     chain = check_chain(bundle, reference.chain, reference.seed, threads, progress, target, precision)
     gpus, _ = find_gpus()
-    place = gpus[0].name if target in PLAN_TARGETS and gpus else _PLACES.get((target, precision), "CPU")
+    place = gpus[0].name if target in HELD_TARGETS and gpus else _PLACES.get((target, precision), "CPU")
     return _Outcome(OtherEngine(f"{TITLES[target]}, {place}", (*checks, *chain.checks)), chain)
 
 

@@ -14,8 +14,9 @@ import pytest
 from numpy.typing import NDArray
 
 from lfdm_export.bundle.reader import Bundle
+from lfdm_export.engines.compiled_cache import SIZE_VARIABLE, CompiledCache, user_compiled_cache
 from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from lfdm_export.engines.openvino.cache import SIZE_VARIABLE, CompiledCache, cache_key, user_compiled_cache
+from lfdm_export.engines.openvino.cache import cache_key
 from lfdm_export.engines.openvino.engine import OpenVinoEngine, shared_core
 from lfdm_export.errors import EngineError, InputError
 from lfdm_export.files.atomic import part_name, replacing
@@ -386,19 +387,19 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path):
 def test_the_size_of_the_users_cache(said: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(SIZE_VARIABLE, said)
-    assert user_compiled_cache() == CompiledCache(tmp_path / "lfdm-export" / "openvino", size)
+    assert user_compiled_cache("openvino") == CompiledCache(tmp_path / "lfdm-export" / "openvino", size)
 
 
 def test_a_user_may_have_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(SIZE_VARIABLE, "0")
-    assert user_compiled_cache() is None
+    assert user_compiled_cache("openvino") is None
     monkeypatch.setenv(SIZE_VARIABLE, "much")
     with pytest.raises(InputError, match="LFDM_CACHE_SIZE is 'much', expected a size such as 4GB"):
-        user_compiled_cache()
+        user_compiled_cache("openvino")
     monkeypatch.delenv(SIZE_VARIABLE)
-    monkeypatch.setattr("lfdm_export.engines.openvino.cache.optional_cache", lambda: None)
-    assert user_compiled_cache() is None
+    monkeypatch.setattr("lfdm_export.engines.compiled_cache.optional_cache", lambda: None)
+    assert user_compiled_cache("openvino") is None
 
 
 def test_a_bundle_is_left_as_it_is(small_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

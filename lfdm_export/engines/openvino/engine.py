@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.engines.checks import Array, check_feeds, check_outputs
-from lfdm_export.engines.openvino.cache import CompiledCache, cache_key
+from lfdm_export.engines.compiled_cache import CompiledCache
+from lfdm_export.engines.openvino.cache import cache_key
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.graphs.file import walk
 from lfdm_export.machine import available_cores

@@ -1,0 +1,121 @@
+"""What compilers made of stages, kept in the user's cache folder and bounded in size: never in a bundle.
+
+It is code for this machine, and a bundle may come from a stranger. An entry is read only under exactly the key that it
+was written with, which holds everything that decides what is compiled. It is one file: a line of JSON with its key and
+the SHA-256 of the rest, then what the compiler gave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lfdm_export.errors import InputError
+from lfdm_export.files.atomic import replacing
+from lfdm_export.machine import optional_cache
+
+logger = logging.getLogger(__name__)
+
+#: Says how large the cache may become, such as 500MB; 0 keeps nothing.
+SIZE_VARIABLE = "LFDM_CACHE_SIZE"
+#: Bytes that it may take where nobody says: two models of the published size with all their stages.
+DEFAULT_SIZE = 4_000_000_000
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
+_LONGEST_HEADER = 4096
+
+
+def user_compiled_cache(compiler: str) -> CompiledCache | None:
+    """The user's cache of a compiler, by its name; None where there is no folder for it, or LFDM_CACHE_SIZE is 0.
+
+    Raises:
+        InputError: LFDM_CACHE_SIZE is no size.
+    """
+    size, folder = cache_size(), optional_cache()
+    return None if size == 0 or folder is None else CompiledCache(folder / compiler, size)
+
+
+def cache_size() -> int:
+    """Bytes that the user's cache may take.
+
+    Raises:
+        InputError: LFDM_CACHE_SIZE is no size.
+    """
+    said = os.environ.get(SIZE_VARIABLE, "").strip()
+    if not said:
+        return DEFAULT_SIZE
+    found = _SIZE.fullmatch(said)
+    if found is None:
+        raise InputError(f"{SIZE_VARIABLE} is {said!r}, expected a size such as 4GB or 500MB, or 0 to keep nothing")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+@dataclass(frozen=True)
+class CompiledCache:
+    """A folder of compiled graphs, made when the first is written. For any number of processes.
+
+    Attributes:
+        folder: the folder.
+        size: bytes that it may take; what was used longest ago goes first.
+    """
+
+    folder: Path
+    size: int = DEFAULT_SIZE
+
+    def read(self, name: str, key: str) -> bytes | None:
+        """What was written under that name and key, if it is whole; else None."""
+        path = self._path(name, key)
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.readline(_LONGEST_HEADER))
+                if not isinstance(header, dict) or header.get("key") != key:
+                    return None
+                blob = file.read()
+        except (OSError, ValueError):
+            return None
+        if hashlib.sha256(blob).hexdigest() != header.get("sha256"):
+            return None
+        with contextlib.suppress(OSError):  # of a folder that can only be read
+            os.utime(path)  # used now
+        return blob
+
+    def write(self, name: str, key: str, blob: bytes | memoryview) -> None:
+        """Keep an entry, if there is room; a folder that cannot be written leaves the cache as it is."""
+        path = self._path(name, key)
+        header = json.dumps({"key": key, "sha256": hashlib.sha256(blob).hexdigest()}).encode() + b"\n"
+        needed = len(header) + memoryview(blob).nbytes
+        if needed > self.size:
+            logger.info("%s is not kept: it takes %d bytes, the cache may take %d", name, needed, self.size)
+            return
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._make_room(needed, path)
+            with replacing(path) as file:
+                file.write(header)
+                file.write(blob)
+        except OSError as error:
+            logger.info("what was compiled cannot be kept in %s: %s", self.folder, error.strerror or error)
+
+    def _path(self, name: str, key: str) -> Path:
+        return self.folder / f"{name}-{key[:16]}.compiled"
+
+    def _make_room(self, needed: int, replaced: Path) -> None:
+        """Remove what was used longest ago until so many bytes fit."""
+        entries = []
+        for path in self.folder.glob("*.compiled"):
+            with contextlib.suppress(OSError):  # another process was faster
+                facts = path.stat()
+                if path != replaced:
+                    entries.append((facts.st_mtime, facts.st_size, path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total + needed <= self.size:
+                break
+            path.unlink(missing_ok=True)
+            total -= size

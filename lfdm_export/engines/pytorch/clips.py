@@ -1,0 +1,128 @@
+"""Whole clips on a GPU: an image, an embedding and a seed go up, 8-bit pictures come down; nothing waits in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.engines.interface import ClipRequest, Float32, MadeClips
+from lfdm_export.engines.pytorch.interfaces import PictureDecode
+from lfdm_export.engines.pytorch.loop import TorchLoop
+from lfdm_export.engines.pytorch.session import TorchSession, torch_session
+from lfdm_export.errors import EngineError
+from lfdm_export.rewrite.lfae import Decode
+from lfdm_export.stages import StageSpec
+
+# Frames of all samples that are decoded at once; more fill no GPU better, and take memory.
+_DECODED_AT_ONCE = 320
+
+
+class TorchClipMaker:
+    """Makes clips for one sampling stage and batch size; any thread may use it, one at a time does."""
+
+    def __init__(self, session: TorchSession, encode: StageSpec, sampling: StageSpec, batch: int) -> None:
+        """Compile and capture encoder, step and decoder.
+
+        Args:
+            session: of a bundle; without a GPU its kernels need a stand-in.
+            encode: the stage.
+            sampling: `step` or `step_guided`.
+            batch: samples that are made together.
+
+        Raises:
+            EngineError: one cannot be compiled, or there is not enough memory.
+        """
+        self._session, self.batch = session, batch
+        self._loop = TorchLoop(session, sampling, batch)
+        try:
+            with session.owned():
+                self._make(encode)
+        except RuntimeError as error:
+            raise EngineError(f"clips cannot be prepared for a batch of {batch}: {error}") from error
+
+    def _make(self, encode: StageSpec) -> None:
+        session, batch, geometry = self._session, self.batch, self._session.manifest.geometry
+        (image,) = encode.inputs
+        self._image = torch.zeros(image.concrete(batch=batch), device=session.device)
+        encoder = session.program(f"encode-{batch}", session.module("encode"), (self._image,))
+        self._encode, encoded = session.captured(lambda: encoder(self._image))
+        *skips, self._context = encoded
+        self._chunk = _chunk(geometry.frames, batch)
+        part = (batch, 3, self._chunk, geometry.latent_size, geometry.latent_size)
+        self._part = torch.zeros(part, device=session.device)
+        inputs = (self._image, *skips, self._part)
+        decoder = session.program(f"pictures-{batch}", PictureDecode(cast(Decode, session.module("decode"))), inputs)
+        self._decode, self._decoded = session.captured(lambda: decoder(*inputs))
+        side = geometry.image_size
+        self._pictures = tuple(
+            torch.empty(batch, geometry.frames, side, side, 3, dtype=torch.uint8, pin_memory=session.on_gpu)
+            for _ in range(2)
+        )
+        self._latent = torch.empty(batch, *part[1:2], geometry.frames, *part[3:], pin_memory=session.on_gpu)
+
+    def make(self, request: ClipRequest, on_step: Callable[[int], None] | None = None) -> MadeClips:
+        """Make clips.
+
+        Args:
+            request: of `batch` samples.
+            on_step: called after each step that was queued.
+
+        Raises:
+            EngineError: the run fails, or gives values that are not finite.
+        """
+        try:
+            with self._session.owned():
+                self._image.copy_(torch.from_numpy(np.ascontiguousarray(request.image)))
+                self._encode()
+                fixed: dict[str, NDArray[np.float32] | Tensor] = {"context": self._context, **request.fixed}
+                self._loop.begin_seeded(request.seeds, fixed, request.table)
+                for index in range(request.table.steps):
+                    self._loop.step_seeded(index, draws=bool(request.table.draws_noise[index]))
+                    if on_step is not None:
+                        on_step(index)
+                return self._finish()
+        except RuntimeError as error:
+            raise EngineError(f"clips failed in PyTorch: {' '.join(str(error).split())[:300]}") from error
+
+    def _finish(self) -> MadeClips:
+        latent = self._loop.inputs["noisy_latent"]
+        self._latent.copy_(latent, non_blocking=True)
+        for first in range(0, latent.shape[2], self._chunk):
+            self._part.copy_(latent[:, :, first : first + self._chunk])
+            self._decode()
+            for pictures, decoded in zip(self._pictures, self._decoded, strict=True):
+                pictures[:, first : first + self._chunk].copy_(decoded, non_blocking=True)
+        if self._session.on_gpu:
+            torch.cuda.current_stream().synchronize()
+        frames, warped = (pictures.numpy().copy() for pictures in self._pictures)
+        found: Float32 = self._latent.numpy().copy()
+        if not np.isfinite(found).all():
+            raise EngineError(
+                "sampling gave values that are not finite; the weights or the engine are at fault: check the bundle "
+                "with lfdm-verify"
+            )
+        return MadeClips(frames, warped, found)
+
+
+def clip_maker(bundle: Bundle, stage: str, batch: int) -> TorchClipMaker | None:
+    """What makes whole clips where the bundle runs on a GPU; None on a CPU, where stages are as good.
+
+    Raises:
+        EngineError: see `TorchClipMaker`.
+    """
+    session = torch_session(bundle)
+    if not session.on_gpu:
+        return None
+    return TorchClipMaker(session, bundle.stages["encode"], bundle.stages[stage], batch)
+
+
+def _chunk(frames: int, batch: int) -> int:
+    """Frames of a clip that are decoded at once: a divisor of all of them."""
+    most = max(1, _DECODED_AT_ONCE // batch)
+    return max(part for part in range(1, frames + 1) if frames % part == 0 and part <= most)

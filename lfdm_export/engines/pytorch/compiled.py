@@ -1,0 +1,134 @@
+"""A module -> a program that PyTorch's AOTInductor compiled for this machine, kept in the user's cache."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+import lfdm_export
+import lfdm_models
+from lfdm_export.engines.compiled_cache import CompiledCache
+from lfdm_export.errors import EngineError
+from lfdm_export.machine import package_versions, processor_facts
+
+logger = logging.getLogger(__name__)
+
+#: Takes a module's inputs, of exactly the shapes that it was made for, and gives its outputs.
+Program: TypeAlias = Callable[..., tuple[Tensor, ...]]
+#: 0 runs the modules uncompiled: slower, but needs no compiler.
+VARIABLE = "LFDM_TORCH_COMPILE"
+# What the modules are written in; other code may compile to another program.
+_SOURCES = (
+    (Path(lfdm_export.__file__).parent, ("ops", "rewrite")),
+    (Path(lfdm_models.__file__).parent, ("",)),
+)
+
+
+def is_enabled() -> bool:
+    """Whether the environment leaves compilation on."""
+    return os.environ.get(VARIABLE, "1") != "0"
+
+
+def make_program(
+    module: nn.Module,
+    examples: Sequence[Tensor],
+    *,
+    name: str,
+    identity: Mapping[str, object],
+    cache: CompiledCache | None,
+) -> Program:
+    """Compile a module for inputs like these, or take what was compiled before.
+
+    Args:
+        module: in eval mode, on the device of the examples.
+        examples: one of each input; their shapes and dtypes are fixed in the program.
+        name: of the program, for messages and the cache.
+        identity: what decides what is compiled beside code, shapes, versions and machine: the weights, for one.
+        cache: where it is kept; None compiles anew each time.
+
+    Returns:
+        The program; the module itself where the environment turns compilation off.
+
+    Raises:
+        EngineError: PyTorch cannot compile it here.
+    """
+    if not is_enabled():
+        return _in_tuples(module)
+    device = examples[0].device
+    key = _key(examples, device, {"name": name, **identity})
+    blob = None if cache is None else cache.read(name, key)
+    with tempfile.TemporaryDirectory(prefix="lfdm-export-") as folder:
+        package = Path(folder) / f"{name}.pt2"
+        if blob is not None:
+            package.write_bytes(blob)
+        else:
+            logger.info("PyTorch compiles %s for this machine, once", name)
+            _compile(module, tuple(examples), package, name)
+            if cache is not None:
+                cache.write(name, key, package.read_bytes())
+        # Its own synchronization between threads cannot be captured in a CUDA graph; a lock of the session stands in.
+        runner = torch._inductor.aoti_load_package(str(package), run_single_threaded=device.type == "cuda")
+
+    return _in_tuples(runner)
+
+
+def _in_tuples(function: Callable[..., Any]) -> Program:
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        results = function(*inputs)
+        return (results,) if isinstance(results, Tensor) else tuple(results)
+
+    return run
+
+
+def _compile(module: nn.Module, examples: tuple[Tensor, ...], package: Path, name: str) -> None:
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its own workings
+            program = torch.export.export(module, examples, strict=False)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+    except Exception as error:  # compilers fail in many ways, none of which shares a base
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise EngineError(
+            f"PyTorch cannot compile {name} here: {reason[0][:300]}; it needs a C++ compiler (Debian: apt-get install "
+            f"g++), and on a GPU Triton, which comes with PyTorch for CUDA; {VARIABLE}=0 runs it uncompiled, slower"
+        ) from error
+
+
+def _key(examples: Sequence[Tensor], device: torch.device, identity: Mapping[str, object]) -> str:
+    """SHA-256 of everything that decides what is compiled."""
+    facts: dict[str, Any] = {
+        **{name: str(value) for name, value in sorted(identity.items())},
+        "inputs": [(str(tensor.dtype), tuple(tensor.shape), tensor.stride()) for tensor in examples],
+        "versions": package_versions(("lfdm-export", "torch", "triton")),
+        "sources": _sources(),
+    }
+    if device.type == "cuda":
+        facts["gpu"] = [torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)]
+        facts["cuda"] = [torch.version.cuda, torch.backends.cudnn.version()]
+    else:
+        facts["processor"] = processor_facts()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def _sources() -> str:
+    """SHA-256 of the modules' code, so that a change of it is never answered with an older program."""
+    digest = hashlib.sha256()
+    for root, folders in _SOURCES:
+        for folder in folders:
+            files = (root / folder).rglob("*") if folder else root.glob("*.py")
+            for path in sorted(path for path in files if path.suffix in (".py", ".cuh")):
+                digest.update(f"{path.relative_to(root)}\0".encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,166 @@
+"""What the engines of one bundle share: device, modules, compiled programs, and a lock."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lfdm_export.bundle.manifest import Manifest
+from lfdm_export.bundle.reader import TORCH_WEIGHTS, Bundle
+from lfdm_export.engines.compiled_cache import user_compiled_cache
+from lfdm_export.engines.cuda_driver import find_gpus
+from lfdm_export.engines.pytorch.compiled import Program, make_program
+from lfdm_export.engines.pytorch.weights import load_modules
+from lfdm_export.errors import EngineError
+from lfdm_export.machine import available_cores
+from lfdm_export.rewrite.precision import channels_last
+
+# Algorithms that cuDNN tries for each convolution that is new: 10 by default, of some 30 ms each.
+_TRIED_ALGORITHMS = 4
+# Runs before a capture: libraries load kernels and choose algorithms, which cannot be captured.
+_WARM_UP = 3
+
+
+class TorchSession:
+    """The modules of a bundle on a device. Any thread may use it; `owned` lets one in at a time.
+
+    Attributes:
+        manifest: of the bundle.
+        device: the first GPU that PyTorch sees, else the CPU.
+    """
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, modules: dict[str, nn.Module] | None = None):
+        """Load the modules; nothing is compiled yet.
+
+        Args:
+            bundle: exported for the target torch.
+            threads: of one run on a CPU; None takes every core that this process may use.
+            modules: by stage, in the bundle's precision and on `find_device`; None for the bundle's own.
+
+        Raises:
+            EngineError: the bundle has no weights for PyTorch, or this PyTorch has no CUDA where there is a GPU.
+        """
+        if threads is not None and threads < 1:
+            raise EngineError(f"threads is {threads}, expected 1 or more, or None for all cores")
+        self.manifest: Manifest = bundle.manifest
+        self.device = find_device()
+        self._threads = available_cores() if threads is None else threads
+        self._modules = load_modules(bundle, self.device) if modules is None else modules
+        channels_last(self._modules)
+        self._identity = {"weights": str(bundle.manifest.files.get(TORCH_WEIGHTS)), "precision": self.precision}
+        self._lock = threading.RLock()
+        self._programs: dict[tuple[object, ...], Program] = {}
+        self.stream = torch.cuda.Stream(self.device) if self.on_gpu else None
+
+    @property
+    def precision(self) -> str:
+        """Of the bundle."""
+        return self.manifest.precision
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device is one."""
+        return self.device.type == "cuda"
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Let this thread alone use the session, with the precision's settings of PyTorch and the session's stream."""
+        with self._lock, torch.no_grad(), contextlib.ExitStack() as context:
+            if not self.on_gpu:
+                before = torch.get_num_threads()
+                torch.set_num_threads(self._threads)
+                context.callback(torch.set_num_threads, before)
+                yield
+                return
+            tf32 = self.precision == "tf32"
+            for holder, name, value in (
+                (torch.backends.cudnn, "benchmark", True),
+                (torch.backends.cudnn, "benchmark_limit", _TRIED_ALGORITHMS),
+                (torch.backends.cudnn, "allow_tf32", tf32),
+                (torch.backends.cuda.matmul, "allow_tf32", tf32),
+            ):
+                context.callback(setattr, holder, name, getattr(holder, name))
+                setattr(holder, name, value)
+            context.enter_context(torch.cuda.device(self.device))
+            context.enter_context(torch.cuda.stream(self.stream))
+            yield
+
+    def module(self, stage: str) -> nn.Module:
+        """The module of a stage.
+
+        Raises:
+            EngineError: the bundle was exported without it.
+        """
+        if stage not in self._modules:
+            raise EngineError(f"the bundle has no weights of the stage {stage!r} for PyTorch; export it again")
+        return self._modules[stage]
+
+    def program(self, name: str, module: nn.Module, examples: Sequence[Tensor]) -> Program:
+        """The compiled program of a module for inputs like these; to be called while the session is owned.
+
+        Raises:
+            EngineError: PyTorch cannot compile it here.
+        """
+        key = (name, *((tensor.dtype, tuple(tensor.shape)) for tensor in examples))
+        if key not in self._programs:
+            cache = user_compiled_cache("torch")
+            self._programs[key] = make_program(module, examples, name=name, identity=self._identity, cache=cache)
+        return self._programs[key]
+
+    def captured(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+        """Work on tensors that stay where they are, on a GPU as a CUDA graph; to be called while the session is owned.
+
+        Returns:
+            What does the work, and its results, which every call writes anew to the same places.
+        """
+        if not self.on_gpu:
+            places = run()
+            return lambda: _write(places, run()), places
+        for _ in range(_WARM_UP):
+            run()
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        # What other threads do with the GPU meanwhile is their own.
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            results = run()
+        return graph.replay, results
+
+
+def _write(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for place, value in zip(places, values, strict=True):
+        place.copy_(value)
+
+
+def find_device() -> torch.device:
+    """Where the target torch runs: the first GPU that is visible, else the CPU.
+
+    Raises:
+        EngineError: there is a GPU, but this PyTorch cannot use it.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    gpus, _ = find_gpus()
+    if gpus:
+        raise EngineError(
+            f"there is a GPU, {gpus[0].name}, but PyTorch {torch.__version__} cannot use it: install a PyTorch built "
+            "for CUDA, or hide the GPU with CUDA_VISIBLE_DEVICES= (empty), which runs it on the CPU"
+        )
+    return torch.device("cpu")
+
+
+_SESSIONS: weakref.WeakKeyDictionary[Bundle, dict[int | None, TorchSession]] = weakref.WeakKeyDictionary()
+_SESSIONS_LOCK = threading.Lock()
+
+
+def torch_session(bundle: Bundle, *, threads: int | None = None) -> TorchSession:
+    """The session of an opened bundle, made when first asked for; see `TorchSession`."""
+    with _SESSIONS_LOCK:
+        sessions = _SESSIONS.setdefault(bundle, {})
+        if threads not in sessions:
+            sessions[threads] = TorchSession(bundle, threads=threads)
+        return sessions[threads]

@@ -1,0 +1,314 @@
+"""The target torch: weights in a bundle, programs in the user's cache, stages and whole clips."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lfdm_export.bundle.manifest import Manifest
+from lfdm_export.bundle.reader import MANIFEST, TORCH_WEIGHTS, Bundle, fingerprint
+from lfdm_export.engines.cuda_driver import Gpu
+from lfdm_export.engines.held import held_targets, why_not_held
+from lfdm_export.engines.pytorch import compiled
+from lfdm_export.engines.pytorch.clips import TorchClipMaker
+from lfdm_export.engines.pytorch.compiled import VARIABLE
+from lfdm_export.engines.pytorch.engine import open_engine
+from lfdm_export.engines.pytorch.loop import TorchLoop
+from lfdm_export.engines.pytorch.session import TorchSession, find_device, torch_session
+from lfdm_export.engines.pytorch.weights import DTYPES, load_modules, write_weights
+from lfdm_export.engines.targets import Machine, find_target, find_targets, lacking
+from lfdm_export.errors import EngineError, InputError
+from lfdm_export.generate.pipeline import Pipeline
+from lfdm_export.ops.cuda.dispatch import standing_in
+from lfdm_export.ops.cuda.host import HostKernels
+from lfdm_export.rewrite.precision import in_precision
+from lfdm_export.rewrite.stage_modules import stage_modules
+from lfdm_models.model import LfdmModel
+
+PACKAGES = {"onnxruntime": "1.30.0", "torch": "2.11.0", "einops": "0.8.0", "safetensors": "0.5.0"}
+WITH_GPU = Machine((Gpu("NVIDIA H200", (9, 0), 1 << 37, "13.0"),), "", PACKAGES)
+WITHOUT = Machine((), "the NVIDIA driver sees no GPU", PACKAGES)
+
+
+def with_weights(bundle: Bundle, model: LfdmModel, folder: Path, precision: str = "fp32") -> Bundle:
+    """A copy of a bundle of fp32 that says it is of a precision, with the weights of that precision."""
+    shutil.copytree(bundle.path, folder)
+    write_weights(model, bundle.manifest.geometry.frames, precision, folder / TORCH_WEIGHTS)
+    return listed(folder, bundle.manifest, precision)
+
+
+def listed(folder: Path, manifest: Manifest, precision: str = "fp32") -> Bundle:
+    """The bundle with the weights as they are now in its manifest."""
+    files = {**manifest.files, TORCH_WEIGHTS: fingerprint(folder / TORCH_WEIGHTS)}
+    changed = dataclasses.replace(manifest, files=files, precision=precision)
+    (folder / MANIFEST).write_text(changed.to_json(), encoding="utf-8")
+    return Bundle.open(folder)
+
+
+@pytest.fixture(scope="module")
+def torch_bundle(small_bundle: Bundle, small_model: LfdmModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The small bundle with weights for PyTorch; not to be changed."""
+    return with_weights(small_bundle, small_model, tmp_path_factory.mktemp("torch") / "bundle")
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules as they are: what they compute is the same, and compiling takes minutes."""
+    monkeypatch.setenv(VARIABLE, "0")
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    return np.random.default_rng(3).integers(0, 256, (64, 64, 3), np.uint8)
+
+
+@pytest.mark.parametrize("precision", list(DTYPES))
+def test_modules_come_back_as_they_were(
+    small_bundle: Bundle, small_model: LfdmModel, tmp_path: Path, precision: str
+) -> None:
+    bundle = with_weights(small_bundle, small_model, tmp_path / "bundle", precision)
+    modules = load_modules(bundle, torch.device("cpu"))
+    expected = in_precision(stage_modules(small_model, bundle.manifest.geometry.frames), DTYPES[precision])
+    assert set(modules) == {"encode", "step", "step_guided", "decode", "estimate_motion"}
+    for stage, module in modules.items():
+        state = expected[stage].state_dict()
+        found = module.state_dict()
+        assert set(found) == set(state)
+        for name, tensor in found.items():
+            assert tensor.dtype == state[name].dtype, name
+            assert torch.equal(tensor, state[name]), name
+    step, guided = (modules[name].state_dict() for name in ("step", "step_guided"))
+    assert {tensor.data_ptr() for tensor in guided.values()} <= {tensor.data_ptr() for tensor in step.values()}
+
+
+def test_a_precision_without_weights_is_refused(small_model: LfdmModel, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the target 'torch' has no int8; expected fp32, tf32, fp16, bf16"):
+        write_weights(small_model, 10, "int8", tmp_path / "x" / "weights.safetensors")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_bundle_without_weights_says_so(small_bundle: Bundle, torch_bundle: Bundle) -> None:
+    assert held_targets(small_bundle) == ()
+    assert "export it again from its checkpoints with --target torch" in why_not_held(small_bundle, "torch")
+    assert (held_targets(torch_bundle), why_not_held(torch_bundle, "torch")) == (("torch",), "")
+    with pytest.raises(EngineError, match=r"holds no weights for PyTorch: export it again"):
+        open_engine(small_bundle, "encode")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def without_one(path: Path) -> None:
+    tensors = load_file(path)
+    tensors.pop("step.denoise.unet.latent_conv.weight")
+    save_file(tensors, path, metadata=same_of(path))
+
+
+def of_another_shape(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["step.denoise.unet.latent_conv.weight"] = torch.zeros(3)
+    save_file(tensors, path, metadata=same_of(path))
+
+
+def of_another_form(path: Path) -> None:
+    save_file(load_file(path), path, metadata={"same": json.dumps(["a list"])})
+
+
+def same_of(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata())
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut, "does not hold the weights of this bundle's modules"),
+        (without_one, "lacks the weights step.denoise.unet.latent_conv.weight"),
+        (of_another_shape, "does not hold the weights of this bundle's modules"),
+        (of_another_form, "does not hold the weights of this bundle's modules"),
+    ],
+)
+def test_weights_of_something_else_are_refused(
+    torch_bundle: Bundle, tmp_path: Path, damage: Callable[[Path], None], said: str
+) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(torch_bundle.path, folder)
+    damage(folder / TORCH_WEIGHTS)
+    bundle = listed(folder, torch_bundle.manifest)
+    with pytest.raises(EngineError, match=said):
+        open_engine(bundle, "encode")
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_clips_are_those_of_onnx_runtime(torch_bundle: Bundle, picture: np.ndarray) -> None:
+    ours = Pipeline(torch_bundle, target="torch", self_check=False)
+    other = Pipeline(torch_bundle, target="onnxruntime", self_check=False)
+    for scale in (1.0, 2.5):
+        found, expected = (
+            pipe.generate(picture, label=torch_bundle.labels[0], steps=3, guidance_scale=scale, seed=5)
+            for pipe in (ours, other)
+        )
+        assert np.abs(found.latent - expected.latent).max() < 1e-3
+        assert np.abs(found.frames.astype(int) - expected.frames).max() <= 1
+    assert ours.stages.target == "torch"
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_sample_depends_on_no_other(torch_bundle: Bundle) -> None:
+    engine = open_engine(torch_bundle, "denoise")
+    rng = np.random.default_rng(0)
+    feeds = {
+        tensor.name: rng.integers(0, 999, 3) if tensor.dtype == "int64" else rng.standard_normal(
+            tensor.concrete(batch=3)
+        ).astype(np.float32)
+        for tensor in engine.spec.inputs
+    }  # fmt: skip
+    together = engine.run(feeds)["predicted_noise"]
+    alone = engine.run({name: array[2:] for name, array in feeds.items()})["predicted_noise"]
+    assert np.array_equal(together[2:], alone)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_engines_of_a_bundle_share_their_session(torch_bundle: Bundle) -> None:
+    assert torch_session(torch_bundle) is torch_session(torch_bundle)
+    assert torch_session(torch_bundle, threads=1) is not torch_session(torch_bundle)
+
+
+def test_a_stage_is_compiled_once_for_a_machine(
+    torch_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(VARIABLE, raising=False)
+    feeds = {"image": np.random.default_rng(0).random((2, 3, 64, 64), np.float32)}
+    first = TorchSession(torch_bundle, threads=1)
+    spec = torch_bundle.stages["encode"]
+    from lfdm_export.engines.pytorch.engine import TorchEngine
+
+    found = TorchEngine(first, spec, spec).run(feeds)
+    expected = first.module("encode")(torch.from_numpy(feeds["image"]))
+    for tensor, value in zip(spec.outputs, expected, strict=True):
+        assert np.abs(found[tensor.name] - value.numpy()).max() < 1e-5
+    entries = list((tmp_path / "lfdm-export" / "torch").iterdir())
+    assert [entry.name.partition("-")[0] for entry in entries] == ["encode"]
+
+    def fail(*_: object) -> None:
+        raise AssertionError("compiled twice")
+
+    monkeypatch.setattr(compiled, "_compile", fail)
+    again = TorchEngine(TorchSession(torch_bundle, threads=1), spec, spec).run(feeds)
+    assert all(np.array_equal(again[name], found[name]) for name in found)
+    monkeypatch.setattr(compiled, "_sources", lambda: "other code")
+    with pytest.raises(AssertionError, match="compiled twice"):
+        TorchEngine(TorchSession(torch_bundle, threads=1), spec, spec).run(feeds)
+
+
+def test_a_machine_without_a_compiler_gets_the_remedy(
+    torch_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+    def no_compiler(*_: object, **__: object) -> None:
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", no_compiler)
+    engine = open_engine(torch_bundle, "encode", threads=1)
+    with pytest.raises(EngineError, match=r"No working C\+\+ compiler found; .* LFDM_TORCH_COMPILE=0 runs it"):
+        engine.run({"image": np.zeros((1, 3, 64, 64), np.float32)})
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("batch", [1, 2])
+def test_whole_clips_are_those_of_the_stages(
+    torch_bundle: Bundle, host_kernels: HostKernels, picture: np.ndarray, batch: int
+) -> None:
+    expected = Pipeline(torch_bundle, target="onnxruntime", self_check=False)
+    pipe = Pipeline(torch_bundle, target="torch", self_check=False)
+    made: list[int] = []
+
+    def maker(stage: str, size: int) -> TorchClipMaker:
+        made.append(size)
+        return TorchClipMaker(
+            TorchSession(torch_bundle), torch_bundle.stages["encode"], torch_bundle.stages[stage], size
+        )
+
+    pipe.stages.clip_maker = maker  # type: ignore[method-assign]  # as on a GPU
+    options = {"label": [torch_bundle.labels[0]] * batch, "seed": [7, 8][:batch]}
+    reports: list[tuple[str, int, int]] = []
+    with standing_in(host_kernels):
+        for more in ({"sampler": "ddim", "eta": 1.0, "steps": 3}, {"guidance_scale": 2.0, "steps": 2, "eta": 0.0}):
+            found = pipe.generate(
+                picture, **options, **more, progress=lambda *report: reports.append(report)  # type: ignore[arg-type]
+            )  # fmt: skip
+            wanted = expected.generate(picture, **options, **more)  # type: ignore[arg-type]
+            assert np.abs(found.latent - wanted.latent).max() < 1e-3
+            assert np.abs(found.frames.astype(int) - wanted.frames).max() <= 1
+            assert np.abs(found.warped.astype(int) - wanted.warped).max() <= 1
+            assert (found.seeds, found.labels, found.settings) == (wanted.seeds, wanted.labels, wanted.settings)
+    assert made == [batch, batch]
+    assert reports[:4] == [("denoise", index, 3) for index in range(4)]
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_loop_takes_noise_of_the_host_or_draws_its_own(torch_bundle: Bundle, host_kernels: HostKernels) -> None:
+    from lfdm_export.sampling.noise import START, seeded_noise
+
+    pipe = Pipeline(torch_bundle, target="torch", self_check=False)
+    table = pipe.sampler_table("ddim", 3, 1.0)
+    spec = torch_bundle.stages["step"]
+    rng = np.random.default_rng(0)
+    fixed = {
+        tensor.name: rng.standard_normal(tensor.concrete(batch=2)).astype(np.float32)
+        for tensor in spec.inputs
+        if tensor.name in ("context", "text_embedding")
+    }
+    with standing_in(host_kernels):
+        loop = TorchLoop(TorchSession(torch_bundle), spec, 2)
+        source = seeded_noise([3, 4], spec.inputs[0].concrete(batch=1)[1:])
+        loop.begin(source(START), fixed, table)
+        for index in range(table.steps):
+            loop.step(index, source(index) if table.draws_noise[index] else None)
+        handed = loop.finish()
+        for _ in range(2):  # a chain leaves nothing behind
+            loop.begin_seeded([3, 4], fixed, table)
+            for index in range(table.steps):
+                loop.step_seeded(index, draws=bool(table.draws_noise[index]))
+            assert np.abs(loop.finish() - handed).max() < 1e-4
+
+
+def test_auto_takes_it_on_a_gpu_alone() -> None:
+    chosen = find_targets("auto", "run", "fp16", plans=("torch",), machine=WITH_GPU)
+    assert [choice.target for choice in chosen] == ["torch", "onnxruntime"]
+    assert chosen[0].reason == "PyTorch 2.11.0 is installed and there is a GPU, NVIDIA H200 (SM90)"
+    assert find_target("auto", "run", "fp16", machine=WITH_GPU).target == "onnxruntime"
+    assert find_target("auto", "run", "fp32", plans=("torch",), machine=WITHOUT).target == "onnxruntime"
+    assert find_target("torch", "run", "fp32", plans=("torch",), machine=WITHOUT).target == "torch"
+
+
+def test_what_it_lacks_is_said() -> None:
+    assert lacking("torch", "run", "fp16", WITHOUT).startswith("PyTorch runs fp16 on a GPU, and the NVIDIA driver sees")
+    assert lacking("torch", "export", "fp16", WITHOUT) == ""
+    assert lacking("torch", "export", "int8", WITH_GPU).startswith("PyTorch has no int8 here")
+    assert "pip install 'lfdm-export[torch]'" in lacking("torch", "run", "fp32", Machine((), "no GPU", {}))
+    old = Machine((Gpu("Tesla T4", (7, 5), 1 << 34, "12.4"),), "", PACKAGES)
+    assert lacking("torch", "run", "bf16", old).startswith("Tesla T4 (SM75) has no bf16")
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("lfdm_export.engines.pytorch.session.find_gpus", lambda: (WITH_GPU.gpus, ""))
+    with pytest.raises(
+        EngineError, match=r"there is a GPU, NVIDIA H200, but PyTorch .* hide the GPU with CUDA_VISIBLE"
+    ):
+        find_device()
