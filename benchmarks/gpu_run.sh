@@ -22,13 +22,14 @@ export PYTHONUNBUFFERED=1
 case $command in
 measure)
     # What torch.compile and Triton made goes back with the results, so that a second run does not compile again.
-    caches=$(mktemp -d)
-    trap 'rm -rf "$caches"' EXIT
-    if [ -f "$out/caches.tar.xz" ]; then tar xJf "$out/caches.tar.xz" -C "$caches"; fi
+    # They lie where they stay: some entries name others by their whole paths.
+    caches="${XDG_CACHE_HOME:-$HOME/.cache}/lfdm-export/gpu-suite"
+    mkdir -p "$caches"
+    if [ -f "$out/caches.tar.gz" ]; then tar xzf "$out/caches.tar.gz" -C "$caches"; fi
     export TORCHINDUCTOR_CACHE_DIR="$caches/inductor" TRITON_CACHE_DIR="$caches/triton"
     status=0
     timeout 480 "$python" benchmarks/gpu_suite.py --out "$out" "$@" || status=$?
-    if [ -n "$(ls "$caches")" ]; then tar cJf "$out/caches.tar.xz" -C "$caches" .; fi
+    if [ -n "$(ls "$caches")" ]; then tar czf "$out/caches.tar.gz" -C "$caches" .; fi
     exit $status
     ;;
 inspect)

@@ -49,6 +49,7 @@ def summary(result: Record) -> str:
         ),
         *_chip(result),
         *_ways(result),
+        *_products(parts),
         *_batches(parts),
         *_kernels(parts),
         *_runs(parts),
@@ -97,6 +98,18 @@ def _batches(parts: Record) -> list[str]:
         for batch, times in sorted((parts[name].get("data") or {}).items(), key=lambda item: int(item[0]))
     ]
     return ["", "## Batches", "", *_table(("way", "batch", "step, ms", "clips per second"), rows)] if rows else []
+
+
+def _products(parts: Record) -> list[str]:
+    rows = [
+        (name, batch, _milliseconds(found, "end_to_end"), f"{int(batch) / found['end_to_end']['median']:.1f}",
+         _number(found["psnr"]) if "psnr" in found else "–", f"{found['seconds_to_prepare']:.0f}")
+        for name in parts
+        if name.startswith("product")
+        for batch, found in (parts[name].get("data") or {}).items()
+    ]  # fmt: skip
+    head = ("part", "batch", "end to end, ms", "clips per second", "PSNR of 8-bit frames, dB", "s to prepare")
+    return ["", "## The target torch", "", *_table(head, rows)] if rows else []
 
 
 def _kernels(parts: Record) -> list[str]:

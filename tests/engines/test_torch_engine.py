@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from lfdm_export.bundle.manifest import Manifest
 from lfdm_export.bundle.reader import MANIFEST, TORCH_WEIGHTS, Bundle, fingerprint
+from lfdm_export.engines.compiled_cache import CompiledCache
 from lfdm_export.engines.cuda_driver import Gpu
 from lfdm_export.engines.held import held_targets, why_not_held
 from lfdm_export.engines.pytorch import compiled
 from lfdm_export.engines.pytorch.clips import TorchClipMaker
-from lfdm_export.engines.pytorch.compiled import VARIABLE
+from lfdm_export.engines.pytorch.compiled import VARIABLE, Program, make_program
 from lfdm_export.engines.pytorch.engine import open_engine
 from lfdm_export.engines.pytorch.loop import TorchLoop
 from lfdm_export.engines.pytorch.session import TorchSession, find_device, torch_session
@@ -185,32 +186,40 @@ def test_engines_of_a_bundle_share_their_session(torch_bundle: Bundle) -> None:
     assert torch_session(torch_bundle, threads=1) is not torch_session(torch_bundle)
 
 
-def test_a_stage_is_compiled_once_for_a_machine(
-    torch_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv(VARIABLE, raising=False)
-    feeds = {"image": np.random.default_rng(0).random((2, 3, 64, 64), np.float32)}
-    first = TorchSession(torch_bundle, threads=1)
-    spec = torch_bundle.stages["encode"]
-    from lfdm_export.engines.pytorch.engine import TorchEngine
+class Product(torch.nn.Module):
+    """As small as a program can be."""
 
-    found = TorchEngine(first, spec, spec).run(feeds)
-    expected = first.module("encode")(torch.from_numpy(feeds["image"]))
-    for tensor, value in zip(spec.outputs, expected, strict=True):
-        assert np.abs(found[tensor.name] - value.numpy()).max() < 1e-5
-    entries = list((tmp_path / "lfdm-export" / "torch").iterdir())
-    assert [entry.name.partition("-")[0] for entry in entries] == ["encode"]
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.full((4,), factor))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x * self.factor)
+
+
+def test_a_program_is_compiled_once_for_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    cache = CompiledCache(tmp_path)
+    x = torch.tensor([[-1.0, 2.0, 3.0, -4.0]])
+
+    def program(weights: str, *, factor: float = 2.0) -> Program:
+        return make_program(Product(factor), (x,), name="product", identity={"weights": weights}, cache=cache)
+
+    (found,) = program("a")(x)
+    assert found.tolist() == [[0.0, 4.0, 6.0, 0.0]]
+    assert [entry.name.partition("-")[0] for entry in tmp_path.iterdir()] == ["product"]
 
     def fail(*_: object) -> None:
-        raise AssertionError("compiled twice")
+        raise AssertionError("compiled again")
 
     monkeypatch.setattr(compiled, "_compile", fail)
-    again = TorchEngine(TorchSession(torch_bundle, threads=1), spec, spec).run(feeds)
-    assert all(np.array_equal(again[name], found[name]) for name in found)
+    (again,) = program("a", factor=5.0)(x)  # what is compiled is found by its identity alone
+    assert torch.equal(again, found)
+    with pytest.raises(AssertionError, match="compiled again"):
+        program("b")
     monkeypatch.setattr(compiled, "_sources", lambda: "other code")
-    with pytest.raises(AssertionError, match="compiled twice"):
-        TorchEngine(TorchSession(torch_bundle, threads=1), spec, spec).run(feeds)
+    with pytest.raises(AssertionError, match="compiled again"):
+        program("a")
 
 
 def test_a_machine_without_a_compiler_gets_the_remedy(
