@@ -101,11 +101,11 @@ def _batches(precision: str, batches: tuple[int, ...], *, compiled: bool = False
     return run
 
 
-def _product(precision: str, batches: tuple[int, ...]) -> Callable[[Bench], Record]:
+def _product(precision: str, batches: tuple[int, ...], mode: str = "aot") -> Callable[[Bench], Record]:
     def run(bench: Bench) -> Record:
         from benchmarks.gpu_product import measure_product
 
-        return measure_product(bench, precision, batches[:1] if bench.tiny else batches)
+        return measure_product(bench, precision, batches[:1] if bench.tiny else batches, mode)
 
     return run
 
@@ -137,6 +137,7 @@ PARTS: dict[str, Part] = {
         "the same by torch.compile: the fastest way", _way("ours", "fp16", compiled=True), 45, 150
     ),
     "product-fp16": _clip("the target torch, as users get it", _product("fp16", (1, 8)), 60, 260),
+    "product-fp16-jit": _clip("the same by torch.compile", _product("fp16", (1,), "jit"), 45, 150),
     "attention": Part("temporal attention's core by PyTorch's backends", _attention, 8, 40),
     "attention-triton": Part("the same as one Triton kernel", _attention_in_triton, 8, 40),
     "step": Part("our step and noise kernels, and PyTorch's operators", _step, 8, 40, kernels=True),

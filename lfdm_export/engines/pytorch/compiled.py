@@ -19,15 +19,18 @@ from torch import Tensor, nn
 import lfdm_export
 import lfdm_models
 from lfdm_export.engines.compiled_cache import CompiledCache
-from lfdm_export.errors import EngineError
+from lfdm_export.errors import EngineError, InputError
 from lfdm_export.machine import package_versions, processor_facts
 
 logger = logging.getLogger(__name__)
 
 #: Takes a module's inputs, of exactly the shapes that it was made for, and gives its outputs.
 Program: TypeAlias = Callable[..., tuple[Tensor, ...]]
-#: 0 runs the modules uncompiled: slower, but needs no compiler.
+#: How the modules are compiled, one of `MODES`.
 VARIABLE = "LFDM_TORCH_COMPILE"
+#: "aot": ahead of time, kept in the user's cache; "jit": by torch.compile, anew in each process; "0": not at all, which
+#: is slower, but needs no compiler.
+MODES = ("aot", "jit", "0")
 # What the modules are written in; other code may compile to another program.
 _SOURCES = (
     (Path(lfdm_export.__file__).parent, ("ops", "rewrite")),
@@ -35,9 +38,16 @@ _SOURCES = (
 )
 
 
-def is_enabled() -> bool:
-    """Whether the environment leaves compilation on."""
-    return os.environ.get(VARIABLE, "1") != "0"
+def mode() -> str:
+    """What the environment says, "aot" where it says nothing.
+
+    Raises:
+        InputError: it says something else.
+    """
+    said = os.environ.get(VARIABLE, MODES[0])
+    if said not in MODES:
+        raise InputError(f"{VARIABLE} is {said!r}, expected {', '.join(MODES)}")
+    return said
 
 
 def make_program(
@@ -58,13 +68,16 @@ def make_program(
         cache: where it is kept; None compiles anew each time.
 
     Returns:
-        The program; the module itself where the environment turns compilation off.
+        The program; see `MODES`.
 
     Raises:
         EngineError: PyTorch cannot compile it here.
     """
-    if not is_enabled():
+    how = mode()
+    if how == "0":
         return _in_tuples(module)
+    if how == "jit":
+        return _in_tuples(torch.compile(module, dynamic=False))
     device = examples[0].device
     key = _key(examples, device, {"name": name, **identity})
     blob = None if cache is None else cache.read(name, key)
