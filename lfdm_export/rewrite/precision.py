@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from lfdm_export.rewrite.attention import FoldedTemporalAttention
 from lfdm_export.rewrite.lfae import Decode, PhasedUp
 from lfdm_export.rewrite.unet import DeployableUnet, DoublingConv
 
@@ -19,7 +20,7 @@ def in_precision(modules: Mapping[str, Module], dtype: torch.dtype) -> dict[str,
     """Copies whose weights have that dtype, and share among one another what the originals share.
 
     What carries timesteps stays float32: they are no numbers of bfloat16. So does what is computed on latents,
-    coordinates and pictures, which the modules take and give as float32; see their own docstrings.
+    coordinates and pictures, which the modules take and give as float32, and tables for kernels; see their own docstrings.
 
     Args:
         modules: of `stage_modules`, in float32.
@@ -37,8 +38,9 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
             _cast(child, dtype)
     for parameter in module.parameters(recurse=False):
         parameter.data = parameter.data.to(dtype)
+    kept = module.FLOAT32 if isinstance(module, FoldedTemporalAttention) else ()
     for name, buffer in module.named_buffers(recurse=False):
-        if buffer.is_floating_point():
+        if buffer.is_floating_point() and name not in kept:
             setattr(module, name, buffer.to(dtype))
 
 
