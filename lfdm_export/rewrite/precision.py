@@ -19,8 +19,8 @@ Module = TypeVar("Module", bound=nn.Module)
 def in_precision(modules: Mapping[str, Module], dtype: torch.dtype) -> dict[str, Module]:
     """Copies whose weights have that dtype, and share among one another what the originals share.
 
-    What carries timesteps stays float32: they are no numbers of bfloat16. So does what is computed on latents,
-    coordinates and pictures, which the modules take and give as float32, and tables for kernels; see their own docstrings.
+    What carries timesteps stays float32: they are no numbers of bfloat16. So do tables for kernels, and what is
+    computed on latents, coordinates and pictures, which the modules take and give as float32; see their own docstrings.
 
     Args:
         modules: of `stage_modules`, in float32.

@@ -1,4 +1,4 @@
-"""Temporal attention's core on tensors of a GPU: an operator of torch around the kernel, eager, compiled or captured."""
+"""Temporal attention's core on a GPU's tensors: an operator of torch around the kernel, eager, compiled or captured."""
 # An operator's shape function has its operator's arguments.
 # ruff: noqa: ARG001
 
@@ -12,8 +12,8 @@ from lfdm_export.ops.cuda.launcher import STORAGES, launch
 from lfdm_export.ops.temporal_attention import kernels
 from lfdm_export.ops.temporal_attention.kernels import core_kernel, core_launch, covers
 
-#: Compute capability that has the kernel's instructions.
-_FIRST_CAPABILITY = (8, 0)
+#: Major number of the first compute capability that has the kernel's instructions.
+_FIRST_CAPABILITY = 8
 
 
 def suits_core(qkv: Tensor, heads: int) -> bool:
@@ -28,13 +28,9 @@ def suits_core(qkv: Tensor, heads: int) -> bool:
         has_kernel(qkv)
         and STORAGES[qkv.dtype] in kernels.STORAGES
         and covers(width, frames)
-        and _has_instructions(qkv.device)
+        # Compilation takes properties as constants, but not `get_device_capability`.
+        and (not qkv.is_cuda or torch.cuda.get_device_properties(qkv.device).major >= _FIRST_CAPABILITY)
     )
-
-
-@torch.compiler.assume_constant_result  # compilation cannot look into what a GPU says of itself
-def _has_instructions(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _FIRST_CAPABILITY
 
 
 def core_on_gpu(qkv: Tensor, turns: Tensor, bias: Tensor, *, heads: int) -> Tensor:

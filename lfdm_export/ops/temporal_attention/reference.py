@@ -116,16 +116,16 @@ def core_in_torch(qkv: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, *, heads:
 
     Args:
         qkv: (B, T, P, 3·H·D): queries, keys and values, of each the heads in order.
-        cos, sin, bias: see `TemporalWeights`.
+        cos: see `TemporalWeights`, as for the next two.
+        sin: see there.
+        bias: see there.
         heads: H.
 
     Returns:
         (B, T, P, H·D).
     """
     batch, _, pixels, _ = qkv.shape
-    q, k, v = (
-        part.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1) for part in qkv.chunk(3, dim=-1)
-    )
+    q, k, v = (part.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1) for part in qkv.chunk(3, dim=-1))
     # For so few tokens torch's first choice, cuDNN, takes 1.9 times as long (measured on an H200, 40 frames, float16).
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         attended = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, attn_mask=bias)
