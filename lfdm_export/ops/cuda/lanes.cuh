@@ -160,6 +160,8 @@ struct Quad {
 
 #if defined(__CUDACC__)
 
+// All lanes must take part: `volatile` keeps the compiler from moving these into a branch that only some of them take.
+
 LFDM_INLINE float from_lane_across(float value, int distance) {
     return __shfl_xor_sync(0xffffffffu, value, distance);
 }
@@ -171,7 +173,7 @@ LFDM_INLINE void over_four_lanes(PerLane<float>& values, Combine combine) {
 }
 
 LFDM_INLINE void transpose(PerLane<uint32>& rows) {
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(rows.value) : "r"(rows.value));
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(rows.value) : "r"(rows.value));
 }
 
 template <class T>
@@ -181,14 +183,16 @@ struct Product;
     template <>                                                                                                      \
     struct Product<T> {                                                                                              \
         LFDM_INLINE static void add(Quad& c, uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint32 b0, uint32 b1) {     \
-            asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "   \
-                "{%8, %9}, {%0, %1, %2, %3};"                                                                        \
+            asm volatile(                                                                                            \
+                "mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 "                                       \
+                "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                    \
                 : "+f"(c.values[0]), "+f"(c.values[1]), "+f"(c.values[2]), "+f"(c.values[3])                         \
                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                             \
         }                                                                                                            \
         LFDM_INLINE static void add(Quad& c, uint32 a0, uint32 a1, uint32 b0) {                                      \
-            asm("mma.sync.aligned.m16n8k8.row.col.f32." name "." name ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "      \
-                "{%0, %1, %2, %3};"                                                                                  \
+            asm volatile(                                                                                            \
+                "mma.sync.aligned.m16n8k8.row.col.f32." name "." name ".f32 "                                        \
+                "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"                                                \
                 : "+f"(c.values[0]), "+f"(c.values[1]), "+f"(c.values[2]), "+f"(c.values[3])                         \
                 : "r"(a0), "r"(a1), "r"(b0));                                                                        \
         }                                                                                                            \
