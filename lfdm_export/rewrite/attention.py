@@ -76,6 +76,8 @@ class FoldedTemporalAttention(nn.Module):
     #: Buffers that are float32 in every precision.
     FLOAT32 = ("frame_turns", "frame_bias")
 
+    frame_qkv: Tensor
+
     def __init__(self, block: Residual, bias: Tensor) -> None:
         super().__init__()
         attention = block.fn.fn.fn

@@ -31,6 +31,7 @@ from benchmarks.gpu_timing import Budget, OutOfTimeError, Timing
 from benchmarks.gpu_verdicts import TARGETS, floors, verdicts
 from benchmarks.gpu_work import Bench, Settings, load_model
 from lfdm_export.engines.cuda_driver import CudaDriver
+from lfdm_export.ops.temporal_attention.gpu import core_on_gpu
 from tests.fake_gpu import FakeLibrary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -215,7 +216,7 @@ def test_a_wrong_attention_fails_its_part(
 def test_a_wrong_core_fails_the_checks_and_its_part(
     trial: tuple[Settings, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = gpu_attention.core_on_gpu
+    right = core_on_gpu
 
     def wrong(*arguments: Any, **options: Any) -> torch.Tensor:
         return right(*arguments, **options) * 1.01

@@ -18,7 +18,7 @@ from lfdm_models.model import LfdmModel
 class OnMetaAlone(TorchDispatchMode):
     """Refuses operators that give tensors of another device."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         assert all(t.device.type == "meta" for t in tree_leaves(out) if isinstance(t, Tensor)), func
         return out

@@ -256,7 +256,7 @@ def test_attention_is_captured_ahead_of_time(
         def forward(self, x: Tensor) -> Tensor:
             return lowered.by_frame(x)
 
-    x = random(1, 1, FRAMES, 6, len(attention.gamma), dtype=dtype)
+    x = random(1, 1, FRAMES, 6, len(attention.frame_qkv), dtype=dtype)
     with standing_in(host), torch.no_grad():
         program = torch.export.export(ByFrame(), (x,))
         torch.testing.assert_close(program.module()(x), lowered.by_frame(x), rtol=1e-4, atol=1e-5)

@@ -177,7 +177,7 @@ class Calls(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if not func.is_view and func is not torch.ops.aten._unsafe_view.default:
             self.names.append(func.name())
         return func(*args, **(kwargs or {}))
