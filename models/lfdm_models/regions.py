@@ -85,5 +85,5 @@ class BackgroundPredictor(nn.Module):
         """Two (B, 3, H, W) in [0, 1] -> (B, 3, 3), last row (0, 0, 1)."""
         deepest = self.encoder(torch.cat([source, driving], dim=1))[-1]
         rows = self.fc(deepest.mean(dim=(2, 3))).view(-1, 2, 3)
-        last = torch.eye(3, dtype=rows.dtype, device=rows.device)[2:].expand(rows.shape[0], 1, 3)
+        last = torch.tensor([0.0, 0.0, 1.0], dtype=rows.dtype, device=rows.device).expand(rows.shape[0], 1, 3)
         return torch.cat([rows, last], dim=1)
