@@ -24,11 +24,8 @@ KERNELS: tuple[Kernel, ...] = (
     *(step_kernel(*storages) for storages in STORAGES),
     noise_kernel(),
     # Of the published network, of the small one, and others.
-    *(
-        core_kernel("float16", width, frames)
-        for width, frames in ((32, 40), (16, 8), (32, 8), (32, 16), (32, 64), (64, 40))
-    ),
-    *(core_kernel("bfloat16", width, frames) for width, frames in ((32, 40), (16, 8))),
+    *(core_kernel("float16", *sizes) for sizes in ((32, 40), (16, 8), (32, 16), (32, 64), (64, 40))),
+    *(core_kernel("bfloat16", *sizes) for sizes in ((32, 40), (16, 8))),
 )
 
 
