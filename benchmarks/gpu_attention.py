@@ -1,10 +1,8 @@
-"""Temporal attention's core by every backend of PyTorch, and by one Triton kernel."""
+"""Temporal attention's core by our kernel and by every backend of PyTorch: right, and how fast."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,33 +12,70 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu_records import Record
-from benchmarks.gpu_timing import OutOfTimeError, captured, measure
+from benchmarks.gpu_timing import captured, measure
 from benchmarks.gpu_work import Bench
-from lfdm_export.ops.temporal_attention.reference import rotate
+from lfdm_export.ops.temporal_attention.gpu import core_on_gpu, suits_core
+from lfdm_export.ops.temporal_attention.reference import core_in_torch, rotate
+from lfdm_export.ops.temporal_attention.tables import lay_out_bias, lay_out_turns
 
 #: Pixels of the maps on which the published UNet attends over time.
 PIXELS = (1024, 256, 64, 16)
 _BACKENDS = ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-#: Largest error against float64, relative to the largest value, that counts as right.
-_LIMITS = {torch.float16: 4e-3, torch.float32: 1e-5}
+#: Largest errors against float64, relative to the largest value, that count as right: rounding of queries and keys
+#: after rotation, of weights, and of the result.
+LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class WrongAttentionError(Exception):
     """A kernel gives what it should not."""
 
 
-@dataclass(frozen=True, eq=False)
-class Case:
-    """Inputs of the core for P pixels, T frames and H heads of D channels.
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a core.
 
     Attributes:
-        qkv: (1, T, P, 3·H·D): queries, keys and values as one product gives them, not rotated.
-        cos: (T, D / 2) float32.
-        sin: likewise.
-        bias: (1, H, T, T).
+        pixels: P.
+        frames: T.
         heads: H.
-        rotated: queries, keys and values (P, H, T, D), rotated.
-        expected: (P, H, T, D) float64.
+        width: D, channels of a head.
+        rotary_width: R, how many of them are rotated.
+        batch: B.
+    """
+
+    pixels: int
+    frames: int = 40
+    heads: int = 8
+    width: int = 32
+    rotary_width: int = 32
+    batch: int = 1
+
+
+_TINY = Shape(4, frames=5, heads=2, width=16, rotary_width=16)
+#: What the kernel is checked on: the published network's maps, and what is special in another way.
+_PUBLISHED = (*(Shape(pixels) for pixels in PIXELS), Shape(16, batch=8))
+_SPECIAL = (
+    Shape(5, frames=39, heads=3, rotary_width=20, batch=2),
+    *(Shape(7, frames=frames) for frames in (1, 8, 9, 16, 33, 64)),
+    Shape(9, frames=16, heads=4, width=16, rotary_width=16),
+    Shape(9, frames=64, heads=4, width=64, rotary_width=64),
+)
+#: Those for which the host build has kernels.
+_TOYS = (Shape(3), Shape(2, frames=37, heads=3, rotary_width=20, batch=2), _TINY)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Inputs of a core.
+
+    Attributes:
+        qkv: (B, T, P, 3·H·D): queries, keys and values as one product gives them, not rotated.
+        cos: (T, R / 2) float32.
+        sin: likewise.
+        bias: (1, H, T, T) float32.
+        heads: H.
+        expected: (B, T, P, H·D) float64.
     """
 
     qkv: Tensor
@@ -48,89 +83,120 @@ class Case:
     sin: Tensor
     bias: Tensor
     heads: int
-    rotated: tuple[Tensor, Tensor, Tensor]
     expected: Tensor
 
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """What our kernel takes beside `qkv`."""
+        width = self.qkv.shape[-1] // (3 * self.heads)
+        return lay_out_turns(self.cos, self.sin, width), lay_out_bias(self.bias[0])
 
-def attention_backends(bench: Bench) -> Record:
-    """Seconds and error of PyTorch's backends on rotated queries and keys; one may refuse a shape.
+    def rotated(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B·P, H, T, D), rotated, as PyTorch's backends take them."""
+        q, k, v = (_by_head(part, self.heads) for part in self.qkv.chunk(3, dim=-1))
+        turned = (rotate(x.float(), self.cos, self.sin).to(x.dtype) for x in (q, k))
+        return (*turned, v.contiguous())  # type: ignore[return-value]
+
+
+def make_case(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
+    """Random inputs."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(sizes, device=device, generator=generator)
+
+    qkv = random(shape.batch, shape.frames, shape.pixels, 3 * shape.heads * shape.width).to(dtype)
+    angles = random(shape.frames, shape.rotary_width // 2)
+    cos, sin, bias = angles.cos(), angles.sin(), random(1, shape.heads, shape.frames, shape.frames)
+    wide = (table.double() for table in (cos, sin, bias))
+    return Case(qkv, cos, sin, bias, shape.heads, core_in_torch(qkv.double(), *wide, heads=shape.heads))
+
+
+def check_cores(device: torch.device, *, toy: bool) -> Record:
+    """Our kernel's errors against float64, and the largest that count as right."""
+    found: Record = {}
+    for dtype, name in _NAMES.items():
+        # One type is enough where every shape has a kernel of its own to build.
+        special = _SPECIAL if dtype == torch.float16 else ()
+        for shape in _TOYS if toy else (*_PUBLISHED, *special):
+            case = make_case(shape, dtype, device)
+            key = f"temporal core {shape.batch}x{shape.frames}x{shape.pixels}x{shape.heads}x{shape.width} {name}"
+            found[key] = {"error": _error(_by_kernel(case, *case.tables()), case.expected), "limit": LIMITS[dtype]}
+    return found
+
+
+def run_cores_once(device: torch.device, *, toy: bool) -> int:
+    """Launch our kernel once at each size in float16; how many launches."""
+    shapes = [_TINY] if toy else [Shape(pixels) for pixels in PIXELS]
+    for shape in shapes:
+        case = make_case(shape, torch.float16, device)
+        _by_kernel(case, *case.tables())
+    return len(shapes)
+
+
+def attention(bench: Bench) -> Record:
+    """Seconds and error of our kernel and of PyTorch's backends, at the sizes of the published network in float16.
+
+    The kernel takes what one product gives, and rotates; the backends take what is rotated and laid out by head. One
+    may refuse a shape. The kernel's bytes are those that must move.
 
     Raises:
         WrongAttentionError: one is wrong; the message says which.
     """
     names = _BACKENDS if bench.device.type == "cuda" else ("MATH",)
-    for pixels in _pixels(bench):
-        case = _case(bench, pixels)
-        found = {name: _by_backend(bench, case, getattr(SDPBackend, name)) for name in names}
+    for pixels in (_TINY.pixels,) if bench.tiny else PIXELS:
+        bench.budget.need(3, f"attention of {pixels} pixels")
+        case = make_case(_TINY if bench.tiny else Shape(pixels), torch.float16, bench.device)
+        found = {"kernel": _kernel_timed(bench, case)}
+        for name in names:
+            found[name] = _by_backend(bench, case, getattr(SDPBackend, name))
         bench.keep({f"{pixels} pixels": found})
     return {}
 
 
-def attention_in_triton(bench: Bench) -> Record:
-    """Seconds and error of the Triton kernel, which rotates queries and keys itself.
-
-    Raises:
-        OutOfTimeError: it does not run here.
-        WrongAttentionError: it is wrong.
-    """
-    if importlib.util.find_spec("triton") is None:
-        raise OutOfTimeError("triton is not installed")
-    if bench.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise OutOfTimeError("Triton's kernel runs on a GPU, or with TRITON_INTERPRET=1")
-    from benchmarks.gpu_temporal_kernel import temporal_core
-
-    for pixels in _pixels(bench):
-        case = _case(bench, pixels)
-
-        def run(case: Case = case) -> Tensor:
-            return temporal_core(case.qkv, case.cos, case.sin, case.bias, case.heads)
-
-        bench.keep({f"{pixels} pixels": _timed(bench, run, lambda x, case=case: _by_head(x, case.heads), case)})  # type: ignore[misc]
-    return {}
+def _by_kernel(case: Case, turns: Tensor, bias: Tensor) -> Tensor:
+    if not suits_core(case.qkv, case.heads):
+        raise WrongAttentionError(f"there is no kernel for {tuple(case.qkv.shape)} {case.qkv.dtype} here")
+    return core_on_gpu(case.qkv, turns, bias, heads=case.heads)
 
 
-def _pixels(bench: Bench) -> tuple[int, ...]:
-    return (4,) if bench.tiny else PIXELS
-
-
-def _case(bench: Bench, pixels: int) -> Case:
-    bench.budget.need(3, f"attention of {pixels} pixels")
-    device = bench.device
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    heads, size, frames = (2, 16, 5) if bench.tiny else (8, 32, 40)
-    generator = torch.Generator(device).manual_seed(0)
-    qkv = torch.randn(1, frames, pixels, 3 * heads * size, device=device, generator=generator).to(dtype)
-    angles = torch.randn(frames, size // 2, device=device, generator=generator)
-    bias = torch.randn(1, heads, frames, frames, device=device, generator=generator).to(dtype)
-    cos, sin = angles.cos(), angles.sin()
-    q, k, v = (_by_head(part, heads).contiguous() for part in qkv.chunk(3, dim=-1))
-    rotated = (rotate(q.float(), cos, sin).to(dtype), rotate(k.float(), cos, sin).to(dtype), v)
-    wide_q, wide_k = (rotate(part.double(), cos.double(), sin.double()) for part in (q, k))
-    expected = F.scaled_dot_product_attention(wide_q, wide_k, v.double(), attn_mask=bias.double())
-    return Case(qkv, cos, sin, bias, heads, rotated, expected)
-
-
-def _by_head(x: Tensor, heads: int) -> Tensor:
-    """(1, T, P, H·D) to (P, H, T, D)."""
-    return x[0].unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+def _kernel_timed(bench: Bench, case: Case) -> Record:
+    tables = case.tables()
+    record = _timed(bench, lambda: _by_kernel(case, *tables), lambda x: x, case)
+    size = (case.qkv.numel() + case.expected.numel()) * case.qkv.element_size()
+    return {**record, "bytes": size, "bytes_per_second": size / record["seconds"]["median"]}
 
 
 def _by_backend(bench: Bench, case: Case, backend: SDPBackend) -> Record:
+    q, k, v = case.rotated()
+    bias = case.bias.to(q.dtype)
+
     def run() -> Tensor:
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(*case.rotated, attn_mask=case.bias)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    def by_frame(x: Tensor) -> Tensor:
+        return x.unflatten(0, (len(case.qkv), -1)).permute(0, 3, 1, 2, 4).flatten(3)
 
     try:
-        return _timed(bench, run, lambda x: x, case)
+        return _timed(bench, run, by_frame, case)
     except torch.AcceleratorError:  # the GPU's context is lost, and with it all that would follow
         raise
     except RuntimeError as error:
         return {"refused": f"{type(error).__name__}: {error}"[:300]}
 
 
-def _timed(bench: Bench, run: Callable[[], Tensor], by_head: Callable[[Tensor], Tensor], case: Case) -> Record:
-    difference = (by_head(run()).double() - case.expected).abs().nan_to_num(nan=math.inf)
-    error, limit = float(difference.max() / case.expected.abs().max()), _LIMITS[case.qkv.dtype]
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """(B, T, P, H·D) to (B·P, H, T, D)."""
+    return x.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """The largest, relative to the largest value; a value that was not written counts as infinite."""
+    return float((found.double() - expected).abs().nan_to_num(nan=math.inf).max() / expected.abs().max())
+
+
+def _timed(bench: Bench, run: Callable[[], Tensor], by_frame: Callable[[Tensor], Tensor], case: Case) -> Record:
+    error, limit = _error(by_frame(run()), case.expected), LIMITS[case.qkv.dtype]
     if not error <= limit:
         raise WrongAttentionError(f"{error:.2e} from float64, at most {limit:.0e}")
     timing = measure(captured(run, bench.device), bench.device, seconds=0.1)

@@ -56,15 +56,9 @@ def _ceilings(bench: Bench) -> Record:
 
 
 def _attention(bench: Bench) -> Record:
-    from benchmarks.gpu_attention import attention_backends
+    from benchmarks.gpu_attention import attention
 
-    return attention_backends(bench)
-
-
-def _attention_in_triton(bench: Bench) -> Record:
-    from benchmarks.gpu_attention import attention_in_triton
-
-    return attention_in_triton(bench)
+    return attention(bench)
 
 
 def _step(bench: Bench) -> Record:
@@ -138,8 +132,7 @@ PARTS: dict[str, Part] = {
     ),
     "product-fp16": _clip("the target torch, as users get it", _product("fp16", (1, 8)), 60, 260),
     "product-fp16-jit": _clip("the same by torch.compile", _product("fp16", (1,), "jit"), 45, 150),
-    "attention": Part("temporal attention's core by PyTorch's backends", _attention, 8, 40),
-    "attention-triton": Part("the same as one Triton kernel", _attention_in_triton, 8, 40),
+    "attention": Part("temporal attention's core: our kernel, PyTorch's backends", _attention, 8, 40, kernels=True),
     "step": Part("our step and noise kernels, and PyTorch's operators", _step, 8, 40, kernels=True),
     "warp": Part("WarpBlend at the decoder's sizes, and PyTorch's operators", _warp, 8, 45, kernels=True),
     "faithful-fp16-graphs": _clip("the published way in autocast and CUDA graphs", _way("faithful", "fp16"), 12, 50),

@@ -192,10 +192,14 @@ def kernels_for(settings: Settings) -> Iterator[None]:
 
 
 def _kernels() -> list[Kernel]:
+    from lfdm_export.ops.temporal_attention.kernels import STORAGES as CORES
+    from lfdm_export.ops.temporal_attention.kernels import core_kernel
     from lfdm_export.ops.thresholded_step.kernels import STORAGES, noise_kernel, step_kernel
     from lfdm_export.ops.warp.kernels import warp_kernel
 
     kernels = [step_kernel(*storages) for storages in STORAGES] + [noise_kernel()]
+    # Of the published network, and of the small one.
+    kernels += [core_kernel(storage, width, frames) for storage in CORES for width, frames in ((32, 40), (16, 8))]
     for storage in ("float32", "float16", "bfloat16"):
         for blend in (False, True):
             kernels += [warp_kernel(storage, "planar", blend=blend), warp_kernel(storage, "channels_last", blend=blend)]

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from lfdm_export.ops.cuda.source import Kernel, Storage
+from lfdm_export.ops.temporal_attention.kernels import core_kernel
 from lfdm_export.ops.thresholded_step.kernels import STORAGES, noise_kernel, step_kernel
 from lfdm_export.ops.warp.kernels import Layout, warp_kernel
 
@@ -22,6 +23,9 @@ KERNELS: tuple[Kernel, ...] = (
     *(warp_kernel(storage, layout, blend=blend) for storage in TORCH for layout in LAYOUTS for blend in (False, True)),
     *(step_kernel(*storages) for storages in STORAGES),
     noise_kernel(),
+    # Of the published network, of the small one, and others.
+    *(core_kernel("float16", *sizes) for sizes in ((32, 40), (16, 8), (32, 16), (32, 64), (64, 40))),
+    *(core_kernel("bfloat16", *sizes) for sizes in ((32, 40), (16, 8))),
 )
 
 

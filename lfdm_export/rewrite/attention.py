@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfdm_export.ops.spatial_attention.reference import SpatialWeights, spatial_attention
-from lfdm_export.ops.temporal_attention.reference import TemporalWeights, temporal_attention
+from lfdm_export.ops.temporal_attention.kernels import covers
+from lfdm_export.ops.temporal_attention.reference import (
+    FrameWeights,
+    TemporalWeights,
+    temporal_attention,
+    temporal_attention_by_frame,
+)
+from lfdm_export.ops.temporal_attention.tables import lay_out_bias, lay_out_turns
 from lfdm_models.attention import Attention, Residual, SpatialLinearAttention
 
 _EPSILON = 1e-5
@@ -66,6 +73,11 @@ class FoldedLinearAttention(nn.Module):
 class FoldedTemporalAttention(nn.Module):
     """x + attention over time for each pixel, its rotary and position-bias tables constants."""
 
+    #: Buffers that are float32 in every precision.
+    FLOAT32 = ("frame_turns", "frame_bias")
+
+    frame_qkv: Tensor
+
     def __init__(self, block: Residual, bias: Tensor) -> None:
         super().__init__()
         attention = block.fn.fn.fn
@@ -86,14 +98,29 @@ class FoldedTemporalAttention(nn.Module):
             bias=bias.detach()[None].contiguous(),
             position=torch.arange(frames)[None],
         )
+        by_frame = FrameWeights(torch.cat([query, key, value], dim=1), torch.empty(0), torch.empty(0))
+        head_width = query.shape[1] // self.heads
+        if covers(head_width, frames):
+            turns = lay_out_turns(weights.cos, weights.sin, head_width)
+            by_frame = by_frame._replace(turns=turns, bias=lay_out_bias(bias.detach()))
         for name, tensor in weights._asdict().items():
             self.register_buffer(name, tensor)
+        for name, tensor in by_frame._asdict().items():
+            self.register_buffer(f"frame_{name}", tensor)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, P, T, C) -> the same shape."""
-        weights = TemporalWeights(*(getattr(self, name) for name in TemporalWeights._fields))
-        out = temporal_attention(x.flatten(0, 1), weights, heads=self.heads, pixels=x.shape[1])
+        out = temporal_attention(x.flatten(0, 1), self._weights, heads=self.heads, pixels=x.shape[1])
         return out.view(x.shape)
+
+    def by_frame(self, x: Tensor) -> Tensor:
+        """(B, T, P, C) -> the same shape."""
+        constants = FrameWeights(*(getattr(self, f"frame_{name}") for name in FrameWeights._fields))
+        return temporal_attention_by_frame(x, self._weights, constants, heads=self.heads)
+
+    @property
+    def _weights(self) -> TemporalWeights:
+        return TemporalWeights(*(getattr(self, name) for name in TemporalWeights._fields))
 
 
 class FoldedSpatialAttention(nn.Module):

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from lfdm_export.rewrite.attention import FoldedTemporalAttention
 from lfdm_export.rewrite.lfae import Decode, PhasedUp
 from lfdm_export.rewrite.unet import DeployableUnet, DoublingConv
 
@@ -18,8 +19,8 @@ Module = TypeVar("Module", bound=nn.Module)
 def in_precision(modules: Mapping[str, Module], dtype: torch.dtype) -> dict[str, Module]:
     """Copies whose weights have that dtype, and share among one another what the originals share.
 
-    What carries timesteps stays float32: they are no numbers of bfloat16. So does what is computed on latents,
-    coordinates and pictures, which the modules take and give as float32; see their own docstrings.
+    What carries timesteps stays float32: they are no numbers of bfloat16. So do tables for kernels, and what is
+    computed on latents, coordinates and pictures, which the modules take and give as float32; see their own docstrings.
 
     Args:
         modules: of `stage_modules`, in float32.
@@ -37,8 +38,9 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
             _cast(child, dtype)
     for parameter in module.parameters(recurse=False):
         parameter.data = parameter.data.to(dtype)
+    kept = module.FLOAT32 if isinstance(module, FoldedTemporalAttention) else ()
     for name, buffer in module.named_buffers(recurse=False):
-        if buffer.is_floating_point():
+        if buffer.is_floating_point() and name not in kept:
             setattr(module, name, buffer.to(dtype))
 
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lfdm_export.ops.cuda.dispatch import on_gpu
 from lfdm_export.ops.group_norm_silu.reference import group_norm_silu
 from lfdm_export.ops.small_conv.reference import small_conv, suits_small_conv
+from lfdm_export.ops.temporal_attention.reference import goes_by_frame
 from lfdm_export.rewrite.attention import FoldedLinearAttention, FoldedSpatialAttention, FoldedTemporalAttention
 from lfdm_export.rewrite.convolution import fold_time, interleave, phase_convs, phase_kernels, transposed_phase_kernels
 from lfdm_models.unet import LATENT_CHANNELS, ConvBlock, Level, ResBlock, Unet3D
@@ -108,10 +108,10 @@ class FoldedLevel(nn.Module):
 def _over_time(temporal: FoldedTemporalAttention, tokens: Tensor, frames: int, height: int, width: int) -> Tensor:
     """Run temporal attention on (B·T, P, C) tokens -> (B·T, C, h, w)."""
     pixels, channels = tokens.shape[1:]
-    by_pixel = tokens.view(-1, frames, pixels, channels).transpose(1, 2)
-    out = temporal(by_pixel)
-    if on_gpu(out):  # where convolutions are fastest on channels that lie together, as tokens' do
-        return out.transpose(1, 2).reshape(-1, height, width, channels).permute(0, 3, 1, 2)
+    clips = tokens.view(-1, frames, pixels, channels)
+    if goes_by_frame(tokens):  # tokens stay what they are to convolutions on channels last
+        return temporal.by_frame(clips).reshape(-1, height, width, channels).permute(0, 3, 1, 2)
+    out = temporal(clips.transpose(1, 2))
     return out.permute(0, 2, 3, 1).reshape(-1, channels, height, width)
 
 

@@ -34,6 +34,12 @@ class RelativePositionBias(nn.Module):
         super().__init__()
         self.buckets = buckets
         self.relative_attention_bias = nn.Embedding(buckets, heads)
+        half = buckets // 2
+        exact = half // 2
+        # Parity: in float32, as released; distance 16 lands on 12 (of 0 .. 15).
+        size = torch.arange(1, 4 * exact + 1, device="cpu")
+        share = torch.log(size.float() / exact) / math.log(4) * (half - exact)
+        self._far = [int(size[share >= step][0]) for step in range(1, half - exact)]
 
     def bucket(self, frames: int) -> Tensor:
         """Bucket of each (query, key) pair, (T, T) int64.
@@ -43,18 +49,19 @@ class RelativePositionBias(nn.Module):
         """
         half = self.buckets // 2
         exact = half // 2
-        position = torch.arange(frames)
+        # Where the weights are, and by numbers of the host: a CUDA graph cannot record copies from there.
+        position = torch.arange(frames, device=self.relative_attention_bias.weight.device)
         distance = position[:, None] - position[None, :]
         size = distance.abs()
-        # Parity: in float32, as released; distance 16 lands on 12 (of 0 .. 15).
-        ratio = torch.log(size.clamp(min=1).float() / exact) / math.log(4) * (half - exact)
-        far = (exact + ratio.long()).clamp(max=half - 1)
-        return torch.where(distance < 0, half, 0) + torch.where(size < exact, size, far)
+        bucket = size.clamp(max=exact)
+        for first in self._far:
+            bucket = bucket + (size >= first)
+        return torch.where(distance < 0, half, 0) + bucket
 
     def forward(self, frames: int) -> Tensor:
         """Number of frames -> bias (heads, T, T), indexed [head, query, key]."""
-        table = self.relative_attention_bias
-        return table(self.bucket(frames).to(table.weight.device)).permute(2, 0, 1)
+        bias: Tensor = self.relative_attention_bias(self.bucket(frames))
+        return bias.permute(2, 0, 1)
 
 
 class Rotary(nn.Module):

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import gpu_driver, gpu_kernels, gpu_kernels_once, gpu_part, gpu_suite
+from benchmarks import gpu_attention, gpu_driver, gpu_kernels, gpu_kernels_once, gpu_part, gpu_suite
 from benchmarks.gpu_floors import Rates, Work, clip_floors
 from benchmarks.gpu_parts import PARTS, SHARED
 from benchmarks.gpu_processes import Job, run_jobs
@@ -30,6 +31,7 @@ from benchmarks.gpu_timing import Budget, OutOfTimeError, Timing
 from benchmarks.gpu_verdicts import TARGETS, floors, verdicts
 from benchmarks.gpu_work import Bench, Settings, load_model
 from lfdm_export.engines.cuda_driver import CudaDriver
+from lfdm_export.ops.temporal_attention.gpu import core_on_gpu
 from tests.fake_gpu import FakeLibrary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,6 +213,31 @@ def test_a_wrong_attention_fails_its_part(
     assert (record["status"], record["error"].partition(":")[0]) == ("failed", "WrongAttentionError")
 
 
+def test_a_wrong_core_fails_the_checks_and_its_part(
+    trial: tuple[Settings, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = core_on_gpu
+
+    def wrong(*arguments: Any, **options: Any) -> torch.Tensor:
+        return right(*arguments, **options) * 1.01
+
+    monkeypatch.setattr(gpu_attention, "core_on_gpu", wrong)
+    record = gpu_part.run(PARTS["checks"], bench_for("wrong", trial[0]))
+    assert record["status"] == "failed"
+    assert "differ from float64: temporal core" in record["error"]
+    record = gpu_part.run(PARTS["attention"], bench_for("wrong", trial[0]))
+    assert (record["status"], record["error"].partition(":")[0]) == ("failed", "WrongAttentionError")
+
+
+def test_no_checked_pixel_lies_on_a_pixel_of_the_motion() -> None:
+    # There rounding alone would decide whether a neighbor weighs nothing, and with wild values so what is right.
+    levels = [*gpu_kernels.LEVELS.values(), *gpu_kernels.TOY_LEVELS.values(), (*gpu_kernels.PICTURE, 1)]
+    for _, side, _ in levels:
+        small = max(side // 4, 8)
+        positions = [Fraction(small, side) * (at + Fraction(1, 2)) - Fraction(1, 2) for at in range(side)]
+        assert all(position.denominator > 1 for position in positions), side
+
+
 def test_results_of_a_warp_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """A result that took the memory of the one before would still lie in the L2 cache."""
     alive: list[int] = []
@@ -223,34 +250,6 @@ def test_results_of_a_warp_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_kernels, "captured", captured)
     gpu_kernels._each(torch.clone, [torch.zeros(8) for _ in range(5)], torch.device("cpu"))
     assert len(alive) == 5
-
-
-@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the kernel runs in Triton's interpreter")
-def test_triton_without_a_gpu_is_skipped_and_says_why(trial: tuple[Settings, dict[str, Any]]) -> None:
-    record = gpu_part.run(PARTS["attention-triton"], bench_for("attention-triton", trial[0]))
-    assert record["status"] == "skipped"
-    assert re.search("not installed|runs on a GPU", record["reason"])
-
-
-def test_triton_kernel_in_the_interpreter(trial: tuple[Settings, dict[str, Any]]) -> None:
-    pytest.importorskip("triton")
-    code = f"""
-        import sys
-        sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "models")!r}]
-        from pathlib import Path
-        from benchmarks import gpu_part
-        from benchmarks.gpu_parts import PARTS
-        from benchmarks.gpu_timing import Budget
-        from benchmarks.gpu_work import Bench, Settings
-        folder = Path({str(trial[0].work)!r})
-        bench = Bench(Settings("cpu", True, folder, folder), Budget(float("inf")), folder / "triton.json")
-        print(gpu_part.run(PARTS["attention-triton"], bench)["status"])
-    """
-    found = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert found.stdout.strip() == "ok", found.stderr
 
 
 def test_kernel_table_counts_launches() -> None:

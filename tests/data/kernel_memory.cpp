@@ -107,6 +107,20 @@ void check_noise(int elements) {
         }
 }
 
+template <class T, class Core>
+void check_core(Core core, int width, int tiles, int frames, int pixels, int heads) {
+    const int batch = 2, blocks = (pixels * heads + lfdm::TEMPORAL_WARPS - 1) / lfdm::TEMPORAL_WARPS;
+    auto qkv = buffer<T>("qkv", size_t(batch) * frames * pixels * 3 * heads * width);
+    auto turns = buffer<float>("turns", size_t(tiles) * 8 * width);
+    auto bias = buffer<float>("bias", size_t(heads) * (tiles + 1) / 2 * 16 * tiles * 8);
+    auto result = buffer<T>("attended", size_t(batch) * frames * pixels * heads * width);
+    for (int y = 0; y < batch; ++y)
+        for (int x = 0; x < blocks; ++x) {
+            lfdm::launch() = {x, y, 0, blocks, 0};
+            core(qkv.get(), turns.get(), bias.get(), frames, pixels, heads, result.get());
+        }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -132,6 +146,13 @@ int main(int count, char** arguments) {
         check_step<float16, float16>(lfdm_thresholded_step_f16, elements);
         check_step<bfloat16, bfloat16>(lfdm_thresholded_step_bf16, elements);
         check_noise(elements);
+    }
+    {
+        using namespace lfdm;
+        for (int frames : {1, 7, 8}) check_core<float16>(lfdm_temporal_core_16x1_f16, 16, 1, frames, 3, 3);
+        for (int frames : {9, 16}) check_core<float16>(lfdm_temporal_core_32x2_f16, 32, 2, frames, 3, 3);
+        for (int frames : {33, 39, 40}) check_core<bfloat16>(lfdm_temporal_core_32x5_bf16, 32, 5, frames, 2, 3);
+        check_core<float16>(lfdm_temporal_core_64x5_f16, 64, 5, 37, 2, 1);
     }
     std::puts("all runs done");
 }

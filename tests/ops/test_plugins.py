@@ -21,6 +21,7 @@ from lfdm_export.ops.cuda import host, launcher, nvrtc
 from lfdm_export.ops.cuda.source import Kernel, Launch, Storage
 from lfdm_export.ops.domain import DOMAIN
 from lfdm_export.ops.plugins import register_plugins
+from lfdm_export.ops.temporal_attention.kernels import core_kernel
 from lfdm_export.ops.thresholded_step.kernels import STORAGES, step_kernel, step_launch
 from lfdm_export.ops.thresholded_step.reference import thresholded_step
 from lfdm_export.ops.warp.kernels import Layout, warp_kernel, warp_launch
@@ -46,7 +47,7 @@ def test_ptx_has_the_entry_and_its_parameters(kernel: Kernel) -> None:
     text = nvrtc.compile_ptx(kernel)
     inputs, outputs = kernel.pointers
     assert parameters(text, kernel.name) == [".u64"] * inputs + [".u32"] * kernel.scalars + [".u64"] * outputs
-    assert re.search(r"^\.target sm_75$", text, re.MULTILINE)
+    assert re.search(rf"^\.target {kernel.architecture.replace('compute', 'sm')}$", text, re.MULTILINE)
     # Nothing to link with: what the GPU's own mathematics needs is part of the text.
     assert not re.search(r"^\s*\.extern", text, re.MULTILINE)
 
@@ -70,10 +71,24 @@ def test_channels_are_moved_16_bytes_at_a_time(storage: Storage) -> None:
     assert text.count("st.global.v4.u32") + text.count("st.global.v4.f32") >= 1
 
 
-@pytest.mark.parametrize("architecture", ["sm_75", "sm_90"])
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90"])
 def test_assembler_takes_the_kernels(architecture: str) -> None:
-    for kernel in (warp_kernel("float16", "channels_last", blend=True), step_kernel("float32", "float16")):
+    kernels = [warp_kernel("float16", "channels_last", blend=True), step_kernel("float32", "float16")]
+    if architecture != "sm_75":
+        kernels += [core_kernel("float16", 32, 40), core_kernel("bfloat16", 64, 64)]
+    for kernel in kernels:
         assert nvrtc.compile_cubin(kernel, architecture).startswith(b"\x7fELF")
+
+
+def test_matrix_products_are_the_matrix_units() -> None:
+    text = nvrtc.compile_ptx(core_kernel("bfloat16", 32, 40))
+    # Of 16 queries in the loop: 5 tiles of keys by 2 steps, 4 of values by 2 and a half; and of the last 8.
+    assert text.count("mma.sync.aligned.m16n8k16.row.col.f32.bf16") == 2 * (10 + 8)
+    assert text.count("mma.sync.aligned.m16n8k8.row.col.f32.bf16") == 2 * 4
+    assert text.count("movmatrix") == 20
+    assert text.count("ld.global.nc.L1::no_allocate.v4.u32") == 5 + 5 + 2 + 2 + 1
+    # What spills lies in local memory.
+    assert ".local" not in text
 
 
 def test_text_that_is_no_kernel_is_told_with_the_compilers_words() -> None:

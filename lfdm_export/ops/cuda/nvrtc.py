@@ -19,8 +19,6 @@ from typing import Any
 from lfdm_export.errors import EngineError
 from lfdm_export.ops.cuda.source import Kernel, headers
 
-#: The oldest architecture that TensorRT 11 and CUDA 13 still serve; drivers compile its PTX for every later one.
-ARCHITECTURE = "compute_75"
 #: No contraction and IEEE division, as `shim.cuh` promises.
 OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 
@@ -33,17 +31,16 @@ _SONAMES = (
 
 
 @functools.cache
-def compile_ptx(kernel: Kernel, architecture: str = ARCHITECTURE) -> str:
-    """The kernel's PTX.
+def compile_ptx(kernel: Kernel) -> str:
+    """The kernel's PTX, for its architecture and every later one.
 
     Args:
         kernel: what to build.
-        architecture: a virtual one, such as "compute_75".
 
     Raises:
         EngineError: NVRTC is not there, or does not take the text.
     """
-    ptx = _compile(kernel, architecture, "PTX")
+    ptx = _compile(kernel, kernel.architecture, "PTX")
     return ptx.rstrip(b"\0").decode()
 
 

@@ -18,7 +18,10 @@ Storage = Literal["float32", "float16", "bfloat16"]
 SHORT_NAMES: dict[Storage, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 ITEM_SIZES: dict[Storage, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-_SHIM = "cuda/shim.cuh"
+_SHARED = ("cuda/shim.cuh", "cuda/lanes.cuh")
+
+#: The oldest architecture that TensorRT 11 and CUDA 13 still serve; drivers compile its PTX for every later one.
+OLDEST = "compute_75"
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Kernel:
         threads: of a block.
         pointers: how many inputs and outputs it takes; the int32 scalars stand between them.
         scalars: how many int32 scalars.
+        architecture: the oldest virtual one that has its instructions.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Kernel:
     threads: int
     pointers: tuple[int, int]
     scalars: int
+    architecture: str = OLDEST
 
     @property
     def text(self) -> str:
@@ -73,4 +78,4 @@ def program(kernels: Sequence[Kernel]) -> str:
 
 def headers(kernel: Kernel) -> dict[str, str]:
     """Texts of the files that a kernel includes, by the names by which it does."""
-    return {name: (ROOT / name).read_text(encoding="utf-8") for name in (_SHIM, kernel.header)}
+    return {name: (ROOT / name).read_text(encoding="utf-8") for name in (*_SHARED, kernel.header)}

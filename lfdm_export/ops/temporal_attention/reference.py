@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lfdm_export.ops.cuda.dispatch import on_gpu
 from lfdm_export.ops.domain import EPSILON
@@ -44,6 +45,25 @@ class TemporalWeights(NamedTuple):
     position: Tensor
 
 
+class FrameWeights(NamedTuple):
+    """The same block's constants as `temporal_attention_by_frame` takes them.
+
+    Attributes:
+        qkv: queries', keys' and values' weights side by side, (C, 3·H·D).
+        turns: cos and sin, as `tables.lay_out_turns` gives them; float32. Empty where there is no kernel.
+        bias: as `tables.lay_out_bias` gives it; float32. Likewise.
+    """
+
+    qkv: Tensor
+    turns: Tensor
+    bias: Tensor
+
+
+def goes_by_frame(x: Tensor) -> bool:
+    """Whether `temporal_attention_by_frame` is to be used: on a GPU."""
+    return on_gpu(x) and not exporting()
+
+
 def temporal_attention(x: Tensor, weights: TemporalWeights, *, heads: int, pixels: int) -> Tensor:
     """X + attention over the frames of each pixel.
 
@@ -65,11 +85,51 @@ def temporal_attention(x: Tensor, weights: TemporalWeights, *, heads: int, pixel
         (normed @ w).unflatten(-1, (heads, -1)).transpose(1, 2) for w in (weights.query, weights.key, weights.value)
     )
     q, k = rotate(q, weights.cos, weights.sin), rotate(k, weights.cos, weights.sin)
-    if on_gpu(x):  # one fused kernel
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=weights.bias)
-    else:
-        attended = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + weights.bias).softmax(dim=-1) @ v
+    attended = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + weights.bias).softmax(dim=-1) @ v
     return x + attended.transpose(1, 2).flatten(2) @ weights.out
+
+
+def temporal_attention_by_frame(x: Tensor, weights: TemporalWeights, by_frame: FrameWeights, *, heads: int) -> Tensor:
+    """The same on frames as convolutions on channels last leave them; nothing is transposed where there is a kernel.
+
+    Args:
+        x: (B, T, P, C).
+        weights: the block's constants.
+        by_frame: the same, made for this.
+        heads: H.
+
+    Returns:
+        (B, T, P, C).
+    """
+    from lfdm_export.ops.temporal_attention.gpu import core_on_gpu, suits_core
+
+    qkv = F.layer_norm(x, x.shape[-1:], weights.gamma, eps=EPSILON) @ by_frame.qkv
+    if suits_core(qkv, heads):
+        attended = core_on_gpu(qkv, by_frame.turns, by_frame.bias, heads=heads)
+    else:
+        attended = core_in_torch(qkv, weights.cos, weights.sin, weights.bias, heads=heads)
+    return x + attended @ weights.out
+
+
+def core_in_torch(qkv: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, *, heads: int) -> Tensor:
+    """Rotary embedding and attention by torch's own operators, for any type, width and number of frames.
+
+    Args:
+        qkv: (B, T, P, 3·H·D): queries, keys and values, of each the heads in order.
+        cos: see `TemporalWeights`, as for the next two.
+        sin: see there.
+        bias: see there.
+        heads: H.
+
+    Returns:
+        (B, T, P, H·D).
+    """
+    batch, _, pixels, _ = qkv.shape
+    q, k, v = (part.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1) for part in qkv.chunk(3, dim=-1))
+    # For so few tokens torch's first choice, cuDNN, takes 1.9 times as long (measured on an H200, 40 frames, float16).
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        attended = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, attn_mask=bias)
+    return attended.unflatten(0, (batch, pixels)).permute(0, 3, 1, 2, 4).flatten(3)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,0 +1,71 @@
+"""Temporal attention's core on a GPU's tensors: an operator of torch around the kernel, eager, compiled or captured."""
+# An operator's shape function has its operator's arguments.
+# ruff: noqa: ARG001
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lfdm_export.ops.cuda.dispatch import has_kernel
+from lfdm_export.ops.cuda.launcher import STORAGES, launch
+from lfdm_export.ops.temporal_attention import kernels
+from lfdm_export.ops.temporal_attention.kernels import core_kernel, core_launch, covers
+
+#: Major number of the first compute capability that has the kernel's instructions.
+_FIRST_CAPABILITY = 8
+
+
+def suits_core(qkv: Tensor, heads: int) -> bool:
+    """Whether there is a kernel for `core_on_gpu` of this tensor.
+
+    Args:
+        qkv: (B, T, P, 3·H·D).
+        heads: H.
+    """
+    frames, width = qkv.shape[1], qkv.shape[-1] // (3 * heads)
+    return (
+        has_kernel(qkv)
+        and STORAGES[qkv.dtype] in kernels.STORAGES
+        and covers(width, frames)
+        # Compilation takes properties as constants, but not `get_device_capability`.
+        and (not qkv.is_cuda or torch.cuda.get_device_properties(qkv.device).major >= _FIRST_CAPABILITY)
+    )
+
+
+def core_on_gpu(qkv: Tensor, turns: Tensor, bias: Tensor, *, heads: int) -> Tensor:
+    """Rotary embedding, softmax attention over the frames of each pixel, and the product with the values.
+
+    Args:
+        qkv: (B, T, P, 3·H·D) of 16-bit floats: queries, keys and values, of each the heads in order.
+        turns: of `tables.lay_out_turns`.
+        bias: of `tables.lay_out_bias`.
+        heads: H.
+
+    Returns:
+        (B, T, P, H·D), of the dtype of `qkv`; logits, softmax and sums are float32.
+    """
+    return _core(qkv, turns, bias, heads)
+
+
+@torch.library.custom_op(
+    "lfdm::temporal_core", mutates_args=(), schema="(Tensor qkv, Tensor turns, Tensor bias, int heads) -> Tensor"
+)
+def _core(qkv: Tensor, turns: Tensor, bias: Tensor, heads: int) -> Tensor:
+    batch, frames, pixels, width = qkv.shape
+    result = _core_result(qkv, turns, bias, heads)
+    tables = (_dense(table.to(torch.float32)) for table in (turns, bias))
+    kernel = core_kernel(STORAGES[qkv.dtype], width // (3 * heads), frames)
+    launch(kernel, core_launch(frames, pixels, heads, batch), [_dense(qkv), *tables], [result])
+    return result
+
+
+@_core.register_fake
+def _core_result(qkv: Tensor, turns: Tensor, bias: Tensor, heads: int) -> Tensor:
+    return qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor in C order, at a multiple of 16 bytes, which a part of another need not be."""
+    dense = tensor.contiguous()
+    return dense if dense.data_ptr() % 16 == 0 else dense.clone()
