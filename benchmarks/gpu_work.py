@@ -192,11 +192,14 @@ def kernels_for(settings: Settings) -> Iterator[None]:
 
 
 def _kernels() -> list[Kernel]:
+    from lfdm_export.ops.group_norm_silu import kernels as norm
     from lfdm_export.ops.thresholded_step.kernels import STORAGES, noise_kernel, step_kernel
     from lfdm_export.ops.warp.kernels import warp_kernel
 
     kernels = [step_kernel(*storages) for storages in STORAGES] + [noise_kernel()]
+    kernels += [norm.apply_kernel(*storages) for storages in norm.STORAGES]
     for storage in ("float32", "float16", "bfloat16"):
+        kernels.append(norm.statistics_kernel(storage))
         for blend in (False, True):
             kernels += [warp_kernel(storage, "planar", blend=blend), warp_kernel(storage, "channels_last", blend=blend)]
     return kernels

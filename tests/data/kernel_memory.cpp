@@ -107,6 +107,35 @@ void check_noise(int elements) {
         }
 }
 
+struct NormCase {
+    int clips, rows, channels, groups, slice_groups, slab_rows, apply_rows;
+};
+
+template <class T, class P, class Statistics, class Apply>
+void check_norm(Statistics statistics, Apply apply, const NormCase& c) {
+    const int slabs = (c.rows + c.slab_rows - 1) / c.slab_rows, shares = (c.rows + c.apply_rows - 1) / c.apply_rows;
+    const size_t count = size_t(c.clips) * c.rows * c.channels, row = size_t(c.clips) * c.channels;
+    auto x = buffer<T>("x", count);
+    auto partials = buffer<float>("partials", size_t(c.clips) * slabs * c.groups * 2);
+    auto gamma = buffer<P>("gamma", c.channels), beta = buffer<P>("beta", c.channels);
+    auto scale = buffer<P>("scale", row), shift = buffer<P>("shift", row);
+    auto residual = buffer<T>("residual", count), normed = buffer<T>("normed", count);
+    for (int z = 0; z < c.clips; ++z)
+        for (int y = 0; y < c.groups / c.slice_groups; ++y) {
+            for (int slab = 0; slab < slabs; ++slab) {
+                lfdm::launch() = {slab, y, z, slabs, 0};
+                statistics(x.get(), c.rows, c.channels, c.groups, c.slice_groups, c.slab_rows, partials.get());
+            }
+        }
+    for (int z = 0; z < c.clips; ++z)
+        for (int y = 0; y < c.groups / c.slice_groups; ++y)
+            for (int share = 0; share < shares; ++share) {
+                lfdm::launch() = {share, y, z, shares, 0};
+                apply(x.get(), partials.get(), gamma.get(), beta.get(), scale.get(), shift.get(), residual.get(), c.rows,
+                      c.channels, c.groups, c.slice_groups, c.slab_rows, c.channels, 1, 1, c.apply_rows, normed.get());
+            }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -123,6 +152,18 @@ int main(int count, char** arguments) {
         check_warp<float>(lfdm_warp_blend_channels_last_f32, lfdm_warp_channels_last_f32, false, c);
         check_warp<float16>(lfdm_warp_blend_channels_last_f16, lfdm_warp_channels_last_f16, false, c);
         check_warp<bfloat16>(lfdm_warp_blend_channels_last_bf16, lfdm_warp_channels_last_bf16, false, c);
+    }
+    const NormCase norms[] = {
+        {2, 100, 64, 8, 8, 64, 33}, {1, 7, 512, 8, 1, 64, 64}, {2, 5, 12, 4, 4, 2, 3}, {1, 3, 2080, 1, 1, 1, 1},
+        {1, 1, 4, 4, 4, 128, 128},
+    };
+    for (const NormCase& c : norms) {
+        using namespace lfdm;
+        check_norm<float, float>(lfdm_norm_statistics_f32, lfdm_norm_silu_f32, c);
+        check_norm<float16, float16>(lfdm_norm_statistics_f16, lfdm_norm_silu_f16, c);
+        check_norm<bfloat16, bfloat16>(lfdm_norm_statistics_bf16, lfdm_norm_silu_bf16, c);
+        check_norm<float16, float>(lfdm_norm_statistics_f16, lfdm_norm_silu_f16_f32, c);
+        check_norm<bfloat16, float>(lfdm_norm_statistics_bf16, lfdm_norm_silu_bf16_f32, c);
     }
     for (int elements : {1024, 1025, 5000, 3, 2, 1}) {
         using namespace lfdm;

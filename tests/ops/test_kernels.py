@@ -420,7 +420,10 @@ def test_nothing_is_read_or_written_out_of_bounds(memory_check: Path) -> None:
     assert "all runs done" in done.stdout
 
 
-@pytest.mark.parametrize("short", ["source", "motion", "previous", "result", "latent", "history"])
+@pytest.mark.parametrize(
+    "short",
+    ["source", "motion", "previous", "result", "latent", "history", "x", "partials", "shift", "residual", "normed"],
+)
 def test_the_memory_check_sees_a_buffer_that_is_too_short(memory_check: Path, short: str) -> None:
     done = run(memory_check, short)
     assert done.returncode != 0
