@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu_norms import norm_checks
 from benchmarks.gpu_timing import Budget, Timing, captured, measure, synchronize
 from lfdm_export.ops.thresholded_step.gpu import noise_on_gpu
 from lfdm_export.ops.thresholded_step.reference import thresholded_step, thresholded_step_in_torch
@@ -107,6 +108,7 @@ def checks(device: torch.device, *, toy: bool) -> Record:
     found["noise"] = _check_noise(device, 1001 if toy else 122_880)
     for name, count in {"whole": 768 if toy else 122_880, "odd": 1007}.items():
         found[f"thresholded step {name}"] = _check_step(count, device)
+    found |= norm_checks(device, toy=toy)
     wrong = [
         f"{name}: {value['error']:.2e}, at most {_limit(name):.0e}"
         for name, value in found.items()
@@ -118,7 +120,7 @@ def checks(device: torch.device, *, toy: bool) -> Record:
 
 
 def _limit(name: str) -> float:
-    if not name.startswith("warp"):
+    if not name.startswith(("warp", "norm")):
         return 0.0 if name != "noise" else 1.0
     return next(limit for dtype, limit in LIMITS.items() if f" {dtype} " in name)
 
