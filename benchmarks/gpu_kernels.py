@@ -104,7 +104,7 @@ def checks(device: torch.device, *, toy: bool) -> Record:
             for level, (channels, side, stride) in levels.items():
                 name = f"warp {level} {dtype_name} {form_name}"
                 found[name] = _check_warp(channels, side, stride, dtype, form, device)
-            found[f"warp 3 channels {dtype_name} {form_name}"] = _check_warp(3, 24, 1, dtype, form, device)
+            found[f"warp 3 channels {dtype_name} {form_name}"] = _check_warp(3, 24, 1, dtype, form, device, wild=False)
     found["noise"] = _check_noise(device, 1001 if toy else 122_880)
     for name, count in {"whole": 768 if toy else 122_880, "odd": 1007}.items():
         found[f"thresholded step {name}"] = _check_step(count, device)
@@ -126,12 +126,23 @@ def _limit(name: str) -> float:
 
 
 def _check_warp(
-    channels: int, side: int, stride: int, dtype: torch.dtype, form: torch.memory_format, device: torch.device
+    channels: int,
+    side: int,
+    stride: int,
+    dtype: torch.dtype,
+    form: torch.memory_format,
+    device: torch.device,
+    *,
+    wild: bool = True,
 ) -> Record:
-    """Largest error of both operators; a value that was not written counts as infinite."""
+    """Largest error of both operators; a value that was not written counts as infinite.
+
+    `wild`: some coordinates are no numbers. Only if a side is a power of two times the motion's: elsewhere rounding
+    decides whether such a neighbour counts with a weight of 0 or of 1e-16, and PyTorch's operator contracts on a GPU.
+    """
     frames, batch = 6, 2
     source = _random(3, (batch, channels, side, side), device).to(dtype).to(memory_format=form)
-    motion = _motion(frames, max(side // 4, 8), device, wild=True)
+    motion = _motion(frames, max(side // 4, 8), device, wild=wild)
     shape = (frames, channels, side // stride, side // stride)
     previous = _random(4, shape, device).to(dtype).to(memory_format=form)
     phase = (stride - 1, 0)
