@@ -193,10 +193,13 @@ def kernels_for(settings: Settings) -> Iterator[None]:
 
 def _kernels() -> list[Kernel]:
     from lfdm_export.ops.group_norm_silu import kernels as norm
-    from lfdm_export.ops.thresholded_step.kernels import STORAGES, noise_kernel, step_kernel
+    from lfdm_export.ops.thresholded_step import kernels as step
     from lfdm_export.ops.warp.kernels import warp_kernel
 
-    kernels = [step_kernel(*storages) for storages in STORAGES] + [noise_kernel()]
+    kernels = [step.noise_kernel()]
+    for storages in step.STORAGES:
+        kernels += [step.step_kernel(*storages), step.update_kernel(*storages)]
+        kernels += [step.count_kernel(*storages, number) for number in range(step.PASSES)]
     kernels += [norm.apply_kernel(*storages) for storages in norm.STORAGES]
     for storage in ("float32", "float16", "bfloat16"):
         kernels.append(norm.statistics_kernel(storage))

@@ -10,7 +10,14 @@ from numpy.typing import NDArray
 
 from lfdm_export.ops.cuda.source import Kernel, Storage
 from lfdm_export.ops.group_norm_silu import kernels as norm
-from lfdm_export.ops.thresholded_step.kernels import STORAGES, noise_kernel, step_kernel
+from lfdm_export.ops.thresholded_step.kernels import (
+    PASSES,
+    STORAGES,
+    count_kernel,
+    noise_kernel,
+    step_kernel,
+    update_kernel,
+)
 from lfdm_export.ops.warp.kernels import Layout, warp_kernel
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -22,6 +29,8 @@ TORCH: dict[Storage, torch.dtype] = {
 KERNELS: tuple[Kernel, ...] = (
     *(warp_kernel(storage, layout, blend=blend) for storage in TORCH for layout in LAYOUTS for blend in (False, True)),
     *(step_kernel(*storages) for storages in STORAGES),
+    *(count_kernel(*storages, number) for storages in STORAGES for number in range(PASSES)),
+    *(update_kernel(*storages) for storages in STORAGES),
     noise_kernel(),
     *(norm.statistics_kernel(storage) for storage in TORCH),
     *(norm.apply_kernel(*storages) for storages in norm.STORAGES),

@@ -1,4 +1,4 @@
-// Runs every kernel on buffers of exactly the size that it may touch, with coordinates of every kind, under a sanitizer.
+// Runs every kernel on buffers of exactly the size that it may touch, with coordinates of every kind: for a sanitizer.
 // Given the name of a buffer, that one is a few values short, which must be noticed.
 #include <cstdio>
 #include <cstring>
@@ -73,8 +73,8 @@ void check_warp(Blend blend, Warp warp, bool planar, const Case& c) {
                 }
 }
 
-template <class S, class P, class Step>
-void check_step(Step step, int elements) {
+template <class S, class P, class Step, class Count, class Update>
+void check_step(Step step, const Count (&passes)[3], Update update, int elements) {
     const int batch = 2, splits = 3;
     auto latent = buffer<S>("latent", size_t(batch) * elements);
     auto predicted = buffer<P>("predicted", size_t(batch) * elements);
@@ -92,6 +92,19 @@ void check_step(Step step, int elements) {
             launch_at(x, y, splits);
             step(latent.get(), predicted.get(), history.get(), noise.get(), coefficients.get(), elements, rank,
                  int(lfdm::bits_of(0.25f)), next.get(), next_history.get());
+        }
+    auto counts = buffer<lfdm::uint32>("counts", size_t(batch) * sizeof(lfdm::StepCounts) / 4);
+    for (const Count& pass : passes)
+        for (int y = 0; y < batch; ++y)
+            for (int x = 0; x < splits; ++x) {
+                launch_at(x, y, splits);
+                pass(latent.get(), predicted.get(), coefficients.get(), elements, rank, counts.get());
+            }
+    for (int y = 0; y < batch; ++y)
+        for (int x = 0; x < splits; ++x) {
+            launch_at(x, y, splits);
+            update(latent.get(), predicted.get(), history.get(), noise.get(), coefficients.get(), counts.get(), elements,
+                   rank, int(lfdm::bits_of(0.25f)), next.get(), next_history.get());
         }
 }
 
@@ -167,11 +180,22 @@ int main(int count, char** arguments) {
     }
     for (int elements : {1024, 1025, 5000, 3, 2, 1}) {
         using namespace lfdm;
-        check_step<float, float>(lfdm_thresholded_step_f32, elements);
-        check_step<float, float16>(lfdm_thresholded_step_f32_f16, elements);
-        check_step<float, bfloat16>(lfdm_thresholded_step_f32_bf16, elements);
-        check_step<float16, float16>(lfdm_thresholded_step_f16, elements);
-        check_step<bfloat16, bfloat16>(lfdm_thresholded_step_bf16, elements);
+        // One kernel, then one for each pass, and the update.
+        check_step<float, float>(lfdm_thresholded_step_f32,
+            {lfdm_step_count_0_f32, lfdm_step_count_1_f32, lfdm_step_count_2_f32},
+            lfdm_step_update_f32, elements);
+        check_step<float, float16>(lfdm_thresholded_step_f32_f16,
+            {lfdm_step_count_0_f32_f16, lfdm_step_count_1_f32_f16, lfdm_step_count_2_f32_f16},
+            lfdm_step_update_f32_f16, elements);
+        check_step<float, bfloat16>(lfdm_thresholded_step_f32_bf16,
+            {lfdm_step_count_0_f32_bf16, lfdm_step_count_1_f32_bf16, lfdm_step_count_2_f32_bf16},
+            lfdm_step_update_f32_bf16, elements);
+        check_step<float16, float16>(lfdm_thresholded_step_f16,
+            {lfdm_step_count_0_f16, lfdm_step_count_1_f16, lfdm_step_count_2_f16},
+            lfdm_step_update_f16, elements);
+        check_step<bfloat16, bfloat16>(lfdm_thresholded_step_bf16,
+            {lfdm_step_count_0_bf16, lfdm_step_count_1_bf16, lfdm_step_count_2_bf16},
+            lfdm_step_update_bf16, elements);
         check_noise(elements);
     }
     std::puts("all runs done");

@@ -40,6 +40,8 @@ LFDM_INLINE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, 
 LFDM_INLINE uint64 multiply_high(uint64 a, uint64 b) { return __umul64hi(a, b); }
 LFDM_INLINE float quick_quotient(float a, float b) { return __fdividef(a, b); }  // 2 ulp; 0 if |b| > 2^126
 LFDM_INLINE void atomic_increment(uint32& counter) { atomicAdd(&counter, 1u); }
+LFDM_INLINE void atomic_add(uint32& counter, uint32 value) { atomicAdd(&counter, value); }
+LFDM_INLINE void atomic_larger(uint32& largest, uint32 value) { atomicMax(&largest, value); }
 #else
 LFDM_INLINE uint32 bits_of(float value) {
     uint32 bits;
@@ -60,6 +62,8 @@ LFDM_INLINE uint64 multiply_high(uint64 a, uint64 b) {
 }
 LFDM_INLINE float quick_quotient(float a, float b) { return a / b; }
 LFDM_INLINE void atomic_increment(uint32& counter) { ++counter; }
+LFDM_INLINE void atomic_add(uint32& counter, uint32 value) { counter += value; }
+LFDM_INLINE void atomic_larger(uint32& largest, uint32 value) { largest = largest > value ? largest : value; }
 #endif
 
 LFDM_INLINE uint32 smaller(uint32 a, uint32 b) { return a < b ? a : b; }
