@@ -79,6 +79,12 @@ def _norm(bench: Bench) -> Record:
     return norm_speed(bench.device, bench.budget, bench.keep, toy=bench.tiny)
 
 
+def _linear(bench: Bench) -> Record:
+    from benchmarks.gpu_linear import linear_attention_speed
+
+    return linear_attention_speed(bench)
+
+
 def _warp(bench: Bench) -> Record:
     from benchmarks.gpu_kernels import warp_speed
 
@@ -137,6 +143,7 @@ PARTS: dict[str, Part] = {
     "attention-triton": Part("the same as one Triton kernel", _attention_in_triton, 8, 40),
     "step": Part("our step and noise kernels, and PyTorch's operators", _step, 8, 40, kernels=True),
     "norm": Part("our group norm kernels, and PyTorch's operators", _norm, 6, 40, kernels=True),
+    "linear": Part("linear attention, compiled, by fused attention and by products", _linear, 8, 45, kernels=True),
     "warp": Part("WarpBlend at the decoder's sizes, and PyTorch's operators", _warp, 8, 45, kernels=True),
     "faithful-fp16-graphs": _clip("the published way in autocast and CUDA graphs", _way("faithful", "fp16"), 12, 50),
     "batches-fp16": _clip("our modules by batch size", _batches("fp16", (8, 32, 1, 2, 4, 16)), 15, 90),

@@ -18,9 +18,11 @@ from lfdm_export.ops.thresholded_step.gpu import noise_on_gpu, thresholded_step_
 from lfdm_export.ops.thresholded_step.reference import thresholded_step, thresholded_step_in_torch
 from lfdm_export.ops.warp.gpu import warp_blend_on_gpu, warp_on_gpu
 from lfdm_export.ops.warp.reference import warp, warp_blend, warp_blend_in_torch, warp_in_torch
+from lfdm_export.rewrite.attention import FoldedLinearAttention
 from lfdm_export.rewrite.precision import channels_last, in_precision
 from lfdm_export.rewrite.stage_modules import stage_modules
 from lfdm_export.sampling.noise import START, noise_for
+from lfdm_models.attention import PreNorm, Residual, SpatialLinearAttention
 from lfdm_models.model import LfdmModel
 
 FRAMES, SIZE, LATENT = 4, 64, 16
@@ -141,6 +143,18 @@ def test_group_norm(host: HostKernels, modulated: bool, form: torch.memory_forma
 
 
 # -- modules
+
+
+@pytest.mark.parametrize("channels", [32, 264])  # with fused attention, and too wide for it
+def test_linear_attention(host: HostKernels, channels: int) -> None:
+    block = Residual(PreNorm(channels, SpatialLinearAttention(channels, 2, 16))).double()
+    folded = FoldedLinearAttention(block)
+    x = random(1, 3, 20, channels).double()
+    with torch.inference_mode():
+        expected = folded(x)
+        with standing_in(host):
+            found = folded(x)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.fixture(scope="module")
