@@ -19,6 +19,7 @@ from lfdm_export.ops.thresholded_step.reference import thresholded_step, thresho
 from lfdm_export.ops.warp.gpu import warp_blend_on_gpu, warp_on_gpu
 from lfdm_export.ops.warp.reference import warp, warp_blend, warp_blend_in_torch, warp_in_torch
 from lfdm_export.rewrite.attention import FoldedLinearAttention
+from lfdm_export.rewrite.convolution import interleave, phase_convs
 from lfdm_export.rewrite.precision import channels_last, in_precision
 from lfdm_export.rewrite.stage_modules import stage_modules
 from lfdm_export.sampling.noise import START, noise_for
@@ -140,6 +141,26 @@ def test_group_norm(host: HostKernels, modulated: bool, form: torch.memory_forma
         found = group_norm_silu(*arguments, frames=3, groups=4)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert found.is_contiguous(memory_format=form)
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("padding_mode", ["constant", "replicate"])
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 8)])
+def test_phases_of_one_convolution(
+    host: HostKernels, size: tuple[int, int], padding_mode: str, form: torch.memory_format
+) -> None:
+    x = random(1, 2, 4, *size).double().to(memory_format=form)
+    kernels, bias = random(2, 4, 6, 4, 2, 2).double(), random(3, 6).double()
+    expected = phase_convs(x, kernels, bias, padding_mode=padding_mode)
+    whole = interleave(expected)
+    with standing_in(host):
+        found = phase_convs(x, kernels, bias, padding_mode=padding_mode)
+        together = interleave(found)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(together, whole, rtol=1e-12, atol=1e-12)
+    if size != (1, 1):  # whose layout is either
+        assert together.is_contiguous(memory_format=form)
+        assert all(torch.relu(phase).is_contiguous(memory_format=form) for phase in found)
 
 
 # -- modules
