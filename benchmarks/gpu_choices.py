@@ -131,7 +131,8 @@ def last_convolutions(bench: Bench) -> Record:
     expected = torch.sigmoid(F.conv2d(whole, *wide, padding=3))
     ways: dict[str, Callable[[Tensor, Tensor], _Way]] = {
         "phases, as it is": lambda w, b: _in_phases(w, b, 0),
-        "sums of columns": _in_columns,
+        "phases, sums of columns": _in_columns,
+        "whole map, sums of columns": _in_columns_of_the_whole,
         "phases, 16 outputs": lambda w, b: _in_phases(w, b, 4),
         "whole map, 8 outputs": _on_the_whole,
     }
@@ -219,5 +220,24 @@ def _in_columns(weight: Tensor, bias: Tensor) -> _Way:
         # (frames, row of phases, outputs, h, w, column of phases)
         final = torch.stack(pixels, dim=-1).permute(0, 2, 3, 1, 4, 5)
         return torch.sigmoid(final).flatten(4, 5).flatten(2, 3)
+
+    return _Way(run, kernel, bias)
+
+
+def _in_columns_of_the_whole(weight: Tensor, bias: Tensor) -> _Way:
+    """On the interleaved map, each column of the kernel as outputs of its own: 3·7; then shifted sums."""
+    outputs, channels, size, _ = weight.shape
+    reach, count = size // 2, outputs * size
+    kernel = weight.permute(0, 3, 1, 2).reshape(count, channels, size, 1)
+    kernel = torch.cat([kernel, kernel.new_zeros(-count % 8, *kernel.shape[1:])])
+
+    def run(phases: list[Tensor], kernel: Tensor, bias: Tensor) -> Tensor:
+        parts = F.conv2d(interleave(phases), kernel, padding=(reach, 0))
+        width = parts.shape[-1]
+        padded = F.pad(parts[:, :count].unflatten(1, (outputs, size)).float(), (reach, reach))
+        total = bias.float()[:, None, None]
+        for column in range(size):
+            total = total + padded[:, :, column, :, column : column + width]
+        return torch.sigmoid(total)
 
     return _Way(run, kernel, bias)

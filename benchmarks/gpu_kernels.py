@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_norms import norm_checks
+from benchmarks.gpu_norms import norm_checks, norms_once
 from benchmarks.gpu_timing import Budget, Timing, captured, measure, synchronize
 from lfdm_export.ops.thresholded_step.gpu import noise_on_gpu
+from lfdm_export.ops.thresholded_step.kernels import PASSES
 from lfdm_export.ops.thresholded_step.reference import thresholded_step, thresholded_step_in_torch
 from lfdm_export.ops.warp.reference import warp, warp_blend, warp_blend_in_torch, warp_in_torch
 from lfdm_export.sampling.loop import apply_step
@@ -189,7 +190,11 @@ def _check_noise(device: torch.device, count: int) -> Record:
 
 
 def run_once(device: torch.device, *, toy: bool) -> int:
-    """Launch WarpBlend at the decoder's sizes in float16, the step and the noise, once each; how many launches."""
+    """Launch WarpBlend and group norm at the published sizes in float16, the step and the noise, once each.
+
+    Returns:
+        How many launches of our kernels that were.
+    """
     launches = 0
     frames = 2 if toy else 40
     for channels, side, stride in (TOY_LEVELS if toy else LEVELS).values():
@@ -206,8 +211,9 @@ def run_once(device: torch.device, *, toy: bool) -> int:
     thresholded_step(latent, latent.half(), history, latent, _random(4, (1, 11), device))
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     noise_on_gpu(zero, zero, shape)
+    norms = norms_once(device, toy=toy)
     synchronize(device)
-    return launches + 2
+    return launches + PASSES + 1 + 1 + 2 * norms
 
 
 def torch_warp_blend(source: Tensor, motion: Tensor, previous: Tensor, stride: int, phase: tuple[int, int]) -> Tensor:

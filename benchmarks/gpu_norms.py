@@ -39,6 +39,14 @@ def norm_checks(device: torch.device, *, toy: bool) -> Record:
     return found
 
 
+def norms_once(device: torch.device, *, toy: bool) -> int:
+    """Run the norm of each map once in float16; how many that were."""
+    maps = TOY_MAPS if toy else MAPS
+    for channels, side in maps.values():
+        group_norm_silu(**_arguments(channels, side, 2 if toy else 40, 1, torch.float16, device))
+    return len(maps)
+
+
 def _check(arguments: dict[str, Any]) -> Record:
     """Modulated and added; a value that was not written counts as infinite."""
     errors = {}
