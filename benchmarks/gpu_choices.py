@@ -104,9 +104,9 @@ def step_kernels(bench: Bench) -> Record:
         for one, other in zip(passes(), outputs, strict=True):
             if not torch.equal(one, other):
                 raise DifferentResultError(f"the step of {batch} samples differs from its one kernel's")
+        ways: dict[str, Callable[[], Any]] = {"one kernel": alone, "four kernels": passes}
         times = {
-            name: measure(captured(run, bench.device), bench.device, seconds=0.1).plain()
-            for name, run in {"one kernel": alone, "four kernels": passes}.items()
+            name: measure(captured(run, bench.device), bench.device, seconds=0.1).plain() for name, run in ways.items()
         }
         bench.keep({f"step, batch {batch}": times})
     return {}

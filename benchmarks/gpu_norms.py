@@ -109,10 +109,10 @@ def norm_speed(device: torch.device, budget: Budget, keep: Callable[[Record], No
             arguments = _arguments(channels, side, 2 if toy else 40, batch, torch.float16, device)
             size = arguments["x"].numel() * 2
             runs = {
-                "kernels": lambda a=arguments: group_norm_silu(**a),  # type: ignore[misc]
-                "kernels, nothing added": lambda a=arguments: group_norm_silu(**{**a, "residual": None}),  # type: ignore[misc]
-                "copy": lambda a=arguments: a["x"].clone(),  # type: ignore[misc]
-                "our operators": lambda a=arguments: _by_operators(**a),  # type: ignore[misc]
+                "kernels": lambda a=arguments: group_norm_silu(**a),
+                "kernels, nothing added": lambda a=arguments: group_norm_silu(**{**a, "residual": None}),
+                "copy": lambda a=arguments: a["x"].clone(),
+                "our operators": lambda a=arguments: _by_operators(**a),
             }
             record = {what: _in_turns(run, device) for what, run in runs.items()}
             key = f"{name} batch {batch}"

@@ -108,7 +108,8 @@ def test_a_large_mean_does_not_drown_the_variance(host_kernels: HostKernels, off
     shape = (1, 8, 64, 8, 8, 8)
     x, parameters, _ = arguments(shape, modulated=False, offset=offset)
     x = x.float().double()
-    expected = group_norm_silu(x, *parameters, frames=8, groups=8)
+    gamma, beta = parameters
+    expected = group_norm_silu(x, gamma, beta, frames=8, groups=8)
     found = run(host_kernels, ("float32", "float32"), x, parameters, frames=8, groups=8)
     assert (found - expected).abs().max() <= (1e-5 if offset else 2e-6) * expected.abs().max()
 

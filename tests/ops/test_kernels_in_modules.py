@@ -229,17 +229,19 @@ def test_lower_precision_leaves_the_originals_alone(modules: dict[str, nn.Module
     assert {p.dtype for p in lowered["decode"].parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["planar", "channels last"])
 def test_a_step_compiles_into_one_graph(
-    host: HostKernels, modules: dict[str, nn.Module], small_model: LfdmModel
+    host: HostKernels, modules: dict[str, nn.Module], small_model: LfdmModel, last: bool
 ) -> None:
     # A break would put the host back between the kernels of a step.
     expected = run(modules, small_model)
+    copies = in_precision(modules, torch.float32)
+    if last:
+        channels_last(copies)
     compiled: dict[str, Any] = {
-        name: torch.compile(module, backend="eager", fullgraph=True)
-        for name, module in modules.items()
-        if name in ("step", "decode")
+        name: torch.compile(copies[name], backend="eager", fullgraph=True) for name in ("step", "decode")
     }
     with standing_in(host):
-        found = run({**modules, **compiled}, small_model)
+        found = run({**copies, **compiled}, small_model)
     torch._dynamo.reset()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
