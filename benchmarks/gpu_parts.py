@@ -67,10 +67,40 @@ def _step(bench: Bench) -> Record:
     return step_speed(bench.device, bench.budget, bench.keep, toy=bench.tiny)
 
 
+def _norm(bench: Bench) -> Record:
+    from benchmarks.gpu_norms import norm_speed
+
+    return norm_speed(bench.device, bench.budget, bench.keep, toy=bench.tiny)
+
+
+def _linear(bench: Bench) -> Record:
+    from benchmarks.gpu_linear import linear_attention_speed
+
+    return linear_attention_speed(bench)
+
+
 def _warp(bench: Bench) -> Record:
     from benchmarks.gpu_kernels import warp_speed
 
     return warp_speed(bench.device, bench.budget, bench.keep, toy=bench.tiny)
+
+
+def _warp_blocks(bench: Bench) -> Record:
+    from benchmarks.gpu_choices import warp_blocks
+
+    return warp_blocks(bench)
+
+
+def _step_kernels(bench: Bench) -> Record:
+    from benchmarks.gpu_choices import step_kernels
+
+    return step_kernels(bench)
+
+
+def _last_convolutions(bench: Bench) -> Record:
+    from benchmarks.gpu_choices import last_convolutions
+
+    return last_convolutions(bench)
 
 
 def _way(
@@ -134,6 +164,11 @@ PARTS: dict[str, Part] = {
     "product-fp16-jit": _clip("the same by torch.compile", _product("fp16", (1,), "jit"), 45, 150),
     "attention": Part("temporal attention's core: our kernel, PyTorch's backends", _attention, 8, 40, kernels=True),
     "step": Part("our step and noise kernels, and PyTorch's operators", _step, 8, 40, kernels=True),
+    "norm": Part("our group norm kernels, and PyTorch's operators", _norm, 6, 40, kernels=True),
+    "linear": Part("linear attention, compiled, by fused attention and by products", _linear, 8, 45, kernels=True),
+    "warp-blocks": Part("WarpBlend by threads of a block", _warp_blocks, 5, 30, kernels=True),
+    "step-kernels": Part("our step as one kernel and as four", _step_kernels, 5, 30, kernels=True),
+    "last-convolution": Part("the decoder's last convolution by formulation", _last_convolutions, 8, 45, kernels=True),
     "warp": Part("WarpBlend at the decoder's sizes, and PyTorch's operators", _warp, 8, 45, kernels=True),
     "faithful-fp16-graphs": _clip("the published way in autocast and CUDA graphs", _way("faithful", "fp16"), 12, 50),
     "batches-fp16": _clip("our modules by batch size", _batches("fp16", (8, 32, 1, 2, 4, 16)), 15, 90),

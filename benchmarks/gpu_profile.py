@@ -13,7 +13,7 @@ from benchmarks.gpu_records import Record
 from benchmarks.gpu_timing import synchronize
 
 #: Kernels that a table has, by time.
-_ROWS = 40
+_ROWS = 200
 _NAME_LENGTH = 120
 
 

@@ -192,15 +192,22 @@ def kernels_for(settings: Settings) -> Iterator[None]:
 
 
 def _kernels() -> list[Kernel]:
+    from lfdm_export.ops.group_norm_silu import kernels as norm
     from lfdm_export.ops.temporal_attention.kernels import STORAGES as CORES
     from lfdm_export.ops.temporal_attention.kernels import core_kernel
-    from lfdm_export.ops.thresholded_step.kernels import STORAGES, noise_kernel, step_kernel
+    from lfdm_export.ops.thresholded_step import kernels as step
     from lfdm_export.ops.warp.kernels import warp_kernel
 
-    kernels = [step_kernel(*storages) for storages in STORAGES] + [noise_kernel()]
+    kernels = [step.noise_kernel()]
+    for storages in step.STORAGES:
+        kernels += [step.step_kernel(*storages), step.update_kernel(*storages)]
+        kernels += [step.count_kernel(*storages, number) for number in range(step.PASSES)]
     # Of the published network, and of the small one.
     kernels += [core_kernel(storage, width, frames) for storage in CORES for width, frames in ((32, 40), (16, 8))]
+    kernels += [norm.apply_kernel(*storages) for storages in norm.STORAGES]
     for storage in ("float32", "float16", "bfloat16"):
+        kernels.append(norm.statistics_kernel(storage))
+        kernels += [warp_kernel(storage, "channels_last", blend=True, threads=threads) for threads in (64, 256)]
         for blend in (False, True):
             kernels += [warp_kernel(storage, "planar", blend=blend), warp_kernel(storage, "channels_last", blend=blend)]
     return kernels

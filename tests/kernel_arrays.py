@@ -9,8 +9,16 @@ import torch
 from numpy.typing import NDArray
 
 from lfdm_export.ops.cuda.source import Kernel, Storage
+from lfdm_export.ops.group_norm_silu import kernels as norm
 from lfdm_export.ops.temporal_attention.kernels import core_kernel
-from lfdm_export.ops.thresholded_step.kernels import STORAGES, noise_kernel, step_kernel
+from lfdm_export.ops.thresholded_step.kernels import (
+    PASSES,
+    STORAGES,
+    count_kernel,
+    noise_kernel,
+    step_kernel,
+    update_kernel,
+)
 from lfdm_export.ops.warp.kernels import Layout, warp_kernel
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -22,10 +30,14 @@ TORCH: dict[Storage, torch.dtype] = {
 KERNELS: tuple[Kernel, ...] = (
     *(warp_kernel(storage, layout, blend=blend) for storage in TORCH for layout in LAYOUTS for blend in (False, True)),
     *(step_kernel(*storages) for storages in STORAGES),
+    *(count_kernel(*storages, number) for storages in STORAGES for number in range(PASSES)),
+    *(update_kernel(*storages) for storages in STORAGES),
     noise_kernel(),
     # Of the published network, of the small one, and others.
     *(core_kernel("float16", *sizes) for sizes in ((32, 40), (16, 8), (32, 16), (32, 64), (64, 40))),
     *(core_kernel("bfloat16", *sizes) for sizes in ((32, 40), (16, 8))),
+    *(norm.statistics_kernel(storage) for storage in TORCH),
+    *(norm.apply_kernel(*storages) for storages in norm.STORAGES),
 )
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lfdm_export.ops.cuda.dispatch import on_gpu
 from lfdm_export.ops.spatial_attention.reference import SpatialWeights, spatial_attention
 from lfdm_export.ops.temporal_attention.kernels import covers
 from lfdm_export.ops.temporal_attention.reference import (
@@ -18,6 +19,8 @@ from lfdm_export.ops.temporal_attention.tables import lay_out_bias, lay_out_turn
 from lfdm_models.attention import Attention, Residual, SpatialLinearAttention
 
 _EPSILON = 1e-5
+#: Widest vectors that fused attention on a GPU takes.
+FUSED_WIDTH = 256
 
 
 def _gamma(block: Residual) -> Tensor:
@@ -32,6 +35,9 @@ class FoldedLinearAttention(nn.Module):
     of the values; and out = Wo context' q + b, so `Wo context'` is formed once a frame. Neither values nor
     attention output are ever made, and nothing is permuted by heads. The norm's scale goes into the
     projections, and q's factor into Wo.
+
+    k x, with k the softmax of Wk x', is attention itself: the rows of Wk are the queries, x keys and values. On a
+    GPU it is one fused kernel, and k, 4 times as large as x on the largest map, is never written.
     """
 
     query: Tensor
@@ -64,8 +70,12 @@ class FoldedLinearAttention(nn.Module):
         head_width = self.query.shape[1] // self.heads
         normed = F.layer_norm(x, (channels,), eps=_EPSILON)
         q = (normed @ self.query).unflatten(-1, (self.heads, head_width)).softmax(dim=-1).flatten(-2)
-        k = (self.key @ normed.transpose(1, 2)).softmax(dim=-1)
-        context = (k @ normed).unflatten(1, (self.heads, head_width)) @ self.value
+        if on_gpu(x) and channels <= FUSED_WIDTH:
+            rows = self.key.expand(x.shape[0], 1, -1, -1).contiguous()
+            mixed = F.scaled_dot_product_attention(rows, normed[:, None], normed[:, None], scale=1.0)[:, 0]
+        else:
+            mixed = (self.key @ normed.transpose(1, 2)).softmax(dim=-1) @ normed
+        context = mixed.unflatten(1, (self.heads, head_width)) @ self.value
         projection = (context @ self.out).flatten(1, 2)
         return x + (q @ projection + self.bias)
 

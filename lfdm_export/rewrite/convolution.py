@@ -88,11 +88,31 @@ def phase_convs(x: Tensor, kernels: Tensor, bias: Tensor, *, padding_mode: str =
     Returns:
         Phases (py, px) = (0, 0), (0, 1), (1, 0), (1, 1), each (N, out, h, w).
     """
+    if on_gpu(x):
+        return _phases_of_one_conv(x, kernels, bias, padding_mode)
     # Padded for each phase: ONNX Runtime takes zero padding into the convolution, slices of one padded map are copies.
     return [
         F.conv2d(F.pad(x, (1 - px, px, 1 - py, py), mode=padding_mode), kernels[2 * py + px], bias)
         for py in range(2)
         for px in range(2)
+    ]
+
+
+def _phases_of_one_conv(x: Tensor, kernels: Tensor, bias: Tensor, padding_mode: str) -> list[Tensor]:
+    """`phase_convs` as one convolution of all phases' channels, so that nothing is padded four times.
+
+    At place (i, j) it has what phase (py, px) has at (i - py, j - px).
+    """
+    out_channels = kernels.shape[1]
+    weight, all_biases = kernels.flatten(0, 1), bias.repeat(len(PHASES))
+    if padding_mode == "constant":
+        whole = F.conv2d(x, weight, all_biases, padding=1)
+    else:
+        whole = F.conv2d(F.pad(x, (1, 1, 1, 1), mode=padding_mode), weight, all_biases)
+    height, width = x.shape[2:]
+    return [
+        part[:, :, row : row + height, column : column + width]
+        for part, (row, column) in zip(whole.split(out_channels, dim=1), PHASES, strict=True)
     ]
 
 
@@ -103,7 +123,8 @@ def interleave(phases: list[Tensor]) -> Tensor:
         return F.pixel_shuffle(torch.stack(phases, dim=2).flatten(1, 2), 2)
     # One pass over memory, and channels that lie together stay so.
     batch, channels, height, width = first.shape
-    layout = torch.channels_last if first.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    # Of a part of a larger map, strides alone tell.
+    layout = torch.channels_last if first.stride(1) == 1 and channels > 1 else torch.contiguous_format
     whole = torch.empty(
         (batch, channels, 2 * height, 2 * width), dtype=first.dtype, device=first.device, memory_format=layout
     )

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lfdm_export.ops.cuda.dispatch import on_gpu
 from lfdm_export.ops.warp.reference import warp, warp_blend
 from lfdm_export.rewrite.convolution import PHASES, fold_batch_norm, interleave, phase_convs, phase_kernels
 from lfdm_models.layers import DownBlock, ResidualBlock, SameBlock, UpBlock, coordinate_grid
@@ -113,6 +114,8 @@ class Decode(nn.Module):
         ]
         final = F.conv2d(torch.cat(blended, dim=1), self.final, self.final_bias, padding=self.final.shape[-1] // 2)
         picture = F.pixel_shuffle(torch.sigmoid(final.to(image.dtype)), 2)
+        if on_gpu(picture):  # where three channels are blended fastest plane by plane, as the image lies
+            picture = picture.contiguous()
         decoded = warp_blend(image, motion, picture), warp(image, motion)
         first, second = (t.view(batch, frames, *t.shape[1:]).transpose(1, 2).contiguous() for t in decoded)
         return first, second

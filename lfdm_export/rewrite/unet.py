@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lfdm_export.ops.cuda.dispatch import on_gpu
 from lfdm_export.ops.group_norm_silu.reference import group_norm_silu
 from lfdm_export.ops.small_conv.reference import small_conv, suits_small_conv
 from lfdm_export.ops.temporal_attention.reference import goes_by_frame
@@ -60,14 +61,18 @@ class FoldedConvBlock(nn.Module):
         self.register_buffer("gamma", block.norm.weight.detach())
         self.register_buffer("beta", block.norm.bias.detach())
 
-    def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """(B·T, in, h, w) and two (B, out) -> (B·T, out, h, w)."""
+    def forward(
+        self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """(B·T, in, h, w), two (B, out) and what is added to the result, like it -> (B·T, out, h, w)."""
         if suits_small_conv(x, self.conv.weight):
             assert self.conv.bias is not None
             out = small_conv(x, self.conv.weight, self.conv.bias)
         else:
             out = self.conv(x)
-        return group_norm_silu(out, self.gamma, self.beta, scale_shift, frames=self.frames, groups=self.groups)
+        return group_norm_silu(
+            out, self.gamma, self.beta, scale_shift, residual, frames=self.frames, groups=self.groups
+        )
 
 
 class FoldedResBlock(nn.Module):
@@ -82,6 +87,9 @@ class FoldedResBlock(nn.Module):
 
     def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """(B·T, in, h, w) and two (B, out) -> (B·T, out, h, w)."""
+        if on_gpu(x):  # where the addition is one with the norm
+            residual = x if self.res_conv is None else self.res_conv(x)
+            return self.block2(self.block1(x, scale_shift), residual=residual)
         out = self.block2(self.block1(x, scale_shift))
         return out + (x if self.res_conv is None else self.res_conv(x))
 

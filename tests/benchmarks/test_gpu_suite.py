@@ -20,7 +20,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import gpu_attention, gpu_driver, gpu_kernels, gpu_kernels_once, gpu_part, gpu_suite
+from benchmarks import (
+    gpu_attention,
+    gpu_choices,
+    gpu_driver,
+    gpu_kernels,
+    gpu_kernels_once,
+    gpu_norms,
+    gpu_part,
+    gpu_suite,
+)
 from benchmarks.gpu_floors import Rates, Work, clip_floors
 from benchmarks.gpu_parts import PARTS, SHARED
 from benchmarks.gpu_processes import Job, run_jobs
@@ -32,6 +41,7 @@ from benchmarks.gpu_verdicts import TARGETS, floors, verdicts
 from benchmarks.gpu_work import Bench, Settings, load_model
 from lfdm_export.engines.cuda_driver import CudaDriver
 from lfdm_export.ops.temporal_attention.gpu import core_on_gpu
+from lfdm_export.rewrite.lfae import dephase_kernel
 from tests.fake_gpu import FakeLibrary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +49,7 @@ TRIAL = ["--device", "cpu", "--tiny"]
 #: One part of each kind: the others differ by the precision or an option alone.
 TRIED = (
     "checks", "ceilings", "faithful-fp32", "ours-fp16", "ours-fp16-compiled", "attention", "step", "warp",
+    "norm", "linear", "warp-blocks", "step-kernels", "last-convolution",
     "faithful-fp16-graphs", "batches-fp16", "ours-bf16",
 )  # fmt: skip
 
@@ -93,7 +104,20 @@ def test_parts_run(trial: tuple[Settings, dict[str, Any]]) -> None:
 
 
 def test_times_are_medians_with_their_spread(trial: tuple[Settings, dict[str, Any]]) -> None:
-    for name in ("ceilings", "ours-fp16", "ours-fp16-compiled", "batches-fp16", "attention", "step", "warp"):
+    for name in (
+        "ceilings",
+        "ours-fp16",
+        "ours-fp16-compiled",
+        "batches-fp16",
+        "attention",
+        "step",
+        "warp",
+        "norm",
+        "linear",
+        "warp-blocks",
+        "step-kernels",
+        "last-convolution",
+    ):
         found = timings(trial[1][name]["data"])
         assert found, name
         assert all(0 < one["low"] <= one["median"] <= one["high"] and one["runs"] >= 1 for one in found)
@@ -198,6 +222,26 @@ def test_a_wrong_kernel_fails_its_part(trial: tuple[Settings, dict[str, Any]], m
     record = gpu_part.run(PARTS["checks"], bench_for("wrong", trial[0]))
     assert record["status"] == "failed"
     assert "differ from float64: warp" in record["error"]
+
+
+def test_ways_that_differ_fail_their_part(
+    trial: tuple[Settings, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_choices, "thresholded_step", lambda *arguments: (arguments[0], arguments[2]))
+    record = gpu_part.run(PARTS["step-kernels"], bench_for("wrong step", trial[0]))
+    assert record["status"] == "failed"
+    assert "differs from its one kernel's" in record["error"]
+    monkeypatch.setattr(gpu_choices, "dephase_kernel", lambda weight: 1.5 * dephase_kernel(weight))
+    record = gpu_part.run(PARTS["last-convolution"], bench_for("wrong convolution", trial[0]))
+    assert record["status"] == "failed"
+    assert "from float64" in record["error"]
+
+
+def test_a_wrong_norm_fails_the_checks(trial: tuple[Settings, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_norms, "group_norm_silu", lambda **arguments: arguments["x"])
+    record = gpu_part.run(PARTS["checks"], bench_for("wrong norm", trial[0]))
+    assert record["status"] == "failed"
+    assert "differ from float64: norm" in record["error"]
 
 
 def test_a_wrong_attention_fails_its_part(

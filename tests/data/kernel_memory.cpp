@@ -1,4 +1,4 @@
-// Runs every kernel on buffers of exactly the size that it may touch, with coordinates of every kind, under a sanitizer.
+// Runs every kernel on buffers of exactly the size that it may touch, with coordinates of every kind: for a sanitizer.
 // Given the name of a buffer, that one is a few values short, which must be noticed.
 #include <cstdio>
 #include <cstring>
@@ -73,8 +73,8 @@ void check_warp(Blend blend, Warp warp, bool planar, const Case& c) {
                 }
 }
 
-template <class S, class P, class Step>
-void check_step(Step step, int elements) {
+template <class S, class P, class Step, class Count, class Update>
+void check_step(Step step, const Count (&passes)[3], Update update, int elements) {
     const int batch = 2, splits = 3;
     auto latent = buffer<S>("latent", size_t(batch) * elements);
     auto predicted = buffer<P>("predicted", size_t(batch) * elements);
@@ -92,6 +92,19 @@ void check_step(Step step, int elements) {
             launch_at(x, y, splits);
             step(latent.get(), predicted.get(), history.get(), noise.get(), coefficients.get(), elements, rank,
                  int(lfdm::bits_of(0.25f)), next.get(), next_history.get());
+        }
+    auto counts = buffer<lfdm::uint32>("counts", size_t(batch) * sizeof(lfdm::StepCounts) / 4);
+    for (const Count& pass : passes)
+        for (int y = 0; y < batch; ++y)
+            for (int x = 0; x < splits; ++x) {
+                launch_at(x, y, splits);
+                pass(latent.get(), predicted.get(), coefficients.get(), elements, rank, counts.get());
+            }
+    for (int y = 0; y < batch; ++y)
+        for (int x = 0; x < splits; ++x) {
+            launch_at(x, y, splits);
+            update(latent.get(), predicted.get(), history.get(), noise.get(), coefficients.get(), counts.get(), elements,
+                   rank, int(lfdm::bits_of(0.25f)), next.get(), next_history.get());
         }
 }
 
@@ -121,6 +134,35 @@ void check_core(Core core, int width, int tiles, int frames, int pixels, int hea
         }
 }
 
+struct NormCase {
+    int clips, rows, channels, groups, slice_groups, slab_rows, apply_rows;
+};
+
+template <class T, class P, class Statistics, class Apply>
+void check_norm(Statistics statistics, Apply apply, const NormCase& c) {
+    const int slabs = (c.rows + c.slab_rows - 1) / c.slab_rows, shares = (c.rows + c.apply_rows - 1) / c.apply_rows;
+    const size_t count = size_t(c.clips) * c.rows * c.channels, row = size_t(c.clips) * c.channels;
+    auto x = buffer<T>("x", count);
+    auto partials = buffer<float>("partials", size_t(c.clips) * slabs * c.groups * 2);
+    auto gamma = buffer<P>("gamma", c.channels), beta = buffer<P>("beta", c.channels);
+    auto scale = buffer<P>("scale", row), shift = buffer<P>("shift", row);
+    auto residual = buffer<T>("residual", count), normed = buffer<T>("normed", count);
+    for (int z = 0; z < c.clips; ++z)
+        for (int y = 0; y < c.groups / c.slice_groups; ++y) {
+            for (int slab = 0; slab < slabs; ++slab) {
+                lfdm::launch() = {slab, y, z, slabs, 0};
+                statistics(x.get(), c.rows, c.channels, c.groups, c.slice_groups, c.slab_rows, partials.get());
+            }
+        }
+    for (int z = 0; z < c.clips; ++z)
+        for (int y = 0; y < c.groups / c.slice_groups; ++y)
+            for (int share = 0; share < shares; ++share) {
+                lfdm::launch() = {share, y, z, shares, 0};
+                apply(x.get(), partials.get(), gamma.get(), beta.get(), scale.get(), shift.get(), residual.get(), c.rows,
+                      c.channels, c.groups, c.slice_groups, c.slab_rows, c.channels, 1, 1, c.apply_rows, normed.get());
+            }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -138,13 +180,36 @@ int main(int count, char** arguments) {
         check_warp<float16>(lfdm_warp_blend_channels_last_f16, lfdm_warp_channels_last_f16, false, c);
         check_warp<bfloat16>(lfdm_warp_blend_channels_last_bf16, lfdm_warp_channels_last_bf16, false, c);
     }
+    const NormCase norms[] = {
+        {2, 100, 64, 8, 8, 64, 33}, {1, 7, 512, 8, 1, 64, 64}, {2, 5, 12, 4, 4, 2, 3}, {1, 3, 2080, 1, 1, 1, 1},
+        {1, 1, 4, 4, 4, 128, 128},
+    };
+    for (const NormCase& c : norms) {
+        using namespace lfdm;
+        check_norm<float, float>(lfdm_norm_statistics_f32, lfdm_norm_silu_f32, c);
+        check_norm<float16, float16>(lfdm_norm_statistics_f16, lfdm_norm_silu_f16, c);
+        check_norm<bfloat16, bfloat16>(lfdm_norm_statistics_bf16, lfdm_norm_silu_bf16, c);
+        check_norm<float16, float>(lfdm_norm_statistics_f16, lfdm_norm_silu_f16_f32, c);
+        check_norm<bfloat16, float>(lfdm_norm_statistics_bf16, lfdm_norm_silu_bf16_f32, c);
+    }
     for (int elements : {1024, 1025, 5000, 3, 2, 1}) {
         using namespace lfdm;
-        check_step<float, float>(lfdm_thresholded_step_f32, elements);
-        check_step<float, float16>(lfdm_thresholded_step_f32_f16, elements);
-        check_step<float, bfloat16>(lfdm_thresholded_step_f32_bf16, elements);
-        check_step<float16, float16>(lfdm_thresholded_step_f16, elements);
-        check_step<bfloat16, bfloat16>(lfdm_thresholded_step_bf16, elements);
+        // One kernel, then one for each pass, and the update.
+        check_step<float, float>(lfdm_thresholded_step_f32,
+            {lfdm_step_count_0_f32, lfdm_step_count_1_f32, lfdm_step_count_2_f32},
+            lfdm_step_update_f32, elements);
+        check_step<float, float16>(lfdm_thresholded_step_f32_f16,
+            {lfdm_step_count_0_f32_f16, lfdm_step_count_1_f32_f16, lfdm_step_count_2_f32_f16},
+            lfdm_step_update_f32_f16, elements);
+        check_step<float, bfloat16>(lfdm_thresholded_step_f32_bf16,
+            {lfdm_step_count_0_f32_bf16, lfdm_step_count_1_f32_bf16, lfdm_step_count_2_f32_bf16},
+            lfdm_step_update_f32_bf16, elements);
+        check_step<float16, float16>(lfdm_thresholded_step_f16,
+            {lfdm_step_count_0_f16, lfdm_step_count_1_f16, lfdm_step_count_2_f16},
+            lfdm_step_update_f16, elements);
+        check_step<bfloat16, bfloat16>(lfdm_thresholded_step_bf16,
+            {lfdm_step_count_0_bf16, lfdm_step_count_1_bf16, lfdm_step_count_2_bf16},
+            lfdm_step_update_bf16, elements);
         check_noise(elements);
     }
     {

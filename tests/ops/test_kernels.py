@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lfdm_export.ops.cuda.host import THREAD_ORDERS, HostKernels, build
 from lfdm_export.ops.cuda.source import ROOT, Storage
+from lfdm_export.ops.thresholded_step import kernels as step_kernels
 from lfdm_export.ops.thresholded_step.kernels import STORAGES, noise_kernel, noise_launch, step_kernel, step_launch
 from lfdm_export.ops.thresholded_step.reference import thresholded_step_in_torch
 from lfdm_export.ops.warp.kernels import Layout, warp_kernel, warp_launch
@@ -255,6 +256,7 @@ def run_step(
     storages: tuple[Storage, Storage] = ("float32", "float32"),
     order: int = 0,
 ) -> tuple[Tensor, Tensor]:
+    """What one kernel gives, and a kernel for each pass must give likewise to the bit."""
     state, narrow = storages
     lower, weight = quantile_rank(latent[0].numel())
     results = [empty(tuple(shape), state) for shape in (latent.shape, history.shape)]
@@ -267,8 +269,33 @@ def run_step(
     ]
     plan = step_launch(latent[0].numel(), lower, float(weight), len(latent))
     host.run(step_kernel(*storages).name, plan, addresses(inputs), addresses(results), order)
+    for one, other in zip(results, run_passes(host, inputs, results, storages, order), strict=True):
+        np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8))
     first, second = (values_of(result, state) for result in results)
     return first, second
+
+
+def run_passes(
+    host: HostKernels,
+    inputs: list[NDArray[Any]],
+    like: list[NDArray[Any]],
+    storages: tuple[Storage, Storage],
+    order: int,
+) -> list[NDArray[Any]]:
+    latent, predicted, _, _, coefficients = inputs
+    batch, elements = len(latent), latent[0].size
+    lower, weight = quantile_rank(elements)
+    counts = np.zeros((batch, step_kernels.COUNTS), np.uint32)
+    plan = step_kernels.count_launch(elements, lower, batch)
+    for number in range(step_kernels.PASSES):
+        kernel = step_kernels.count_kernel(*storages, number)
+        host.run(kernel.name, plan, addresses([latent, predicted, coefficients]), addresses([counts]), order)
+    results = [np.full_like(array, 255 if array.dtype == np.uint16 else np.nan) for array in like]
+    update = step_kernels.update_launch(elements, lower, float(weight), batch)
+    host.run(
+        step_kernels.update_kernel(*storages).name, update, addresses([*inputs, counts]), addresses(results), order
+    )
+    return results
 
 
 def step_arguments(estimates: Tensor) -> tuple[Tensor, ...]:
@@ -379,6 +406,14 @@ def test_order_of_threads_does_not_matter_to_a_step(host: HostKernels) -> None:
         same_values(other, tuple(result.float() for result in first))
 
 
+def test_a_samples_counts_are_as_large_as_is_said() -> None:
+    text = (ROOT / "thresholded_step" / "passes.cuh").read_text(encoding="utf-8")
+    fields = re.search(r"struct StepCounts \{(.*?)\n\};", text, re.DOTALL)[1]  # type: ignore[index]
+    names = re.findall(r"uint32 (\w+(?:\[\w+\])*);", fields)
+    assert names == ["bins[STEP_PASSES][STEP_BINS]", "below", "most", "least", "least_above"]
+    assert step_kernels.COUNTS == step_kernels.PASSES * 2048 + 4
+
+
 def test_columns_are_the_sampler_tables() -> None:
     text = (ROOT / "thresholded_step" / "kernel.cuh").read_text(encoding="utf-8")
     names = re.findall(r"\w+", re.search(r"enum Column \{(.*?)\}", text, re.DOTALL)[1])  # type: ignore[index]
@@ -421,7 +456,25 @@ def test_nothing_is_read_or_written_out_of_bounds(memory_check: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "short", ["source", "motion", "previous", "result", "latent", "history", "qkv", "turns", "bias", "attended"]
+    "short",
+    [
+        "source",
+        "motion",
+        "previous",
+        "result",
+        "latent",
+        "history",
+        "counts",
+        "x",
+        "partials",
+        "shift",
+        "residual",
+        "normed",
+        "qkv",
+        "turns",
+        "bias",
+        "attended",
+    ],
 )
 def test_the_memory_check_sees_a_buffer_that_is_too_short(memory_check: Path, short: str) -> None:
     done = run(memory_check, short)

@@ -18,10 +18,12 @@ from lfdm_export.ops.thresholded_step.gpu import noise_on_gpu, thresholded_step_
 from lfdm_export.ops.thresholded_step.reference import thresholded_step, thresholded_step_in_torch
 from lfdm_export.ops.warp.gpu import warp_blend_on_gpu, warp_on_gpu
 from lfdm_export.ops.warp.reference import warp, warp_blend, warp_blend_in_torch, warp_in_torch
-from lfdm_export.rewrite.attention import FoldedTemporalAttention
+from lfdm_export.rewrite.attention import FoldedLinearAttention, FoldedTemporalAttention
+from lfdm_export.rewrite.convolution import interleave, phase_convs
 from lfdm_export.rewrite.precision import channels_last, in_precision
 from lfdm_export.rewrite.stage_modules import stage_modules
 from lfdm_export.sampling.noise import START, noise_for
+from lfdm_models.attention import PreNorm, Residual, SpatialLinearAttention
 from lfdm_models.model import LfdmModel
 
 FRAMES, SIZE, LATENT = 4, 64, 16
@@ -141,7 +143,39 @@ def test_group_norm(host: HostKernels, modulated: bool, form: torch.memory_forma
     assert found.is_contiguous(memory_format=form)
 
 
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("padding_mode", ["constant", "replicate"])
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 8)])
+def test_phases_of_one_convolution(
+    host: HostKernels, size: tuple[int, int], padding_mode: str, form: torch.memory_format
+) -> None:
+    x = random(1, 2, 4, *size).double().to(memory_format=form)
+    kernels, bias = random(2, 4, 6, 4, 2, 2).double(), random(3, 6).double()
+    expected = phase_convs(x, kernels, bias, padding_mode=padding_mode)
+    whole = interleave(expected)
+    with standing_in(host):
+        found = phase_convs(x, kernels, bias, padding_mode=padding_mode)
+        together = interleave(found)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(together, whole, rtol=1e-12, atol=1e-12)
+    if size != (1, 1):  # whose layout is either
+        assert together.is_contiguous(memory_format=form)
+        assert all(torch.relu(phase).is_contiguous(memory_format=form) for phase in found)
+
+
 # -- modules
+
+
+@pytest.mark.parametrize("channels", [32, 264])  # with fused attention, and too wide for it
+def test_linear_attention(host: HostKernels, channels: int) -> None:
+    block = Residual(PreNorm(channels, SpatialLinearAttention(channels, 2, 16))).double()
+    folded = FoldedLinearAttention(block)
+    x = random(1, 3, 20, channels).double()
+    with torch.inference_mode():
+        expected = folded(x)
+        with standing_in(host):
+            found = folded(x)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.fixture(scope="module")
@@ -224,13 +258,16 @@ def test_lower_precision_leaves_the_originals_alone(modules: dict[str, nn.Module
     assert {p.dtype for p in lowered["decode"].parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["planar", "channels last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_step_compiles_into_one_graph(
-    host: HostKernels, modules: dict[str, nn.Module], small_model: LfdmModel, dtype: torch.dtype
+    host: HostKernels, modules: dict[str, nn.Module], small_model: LfdmModel, dtype: torch.dtype, last: bool
 ) -> None:
     # A break would put the host back between the kernels of a step.
     expected = run(modules, small_model)
     lowered = in_precision(modules, dtype)
+    if last:
+        channels_last(lowered)
     compiled: dict[str, Any] = {
         name: torch.compile(module, backend="eager", fullgraph=True)
         for name, module in lowered.items()

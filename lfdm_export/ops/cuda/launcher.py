@@ -38,7 +38,7 @@ def launch(kernel: Kernel, plan: Launch[int], inputs: Sequence[Tensor], outputs:
     Args:
         kernel: what to run.
         plan: its grid and scalars.
-        inputs: dense tensors on one GPU, each at a multiple of 16 bytes.
+        inputs: tensors on one GPU that lie as the kernel expects, each at a multiple of 16 bytes.
         outputs: likewise; they are written.
 
     Raises:

@@ -8,7 +8,8 @@
 //
 // No header is included on the GPU side, so that NVRTC needs nothing but this text. Both builds round every
 // operation alike (no contraction, no flush to zero; fused multiply-adds are written out as multiply_add), so that a
-// result got on the host is the GPU's, bit for bit, but for the libraries' logarithm, sine and cosine.
+// result got on the host is the GPU's, bit for bit, but for the libraries' exponential, logarithm, sine and cosine, and
+// for quick_quotient.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -37,7 +38,10 @@ LFDM_INLINE uint32 bits_of(float value) { return __float_as_uint(value); }
 LFDM_INLINE float float_of(uint32 bits) { return __uint_as_float(bits); }
 LFDM_INLINE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 LFDM_INLINE uint64 multiply_high(uint64 a, uint64 b) { return __umul64hi(a, b); }
+LFDM_INLINE float quick_quotient(float a, float b) { return __fdividef(a, b); }  // 2 ulp; 0 if |b| > 2^126
 LFDM_INLINE void atomic_increment(uint32& counter) { atomicAdd(&counter, 1u); }
+LFDM_INLINE void atomic_add(uint32& counter, uint32 value) { atomicAdd(&counter, value); }
+LFDM_INLINE void atomic_larger(uint32& largest, uint32 value) { atomicMax(&largest, value); }
 #else
 LFDM_INLINE uint32 bits_of(float value) {
     uint32 bits;
@@ -56,7 +60,10 @@ LFDM_INLINE uint64 multiply_high(uint64 a, uint64 b) {
     const uint64 middle = (low >> 32) + (left & mask) + (right & mask);
     return (a >> 32) * (b >> 32) + (left >> 32) + (right >> 32) + (middle >> 32);
 }
+LFDM_INLINE float quick_quotient(float a, float b) { return a / b; }
 LFDM_INLINE void atomic_increment(uint32& counter) { ++counter; }
+LFDM_INLINE void atomic_add(uint32& counter, uint32 value) { counter += value; }
+LFDM_INLINE void atomic_larger(uint32& largest, uint32 value) { largest = largest > value ? largest : value; }
 #endif
 
 LFDM_INLINE uint32 smaller(uint32 a, uint32 b) { return a < b ? a : b; }
@@ -210,6 +217,8 @@ template <class T>
 LFDM_INLINE void spoil(T&) {}
 
 #define LFDM_KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads) name
+// For a multiprocessor that holds at least so many blocks: registers are given out by that.
+#define LFDM_KERNEL_OF(name, threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks) name
 
 #else
 
@@ -253,6 +262,7 @@ void spoil(T& shared) {
 
 // Runs one block, the one that `launch` says.
 #define LFDM_KERNEL(name, threads) extern "C" void name
+#define LFDM_KERNEL_OF(name, threads, blocks) extern "C" void name
 
 #endif
 

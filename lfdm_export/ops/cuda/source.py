@@ -6,6 +6,7 @@ NVRTC, the host build and the TensorRT plugins all start from it, so that they c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 Storage = Literal["float32", "float16", "bfloat16"]
 SHORT_NAMES: dict[Storage, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 ITEM_SIZES: dict[Storage, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-_SHARED = ("cuda/shim.cuh", "cuda/lanes.cuh")
 
 #: The oldest architecture that TensorRT 11 and CUDA 13 still serve; drivers compile its PTX for every later one.
 OLDEST = "compute_75"
@@ -78,4 +77,10 @@ def program(kernels: Sequence[Kernel]) -> str:
 
 def headers(kernel: Kernel) -> dict[str, str]:
     """Texts of the files that a kernel includes, by the names by which it does."""
-    return {name: (ROOT / name).read_text(encoding="utf-8") for name in (*_SHARED, kernel.header)}
+    texts: dict[str, str] = {}
+    names = [kernel.header]
+    while names:
+        name = names.pop()
+        texts[name] = (ROOT / name).read_text(encoding="utf-8")
+        names += re.findall(r'^#include "(.+)"$', texts[name], re.MULTILINE)
+    return texts

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lfdm_export.ops.cuda.dispatch import on_gpu
+from lfdm_export.ops.cuda.dispatch import has_kernel, on_gpu
 from lfdm_export.ops.domain import EPSILON
 from lfdm_export.ops.symbolic import Attributes, exporting, node
 
@@ -19,17 +19,21 @@ def group_norm_silu(
     gamma: Tensor,
     beta: Tensor,
     scale_shift: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
     *,
     frames: int,
     groups: int,
 ) -> Tensor:
-    """SiLU(norm(x)·(scale + 1) + shift), with statistics over all frames of a clip.
+    """SiLU(norm(x)·(scale + 1) + shift) + residual, with statistics over all frames of a clip.
+
+    On a GPU, if channels lie together, these are the kernels of `kernel.cuh`.
 
     Args:
         x: (B·T, C, h, w); frames of one clip are neighbours.
         gamma: scale of the norm, (C,).
         beta: shift of the norm, (C,).
         scale_shift: modulation, (B, C) each.
+        residual: what is added to the result, like `x`; not in an export, where it is a node of its own.
         frames: T.
         groups: of channels, that share statistics.
 
@@ -37,6 +41,7 @@ def group_norm_silu(
         Like `x`.
     """
     if exporting():
+        assert residual is None
         channels, height, width = x.shape[1:]
         attributes: Attributes = {
             "grouped": [-1, frames, groups, channels // groups * height * width],
@@ -48,6 +53,24 @@ def group_norm_silu(
         inputs = [x, gamma, beta, *(scale_shift or ())]
         name = "GroupNormSilu" if scale_shift is None else "ModulatedGroupNormSilu"
         return node(name, inputs, attributes, [tuple(x.shape)])[0]
+    if has_kernel(x) and x.is_contiguous(memory_format=torch.channels_last):
+        from lfdm_export.ops.group_norm_silu.gpu import group_norm_silu_on_gpu
+
+        return group_norm_silu_on_gpu(x, gamma, beta, scale_shift, residual, frames=frames, groups=groups)
+    normed = group_norm_silu_in_torch(x, gamma, beta, scale_shift, frames=frames, groups=groups)
+    return normed if residual is None else normed + residual
+
+
+def group_norm_silu_in_torch(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    scale_shift: tuple[Tensor, Tensor] | None = None,
+    *,
+    frames: int,
+    groups: int,
+) -> Tensor:
+    """`group_norm_silu` by PyTorch's operators, on any device."""
     if on_gpu(x):
         return folded_group_norm_silu(x, gamma, beta, scale_shift, frames=frames, groups=groups)
     clip = x.unflatten(0, (-1, frames)).transpose(1, 2)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lfdm_export.ops.cuda.launcher import STORAGES, launch
-from lfdm_export.ops.thresholded_step.kernels import noise_kernel, noise_launch, step_kernel, step_launch
+from lfdm_export.ops.thresholded_step import kernels
 from lfdm_export.sampling.loop import quantile_rank
 
 
@@ -55,11 +55,17 @@ def _step(
         _dense(noise.to(state)),
         _dense(coefficients.to(torch.float32)),
     ]
-    elements = math.prod(latent.shape[1:])
+    elements, batch = math.prod(latent.shape[1:]), len(latent)
     lower, weight = quantile_rank(elements)
     results = _step_results(*inputs)
-    kernel = step_kernel(STORAGES[state], STORAGES[predicted_noise.dtype])
-    launch(kernel, step_launch(elements, lower, float(weight), len(latent)), inputs, results)
+    storages = STORAGES[state], STORAGES[predicted_noise.dtype]
+    # Bits of uint32, a type of which torch can do little.
+    counts = latent.new_zeros((batch, kernels.COUNTS), dtype=torch.int32)
+    counted, plan = [inputs[0], inputs[1], inputs[4]], kernels.count_launch(elements, lower, batch)
+    for number in range(kernels.PASSES):
+        launch(kernels.count_kernel(*storages, number), plan, counted, [counts])
+    update = kernels.update_launch(elements, lower, float(weight), batch)
+    launch(kernels.update_kernel(*storages), update, [*inputs, counts], results)
     return results
 
 
@@ -74,7 +80,7 @@ def _step_results(
 def _noise(seeds: Tensor, step: Tensor, shape: list[int]) -> Tensor:
     result = _noise_result(seeds, step, shape)
     elements = math.prod(shape)
-    launch(noise_kernel(), noise_launch(elements, len(seeds)), [_dense(seeds), _dense(step)], [result])
+    launch(kernels.noise_kernel(), kernels.noise_launch(elements, len(seeds)), [_dense(seeds), _dense(step)], [result])
     return result
 
 

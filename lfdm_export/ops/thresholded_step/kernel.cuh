@@ -5,12 +5,12 @@
 // float32, 0.9 us at 4.3 TB/s; all of it was just written by the step before, and lies in the L2 cache. Some 20
 // operations an element are nothing. What takes time is the quantile: no element can be clamped before all are seen.
 //
-// THE DESIGN. A plugin has one kernel, no workspace, and no way to make blocks wait for one another. A sample's
-// values fit neither one multiprocessor's registers (256 KB) nor its shared memory (228 KB at most). So each of
-// SPLITS blocks of a sample finds the quantile by itself, reading latent and prediction again in each pass, and then
-// updates its own share. A multiprocessor reads some 64 bytes a clock from L2, about 110 GB/s: by that a pass over
-// 2·4·n bytes should take 9 us, a share of 1/8 some 5 us (computed, not measured). What is redundant runs on
-// multiprocessors that would be idle.
+// THE DESIGN, where one kernel must do (passes.cuh has a faster way). A plugin has one kernel, no workspace, and no way
+// to make blocks wait for one another. A sample's values fit neither one multiprocessor's registers (256 KB) nor its
+// shared memory (228 KB at most). So each of SPLITS blocks of a sample finds the quantile by itself, reading latent and
+// prediction again in each pass, and then updates its own share. A multiprocessor reads some 64 bytes a clock from L2,
+// about 110 GB/s: by that a pass over 2·4·n bytes should take 9 us, a share of 1/8 some 5 us (computed). What is
+// redundant runs on multiprocessors that would be idle. Measured on an H200: 57 us, or 24 us where pass 1 was all.
 //
 // The quantile is a radix select on the bits of |x0|, whose order as integers is that of the values. Since the
 // bound is at least 1, values below 1 are only counted: pass 1 counts them, and 8 bins an octave for the others
@@ -20,6 +20,8 @@
 // operations, in the same order and without contraction, as in `lfdm_export.sampling.loop`.
 //
 // NaN: its bits are above all numbers', as torch sorts it; a bound or an estimate that is NaN gives NaN.
+#pragma once
+
 #include "cuda/shim.cuh"
 
 namespace lfdm {
@@ -74,11 +76,11 @@ struct StepSample {
     }
 };
 
-// Calls function(bits of |estimate|) for this thread's share of the sample.
+// Calls function(bits of |estimate|) for every `threads`-th pack of the sample from `thread` on.
 template <int COUNT, class S, class P, class Function>
-LFDM_INLINE void each_magnitude(const StepSample<S, P>& sample, int thread, Function function) {
+LFDM_INLINE void each_magnitude(const StepSample<S, P>& sample, int thread, int threads, Function function) {
 #pragma unroll 2
-    for (int at = thread * COUNT; at < sample.elements; at += STEP_THREADS * COUNT) {
+    for (int at = thread * COUNT; at < sample.elements; at += threads * COUNT) {
         const auto x = read_pack<COUNT>(sample.latent + at);
         const auto e = read_pack<COUNT>(sample.predicted + at);
 #pragma unroll
@@ -135,7 +137,7 @@ LFDM_INLINE void count_bins(const Block<STEP_THREADS>& block, StepShared& shared
     });
     block.phase([&](int thread) {
         uint32 least = ~0u;
-        each_magnitude<COUNT>(sample, thread, [&](uint32 bits) {
+        each_magnitude<COUNT>(sample, thread, STEP_THREADS, [&](uint32 bits) {
             if (bits < base) return;
             const uint32 offset = bits - base;
             if (offset >> width) {
@@ -148,6 +150,29 @@ LFDM_INLINE void count_bins(const Block<STEP_THREADS>& block, StepShared& shared
     });
 }
 
+// The order statistic behind the one found last, in bins that are single values: that value itself, the next one
+// there, or the smallest of those above, which shared.least knows.
+LFDM_INLINE uint32 upper_neighbour(const Block<STEP_THREADS>& block, StepShared& shared, uint32 base, uint32 before,
+                                   uint32 next_rank) {
+    block.phase([&](int thread) {
+        const uint32 first = shared.found_bin;
+        for (uint32 bin = thread; bin < STEP_BINS; bin += STEP_THREADS) {
+            const bool repeated = bin == first && before + shared.bins[bin] > next_rank;
+            if (repeated || (bin > first && shared.bins[bin] > 0))
+                shared.least[thread] = smaller(shared.least[thread], base + (bin - first));
+        }
+    });
+    reduce(block, [&](int to, int from) { shared.least[to] = smaller(shared.least[to], shared.least[from]); });
+    return block.read(shared.least[0]);
+}
+
+// max(quantile, 1), from the bits of the order statistics around the quantile.
+LFDM_INLINE float bound_between(uint32 lower, uint32 upper, float weight) {
+    const float a = float_of(lower), b = float_of(upper);
+    const float quantile = weight < 0.5f ? a + weight * (b - a) : b - (b - a) * (1.0f - weight);
+    return quantile < 1.0f ? 1.0f : quantile;
+}
+
 // max(quantile, 1), the quantile between the order statistics `rank` and its upper neighbour.
 template <int COUNT, class S, class P>
 LFDM_INLINE float find_bound(const Block<STEP_THREADS>& block, StepShared& shared, const StepSample<S, P>& sample,
@@ -158,7 +183,7 @@ LFDM_INLINE float find_bound(const Block<STEP_THREADS>& block, StepShared& share
     });
     block.phase([&](int thread) {
         uint32 below = 0, most = 0, least = ~0u;
-        each_magnitude<COUNT>(sample, thread, [&](uint32 bits) {
+        each_magnitude<COUNT>(sample, thread, STEP_THREADS, [&](uint32 bits) {
             if (bits < ONE_BITS) {
                 ++below;
                 most = larger(most, bits);
@@ -191,21 +216,9 @@ LFDM_INLINE float find_bound(const Block<STEP_THREADS>& block, StepShared& share
             count_bins<COUNT>(block, shared, sample, base, width, shift);
         }
         lower = base;
-        // Bins of the last pass are single values: the neighbour is the value itself, the next one there, or above.
-        block.phase([&](int thread) {
-            const uint32 first = shared.found_bin;
-            for (uint32 bin = thread; bin < STEP_BINS; bin += STEP_THREADS) {
-                const bool repeated = bin == first && before + shared.bins[bin] > next_rank;
-                if (repeated || (bin > first && shared.bins[bin] > 0))
-                    shared.least[thread] = smaller(shared.least[thread], base + (bin - first));
-            }
-        });
-        reduce(block, [&](int to, int from) { shared.least[to] = smaller(shared.least[to], shared.least[from]); });
-        upper = next_rank == rank ? lower : block.read(shared.least[0]);
+        upper = next_rank == rank ? lower : upper_neighbour(block, shared, base, before, next_rank);
     }
-    const float a = float_of(lower), b = float_of(upper);
-    const float quantile = weight < 0.5f ? a + weight * (b - a) : b - (b - a) * (1.0f - weight);
-    return quantile < 1.0f ? 1.0f : quantile;
+    return bound_between(lower, upper, weight);
 }
 
 template <int COUNT, class S, class P>
@@ -240,15 +253,33 @@ LFDM_INLINE void update(const StepSample<S, P>& sample, float bound, int at) {
     write_pack<COUNT>(sample.next_x0 + at, next_x0);
 }
 
+// Updates the block's share of the sample.
 template <int COUNT, class S, class P>
-LFDM_INLINE void step_in_packs(const Block<STEP_THREADS>& block, StepShared& shared, const StepSample<S, P>& sample,
-                               uint32 rank, float weight) {
-    const float bound = find_bound<COUNT>(block, shared, sample, rank, weight);
+LFDM_INLINE void update_share(const Block<STEP_THREADS>& block, const StepSample<S, P>& sample, float bound) {
     const int packs = sample.elements / COUNT, share = (packs + block.blocks_x - 1) / block.blocks_x;
     const int begin = block.x * share, end = begin + share < packs ? begin + share : packs;
     block.phase([&](int thread) {
+#pragma unroll 1
         for (int pack = begin + thread; pack < end; pack += STEP_THREADS) update<COUNT>(sample, bound, pack * COUNT);
     });
+}
+
+template <int COUNT, class S, class P>
+LFDM_INLINE void step_in_packs(const Block<STEP_THREADS>& block, StepShared& shared, const StepSample<S, P>& sample,
+                               uint32 rank, float weight) {
+    update_share<COUNT>(block, sample, find_bound<COUNT>(block, shared, sample, rank, weight));
+}
+
+template <class S, class P>
+LFDM_INLINE StepSample<S, P> sample_of(int index, const S* latent, const P* predicted, const S* history,
+                                       const S* noise, const float* coefficients, int elements, S* next_latent,
+                                       S* next_history) {
+    const int64 at = int64(index) * elements;
+    StepSample<S, P> sample = {latent + at,      predicted + at,       history + 2 * at,
+                               history + 2 * at + elements, noise + at, next_latent + at,
+                               next_history + 2 * at,       next_history + 2 * at + elements, {}, elements};
+    for (int i = 0; i < COEFFICIENTS; ++i) sample.c[i] = coefficients[index * COEFFICIENTS + i];
+    return sample;
 }
 
 // Grid: blocks that share a sample's update, samples.
@@ -257,11 +288,8 @@ LFDM_INLINE void thresholded_step(const Block<STEP_THREADS>& block, StepShared& 
                                   const P* LFDM_RESTRICT predicted, const S* LFDM_RESTRICT history,
                                   const S* LFDM_RESTRICT noise, const float* LFDM_RESTRICT coefficients, int elements,
                                   int rank, float weight, S* LFDM_RESTRICT next_latent, S* LFDM_RESTRICT next_history) {
-    const int64 at = int64(block.y) * elements;
-    StepSample<S, P> sample = {latent + at,      predicted + at,       history + 2 * at,
-                               history + 2 * at + elements, noise + at, next_latent + at,
-                               next_history + 2 * at,       next_history + 2 * at + elements, {}, elements};
-    for (int i = 0; i < COEFFICIENTS; ++i) sample.c[i] = coefficients[block.y * COEFFICIENTS + i];
+    const auto sample = sample_of(block.y, latent, predicted, history, noise, coefficients, elements, next_latent,
+                                  next_history);
     if (elements % 4 == 0) {
         step_in_packs<4>(block, shared, sample, rank, weight);
     } else {

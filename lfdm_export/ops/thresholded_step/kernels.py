@@ -1,4 +1,4 @@
-"""The kernels of `kernel.cuh` and `noise.cuh` by storage type, and how they are launched."""
+"""The kernels of `kernel.cuh`, `passes.cuh` and `noise.cuh` by storage type, and how they are launched."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 
 from lfdm_export.ops.cuda.source import SHORT_NAMES, Kernel, Launch, Storage
 
-#: Blocks that share one sample's update. Each finds the quantile for itself, so more of them save time in the update
-#: only, which with 8 should be the smaller part (see kernel.cuh; not measured).
+#: Blocks that share one sample's update where one kernel does all. Each finds the quantile for itself, so more of them
+#: save time in the update only, which with 8 should be the smaller part (see kernel.cuh).
 SPLITS = 8
 #: Types of state (latents, history, noise) and of the prediction that go together.
 STORAGES: tuple[tuple[Storage, Storage], ...] = (
@@ -20,6 +20,11 @@ STORAGES: tuple[tuple[Storage, Storage], ...] = (
     ("bfloat16", "bfloat16"),
 )
 
+#: Passes that count, and uint32 counts of a sample: 3 · 2048 bins and four values.
+PASSES, COUNTS = 3, 3 * 2048 + 4
+
+# As in the kernels' files.
+_STEP_THREADS, _STEP_VALUES = 1024, 4
 _NOISE_THREADS, _NOISE_VALUES = 256, 4
 
 Size = TypeVar("Size")
@@ -32,10 +37,40 @@ def step_kernel(state: Storage, predicted: Storage) -> Kernel:
         state: storage of latents, history and noise; coefficients are float32.
         predicted: storage of the predicted noise.
     """
-    suffix = SHORT_NAMES[state] if state == predicted else f"{SHORT_NAMES[state]}_{SHORT_NAMES[predicted]}"
-    name = f"lfdm_thresholded_step_{suffix}"
+    name = f"lfdm_thresholded_step_{_suffix(state, predicted)}"
     definition = f"LFDM_STEP_KERNEL({name}, {state}, {predicted})"
-    return Kernel(name, "thresholded_step/kernel.cuh", definition, 1024, (5, 2), 3)
+    return Kernel(name, "thresholded_step/kernel.cuh", definition, _STEP_THREADS, (5, 2), 3)
+
+
+def count_kernel(state: Storage, predicted: Storage, number: int) -> Kernel:
+    """Latent, predicted noise and coefficients into counts (B, `COUNTS`) uint32, which are 0 before the first pass.
+
+    Args:
+        state: see `step_kernel`.
+        predicted: see `step_kernel`.
+        number: of the pass, below `PASSES`.
+    """
+    name = f"lfdm_step_count_{number}_{_suffix(state, predicted)}"
+    definition = f"LFDM_STEP_COUNT_KERNEL({name}, {state}, {predicted}, {number})"
+    return Kernel(name, "thresholded_step/passes.cuh", definition, _STEP_THREADS, (3, 1), 2)
+
+
+def update_kernel(state: Storage, predicted: Storage) -> Kernel:
+    """What `step_kernel` takes, and the counts of all passes behind it, into the next latent and history."""
+    name = f"lfdm_step_update_{_suffix(state, predicted)}"
+    definition = f"LFDM_STEP_UPDATE_KERNEL({name}, {state}, {predicted})"
+    return Kernel(name, "thresholded_step/passes.cuh", definition, _STEP_THREADS, (6, 2), 3)
+
+
+def count_launch(elements: int, lower_rank: int, batch: Size) -> Launch[Size]:
+    """How a pass is launched; see `step_launch`."""
+    return Launch((_shares(elements), batch, 1), (elements, lower_rank))
+
+
+def update_launch(elements: int, lower_rank: int, weight: float, batch: Size) -> Launch[Size]:
+    """How the kernel behind the passes is launched; see `step_launch`."""
+    scalars = step_launch(elements, lower_rank, weight, batch).scalars
+    return Launch((_shares(elements), batch, 1), scalars)
 
 
 def step_launch(elements: int, lower_rank: int, weight: float, batch: Size) -> Launch[Size]:
@@ -61,3 +96,12 @@ def noise_launch(elements: int, batch: Size) -> Launch[Size]:
     """How the noise kernel is launched, for samples of that many elements."""
     blocks = -(-elements // (_NOISE_THREADS * _NOISE_VALUES))
     return Launch((blocks, batch, 1), (elements,))
+
+
+def _suffix(state: Storage, predicted: Storage) -> str:
+    return SHORT_NAMES[state] if state == predicted else f"{SHORT_NAMES[state]}_{SHORT_NAMES[predicted]}"
+
+
+def _shares(elements: int) -> int:
+    """Blocks of a sample, so that a thread has one pack of values."""
+    return -(-elements // (_STEP_THREADS * _STEP_VALUES))

@@ -20,6 +20,9 @@
 //    8x8: of the source it pulls (9·9)/(8·8) = 1.27 times its share from L2 into L1, where a row of 64 pixels
 //    would pull 2 times; L2's bandwidth, little above the memory's, is what the reads of the source cost. A phase
 //    (stride 2) shares no corner between neighbours: it reads the whole source for a quarter of the pixels.
+//    Instructions bound it in 16-bit types: 8 elements need some 115 for their arithmetic, conversions included. So
+//    what is done per block or per pixel is kept small: few threads a block, which all make taps and then walk over
+//    many items; places by pointer and stride in bytes; all corners read without conditions where all lie inside.
 //  - Planar (N, C, H, W): a thread owns 4 bytes of pixels, keeps their corners in registers and walks over the
 //    channels. Corners are read one value at a time (the flow decides where), so reads of L1, not bytes, bound it:
 //    with 4 bytes a thread the 32 threads of a warp read corners within one line of 128 bytes, 10 accesses for 2
@@ -31,8 +34,6 @@
 #include "cuda/shim.cuh"
 
 namespace lfdm {
-
-constexpr int WARP_THREADS = 256;
 
 struct WarpShape {
     int frames;         // of each source
@@ -62,13 +63,27 @@ struct Resized {
         axis(shape.motion_width, shape.width, column, first_column, second_column, left, right);
     }
 
-    LFDM_INLINE float at(const float* LFDM_RESTRICT plane, int width) const {
-        const float a = plane[first_row * width + first_column];
-        if (identity) return a;  // not 1·a + 0·b, which is NaN beside an infinity
-        const float b = plane[first_row * width + second_column];
-        const float c = plane[second_row * width + first_column];
-        const float d = plane[second_row * width + second_column];
-        return top * (left * a + right * b) + bottom * (left * c + right * d);
+    // The values of PLANES planes around the place: read all at once, so that none waits for another.
+    template <int PLANES>
+    LFDM_INLINE void at(const float* LFDM_RESTRICT motion, int plane, int width, float (&values)[PLANES]) const {
+        float around[PLANES][4] = {};
+#pragma unroll
+        for (int i = 0; i < PLANES; ++i) around[i][0] = motion[i * plane + first_row * width + first_column];
+        if (!identity) {
+#pragma unroll
+            for (int i = 0; i < PLANES; ++i) {
+                const float* LFDM_RESTRICT of = motion + i * plane;
+                around[i][1] = of[first_row * width + second_column];
+                around[i][2] = of[second_row * width + first_column];
+                around[i][3] = of[second_row * width + second_column];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < PLANES; ++i) {
+            const float(&a)[4] = around[i];
+            // not 1·a + 0·b, which is NaN beside an infinity
+            values[i] = identity ? a[0] : top * (left * a[0] + right * a[1]) + bottom * (left * a[2] + right * a[3]);
+        }
     }
 
   private:
@@ -94,11 +109,13 @@ LFDM_INLINE Taps make_taps(const WarpShape& shape, const float* LFDM_RESTRICT mo
     const Resized resized(shape, row * shape.stride + shape.phase_y, column * shape.stride + shape.phase_x);
     const int plane = shape.motion_height * shape.motion_width;
     const float height = float(shape.height), width = float(shape.width);
-    const float x = ((resized.at(motion, shape.motion_width) + 1.0f) * width - 1.0f) * 0.5f;
-    const float y = ((resized.at(motion + plane, shape.motion_width) + 1.0f) * height - 1.0f) * 0.5f;
+    float at[BLEND ? 3 : 2];
+    resized.at(motion, plane, shape.motion_width, at);
+    const float x = ((at[0] + 1.0f) * width - 1.0f) * 0.5f;
+    const float y = ((at[1] + 1.0f) * height - 1.0f) * 0.5f;
     Taps taps = {};
     if (BLEND) {
-        taps.visible = resized.at(motion + 2 * plane, shape.motion_width);
+        taps.visible = at[BLEND ? 2 : 0];
         taps.hidden = 1.0f - taps.visible;
     }
     // False for NaN, so that what follows converts only small numbers to integers.
@@ -127,87 +144,131 @@ LFDM_INLINE float mix(const Taps& taps, float sampled, float previous) {
 constexpr int TILE_SIDE = 8;
 constexpr int TILE_PIXELS = TILE_SIDE * TILE_SIDE;
 
+constexpr int SLICE_PACKS = 8;  // channels of a block, in packs of 16 bytes: a line
+
 template <class T>
 constexpr int warp_channels_last_pixels = TILE_PIXELS;
 
-// One frame's tile (block.x) for channels [begin, end), in packs of COUNT.
-template <class T, bool BLEND, int COUNT>
-LFDM_INLINE void warp_items(const Taps* taps, const WarpShape& shape, const T* LFDM_RESTRICT source,
-                            const T* LFDM_RESTRICT previous, T* LFDM_RESTRICT result, int thread, int first_row,
-                            int first_column, int rows, int columns, int begin, int end) {
-    const int packs = (end - begin) / COUNT;
-    // item -> (pixel, pack), followed by additions instead of divisions.
-    int pixel = thread / packs, pack = thread % packs;
-    const int pixel_step = WARP_THREADS / packs, pack_step = WARP_THREADS % packs;
-    while (pixel < TILE_PIXELS) {
-        const int row = first_row + pixel / TILE_SIDE, column = first_column + pixel % TILE_SIDE;
-        if (row < rows && column < columns) {
-            const int channel = begin + pack * COUNT;
-            const Taps tap = taps[pixel];
-            const int64 at = (int64(row) * columns + column) * shape.channels + channel;
-            // All reads before the first use; a corner outside counts as 0, which adds nothing.
-            Pack<T, COUNT> before = {}, corners[4] = {};
-            if (BLEND) before = read_pack<COUNT>(previous + at);
-#pragma unroll
-            for (int corner = 0; corner < 4; ++corner) {
-                const int from = tap.corner + (corner >> 1) * shape.width + (corner & 1);
-                if (tap.inside >> corner & 1u)
-                    corners[corner] = read_pack<COUNT>(source + int64(from) * shape.channels + channel);
-            }
-            float sum[COUNT] = {};
-#pragma unroll
-            for (int corner = 0; corner < 4; ++corner) {
-#pragma unroll
-                for (int i = 0; i < COUNT; ++i)
-                    sum[i] = multiply_add(tap.weight[corner], load(corners[corner].values[i]), sum[i]);
-            }
-            Pack<T, COUNT> after;
-#pragma unroll
-            for (int i = 0; i < COUNT; ++i)
-                after.values[i] = store<T>(mix<BLEND>(tap, sum[i], load(before.values[i])));
-            write_pack<COUNT>(result + at, after);
-        }
-        pixel += pixel_step;
-        pack += pack_step;
-        if (pack >= packs) {
-            pack -= packs;
-            ++pixel;
-        }
+// A pointer moved by so many strides of bytes: one instruction, where an index and a size would be three.
+template <class T>
+LFDM_INLINE const T* moved(const T* base, int strides, int bytes) {
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(base) + int64(strides) * bytes);
+}
+
+template <class T>
+LFDM_INLINE T* moved(T* base, int strides, int bytes) {
+    return reinterpret_cast<T*>(reinterpret_cast<char*>(base) + int64(strides) * bytes);
+}
+
+// COUNT channels of the four corners; one outside counts as 0, which adds nothing.
+template <int COUNT, class T>
+LFDM_INLINE void read_corners(const Taps& tap, int width, int pixel_bytes, const T* LFDM_RESTRICT source,
+                              Pack<T, COUNT> (&corners)[4]) {
+    const T* LFDM_RESTRICT upper = moved(source, tap.corner, pixel_bytes);
+    const T* LFDM_RESTRICT lower = moved(source, tap.corner + width, pixel_bytes);
+    if (tap.inside == 15u) {
+        corners[0] = read_pack<COUNT>(upper);
+        corners[1] = read_pack<COUNT>(moved(upper, 1, pixel_bytes));
+        corners[2] = read_pack<COUNT>(lower);
+        corners[3] = read_pack<COUNT>(moved(lower, 1, pixel_bytes));
+    } else {
+        for (int i = 0; i < 4; ++i) corners[i] = {};
+        if (tap.inside & 1u) corners[0] = read_pack<COUNT>(upper);
+        if (tap.inside & 2u) corners[1] = read_pack<COUNT>(moved(upper, 1, pixel_bytes));
+        if (tap.inside & 4u) corners[2] = read_pack<COUNT>(lower);
+        if (tap.inside & 8u) corners[3] = read_pack<COUNT>(moved(lower, 1, pixel_bytes));
     }
 }
 
-constexpr int SLICE_PACKS = 16;  // channels of a block, in packs of 16 bytes
+// COUNT channels of one pixel of a frame: pointers are at the first of them, `at` is the pixel's place.
+template <class T, bool BLEND, int COUNT>
+LFDM_INLINE void warp_item(const Taps& shared_tap, const WarpShape& shape, const T* LFDM_RESTRICT source,
+                           const T* LFDM_RESTRICT previous, T* LFDM_RESTRICT result, int at) {
+    const Taps tap = shared_tap;
+    const int pixel_bytes = shape.channels * int(sizeof(T));
+    // All reads before the first use.
+    Pack<T, COUNT> before = {}, corners[4];
+    if (BLEND) before = read_pack<COUNT>(moved(previous, at, pixel_bytes));
+    read_corners<COUNT>(tap, shape.width, pixel_bytes, source, corners);
+    float sum[COUNT] = {};
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i)
+            sum[i] = multiply_add(tap.weight[corner], load(corners[corner].values[i]), sum[i]);
+    }
+    Pack<T, COUNT> after;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+        after.values[i] = store<T>(mix<BLEND>(tap, sum[i], load(before.values[i])));
+    write_pack<COUNT>(moved(result, at, pixel_bytes), after);
+}
+
+// A tile of a frame, a whole slice of packs of COUNT channels: a thread keeps to the same channels.
+template <class T, bool BLEND, int COUNT, int THREADS>
+LFDM_INLINE void warp_slice(const Taps* taps, const WarpShape& shape, const T* LFDM_RESTRICT source,
+                            const T* LFDM_RESTRICT previous, T* LFDM_RESTRICT result, int thread, int first_row,
+                            int first_column, int rows, int columns) {
+    static_assert(THREADS % SLICE_PACKS == 0 && TILE_PIXELS * SLICE_PACKS % THREADS == 0, "whole rounds of threads");
+    const int channel = thread % SLICE_PACKS * COUNT;
+#pragma unroll 1
+    for (int round = 0; round < TILE_PIXELS * SLICE_PACKS / THREADS; ++round) {
+        const int pixel = thread / SLICE_PACKS + round * (THREADS / SLICE_PACKS);
+        const int row = first_row + pixel / TILE_SIDE, column = first_column + pixel % TILE_SIDE;
+        if (row < rows && column < columns)
+            warp_item<T, BLEND, COUNT>(taps[pixel], shape, source + channel, BLEND ? previous + channel : nullptr,
+                                       result + channel, row * columns + column);
+    }
+}
+
+// The same for any number of packs.
+template <class T, bool BLEND, int COUNT, int THREADS>
+LFDM_INLINE void warp_rest(const Taps* taps, const WarpShape& shape, const T* LFDM_RESTRICT source,
+                           const T* LFDM_RESTRICT previous, T* LFDM_RESTRICT result, int thread, int first_row,
+                           int first_column, int rows, int columns, int packs) {
+#pragma unroll 1
+    for (int item = thread; item < TILE_PIXELS * packs; item += THREADS) {
+        const int pixel = item / packs, channel = item % packs * COUNT;
+        const int row = first_row + pixel / TILE_SIDE, column = first_column + pixel % TILE_SIDE;
+        if (row < rows && column < columns)
+            warp_item<T, BLEND, COUNT>(taps[pixel], shape, source + channel, BLEND ? previous + channel : nullptr,
+                                       result + channel, row * columns + column);
+    }
+}
 
 // Grid: tiles, frames, slices of channels.
-template <class T, bool BLEND>
-LFDM_INLINE void warp_channels_last(const Block<WARP_THREADS>& block, Taps* taps, const WarpShape& shape,
+template <class T, bool BLEND, int THREADS>
+LFDM_INLINE void warp_channels_last(const Block<THREADS>& block, Taps* taps, const WarpShape& shape,
                                     const T* LFDM_RESTRICT source, const float* LFDM_RESTRICT motion,
                                     const T* LFDM_RESTRICT previous, T* LFDM_RESTRICT result) {
-    constexpr int PACK = 16 / sizeof(T);
+    constexpr int PACK = 16 / sizeof(T), SLICE = SLICE_PACKS * PACK;
     const int rows = shape.height / shape.stride, columns = shape.width / shape.stride;
     const int tiles_across = (columns + TILE_SIDE - 1) / TILE_SIDE;
     const int first_row = block.x / tiles_across * TILE_SIDE, first_column = block.x % tiles_across * TILE_SIDE;
     const int frame = block.y;
-    const int begin = block.z * SLICE_PACKS * PACK;
+    const int begin = block.z * SLICE;
     const int rest = shape.channels - begin;
-    const int end = begin + (rest < SLICE_PACKS * PACK ? rest : SLICE_PACKS * PACK);
     motion += int64(frame) * 3 * shape.motion_height * shape.motion_width;
-    source += int64(frame / shape.frames) * shape.height * shape.width * shape.channels;
-    const int64 offset = int64(frame) * rows * columns * shape.channels;
+    block.phase([&](int thread) {
+        for (int pixel = thread; pixel < TILE_PIXELS; pixel += THREADS) {
+            const int row = first_row + pixel / TILE_SIDE, column = first_column + pixel % TILE_SIDE;
+            if (row < rows && column < columns) taps[pixel] = make_taps<BLEND>(shape, motion, row, column);
+        }
+    });
+    source += int64(frame / shape.frames) * shape.height * shape.width * shape.channels + begin;
+    const int64 offset = int64(frame) * rows * columns * shape.channels + begin;
     if (BLEND) previous += offset;
     result += offset;
     block.phase([&](int thread) {
-        const int row = first_row + thread / TILE_SIDE, column = first_column + thread % TILE_SIDE;
-        if (thread < TILE_PIXELS && row < rows && column < columns)
-            taps[thread] = make_taps<BLEND>(shape, motion, row, column);
-    });
-    block.phase([&](int thread) {
-        if (shape.channels % PACK == 0) {
-            warp_items<T, BLEND, PACK>(taps, shape, source, previous, result, thread, first_row, first_column, rows,
-                                       columns, begin, end);
+        if (shape.channels % PACK == 0 && rest >= SLICE) {
+            warp_slice<T, BLEND, PACK, THREADS>(taps, shape, source, previous, result, thread, first_row, first_column,
+                                                rows, columns);
+        } else if (shape.channels % PACK == 0) {
+            warp_rest<T, BLEND, PACK, THREADS>(taps, shape, source, previous, result, thread, first_row, first_column,
+                                               rows, columns, rest / PACK);
         } else {
-            warp_items<T, BLEND, 1>(taps, shape, source, previous, result, thread, first_row, first_column, rows,
-                                    columns, begin, end);
+            warp_rest<T, BLEND, 1, THREADS>(taps, shape, source, previous, result, thread, first_row, first_column,
+                                            rows, columns, rest < SLICE ? rest : SLICE);
         }
     });
 }
@@ -255,8 +316,8 @@ template <class T>
 constexpr int warp_planar_pixels = STRIP_PACKS * (4 / int(sizeof(T)));
 
 // Grid: strips of pixels (rows follow one another), frames, slices of channels.
-template <class T, bool BLEND>
-LFDM_INLINE void warp_planar(const Block<WARP_THREADS>& block, Taps* taps, const WarpShape& shape,
+template <class T, bool BLEND, int THREADS>
+LFDM_INLINE void warp_planar(const Block<THREADS>& block, Taps* taps, const WarpShape& shape,
                              const T* LFDM_RESTRICT source, const float* LFDM_RESTRICT motion,
                              const T* LFDM_RESTRICT previous, T* LFDM_RESTRICT result) {
     constexpr int PACK = 4 / sizeof(T), PIXELS = warp_planar_pixels<T>;
@@ -270,7 +331,7 @@ LFDM_INLINE void warp_planar(const Block<WARP_THREADS>& block, Taps* taps, const
     if (BLEND) previous += offset;
     result += offset;
     block.phase([&](int thread) {
-        for (int i = thread; i < PIXELS && first + i < plane; i += WARP_THREADS)
+        for (int i = thread; i < PIXELS && first + i < plane; i += THREADS)
             taps[i] = make_taps<BLEND>(shape, motion, (first + i) / columns, (first + i) % columns);
     });
     block.phase([&](int thread) {
@@ -278,9 +339,9 @@ LFDM_INLINE void warp_planar(const Block<WARP_THREADS>& block, Taps* taps, const
             const int pixel = thread % STRIP_PACKS * PACK;
             if (first + pixel < plane)
                 warp_pixels<T, BLEND, PACK>(taps + pixel, shape, source, previous, result, first + pixel, plane,
-                                            begin + thread / STRIP_PACKS, end, WARP_THREADS / STRIP_PACKS);
+                                            begin + thread / STRIP_PACKS, end, THREADS / STRIP_PACKS);
         } else {
-            for (int i = thread; i < PIXELS && first + i < plane; i += WARP_THREADS)
+            for (int i = thread; i < PIXELS && first + i < plane; i += THREADS)
                 warp_pixels<T, BLEND, 1>(taps + i, shape, source, previous, result, first + i, plane, begin, end, 1);
         }
     });
@@ -294,24 +355,24 @@ LFDM_INLINE void warp_planar(const Block<WARP_THREADS>& block, Taps* taps, const
     int frames, int channels, int height, int width, int motion_height, int motion_width, int stride, int phase_y, \
         int phase_x
 
-#define LFDM_WARP_BODY(T, BLEND, layout, pixels)                                                                    \
+#define LFDM_WARP_BODY(T, BLEND, layout, threads)                                                                    \
     const lfdm::WarpShape shape = {frames,       channels, height,  width,  motion_height,                           \
                                    motion_width, stride,   phase_y, phase_x};                                        \
-    LFDM_SHARED lfdm::Taps taps[pixels];                                                                             \
+    LFDM_SHARED lfdm::Taps taps[lfdm::layout##_pixels<lfdm::T>];                                                     \
     lfdm::spoil(taps);                                                                                               \
-    lfdm::layout<lfdm::T, BLEND>({}, taps, shape, source, motion, previous, result)
+    lfdm::layout<lfdm::T, BLEND, threads>({}, taps, shape, source, motion, previous, result)
 
-#define LFDM_WARP_BLEND_KERNEL(name, T, layout)                                                                      \
-    LFDM_KERNEL(name, lfdm::WARP_THREADS)                                                                            \
-    (const lfdm::T* LFDM_RESTRICT source, const float* LFDM_RESTRICT motion, const lfdm::T* LFDM_RESTRICT previous,   \
+#define LFDM_WARP_BLEND_KERNEL(name, T, layout, threads)                                                             \
+    LFDM_KERNEL_OF(name, threads, 1024 / threads)                                                                    \
+    (const lfdm::T* LFDM_RESTRICT source, const float* LFDM_RESTRICT motion, const lfdm::T* LFDM_RESTRICT previous,  \
      LFDM_WARP_SCALARS, lfdm::T* LFDM_RESTRICT result) {                                                             \
-        LFDM_WARP_BODY(T, true, layout, lfdm::layout##_pixels<lfdm::T>);                                           \
+        LFDM_WARP_BODY(T, true, layout, threads);                                                                    \
     }
 
-#define LFDM_WARP_KERNEL(name, T, layout)                                                                            \
-    LFDM_KERNEL(name, lfdm::WARP_THREADS)                                                                            \
+#define LFDM_WARP_KERNEL(name, T, layout, threads)                                                                   \
+    LFDM_KERNEL_OF(name, threads, 1024 / threads)                                                                    \
     (const lfdm::T* LFDM_RESTRICT source, const float* LFDM_RESTRICT motion, LFDM_WARP_SCALARS,                      \
      lfdm::T* LFDM_RESTRICT result) {                                                                                \
         const lfdm::T* previous = nullptr;                                                                           \
-        LFDM_WARP_BODY(T, false, layout, lfdm::layout##_pixels<lfdm::T>);                                          \
+        LFDM_WARP_BODY(T, false, layout, threads);                                                                   \
     }

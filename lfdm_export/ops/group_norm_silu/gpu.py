@@ -1,0 +1,106 @@
+"""GroupNormSilu on tensors of a GPU whose channels lie together: an operator of torch around the kernels."""
+# An operator's shape function has its operator's arguments.
+# ruff: noqa: ARG001
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lfdm_export.ops.cuda.launcher import STORAGES, launch
+from lfdm_export.ops.group_norm_silu import kernels
+from lfdm_export.ops.group_norm_silu.kernels import NormPlan
+
+
+def group_norm_silu_on_gpu(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    scale_shift: tuple[Tensor, Tensor] | None,
+    residual: Tensor | None,
+    *,
+    frames: int,
+    groups: int,
+) -> Tensor:
+    """See `reference.group_norm_silu`; `x` must lie channels last, and so does the result."""
+    parameters = [gamma, beta, *(scale_shift or ())]
+    if (STORAGES[x.dtype], STORAGES.get(gamma.dtype)) not in kernels.STORAGES or len({p.dtype for p in parameters}) > 1:
+        parameters = [parameter.to(torch.float32) for parameter in parameters]
+    if residual is not None:
+        residual = residual.to(x.dtype)
+    gamma, beta, *modulation = parameters
+    scale, shift = modulation or (None, None)
+    return _group_norm_silu(x, gamma, beta, scale, shift, residual, frames, groups)
+
+
+@torch.library.custom_op(
+    "lfdm::group_norm_silu",
+    mutates_args=(),
+    schema="(Tensor x, Tensor gamma, Tensor beta, Tensor? scale, Tensor? shift, Tensor? residual, int frames, "
+    "int groups) -> Tensor",
+)
+def _group_norm_silu(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    frames: int,
+    groups: int,
+) -> Tensor:
+    result = _group_norm_silu_result(x, gamma, beta, scale, shift, residual, frames, groups)
+    storage, narrow = STORAGES[x.dtype], STORAGES[gamma.dtype]
+    count, channels, height, width = x.shape
+    plan = NormPlan.of(storage, count // frames, frames * height * width, channels, groups)
+    x, gamma, beta = _channels_last(x), _aligned(gamma.contiguous()), _aligned(beta.contiguous())
+    partials = x.new_empty((plan.clips, plan.slabs, groups, 2), dtype=torch.float32)
+    launch(kernels.statistics_kernel(storage), plan.statistics(), [x], [partials])
+    # Pointers to what is not there are not followed.
+    row_stride, rows = 0, [gamma, gamma]
+    if scale is not None and shift is not None:
+        row_stride, rows = _rows_alike(scale, shift)
+    added = x if residual is None else _channels_last(residual)
+    launch(
+        kernels.apply_kernel(storage, narrow),
+        plan.apply(row_stride=row_stride, modulated=scale is not None, added=residual is not None),
+        [x, partials, gamma, beta, *rows, added],
+        [result],
+    )
+    return result
+
+
+@_group_norm_silu.register_fake
+def _group_norm_silu_result(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    frames: int,
+    groups: int,
+) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _rows_alike(scale: Tensor, shift: Tensor) -> tuple[int, list[Tensor]]:
+    """Scale and shift (B, C), and the elements from row to row; parts of one product are taken where they lie."""
+    alike = scale.stride() == shift.stride() and scale.stride(1) == 1
+    step = scale.stride(0) * scale.element_size()
+    if alike and (len(scale) == 1 or step % 16 == 0) and _is_aligned(scale) and _is_aligned(shift):
+        return int(scale.stride(0)), [scale, shift]
+    return int(scale.shape[1]), [_aligned(scale.contiguous()), _aligned(shift.contiguous())]
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return _aligned(tensor.contiguous(memory_format=torch.channels_last))
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor at a multiple of 16 bytes, which a part of another need not be."""
+    return tensor if _is_aligned(tensor) else tensor.clone()
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % 16 == 0
