@@ -160,8 +160,6 @@ PARTS: dict[str, Part] = {
     "ours-fp16-compiled": _clip(
         "the same by torch.compile: the fastest way", _way("ours", "fp16", compiled=True), 45, 150
     ),
-    "product-fp16": _clip("the target torch, as users get it", _product("fp16", (1, 8)), 60, 260),
-    "product-fp16-jit": _clip("the same by torch.compile", _product("fp16", (1,), "jit"), 45, 150),
     "attention": Part("temporal attention's core: our kernel, PyTorch's backends", _attention, 8, 40, kernels=True),
     "step": Part("our step and noise kernels, and PyTorch's operators", _step, 8, 40, kernels=True),
     "norm": Part("our group norm kernels, and PyTorch's operators", _norm, 6, 40, kernels=True),
@@ -169,6 +167,9 @@ PARTS: dict[str, Part] = {
     "warp-blocks": Part("WarpBlend by threads of a block", _warp_blocks, 5, 30, kernels=True),
     "step-kernels": Part("our step as one kernel and as four", _step_kernels, 5, 30, kernels=True),
     "last-convolution": Part("the decoder's last convolution by formulation", _last_convolutions, 8, 45, kernels=True),
+    "product-fp16": _clip("the target torch, as users get it", _product("fp16", (1,)), 50, 170),
+    "product-fp16-jit": _clip("the same by torch.compile", _product("fp16", (1,), "jit"), 45, 150),
+    "product-fp16-batch": _clip("the same for eight clips", _product("fp16", (8,)), 60, 200),
     "warp": Part("WarpBlend at the decoder's sizes, and PyTorch's operators", _warp, 8, 45, kernels=True),
     "faithful-fp16-graphs": _clip("the published way in autocast and CUDA graphs", _way("faithful", "fp16"), 12, 50),
     "batches-fp16": _clip("our modules by batch size", _batches("fp16", (8, 32, 1, 2, 4, 16)), 15, 90),
