@@ -1,4 +1,4 @@
-"""A module -> a program that PyTorch's AOTInductor compiled for this machine, kept in the user's cache."""
+"""A module -> a program that PyTorch compiled for this machine."""
 
 from __future__ import annotations
 
@@ -28,9 +28,12 @@ logger = logging.getLogger(__name__)
 Program: TypeAlias = Callable[..., tuple[Tensor, ...]]
 #: How the modules are compiled, one of `MODES`.
 VARIABLE = "LFDM_TORCH_COMPILE"
-#: "aot": ahead of time, kept in the user's cache; "jit": by torch.compile, anew in each process; "0": not at all, which
-#: is slower, but needs no compiler.
+#: "aot": ahead of time by AOTInductor, kept in the user's cache, the default on a CPU; "jit": by torch.compile, traced
+#: anew in each process (Inductor keeps kernels in a cache of its own), the default on a GPU, where a program of
+#: AOTInductor has crashed (PyTorch 2.11 on an H200); "0": not at all, which is slower, but needs no compiler.
 MODES = ("aot", "jit", "0")
+# Shapes that a module is compiled for in one process; beyond that torch.compile gives up.
+_MOST_SHAPES = 64
 # What the modules are written in; other code may compile to another program.
 _SOURCES = (
     (Path(lfdm_export.__file__).parent, ("ops", "rewrite")),
@@ -38,13 +41,13 @@ _SOURCES = (
 )
 
 
-def mode() -> str:
-    """What the environment says, "aot" where it says nothing.
+def mode(device: torch.device) -> str:
+    """One of `MODES`: what the environment says, else the device's default.
 
     Raises:
         InputError: it says something else.
     """
-    said = os.environ.get(VARIABLE, MODES[0])
+    said = os.environ.get(VARIABLE, "jit" if device.type == "cuda" else "aot")
     if said not in MODES:
         raise InputError(f"{VARIABLE} is {said!r}, expected {', '.join(MODES)}")
     return said
@@ -73,12 +76,12 @@ def make_program(
     Raises:
         EngineError: PyTorch cannot compile it here.
     """
-    how = mode()
+    device = examples[0].device
+    how = mode(device)
     if how == "0":
         return _in_tuples(module)
     if how == "jit":
-        return _in_tuples(torch.compile(module, dynamic=False))
-    device = examples[0].device
+        return _by_torch_compile(module, name)
     key = _key(examples, device, {"name": name, **identity})
     blob = None if cache is None else cache.read(name, key)
     with tempfile.TemporaryDirectory(prefix="lfdm-export-") as folder:
@@ -96,6 +99,20 @@ def make_program(
     return _in_tuples(runner)
 
 
+def _by_torch_compile(module: nn.Module, name: str) -> Program:
+    # Whole: a part that cannot be compiled is an error, as is a shape too many; neither may go on slowly.
+    function = _in_tuples(torch.compile(module, dynamic=False, fullgraph=True))
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES):
+            try:
+                return function(*inputs)
+            except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+                raise _cannot_compile(name, error) from error
+
+    return run
+
+
 def _in_tuples(function: Callable[..., Any]) -> Program:
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         results = function(*inputs)
@@ -111,11 +128,15 @@ def _compile(module: nn.Module, examples: tuple[Tensor, ...], package: Path, nam
             program = torch.export.export(module, examples, strict=False)
             torch._inductor.aoti_compile_and_package(program, package_path=str(package))
     except Exception as error:  # compilers fail in many ways, none of which shares a base
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise EngineError(
-            f"PyTorch cannot compile {name} here: {reason[0][:300]}; it needs a C++ compiler (Debian: apt-get install "
-            f"g++), and on a GPU Triton, which comes with PyTorch for CUDA; {VARIABLE}=0 runs it uncompiled, slower"
-        ) from error
+        raise _cannot_compile(name, error) from error
+
+
+def _cannot_compile(name: str, error: Exception) -> EngineError:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return EngineError(
+        f"PyTorch cannot compile {name} here: {reason[0][:300]}; it needs a C++ compiler (Debian: apt-get install g++), "
+        f"and on a GPU Triton, which comes with PyTorch for CUDA; {VARIABLE}=0 runs it uncompiled, slower"
+    )
 
 
 def _key(examples: Sequence[Tensor], device: torch.device, identity: Mapping[str, object]) -> str:
