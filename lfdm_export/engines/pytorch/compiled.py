@@ -134,8 +134,8 @@ def _compile(module: nn.Module, examples: tuple[Tensor, ...], package: Path, nam
 def _cannot_compile(name: str, error: Exception) -> EngineError:
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return EngineError(
-        f"PyTorch cannot compile {name} here: {reason[0][:300]}; it needs a C++ compiler (Debian: apt-get install g++), "
-        f"and on a GPU Triton, which comes with PyTorch for CUDA; {VARIABLE}=0 runs it uncompiled, slower"
+        f"PyTorch cannot compile {name} here: {reason[0][:300]}; it needs a C++ compiler (Debian: apt-get install g++) "
+        f"and, on a GPU, Triton, which comes with PyTorch for CUDA; {VARIABLE}=0 runs it uncompiled, slower"
     )
 
 
