@@ -125,11 +125,11 @@ def _batches(precision: str, batches: tuple[int, ...], *, compiled: bool = False
     return run
 
 
-def _product(precision: str, batches: tuple[int, ...], mode: str | None = None) -> Callable[[Bench], Record]:
+def _product(precision: str, batches: tuple[int, ...]) -> Callable[[Bench], Record]:
     def run(bench: Bench) -> Record:
         from benchmarks.gpu_product import measure_product
 
-        return measure_product(bench, precision, batches[:1] if bench.tiny else batches, mode)
+        return measure_product(bench, precision, batches[:1] if bench.tiny else batches)
 
     return run
 
@@ -181,6 +181,5 @@ PARTS: dict[str, Part] = {
     ),
     "ours-fp16-planar": _clip("without channels last", _way("ours", "fp16", last=False), 12, 60),
     "ours-fp16-eager": _clip("without CUDA graphs", _way("ours", "fp16", graphs=False), 12, 60),
-    "product-fp16-aot": _clip("the target torch, compiled ahead of time", _product("fp16", (1,), "aot"), 60, 200),
     "ours-tf32": _clip("TF32", _way("ours", "tf32"), 12, 60),
 }

@@ -28,12 +28,10 @@ from lfdm_export.rewrite.stage_modules import stage_modules
 from lfdm_export.stages import stage_specs
 
 
-def measure_product(bench: Bench, precision: str, batches: tuple[int, ...], mode: str | None) -> Record:
+def measure_product(bench: Bench, precision: str, batches: tuple[int, ...]) -> Record:
     """Clips per second and distance from the faithful networks, by batch; programs are compiled as for users."""
     if bench.device.type != "cuda":  # compiling for a CPU takes minutes and shows nothing of a GPU
-        mode = "0"
-    if mode is not None:
-        os.environ[VARIABLE] = mode
+        os.environ[VARIABLE] = "0"
     for batch in batches:
         bench.budget.need(25, f"batch {batch}")
         task = bench.task(batch)

@@ -18,7 +18,7 @@ from lfdm_export.bundle.manifest import TEXT_STAGE, Manifest, check_labels
 from lfdm_export.bundle.reader import ONNX_FOLDER, PARITY_FOLDER, TOKENIZER_FOLDER, TORCH_WEIGHTS, Bundle
 from lfdm_export.bundle.writer import BundleWriter
 from lfdm_export.checkpoints.datasets import NO_ENCODER, dataset_facts
-from lfdm_export.engines.pytorch.weights import write_weights
+from lfdm_export.engines.pytorch.weights import check_torch_precision, write_weights
 from lfdm_export.errors import ExportError, InputError
 from lfdm_export.export.precisions import Traced, check_precision, typed_graphs
 from lfdm_export.graphs import trace
@@ -93,6 +93,8 @@ def export_bundle(
         BundleError: the bundle cannot be written there.
     """
     check_precision(engine)
+    if torch_weights:
+        check_torch_precision(engine)
     if dataset is not None:
         facts = dataset_facts(dataset)
         preprocessing = facts.preprocessing if preprocessing is None else preprocessing
@@ -118,7 +120,7 @@ def export_bundle(
             lowered.sensitivity.write(writer.folder / PARITY_FOLDER)
         del graphs, lowered
         if torch_weights:
-            write_weights(model, frames, engine, writer.folder / TORCH_WEIGHTS, drive=drive)
+            write_weights(model, writer.folder / TORCH_WEIGHTS)
         rows = np.array(list(table.values()), np.float32).reshape(len(table), geometry.text_width)
         writer.write_embeddings(rows, model.diffusion.denoise_fn.null_cond_emb.detach().numpy()[0])
         if encoder is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +27,7 @@ from lfdm_export.engines.pytorch.session import TorchSession, find_device, torch
 from lfdm_export.engines.pytorch.weights import DTYPES, load_modules, write_weights
 from lfdm_export.engines.targets import Machine, find_target, find_targets, lacking
 from lfdm_export.errors import EngineError, InputError
+from lfdm_export.export.bundle_export import export_bundle
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.ops.cuda.dispatch import standing_in
 from lfdm_export.ops.cuda.host import HostKernels
@@ -42,7 +43,7 @@ WITHOUT = Machine((), "the NVIDIA driver sees no GPU", PACKAGES)
 def with_weights(bundle: Bundle, model: LfdmModel, folder: Path, precision: str = "fp32") -> Bundle:
     """A copy of a bundle of fp32 that says it is of a precision, with the weights of that precision."""
     shutil.copytree(bundle.path, folder)
-    write_weights(model, bundle.manifest.geometry.frames, precision, folder / TORCH_WEIGHTS)
+    write_weights(model, folder / TORCH_WEIGHTS)
     return listed(folder, bundle.manifest, precision)
 
 
@@ -86,14 +87,12 @@ def test_modules_come_back_as_they_were(
         for name, tensor in found.items():
             assert tensor.dtype == state[name].dtype, name
             assert torch.equal(tensor, state[name]), name
-    step, guided = (modules[name].state_dict() for name in ("step", "step_guided"))
-    assert {tensor.data_ptr() for tensor in guided.values()} <= {tensor.data_ptr() for tensor in step.values()}
 
 
-def test_a_precision_without_weights_is_refused(small_model: LfdmModel, tmp_path: Path) -> None:
+def test_a_precision_that_it_has_not_is_refused_before_the_export(small_model: LfdmModel, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the target 'torch' has no int8; expected fp32, tf32, fp16, bf16"):
-        write_weights(small_model, 10, "int8", tmp_path / "x" / "weights.safetensors")
-    assert not (tmp_path / "x").exists()
+        export_bundle(small_model, tmp_path / "bundle", engine="int8", torch_weights=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bundle_without_weights_says_so(small_bundle: Bundle, torch_bundle: Bundle) -> None:
@@ -108,36 +107,30 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+ONE = "diffusion.denoise_fn.init_conv.weight"
+
+
 def without_one(path: Path) -> None:
     tensors = load_file(path)
-    tensors.pop("step.denoise.unet.latent_conv.weight")
-    save_file(tensors, path, metadata=same_of(path))
+    tensors.pop(ONE)
+    save_file(tensors, path)
 
 
 def of_another_shape(path: Path) -> None:
-    tensors = load_file(path)
-    tensors["step.denoise.unet.latent_conv.weight"] = torch.zeros(3)
-    save_file(tensors, path, metadata=same_of(path))
+    save_file({**load_file(path), ONE: torch.zeros(3)}, path)
 
 
-def of_another_form(path: Path) -> None:
-    save_file(load_file(path), path, metadata={"same": json.dumps(["a list"])})
-
-
-def same_of(path: Path) -> dict[str, str]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata())
+def with_another(path: Path) -> None:
+    save_file({**load_file(path), "lfae.another": torch.zeros(3)}, path)
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (cut, "does not hold the weights of this bundle's modules"),
-        (without_one, "lacks the weights step.denoise.unet.latent_conv.weight"),
-        (of_another_shape, "does not hold the weights of this bundle's modules"),
-        (of_another_form, "does not hold the weights of this bundle's modules"),
+        (cut, "does not hold the weights of this bundle's networks"),
+        (without_one, "Missing key.*denoise_fn.init_conv.weight"),
+        (of_another_shape, "size mismatch for denoise_fn.init_conv.weight"),
+        (with_another, "Unexpected key.*another"),
     ],
 )
 def test_weights_of_something_else_are_refused(
@@ -199,6 +192,7 @@ class Product(torch.nn.Module):
 
 def test_a_program_is_compiled_once_for_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
+    logging.getLogger("torch.__trace").setLevel(logging.WARNING)  # what it writes for itself, pytest would keep
     cache = CompiledCache(tmp_path)
     x = torch.tensor([[-1.0, 2.0, 3.0, -4.0]])
 
@@ -312,6 +306,20 @@ def test_what_it_lacks_is_said() -> None:
     assert "pip install 'lfdm-export[torch]'" in lacking("torch", "run", "fp32", Machine((), "no GPU", {}))
     old = Machine((Gpu("Tesla T4", (7, 5), 1 << 34, "12.4"),), "", PACKAGES)
     assert lacking("torch", "run", "bf16", old).startswith("Tesla T4 (SM75) has no bf16")
+
+
+def test_how_it_compiles_depends_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert (compiled.mode(cpu), compiled.mode(cuda)) == ("aot", "jit")
+    monkeypatch.setenv(VARIABLE, "0")
+    assert (compiled.mode(cpu), compiled.mode(cuda)) == ("0", "0")
+    monkeypatch.setenv(VARIABLE, "aot")
+    with pytest.raises(InputError, match="is 'aot', which has crashed on GPUs; expected 'jit' or '0' there"):
+        compiled.mode(cuda)
+    monkeypatch.setenv(VARIABLE, "fast")
+    with pytest.raises(InputError, match="LFDM_TORCH_COMPILE is 'fast', expected aot, jit, 0"):
+        compiled.mode(cpu)
 
 
 def test_a_gpu_that_pytorch_cannot_use_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 Program: TypeAlias = Callable[..., tuple[Tensor, ...]]
 #: How the modules are compiled, one of `MODES`.
 VARIABLE = "LFDM_TORCH_COMPILE"
-#: "aot": ahead of time by AOTInductor, kept in the user's cache, the default on a CPU; "jit": by torch.compile, traced
-#: anew in each process (Inductor keeps kernels in a cache of its own), the default on a GPU, where a program of
-#: AOTInductor has crashed (PyTorch 2.11 on an H200); "0": not at all, which is slower, but needs no compiler.
+#: "aot": ahead of time by AOTInductor, kept in the user's cache, the default on a CPU and not to be had on a GPU, where
+#: such a program has crashed the process (PyTorch 2.11, an H200); "jit": by torch.compile, traced anew in each process
+#: (Inductor keeps kernels in a cache of its own), the default on a GPU; "0": not at all, slower, without a compiler.
 MODES = ("aot", "jit", "0")
 # Shapes that a module is compiled for in one process; beyond that torch.compile gives up.
 _MOST_SHAPES = 64
@@ -50,6 +50,8 @@ def mode(device: torch.device) -> str:
     said = os.environ.get(VARIABLE, "jit" if device.type == "cuda" else "aot")
     if said not in MODES:
         raise InputError(f"{VARIABLE} is {said!r}, expected {', '.join(MODES)}")
+    if (said, device.type) == ("aot", "cuda"):
+        raise InputError(f"{VARIABLE} is 'aot', which has crashed on GPUs; expected 'jit' or '0' there")
     return said
 
 
@@ -76,13 +78,12 @@ def make_program(
     Raises:
         EngineError: PyTorch cannot compile it here.
     """
-    device = examples[0].device
-    how = mode(device)
+    how = mode(examples[0].device)
     if how == "0":
         return _in_tuples(module)
     if how == "jit":
         return _by_torch_compile(module, name)
-    key = _key(examples, device, {"name": name, **identity})
+    key = _key(examples, {"name": name, **identity})
     blob = None if cache is None else cache.read(name, key)
     with tempfile.TemporaryDirectory(prefix="lfdm-export-") as folder:
         package = Path(folder) / f"{name}.pt2"
@@ -93,8 +94,7 @@ def make_program(
             _compile(module, tuple(examples), package, name)
             if cache is not None:
                 cache.write(name, key, package.read_bytes())
-        # Its own synchronization between threads cannot be captured in a CUDA graph; a lock of the session stands in.
-        runner = torch._inductor.aoti_load_package(str(package), run_single_threaded=device.type == "cuda")
+        runner = torch._inductor.aoti_load_package(str(package))
 
     return _in_tuples(runner)
 
@@ -139,19 +139,15 @@ def _cannot_compile(name: str, error: Exception) -> EngineError:
     )
 
 
-def _key(examples: Sequence[Tensor], device: torch.device, identity: Mapping[str, object]) -> str:
+def _key(examples: Sequence[Tensor], identity: Mapping[str, object]) -> str:
     """SHA-256 of everything that decides what is compiled."""
     facts: dict[str, Any] = {
         **{name: str(value) for name, value in sorted(identity.items())},
         "inputs": [(str(tensor.dtype), tuple(tensor.shape), tensor.stride()) for tensor in examples],
-        "versions": package_versions(("lfdm-export", "torch", "triton")),
+        "versions": package_versions(("lfdm-export", "torch")),
         "sources": _sources(),
+        "processor": processor_facts(),
     }
-    if device.type == "cuda":
-        facts["gpu"] = [torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)]
-        facts["cuda"] = [torch.version.cuda, torch.backends.cudnn.version()]
-    else:
-        facts["processor"] = processor_facts()
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

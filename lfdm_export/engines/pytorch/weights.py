@@ -1,17 +1,16 @@
-"""The weights of the deployable modules in a bundle: plain tensors, from which the modules are built again.
+"""The networks' weights in a bundle: plain tensors, from which the deployable modules are made again.
 
-A bundle carries no code of the modules, and nothing that was compiled: both are this program's own.
+They are the networks' own, float32, so that a bundle outlives every change of how modules are rewritten. A bundle
+carries no code, and nothing that was compiled: both are this program's own.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lfdm_export.bundle.reader import TORCH_WEIGHTS, Bundle
 from lfdm_export.engines.held import why_not_held
@@ -19,7 +18,6 @@ from lfdm_export.errors import EngineError, InputError
 from lfdm_export.rewrite.precision import in_precision
 from lfdm_export.rewrite.stage_modules import stage_modules
 from lfdm_export.stages import DRIVE_STAGE
-from lfdm_models.config import LfdmConfig
 from lfdm_models.diffusion import Diffusion
 from lfdm_models.lfae import Lfae
 from lfdm_models.model import LfdmModel
@@ -31,45 +29,36 @@ DTYPES: Mapping[str, torch.dtype] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-#: Modules whose weights are stored, by stage; the other stages of the UNet share those of `step`.
-_STORED = ("encode", "step", "decode", DRIVE_STAGE)
-_SHARED = {"step_guided": "step"}
-# Says which tensor a name means that is not stored under its own.
-_SAME = "same"
+#: Stages that have a module of their own; `denoise` and `denoise_guided` are parts of two of them.
+_STAGES = ("encode", "step", "step_guided", "decode", DRIVE_STAGE)
 
 
-def write_weights(model: LfdmModel, frames: int, precision: str, path: Path, *, drive: bool = True) -> None:
-    """Store the weights of a model's deployable modules in a precision; equal tensors are stored once.
+def write_weights(model: LfdmModel, path: Path) -> None:
+    """Store the weights of a model's networks.
 
     Args:
         model: both networks, float32.
-        frames: T of the bundle.
-        precision: one of `DTYPES`.
         path: the .safetensors file to write; its folder is made.
-        drive: include those that motion transfer alone needs.
-
-    Raises:
-        InputError: the target torch has no such precision.
     """
     from safetensors.torch import save_file
 
+    path.parent.mkdir(parents=True, exist_ok=True)
+    networks = {"lfae": model.lfae, "diffusion": model.diffusion}
+    # Cloned, for safetensors stores no tensor twice, and networks share some.
+    save_file(
+        {f"{name}.{key}": t.detach().clone() for name, one in networks.items() for key, t in one.state_dict().items()},
+        path,
+    )
+
+
+def check_torch_precision(precision: str) -> None:
+    """Refuse a precision that the target torch does not have.
+
+    Raises:
+        InputError: it has not.
+    """
     if precision not in DTYPES:
         raise InputError(f"the target 'torch' has no {precision}; expected {', '.join(DTYPES)}")
-    modules = in_precision(_stored_modules(model, frames, drive=drive), DTYPES[precision])
-    tensors: dict[str, Tensor] = {}
-    same: dict[str, str] = {}
-    names: dict[tuple[object, ...], str] = {}
-    for stage, module in modules.items():
-        for name, tensor in module.state_dict().items():
-            full, dense = f"{stage}.{name}", tensor.detach().contiguous()
-            data = dense.flatten().view(torch.uint8).numpy() if dense.ndim else dense.numpy().reshape(1)
-            key = (tuple(dense.shape), dense.dtype, hashlib.sha256(data.tobytes()).digest())
-            if key in names:
-                same[full] = names[key]
-            else:
-                names[key], tensors[full] = full, dense.clone()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={_SAME: json.dumps(same, sort_keys=True)})
 
 
 def load_modules(bundle: Bundle, device: torch.device) -> dict[str, nn.Module]:
@@ -80,48 +69,31 @@ def load_modules(bundle: Bundle, device: torch.device) -> dict[str, nn.Module]:
         device: where they shall be.
 
     Raises:
-        EngineError: the bundle has no weights for PyTorch, or they are not those of its modules.
+        EngineError: the bundle has no weights for PyTorch, or they are not those of its networks.
+        InputError: the target torch has no such precision.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     lacking = why_not_held(bundle, "torch")
     if lacking:
         raise EngineError(f"{bundle.path} does not run with the target 'torch': {lacking}")
     manifest = bundle.manifest
+    check_torch_precision(manifest.precision)
     path = bundle.path / TORCH_WEIGHTS
-    modules = _empty_modules(manifest.config, manifest.geometry.frames, drive=manifest.has_drive)
+    with torch.random.fork_rng(devices=[]):  # what they draw is replaced at once
+        lfae, diffusion = Lfae(manifest.config.lfae), Diffusion(manifest.config.dm)
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            same = json.loads((file.metadata() or {}).get(_SAME, "{}"))
-            stored = set(file.keys())
-            taken: dict[str, Tensor] = {}
-            for stage, module in modules.items():
-                prefix = _SHARED.get(stage, stage)
-                state = {}
-                for name in module.state_dict():
-                    full = f"{prefix}.{name}"
-                    source = full if full in stored else same.get(full)
-                    if source not in stored:
-                        raise EngineError(f"{path} lacks the weights {full}; export again with --target torch")
-                    if source not in taken:
-                        taken[source] = file.get_tensor(source)
-                    state[name] = taken[source]
-                module.load_state_dict(state, assign=True)
-    except (OSError, SafetensorError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise EngineError(f"{path} does not hold the weights of this bundle's modules: {reason}") from error
-    return {name: module.eval().requires_grad_(False) for name, module in modules.items()}
-
-
-def _stored_modules(model: LfdmModel, frames: int, *, drive: bool) -> dict[str, nn.Module]:
-    modules = stage_modules(model, frames)
-    return {name: modules[name] for name in _STORED if drive or name != DRIVE_STAGE}
-
-
-def _empty_modules(config: LfdmConfig, frames: int, *, drive: bool) -> dict[str, nn.Module]:
-    """The modules without memory for their weights."""
-    with torch.device("meta"):
-        model = LfdmModel(config, Lfae(config.lfae).eval(), Diffusion(config.dm).eval())
-        modules = stage_modules(model, frames)
-    wanted = (*_STORED, *_SHARED)
-    return {name: modules[name] for name in wanted if drive or name != DRIVE_STAGE}
+        stored = load_file(path)
+        for name, network in (("lfae", lfae), ("diffusion", diffusion)):
+            prefix = f"{name}."
+            state = {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
+            network.load_state_dict(state, assign=True)
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise EngineError(f"{path} does not hold the weights of this bundle's networks: {reason}") from error
+    model = LfdmModel(manifest.config, lfae.eval(), diffusion.eval())
+    modules = stage_modules(model, manifest.geometry.frames)
+    wanted = {name: modules[name] for name in _STAGES if manifest.has_drive or name != DRIVE_STAGE}
+    lowered = in_precision(wanted, DTYPES[manifest.precision])
+    return {name: module.to(device).eval().requires_grad_(False) for name, module in lowered.items()}
