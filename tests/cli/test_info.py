@@ -52,7 +52,7 @@ def test_json_without_torch_and_onnx(bundle: Path):
     found = json.loads(done.stdout)
     assert found["labels"] == ["Anger", "happiness", "turn left"]
     assert (found["frames"], found["image_size"], found["precision"], found["drive"]) == (FRAMES, SIZE, "fp32", True)
-    assert set(found["targets"]) == {"onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"}
+    assert set(found["targets"]) == {"onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "torch"}
     assert set(found["targets"]["openvino"]) == {"runs", "reason"}
     sizes = {name: (bundle / name).stat().st_size for name in found["files"]}
     assert found["files"] == sizes
