@@ -20,7 +20,7 @@ PACKAGES = ("lfdm_export", "lfdm_models")
 ROOMS = (
     "errors", "dependencies", "telemetry", "wording", "stages", "machine",
     "files", "sampling", "pictures", "checkpoints", "ops", "rewrite", "graphs", "bundle", "reference", "engines",
-    "quantize", "export", "generate", "parity", "protocol", "batching", "client", "serving", "evaluation", "cli",
+    "quantize", "export", "generate", "bulk", "parity", "protocol", "batching", "client", "serving", "evaluation", "cli",
 )  # fmt: skip
 #: Modules that others may import by the names that they had before they moved into rooms; nothing here does.
 FORMER = ("bundle_writer", "media", "preprocess")
@@ -33,7 +33,7 @@ FACTS = (
 #: Not in the core's dependencies: no light module may need them to be imported.
 OPTIONAL = (
     "av", "diffusers", "einops", "grpc", "onnx", "onnxruntime", "onnxruntime_ep_nv_tensorrt_rtx", "onnxscript",
-    "openvino", "polygraphy", "safetensors", "tensorrt", "tensorrt_rtx_bindings", "tokenizers", "torch", "transformers",
+    "openvino", "polygraphy", "pyarrow", "ray", "safetensors", "tensorrt", "tensorrt_rtx_bindings", "tokenizers", "torch", "transformers",
     "tritonclient",
 )  # fmt: skip
 

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lfdm_export.cli.bulk import add_bulk_options, check_bulk_options, generate_in_bulk
 from lfdm_export.cli.console import Bars, add_common_options, make_parser, run, say
 from lfdm_export.cli.ending import orderly
 from lfdm_export.cli.making import Making
@@ -35,6 +36,7 @@ _EXAMPLES = """\
   lfdm-generate mug --image face.jpg --label anger fear --seeds 1-4 --format gif -o clips/
   lfdm-generate mug --image face.jpg --label happiness -o happy.motion
   lfdm-generate mug --image other.jpg --motion happy.motion -o other.gif
+  lfdm-generate mug --jobs jobs.csv -o clips/ --workers 4
   lfdm-generate --url localhost:8001 --image face.jpg --label happiness -o happiness.gif
 """
 #: Options of sampling, which a motion that is there already has none of.
@@ -52,10 +54,11 @@ def generate_main(argv: Sequence[str] | None = None) -> int:
     for name in ("drive", "motion"):
         if getattr(args, name) is not None and any(getattr(args, option) is not None for option in _SAMPLING):
             parser.error(f"--{name} samples nothing: leave out {', '.join('--' + option for option in _SAMPLING)}")
+    check_bulk_options(parser, args)
     if args.bundle is None and args.url is None and len(args.label or ()) > 1:
         args.bundle = args.label.pop()  # lfdm-generate --label nod BUNDLE
     check_remote_options(parser, args)
-    return run(PROGRAM, args, lambda: _generate(args))
+    return run(PROGRAM, args, lambda: _generate(args) if args.jobs is None else generate_in_bulk(args))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="BUNDLE",
         help="folder that lfdm-export wrote, or characters: the shipped model; not with --url",
     )
-    parser.add_argument("--image", required=True, metavar="PHOTO", help=f"the photograph: {FORMAT_NAMES}")
+    parser.add_argument("--image", metavar="PHOTO", help=f"the photograph: {FORMAT_NAMES}")
     parser.add_argument(
         "--crop",
         type=crop_of,
@@ -78,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-o", "--out", required=True, metavar="FILE", help=f"the clip: .{', .'.join(FORMATS)}, or FOLDER/"
     )
-    motion = parser.add_argument_group("motion (one of these)").add_mutually_exclusive_group(required=True)
+    motion = parser.add_argument_group("motion (one of these)").add_mutually_exclusive_group()
     motion.add_argument(
         "--label", nargs="+", action="extend", metavar="LABEL", help="of the bundle's labels; a clip for each"
     )
@@ -113,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     output.add_argument("--threads", type=int, metavar="N", help="threads (all cores)")
     add_target_option(output)
+    add_bulk_options(parser)
     add_remote_options(parser)
     add_common_options(parser)
     return parser

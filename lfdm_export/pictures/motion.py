@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -99,11 +100,22 @@ def load_motion(path: str | os.PathLike[str]) -> Motion:
         InputError: it cannot be read, is no motion, or too large.
     """
     source = user_path(path)
-    name = str(source)
     try:
-        with open_stream(source, name) as stream:
-            latent = read_floats(stream, name, "latent", MAX_VALUES)
-            found = parse(read_text(stream, name, ARRAY, MOST_CHARACTERS)) or {}
+        with open_stream(source, str(source)) as stream:
+            return read_motion(stream, str(source))
+    except PictureError as error:
+        raise InputError(str(error)) from error
+
+
+def read_motion(stream: BinaryIO, name: str) -> Motion:
+    """Like `load_motion`, out of a stream that can be read at any place; `name` is for messages.
+
+    Raises:
+        InputError: see `load_motion`.
+    """
+    try:
+        latent = read_floats(stream, name, "latent", MAX_VALUES)
+        found = parse(read_text(stream, name, ARRAY, MOST_CHARACTERS)) or {}
     except PictureError as error:
         raise InputError(f"{error}; expected a motion: save a clip as .motion") from error
     residual_flow = found.get(RESIDUAL_FLOW)
