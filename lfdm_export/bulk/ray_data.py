@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,7 +18,9 @@ from lfdm_export.machine import available_cores
 #: The address of a cluster that is started here, and ends with the run.
 LOCAL = "local"
 #: What Ray does of its own accord and nobody requested.
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+# Blocks of a dataset, each of which is a task.
+_MOST_BLOCKS = 20_000
 
 
 def make_on_ray(
@@ -71,9 +74,6 @@ def make_on_ray(
             ray.shutdown()
 
 
-_MOST_BLOCKS = 20_000
-
-
 class _Actor:
     """What Ray calls with one unit at a time."""
 
@@ -116,6 +116,7 @@ def _connect(ray: Any, address: str) -> None:
             f"the Ray cluster at {address!r} cannot be reached ({str(error).splitlines()[0]}); start one with "
             "`ray start --head`, or leave the address out for one of this machine alone"
         ) from error
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its progress is told as ours
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 

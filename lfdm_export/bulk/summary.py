@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from lfdm_export import __version__
@@ -85,7 +85,7 @@ def summarize(
 
 def table_name(ending: str) -> str:
     """``summary`` with the shard's ending, as Parquet if pyarrow is installed, else as CSV."""
-    return f"{NAME}{ending}" + (".parquet" if importlib.util.find_spec("pyarrow") else ".csv")
+    return f"{NAME}{ending}" + (".parquet" if find_spec("pyarrow") else ".csv")
 
 
 def write_summary(

@@ -1,8 +1,8 @@
 """Tables of jobs: CSV, JSON lines and Parquet, a row a clip.
 
 Columns: ``image`` (a path; in Parquet also bytes, or pictures as the ``datasets`` library keeps them) or, in JSON
-lines, ``image_base64``; one of ``label``, ``text``, ``embedding`` (path of a .npy file; in JSON lines and Parquet also a
-list of numbers) and ``motion`` (a path); and, where a row has its own, ``id``, ``seed``, ``sampler``, ``steps``,
+lines, ``image_base64``; one of ``label``, ``text``, ``embedding`` (path of a .npy file; in JSON lines and Parquet also
+a list of numbers) and ``motion`` (a path); and, where a row has its own, ``id``, ``seed``, ``sampler``, ``steps``,
 ``eta``, ``guidance_scale``, ``crop``, ``format``, ``fps``, ``scale``, ``panels``. Empty cells count as absent, paths
 from the table's folder, and columns whose names begin with an underscore are left alone.
 """
