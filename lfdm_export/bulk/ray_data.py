@@ -14,6 +14,7 @@ from lfdm_export.bulk.records import Record
 from lfdm_export.errors import EngineError, LfdmExportError, MissingDependencyError
 from lfdm_export.files.json_codec import from_plain, to_plain
 from lfdm_export.machine import available_cores
+from lfdm_export.wording import count, describe_error
 
 #: The address of a cluster that is started here, and ends with the run.
 LOCAL = "local"
@@ -52,6 +53,7 @@ def make_on_ray(
     try:
         if ours:
             _connect(ray, address)
+        _check_room(ray, workers, cores=cores if settings.device == "cpu" else 1, gpus=settings.device != "cpu")
         rows = ray.data.from_items(
             [{"unit": json.dumps([to_plain(job) for job in unit])} for unit in units],
             # One task per unit, as far as Ray takes so many: what an actor was at when it died is then one unit.
@@ -66,23 +68,33 @@ def make_on_ray(
             num_gpus=0 if settings.device == "cpu" else 1,
         )
         for row in made.iter_rows():
-            yield [_record(plain) for plain in json.loads(row["records"])]
+            answer = json.loads(row["answer"])
+            if isinstance(answer, str):
+                raise LfdmExportError(answer)
+            yield [_record(plain) for plain in answer]
     except ray.exceptions.RayError as error:
-        raise _told(error) from error
+        raise EngineError(f"Ray: {str(error).strip().splitlines()[-1][:300]}") from error
     finally:
         if ours:
             ray.shutdown()
 
 
 class _Actor:
-    """What Ray calls with one unit at a time."""
+    """What Ray calls with some units at a time; what ends the run it answers, because Ray would hide it."""
 
     def __init__(self, settings: MakerSettings) -> None:
-        self._maker = Maker(settings)
+        self._settings = settings
+        self._maker: Maker | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        units = [[from_plain(Job, plain, "job") for plain in json.loads(str(text))] for text in batch["unit"]]
-        return {"records": [json.dumps([to_plain(record) for record in self._maker.make(unit)]) for unit in units]}
+        return {"answer": [json.dumps(self._answer(json.loads(str(text)))) for text in batch["unit"]]}
+
+    def _answer(self, unit: list[object]) -> list[object] | str:
+        try:
+            self._maker = self._maker or Maker(self._settings)
+            return [to_plain(record) for record in self._maker.make([from_plain(Job, job, "job") for job in unit])]
+        except LfdmExportError as error:
+            return describe_error(error)
 
 
 def _record(plain: object) -> Record:
@@ -120,11 +132,12 @@ def _connect(ray: Any, address: str) -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
-def _told(error: BaseException) -> LfdmExportError:
-    """What an actor raised on purpose, or Ray's own words."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, LfdmExportError):
-            return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return EngineError(f"Ray: {str(error).strip().splitlines()[-1][:300]}")
+def _check_room(ray: Any, workers: int, *, cores: int, gpus: bool) -> None:
+    """Refuse what would wait for ever: the whole cluster has less than one actor needs."""
+    there = ray.cluster_resources()
+    for found, wanted, noun in ((there.get("CPU", 0), cores, "core"), (there.get("GPU", 0), int(gpus), "GPU")):
+        if wanted > found:
+            raise EngineError(
+                f"{count(workers, 'actor')} of {count(wanted, noun)} each does not fit the cluster, which has "
+                f"{found:g}; say --threads, or start a larger one"
+            )
