@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from lfdm_export.wording import count, describe_error
 LOCAL = "local"
 #: What Ray does of its own accord and nobody requested.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+# Seconds in which a cluster must answer.
+_PATIENCE = 10.0
 # Blocks of a dataset, each of which is a task.
 _MOST_BLOCKS = 20_000
 
@@ -115,7 +118,10 @@ def _import_ray() -> Any:
 
 
 def _connect(ray: Any, address: str) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        if host and port.isdigit():  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
         ray.init(
             address=address,
             log_to_driver=False,
@@ -123,7 +129,7 @@ def _connect(ray: Any, address: str) -> None:
             include_dashboard=False if address == LOCAL else None,
             num_cpus=available_cores() if address == LOCAL else None,
         )
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise EngineError(
             f"the Ray cluster at {address!r} cannot be reached ({str(error).splitlines()[0]}); start one with "
             "`ray start --head`, or leave the address out for one of this machine alone"

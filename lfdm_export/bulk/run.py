@@ -76,7 +76,7 @@ class BulkOptions:
         shard: which rows.
         workers: processes (with Ray: actors) that make clips side by side.
         batch: clips that are sampled together, of those whose settings are equal. 1 gives the very bits of
-            `Pipeline.generate`; more is faster, and differs from it by roundings.
+            `Pipeline.generate`; more keeps engines busier, and differs from it by roundings.
         threads: of each worker; None shares the cores out.
         target, device: see `lfdm_export.generate.pipeline.Pipeline.open`.
         retry_failed: take up rows that failed before; else they are passed over as long as they are what they were.

@@ -34,7 +34,10 @@ def add_bulk_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--shard", metavar="I/N", help="of N shares of the rows the one of index I, from 0")
     group.add_argument("--workers", type=int, metavar="K", help="processes, or actors of Ray, side by side (1)")
     group.add_argument(
-        "--batch", type=int, metavar="N", help="clips sampled together; more than 1 is faster, and rounds otherwise (1)"
+        "--batch",
+        type=int,
+        metavar="N",
+        help="clips of equal settings sampled together; more than 1 rounds otherwise (1)",
     )
     group.add_argument("--retry-failed", action="store_true", help="take up rows that failed in an earlier run")
     group.add_argument(

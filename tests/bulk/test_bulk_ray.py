@@ -15,6 +15,7 @@ from lfdm_export.errors import EngineError, LfdmExportError, MissingDependencyEr
 from tests.bulk.tables import assert_right_clips, make_rows, run, write_csv
 from tests.bulk.test_bulk import times, written
 from tests.fake_bundle import write_fake_bundle
+from tests.fake_triton import Port
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +79,8 @@ def test_without_ray_the_extra_is_named(bundle: Bundle, tmp_path: Path, monkeypa
 
 def test_no_cluster_is_one_sentence(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ray = pytest.importorskip("ray")
-
-    def refuse(**options: Any) -> None:
-        raise ConnectionError(f"Failed to connect to {options['address']}\nat length")
-
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     table = write_csv(tmp_path / "jobs.csv", make_rows(tmp_path, 1))
-    with pytest.raises(
-        EngineError, match=r"'127\.0\.0\.1:1' cannot be reached \(Failed to connect to 127\.0\.0\.1:1\);"
-    ):
-        run(bundle, table, tmp_path / "out", ray="127.0.0.1:1")
+    with Port() as port, pytest.raises(EngineError, match=rf"'{port.address}' cannot be reached \(.*refused\); start"):
+        run(bundle, table, tmp_path / "out", ray=port.address)
