@@ -63,8 +63,9 @@ HEAVY = (
 )
 #: Of the networks' package, only these do without.
 LIGHT_NETWORKS = (
-    "lfdm_models", "lfdm_models.command_line", "lfdm_models.config", "lfdm_models.labels", "lfdm_models.pictures",
-    "lfdm_models.pictures.errors", "lfdm_models.pictures.formats", "lfdm_models.pictures.headers",
+    "lfdm_models", "lfdm_models.command_line", "lfdm_models.config", "lfdm_models.labels", "lfdm_models.patience",
+    "lfdm_models.pictures", "lfdm_models.pictures.errors", "lfdm_models.pictures.formats",
+    "lfdm_models.pictures.headers",
     "lfdm_models.pictures.raster", "lfdm_models.pictures.timed", "lfdm_models.schedule", "lfdm_models.training",
     "lfdm_models.training.characters", "lfdm_models.training.cli", "lfdm_models.training.conditions",
     "lfdm_models.training.drawing", "lfdm_models.training.draws", "lfdm_models.training.errors",

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "bundle",
         nargs="?",
         metavar="BUNDLE",
-        help="folder that lfdm-export wrote, or characters: the shipped model; not with --url",
+        help="a folder, org/name on the Hugging Face hub, or characters: the shipped model; not with --url",
     )
     parser.add_argument("--image", metavar="PHOTO", help=f"the photograph: {FORMAT_NAMES}")
     parser.add_argument(

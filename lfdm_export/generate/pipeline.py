@@ -132,6 +132,28 @@ class Pipeline:
         """
         return cls(bundle, threads=threads, device=device, target=target, self_check=self_check, cache=cache)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        threads: int | None = None,
+        device: Device = "cpu",
+        target: str = AUTO,
+        self_check: bool = True,
+        cache: ClipCache | str | os.PathLike[str] | None = None,
+    ) -> Pipeline:
+        """Open a bundle of the Hugging Face hub; see `Bundle.from_pretrained` for its name and `open` for the rest.
+
+        Raises:
+            InputError: the name, the revision or the target has not the right form.
+            BundleError: there is no such bundle, no access to it, no connection and no copy, or it is not whole.
+            MissingDependencyError: huggingface_hub is not installed.
+        """
+        bundle = Bundle.from_pretrained(name, revision=revision)
+        return cls(bundle, threads=threads, device=device, target=target, self_check=self_check, cache=cache)
+
     def generate(
         self,
         image: ImageLike,
