@@ -56,10 +56,8 @@ class FakeHub:
 
     def fetched(self) -> list[str]:
         """Files whose content was asked for."""
-        files = [
-            request.rpartition("/resolve/")[2] for request in self.requests if re.match("GET .*/resolve/", request)
-        ]
-        return [file.partition("/")[2] for file in files]
+        reads = [request for request in self.requests if re.match("GET .*/resolve/", request)]
+        return [request.rpartition("/resolve/")[2].partition("/")[2] for request in reads]
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -207,7 +207,7 @@ def _run(
             jobs, work.records, now=work.now, seconds=work.seconds, table=table_name(options.shard.ending)
         )
         facts = {
-            "bundle": bundle.path.resolve().name,
+            "bundle": bundle.name,
             "bundle_id": settings.bundle_id,
             "target": settings.target,
             "shard": f"{options.shard.index}/{options.shard.count}",

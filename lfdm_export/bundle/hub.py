@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 #: The files of a bundle's repository that are none of the bundle's.
 CARD, CARD_CLIP = "README.md", "clip.gif"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 # Seconds in which the hub must answer a question.
 _PATIENCE = 20.0
 _REVISION = re.compile(r"[\w./-]{1,200}")
@@ -87,12 +86,9 @@ def fetch(name: HubName, manifest_file: str, files_of: Callable[[Path], Iterable
     hub = _import_hub(f"there is no folder {str(name)!r}, and fetching it from the Hugging Face hub")
     api = hub.HfApi(library_name="lfdm-export")
     with _told(hub, name, "fetched"):
-        commit = _commit(hub, api, name)
-        local = commit is None
+        local = not _answers(hub, api, name)
         first = Path(
-            api.hf_hub_download(
-                name.repository, manifest_file, revision=commit or name.revision, local_files_only=local
-            )
+            api.hf_hub_download(name.repository, manifest_file, revision=name.revision, local_files_only=local)
         )
         # By the commit that the manifest is of: meanwhile the branch may have moved.
         found = api.snapshot_download(
@@ -104,22 +100,19 @@ def fetch(name: HubName, manifest_file: str, files_of: Callable[[Path], Iterable
     return Path(found)
 
 
-def _commit(hub: Any, api: Any, name: HubName) -> str | None:
-    """The commit that the revision is now; None if the hub cannot be asked."""
-    if name.revision is not None and _COMMIT.fullmatch(name.revision):
-        return name.revision
+def _answers(hub: Any, api: Any, name: HubName) -> bool:
+    """Whether the hub can be asked for a bundle: a download itself would try for minutes where nobody answers."""
     if hub.constants.HF_HUB_OFFLINE:
-        return None
+        return False
     try:
-        # A download itself would try for minutes where nobody answers.
-        info = within(_PATIENCE, lambda: api.model_info(name.repository, revision=name.revision, timeout=_PATIENCE / 2))
+        within(_PATIENCE, lambda: api.model_info(name.repository, revision=name.revision, timeout=_PATIENCE / 2))
     except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError):
         raise
     except Exception as error:  # noqa: BLE001 (the client raises errors of its own, of its HTTP library, of the system)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         logger.warning("no answer from the Hugging Face hub about %s (%s); looking for a copy here", name, reason)
-        return None
-    return str(info.sha)
+        return False
+    return True
 
 
 def publish(

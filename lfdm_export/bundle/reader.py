@@ -197,6 +197,13 @@ class Bundle:
         return f"<Bundle {str(self.path)!r}: {self.manifest.summary()}>"
 
     @property
+    def name(self) -> str:
+        """That of its folder, or ``org/name`` if it lies in the cache of the Hugging Face hub."""
+        folder = self.path.resolve()
+        blobs = _hub_blobs(folder)
+        return folder.name if blobs is None else blobs.parent.name.removeprefix("models--").replace("--", "/")
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The labels that have an embedding."""
         return self.manifest.labels

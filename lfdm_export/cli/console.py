@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -75,6 +76,8 @@ def run(program: str, args: argparse.Namespace, command: Callable[[], int], *, e
         BaseException: whatever the body raised, with ``--debug``.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd EXIF and the like, which does no harm
+    if args.quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when the hub's client is imported
     with orderly():
         handler = logging.StreamHandler()
         handler.setFormatter(_Formatter(f"{program}: %(levelname)s: %(message)s"))

@@ -472,7 +472,7 @@ class Pipeline:
         manifest = self.bundle.manifest
         return {
             "made_by": made_by,
-            "bundle": self.bundle.path.resolve().name,
+            "bundle": self.bundle.name,
             "bundle_id": manifest.bundle_id,
             "precision": manifest.precision,
         }
