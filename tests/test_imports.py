@@ -20,8 +20,8 @@ PACKAGES = ("lfdm_export", "lfdm_models")
 ROOMS = (
     "errors", "dependencies", "telemetry", "wording", "stages", "machine",
     "files", "sampling", "pictures", "checkpoints", "ops", "rewrite", "graphs", "bundle", "reference", "engines",
-    "quantize", "export", "generate", "bulk", "parity", "protocol", "batching", "client", "serving", "evaluation",
-    "cli",
+    "quantize", "export", "generate", "bulk", "parity", "protocol", "batching", "client", "serving", "web",
+    "evaluation", "cli",
 )  # fmt: skip
 #: Modules that others may import by the names that they had before they moved into rooms; nothing here does.
 FORMER = ("bundle_writer", "media", "preprocess")
@@ -33,9 +33,9 @@ FACTS = (
 
 #: Not in the core's dependencies: no light module may need them to be imported.
 OPTIONAL = (
-    "av", "diffusers", "einops", "grpc", "onnx", "onnxruntime", "onnxruntime_ep_nv_tensorrt_rtx", "onnxscript",
+    "av", "diffusers", "einops", "fastapi", "grpc", "onnx", "onnxruntime", "onnxruntime_ep_nv_tensorrt_rtx", "onnxscript",
     "openvino", "polygraphy", "pyarrow", "ray", "safetensors", "tensorrt", "tensorrt_rtx_bindings", "tokenizers",
-    "torch", "transformers", "tritonclient",
+    "starlette", "torch", "transformers", "tritonclient", "uvicorn",
 )  # fmt: skip
 
 #: The modules that may import optional packages at their top; every other one must do without.
@@ -60,6 +60,7 @@ HEAVY = (
     "lfdm_export.rewrite",
     # Run inside Triton alone, whose package they import.
     "lfdm_export.serving.models",
+    "lfdm_export.web.app",
 )
 #: Of the networks' package, only these do without.
 LIGHT_NETWORKS = (

@@ -47,12 +47,13 @@ def add_bulk_options(parser: argparse.ArgumentParser) -> None:
 
 def check_bulk_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse combinations that mean nothing: prints the usage and exits with status 2."""
+    missing = ["--image"] * (args.jobs is None and args.image is None) + ["-o/--out"] * (args.out is None)
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
     if args.jobs is None:
         given = [name for name in _OF_JOBS if getattr(args, name) not in (None, False)]
         if given:
             parser.error(f"--{given[0].replace('_', '-')} is for --jobs; leave it out")
-        if args.image is None:
-            parser.error("the following arguments are required: --image")
         if not any((args.label, args.text, args.embedding, args.drive, args.motion, args.labels_all)):
             parser.error("one of the arguments --label --text --embedding --drive --motion --labels-all is required")
         return

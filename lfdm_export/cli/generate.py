@@ -78,9 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="center|X,Y,W,H",
         help="cut this out of it (center: the largest square), in place of black bars around what is not square",
     )
-    parser.add_argument(
-        "-o", "--out", required=True, metavar="FILE", help=f"the clip: .{', .'.join(FORMATS)}, or FOLDER/"
-    )
+    parser.add_argument("-o", "--out", metavar="FILE", help=f"the clip: .{', .'.join(FORMATS)}, or FOLDER/")
     motion = parser.add_argument_group("motion (one of these)").add_mutually_exclusive_group()
     motion.add_argument(
         "--label", nargs="+", action="extend", metavar="LABEL", help="of the bundle's labels; a clip for each"

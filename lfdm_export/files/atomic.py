@@ -294,6 +294,20 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def claimed(path: Path) -> BinaryIO:
+    """A file that is this process's alone until it is closed, or the process ends; made if it is missing.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: it cannot be made.
+    """
+    file = path.open("ab")
+    if _lock(file.fileno()) is False:
+        file.close()
+        raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK), os.fspath(path))
+    return file
+
+
 def _lock(descriptor: int) -> bool | None:
     """Whether a lock was got: False where another holds it, None where there are no locks."""
     if _flock is None:

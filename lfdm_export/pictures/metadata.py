@@ -70,7 +70,8 @@ def clip_metadata(path: str | os.PathLike[str]) -> dict[str, object]:
         ``program``, ``version``, and of the rest what was known: ``made_by`` ("generate", "transfer_motion" or
         "animate"),
         ``bundle`` (its name), ``bundle_id`` (`lfdm_export.bundle.manifest.Manifest.bundle_id`), ``precision``,
-        ``condition``, ``label``, ``text``, ``seed``, ``sampler``, ``steps``, ``eta``, ``guidance_scale``, ``fps``.
+        ``condition``, ``label``, ``text``, ``seed``, ``sampler``, ``steps``, ``eta``, ``guidance_scale``, ``fps``,
+        ``motion_bundle_id`` (of an animated picture: what made its motion), ``job`` (of a bulk run: which row it is).
         Where an archive holds several samples, label and seed are lists.
 
     Raises:
