@@ -33,9 +33,9 @@ FACTS = (
 
 #: Not in the core's dependencies: no light module may need them to be imported.
 OPTIONAL = (
-    "av", "diffusers", "einops", "fastapi", "grpc", "onnx", "onnxruntime", "onnxruntime_ep_nv_tensorrt_rtx", "onnxscript",
-    "openvino", "polygraphy", "pyarrow", "ray", "safetensors", "tensorrt", "tensorrt_rtx_bindings", "tokenizers",
-    "starlette", "torch", "transformers", "tritonclient", "uvicorn",
+    "av", "diffusers", "einops", "fastapi", "grpc", "onnx", "onnxruntime", "onnxruntime_ep_nv_tensorrt_rtx",
+    "onnxscript", "openvino", "polygraphy", "pyarrow", "ray", "safetensors", "starlette", "tensorrt",
+    "tensorrt_rtx_bindings", "tokenizers", "torch", "transformers", "tritonclient", "uvicorn",
 )  # fmt: skip
 
 #: The modules that may import optional packages at their top; every other one must do without.

@@ -14,6 +14,8 @@ from lfdm_export.files.names import user_path
 from lfdm_export.machine import CACHE_NAME, user_cache
 
 PROGRAM = "lfdm-web"
+# Connections that may wait to be taken.
+_WAITING = 128
 _EXAMPLES = """\
   lfdm-web characters
   lfdm-web mug --port 9000 --state /var/lib/lfdm --token-env LFDM_TOKEN
@@ -62,6 +64,7 @@ def _serve(args: argparse.Namespace) -> int:
     app = make_app(pipeline, Store(_state(args)), options)
     server = uvicorn.Server(uvicorn.Config(app, args.host, args.port, log_level="warning", server_header=False))
     socket = server.config.bind_socket()
+    socket.listen(_WAITING)  # from now on connections wait, whatever still starts
     say(args, f"videos  http://{args.host}:{socket.getsockname()[1]}/v1/videos")
     server.run(sockets=[socket])
     return OK

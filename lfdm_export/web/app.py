@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from lfdm_export import __version__
 from lfdm_export.errors import InputError
+from lfdm_export.files.names import visible
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.web.store import Store, Video
 from lfdm_export.web.wish import photo_of_json, read_photo, read_wish
@@ -271,5 +272,5 @@ def _answer_error(_: Request, error: Exception) -> JSONResponse:
 
 def _error(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     kind = "server_error" if status >= 500 else "rate_limit_exceeded" if status == 429 else "invalid_request_error"
-    plain = {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    plain = {"error": {"message": visible(message), "type": kind, "param": None, "code": None}}
     return JSONResponse(plain, status, dict(headers or {}))

@@ -13,6 +13,7 @@ from PIL import Image
 
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.errors import InputError
+from lfdm_export.files.names import visible
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.pictures.clip import DEFAULT_FPS
 from lfdm_export.pictures.crop import parse_crop
@@ -88,6 +89,8 @@ def read_wish(given: Mapping[str, Any], pipeline: Pipeline) -> Wish:
     if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > _LONGEST_PROMPT:
         labels = ", ".join(pipeline.bundle.labels[:20])
         raise InputError(f"prompt must be text of 1 to {_LONGEST_PROMPT} characters; labels are {labels or 'none'}")
+    if visible(prompt) != prompt:
+        raise InputError(f"prompt has characters that cannot be printed: {prompt[:80]!a}")
     options: dict[str, Any] = {name: _integer(plain[name], name) for name in _INTEGERS if name in plain}
     options |= {name: _number(plain[name], name) for name in _NUMBERS if name in plain}
     if "sampler" in plain:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
+import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -111,6 +114,7 @@ def serving(
     store = Store(folder)
     server = uvicorn.Server(uvicorn.Config(make_app(pipeline, store, options), port=0, log_level="warning"))
     socket = server.config.bind_socket()
+    socket.listen(128)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
     thread.start()
     try:
@@ -155,6 +159,7 @@ def test_a_video_is_that_of_generate(served: Served, bundle: Bundle, tmp_path: P
     assert served.call("GET", f"/v1/videos/{video['id']}/content", Accept="text/html")[0] == 406
 
 
+@pytest.mark.filterwarnings("ignore:The Sora API")
 def test_the_official_client(served: Served, tmp_path: Path):
     openai = pytest.importorskip("openai")
     (tmp_path / "face.jpg").write_bytes(picture(40, "JPEG"))
@@ -251,6 +256,37 @@ def test_a_body_that_is_no_request(served: Served, body: bytes):
     assert served.call("POST", "/v1/videos", body, Content_Type="multipart/form-data")[0] == 400
 
 
+def test_no_request_is_a_fault_of_the_server(bundle: Bundle, tmp_path: Path):
+    """Hundreds of requests of odd values, odd shapes and odd bytes: each is served or refused, none fails."""
+    draw = random.Random(5)
+    whole, half = (base64.b64encode(picture()[:size]).decode() for size in (None, 60))
+    odd: list[Any] = [
+        None, "", " ", "x", "\ud800", "\0", "🙂" * 50, 0, 1, -1, 2.5, 1e308, 10**30, 10**4000, True, [], [[]], {},
+        {"a": 1}, "9" * 5000, "nan", "-inf", "1e400", "1,2,3,4", "center", "16x16", "https://x", "data:,",
+        "data:image/png;base64,", whole, half, {"image_url": []},
+    ]  # fmt: skip
+    names = [
+        "prompt", "model", "seconds", "size", "input_reference", "extra", "crop", "seed", "steps", "sampler", "eta",
+        "guidance_scale", "fps", "\ud800", "odd", "__class__",
+    ]  # fmt: skip
+    statuses = set()
+    with serving(bundle, tmp_path, WebOptions(queue=3)) as (served, _):
+        for _ in range(300):
+            fields = {draw.choice(names): draw.choice(odd) for _ in range(draw.randint(0, 5))}
+            statuses.add(served.create(**fields)[0])
+        for _ in range(100):
+            body = bytearray(json.dumps({"prompt": "Anger", "input_reference": "AAAA"}).encode())
+            for _ in range(draw.randint(1, 6)):
+                body[draw.randrange(len(body))] = draw.randrange(256)
+            kind = draw.choice(["application/json", "multipart/form-data; boundary=AA", "text/plain", ""])
+            statuses.add(served.call("POST", "/v1/videos", bytes(body), Content_Type=kind)[0])
+        for path in ("%00", "%ff%fe", "..%2f..%2fvideos.sqlite3", "a" * 4000, "%F0%9F%99%82", "video_'--"):
+            for tail in ("", "/content", "/cancel"):
+                statuses.add(served.call("POST" if tail == "/cancel" else "GET", f"/v1/videos/{path}{tail}")[0])
+    assert statuses <= {200, 400, 404, 405, 429}
+    assert {400, 404} <= statuses
+
+
 def test_large_requests_are_refused_before_they_are_decoded(bundle: Bundle, tmp_path: Path):
     with serving(bundle, tmp_path, WebOptions(body_bytes=5000, image_pixels=30 * 30)) as (served, _):
         status, plain, _ = served.create(input_reference="A" * 6000)
@@ -262,8 +298,8 @@ def test_large_requests_are_refused_before_they_are_decoded(bundle: Bundle, tmp_
 
 def test_a_token_lets_in(bundle: Bundle, tmp_path: Path):
     with serving(bundle, tmp_path, WebOptions(token="secret")) as (served, _):
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
-            status, plain, _ = served.call("GET", "/v1/videos", **headers)
+        for given in ("", "Bearer wrong", "secret", "Bearer secret2"):
+            status, plain, _ = served.call("GET", "/v1/videos", Authorization=given)
             assert (status, plain["error"]["message"][:26]) == (401, "the token is missing or wr")
         assert served.call("GET", "/v1/models", Authorization="Bearer secret")[1]["data"][0]["labels"] == [
             "Anger", "happiness", "turn left",
@@ -274,7 +310,8 @@ def test_a_token_lets_in(bundle: Bundle, tmp_path: Path):
 def test_what_there_is_not(served: Served):
     for method, path, status in (
         ("GET", "/v1/videos/video_x", 404), ("DELETE", "/v1/videos/video_x", 404), ("GET", "/v1/nothing", 404),
-        ("GET", "/v1/videos/video_x/content", 404), ("POST", "/v1/videos/video_x/cancel", 404), ("PUT", "/v1/videos", 405),
+        ("GET", "/v1/videos/video_x/content", 404), ("POST", "/v1/videos/video_x/cancel", 404),
+        ("PUT", "/v1/videos", 405),
     ):  # fmt: skip
         found, plain, _ = served.call(method, path)
         assert (found, "message" in plain["error"]) == (status, True)
@@ -361,10 +398,12 @@ def test_the_command_survives_a_kill(bundle: Bundle, tmp_path: Path):
             process.stdout.close()
 
     with started() as (process, served):
-        # The whole schedule, many times: some of them are not done when the server is killed.
-        wanted = [served.create(steps=20, seed=seed)[1]["id"] for seed in range(8)]
+        wanted = [served.create(steps=10, seed=seed)[1]["id"] for seed in range(12)]
         process.kill()
         process.wait()
+    with contextlib.closing(sqlite3.connect(tmp_path / "videos.sqlite3")) as database:
+        (left,) = database.execute("SELECT count(*) FROM videos WHERE status != 'completed'").fetchone()
+    assert left > 0, "it was killed in the middle"
     with started() as (process, served):
         for name in wanted:
             assert served.wait_for(name, "completed", "failed")["status"] == "completed"
