@@ -125,9 +125,9 @@ def _parquet_rows(table: Path) -> Iterator[_Row]:
             short = [name for name in schema.names if name not in long and not name.startswith("_")]
             line = 0
             for part in range(file.num_row_groups):
-                group = file.read_row_group(part, columns=[*short, *long])
-                there = {name: group.column(name).is_valid().to_pylist() for name in long}
-                for row, cells in enumerate(group.select(short).to_pylist()):
+                group = file.read_row_group(part, columns=short)
+                there = {name: _present_in(file, part, name) for name in long}
+                for row, cells in enumerate(group.to_pylist()):
                     line += 1
                     inside = {
                         name: InTable(str(table), name, part, row, line) for name, valid in there.items() if valid[row]
@@ -135,6 +135,21 @@ def _parquet_rows(table: Path) -> Iterator[_Row]:
                     yield _Row(line, _present(cells), inside)
     except pa.ArrowException as error:
         raise InputError(f"the table of jobs {table} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _present_in(file: Any, part: int, name: str) -> list[bool]:
+    """In which rows of a row group a column has a value; if the file says that all have, it is not read for that."""
+    group = file.metadata.row_group(part)
+    columns = (group.column(index) for index in range(group.num_columns))
+    counts = [
+        column.statistics.null_count if column.statistics is not None and column.statistics.has_null_count else None
+        for column in columns
+        if column.path_in_schema.partition(".")[0] == name and not column.path_in_schema.endswith(".path")
+    ]
+    if counts and all(count == 0 for count in counts):
+        return [True] * group.num_rows
+    valid: list[bool] = file.read_row_group(part, columns=[name]).column(0).is_valid().to_pylist()
+    return valid
 
 
 def _is_long(kind: Any) -> bool:

@@ -83,6 +83,27 @@ def test_parquet_keeps_pictures_and_embeddings_until_they_are_needed(tmp_path: P
         assert all(isinstance(job.image, InTable) for job in jobs)
 
 
+def test_parquet_cells_may_be_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pa.table(
+        {"image": [b"a", b"b", b"c", None], "label": ["x", None, None, "y"], "embedding": [None, [1.5], None, [2.5]]}
+    )
+    parquet.write_table(table, tmp_path / "jobs.parquet", row_group_size=2)
+    faults = [job.fault[:34] for job in jobs_of(tmp_path / "jobs.parquet")]
+    assert faults == ["", "", "found none of label, text, embeddi", "found none of image and image_base"]
+    read: list[Any] = []
+    real = parquet.ParquetFile.read_row_group
+
+    def recording(self: Any, part: int, columns: Any) -> Any:
+        read.append((part, columns))
+        return real(self, part, columns=columns)
+
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", recording)
+    jobs_of(tmp_path / "jobs.parquet")
+    assert (0, ["image"]) not in read, "pictures that are all there are not read to know it"
+    assert (1, ["image"]) in read
+
+
 def test_json_lines_keep_pictures_until_they_are_needed(tmp_path: Path):
     pictures = [write_picture(tmp_path / f"{i}.png", i).read_bytes() for i in range(3)]
     rows = [{"image_base64": base64.b64encode(one).decode(), "embedding": [i, 2.5]} for i, one in enumerate(pictures)]
