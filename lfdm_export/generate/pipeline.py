@@ -306,7 +306,8 @@ class Pipeline:
             EngineError: an engine cannot be loaded or fails.
         """
         motion = as_motion(motion)
-        motion.require_fit(self.bundle.manifest.geometry, residual_flow=self.bundle.manifest.config.residual_flow)
+        geometry, config = self.bundle.manifest.geometry, self.bundle.manifest.config
+        motion.require_fit(geometry.latent_size, geometry.frames, residual_flow=config.residual_flow)
         prepared = self._prepare(image, crop)
         latent = np.repeat(motion.latent[None], len(prepared), axis=0)
         origin = self._origin("animate")

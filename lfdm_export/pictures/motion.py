@@ -15,7 +15,6 @@ from lfdm_export.files.names import user_path
 from lfdm_export.pictures.archives import read_floats, read_text
 from lfdm_export.pictures.clips import MAX_FPS
 from lfdm_export.pictures.metadata import ARRAY, MOST_CHARACTERS, parse
-from lfdm_export.stages import Geometry
 from lfdm_export.wording import count
 from lfdm_models.pictures.errors import PictureError
 from lfdm_models.pictures.formats import open_stream
@@ -61,11 +60,12 @@ class Motion:
         made = "".join(f", {name} {self.settings[name]}" for name in ("label", "text", "seed") if name in self.settings)
         return f"<Motion: {count(frames, 'frame')} of {size}x{size}{made}>"
 
-    def require_fit(self, geometry: Geometry, *, residual_flow: bool) -> None:
+    def require_fit(self, latent_size: int, model_frames: int, *, residual_flow: bool) -> None:
         """Refuse a motion that a model cannot decode.
 
         Args:
-            geometry: of the model.
+            latent_size: rows and columns of the model's latents.
+            model_frames: frames of the model's clips.
             residual_flow: what the grid of the model's latents is.
 
         Raises:
@@ -74,10 +74,10 @@ class Motion:
         """
         frames, size = self.latent.shape[1:3]
         sampled = self.settings.get("sampler") is not None
-        if size != geometry.latent_size or (sampled and frames != geometry.frames):
+        if size != latent_size or (sampled and frames != model_frames):
             raise InputError(
                 f"the motion has {count(frames, 'frame')} of {size}x{size}, the bundle's latents have "
-                f"{geometry.frames} of {geometry.latent_size}x{geometry.latent_size}; "
+                f"{model_frames} of {latent_size}x{latent_size}; "
                 "take a motion that a model of these sizes made"
             )
         if self.residual_flow != residual_flow:

@@ -150,7 +150,9 @@ def test_a_clip_without_latent_has_no_motion(pipe: Pipeline, tmp_path: Path):
 def test_a_motion_of_other_sizes_is_refused(change: dict[str, int], message: str):
     geometry: Geometry = replace(GEOMETRY, **change)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=message):
-        Motion(latent(), False, settings={"sampler": "ddim"}).require_fit(geometry, residual_flow=False)
+        Motion(latent(), False, settings={"sampler": "ddim"}).require_fit(
+            geometry.latent_size, geometry.frames, residual_flow=False
+        )
 
 
 def test_a_motion_of_another_kind_of_grid_is_refused(pipe: Pipeline, tmp_path: Path):
@@ -265,10 +267,13 @@ def test_the_command_refuses_what_means_nothing(
             generate_main([*run, *more])
         assert message in capsys.readouterr().err
     remote = ["--url", "x:1", "--image", picture, "-o", "x.gif"]
-    for name, more in (("motion", ["--motion", "a.motion"]), ("cache", ["--label", "a", "--cache", "kept"])):
+    for more, message in (
+        (["--motion", "a.motion", "--stream"], "--motion is decoded at once: leave out --stream"),
+        (["--label", "a", "--cache", "kept"], "--cache is for a BUNDLE that runs here"),
+    ):
         with pytest.raises(SystemExit):
             generate_main([*remote, *more])
-        assert f"--{name} is for a BUNDLE that runs here" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     (tmp_path / "a.motion").write_bytes(b"x")
     assert generate_main([*run, "-o", str(tmp_path / "a.motion")]) == 1
     assert "the same as --motion" in capsys.readouterr().err
