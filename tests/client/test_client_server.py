@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.cli import generate_main
@@ -165,7 +164,6 @@ def test_a_motion_moves_pictures_there_as_it_does_here(
     np.testing.assert_array_equal(asyncio.run(animate()).frames, made.frames)
     here = local.sample(0)
     assert levels(client.animate(PHOTO, here.motion).frames, here.frames) <= 1
-    Image.fromarray(PHOTO).save(tmp_path / "photo.png")
-    words = ["--image", str(tmp_path / "photo.png"), "--motion", str(path), "-o", str(tmp_path / "b.npz"), "-q"]
+    words = ["--image", str(PHOTO), "--motion", str(path), "-o", str(tmp_path / "b.npz"), "-q"]
     assert generate_main(["--url", triton_server.grpc, *words]) == 0
     np.testing.assert_array_equal(load_clip(tmp_path / "b.npz"), made.frames[0])
