@@ -21,7 +21,7 @@ from lfdm_export.errors import InputError
 from lfdm_export.files.names import visible
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.web.store import Store, Video
-from lfdm_export.web.wish import photo_of_json, read_photo, read_wish
+from lfdm_export.web.wish import OPTIONS, Wish, model_of, photo_of_json, read_photo, read_wish
 from lfdm_export.web.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class _Videos:
         def check() -> Video | None:
             wish = read_wish(fields, self._pipeline)
             photo = read_photo(data, fields.get("crop"), self._bundle, most_pixels=self._options.image_pixels)
-            return self._store.add(wish.to_json(), photo, self._options.queue)
+            return self._store.add({**wish.to_json(), **model_of(self._bundle)}, photo, self._options.queue)
 
         video = await run_in_threadpool(check)
         if video is None:
@@ -129,7 +129,7 @@ class _Videos:
             raise _ApiError(429, message, {"Retry-After": "10"})
         assert self._worker is not None
         self._worker.wake()
-        return self._told(video)
+        return _plain(video)
 
     def listing(self, limit: int = 20, after: str | None = None, order: str = "desc") -> dict[str, object]:
         """The videos, the newest first unless order is asc."""
@@ -137,12 +137,12 @@ class _Videos:
             raise InputError(f"expected order asc or desc, and a limit of 1 to {_MOST_LISTED}")
         videos, more = self._store.page(limit=limit, after=after, newest_first=order == "desc")
         first, last = (videos[0].id, videos[-1].id) if videos else (None, None)
-        found = [self._told(video) for video in videos]
+        found = [_plain(video) for video in videos]
         return {"object": "list", "data": found, "has_more": more, "first_id": first, "last_id": last}
 
     def retrieve(self, name: str) -> dict[str, object]:
         """Where a video stands."""
-        return self._told(self._known(name))
+        return _plain(self._known(name))
 
     def content(self, name: str, request: Request) -> FileResponse:
         """A completed video: MP4, or a GIF where Accept says image/gif."""
@@ -161,7 +161,7 @@ class _Videos:
         video = self._known(name)
         if not self._give_up(video):
             raise _ApiError(409, f"the video is {self._known(name).status} already")
-        return self._told(self._known(name))
+        return _plain(self._known(name))
 
     def delete(self, name: str) -> dict[str, object]:
         """Remove a video and its files; one that waits or runs is given up."""
@@ -183,10 +183,6 @@ class _Videos:
         if video is None:
             raise _ApiError(404, f"there is no video {name[:80]!r}")
         return video
-
-    def _told(self, video: Video) -> dict[str, object]:
-        geometry = self._bundle.manifest.geometry
-        return _plain(video, self._bundle.name, geometry.image_size, geometry.frames)
 
 
 async def _read_request(request: Request, most: int) -> tuple[dict[str, Any], bytes]:
@@ -222,25 +218,25 @@ async def _read_request(request: Request, most: int) -> tuple[dict[str, Any], by
     return plain, photo_of_json(plain.get("input_reference"))
 
 
-def _plain(video: Video, model: str, size: int, frames: int) -> dict[str, object]:
+def _plain(video: Video) -> dict[str, object]:
     """A video as programs know it from other servers."""
-    fps = video.wish["fps"]
-    assert isinstance(fps, int | float)
+    wish = Wish.of(video.wish)
+    frames, size = (int(str(video.wish[name])) for name in ("frames", "size"))
     return {
         "id": video.id,
         "object": "video",
-        "model": model,
+        "model": video.wish["model"],
         "status": video.status,
         "progress": video.progress,
         "created_at": video.created_at,
         "completed_at": video.completed_at,
         "expires_at": None,
         "remixed_from_video_id": None,
-        "prompt": video.wish["prompt"],
-        "seconds": f"{frames / fps:g}",
+        "prompt": wish.prompt,
+        "seconds": f"{frames / wish.fps:g}",
         "size": f"{size}x{size}",
         "error": None if video.error is None else {"code": "failed", "message": video.error},
-        "extra": {name: value for name, value in video.wish.items() if name != "prompt"},
+        "extra": {name: getattr(wish, name) for name in OPTIONS},
     }
 
 

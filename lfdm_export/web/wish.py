@@ -47,6 +47,11 @@ class Wish:
         """Plain JSON values."""
         return asdict(self)
 
+    @classmethod
+    def of(cls, plain: Mapping[str, object]) -> Wish:
+        """What `to_json` gave, among other values."""
+        return cls(**{field.name: plain[field.name] for field in fields(cls)})  # type: ignore[arg-type]
+
     def condition(self, bundle: Bundle) -> dict[str, str]:
         """The prompt as an argument of `Pipeline.generate`: a label if it is one, else a text.
 
@@ -103,6 +108,17 @@ def read_wish(given: Mapping[str, Any], pipeline: Pipeline) -> Wish:
         raise InputError(f"fps is {wish.fps:g}, expected 1 to {MAX_FPS}")
     _check_shape(plain, wish, pipeline)
     return wish
+
+
+def model_of(bundle: Bundle) -> dict[str, object]:
+    """What is kept with a wish of the model that it was made of; a later server may have another one."""
+    manifest = bundle.manifest
+    return {
+        "model": bundle.name,
+        "bundle_id": manifest.bundle_id,
+        "size": manifest.geometry.image_size,
+        "frames": manifest.geometry.frames,
+    }
 
 
 def _check_shape(plain: Mapping[str, Any], wish: Wish, pipeline: Pipeline) -> None:

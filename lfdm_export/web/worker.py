@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 
+from lfdm_export.errors import InputError
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.web.store import Store, Video
 from lfdm_export.web.wish import Wish
@@ -68,7 +69,9 @@ class Worker:
 
     def _make(self, video: Video) -> None:
         try:
-            wish = Wish(**video.wish)  # type: ignore[arg-type]  # as `Wish.to_json` gave it
+            wish = Wish.of(video.wish)
+            if video.wish["bundle_id"] != self._pipeline.bundle.manifest.bundle_id:
+                raise InputError(f"it was requested of the bundle {video.wish['model']}, which is not served any more")
             clip = self._pipeline.generate(
                 self._store.photo(video.id),
                 **wish.condition(self._pipeline.bundle),  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from lfdm_export.bundle.writer import BundleWriter
 from lfdm_export.errors import BundleError, InputError, MissingDependencyError
 from tests.fake_bundle import EMBEDDINGS, NULL, SIZE, fake_manifest, write_fake_bundle, write_graphs
 from tests.fake_hub import FakeHub, Repository
+from tests.fake_triton import Port
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="the extra `hub` is not installed")
 NAME = "people/mug"
@@ -99,11 +100,12 @@ def test_without_a_connection_the_copy_serves(
     hub.repositories[NAME] = Repository()
     hub.repositories[NAME].commit(files_of(bundle))
     Bundle.from_pretrained(NAME)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    assert Bundle.from_pretrained(NAME).manifest.bundle_id == bundle.manifest.bundle_id
-    assert "no answer from the Hugging Face hub about people/mug" in caplog.text
-    with pytest.raises(BundleError, match="neither a folder nor in the hub's cache"):
-        Bundle.from_pretrained("people/other")
+    with Port() as nobody:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://{nobody.address}")
+        assert Bundle.from_pretrained(NAME).manifest.bundle_id == bundle.manifest.bundle_id
+        assert "no answer from the Hugging Face hub about people/mug" in caplog.text
+        with pytest.raises(BundleError, match="neither a folder nor in the hub's cache"):
+            Bundle.from_pretrained("people/other")
 
 
 def test_offline_nobody_is_asked(hub: FakeHub, bundle: Bundle, monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import io
 import json
 import os
@@ -31,12 +32,13 @@ from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.pictures.clips import load_clip
 from lfdm_export.pictures.metadata import clip_metadata
 from lfdm_export.web.store import Store
-from tests.fake_bundle import FRAMES, SIZE, write_fake_bundle
+from tests.fake_bundle import BODIES, FRAMES, SIZE, write_fake_bundle
 
 uvicorn = pytest.importorskip("uvicorn", reason="the extra `web` is not installed")
 pytest.importorskip("fastapi", reason="the extra `web` is not installed")
 
 from lfdm_export.web.app import WebOptions, make_app  # noqa: E402
+from lfdm_export.web.worker import Worker  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +122,21 @@ def serving(
     try:
         yield Served(f"http://127.0.0.1:{socket.getsockname()[1]}", pipeline, store), gate
     finally:
-        if gate is not None:
-            gate.open()
-        server.should_exit = True
-        thread.join()
+        with pytest.MonkeyPatch.context() as patch:
+            if gate is not None:
+                patch.setattr(Worker, "stop", functools.partialmethod(stop_in_the_middle, gate))
+            server.should_exit = True
+            thread.join()
         socket.close()
+
+
+def stop_in_the_middle(worker: Worker, gate: Gate) -> None:
+    """`Worker.stop`, but what waits at the gate goes on only once the worker knows that it has to end."""
+    with worker._wake:
+        worker._stopping = True
+        worker._wake.notify()
+    gate.open()
+    worker._thread.join()
 
 
 @pytest.fixture
@@ -367,6 +379,19 @@ def test_a_restart_forgets_nothing(bundle: Bundle, tmp_path: Path):
         for name in (halfway, waiting):
             assert served.wait_for(name, "completed", "failed")["status"] == "completed"
         assert served.call("GET", f"/v1/videos/{before}/content")[0] == 200
+
+
+def test_another_bundle_makes_nothing_that_was_asked_of_this_one(bundle: Bundle, tmp_path: Path):
+    with serving(bundle, tmp_path / "state", gated=True) as (served, gate):
+        assert gate is not None
+        name = served.create()[1]["id"]
+        assert gate.reached.wait(120)
+    other = write_fake_bundle(tmp_path / "other", decode=BODIES["decode"].replace("half = Mul", "half = Add"))
+    with serving(other, tmp_path / "state") as (served, _):
+        video = served.wait_for(name, "completed", "failed")
+    assert (video["model"], video["error"]["message"]) == (
+        "fake", "it was requested of the bundle fake, which is not served any more",
+    )  # fmt: skip
 
 
 def test_two_servers_do_not_share_a_folder(bundle: Bundle, tmp_path: Path):
