@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lfdm_export.export.bundle_export import export_bundle
     from lfdm_export.generate.pipeline import Pipeline
     from lfdm_export.pictures.clip import Clip
+    from lfdm_export.pictures.motion import Motion
 
 __version__ = "0.1.0"
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "InputError",
     "LfdmExportError",
     "MissingDependencyError",
+    "Motion",
     "ParityError",
     "Pipeline",
     "__version__",
@@ -64,6 +66,7 @@ turn_off()
 _LAZY = {
     "Bundle": "lfdm_export.bundle.reader",
     "Clip": "lfdm_export.pictures.clip",
+    "Motion": "lfdm_export.pictures.motion",
     "Pipeline": "lfdm_export.generate.pipeline",
     "export_bundle": "lfdm_export.export.bundle_export",
     "load_model": "lfdm_export.checkpoints.load",

@@ -1,10 +1,12 @@
-"""What objects of the interface say of themselves, in one line."""
+"""What objects of the interface, and errors, say of themselves, in one line."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
 from typing import Any
+
+from lfdm_export.errors import LfdmExportError
 
 
 def shortened(names: Collection[object], most: int = 4) -> str:
@@ -27,3 +29,15 @@ def not_default(settings: Any) -> str:
         if value != (field.default if made is dataclasses.MISSING else made):
             shown.append(f"{field.name}={value!r}" if field.repr else f"{field.name}=<hidden>")
     return f"{type(settings).__name__}({', '.join(shown)})"
+
+
+def describe_error(error: Exception) -> str:
+    """What went wrong, in a sentence."""
+    if isinstance(error, LfdmExportError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    if isinstance(error, MemoryError):
+        return "out of memory; use fewer frames or a smaller image, or close other programs"
+    return f"{type(error).__name__}: {error} (a fault of this program: run again with --debug, and report it)"

@@ -20,7 +20,8 @@ PACKAGES = ("lfdm_export", "lfdm_models")
 ROOMS = (
     "errors", "dependencies", "telemetry", "wording", "stages", "machine",
     "files", "sampling", "pictures", "checkpoints", "ops", "rewrite", "graphs", "bundle", "reference", "engines",
-    "quantize", "export", "generate", "parity", "protocol", "batching", "client", "serving", "evaluation", "cli",
+    "quantize", "export", "generate", "bulk", "parity", "protocol", "batching", "client", "serving", "web",
+    "evaluation", "cli",
 )  # fmt: skip
 #: Modules that others may import by the names that they had before they moved into rooms; nothing here does.
 FORMER = ("bundle_writer", "media", "preprocess")
@@ -32,9 +33,9 @@ FACTS = (
 
 #: Not in the core's dependencies: no light module may need them to be imported.
 OPTIONAL = (
-    "av", "diffusers", "einops", "grpc", "onnx", "onnxruntime", "onnxruntime_ep_nv_tensorrt_rtx", "onnxscript",
-    "openvino", "polygraphy", "safetensors", "tensorrt", "tensorrt_rtx_bindings", "tokenizers", "torch", "transformers",
-    "tritonclient",
+    "av", "diffusers", "einops", "fastapi", "grpc", "onnx", "onnxruntime", "onnxruntime_ep_nv_tensorrt_rtx",
+    "onnxscript", "openvino", "polygraphy", "pyarrow", "ray", "safetensors", "starlette", "tensorrt",
+    "tensorrt_rtx_bindings", "tokenizers", "torch", "transformers", "tritonclient", "uvicorn",
 )  # fmt: skip
 
 #: The modules that may import optional packages at their top; every other one must do without.
@@ -60,11 +61,13 @@ HEAVY = (
     "lfdm_export.rewrite",
     # Run inside Triton alone, whose package they import.
     "lfdm_export.serving.models",
+    "lfdm_export.web.app",
 )
 #: Of the networks' package, only these do without.
 LIGHT_NETWORKS = (
-    "lfdm_models", "lfdm_models.command_line", "lfdm_models.config", "lfdm_models.labels", "lfdm_models.pictures",
-    "lfdm_models.pictures.errors", "lfdm_models.pictures.formats", "lfdm_models.pictures.headers",
+    "lfdm_models", "lfdm_models.command_line", "lfdm_models.config", "lfdm_models.labels", "lfdm_models.patience",
+    "lfdm_models.pictures", "lfdm_models.pictures.errors", "lfdm_models.pictures.formats",
+    "lfdm_models.pictures.headers",
     "lfdm_models.pictures.raster", "lfdm_models.pictures.timed", "lfdm_models.schedule", "lfdm_models.training",
     "lfdm_models.training.characters", "lfdm_models.training.cli", "lfdm_models.training.conditions",
     "lfdm_models.training.drawing", "lfdm_models.training.draws", "lfdm_models.training.errors",

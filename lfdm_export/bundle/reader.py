@@ -24,13 +24,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.bundle import ready as ready_bundle
+from lfdm_export.bundle.hub import CARD_CLIP, HubName, fetch, publish
 from lfdm_export.bundle.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
+from lfdm_export.bundle.model_card import model_card
 from lfdm_export.errors import BundleError, EngineError, InputError
 from lfdm_export.files.arrays import read_arrays
 from lfdm_export.files.digests import sha256_and_size
 from lfdm_export.files.folders import give_back
 from lfdm_export.files.names import user_path
 from lfdm_export.graphs.file import check_external, read_graph
+from lfdm_export.pictures.clip import Clip
 from lfdm_export.stages import DRIVE_STAGE, StageSpec
 
 MANIFEST = "manifest.json"
@@ -78,7 +81,8 @@ class Bundle:
         """Open a bundle; one that a killed export had put aside is given back first.
 
         Args:
-            path: its folder; or "characters", the shipped model's bundle, if no folder of that name is there.
+            path: its folder; or, if no folder of that name is there, "characters", the shipped model's bundle, or
+                ``org/name`` or ``org/name@revision``, a bundle on the Hugging Face hub (see `from_pretrained`).
             check_hashes: read every file and compare its SHA-256; else only presence and size count.
 
         Raises:
@@ -89,10 +93,80 @@ class Bundle:
                 if not Path(path).exists():
                     return cls._open_ready(check_hashes=check_hashes)
                 logger.warning("%s is the folder here, not the shipped bundle of that name", path)
+            name = HubName.find(path)
+            if name is not None:
+                return cls._fetched(name, check_hashes=check_hashes)
             return cls._open(user_path(path), check_hashes=check_hashes)
         except (OSError, ValueError, RuntimeError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0][:200]
             raise BundleError(f"the bundle {str(path)[:200]!a} cannot be opened: {reason}") from error
+
+    @classmethod
+    def from_pretrained(cls, name: str, *, revision: str | None = None) -> Bundle:
+        """Open a bundle of the Hugging Face hub; what this machine has of it is not fetched again.
+
+        Every file is compared with the manifest. Without a connection the copy in the hub's cache serves
+        (HF_HUB_OFFLINE=1 asks for nothing else); a private repository needs a token (`hf auth login`, or HF_TOKEN).
+
+        Args:
+            name: ``org/name``.
+            revision: a branch, a tag or a commit; None for the newest of the main branch.
+
+        Raises:
+            InputError: the name or the revision has not the hub's form.
+            BundleError: there is no such bundle, no access to it, no connection and no copy, or it is not whole.
+            MissingDependencyError: huggingface_hub is not installed.
+        """
+        return cls._fetched(HubName(name, revision), check_hashes=True)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        revision: str | None = None,
+        clip: Clip | None = None,
+        private: bool = False,
+        message: str | None = None,
+    ) -> str:
+        """Put the bundle into a repository of the Hugging Face hub, with a model card that is written from it.
+
+        Its files are compared with the manifest first. All goes in one commit; what an earlier bundle left there goes.
+        Plans are not published: they are for one machine.
+
+        Args:
+            name: ``org/name``; the repository is made if it is missing.
+            revision: a branch, which is made if it is missing; None for the main one.
+            clip: a clip that the model made, whose first sample the card shows.
+            private: make a new repository private.
+            message: of the commit; None for one that names the bundle.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            InputError: the name or the revision has not the hub's form.
+            BundleError: the bundle is not whole any more, or the hub does not take it.
+            MissingDependencyError: huggingface_hub is not installed.
+        """
+        target = HubName(name, revision)
+        whole = Bundle._open(self.path, check_hashes=True)
+        words = "" if clip is None or clip.labels is None else clip.labels[0]
+        card = model_card(whole.manifest, whole.path, name, clip=None if clip is None else CARD_CLIP, clip_words=words)
+        text = message or f"Bundle {whole.manifest.bundle_id[:12]} ({whole.manifest.summary()})"
+        return publish(
+            whole.path, (MANIFEST, *whole.manifest.files), target, card=card, clip=clip, private=private, message=text
+        )
+
+    @classmethod
+    def _fetched(cls, name: HubName, *, check_hashes: bool) -> Bundle:
+        folder = fetch(name, MANIFEST, lambda folder: read_manifest(folder).files)
+        try:
+            return cls._open(folder, check_hashes=check_hashes)
+        except BundleError as error:
+            raise BundleError(
+                f"{name} from the hub: {str(error).removesuffix('; export again')}; if only this machine's "
+                f"copy is damaged, remove {folder.parent.parent} and fetch it again"
+            ) from error
 
     @classmethod
     def _open_ready(cls, *, check_hashes: bool) -> Bundle:
@@ -123,6 +197,13 @@ class Bundle:
 
     def __repr__(self) -> str:
         return f"<Bundle {str(self.path)!r}: {self.manifest.summary()}>"
+
+    @property
+    def name(self) -> str:
+        """That of its folder, or ``org/name`` if it lies in the cache of the Hugging Face hub."""
+        folder = self.path.resolve()
+        blobs = _hub_blobs(folder)
+        return folder.name if blobs is None else blobs.parent.name.removeprefix("models--").replace("--", "/")
 
     @property
     def labels(self) -> tuple[str, ...]:

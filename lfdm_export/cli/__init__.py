@@ -14,5 +14,6 @@ from lfdm_export.cli.info import info_main  # noqa: E402
 from lfdm_export.cli.serve import serve_main  # noqa: E402
 from lfdm_export.cli.train import train_main  # noqa: E402
 from lfdm_export.cli.verify import verify_main  # noqa: E402
+from lfdm_export.cli.web import web_main  # noqa: E402
 
-__all__ = ["export_main", "generate_main", "info_main", "serve_main", "train_main", "verify_main"]
+__all__ = ["export_main", "generate_main", "info_main", "serve_main", "train_main", "verify_main", "web_main"]

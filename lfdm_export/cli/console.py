@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -18,6 +19,7 @@ from lfdm_export.cli.ending import Stopped, is_stdout, orderly
 from lfdm_export.dependencies import missing_dependency
 from lfdm_export.errors import LfdmExportError, ParityError
 from lfdm_export.files.names import visible
+from lfdm_export.wording import describe_error
 from lfdm_models.command_line import Parser
 
 OK, FAILED, PARITY_FAILED, INTERRUPTED = 0, 1, 3, 130
@@ -74,6 +76,8 @@ def run(program: str, args: argparse.Namespace, command: Callable[[], int], *, e
         BaseException: whatever the body raised, with ``--debug``.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd EXIF and the like, which does no harm
+    if args.quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when the hub's client is imported
     with orderly():
         handler = logging.StreamHandler()
         handler.setFormatter(_Formatter(f"{program}: %(levelname)s: %(message)s"))
@@ -98,18 +102,6 @@ def run(program: str, args: argparse.Namespace, command: Callable[[], int], *, e
             logger.removeHandler(handler)
 
 
-def describe_error(error: Exception) -> str:
-    """What went wrong, in a sentence."""
-    if isinstance(error, LfdmExportError):
-        return str(error)
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or error}"
-    if isinstance(error, MemoryError):
-        return "out of memory; use fewer frames or a smaller image, or close other programs"
-    return f"{type(error).__name__}: {error} (a fault of this program: run again with --debug, and report it)"
-
-
 def complain(program: str, message: str) -> None:
     """Print a line on stderr."""
     text = f"{program}: {' '.join(message.split())}"
@@ -124,6 +116,11 @@ def say(args: argparse.Namespace, text: object) -> None:
     if not args.quiet:
         console = _Console(stderr=is_stdout(getattr(args, "out", None)), soft_wrap=isinstance(text, str))
         console.print(visible(text, keep="\n") if isinstance(text, str) else text, markup=False, highlight=False)
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console on which names, files and servers cannot play."""
+    return _Console(stderr=stderr)
 
 
 class Bars:

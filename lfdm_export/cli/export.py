@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,8 +96,6 @@ def _export(args: argparse.Namespace) -> int:
         from lfdm_export.serving.triton.repository import require_apart
 
         require_apart(args.out, args.triton)
-    if args.quiet:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when transformers is imported
     from lfdm_export.export.bundle_export import export_bundle
     from lfdm_export.export.precisions import check_precision
 

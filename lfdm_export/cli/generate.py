@@ -7,6 +7,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lfdm_export.cli.bulk import add_bulk_options, check_bulk_options, generate_in_bulk
 from lfdm_export.cli.console import Bars, add_common_options, make_parser, run, say
 from lfdm_export.cli.ending import orderly
 from lfdm_export.cli.making import Making
@@ -33,9 +34,12 @@ _EXAMPLES = """\
   lfdm-generate mug --image face.jpg --label anger --guidance 2 --panels -o anger.gif
   lfdm-generate mug --image face.jpg --drive laughing.mp4 -o laughing.gif
   lfdm-generate mug --image face.jpg --label anger fear --seeds 1-4 --format gif -o clips/
+  lfdm-generate mug --image face.jpg --label happiness -o happy.motion
+  lfdm-generate mug --image other.jpg --motion happy.motion -o other.gif
+  lfdm-generate mug --jobs jobs.csv -o clips/ --workers 4
   lfdm-generate --url localhost:8001 --image face.jpg --label happiness -o happiness.gif
 """
-#: Options of sampling, which a motion transfer has none of.
+#: Options of sampling, which a motion that is there already has none of.
 _SAMPLING = ("seed", "seeds", "steps", "sampler", "eta", "guidance")
 # Clips that are sampled together: at most so many, and so many values (frames times rows times columns of latents).
 _LARGEST_BATCH, _BATCH_VALUES = 8, 4 * 40 * 32 * 32
@@ -47,12 +51,14 @@ def generate_main(argv: Sequence[str] | None = None) -> int:
     """Run ``lfdm-generate``; returns the exit status (see `lfdm_export.cli`)."""
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.drive is not None and any(getattr(args, name) is not None for name in _SAMPLING):
-        parser.error(f"--drive samples nothing: leave out {', '.join('--' + name for name in _SAMPLING)}")
+    for name in ("drive", "motion"):
+        if getattr(args, name) is not None and any(getattr(args, option) is not None for option in _SAMPLING):
+            parser.error(f"--{name} samples nothing: leave out {', '.join('--' + option for option in _SAMPLING)}")
+    check_bulk_options(parser, args)
     if args.bundle is None and args.url is None and len(args.label or ()) > 1:
         args.bundle = args.label.pop()  # lfdm-generate --label nod BUNDLE
     check_remote_options(parser, args)
-    return run(PROGRAM, args, lambda: _generate(args))
+    return run(PROGRAM, args, lambda: _generate(args) if args.jobs is None else generate_in_bulk(args))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,25 +69,24 @@ def _parser() -> argparse.ArgumentParser:
         "bundle",
         nargs="?",
         metavar="BUNDLE",
-        help="folder that lfdm-export wrote, or characters: the shipped model; not with --url",
+        help="a folder, org/name on the Hugging Face hub, or characters: the shipped model; not with --url",
     )
-    parser.add_argument("--image", required=True, metavar="PHOTO", help=f"the photograph: {FORMAT_NAMES}")
+    parser.add_argument("--image", metavar="PHOTO", help=f"the photograph: {FORMAT_NAMES}")
     parser.add_argument(
         "--crop",
         type=crop_of,
         metavar="center|X,Y,W,H",
         help="cut this out of it (center: the largest square), in place of black bars around what is not square",
     )
-    parser.add_argument(
-        "-o", "--out", required=True, metavar="FILE", help=f"the clip: .{', .'.join(FORMATS)}, or FOLDER/"
-    )
-    motion = parser.add_argument_group("motion (one of these)").add_mutually_exclusive_group(required=True)
+    parser.add_argument("-o", "--out", metavar="FILE", help=f"the clip: .{', .'.join(FORMATS)}, or FOLDER/")
+    motion = parser.add_argument_group("motion (one of these)").add_mutually_exclusive_group()
     motion.add_argument(
         "--label", nargs="+", action="extend", metavar="LABEL", help="of the bundle's labels; a clip for each"
     )
     motion.add_argument("--text", help="free text, if the bundle has a text encoder")
     motion.add_argument("--embedding", metavar="FILE.npy", help="a text embedding")
     motion.add_argument("--drive", metavar="CLIP", help="a clip whose motion is transferred")
+    motion.add_argument("--motion", metavar="FILE", help="the motion of an earlier clip, which was saved as .motion")
     motion.add_argument("--labels-all", action="store_true", help="a clip for each label that the bundle knows")
     sampling = parser.add_argument_group("sampling (the bundle's defaults where not given)")
     seed = sampling.add_mutually_exclusive_group()
@@ -104,8 +109,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="show source, clip, warped image, deformed grid and occlusion side by side, with titles",
     )
+    output.add_argument(
+        "--cache", metavar="DIR", help="keep clips in this folder, and take from it what was made before (4 GB at most)"
+    )
     output.add_argument("--threads", type=int, metavar="N", help="threads (all cores)")
     add_target_option(output)
+    add_bulk_options(parser)
     add_remote_options(parser)
     add_common_options(parser)
     return parser
@@ -120,17 +129,18 @@ def _generate(args: argparse.Namespace) -> int:
         return generate_remotely(args)
     from lfdm_export.generate.pipeline import Pipeline
 
-    pipeline = Pipeline.open(args.bundle, threads=args.threads, target=args.target)
+    pipeline = Pipeline.open(args.bundle, threads=args.threads, target=args.target, cache=args.cache)
     with Bars(quiet=args.quiet, names=_STAGES) as progress:
         making = Making(args, wishes(args, pipeline.bundle.labels))
-        batch = batch_size(pipeline.bundle.manifest.geometry)
+        # A clip that is kept is found again whatever else is made beside it.
+        batch = 1 if args.cache else batch_size(pipeline.bundle.manifest.geometry)
         parts = [making.wanted[start : start + batch] for start in range(0, len(making.wanted), batch)]
         for done, part in enumerate(parts):
             if len(parts) > 1:
                 progress("clips", done * batch, len(making.wanted))
             _make(pipeline, args, part, making, progress)
     facts: dict[str, object] = {}
-    if args.drive is None and making.made:
+    if args.drive is None and args.motion is None and making.made:
         table = pipeline.sampler_table(args.sampler, args.steps, args.eta)
         facts = {"sampler": table.name, "steps": table.steps}
     if making.made:
@@ -181,6 +191,8 @@ def _label_is_known(pipeline: Pipeline, wish: Wish, making: Making) -> bool:
 def _clip(pipeline: Pipeline, args: argparse.Namespace, progress: Bars, part: Sequence[Wish]) -> Clip:
     if args.drive is not None:
         return pipeline.transfer_motion(args.image, args.drive, crop=args.crop, fps=args.fps, progress=progress)
+    if args.motion is not None:
+        return pipeline.animate(args.image, args.motion, crop=args.crop, progress=progress)
     embedding = None
     if args.embedding is not None:
         from lfdm_export.generate.arguments import load_embedding

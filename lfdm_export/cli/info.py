@@ -26,7 +26,9 @@ def info_main(argv: Sequence[str] | None = None) -> int:
         PROGRAM, "Say what a bundle is: labels, sizes, precision, files, provenance, and what runs it here.", _EXAMPLES
     )
     parser.add_argument(
-        "bundle", metavar="BUNDLE", help="folder that lfdm-export wrote, or characters: the shipped model"
+        "bundle",
+        metavar="BUNDLE",
+        help="a folder, org/name on the Hugging Face hub, or characters: the shipped model",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     add_common_options(parser)

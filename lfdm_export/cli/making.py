@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lfdm_export.cli.console import FAILED, OK, complain, describe_error, say
+from lfdm_export.cli.console import FAILED, OK, complain, say
 from lfdm_export.cli.wishes import Wish
 from lfdm_export.pictures.clip import Clip
-from lfdm_export.wording import count, shortened
+from lfdm_export.wording import count, describe_error, shortened
 
 
 @dataclass

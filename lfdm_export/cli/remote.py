@@ -14,6 +14,7 @@ from lfdm_export.cli.photograph import say_bars
 from lfdm_export.cli.wishes import Wish, wants_many, wishes
 from lfdm_export.errors import AuthenticationError, ServerUnavailableError
 from lfdm_export.pictures.clip import Clip
+from lfdm_export.pictures.clip_files import ARCHIVES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,12 +63,15 @@ def check_remote_options(parser: argparse.ArgumentParser, args: argparse.Namespa
         if given:
             parser.error(f"--{given[0].replace('_', '-')} is for --url; leave it out")
         return
-    if args.drive is not None:
-        parser.error("--drive runs here, with a BUNDLE; leave out --url")
+    for name in ("drive", "cache"):
+        if getattr(args, name) is not None:
+            parser.error(f"--{name} is for a BUNDLE that runs here; leave out --url")
     if args.threads is not None:
         parser.error("--threads is for a BUNDLE that runs here; leave it out")
+    if args.stream and args.motion is not None:
+        parser.error("--motion is decoded at once: leave out --stream")
     if args.stream and (args.panels or _is_archive(args)):
-        parser.error("a stream brings the frames alone, but --panels and npz need more; leave out --stream")
+        parser.error("a stream brings the frames alone, but --panels, npz and motion need more; leave out --stream")
     if (args.tls_key is None) != (args.tls_cert is None):
         parser.error("--tls-key and --tls-cert belong together: give both, or neither")
 
@@ -93,7 +97,8 @@ def generate_remotely(args: argparse.Namespace) -> int:
         facts: dict[str, object] = {"server": args.url}
         if making.made:
             model = client.facts()
-            facts = {"sampler": args.sampler or model.sampler.sampler, "steps": making.steps, **facts}
+            if args.motion is None:
+                facts = {"sampler": args.sampler or model.sampler.sampler, "steps": making.steps, **facts}
         status = making.finish(PROGRAM, facts)
         if making.made:
             say_bars(args, client.facts().preprocessing)
@@ -144,6 +149,8 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def _whole(client: Client, args: argparse.Namespace, wish: Wish, progress: Bars | None) -> Clip:
+    if args.motion is not None:
+        return client.animate(args.image, args.motion, crop=args.crop)
     more = args.panels or _is_archive(args)
     return client.generate(
         args.image,
@@ -164,7 +171,7 @@ def _whole(client: Client, args: argparse.Namespace, wish: Wish, progress: Bars 
 
 
 def _is_archive(args: argparse.Namespace) -> bool:
-    return (args.format or args.out.lower().rpartition(".")[2]) == "npz"
+    return (args.format or args.out.lower().rpartition(".")[2]) in ARCHIVES
 
 
 def _streamed(client: Client, args: argparse.Namespace, wish: Wish, progress: Bars) -> Clip:

@@ -53,7 +53,10 @@ def _parser() -> argparse.ArgumentParser:
         _EXAMPLES,
     )
     parser.add_argument(
-        "bundle", metavar="BUNDLE", nargs="?", help="folder that lfdm-export wrote, or characters: the shipped model"
+        "bundle",
+        metavar="BUNDLE",
+        nargs="?",
+        help="a folder, org/name on the Hugging Face hub, or characters: the shipped model",
     )
     server = parser.add_argument_group("server")
     server.add_argument(

@@ -33,7 +33,9 @@ def verify_main(argv: Sequence[str] | None = None) -> int:
         _EXAMPLES,
     )
     parser.add_argument(
-        "bundle", metavar="BUNDLE", help="folder that lfdm-export wrote, or characters: the shipped model"
+        "bundle",
+        metavar="BUNDLE",
+        help="a folder, org/name on the Hugging Face hub, or characters: the shipped model",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads (all cores)")
     parser.add_argument(

@@ -55,7 +55,8 @@ def seeds_of(word: str) -> range:
 
 def inputs_of(args: argparse.Namespace) -> dict[str, str | None]:
     """The files and folders that the command reads, which no clip may replace."""
-    return {"--image": args.image, "--drive": args.drive, "--embedding": args.embedding, "BUNDLE": args.bundle}
+    named = {f"--{name}": getattr(args, name) for name in ("image", "drive", "motion", "embedding")}
+    return {**named, "BUNDLE": args.bundle}
 
 
 def wants_many(args: argparse.Namespace) -> bool:

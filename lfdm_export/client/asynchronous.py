@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -15,9 +16,11 @@ from lfdm_export.client.events import plan_stream
 from lfdm_export.client.faults import Attempts
 from lfdm_export.client.health import Health, not_up, read_facts
 from lfdm_export.client.jobs import Asked, Job, Plan, Report, make_clip, make_plan
+from lfdm_export.client.motions import plan_motion
 from lfdm_export.client.settings import Settings, import_protocol
 from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.crop import Crop
+from lfdm_export.pictures.motion import Motion, as_motion
 from lfdm_export.pictures.preprocess import ImageLike
 from lfdm_export.protocol.contract import CLIP_MODEL, Array, RequestCancelledError
 from lfdm_export.protocol.model_facts import ModelFacts
@@ -165,6 +168,27 @@ class AsyncClient:
             await _end(tasks)
             self._tasks.difference_update(tasks)
         return make_clip(answers, plan, facts)
+
+    async def animate(
+        self,
+        image: ImageLike,
+        motion: Motion | str | os.PathLike[str],
+        *,
+        crop: Crop | None = None,
+        deadline: float | None = None,
+    ) -> Clip:
+        """Make a clip of `image` moving as an earlier clip did; arguments and errors are those of `Client.animate`."""
+        facts = await self.facts()
+        plan = await asyncio.to_thread(lambda: plan_motion(image, as_motion(motion), facts, crop))
+        attempts = self._connection.attempts(self._connection.settings.timeout if deadline is None else deadline)
+        name = plan.request_id
+        encoded = plan.encoded(
+            await self._connection.unary("ModelInfer", plan.encode_request, attempts, request_id=name)
+        )
+        response = await self._connection.unary(
+            "ModelInfer", lambda left: plan.decode_request(encoded, left), attempts, request_id=name
+        )
+        return plan.clip(response)
 
     def stream(
         self,

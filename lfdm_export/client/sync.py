@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
@@ -14,10 +15,12 @@ from lfdm_export.client.events import plan_stream
 from lfdm_export.client.faults import Attempts
 from lfdm_export.client.health import Health, not_up, read_facts
 from lfdm_export.client.jobs import Asked, Job, Plan, Report, make_clip, make_plan
+from lfdm_export.client.motions import plan_motion
 from lfdm_export.client.settings import Retry, Settings, import_protocol
 from lfdm_export.client.sync_stream import Stream
 from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.crop import Crop
+from lfdm_export.pictures.motion import Motion, as_motion
 from lfdm_export.pictures.preprocess import ImageLike
 from lfdm_export.protocol.contract import CLIP_MODEL, Array
 from lfdm_export.protocol.model_facts import ModelFacts
@@ -194,6 +197,37 @@ class Client:
         with self._connection.under_way(flights):
             answers = self._together(plan, facts, flights, progress)
         return make_clip(answers, plan, facts)
+
+    def animate(
+        self,
+        image: ImageLike,
+        motion: Motion | str | os.PathLike[str],
+        *,
+        crop: Crop | None = None,
+        deadline: float | None = None,
+    ) -> Clip:
+        """Make a clip of `image` moving as an earlier clip did; see `lfdm_export.generate.pipeline.Pipeline.animate`.
+
+        Nothing is sampled: the server encodes the picture and decodes the motion's latent. With the picture of that
+        clip, on the same server, the frames are the same to the bit.
+
+        Args:
+            image: a path, a PIL image or (H,W,3) uint8.
+            motion: ``clip.motion`` of a clip (ask for its latent), or the path of one that was saved as ``.motion``.
+            crop: what is cut out of the image first; see `lfdm_export.generate.pipeline.Pipeline.generate`.
+            deadline: seconds for both requests together; None for the settings' `timeout`.
+
+        Raises:
+            InputError: the image or the motion cannot be used, or the motion is of a model of other sizes.
+            ServerError: see `generate`.
+        """
+        plan = plan_motion(image, as_motion(motion), self.facts(), crop)
+        seconds = self._connection.settings.timeout if deadline is None else deadline
+        first, second = (self._connection.flight(plan.request_id, seconds) for _ in range(2))
+        with self._connection.under_way([first, second]):
+            encoded = plan.encoded(self._connection.unary("ModelInfer", plan.encode_request, first))
+            response = self._connection.unary("ModelInfer", lambda left: plan.decode_request(encoded, left), second)
+        return plan.clip(response)
 
     def stream(
         self,

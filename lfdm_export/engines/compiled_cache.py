@@ -7,7 +7,6 @@ the SHA-256 of the rest, then what the compiler gave.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from lfdm_export.errors import InputError
 from lfdm_export.files.atomic import replacing
+from lfdm_export.files.room import make_room, used_now
 from lfdm_export.machine import optional_cache
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ DEFAULT_SIZE = 4_000_000_000
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 _LONGEST_HEADER = 4096
+_ENDING = ".compiled"
 
 
 def user_compiled_cache(compiler: str) -> CompiledCache | None:
@@ -81,8 +82,7 @@ class CompiledCache:
             return None
         if hashlib.sha256(blob).hexdigest() != header.get("sha256"):
             return None
-        with contextlib.suppress(OSError):  # of a folder that can only be read
-            os.utime(path)  # used now
+        used_now(path)
         return blob
 
     def write(self, name: str, key: str, blob: bytes | memoryview) -> None:
@@ -95,7 +95,7 @@ class CompiledCache:
             return
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._make_room(needed, path)
+            make_room(self.folder, _ENDING, needed, self.size, replaced=path)
             with replacing(path) as file:
                 file.write(header)
                 file.write(blob)
@@ -103,19 +103,4 @@ class CompiledCache:
             logger.info("what was compiled cannot be kept in %s: %s", self.folder, error.strerror or error)
 
     def _path(self, name: str, key: str) -> Path:
-        return self.folder / f"{name}-{key[:16]}.compiled"
-
-    def _make_room(self, needed: int, replaced: Path) -> None:
-        """Remove what was used longest ago until so many bytes fit."""
-        entries = []
-        for path in self.folder.glob("*.compiled"):
-            with contextlib.suppress(OSError):  # another process was faster
-                facts = path.stat()
-                if path != replaced:
-                    entries.append((facts.st_mtime, facts.st_size, path))
-        total = sum(size for _, size, _ in entries)
-        for _, size, path in sorted(entries):
-            if total + needed <= self.size:
-                break
-            path.unlink(missing_ok=True)
-            total -= size
+        return self.folder / f"{name}-{key[:16]}{_ENDING}"

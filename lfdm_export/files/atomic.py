@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,6 +32,10 @@ _MARK = ".lfdm-"
 _LEFTOVER = re.compile(r"^\..*\.lfdm-[0-9a-f]{12}\.part$", re.DOTALL)
 #: Of one component of a path, in bytes, where the file system does not say.
 _LONGEST_NAME = 255
+# Names that a write looks at, on average, for what killed writers left.
+_NAMES_PER_WRITE = 100
+# Writes of this process into large folders until these are looked through again.
+_sweep_after: dict[Path, int] = {}
 #: What file systems answer that have no fsync for folders, or none at all.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS)
 
@@ -154,11 +158,11 @@ def part_name(place: Path) -> Path:
 
 def leftovers(folder: Path) -> Iterator[Path]:
     """What killed writers left in a folder; each is locked while the caller looks at it."""
-    try:
-        with os.scandir(folder) as entries:
-            found = [Path(entry.path) for entry in entries if _LEFTOVER.match(entry.name)]
-    except OSError:
-        return
+    yield from _abandoned(_look_through(folder)[0])
+
+
+def _abandoned(found: Iterable[Path]) -> Iterator[Path]:
+    """Those of some hidden names whose writers are gone."""
     for path in found:
         try:
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
@@ -169,6 +173,35 @@ def leftovers(folder: Path) -> Iterator[Path]:
                 yield path
         finally:
             os.close(descriptor)
+
+
+def _look_through(folder: Path) -> tuple[list[Path], int]:
+    """The hidden names in a folder, and how many names it has in all."""
+    names = 0
+    found = []
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            names += 1
+            if _LEFTOVER.match(entry.name):
+                found.append(Path(entry.path))
+    return found, names
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed writers left in a folder.
+
+    Looking through a folder of a hundred thousand clips takes longer than writing one: a large folder is looked through
+    by the first write of a process, and then by one of so many that each pays for some hundred names.
+    """
+    waiting = _sweep_after.get(folder, 0)
+    if waiting:
+        _sweep_after[folder] = waiting - 1
+        return
+    found, names = _look_through(folder)
+    for left in _abandoned(found):
+        remove(left)
+    if names > _NAMES_PER_WRITE:
+        _sweep_after[folder] = names // _NAMES_PER_WRITE
 
 
 def remove(path: Path) -> None:
@@ -183,8 +216,7 @@ def remove(path: Path) -> None:
 @contextlib.contextmanager
 def _claimed(place: Path, make: Callable[[Path], int | None]) -> Iterator[tuple[Path, int | None]]:
     """A hidden name that is ours, and its descriptor; what still has the name afterwards is removed."""
-    for left in leftovers(place.parent):
-        remove(left)
+    _sweep(place.parent)
     part, descriptor = _claim(place, make)
     try:
         yield part, descriptor
@@ -292,6 +324,20 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def claimed(path: Path) -> BinaryIO:
+    """A file that is this process's alone until it is closed, or the process ends; made if it is missing.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: it cannot be made.
+    """
+    file = path.open("ab")
+    if _lock(file.fileno()) is False:
+        file.close()
+        raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK), os.fspath(path))
+    return file
 
 
 def _lock(descriptor: int) -> bool | None:

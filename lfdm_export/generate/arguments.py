@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -67,15 +68,28 @@ def load_embedding(path: str | os.PathLike[str]) -> NDArray[np.generic]:
     Raises:
         InputError: there is no such file, or it is no array.
     """
+    return _embedding(lambda: np.load(user_path(path), allow_pickle=False), os.fspath(path))
+
+
+def read_embedding(stream: BinaryIO, name: str) -> NDArray[np.generic]:
+    """Like `load_embedding`, out of a stream.
+
+    Raises:
+        InputError: it is no array.
+    """
+    return _embedding(lambda: np.load(stream, allow_pickle=False), name)
+
+
+def _embedding(load: Callable[[], object], name: str) -> NDArray[np.generic]:
     try:
-        loaded = np.load(user_path(path), allow_pickle=False)
+        loaded = load()
     except InputError:
         raise
     except Exception as error:  # NumPy and its parsers raise anything on a damaged file
         reason = getattr(error, "strerror", None) or "it is no .npy array"
-        raise InputError(f"the embedding {path} cannot be read: {reason}; save it with numpy.save") from error
+        raise InputError(f"the embedding {name} cannot be read: {reason}; save it with numpy.save") from error
     if not isinstance(loaded, np.ndarray):
-        raise InputError(f"the embedding {path} is an archive, expected one array; save it with numpy.save")
+        raise InputError(f"the embedding {name} is an archive, expected one array; save it with numpy.save")
     return loaded
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias, TypedDict, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lfdm_export import __version__
 from lfdm_export.bundle.manifest import TEXT_STAGE
 from lfdm_export.bundle.reader import TOKENIZER_FOLDER, Bundle
 from lfdm_export.engines.interface import ClipRequest
@@ -25,11 +26,13 @@ from lfdm_export.generate.arguments import (
     sample_seeds,
     seed_count,
 )
+from lfdm_export.generate.clip_cache import ClipCache, clip_key
 from lfdm_export.generate.stage_runner import StageRunner
 from lfdm_export.generate.tokenizer import tokenize
 from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.clips import Footage, read_footage
 from lfdm_export.pictures.crop import Crop
+from lfdm_export.pictures.motion import Motion, as_motion
 from lfdm_export.pictures.preprocess import ImageLike, prepare_image, prepare_images, to_float, to_uint8
 from lfdm_export.sampling import tables
 from lfdm_export.sampling.noise import handed_noise, seeded_noise
@@ -101,8 +104,10 @@ class Pipeline:
         device: Device = "cpu",
         target: str = AUTO,
         self_check: bool = True,
+        cache: ClipCache | str | os.PathLike[str] | None = None,
     ) -> None:
         """Use a bundle, or open the path of one; see `open`. Its stages can be run one by one through ``stages``."""
+        self.cache = cache if isinstance(cache, ClipCache | None) else ClipCache.at(cache)
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.stages = StageRunner(self.bundle, threads=threads, device=device, target=target, self_check=self_check)
 
@@ -118,6 +123,7 @@ class Pipeline:
         device: Device = "cpu",
         target: str = AUTO,
         self_check: bool = True,
+        cache: ClipCache | str | os.PathLike[str] | None = None,
     ) -> Pipeline:
         """Open a bundle, or the path of one, whose files are then checked by their hashes.
 
@@ -129,12 +135,36 @@ class Pipeline:
                 that the bundle has plans for and that runs here, else the faster of ONNX Runtime and OpenVINO.
             self_check: before a target is used on this machine for the first time, compare it with the reference in
                 the bundle (seconds); "auto" takes only what passes. Findings are kept in the user's cache folder.
+            cache: a folder of clips, 4 GB at most: what was made before, by the same bundle and engine from the same
+                picture with the same settings, is read from there. None keeps nothing.
 
         Raises:
             BundleError: there is no whole bundle at the path.
             InputError: the target is unknown.
         """
-        return cls(bundle, threads=threads, device=device, target=target, self_check=self_check)
+        return cls(bundle, threads=threads, device=device, target=target, self_check=self_check, cache=cache)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        threads: int | None = None,
+        device: Device = "cpu",
+        target: str = AUTO,
+        self_check: bool = True,
+        cache: ClipCache | str | os.PathLike[str] | None = None,
+    ) -> Pipeline:
+        """Open a bundle of the Hugging Face hub; see `Bundle.from_pretrained` for its name and `open` for the rest.
+
+        Raises:
+            InputError: the name, the revision or the target has not the right form.
+            BundleError: there is no such bundle, no access to it, no connection and no copy, or it is not whole.
+            MissingDependencyError: huggingface_hub is not installed.
+        """
+        bundle = Bundle.from_pretrained(name, revision=revision)
+        return cls(bundle, threads=threads, device=device, target=target, self_check=self_check, cache=cache)
 
     def generate(
         self,
@@ -182,22 +212,29 @@ class Pipeline:
         prepared = self._prepare(image, crop)
         words, embeddings = self._conditions(label, text, text_embedding)
         batch = common_batch({"images": len(prepared), "labels": len(embeddings), "seeds": seed_count(seed)})
-        rows = np.repeat(embeddings, batch // len(embeddings), axis=0)
         asked: _Sampling = {"sampler": sampler, "steps": steps, "eta": eta, "guidance_scale": guidance_scale}
-        clip = None if noise is not None else self._whole_clip(prepared, rows, asked, seed, progress)
-        if clip is None:
+        settings = {
+            **self._origin("generate"),
+            **self._sampling_settings(**asked),
+            "condition": "label" if label is not None else "text" if text is not None else "text_embedding",
+        }
+        seeds = None if noise is not None else sample_seeds(seed, batch)
+
+        def make() -> Clip:
+            rows = np.repeat(embeddings, batch // len(embeddings), axis=0)
+            whole = None if noise is not None else self._whole_clip(prepared, rows, asked, seed, progress)
+            if whole is not None:
+                return whole
             encoded = self._encode(prepared, progress).repeat(batch)
             latent = self.sample(encoded, rows, **asked, seed=seed, noise=noise, progress=progress)
-            clip = self._clip(prepared, encoded, latent, progress)
+            return self._clip(prepared, encoded, latent, progress)
+
+        made_from = {**settings, "seeds": seeds, "frames": self.bundle.manifest.geometry.frames, "batch": batch}
         return replace(
-            clip,
+            make() if noise is not None else self._remembered(made_from, (prepared, embeddings), make),
             labels=None if words is None else words * (batch // len(words)),
-            seeds=None if noise is not None else sample_seeds(seed, batch),
-            settings={
-                **self._origin("generate"),
-                **self._sampling_settings(**asked),
-                "condition": "label" if label is not None else "text" if text is not None else "text_embedding",
-            },
+            seeds=seeds,
+            settings=settings,
         )
 
     def _whole_clip(
@@ -210,7 +247,7 @@ class Pipeline:
     ) -> Clip | None:
         """Clips of B embeddings made where the engine runs, in one go; None where it runs stages alone."""
         batch = len(embeddings)
-        stage, fixed = self._condition(embeddings, self._guidance_scale(asked["guidance_scale"]))
+        stage, fixed = self._condition(embeddings, self._guidance(asked["guidance_scale"]))
         maker = self.stages.clip_maker(stage, batch)
         if maker is None:
             return None
@@ -262,18 +299,67 @@ class Pipeline:
             raise InputError(f"motion transfer takes one image, found a batch of {len(prepared)}; call it for each")
         footage = self._driving(driving_clip, fps, crop)
         driving = footage.frames
-        source, latents = to_float(prepared), []
-        _report(progress, DRIVE_STAGE, 0, len(driving))
-        for start in range(0, len(driving), _MOTION_BATCH):
-            part = to_float(driving[start : start + _MOTION_BATCH])
-            (latent,) = self.stages.run(DRIVE_STAGE, np.repeat(source, len(part), axis=0), part)
-            latents.append(latent)
-            _report(progress, DRIVE_STAGE, start + len(part), len(driving))
-        motion = np.ascontiguousarray(np.concatenate(latents).transpose(1, 0, 2, 3))[None]
+
+        def make() -> Clip:
+            source, latents = to_float(prepared), []
+            _report(progress, DRIVE_STAGE, 0, len(driving))
+            for start in range(0, len(driving), _MOTION_BATCH):
+                part = to_float(driving[start : start + _MOTION_BATCH])
+                (latent,) = self.stages.run(DRIVE_STAGE, np.repeat(source, len(part), axis=0), part)
+                latents.append(latent)
+                _report(progress, DRIVE_STAGE, start + len(part), len(driving))
+            motion = np.ascontiguousarray(np.concatenate(latents).transpose(1, 0, 2, 3))[None]
+            return self._clip(prepared, self._encode(prepared, progress), motion, progress)
+
+        settings = self._origin("transfer_motion")
+        made_from = {**settings, "frames": len(driving), "batch": 1}
         return replace(
-            self._clip(prepared, self._encode(prepared, progress), motion, progress),
+            self._remembered(made_from, (prepared, driving), make),
             fps=footage.fps,
-            settings=self._origin("transfer_motion"),
+            settings=settings,
+        )
+
+    def animate(
+        self,
+        image: ImageLike,
+        motion: Motion | str | os.PathLike[str],
+        *,
+        crop: Crop | None = None,
+        progress: Progress | None = None,
+    ) -> Clip:
+        """Make a clip of `image` moving as an earlier clip did: its latent is decoded, nothing is sampled.
+
+        With the picture of that clip, the same bundle and the same engine, the frames are the same to the bit.
+
+        Args:
+            image: a path, a PIL image, (H,W,3) uint8, or (B,H,W,3) uint8 for a batch, all of which move alike.
+            motion: ``clip.motion`` of a clip of one sample, or the path of one that ``clip.save`` wrote as ``.motion``.
+            crop: what is cut out of the image first; see `generate`.
+            progress: called as ``progress(stage, done, total)``.
+
+        Raises:
+            InputError: the image or the motion cannot be used, or the motion is of a model of other sizes.
+            EngineError: an engine cannot be loaded or fails.
+        """
+        motion = as_motion(motion)
+        geometry, config = self.bundle.manifest.geometry, self.bundle.manifest.config
+        motion.require_fit(geometry.latent_size, geometry.frames, residual_flow=config.residual_flow)
+        prepared = self._prepare(image, crop)
+        latent = np.repeat(motion.latent[None], len(prepared), axis=0)
+        origin = self._origin("animate")
+        made_from = {**origin, "frames": latent.shape[2], "batch": len(prepared)}
+        made = dict(motion.settings)
+        word, seed = made.pop("text", made.pop("label", None)), made.pop("seed", None)
+        return replace(
+            self._remembered(
+                made_from,
+                (prepared, latent),
+                lambda: self._clip(prepared, self._encode(prepared, progress), latent, progress),
+            ),
+            labels=(word,) * len(prepared) if isinstance(word, str) else None,
+            seeds=(seed,) * len(prepared) if isinstance(seed, int) else None,
+            fps=motion.fps,
+            settings={**made, **origin, "motion_bundle_id": made.get("bundle_id")},
         )
 
     def _driving(self, driving_clip: str | os.PathLike[str] | UInt8, fps: float | None, crop: Crop | None) -> Footage:
@@ -352,7 +438,7 @@ class Pipeline:
         rows = embedding_rows(embedding, geometry.text_width)
         if len(rows) not in (1, batch):
             raise InputError(f"found {len(rows)} text embeddings for {batch} images, expected 1 or {batch}")
-        scale = self._guidance_scale(guidance_scale)
+        scale = self._guidance(guidance_scale)
         table = self.sampler_table(sampler, steps, eta)
         shape = (3, geometry.frames, geometry.latent_size, geometry.latent_size)
         if noise is None:
@@ -423,7 +509,7 @@ class Pipeline:
         manifest = self.bundle.manifest
         return {
             "made_by": made_by,
-            "bundle": self.bundle.path.resolve().name,
+            "bundle": self.bundle.name,
             "bundle_id": manifest.bundle_id,
             "precision": manifest.precision,
         }
@@ -437,8 +523,33 @@ class Pipeline:
             "sampler": table.name,
             "steps": table.steps,
             "eta": defaults.eta_of(table.name, eta),
-            "guidance_scale": float(defaults.guidance_scale if guidance_scale is None else guidance_scale),
+            "guidance_scale": self._guidance(guidance_scale),
         }
+
+    def _guidance(self, scale: float | None) -> float:
+        default = self.bundle.manifest.sampler.guidance_scale
+        return default if scale is None else finite_number(scale, "guidance_scale")
+
+    def _remembered(
+        self, made_from: Mapping[str, object], arrays: Sequence[NDArray[np.generic]], make: Callable[[], Clip]
+    ) -> Clip:
+        """What `make` gives, or gave once: out of the cache, if there is one.
+
+        Args:
+            made_from: what decides the clip besides the arrays and the engine, its ``batch`` and ``frames`` among it;
+                the bundle's name does not.
+            arrays: pictures, embeddings, latents.
+            make: makes the clip.
+        """
+        if self.cache is None:
+            return make()
+        facts = {**made_from, "bundle": None, "version": __version__, "engine": self.stages.engine_facts()}
+        key, batch, frames = clip_key(facts, arrays), cast(int, made_from["batch"]), cast(int, made_from["frames"])
+        clip = self.cache.read(key, batch, frames, self.bundle.manifest)
+        if clip is None:
+            clip = make()
+            self.cache.write(key, clip)
+        return clip
 
     def _encode(self, prepared: UInt8, progress: Progress | None) -> Encoded:
         _report(progress, "encode", 0, 1)
@@ -461,12 +572,6 @@ class Pipeline:
             texts = per_sample(text, "text")
             return texts, self.embed_text(texts)
         return None, embedding_rows(cast(ArrayLike, text_embedding), self.bundle.manifest.geometry.text_width)
-
-    def _guidance_scale(self, asked: float | None) -> float:
-        """Of a request, or the bundle's default."""
-        if asked is None:
-            return self.bundle.manifest.sampler.guidance_scale
-        return finite_number(asked, "guidance_scale")
 
     def _condition(self, embedding: Float32, scale: float) -> tuple[str, dict[str, Float32]]:
         """The stage that samples, `step` where one branch is enough, and its inputs beside `context` that stay."""

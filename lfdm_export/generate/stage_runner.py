@@ -19,6 +19,7 @@ from lfdm_export.engines.self_check import is_enabled
 from lfdm_export.engines.self_check_choice import choose_checked
 from lfdm_export.engines.targets import AUTO, Choice, Target, check_target_name, find_targets
 from lfdm_export.errors import EngineError
+from lfdm_export.machine import available_cores, package_versions, processor_facts
 from lfdm_export.sampling.loop import sample as run_loop
 from lfdm_export.sampling.noise import START, NoiseSource
 from lfdm_export.sampling.tables import SamplerTable
@@ -96,6 +97,22 @@ class StageRunner:
         target = self.choice.target
         assert target is not None, "only plans can be made by nothing"
         return target
+
+    def engine_facts(self) -> dict[str, object]:
+        """What runs the stages, as plain JSON values: two runners that agree in them give the same bits.
+
+        Raises:
+            EngineError: see `choice`.
+        """
+        packages = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}
+        versions = package_versions(packages.get(self.target, ()))
+        return {
+            "target": self.target,
+            "device": self._device,
+            "threads": self._threads or available_cores(),
+            "versions": versions,
+            "processor": processor_facts(),
+        }
 
     def run(self, stage: str, *tensors: NDArray[np.generic]) -> tuple[Float32, ...]:
         """Run one stage.

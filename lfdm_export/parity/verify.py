@@ -135,7 +135,7 @@ def verify_bundle(
         engines = [cast(Target, target) for target in runs if target != SIMULATION]
         others += [_by_polygraphy(opened, target, specs, inputs, threads) for target in engines]
     return Report(
-        bundle=opened.path.resolve().name,
+        bundle=opened.name,
         precision=manifest.precision,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         engine=first.engine.name,

@@ -49,6 +49,28 @@ def read_frames(stream: BinaryIO, name: str, most_pixels: int) -> Iterator[UInt8
                 yield from np.frombuffer(data, np.uint8).reshape(part, order="F" if by_columns else "C")
 
 
+def read_floats(stream: BinaryIO, name: str, array: str, most_values: int) -> npt.NDArray[np.float32]:
+    """An array of float32, of any shape; nothing is unpacked before its header agrees with its size.
+
+    Raises:
+        PictureError: it is no archive, is damaged, has no such array, or it is of another type or too large.
+    """
+    with decoding(name, _WHAT), zipfile.ZipFile(stream) as archive:
+        names = [member.removesuffix(".npy") for member in archive.namelist()]
+        if array not in names:
+            raise PictureError(f"{name} holds {', '.join(names[:9]) or 'nothing'}, expected an array named {array}")
+        with archive.open(f"{array}.npy") as member:
+            shape, by_columns, dtype = _read_header(member, name)
+            if dtype != np.float32:
+                raise PictureError(f"{array} in {name} has values of type {dtype}, expected float32")
+            if math.prod(shape) > most_values:
+                raise PictureError(f"{array} in {name} has the shape {shape}, more than {most_values:,} values")
+            data = member.read(4 * math.prod(shape))
+            if len(data) < 4 * math.prod(shape):
+                raise PictureError(f"{name} cannot be read as {_WHAT}: it ends within {array}; save it anew")
+            return np.frombuffer(data, dtype).reshape(shape, order="F" if by_columns else "C").astype(np.float32)
+
+
 def read_text(stream: BinaryIO, name: str, array: str, most_characters: int) -> str | None:
     """A text of an archive; None if there is no such array, or it is no text of that length.
 

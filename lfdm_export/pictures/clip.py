@@ -7,23 +7,32 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.errors import InputError
 from lfdm_export.files.names import user_name
-from lfdm_export.pictures.clip_files import ClipFormat, check_output, encode_clip, rehearse_output, save_clip
+from lfdm_export.pictures.clip_files import (
+    ARCHIVES,
+    ClipFormat,
+    check_output,
+    encode_clip,
+    rehearse_output,
+    save_clip,
+)
 from lfdm_export.pictures.clips import resample
 from lfdm_export.pictures.enlarge import check_scale, enlarge
 from lfdm_export.pictures.gif import MAX_FPS as MAX_GIF_FPS
+from lfdm_export.pictures.motion import GEOMETRY, RESIDUAL_FLOW, Motion
 from lfdm_export.pictures.notebook import clips_html
 from lfdm_export.pictures.panels import panels as make_panels
 from lfdm_export.pictures.panels import with_titles
 from lfdm_export.wording import count, shortened
 
 DEFAULT_FPS = 10.0
-_NO_PANELS = "panels and enlarged pictures are what an npz archive does not hold; choose another format"
+_NO_PANELS = "panels and enlarged pictures are what an npz archive does not hold, nor a motion; choose another format"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,7 +80,8 @@ class Clip:
         The file carries `metadata`, which `lfdm_export.pictures.metadata.clip_metadata` reads.
 
         Args:
-            path: where to. Of several samples, sample i goes to ``NAME-i.ENDING``; an npz archive holds all.
+            path: where to. Of several samples, sample i goes to ``NAME-i.ENDING``; an npz archive holds all. What is
+                saved as ``.motion`` moves other pictures, see `motion`.
             format: overrides the ending.
             panels: show source | generated | warped | deformed grid | occlusion side by side, with titles.
             fps: frames per second; None for the clip's own, 10 if it has none. A GIF of a quicker clip keeps its speed
@@ -87,23 +97,63 @@ class Clip:
         """
         name = user_name(path)
         rate = fps if fps is not None else self.fps or DEFAULT_FPS
-        if (format or Path(name).suffix.lower().removeprefix(".")) == "npz":
-            if panels or scale != 1:
-                raise InputError(_NO_PANELS)
+        chosen = format or Path(name).suffix.lower().removeprefix(".")
+        if chosen in ARCHIVES and (panels or scale != 1):
+            raise InputError(_NO_PANELS)
+        if chosen == "motion":
+            return tuple(self.sample(index)._save_motion(target, fps) for index, target in self._targets(name))
+        if chosen == "npz":
             latent, warped = self.latent if self.latent.size else None, self.warped if self.warped.size else None
             metadata = {**self.metadata(), "fps": rate}
             return (
                 save_clip(path, self.frames, format="npz", fps=rate, latent=latent, warped=warped, metadata=metadata),
             )
         written = []
-        for index in range(len(self.frames)):
-            target = name if len(self.frames) == 1 else _numbered(name, index)
+        for index, target in self._targets(name):
             pictures, shown = self._pictures(index, panels, scale), rate
             if fps is None and rate > MAX_GIF_FPS and check_output(target, format=format)[0] == "gif":
                 pictures, shown = resample(pictures, rate, MAX_GIF_FPS), MAX_GIF_FPS
             metadata = {**self.metadata(index), "fps": shown}
             written.append(save_clip(target, pictures, format=format, fps=shown, metadata=metadata))
         return tuple(written)
+
+    @property
+    def motion(self) -> Motion:
+        """How the clip moves, to be given to other pictures; see `lfdm_export.generate.pipeline.Pipeline.animate`.
+
+        Raises:
+            InputError: the clip has several samples, or no latent.
+        """
+        if len(self.frames) != 1:
+            raise InputError(f"the clip has {len(self.frames)} samples; take the motion of one: clip.sample(0).motion")
+        if not self.latent.size:
+            raise InputError("the clip has no latent; ask the server for it")
+        return Motion(self.latent[0], self.residual_flow, self.fps, self.metadata(0))
+
+    def _save_motion(self, path: str, fps: float | None) -> Path:
+        """Write the motion of the only sample."""
+        motion, size = self.motion, self.frames.shape[2]
+        frames, latent_size = motion.latent.shape[1:3]
+        rate = motion.fps if fps is None else fps
+        metadata = {
+            **motion.settings,
+            "fps": rate,
+            RESIDUAL_FLOW: motion.residual_flow,
+            GEOMETRY: {"image_size": size, "latent_size": latent_size, "frames": frames},
+        }
+        return save_clip(
+            path,
+            self.frames[0],
+            format="motion",
+            fps=DEFAULT_FPS if rate is None else rate,
+            latent=motion.latent,
+            metadata=metadata,
+        )
+
+    def _targets(self, name: str) -> list[tuple[int, str]]:
+        """Each sample and the file that it goes to."""
+        samples = range(len(self.frames))
+        return [(index, name if len(samples) == 1 else _numbered(name, index)) for index in samples]
 
     def metadata(self, index: int | None = None) -> dict[str, object]:
         """How a sample was made: `settings`, its label and its seed; lists of all samples' for None."""
@@ -180,9 +230,10 @@ def rehearse_saving(
     rate = DEFAULT_FPS if fps is None else fps
     chosen, as_folder = check_output(path, format=format, fps=rate)
     check_scale(scale)
-    if chosen == "npz" and (panels or scale != 1):
+    if chosen in ARCHIVES and (panels or scale != 1):
         raise InputError(_NO_PANELS)
-    encode_clip(io.BytesIO(), chosen, {"frames": np.zeros((1, 16, 16, 3), np.uint8)}, rate)
+    tiny: dict[str, NDArray[Any] | None] = {"frames": np.zeros((1, 16, 16, 3), np.uint8), "latent": None}
+    encode_clip(io.BytesIO(), chosen, tiny, rate)
     rehearse_output(path, as_folder=as_folder)
 
 

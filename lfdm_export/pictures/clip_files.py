@@ -25,13 +25,15 @@ from lfdm_export.pictures.clips import MAX_FPS, import_av
 from lfdm_export.pictures.clips import load_clip as load_clip
 from lfdm_export.pictures.gif import MAX_FPS as MAX_GIF_FPS
 from lfdm_export.pictures.gif import encode_gif
-from lfdm_export.pictures.metadata import archive_text, exif_text, png_text, to_text
+from lfdm_export.pictures.metadata import ARRAY, archive_text, exif_text, png_text, to_text
 
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
-ClipFormat = Literal["gif", "webp", "mp4", "png", "npz"]
+ClipFormat = Literal["gif", "webp", "mp4", "png", "npz", "motion"]
 
 FORMATS: tuple[str, ...] = get_args(ClipFormat)
+#: Formats that hold arrays; all others hold pictures.
+ARCHIVES: tuple[str, ...] = ("npz", "motion")
 _CONTACT_SHEET_ASPECT = 1.6
 _CONTACT_SHEET_GAP = 2
 
@@ -60,6 +62,7 @@ def save_clip(
     - a path that ends in ``/`` (or any path with ``format="png"`` that has no ending): a new folder
       of ``frame_000.png`` and so on.
     - ``.npz``: ``frames`` and, if given, ``latent`` and ``warped``, all as they are.
+    - ``.motion``: an archive of ``latent`` alone, see `lfdm_export.pictures.motion`.
 
     Args:
         path: where to; missing folders are made, ``~`` is the home folder.
@@ -67,7 +70,7 @@ def save_clip(
         fps: frames a second, above 0 and at most 240 (GIF: 50).
         format: overrides the ending.
         lossless: WebP without loss.
-        latent: (B,3,T,h,w), for npz only.
+        latent: (B,3,T,h,w), for npz, and (3,T,h,w), for motion; for these alone.
         warped: like `frames`, for npz only.
         metadata: how the clip was made, plain JSON values; see `lfdm_export.pictures.metadata`.
 
@@ -81,6 +84,8 @@ def save_clip(
     """
     target, (chosen, as_folder) = user_path(path), check_output(path, format=format, fps=fps)
     _check_frames(frames, chosen)
+    if chosen == "motion" and latent is None:
+        raise InputError("a motion is a latent, found none; give the latent, or choose another format")
     text = to_text(metadata) if metadata else ""
     with _told(target):
         if as_folder:
@@ -144,7 +149,7 @@ def encode_clip(
     Args:
         stream: need not be positioned.
         chosen: the format.
-        arrays: ``frames`` (T,H,W,3) uint8; what else there is goes into npz alone.
+        arrays: ``frames`` (T,H,W,3) uint8; what else there is goes into archives alone.
         fps: frames per second.
         lossless: WebP without loss.
         text: of `lfdm_export.pictures.metadata.to_text`; "" for none.
@@ -155,8 +160,9 @@ def encode_clip(
     """
     frames = arrays["frames"]
     assert frames is not None
-    if chosen == "npz":
-        _write_npz(stream, {**arrays, "metadata": archive_text(text) if text else None})
+    if chosen in ARCHIVES:
+        kept = arrays if chosen == "npz" else {"latent": arrays["latent"]}
+        _write_npz(stream, {**kept, ARRAY: archive_text(text) if text else None})
     elif chosen == "gif":
         stream.write(encode_gif(frames, fps, text))
     elif chosen == "webp":

@@ -29,7 +29,10 @@ from lfdm_models.pictures.timed import video_comment
 KEY = "lfdm"
 PROGRAM = "lfdm-export"
 _DESCRIPTION = 0x010E
-_MOST_CHARACTERS = 65_536
+#: What is read of it at most.
+MOST_CHARACTERS = 65_536
+#: Of an npz archive.
+ARRAY = "metadata"
 
 
 def to_text(metadata: Mapping[str, object]) -> str:
@@ -61,12 +64,14 @@ def clip_metadata(path: str | os.PathLike[str]) -> dict[str, object]:
     """Read how a clip was made: what `lfdm_export.pictures.clip.Clip.save` wrote into its file.
 
     Args:
-        path: a GIF, WebP, MP4, PNG or npz file, or a folder of PNG frames.
+        path: a GIF, WebP, MP4, PNG, npz or motion file, or a folder of PNG frames.
 
     Returns:
-        ``program``, ``version``, and of the rest what was known: ``made_by`` ("generate" or "transfer_motion"),
+        ``program``, ``version``, and of the rest what was known: ``made_by`` ("generate", "transfer_motion" or
+        "animate"),
         ``bundle`` (its name), ``bundle_id`` (`lfdm_export.bundle.manifest.Manifest.bundle_id`), ``precision``,
-        ``condition``, ``label``, ``text``, ``seed``, ``sampler``, ``steps``, ``eta``, ``guidance_scale``, ``fps``.
+        ``condition``, ``label``, ``text``, ``seed``, ``sampler``, ``steps``, ``eta``, ``guidance_scale``, ``fps``,
+        ``motion_bundle_id`` (of an animated picture: what made its motion), ``job`` (of a bulk run: which row it is).
         Where an archive holds several samples, label and seed are lists.
 
     Raises:
@@ -82,15 +87,16 @@ def clip_metadata(path: str | os.PathLike[str]) -> dict[str, object]:
             text = _text_of(stream, source)
     except PictureError as error:
         raise InputError(str(error)) from error
-    found = _parsed(text)
+    found = parse(text)
     if found is None:
         raise InputError(f"{name} carries no metadata of {PROGRAM}; it was made by another program, or converted")
     return found
 
 
-def _parsed(text: str | None) -> dict[str, object] | None:
+def parse(text: str | None) -> dict[str, object] | None:
+    """What `to_text` wrote; None if it is something else."""
     try:
-        found = json.loads(text[:_MOST_CHARACTERS]) if text else None
+        found = json.loads(text[:MOST_CHARACTERS]) if text else None
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and found.get("program") == PROGRAM else None
@@ -99,7 +105,7 @@ def _parsed(text: str | None) -> dict[str, object] | None:
 def _text_of(stream: BinaryIO, source: Path) -> str | None:
     head = stream.read(16)
     if zipfile.is_zipfile(stream):
-        return read_text(stream, str(source), "metadata", _MOST_CHARACTERS)
+        return read_text(stream, str(source), ARRAY, MOST_CHARACTERS)
     if format_of(head) is None:
         from lfdm_export.pictures.clips import import_av
 

@@ -141,13 +141,13 @@ def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         return open_picture(stream, str(place)).full_size
 
 
-def read_stream(stream: BinaryIO, name: str, *, most_pixels: int) -> Raster:
+def read_stream(stream: BinaryIO, name: str, *, most_pixels: int | None = None) -> Raster:
     """The picture in a binary stream, for `prepare_image`; read as `read_image` reads files.
 
     Args:
         stream: of an encoded picture.
         name: for messages.
-        most_pixels: that it may have; the formats have bounds of their own.
+        most_pixels: that it may have; None leaves it to the formats, which have bounds of their own.
 
     Raises:
         InputError: not a readable picture, or too large.

@@ -6,14 +6,14 @@ import json
 import os
 import re
 import shutil
-import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from lfdm_models.patience import within
 from lfdm_models.stored_files import TorchFile, read_safetensors
 from lfdm_models.stored_values import StoredFileError, StoredTensor
 
@@ -92,31 +92,6 @@ def find_folder(source: str | os.PathLike[str]) -> Path:
         "did not give it; try again with access to the hub, give the folder of its files (--text-encoder FOLDER), "
         "or export without labels and free text (--text-encoder none)"
     )
-
-
-def within(seconds: float, ask: Callable[[], T]) -> T:
-    """What `ask` gives; it is left behind, in a thread that ends with the process, where it takes longer.
-
-    Raises:
-        TimeoutError: it took longer.
-    """
-    given: list[T] = []
-    failed: list[Exception] = []
-
-    def run() -> None:
-        try:
-            given.append(ask())
-        except Exception as error:  # noqa: BLE001  # raised where it is waited for
-            failed.append(error)
-
-    thread = threading.Thread(target=run, name="lfdm-hub", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failed:
-        raise failed[0]
-    if not given:
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    return given[0]
 
 
 def missing_transformers() -> str:

@@ -126,7 +126,7 @@ def test_panels(address: str, photo: str, tmp_path: Path):
         (["b", "--tls-ca", "x", "--label", "a"], "--tls-ca is for --url"),
         (["b", "--allow-plain-token", "--label", "a"], "--allow-plain-token is for --url"),
         (["b", "--priority", "0", "--label", "a"], "--priority is for --url"),
-        (["--url", "localhost:1", "--drive", "c.gif"], "--drive runs here"),
+        (["--url", "localhost:1", "--drive", "c.gif"], "--drive is for a BUNDLE that runs here"),
         (["--url", "localhost:1", "--threads", "2", "--label", "a"], "--threads is for a BUNDLE"),
         (["--url", "localhost:1", "--stream", "--panels", "--label", "a"], "leave out --stream"),
         (["--url", "localhost:1", "--stream", "--format", "npz", "--label", "a"], "leave out --stream"),

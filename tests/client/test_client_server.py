@@ -145,3 +145,25 @@ def test_cancelling_frees_the_server(client: Client, label: str):
     while client.cancel("to be cancelled"):  # its last step may be under way
         assert time.monotonic() < end, "it goes on"
         time.sleep(0.05)
+
+
+def test_a_motion_moves_pictures_there_as_it_does_here(
+    client: Client, triton_server: RunningServer, local: Clip, label: str, tmp_path: Path
+):
+    made = client.generate(PHOTO, label=label, seed=3, steps=4, warped=True, latent=True)
+    (path,) = made.save(tmp_path / "a.motion")
+    again = client.animate(PHOTO, path)
+    for name in ("frames", "warped", "latent", "source"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(made, name))
+    assert (again.labels, again.seeds, again.metadata(0)["made_by"]) == ((label,), (3,), "animate")
+
+    async def animate() -> Clip:
+        async with AsyncClient(triton_server.grpc) as other:
+            return await other.animate(PHOTO, made.motion)
+
+    np.testing.assert_array_equal(asyncio.run(animate()).frames, made.frames)
+    here = local.sample(0)
+    assert levels(client.animate(PHOTO, here.motion).frames, here.frames) <= 1
+    words = ["--image", str(PHOTO), "--motion", str(path), "-o", str(tmp_path / "b.npz"), "-q"]
+    assert generate_main(["--url", triton_server.grpc, *words]) == 0
+    np.testing.assert_array_equal(load_clip(tmp_path / "b.npz"), made.frames[0])

@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -220,6 +221,31 @@ def test_what_a_killed_writer_left_goes_with_the_next(tmp_path: Path, writer: Ca
     process.wait()
     write_file(tmp_path / "another", b"new")
     assert names(tmp_path) == ["another"]
+
+
+def test_a_large_folder_is_not_looked_through_at_each_write(
+    tmp_path: Path, writer: Callable[[], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+):
+    for number in range(1000):
+        (tmp_path / f"{number}.gif").touch()
+    process = writer()
+    process.kill()
+    process.wait()
+    looked: list[object] = []
+    real = os.scandir
+
+    def counting(folder: Any) -> Any:
+        looked.append(folder)
+        return real(folder)
+
+    monkeypatch.setattr("lfdm_export.files.atomic.os.scandir", counting)
+    write_file(tmp_path / "first", b"new")
+    assert [name for name in names(tmp_path) if name.startswith(".")] == [], "the first write clears up"
+    (tmp_path / ".late.lfdm-0123456789ab.part").touch()
+    for number in range(40):
+        write_file(tmp_path / str(number), b"new")
+    assert len(looked) <= 5
+    assert [name for name in names(tmp_path) if name.startswith(".")] == [], "and so do later ones"
 
 
 def test_what_a_living_writer_is_at_stays(tmp_path: Path, writer: Callable[[], subprocess.Popen[str]]):

@@ -1,0 +1,1 @@
+"""Tables of clips to make: read, shared out, made, and finished after whatever ends a run."""

@@ -1,0 +1,218 @@
+"""Makes the clips of jobs, and says what became of each: the same for one process, several, and a cluster."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_export.bulk.job import Job
+from lfdm_export.bulk.records import FAILED, MADE, Record, content_of
+from lfdm_export.bulk.sources import InTable, Stamp
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.engines.onnxruntime.engine import Device
+from lfdm_export.engines.targets import AUTO
+from lfdm_export.errors import InputError
+from lfdm_export.generate.arguments import embedding_rows, read_embedding
+from lfdm_export.generate.pipeline import Pipeline
+from lfdm_export.pictures.clip import Clip
+from lfdm_export.pictures.metadata import clip_metadata
+from lfdm_export.pictures.motion import Motion, read_motion
+from lfdm_export.pictures.preprocess import prepare_image, read_stream
+from lfdm_export.wording import describe_error
+
+#: In a clip's metadata: `job_key` of the job that it was made for.
+JOB = "job"
+
+
+@dataclass(frozen=True)
+class MakerSettings:
+    """What a worker needs to know.
+
+    Attributes:
+        bundle: path of the bundle, whose files were checked.
+        bundle_id: see `lfdm_export.bundle.manifest.Manifest.bundle_id`.
+        out: folder of the clips.
+        target, device, threads: see `Pipeline.open`.
+    """
+
+    bundle: str
+    bundle_id: str
+    out: str
+    target: str = AUTO
+    device: Device = "cpu"
+    threads: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """A job whose inputs were read.
+
+    Attributes:
+        job: the job.
+        picture: (size, size, 3) uint8.
+        moved_by: an embedding (text_width,), a motion, or None.
+        content: of `content_of`.
+        stamps: of what was read.
+    """
+
+    job: Job
+    picture: NDArray[np.uint8]
+    moved_by: NDArray[np.float32] | Motion | None
+    content: str
+    stamps: tuple[Stamp, ...]
+
+
+def job_key(digest: str, content: str) -> str:
+    """Which clip it is: the job's digest and that of what it reads."""
+    return content_of([digest.encode(), content.encode()])
+
+
+class Maker:
+    """Makes clips with one pipeline. Not for several threads at once."""
+
+    def __init__(self, settings: MakerSettings, pipeline: Pipeline | None = None) -> None:
+        """Use a pipeline, or open the bundle that the settings name.
+
+        Raises:
+            BundleError: there is no whole bundle.
+        """
+        self._pipeline = pipeline or Pipeline.open(
+            Bundle.open(settings.bundle, check_hashes=False),
+            threads=settings.threads,
+            device=settings.device,
+            target=settings.target,
+            self_check=settings.target == AUTO,
+        )
+        self._out = Path(settings.out)
+        self._bundle_id = settings.bundle_id
+        self._worker = f"{socket.gethostname()}:{os.getpid()}"
+
+    def make(self, unit: Sequence[Job]) -> list[Record]:
+        """Make the clips of jobs that agree in their `group`, together; those that are there already are left alone.
+
+        A job that fails has a record that says why. All are computed even if some are there, because what is
+        computed together decides the last bits.
+
+        Raises:
+            EngineError: an engine cannot be loaded.
+            InputError: a clip cannot be written.
+        """
+        began = time.monotonic()
+        records: dict[str, Record] = {}
+        ready: list[_Ready] = []
+        for job in unit:
+            stamps = tuple(source.stamp() for source in job.sources)
+            read: list[bytes] = []
+            try:
+                ready.append(self._read(job, stamps, read))
+            except Exception as error:  # noqa: BLE001 (each row has its own end)
+                records[job.id] = self._record(job, content_of(read), stamps, error)
+        missing = [one for one in ready if not self._is_there(one)]
+        self._load_engines([one.job for one in missing])
+        records.update({one.job.id: self._record(one.job, one.content, one.stamps) for one in ready})
+        for one, clip in self._clips(ready) if missing else ():
+            if isinstance(clip, Exception):
+                records[one.job.id] = self._record(one.job, one.content, one.stamps, clip)
+            elif one in missing:
+                self._write(one, clip)
+        share = (time.monotonic() - began) / len(unit)
+        return [replace(records[job.id], seconds=round(share, 4), at=time.time()) for job in unit]
+
+    def _load_engines(self, jobs: Sequence[Job]) -> None:
+        """Load what jobs need: what cannot be loaded ends the run, and is no job's own fault."""
+        default = self._pipeline.bundle.manifest.sampler.guidance_scale
+        stages = {"encode", "decode"} if jobs else set()
+        for job in jobs:
+            if job.condition != "motion":
+                scale = default if job.settings.guidance_scale is None else job.settings.guidance_scale
+                stages.add("step" if scale in (0.0, 1.0) else "step_guided")
+        for stage in sorted(stages):
+            self._pipeline.stages.engine(stage)
+
+    def _read(self, job: Job, stamps: tuple[Stamp, ...], read: list[bytes]) -> _Ready:
+        """Read and check what a job needs; `read` gets the content as far as it was read."""
+        if job.fault:
+            raise InputError(job.fault)
+        manifest = self._pipeline.bundle.manifest
+        read += [source.read() for source in job.sources]
+        content = content_of(read)
+        raster = read_stream(io.BytesIO(read[0]), job.image.name)
+        picture = prepare_image(raster, manifest.geometry.image_size, manifest.preprocessing, crop=job.settings.crop)
+        moved_by: NDArray[np.float32] | Motion | None = None
+        if job.condition == "label":
+            self._pipeline.bundle.label_index(job.value)
+        elif job.condition == "motion":
+            assert job.moved_by is not None
+            moved_by = read_motion(io.BytesIO(read[1]), job.moved_by.name)
+        elif job.condition == "embedding":
+            assert job.moved_by is not None
+            inside = isinstance(job.moved_by, InTable)
+            values: Any = json.loads(read[1]) if inside else read_embedding(io.BytesIO(read[1]), job.moved_by.name)
+            (moved_by,) = embedding_rows(values, manifest.geometry.text_width)
+        return _Ready(job, picture, moved_by, content, stamps)
+
+    def _is_there(self, ready: _Ready) -> bool:
+        """Whether the clip was written before, by a run that was cut off before it could say so."""
+        path = self._out / ready.job.file
+        if not path.is_file():
+            return False
+        try:
+            return clip_metadata(path).get(JOB) == job_key(ready.job.digest(self._bundle_id), ready.content)
+        except InputError:
+            return False
+
+    def _clips(self, ready: Sequence[_Ready]) -> list[tuple[_Ready, Clip | Exception]]:
+        """Each job's clip; where they cannot be made together, one by one."""
+        try:
+            clip = self._together(ready)
+        except Exception as error:  # noqa: BLE001 (each row has its own end)
+            if len(ready) == 1:
+                return [(ready[0], error)]
+            return [found for one in ready for found in self._clips([one])]
+        return [(one, clip.sample(index)) for index, one in enumerate(ready)]
+
+    def _together(self, ready: Sequence[_Ready]) -> Clip:
+        first, pictures = ready[0].job, np.stack([one.picture for one in ready])
+        if isinstance(ready[0].moved_by, Motion):
+            return self._pipeline.animate(pictures, ready[0].moved_by)
+        values = [one.job.value for one in ready]
+        return self._pipeline.generate(
+            pictures,
+            label=values if first.condition == "label" else None,
+            text=values if first.condition == "text" else None,
+            text_embedding=np.stack([one.moved_by for one in ready]) if first.condition == "embedding" else None,  # type: ignore[misc]
+            sampler=first.settings.sampler,
+            steps=first.settings.steps,
+            eta=first.settings.eta,
+            guidance_scale=first.settings.guidance_scale,
+            seed=[one.job.seed for one in ready],
+        )
+
+    def _write(self, ready: _Ready, clip: Clip) -> None:
+        settings, job = ready.job.settings, ready.job
+        told = {**clip.settings, JOB: job_key(job.digest(self._bundle_id), ready.content)}
+        replace(clip, settings=told).save(
+            self._out / job.file, panels=settings.panels, fps=settings.fps, scale=settings.scale
+        )
+
+    def _record(self, job: Job, content: str, stamps: tuple[Stamp, ...], error: Exception | None = None) -> Record:
+        return Record(
+            id=job.id,
+            state=MADE if error is None else FAILED,
+            file=job.file,
+            digest=job.digest(self._bundle_id),
+            content=content,
+            stamps=stamps,
+            error="" if error is None else describe_error(error),
+            worker=self._worker,
+        )

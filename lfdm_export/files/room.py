@@ -1,0 +1,40 @@
+"""Folders that keep what can be made again, within a size: what was used longest ago goes first."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def used_now(path: Path) -> None:
+    """Note that a file was used, where its folder can be written."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
+
+
+def make_room(folder: Path, ending: str, needed: int, size: int, *, replaced: Path) -> None:
+    """Remove files until some bytes fit; for any number of processes.
+
+    Args:
+        folder: the folder.
+        ending: of the names of its files; others are left alone.
+        needed: bytes that are to be written.
+        size: bytes that all files may take.
+        replaced: the file that they are to be written to.
+
+    Raises:
+        OSError: a file cannot be removed.
+    """
+    entries = []
+    for path in folder.glob(f"*{ending}"):
+        with contextlib.suppress(OSError):  # another process was faster
+            facts = path.stat()
+            if path != replaced:
+                entries.append((facts.st_mtime, facts.st_size, path))
+    total = sum(taken for _, taken, _ in entries)
+    for _, taken, path in sorted(entries):
+        if total + needed <= size:
+            break
+        path.unlink(missing_ok=True)
+        total -= taken

@@ -1,0 +1,272 @@
+"""The routes of ``/v1/videos``: create, poll, download, list, cancel, delete."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from lfdm_export import __version__
+from lfdm_export.errors import InputError
+from lfdm_export.files.names import visible
+from lfdm_export.generate.pipeline import Pipeline
+from lfdm_export.web.store import Store, Video
+from lfdm_export.web.wish import OPTIONS, Wish, model_of, photo_of_json, read_photo, read_wish
+from lfdm_export.web.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+#: What a clip is sent as, the first where nothing else is accepted.
+_TYPES = {"video/mp4": "mp4", "image/gif": "gif"}
+_MOST_LISTED = 100
+
+
+@dataclass(frozen=True)
+class WebOptions:
+    """What the server takes.
+
+    Attributes:
+        token: that requests must carry (``Authorization: Bearer …``); None for none.
+        queue: requests that may wait or run at a time.
+        body_bytes: of a request.
+        image_pixels: of a photograph, looked at before it is decoded.
+    """
+
+    token: str | None = None
+    queue: int = 32
+    body_bytes: int = 20 << 20
+    image_pixels: int = 40_000_000
+
+
+class _ApiError(Exception):
+    """An answer that is an error."""
+
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, dict(headers or {})
+
+
+def make_app(pipeline: Pipeline, store: Store, options: WebOptions | None = None) -> FastAPI:
+    """The application, whose worker lives as long as the server.
+
+    Args:
+        pipeline: makes the videos.
+        store: keeps them; it is closed with the server.
+        options: what is taken.
+    """
+    videos = _Videos(pipeline, store, options or WebOptions())
+    # No page of theirs: it loads scripts from elsewhere. The description itself is at /openapi.json.
+    app = FastAPI(title="lfdm-export", version=__version__, lifespan=videos.life, docs_url=None, redoc_url=None)
+    for kind in (_ApiError, InputError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _answer_error)
+    app.middleware("http")(videos.guard)
+    app.add_api_route("/health", videos.health)
+    app.add_api_route("/v1/models", videos.models)
+    app.add_api_route("/v1/videos", videos.create, methods=["POST"])
+    app.add_api_route("/v1/videos", videos.listing)
+    app.add_api_route("/v1/videos/{name}", videos.retrieve)
+    app.add_api_route("/v1/videos/{name}", videos.delete, methods=["DELETE"])
+    app.add_api_route("/v1/videos/{name}/content", videos.content)
+    app.add_api_route("/v1/videos/{name}/cancel", videos.cancel, methods=["POST"])
+    return app
+
+
+class _Videos:
+    """What the routes do."""
+
+    def __init__(self, pipeline: Pipeline, store: Store, options: WebOptions) -> None:
+        self._pipeline, self._store, self._options = pipeline, store, options
+        self._bundle = pipeline.bundle
+        self._worker: Worker | None = None
+
+    @asynccontextmanager
+    async def life(self, _: FastAPI) -> AsyncIterator[None]:
+        """The worker's life."""
+        worker = self._worker = Worker(self._store, self._pipeline)
+        yield
+        await run_in_threadpool(worker.stop)
+        self._store.close()
+
+    async def guard(self, request: Request, follow: Callable[[Request], Awaitable[Response]]) -> Response:
+        """Lets in who has the token."""
+        token, given = self._options.token, request.headers.get("Authorization", "").encode()
+        known = token is None or hmac.compare_digest(given, f"Bearer {token}".encode())
+        if request.url.path.startswith("/v1/") and not known:
+            return _error(401, "the token is missing or wrong; send it as Authorization: Bearer TOKEN")
+        return await follow(request)
+
+    def health(self) -> dict[str, str]:
+        """Say that the server is up."""
+        return {"status": "ok"}
+
+    def models(self) -> dict[str, object]:
+        """The one model, and its labels."""
+        facts = {"id": self._bundle.name, "object": "model", "created": 0, "owned_by": "lfdm-export"}
+        return {"object": "list", "data": [{**facts, "labels": self._bundle.labels}]}
+
+    async def create(self, request: Request) -> dict[str, object]:
+        """Queue a video: prompt (a label or a text) and input_reference (the photograph), as a form or as JSON."""
+        fields, data = await _read_request(request, self._options.body_bytes)
+
+        def check() -> Video | None:
+            wish = read_wish(fields, self._pipeline)
+            photo = read_photo(data, fields.get("crop"), self._bundle, most_pixels=self._options.image_pixels)
+            return self._store.add({**wish.to_json(), **model_of(self._bundle)}, photo, self._options.queue)
+
+        video = await run_in_threadpool(check)
+        if video is None:
+            message = f"{self._options.queue} videos wait already; try again later"
+            raise _ApiError(429, message, {"Retry-After": "10"})
+        assert self._worker is not None
+        self._worker.wake()
+        return _plain(video)
+
+    def listing(self, limit: int = 20, after: str | None = None, order: str = "desc") -> dict[str, object]:
+        """The videos, the newest first unless order is asc."""
+        if order not in ("asc", "desc") or not 1 <= limit <= _MOST_LISTED:
+            raise InputError(f"expected order asc or desc, and a limit of 1 to {_MOST_LISTED}")
+        videos, more = self._store.page(limit=limit, after=after, newest_first=order == "desc")
+        first, last = (videos[0].id, videos[-1].id) if videos else (None, None)
+        found = [_plain(video) for video in videos]
+        return {"object": "list", "data": found, "has_more": more, "first_id": first, "last_id": last}
+
+    def retrieve(self, name: str) -> dict[str, object]:
+        """Where a video stands."""
+        return _plain(self._known(name))
+
+    def content(self, name: str, request: Request) -> FileResponse:
+        """A completed video: MP4, or a GIF where Accept says image/gif."""
+        video = self._known(name)
+        if video.status != "completed":
+            because = "" if video.error is None else f": {video.error}"
+            raise _ApiError(409, f"the video is {video.status}, not completed{because}")
+        kind = _accepted(request.headers.get("Accept", "*/*"))
+        path = self._store.clip(video.id, _TYPES[kind])
+        if not path.is_file():
+            raise _ApiError(404, "the video's file is gone; request it again")
+        return FileResponse(path, media_type=kind, filename=path.name)
+
+    def cancel(self, name: str) -> dict[str, object]:
+        """Give up a video that waits or runs."""
+        video = self._known(name)
+        if not self._give_up(video):
+            raise _ApiError(409, f"the video is {self._known(name).status} already")
+        return _plain(self._known(name))
+
+    def delete(self, name: str) -> dict[str, object]:
+        """Remove a video and its files; one that waits or runs is given up."""
+        video = self._known(name)
+        self._give_up(video)
+        self._store.remove(video.id)
+        return {"id": video.id, "object": "video.deleted", "deleted": True}
+
+    def _give_up(self, video: Video) -> bool:
+        running = video.status == "in_progress"
+        ended = self._store.end(video.id, "cancelled")
+        assert self._worker is not None
+        if ended and running:
+            self._worker.give_up(video.id)
+        return ended
+
+    def _known(self, name: str) -> Video:
+        video = self._store.get(name)
+        if video is None:
+            raise _ApiError(404, f"there is no video {name[:80]!r}")
+        return video
+
+
+async def _read_request(request: Request, most: int) -> tuple[dict[str, Any], bytes]:
+    """The fields of a form or of a JSON object, and the photograph, none of them longer than allowed.
+
+    Raises:
+        InputError: it is neither, or has no photograph.
+    """
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > most:
+            raise _ApiError(413, f"the request has more than {most:,} bytes; send a smaller picture")
+    kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+
+    async def again() -> dict[str, object]:
+        return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+    request = Request(request.scope, again)
+    if kind == "multipart/form-data":
+        async with request.form(max_files=1, max_fields=40) as form:
+            fields: dict[str, Any] = {name: value for name, value in form.items() if isinstance(value, str)}
+            upload = form.get("input_reference")
+            if not isinstance(upload, UploadFile):
+                raise InputError("input_reference is missing: give the photograph as a file")
+            return fields, await upload.read()
+    try:
+        plain = await request.json()
+    except (ValueError, RecursionError) as error:
+        raise InputError("the request is neither a form (multipart/form-data) nor JSON") from error
+    if not isinstance(plain, dict):
+        raise InputError(f"the request is a JSON {type(plain).__name__}, expected an object")
+    return plain, photo_of_json(plain.get("input_reference"))
+
+
+def _plain(video: Video) -> dict[str, object]:
+    """A video as programs know it from other servers."""
+    wish = Wish.of(video.wish)
+    frames, size = (int(str(video.wish[name])) for name in ("frames", "size"))
+    return {
+        "id": video.id,
+        "object": "video",
+        "model": video.wish["model"],
+        "status": video.status,
+        "progress": video.progress,
+        "created_at": video.created_at,
+        "completed_at": video.completed_at,
+        "expires_at": None,
+        "remixed_from_video_id": None,
+        "prompt": wish.prompt,
+        "seconds": f"{frames / wish.fps:g}",
+        "size": f"{size}x{size}",
+        "error": None if video.error is None else {"code": "failed", "message": video.error},
+        "extra": {name: getattr(wish, name) for name in OPTIONS},
+    }
+
+
+def _accepted(header: str) -> str:
+    """The first of our types that a client accepts.
+
+    Raises:
+        _ApiError: it accepts none.
+    """
+    for part in header.split(","):
+        kind = part.partition(";")[0].strip().lower()
+        if kind in _TYPES:
+            return kind
+        if kind in ("*/*", "video/*", "application/octet-stream", "application/binary", ""):
+            return "video/mp4"
+    raise _ApiError(406, f"the video is there as {' and '.join(_TYPES)}, found none of them in Accept")
+
+
+def _answer_error(_: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, _ApiError):
+        return _error(error.status, str(error), error.headers)
+    if isinstance(error, HTTPException):
+        return _error(error.status_code, str(error.detail), error.headers)
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        return _error(400, f"{first['loc'][-1]}: {first['msg']}")
+    return _error(400, str(error))
+
+
+def _error(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    kind = "server_error" if status >= 500 else "rate_limit_exceeded" if status == 429 else "invalid_request_error"
+    plain = {"error": {"message": visible(message), "type": kind, "param": None, "code": None}}
+    return JSONResponse(plain, status, dict(headers or {}))

@@ -1,0 +1,195 @@
+"""What a request for a video asks for, checked against the bundle before anything waits for it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from PIL import Image
+
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.errors import InputError
+from lfdm_export.files.names import visible
+from lfdm_export.generate.pipeline import Pipeline
+from lfdm_export.pictures.clip import DEFAULT_FPS
+from lfdm_export.pictures.crop import parse_crop
+from lfdm_export.pictures.gif import MAX_FPS
+from lfdm_export.pictures.preprocess import prepare_image, read_stream
+from lfdm_export.sampling.noise import check_seeds
+
+_LONGEST_PROMPT = 4096
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A video's options; None leaves the choice to the bundle.
+
+    Attributes:
+        prompt: a label of the bundle, or free text where it has a text encoder.
+        seed: of the noise.
+        steps, sampler, eta, guidance_scale: see `lfdm_export.generate.pipeline.Pipeline.generate`.
+        fps: frames per second.
+    """
+
+    prompt: str
+    seed: int = 0
+    steps: int | None = None
+    sampler: str | None = None
+    eta: float | None = None
+    guidance_scale: float | None = None
+    fps: float = DEFAULT_FPS
+
+    def to_json(self) -> dict[str, object]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, plain: Mapping[str, object]) -> Wish:
+        """What `to_json` gave, among other values."""
+        return cls(**{field.name: plain[field.name] for field in fields(cls)})  # type: ignore[arg-type]
+
+    def condition(self, bundle: Bundle) -> dict[str, str]:
+        """The prompt as an argument of `Pipeline.generate`: a label if it is one, else a text.
+
+        Raises:
+            InputError: it is no label, and the bundle takes no free text.
+        """
+        try:
+            return {"label": bundle.labels[bundle.label_index(self.prompt)]}
+        except InputError:
+            if not bundle.manifest.has_text:
+                raise
+        return {"text": self.prompt}
+
+
+#: Fields of a request that are options of ours: beside the others, or in an object ``extra``.
+OPTIONS = tuple(field.name for field in fields(Wish) if field.name != "prompt")
+#: Fields that others know.
+KNOWN = ("prompt", "model", "seconds", "size", "input_reference", "extra", "crop", *OPTIONS)
+_INTEGERS, _NUMBERS = ("seed", "steps"), ("eta", "guidance_scale", "fps")
+
+
+def read_wish(given: Mapping[str, Any], pipeline: Pipeline) -> Wish:
+    """The options of a request, checked.
+
+    Args:
+        given: its fields; those of a form are text.
+        pipeline: that makes the video.
+
+    Raises:
+        InputError: a field is unknown, missing, of another type or out of range.
+    """
+    extra = given.get("extra") or {}
+    if not isinstance(extra, Mapping):
+        raise InputError("extra is no object; give options as fields, such as seed and steps")
+    plain = {name: value for name, value in {**given, **extra}.items() if value not in (None, "")}
+    unknown = [name for name in plain if name not in KNOWN]
+    if unknown:
+        raise InputError(f"unknown field {unknown[0][:80]!r}, expected some of {', '.join(KNOWN)}")
+    prompt = plain.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > _LONGEST_PROMPT:
+        labels = ", ".join(pipeline.bundle.labels[:20])
+        raise InputError(f"prompt must be text of 1 to {_LONGEST_PROMPT} characters; labels are {labels or 'none'}")
+    if visible(prompt) != prompt:
+        raise InputError(f"prompt has characters that cannot be printed: {prompt[:80]!a}")
+    options: dict[str, Any] = {name: _integer(plain[name], name) for name in _INTEGERS if name in plain}
+    options |= {name: _number(plain[name], name) for name in _NUMBERS if name in plain}
+    if "sampler" in plain:
+        options["sampler"] = str(plain["sampler"])
+    wish = Wish(prompt, **options)
+    wish.condition(pipeline.bundle)
+    check_seeds([wish.seed])
+    pipeline.sampler_table(wish.sampler, wish.steps, wish.eta)
+    if not 1 <= wish.fps <= MAX_FPS:
+        raise InputError(f"fps is {wish.fps:g}, expected 1 to {MAX_FPS}")
+    _check_shape(plain, wish, pipeline)
+    return wish
+
+
+def model_of(bundle: Bundle) -> dict[str, object]:
+    """What is kept with a wish of the model that it was made of; a later server may have another one."""
+    manifest = bundle.manifest
+    return {
+        "model": bundle.name,
+        "bundle_id": manifest.bundle_id,
+        "size": manifest.geometry.image_size,
+        "frames": manifest.geometry.frames,
+    }
+
+
+def _check_shape(plain: Mapping[str, Any], wish: Wish, pipeline: Pipeline) -> None:
+    """Compare size and seconds, where they are given, with what the bundle makes."""
+    geometry = pipeline.bundle.manifest.geometry
+    size, seconds = f"{geometry.image_size}x{geometry.image_size}", geometry.frames / wish.fps
+    if str(plain.get("size", size)).lower() != size:
+        raise InputError(f"size is {str(plain['size'])[:40]!r}, this model makes {size}; leave it out")
+    if "seconds" in plain and abs(_number(plain["seconds"], "seconds") - seconds) > 0.5:
+        raise InputError(
+            f"seconds is {str(plain['seconds'])[:40]}, this model's clips take {seconds:g} s at {wish.fps:g} frames "
+            "per second; leave it out, or give another fps"
+        )
+
+
+def read_photo(data: bytes, crop: object, bundle: Bundle, *, most_pixels: int) -> bytes:
+    """A photograph as the model takes it, as PNG.
+
+    Args:
+        data: an encoded picture.
+        crop: "center" or "X,Y,W,H"; None or "" for none.
+        bundle: whose rules of preparation count.
+        most_pixels: looked at before it is decoded.
+
+    Raises:
+        InputError: it cannot be used.
+    """
+    manifest = bundle.manifest
+    raster = read_stream(io.BytesIO(data), "input_reference", most_pixels=most_pixels)
+    cut = parse_crop(str(crop)) if crop else None
+    pixels = prepare_image(raster, manifest.geometry.image_size, manifest.preprocessing, crop=cut)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def photo_of_json(given: object) -> bytes:
+    """The photograph of a JSON request: base64 text, a data URL, or an object with one as ``image_url``.
+
+    Raises:
+        InputError: it is something else; addresses elsewhere are not fetched.
+    """
+    text = given.get("image_url") if isinstance(given, Mapping) else given
+    if not isinstance(text, str):
+        raise InputError(
+            "input_reference is missing: give the photograph as a file, or in JSON as base64 or a data URL"
+        )
+    head, comma, rest = text.partition(",")
+    if text.startswith(("http:", "https:")):
+        raise InputError("input_reference is an address, which this server does not fetch; send the picture itself")
+    try:
+        return base64.b64decode(rest if comma and head.startswith("data:") else text, validate=True)
+    except (binascii.Error, ValueError):
+        raise InputError("input_reference is no base64, expected a picture's bytes or a data URL") from None
+
+
+def _integer(value: object, name: str) -> int:
+    try:
+        number = int(value) if isinstance(value, str) else value
+    except ValueError:
+        number = value
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise InputError(f"{name} is {str(value)[:40]!r}, expected a whole number")
+    return number
+
+
+def _number(value: object, name: str) -> float:
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        number = value
+    if isinstance(number, bool) or not isinstance(number, int | float) or not -1e9 < number < 1e9:
+        raise InputError(f"{name} is {str(value)[:40]!r}, expected a number")
+    return float(number)

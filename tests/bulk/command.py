@@ -1,0 +1,8 @@
+"""``lfdm-generate`` as a program of its own, which a test can kill."""
+
+from __future__ import annotations
+
+from lfdm_export.cli import generate_main
+
+if __name__ == "__main__":
+    raise SystemExit(generate_main())
