@@ -32,7 +32,7 @@ from lfdm_export.pictures.crop import Crop
 from lfdm_export.pictures.preprocess import ImageLike, prepare_image, prepare_images, to_float, to_uint8
 from lfdm_export.sampling import tables
 from lfdm_export.sampling.noise import handed_noise, seeded_noise
-from lfdm_export.sampling.tables import SamplerTable
+from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.stages import DRIVE_STAGE
 from lfdm_export.wording import count
 from lfdm_models.schedule import cosine_schedule

@@ -21,7 +21,7 @@ from lfdm_export.engines.tensorrt.plans import targets_with_plans
 from lfdm_export.errors import EngineError
 from lfdm_export.sampling.loop import sample as run_loop
 from lfdm_export.sampling.noise import START, NoiseSource
-from lfdm_export.sampling.tables import SamplerTable
+from lfdm_export.sampling.rows import SamplerTable
 
 logger = logging.getLogger(__name__)
 

@@ -123,7 +123,7 @@ CONDITION_INPUTS = (
 SAMPLING_INPUTS = (
     _option("seed", "INT64", "0 to 2^63 - 1"),
     _option("steps", "INT32", "sampling steps, from 1"),
-    _option("sampler", "BYTES", "ddim, ddpm, dpm++2m or unipc"),
+    _option("sampler", "BYTES", f"one of {', '.join(SAMPLERS)}"),
     _option("eta", "FP32", "DDIM's share of fresh noise, 0 to 1"),
     _option("guidance_scale", "FP32", "1: as trained; above 1: more of the label"),
 )

@@ -20,7 +20,8 @@ from lfdm_export.pictures.clip_files import save_clip
 from lfdm_export.pictures.preprocess import to_float
 from lfdm_export.sampling import loop
 from lfdm_export.sampling.noise import START, seeded_noise
-from lfdm_export.sampling.tables import SamplerTable, sampler_table
+from lfdm_export.sampling.rows import SamplerTable
+from lfdm_export.sampling.tables import sampler_table
 from lfdm_models.schedule import cosine_schedule
 from tests.closeness import assert_same_floats
 from tests.fake_bundle import (
