@@ -64,6 +64,8 @@ def check_remote_options(parser: argparse.ArgumentParser, args: argparse.Namespa
         return
     if args.drive is not None:
         parser.error("--drive runs here, with a BUNDLE; leave out --url")
+    if args.guidance_interval is not None:
+        parser.error("--guidance-interval is for a BUNDLE that runs here; leave it out")
     if args.threads is not None:
         parser.error("--threads is for a BUNDLE that runs here; leave it out")
     if args.stream and (args.panels or _is_archive(args)):

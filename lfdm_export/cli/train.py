@@ -1,4 +1,4 @@
-"""``lfdm-train``: trains (`lfdm_models.training.cli`), and measures what was trained and exported."""
+"""``lfdm-train``: trains (`lfdm_models.training.cli`), and measures and tunes what was trained and exported."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ def train_main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["evaluate"]:
         return evaluate_main(words[1:])
+    if words[:1] == ["schedule"]:
+        from lfdm_export.cli.schedule import schedule_main
+
+        return schedule_main(words[1:])
     from lfdm_models.training.cli import main
 
     return main(words)

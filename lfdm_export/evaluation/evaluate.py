@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.errors import InputError
+from lfdm_export.evaluation.distance import frechet_distance
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.pictures.preprocess import to_float
 from lfdm_export.stages import DRIVE_STAGE
@@ -338,22 +339,6 @@ def _still_difference(found: NDArray[np.float32], real: UInt8Array) -> float:
         return 0.0
     first = real[0].astype(np.float32) / 255
     return float(np.abs(found - first)[1:, mask].mean())
-
-
-def frechet_distance(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
-    """Fréchet distance of two sets of features (N, F) as if both were normally distributed: 0 for equal ones.
-
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)); the trace of the root is the sum of the roots of the eigenvalues of
-    C1^(1/2) C2 C1^(1/2), which is symmetric.
-    """
-    means: list[Float64Array] = [np.mean(part, axis=0, dtype=np.float64) for part in (first, second)]
-    covariances = [np.atleast_2d(np.cov(part.astype(np.float64), rowvar=False, bias=True)) for part in (first, second)]
-    values, vectors = np.linalg.eigh(covariances[0])
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    mixed = np.linalg.eigvalsh(root @ covariances[1] @ root)
-    cross = np.sqrt(np.clip(mixed, 0, None)).sum()
-    distance = ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * cross
-    return float(max(distance, 0.0))
 
 
 def _report(progress: Progress | None, what: str, done: int, total: int) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lfdm_export.bundle.manifest import TEXT_STAGE, Manifest, check_labels
+from lfdm_export.bundle.manifest import TEXT_STAGE, Manifest, check_labels, dm_sha256_of
 from lfdm_export.bundle.reader import ONNX_FOLDER, PARITY_FOLDER, TOKENIZER_FOLDER, Bundle
 from lfdm_export.bundle.writer import BundleWriter
 from lfdm_export.checkpoints.datasets import NO_ENCODER, dataset_facts
@@ -25,6 +25,7 @@ from lfdm_export.machine import package_versions
 from lfdm_export.pictures.preprocess import Preprocessing
 from lfdm_export.reference.pytorch import make_reference
 from lfdm_export.rewrite.stage_modules import stage_modules
+from lfdm_export.sampling.tuned import TunedSampler
 from lfdm_export.stages import Geometry, StageSpec, stage_specs
 from lfdm_models.config import LfdmConfig
 from lfdm_models.model import LfdmModel
@@ -58,6 +59,7 @@ def export_bundle(
     preprocessing: Preprocessing | None = None,
     drive: bool = True,
     reference: bool = True,
+    tuned: TunedSampler | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Export a model as a bundle, atomically: an interrupted export leaves what was there.
@@ -79,6 +81,7 @@ def export_bundle(
         drive: include `estimate_motion`, which motion transfer alone needs: half of a bundle of the published size.
         reference: run the untouched networks as well and keep what they give, so that anybody can verify the bundle
             without them.
+        tuned: tables of few steps that were learned for these weights (`TunedSampler.load`).
         progress: called as ``progress(stage, done, total)``.
 
     Returns:
@@ -98,6 +101,8 @@ def export_bundle(
             labels = facts.labels if labels is None else labels
     if text_encoder == NO_ENCODER:
         text_encoder = None
+    if tuned is not None:
+        _require_tuned_for(model, tuned)
     trained_frames, trained_size = trained_geometry(model)
     frames = trained_frames if frames is None else frames
     geometry = geometry_of(model.config, frames, trained_size if image_size is None else image_size)
@@ -131,10 +136,18 @@ def export_bundle(
                 stages=tuple(specs.values()),
                 labels=tuple(table),
                 preprocessing=preprocessing or Preprocessing(),
+                tuned=tuned,
                 provenance=dict(model.provenance),
                 versions={"python": platform.python_version(), **package_versions(_VERSIONED)},
             )
         )
+
+
+def _require_tuned_for(model: LfdmModel, tuned: TunedSampler) -> None:
+    try:
+        tuned.require_weights(dm_sha256_of(model.provenance))
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def trained_geometry(model: LfdmModel) -> tuple[int, int]:

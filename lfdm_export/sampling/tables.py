@@ -153,7 +153,7 @@ def _integer(steps: int) -> int:
     return int(steps)
 
 
-#: All samplers by name.
+#: All samplers by name. One more, of a bundle's own, is `lfdm_export.sampling.tuned`.
 SAMPLERS: Mapping[str, Sampler] = {
     "ddpm": Sampler(
         "ancestral sampling over every training step; slowest, the released demos' own",
