@@ -41,7 +41,7 @@ def schedule_main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--conditions", type=int, default=64, metavar="N", help="pictures with a label (%(default)s)")
     parser.add_argument("--clips", type=int, default=16, metavar="N", help="of each candidate (%(default)s)")
-    parser.add_argument("--generations", type=int, default=15, metavar="N", help="of candidates (%(default)s)")
+    parser.add_argument("--generations", type=int, default=8, metavar="N", help="of candidates (%(default)s)")
     parser.add_argument("--candidates", type=int, default=10, metavar="N", help="of a generation (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of search and noise (%(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (all cores)")

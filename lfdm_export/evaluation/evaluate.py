@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.errors import InputError
 from lfdm_export.evaluation.distance import frechet_distance
+from lfdm_export.evaluation.drawn import require_drawn_characters
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.pictures.preprocess import to_float
 from lfdm_export.stages import DRIVE_STAGE
-from lfdm_export.wording import shortened
 from lfdm_models.training.classifier import MotionClassifier
 from lfdm_models.training.procedural import HELD_OUT_SEEDS, LABELS, sample_clip
 
@@ -38,8 +38,6 @@ _SHOWN, _REAL = 0, 1_000_000
 # Values of 0 … 255 by which a pixel that stands still may differ from the first frame.
 _STILL = 2
 _BATCH = 8
-# What provenance calls the data of models of drawn characters: `lfdm-train --data`, and the shipped model.
-_DRAWN = ("procedural", "procedural characters")
 
 
 @dataclass(frozen=True)
@@ -201,28 +199,6 @@ def describe_data(bundle: Bundle, labels: Sequence[str], clips: int) -> str:
     return (
         f"drawn characters that no training has seen: {clips} of each of {', '.join(labels)}, {frames} frames of "
         f"{size}x{size}"
-    )
-
-
-def require_drawn_characters(bundle: Bundle) -> None:
-    """Refuse a model that was trained on anything but drawn characters, which alone are drawn and judged here.
-
-    Raises:
-        InputError: the bundle's provenance names other data, or, where it names none, its labels are others.
-    """
-    data = bundle.manifest.provenance.get("data")
-    others = [label for label in bundle.labels if label not in LABELS]
-    if data is not None and data not in _DRAWN:
-        why = f"its model was trained on the data set {data!r}"
-    elif others:
-        why = f"its labels ({shortened(bundle.labels)}) are not theirs ({', '.join(LABELS)})"
-    elif data is None and not bundle.labels:
-        why = "neither labels nor provenance say that its model is of such"
-    else:
-        return
-    raise InputError(
-        f"{bundle.path} cannot be evaluated: this measures drawn characters alone, and {why}; compare clips of its own "
-        "data instead"
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.errors import InputError
-from lfdm_export.evaluation.evaluate import require_drawn_characters
+from lfdm_export.evaluation.drawn import require_drawn_characters
 from lfdm_export.evaluation.tuning import Search, Target, tune
 from lfdm_export.generate.pipeline import Encoded, Pipeline
 from lfdm_export.sampling.noise import seeded_noise

@@ -53,7 +53,7 @@ class Search:
     """
 
     clips: int = 16
-    generations: int = 15
+    generations: int = 8
     candidates: int = 10
     seed: int = 0
 

@@ -12,7 +12,9 @@ import torch
 
 from lfdm_export import Bundle, InputError, Pipeline, export_bundle
 from lfdm_export.cli.train import choose_settings, train_main
-from lfdm_export.evaluation.evaluate import Setting, evaluate_bundle, frechet_distance, require_drawn_characters
+from lfdm_export.evaluation.distance import frechet_distance
+from lfdm_export.evaluation.drawn import require_drawn_characters
+from lfdm_export.evaluation.evaluate import Setting, evaluate_bundle
 from lfdm_export.evaluation.report import JSON, MARKDOWN, markdown, write_evaluation
 from lfdm_models.demo import untrained_model
 from lfdm_models.training.classifier import (

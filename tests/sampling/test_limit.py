@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pytest
 
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.sampling.noise import seeded_noise
@@ -25,8 +28,9 @@ def plain_ddim(schedule: Schedule, times: np.ndarray) -> SamplerTable:
     return make_table("plain ddim", times, rows, np.zeros(len(times), bool))
 
 
-def test_deterministic_samplers_approach_the_same_clip():
+def test_deterministic_samplers_approach_the_same_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Thresholding moves the x0 estimates of this model, and no sampler may make something else of that."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     pipeline = Pipeline("characters", threads=1, target="onnxruntime", self_check=False)
     geometry, schedule = pipeline.bundle.manifest.geometry, cosine_schedule(1000)
     drawing = sample_clip(HELD_OUT_SEEDS[0], label="nod", frames=2).frames[0]
