@@ -12,6 +12,7 @@ Source: Hansen, The CMA Evolution Strategy: A Tutorial (arXiv 1604.00772); for l
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -111,11 +112,14 @@ def tune(
         search: how to look.
         progress: told of candidates tried.
     """
-    import cma
+    with warnings.catch_warnings():  # it would miss matplotlib, which nothing here plots with
+        warnings.simplefilter("ignore", UserWarning)
+        import cma
 
-    start = _start(steps)
-    options = {"seed": search.seed + 1, "verbose": -9, "popsize": search.candidates}
-    strategy = cma.CMAEvolutionStrategy(start, _SIGMA, options)
+    # Draws of its own: with a seed it would set that of NumPy's global state.
+    draws = np.random.RandomState(search.seed + 1).randn
+    options = {"randn": draws, "seed": math.nan, "verbose": -9, "popsize": search.candidates}
+    strategy = cma.CMAEvolutionStrategy(_start(steps), _SIGMA, options)
     clips, total = min(search.clips, count), search.generations * search.candidates
     for generation in range(search.generations):
         first = generation * clips % (count - clips + 1)

@@ -75,6 +75,7 @@ def test_the_search_finds_the_numbers_that_made_the_target():
 
     target = Target(sample(wanted.table(schedule), slice(0, 8), 0), np.zeros(8, np.int64))
     told: list[tuple[int, int]] = []
+    before = np.random.get_state()  # noqa: NPY002
     found = [
         tune(
             schedule,
@@ -88,6 +89,7 @@ def test_the_search_finds_the_numbers_that_made_the_target():
         for _ in range(2)
     ]
     assert found[0] == found[1]
+    assert np.array_equal(np.random.get_state()[1], before[1])  # type: ignore[index]  # noqa: NPY002
     assert told[239] == (240, 240)
     assert found[0].times[0] == pytest.approx(700, abs=40)
     assert found[0].gains[0] == pytest.approx(2.5, rel=0.1)
