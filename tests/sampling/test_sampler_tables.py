@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from lfdm_export.errors import InputError
+from lfdm_export.sampling import solvers
 from lfdm_export.sampling.loop import sample, step_from_denoiser, threshold
 from lfdm_export.sampling.noise import START, seeded_noise
 from lfdm_export.sampling.rows import (
@@ -186,10 +187,17 @@ def test_sde_dpmpp_of_order_1_is_ddim_with_noise():
 
 
 @pytest.mark.parametrize("steps", FEW_STEPS)
-def test_sde_dpmpp_without_noise_is_dpmpp(steps: int):
+def test_sde_dpmpp_without_noise_is_dpmpp(monkeypatch: pytest.MonkeyPatch, steps: int):
+    """At the same times."""
+    monkeypatch.setattr("lfdm_export.sampling.solvers._even_times", solvers._solver_times)
     found, expected = sde_dpmpp_table(SCHEDULE, steps, 0.0), dpmpp_2m_table(SCHEDULE, steps)
     np.testing.assert_array_equal(found.timesteps, expected.timesteps)
     np.testing.assert_allclose(found.coefficients, expected.coefficients, rtol=1e-6)
+
+
+def test_times_with_noise_are_even():
+    for name in ("sde-dpm++1", "sde-dpm++2m"):
+        assert sampler_table(name, SCHEDULE, 5).timesteps.tolist() == [995, 796, 597, 398, 199]
 
 
 def test_solver_times_are_quadratic():
@@ -270,10 +278,10 @@ def test_errors_fall_at_the_expected_order(name: str, low: float, high: float):
     assert low < math.log2(errors[0] / errors[2]) / 2 < high, errors
 
 
-@pytest.mark.parametrize(("order", "steps"), [(1, 300), (2, 60)])
+@pytest.mark.parametrize(("order", "steps"), [(1, 600), (2, 150)])
 def test_sde_dpmpp_keeps_the_marginal_variance(order: int, steps: int):
     """Of Gaussian data with the ideal network: the distribution is the data's, and on the way that of the process."""
-    deviation, elements = 0.2, 50_000
+    deviation, elements = 0.2, 20_000
     table = sde_dpmpp_table(SCHEDULE, steps, order=order)
     source = seeded_noise([3], (elements,))
     seen = []
@@ -291,7 +299,7 @@ def test_sde_dpmpp_keeps_the_marginal_variance(order: int, steps: int):
     assert found.std() == pytest.approx(deviation, rel=0.03)
     flat = np.sort(found.ravel()) / deviation
     for share, quantile in ((0.025, -1.96), (0.25, -0.674), (0.75, 0.674), (0.975, 1.96)):
-        assert flat[int(share * elements)] == pytest.approx(quantile, abs=0.06)
+        assert flat[int(share * elements)] == pytest.approx(quantile, abs=0.1)
 
 
 @pytest.mark.parametrize("deviation", [0.02, 0.1])
