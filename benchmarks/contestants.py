@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.pictures.preprocess import to_float
 from lfdm_export.sampling.loop import sample, step_from_denoiser
-from lfdm_export.sampling.tables import SamplerTable
+from lfdm_export.sampling.rows import SamplerTable
 from lfdm_models.generator import Generator
 from lfdm_models.lfae import latent_to_flow
 from lfdm_models.model import LfdmModel

@@ -22,7 +22,8 @@ from lfdm_export.ops.thresholded_step.gpu import noise_on_gpu
 from lfdm_export.rewrite.precision import channels_last, in_precision
 from lfdm_export.rewrite.stage_modules import stage_modules
 from lfdm_export.sampling.noise import START, seeded_noise
-from lfdm_export.sampling.tables import SamplerTable, sampler_table
+from lfdm_export.sampling.rows import SamplerTable
+from lfdm_export.sampling.tables import sampler_table
 from lfdm_models.lfae import latent_to_flow
 from lfdm_models.model import LfdmModel
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.protocol.contract import OverloadedError
-from lfdm_export.sampling.tables import SamplerTable
+from lfdm_export.sampling.rows import SamplerTable
 
 Float32: TypeAlias = NDArray[np.float32]
 #: How a job ends, always in exactly one way.

@@ -16,6 +16,7 @@ from lfdm_export.errors import BundleError
 from lfdm_export.files.json_codec import from_plain, to_plain
 from lfdm_export.pictures.preprocess import Preprocessing
 from lfdm_export.sampling.tables import SAMPLERS
+from lfdm_export.sampling.tuned import TUNED, TunedSampler
 from lfdm_export.stages import DRIVE_STAGE, Geometry, StageSpec, stage_specs
 from lfdm_export.wording import count, shortened
 from lfdm_models.config import MOST_TRAINING_STEPS, LfdmConfig
@@ -77,6 +78,8 @@ class SamplerDefaults:
         """The eta that `sampler` runs with when `eta` is requested; None where it has none."""
         if eta is None and sampler == self.sampler and self.eta is not None:
             eta = self.eta
+        if sampler == TUNED:
+            return None
         return SAMPLERS[sampler].default_eta if eta is None else float(eta)
 
 
@@ -92,6 +95,8 @@ class Manifest:
         labels: known labels, in the order of the rows of the embedding table.
         preprocessing: what happens to a photograph before it is an image for the model.
         sampler: defaults of generation.
+        tuned: tables of few steps that were learned for these weights, if any were. Where there are none it is not
+            written, so that older programs can read the bundle.
         provenance: where the weights come from; plain JSON values.
         versions: of the programs that made the bundle, by name.
         files: every file of the bundle but the manifest and the parity report, by relative POSIX path.
@@ -105,6 +110,7 @@ class Manifest:
     labels: tuple[str, ...]
     preprocessing: Preprocessing
     sampler: SamplerDefaults = SamplerDefaults()
+    tuned: TunedSampler | None = None
     provenance: Mapping[str, object] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, FileEntry] = field(default_factory=dict)
@@ -120,6 +126,8 @@ class Manifest:
         _check_geometry(self.geometry, self.config)
         _check_stages(self.stages, self.geometry, self.precision)
         check_labels(self.labels)
+        if self.tuned is not None:
+            self.tuned.require_weights(self.dm_sha256)
         for name, entry in self.files.items():
             _check_file_name(name)
             if len(entry.sha256) != 64 or not set(entry.sha256) <= set("0123456789abcdef") or entry.bytes < 0:
@@ -151,6 +159,11 @@ class Manifest:
         """Whether the bundle transfers motions."""
         return any(spec.name == DRIVE_STAGE for spec in self.stages)
 
+    @property
+    def dm_sha256(self) -> str | None:
+        """SHA-256 of the checkpoint that the DM's weights come from, if the provenance says it."""
+        return dm_sha256_of(self.provenance)
+
     def to_json(self) -> str:
         """The manifest as an indented JSON document.
 
@@ -158,7 +171,10 @@ class Manifest:
             BundleError: provenance or preprocessing hold what JSON cannot.
         """
         try:
-            return json.dumps(to_plain(self), indent=2, allow_nan=False) + "\n"
+            plain = to_plain(self)
+            if self.tuned is None:
+                del plain["tuned"]
+            return json.dumps(plain, indent=2, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
             raise BundleError(f"the manifest cannot be written as JSON: {error}") from error
 
@@ -181,9 +197,16 @@ class Manifest:
                 f"{FORMAT_VERSION}; export again, or use the lfdm-export that made it"
             )
         try:
-            return from_plain(cls, plain, "manifest")
+            return from_plain(cls, {"tuned": None, **plain}, "manifest")
         except ValueError as error:
             raise BundleError(f"the manifest is incomplete or wrong: {error}; export again") from error
+
+
+def dm_sha256_of(provenance: Mapping[str, object]) -> str | None:
+    """SHA-256 of the checkpoint that a DM's weights come from, if the provenance says it."""
+    found = provenance.get("dm")
+    digest = found.get("sha256") if isinstance(found, Mapping) else None
+    return digest if isinstance(digest, str) else None
 
 
 def _check_geometry(geometry: Geometry, config: LfdmConfig) -> None:

@@ -29,10 +29,11 @@ from lfdm_export.bundle.reader import (
     read_manifest,
 )
 from lfdm_export.errors import BundleError, InputError
-from lfdm_export.files.atomic import locked, temporary_folder
+from lfdm_export.files.atomic import locked, temporary_folder, write_file
 from lfdm_export.files.folders import publish, settle
 from lfdm_export.files.names import require_utf8
 from lfdm_export.files.places import destination
+from lfdm_export.sampling.tuned import TunedSampler
 
 if TYPE_CHECKING:
     from lfdm_export.reference.stored import Reference
@@ -146,6 +147,30 @@ class BundleWriter:
             return Bundle.open(self.target, check_hashes=False)
         except OSError as error:
             raise BundleError(f"cannot write the bundle {self.target}: {error.strerror or error}") from error
+
+
+def store_tuned(bundle: Bundle, tuned: TunedSampler) -> Bundle:
+    """Write a tuned sampler into a bundle's manifest, in one step; its tables of other numbers of steps stay.
+
+    Returns:
+        The bundle, opened again.
+
+    Raises:
+        BundleError: it was learned for other weights, or the manifest cannot be written.
+    """
+    try:
+        with locked(bundle.path):
+            manifest = read_manifest(bundle.path)
+            kept = manifest.tuned
+            if kept is not None and kept.guidance_scale == tuned.guidance_scale:
+                tuned = dataclasses.replace(tuned, tables=kept.with_tables(tuned.tables))
+            whole = dataclasses.replace(manifest, tuned=tuned)
+            write_file(bundle.path / MANIFEST, whole.to_json().encode())
+    except ValueError as error:
+        raise BundleError(str(error)) from error
+    except OSError as error:
+        raise BundleError(f"cannot write to {bundle.path}: {error.strerror or error}") from error
+    return Bundle.open(bundle.path, check_hashes=False)
 
 
 def _list_files(folder: Path) -> list[str]:

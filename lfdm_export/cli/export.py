@@ -20,6 +20,7 @@ from lfdm_export.stages import PRECISIONS
 
 if TYPE_CHECKING:
     from lfdm_export.bundle.reader import Bundle
+    from lfdm_export.sampling.tuned import TunedSampler
 
 PROGRAM = "lfdm-export"
 #: A label is a few words.
@@ -71,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave out what --drive of lfdm-generate needs: half of a bundle of the published size",
     )
+    group.add_argument(
+        "--tuned", metavar="FILE", help="tables of few steps for these weights, which lfdm-train schedule --out wrote"
+    )
     group.add_argument("--triton", metavar="DIR", help="write a Triton model repository that serves it, too")
     group.add_argument("--no-verify", action="store_true", help="do not run PyTorch and compare")
     add_plan_options(parser)
@@ -102,6 +106,7 @@ def _export(args: argparse.Namespace) -> int:
     # Before minutes of exporting: what cannot be had shows at once.
     check_precision(args.engine)
     choice = choose_target(args, args.engine)
+    tuned = _tuned(args)
     encoder = _text_encoder(args)
     model = open_model(args)
     with OneBar(quiet=args.quiet) as progress:
@@ -117,6 +122,7 @@ def _export(args: argparse.Namespace) -> int:
             drive=not args.without_drive,
             reference=not args.no_verify,
             torch_weights=choice is not None and choice.target == "torch",
+            tuned=tuned,
             progress=progress,
         )
     say(args, f"bundle  {bundle.path} ({describe(bundle)})")
@@ -129,6 +135,18 @@ def _export(args: argparse.Namespace) -> int:
     if args.no_verify:
         return OK
     return verify_and_report(PROGRAM, args, bundle, targets=targets)
+
+
+def _tuned(args: argparse.Namespace) -> TunedSampler | None:
+    """The tuned sampler that is named; else, of the shipped model, that which comes with it."""
+    from lfdm_export.bundle.ready import MODEL
+    from lfdm_export.sampling.tuned import TunedSampler
+
+    if args.tuned is not None:
+        return TunedSampler.load(user_path(args.tuned))
+    if args.lfae is None and args.model in (None, SHIPPED):
+        return TunedSampler.load(MODEL / "tuned.json")
+    return None
 
 
 def _text_encoder(args: argparse.Namespace) -> Path | None:

@@ -17,9 +17,10 @@ from lfdm_export.cli.remote import add_remote_options, check_remote_options, gen
 from lfdm_export.cli.wishes import Wish, example_name, inputs_of, seeds_of, wants_many, wishes
 from lfdm_export.errors import InputError
 from lfdm_export.files.places import refuse_inputs
+from lfdm_export.generate.arguments import WHOLE
 from lfdm_export.pictures.clip import Clip, rehearse_saving
 from lfdm_export.pictures.clip_files import FORMATS
-from lfdm_export.sampling.tables import SAMPLERS
+from lfdm_export.sampling.tuned import SAMPLER_NAMES
 from lfdm_models.pictures.formats import FORMAT_NAMES
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ _EXAMPLES = """\
   lfdm-generate --url localhost:8001 --image face.jpg --label happiness -o happiness.gif
 """
 #: Options of sampling, which a motion that is there already has none of.
-_SAMPLING = ("seed", "seeds", "steps", "sampler", "eta", "guidance")
+_SAMPLING = ("seed", "seeds", "steps", "sampler", "eta", "guidance", "guidance_interval")
 # Clips that are sampled together: at most so many, and so many values (frames times rows times columns of latents).
 _LARGEST_BATCH, _BATCH_VALUES = 8, 4 * 40 * 32 * 32
 _STAGES = {"estimate_motion": "estimate motion"}
@@ -53,7 +54,9 @@ def generate_main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     for name in ("drive", "motion"):
         if getattr(args, name) is not None and any(getattr(args, option) is not None for option in _SAMPLING):
-            parser.error(f"--{name} samples nothing: leave out {', '.join('--' + option for option in _SAMPLING)}")
+            parser.error(
+                f"--{name} samples nothing: leave out {', '.join('--' + option.replace('_', '-') for option in _SAMPLING)}"
+            )
     check_bulk_options(parser, args)
     if args.bundle is None and args.url is None and len(args.label or ()) > 1:
         args.bundle = args.label.pop()  # lfdm-generate --label nod BUNDLE
@@ -95,9 +98,16 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", type=seeds_of, nargs="+", action="extend", metavar="N|N-M", help="a clip for each, of each label"
     )
     sampling.add_argument("--steps", type=int, metavar="S", help="sampling steps")
-    sampling.add_argument("--sampler", choices=tuple(SAMPLERS))
+    sampling.add_argument("--sampler", choices=SAMPLER_NAMES)
     sampling.add_argument("--eta", type=float, help="DDIM's share of fresh noise, 0 to 1")
     sampling.add_argument("--guidance", type=float, metavar="SCALE", help="1: as trained; above 1: more of the label")
+    sampling.add_argument(
+        "--guidance-interval",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="shares of the schedule, 0 to 1 (nothing but noise), between which guidance acts (0 1)",
+    )
     output = parser.add_argument_group("clip")
     output.add_argument("--format", choices=FORMATS, help="in place of the file's ending")
     output.add_argument(
@@ -210,6 +220,7 @@ def _clip(pipeline: Pipeline, args: argparse.Namespace, progress: Bars, part: Se
         steps=args.steps,
         eta=args.eta,
         guidance_scale=args.guidance,
+        guidance_interval=WHOLE if args.guidance_interval is None else tuple(args.guidance_interval),
         seed=seeds[0] if one else [seed or 0 for seed in seeds],
         progress=progress,
     )

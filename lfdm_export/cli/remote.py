@@ -66,6 +66,8 @@ def check_remote_options(parser: argparse.ArgumentParser, args: argparse.Namespa
     for name in ("drive", "cache"):
         if getattr(args, name) is not None:
             parser.error(f"--{name} is for a BUNDLE that runs here; leave out --url")
+    if args.guidance_interval is not None:
+        parser.error("--guidance-interval is for a BUNDLE that runs here; leave it out")
     if args.threads is not None:
         parser.error("--threads is for a BUNDLE that runs here; leave it out")
     if args.stream and args.motion is not None:

@@ -1,4 +1,4 @@
-"""``lfdm-train``: trains (`lfdm_models.training.cli`), and measures what was trained and exported."""
+"""``lfdm-train``: trains (`lfdm_models.training.cli`), and measures and tunes what was trained and exported."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lfdm_export.cli.ending import orderly
 from lfdm_export.errors import InputError, LfdmExportError
 from lfdm_export.files.atomic import rehearse
 from lfdm_export.files.names import user_path
+from lfdm_export.sampling.tables import SAMPLERS
 
 if TYPE_CHECKING:
     from lfdm_export.evaluation.evaluate import Setting
@@ -20,6 +21,7 @@ PROGRAM = "lfdm-train evaluate"
 _EXAMPLES = """\
   lfdm-train evaluate bundle
   lfdm-train evaluate bundle --samplers ddim,dpm++2m --steps 5,10,25 --clips 20 --out evaluation
+  lfdm-train evaluate bundle --samplers tuned --steps 4,5      after lfdm-train schedule bundle
   lfdm-train evaluate bundle --samplers none         the autoencoder alone
 """
 _NONE = "none"
@@ -31,6 +33,10 @@ def train_main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["evaluate"]:
         return evaluate_main(words[1:])
+    if words[:1] == ["schedule"]:
+        from lfdm_export.cli.schedule import schedule_main
+
+        return schedule_main(words[1:])
     from lfdm_models.training.cli import main
 
     return main(words)
@@ -52,7 +58,7 @@ def evaluate_main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--steps", default="10,25,50", metavar="N,M", help="steps of each; ddpm takes all of its own (%(default)s)"
     )
-    parser.add_argument("--eta", type=float, metavar="X", help="of ddim (the sampler's own)")
+    parser.add_argument("--eta", type=float, metavar="X", help="of samplers that have one (their own)")
     parser.add_argument("--guidance-scale", type=float, metavar="X", help="(the bundle's own)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of characters and noise (%(default)s)")
     parser.add_argument("--classifier", metavar="FILE", help="of motions (the one that is shipped)")
@@ -66,7 +72,8 @@ def evaluate_main(argv: Sequence[str]) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     import torch
 
-    from lfdm_export.evaluation.evaluate import evaluate_bundle, require_drawn_characters
+    from lfdm_export.evaluation.drawn import require_drawn_characters
+    from lfdm_export.evaluation.evaluate import evaluate_bundle
     from lfdm_export.evaluation.report import JSON, markdown, write_evaluation
     from lfdm_export.generate.pipeline import Pipeline
     from lfdm_models.training.classifier import load_classifier, shipped_classifier
@@ -120,5 +127,6 @@ def choose_settings(samplers: str, steps: str, eta: float | None, guidance_scale
         if sampler == "ddpm":
             settings.append(Setting(sampler, None, None, guidance_scale))
         else:
-            settings += [Setting(sampler, n, eta if sampler == "ddim" else None, guidance_scale) for n in counts]
+            takes_eta = sampler in SAMPLERS and SAMPLERS[sampler].default_eta is not None
+            settings += [Setting(sampler, n, eta if takes_eta else None, guidance_scale) for n in counts]
     return tuple(settings)

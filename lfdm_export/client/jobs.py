@@ -25,7 +25,7 @@ from lfdm_export.pictures.crop import Crop
 from lfdm_export.pictures.preprocess import ImageLike, prepare_images
 from lfdm_export.protocol.contract import CLIP_OUTPUTS, MAX_PRIORITY, TIMINGS, Array
 from lfdm_export.protocol.model_facts import ModelFacts
-from lfdm_export.sampling.tables import SAMPLERS
+from lfdm_export.sampling.tuned import SAMPLER_NAMES
 
 #: Called with what is counted, how much of it is done, and out of how much.
 Report: TypeAlias = Callable[[str, int, int], None]
@@ -184,8 +184,8 @@ def _sampling(asked: Asked) -> dict[str, Array]:
     """The inputs that all samples share; the server checks the ranges that depend on its model."""
     tensors: dict[str, Array] = {}
     if asked.sampler is not None:
-        if asked.sampler not in SAMPLERS:
-            known = ", ".join(SAMPLERS)
+        if asked.sampler not in SAMPLER_NAMES:
+            known = ", ".join(SAMPLER_NAMES)
             raise InputError(f"sampler: found {asked.sampler!r}, expected one of {known}; choose one of these")
         tensors["sampler"] = text_tensor(asked.sampler)
     if asked.steps is not None:

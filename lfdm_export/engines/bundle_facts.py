@@ -11,6 +11,7 @@ from lfdm_export.engines.targets import AUTO, TARGETS, find_target, lacking, thi
 from lfdm_export.errors import EngineError
 from lfdm_export.files.json_codec import to_plain
 from lfdm_export.sampling.tables import SAMPLERS
+from lfdm_export.sampling.tuned import TUNED
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class BundleFacts:
         precision: of the graphs.
         dataset: whose preprocessing its pictures get; None for the plain rule.
         sampling: the defaults: sampler, steps, eta, guidance_scale.
-        samplers: names of all samplers.
+        samplers: names of all samplers; "tuned" where the bundle has it.
         targets: by name.
         auto: the target that is taken where none is named; None if nothing runs the bundle here.
         files: bytes of each file, the largest first.
@@ -96,7 +97,7 @@ def bundle_facts(bundle: Bundle) -> BundleFacts:
         precision=manifest.precision,
         dataset=manifest.preprocessing.dataset,
         sampling=to_plain(manifest.sampler),
-        samplers=tuple(SAMPLERS),
+        samplers=(*SAMPLERS, *([TUNED] if manifest.tuned is not None else [])),
         targets=targets,
         auto=auto,
         files={name: entry.bytes for name, entry in sorted(manifest.files.items(), key=lambda item: -item[1].bytes)},

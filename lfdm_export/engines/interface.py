@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.engines.checks import Array
-from lfdm_export.sampling.tables import SamplerTable
+from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.stages import StageSpec
 
 Float32: TypeAlias = NDArray[np.float32]

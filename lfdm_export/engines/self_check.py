@@ -34,7 +34,7 @@ from lfdm_export.pictures.preprocess import to_float
 from lfdm_export.reference.inputs import BATCH_SIZE, chain_table
 from lfdm_export.reference.stored import Reference, positions
 from lfdm_export.sampling.noise import NoiseSource, seeded_noise
-from lfdm_export.sampling.tables import SamplerTable
+from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.stages import CHAIN_TOLERANCES, StageSpec, stage_specs
 from lfdm_models.schedule import cosine_schedule
 

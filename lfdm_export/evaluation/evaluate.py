@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.errors import InputError
+from lfdm_export.evaluation.distance import frechet_distance
+from lfdm_export.evaluation.drawn import require_drawn_characters
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.pictures.preprocess import to_float
 from lfdm_export.stages import DRIVE_STAGE
-from lfdm_export.wording import shortened
 from lfdm_models.training.classifier import MotionClassifier
 from lfdm_models.training.procedural import HELD_OUT_SEEDS, LABELS, sample_clip
 
@@ -37,8 +38,6 @@ _SHOWN, _REAL = 0, 1_000_000
 # Values of 0 … 255 by which a pixel that stands still may differ from the first frame.
 _STILL = 2
 _BATCH = 8
-# What provenance calls the data of models of drawn characters: `lfdm-train --data`, and the shipped model.
-_DRAWN = ("procedural", "procedural characters")
 
 
 @dataclass(frozen=True)
@@ -203,28 +202,6 @@ def describe_data(bundle: Bundle, labels: Sequence[str], clips: int) -> str:
     )
 
 
-def require_drawn_characters(bundle: Bundle) -> None:
-    """Refuse a model that was trained on anything but drawn characters, which alone are drawn and judged here.
-
-    Raises:
-        InputError: the bundle's provenance names other data, or, where it names none, its labels are others.
-    """
-    data = bundle.manifest.provenance.get("data")
-    others = [label for label in bundle.labels if label not in LABELS]
-    if data is not None and data not in _DRAWN:
-        why = f"its model was trained on the data set {data!r}"
-    elif others:
-        why = f"its labels ({shortened(bundle.labels)}) are not theirs ({', '.join(LABELS)})"
-    elif data is None and not bundle.labels:
-        why = "neither labels nor provenance say that its model is of such"
-    else:
-        return
-    raise InputError(
-        f"{bundle.path} cannot be evaluated: this measures drawn characters alone, and {why}; compare clips of its own "
-        "data instead"
-    )
-
-
 @dataclass(frozen=True)
 class _Real:
     """Real clips (N, T, H, W, 3) uint8 of held-out characters, and their labels."""
@@ -338,22 +315,6 @@ def _still_difference(found: NDArray[np.float32], real: UInt8Array) -> float:
         return 0.0
     first = real[0].astype(np.float32) / 255
     return float(np.abs(found - first)[1:, mask].mean())
-
-
-def frechet_distance(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
-    """Fréchet distance of two sets of features (N, F) as if both were normally distributed: 0 for equal ones.
-
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)); the trace of the root is the sum of the roots of the eigenvalues of
-    C1^(1/2) C2 C1^(1/2), which is symmetric.
-    """
-    means: list[Float64Array] = [np.mean(part, axis=0, dtype=np.float64) for part in (first, second)]
-    covariances = [np.atleast_2d(np.cov(part.astype(np.float64), rowvar=False, bias=True)) for part in (first, second)]
-    values, vectors = np.linalg.eigh(covariances[0])
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    mixed = np.linalg.eigvalsh(root @ covariances[1] @ root)
-    cross = np.sqrt(np.clip(mixed, 0, None)).sum()
-    distance = ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * cross
-    return float(max(distance, 0.0))
 
 
 def _report(progress: Progress | None, what: str, done: int, total: int) -> None:

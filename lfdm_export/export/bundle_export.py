@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lfdm_export.bundle.manifest import TEXT_STAGE, Manifest, check_labels
+from lfdm_export.bundle.manifest import TEXT_STAGE, Manifest, check_labels, dm_sha256_of
 from lfdm_export.bundle.reader import ONNX_FOLDER, PARITY_FOLDER, TOKENIZER_FOLDER, TORCH_WEIGHTS, Bundle
 from lfdm_export.bundle.writer import BundleWriter
 from lfdm_export.checkpoints.datasets import NO_ENCODER, dataset_facts
@@ -26,6 +26,7 @@ from lfdm_export.machine import package_versions
 from lfdm_export.pictures.preprocess import Preprocessing
 from lfdm_export.reference.pytorch import make_reference
 from lfdm_export.rewrite.stage_modules import stage_modules
+from lfdm_export.sampling.tuned import TunedSampler
 from lfdm_export.stages import Geometry, StageSpec, stage_specs
 from lfdm_models.config import LfdmConfig
 from lfdm_models.model import LfdmModel
@@ -60,6 +61,7 @@ def export_bundle(
     drive: bool = True,
     reference: bool = True,
     torch_weights: bool = False,
+    tuned: TunedSampler | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Export a model as a bundle, atomically: an interrupted export leaves what was there.
@@ -82,6 +84,7 @@ def export_bundle(
         reference: run the untouched networks as well and keep what they give, so that anybody can verify the bundle
             without them.
         torch_weights: include the weights that the target torch runs; of fp32, tf32, fp16 and bf16.
+        tuned: tables of few steps that were learned for these weights (`TunedSampler.load`).
         progress: called as ``progress(stage, done, total)``.
 
     Returns:
@@ -103,6 +106,8 @@ def export_bundle(
             labels = facts.labels if labels is None else labels
     if text_encoder == NO_ENCODER:
         text_encoder = None
+    if tuned is not None:
+        _require_tuned_for(model, tuned)
     trained_frames, trained_size = trained_geometry(model)
     frames = trained_frames if frames is None else frames
     geometry = geometry_of(model.config, frames, trained_size if image_size is None else image_size)
@@ -138,10 +143,18 @@ def export_bundle(
                 stages=tuple(specs.values()),
                 labels=tuple(table),
                 preprocessing=preprocessing or Preprocessing(),
+                tuned=tuned,
                 provenance=dict(model.provenance),
                 versions={"python": platform.python_version(), **package_versions(_VERSIONED)},
             )
         )
+
+
+def _require_tuned_for(model: LfdmModel, tuned: TunedSampler) -> None:
+    try:
+        tuned.require_weights(dm_sha256_of(model.provenance))
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def trained_geometry(model: LfdmModel) -> tuple[int, int]:

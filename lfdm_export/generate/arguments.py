@@ -14,6 +14,9 @@ from lfdm_export.errors import InputError
 from lfdm_export.files.names import user_path
 from lfdm_export.sampling.noise import check_seeds
 
+#: The interval in which guidance acts at every step.
+WHOLE = (0.0, 1.0)
+
 
 def common_batch(sizes: Mapping[str, int]) -> int:
     """The batch that all of these sizes mean, of which each is 1 or that batch.
@@ -106,6 +109,32 @@ def finite_number(value: float, name: str) -> float:
     if not math.isfinite(number):
         raise InputError(f"{name} is {number}, expected a finite number")
     return number
+
+
+def guided_steps(timesteps: NDArray[np.int64], training_steps: int, interval: tuple[float, float]) -> NDArray[np.bool_]:
+    """Which steps guidance acts at: those whose time, as a share of the schedule, lies in the interval.
+
+    Args:
+        timesteps: (S,) int64.
+        training_steps: of the schedule; time t of N is the share t / (N - 1).
+        interval: (low, high), each 0 … 1, both counted in.
+
+    Returns:
+        (S,) bool.
+
+    Raises:
+        InputError: the interval is none.
+
+    Source: Kynkäänniemi et al., Applying Guidance in a Limited Interval (arXiv 2404.07724).
+    """
+    try:
+        low, high = (finite_number(end, "guidance_interval") for end in interval)
+    except (TypeError, ValueError):
+        raise InputError(f"guidance_interval is {interval!r}, expected two numbers, such as (0.2, 0.8)") from None
+    if not 0.0 <= low <= high <= 1.0:
+        raise InputError(f"guidance_interval is ({low:g}, {high:g}), expected 0 <= low <= high <= 1")
+    shares = timesteps / max(training_steps - 1, 1)
+    return (low <= shares) & (shares <= high)
 
 
 def seed_count(seed: int | Sequence[int] | None) -> int:

@@ -19,9 +19,11 @@ from lfdm_export.engines.onnxruntime.engine import Device
 from lfdm_export.engines.targets import AUTO
 from lfdm_export.errors import EngineError, InputError
 from lfdm_export.generate.arguments import (
+    WHOLE,
     common_batch,
     embedding_rows,
     finite_number,
+    guided_steps,
     per_sample,
     sample_seeds,
     seed_count,
@@ -34,12 +36,13 @@ from lfdm_export.pictures.clips import Footage, read_footage
 from lfdm_export.pictures.crop import Crop
 from lfdm_export.pictures.motion import Motion, as_motion
 from lfdm_export.pictures.preprocess import ImageLike, prepare_image, prepare_images, to_float, to_uint8
-from lfdm_export.sampling import tables
-from lfdm_export.sampling.noise import handed_noise, seeded_noise
-from lfdm_export.sampling.tables import SamplerTable
+from lfdm_export.sampling.noise import NoiseSource, handed_noise, seeded_noise
+from lfdm_export.sampling.rows import SamplerTable
+from lfdm_export.sampling.tables import SAMPLERS, sampler_table
+from lfdm_export.sampling.tuned import TUNED
 from lfdm_export.stages import DRIVE_STAGE
 from lfdm_export.wording import count
-from lfdm_models.schedule import cosine_schedule
+from lfdm_models.schedule import Schedule, cosine_schedule
 
 Float32: TypeAlias = NDArray[np.float32]
 UInt8: TypeAlias = NDArray[np.uint8]
@@ -58,6 +61,8 @@ class _Sampling(TypedDict):
 
 #: Driving frames that `estimate_motion` takes in one run.
 _MOTION_BATCH = 8
+#: The stage of a step without guidance.
+UNGUIDED_STAGE = "step"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -178,6 +183,7 @@ class Pipeline:
         steps: int | None = None,
         eta: float | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = WHOLE,
         seed: int | Sequence[int] | None = None,
         noise: Iterator[Float32] | None = None,
         progress: Progress | None = None,
@@ -194,11 +200,14 @@ class Pipeline:
             label: a known label, or one a sample.
             text: free text, or one a sample; for bundles with a text encoder.
             text_embedding: (text_width,) or (B, text_width).
-            sampler: a name of `lfdm_export.sampling.tables.SAMPLERS`; None for the bundle's default.
+            sampler: a name of `lfdm_export.sampling.tables.SAMPLERS`, or "tuned" if the bundle has that; None for its
+                default.
             steps: sampling steps; None for the default.
             eta: DDIM's share of fresh noise, 0 … 1; None for the default.
             guidance_scale: 1 for the conditional prediction, 0 for the unconditional one, above 1 for
                 more of the label; None for the default.
+            guidance_interval: (low, high), shares of the schedule, 0 (no noise) … 1 (nothing but noise): where guidance
+                acts. Steps at other times run the conditional prediction alone, at half the cost.
             seed: one a sample; a single one gives sample i the seed ``seed + i``. A sample's noise depends
                 on nothing but its seed. None is 0.
             noise: instead of a seed: float32 draws (B,3,T,h,w), first the start, then one for each step that
@@ -216,17 +225,21 @@ class Pipeline:
         settings = {
             **self._origin("generate"),
             **self._sampling_settings(**asked),
+            **({} if guidance_interval == WHOLE else {"guidance_interval": list(guidance_interval)}),
             "condition": "label" if label is not None else "text" if text is not None else "text_embedding",
         }
         seeds = None if noise is not None else sample_seeds(seed, batch)
 
         def make() -> Clip:
             rows = np.repeat(embeddings, batch // len(embeddings), axis=0)
-            whole = None if noise is not None else self._whole_clip(prepared, rows, asked, seed, progress)
-            if whole is not None:
-                return whole
+            if noise is None and guidance_interval == WHOLE:
+                whole = self._whole_clip(prepared, rows, asked, seed, progress)
+                if whole is not None:
+                    return whole
             encoded = self._encode(prepared, progress).repeat(batch)
-            latent = self.sample(encoded, rows, **asked, seed=seed, noise=noise, progress=progress)
+            latent = self.sample(
+                encoded, rows, **asked, guidance_interval=guidance_interval, seed=seed, noise=noise, progress=progress
+            )
             return self._clip(prepared, encoded, latent, progress)
 
         made_from = {**settings, "seeds": seeds, "frames": self.bundle.manifest.geometry.frames, "batch": batch}
@@ -409,6 +422,7 @@ class Pipeline:
         steps: int | None = None,
         eta: float | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = WHOLE,
         seed: int | Sequence[int] | None = None,
         noise: Iterator[Float32] | None = None,
         progress: Progress | None = None,
@@ -422,6 +436,7 @@ class Pipeline:
             steps: number of sampling steps.
             eta: DDIM's share of fresh noise.
             guidance_scale: of classifier-free guidance.
+            guidance_interval: where it acts.
             seed: one a sample, or a single one.
             noise: instead of a seed.
             progress: called as ``progress("denoise", steps done, steps)``.
@@ -433,13 +448,7 @@ class Pipeline:
             InputError: an argument cannot be used.
             EngineError: an engine cannot be loaded, fails, or gives values that are not finite.
         """
-        geometry = self.bundle.manifest.geometry
-        batch = len(encoded.image)
-        rows = embedding_rows(embedding, geometry.text_width)
-        if len(rows) not in (1, batch):
-            raise InputError(f"found {len(rows)} text embeddings for {batch} images, expected 1 or {batch}")
-        scale = self._guidance(guidance_scale)
-        table = self.sampler_table(sampler, steps, eta)
+        geometry, batch = self.bundle.manifest.geometry, len(encoded.image)
         shape = (3, geometry.frames, geometry.latent_size, geometry.latent_size)
         if noise is None:
             source = seeded_noise(sample_seeds(seed, batch), shape)
@@ -448,6 +457,44 @@ class Pipeline:
         else:
             raise InputError("both seed and noise were given, expected one of them; leave one out")
 
+        table = self.sampler_table(sampler, steps, eta)
+        return self.run_table(
+            encoded,
+            embedding,
+            table,
+            source,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            progress=progress,
+        )
+
+    def run_table(
+        self,
+        encoded: Encoded,
+        embedding: ArrayLike,
+        table: SamplerTable,
+        source: NoiseSource,
+        *,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = WHOLE,
+        progress: Progress | None = None,
+    ) -> Float32:
+        """Denoise by any table, with noise from any source of (B, 3, T, h, w); see `sample`.
+
+        Raises:
+            InputError: an argument cannot be used.
+            EngineError: an engine cannot be loaded, fails, or gives values that are not finite.
+        """
+        manifest, batch = self.bundle.manifest, len(encoded.image)
+        rows = embedding_rows(embedding, manifest.geometry.text_width)
+        if len(rows) not in (1, batch):
+            raise InputError(f"found {len(rows)} text embeddings for {batch} images, expected 1 or {batch}")
+        scale = self._guidance(guidance_scale)
+        guided = guided_steps(table.timesteps, manifest.config.dm.training_steps, guidance_interval)
+
+        if scale == 0.0 and not guided.all():
+            raise InputError("guidance_scale is 0, the unconditional prediction, which takes no guidance_interval")
+
         def on_step(index: int, latent: Float32 | None) -> None:
             if latent is not None:
                 _require_finite(latent, index, table.steps)
@@ -455,7 +502,8 @@ class Pipeline:
 
         _report(progress, "denoise", 0, table.steps)
         stage, fixed = self._condition(np.repeat(rows, batch // len(rows), axis=0), scale)
-        latent = self.stages.sample(stage, {"context": encoded.context, **fixed}, table, source, on_step=on_step)
+        stages = [stage if inside else UNGUIDED_STAGE for inside in guided]
+        latent = self.stages.sample(stages, {"context": encoded.context, **fixed}, table, source, on_step=on_step)
         _require_finite(latent, table.steps - 1, table.steps)  # where the steps' own latents stayed with the engine
         return latent
 
@@ -474,7 +522,20 @@ class Pipeline:
             steps = defaults.steps if steps is None else steps
             eta = defaults.eta if eta is None else eta
         schedule = cosine_schedule(manifest.config.dm.training_steps)
-        return tables.sampler_table(sampler, schedule, steps, None if eta is None else finite_number(eta, "eta"))
+        if sampler == TUNED:
+            return self._tuned_table(schedule, steps, eta)
+        return sampler_table(sampler, schedule, steps, None if eta is None else finite_number(eta, "eta"))
+
+    def _tuned_table(self, schedule: Schedule, steps: int | None, eta: float | None) -> SamplerTable:
+        tuned = self.bundle.manifest.tuned
+        if tuned is None:
+            raise InputError(
+                f"sampler: found {TUNED!r}, but this bundle has no tuned sampler; choose one of {', '.join(SAMPLERS)}, "
+                "or tune one: lfdm-train schedule"
+            )
+        if eta is not None:
+            raise InputError(f"eta: found {eta}, but sampler {TUNED!r} has its own noise; leave it out")
+        return tuned.table(schedule, steps)
 
     def decode(self, encoded: Encoded, latent: Float32, *, progress: Progress | None = None) -> tuple[Float32, Float32]:
         """Decode a latent.
@@ -580,7 +641,7 @@ class Pipeline:
             embedding = np.repeat(self.bundle.null_embedding[None], batch, axis=0)
         fixed = {"text_embedding": embedding}
         if scale in (0.0, 1.0):
-            return "step", fixed
+            return UNGUIDED_STAGE, fixed
         return "step_guided", {**fixed, "guidance_scale": np.full(batch, scale, np.float32)}
 
     def _decode_chunks(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias, cast
 
 import numpy as np
@@ -22,7 +22,7 @@ from lfdm_export.errors import EngineError
 from lfdm_export.machine import available_cores, package_versions, processor_facts
 from lfdm_export.sampling.loop import sample as run_loop
 from lfdm_export.sampling.noise import START, NoiseSource
-from lfdm_export.sampling.tables import SamplerTable
+from lfdm_export.sampling.rows import SamplerTable
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ class StageRunner:
 
     def sample(
         self,
-        stage: str,
+        stage: str | Sequence[str],
         fixed: Mapping[str, Float32],
         table: SamplerTable,
         source: NoiseSource,
@@ -150,11 +150,11 @@ class StageRunner:
         on_step: OnStep | None = None,
         every_latent: bool = False,
     ) -> Float32:
-        """Run a whole chain; its state stays where the engine runs, if the engine can keep it there.
+        """Run a whole chain; its state stays where the engine runs, if one engine runs all of it and can keep it there.
 
         Args:
-            stage: "step" or "step_guided".
-            fixed: the stage's inputs that no step changes, by name.
+            stage: "step" or "step_guided", of all steps or of each.
+            fixed: the stages' inputs that no step changes, by name.
             table: the sampler.
             source: of the noise of the start, and of the steps that draw some.
             on_step: told of each step that was taken or, by an engine that keeps the state, queued.
@@ -166,11 +166,13 @@ class StageRunner:
         Raises:
             EngineError: the engine cannot be loaded or fails.
         """
-        engine = self.engine(stage)
+        stages = [stage] * table.steps if isinstance(stage, str) else list(stage)
+        engine = self.engine(stages[0])
         start = source(START)
-        if isinstance(engine, KeepsState):
-            return self._sample_there(engine, stage, fixed, table, start, source, on_step, every_latent)
-        names = [tensor.name for tensor in engine.spec.inputs]
+        if isinstance(engine, KeepsState) and len(set(stages)) == 1:
+            return self._sample_there(engine, stages[0], fixed, table, start, source, on_step, every_latent)
+        names = {name: [tensor.name for tensor in self.engine(name).spec.inputs] for name in set(stages)}
+        following = iter(stages)
 
         def step(
             noisy_latent: Float32, timestep: NDArray[np.int64], history: Float32, noise: Float32, coefficients: Float32
@@ -183,7 +185,8 @@ class StageRunner:
                 "coefficients": coefficients,
             }
             state.update(fixed)
-            next_latent, next_history = self.run(stage, *(state[name] for name in names))
+            current = next(following)
+            next_latent, next_history = self.run(current, *(state[name] for name in names[current]))
             return next_latent, next_history
 
         told = None if on_step is None else lambda index, latent, _history: on_step(index, latent)

@@ -22,7 +22,7 @@ from lfdm_export.protocol.contract import (
     Array,
     WireTensor,
 )
-from lfdm_export.sampling.tables import SAMPLERS
+from lfdm_export.sampling.tuned import SAMPLER_NAMES
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,8 @@ def parse_sampling(tensors: Mapping[str, Array], limits: Limits) -> GenerationRe
         InputError: a value is out of range.
     """
     sampler = _text(tensors, "sampler", limits.text_bytes) if "sampler" in tensors else None
-    if sampler is not None and sampler not in SAMPLERS:
-        raise InputError(f"sampler: found {sampler!r}, expected one of {', '.join(SAMPLERS)}; choose one of these")
+    if sampler is not None and sampler not in SAMPLER_NAMES:
+        raise InputError(f"sampler: found {sampler!r}, expected one of {', '.join(SAMPLER_NAMES)}; choose one of these")
     return GenerationRequest(
         seed=_integer(tensors, "seed", 0, 2**63 - 1) or 0,
         steps=_integer(tensors, "steps", 1, limits.steps),

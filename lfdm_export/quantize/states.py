@@ -26,7 +26,8 @@ from lfdm_export.quantize.ranges import Observed
 from lfdm_export.reference.inputs import draw_pictures
 from lfdm_export.sampling.loop import sample, step_from_denoiser
 from lfdm_export.sampling.noise import START, seeded_noise
-from lfdm_export.sampling.tables import SamplerTable, sampler_table
+from lfdm_export.sampling.rows import SamplerTable
+from lfdm_export.sampling.tables import sampler_table
 from lfdm_export.stages import Geometry, StageSpec, TensorSpec, stage_specs
 from lfdm_models.schedule import Schedule
 

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.pictures.preprocess import to_float
-from lfdm_export.sampling.tables import X0_FROM_LATENT, X0_FROM_PREDICTED_NOISE, SamplerTable, sampler_table
+from lfdm_export.sampling.rows import X0_FROM_LATENT, X0_FROM_PREDICTED_NOISE, SamplerTable
+from lfdm_export.sampling.tables import sampler_table
 from lfdm_export.stages import COEFFICIENTS, Geometry
 from lfdm_models.config import LfdmConfig
 from lfdm_models.schedule import Schedule, cosine_schedule

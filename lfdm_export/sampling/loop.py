@@ -13,7 +13,7 @@ import numpy as np
 
 from lfdm_export.errors import InputError
 from lfdm_export.sampling.noise import NoiseSource, handed_noise
-from lfdm_export.sampling.tables import (
+from lfdm_export.sampling.rows import (
     CARRY_FROM_CARRY,
     CARRY_FROM_PREVIOUS_X0,
     CARRY_FROM_X0,

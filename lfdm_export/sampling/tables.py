@@ -1,73 +1,28 @@
-"""Samplers as tables of coefficients, one row a step. NumPy only; the loop is in `lfdm_export.sampling.loop`.
+"""Every sampler by name, and the tables of those that the released program runs.
 
-Every sampler here is the same arithmetic with other numbers. With the noisy latent x, the predicted
-noise e, the draw of noise n, and the history [P, m] of one sample, a step with coefficients c is
-
-    x0 = threshold(c[0] x + c[1] e)
-    x  <- c[2] x + c[3] x0 + c[4] e + c[5] P + c[6] m + c[7] n
-    P  <- c[8] P + c[9] x0 + c[10] m
-    m  <- x0
-
-so that one graph with a `coefficients` input serves all of them. History is zeros at the start.
+Others are in `lfdm_export.sampling.solvers`; what a table is, in `lfdm_export.sampling.rows`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lfdm_export.errors import InputError
-from lfdm_export.stages import COEFFICIENTS
+from lfdm_export.sampling.rows import (
+    NEXT_FROM_LATENT,
+    NEXT_FROM_NOISE,
+    NEXT_FROM_PREDICTED_NOISE,
+    NEXT_FROM_X0,
+    Int64Array,
+    SamplerTable,
+    estimating_rows,
+    make_table,
+)
+from lfdm_export.sampling.solvers import check_eta, dpmpp_2m_table, most_solver_steps, sde_dpmpp_table, unipc_table
 from lfdm_models.schedule import Schedule
-
-Float32Array: TypeAlias = NDArray[np.float32]
-Int64Array: TypeAlias = NDArray[np.int64]
-
-#: Columns of `coefficients`: what is multiplied, and what the product is added to.
-X0_FROM_LATENT = 0
-X0_FROM_PREDICTED_NOISE = 1
-NEXT_FROM_LATENT = 2
-NEXT_FROM_X0 = 3
-NEXT_FROM_PREDICTED_NOISE = 4
-NEXT_FROM_CARRY = 5
-NEXT_FROM_PREVIOUS_X0 = 6
-NEXT_FROM_NOISE = 7
-CARRY_FROM_CARRY = 8
-CARRY_FROM_X0 = 9
-CARRY_FROM_PREVIOUS_X0 = 10
-
-#: Where DPM-Solver++ and UniPC start: log(signal / noise) no lower than this. Below it the cosine schedule
-#: runs off to -11, where the x0 estimate is the network's error times 60,000. Source: the clip
-#: that diffusers recommends for this schedule (`lambda_min_clipped`), as DPM-Solver's authors start at t = 0.9946.
-LOG_SNR_START = -5.1
-
-
-@dataclass(frozen=True, eq=False)
-class SamplerTable:
-    """The steps of one sampler.
-
-    Attributes:
-        name: a key of SAMPLERS.
-        timesteps: int64 (S,), the training step that the network is asked about, falling.
-        coefficients: float32 (S, 11), in the columns above.
-        draws_noise: bool (S,), whether the step takes a draw from the stream of noise. It may take one
-            and weigh it with 0, as the released program does.
-    """
-
-    name: str
-    timesteps: Int64Array
-    coefficients: Float32Array
-    draws_noise: NDArray[np.bool_]
-
-    @property
-    def steps(self) -> int:
-        """Number of steps S."""
-        return len(self.timesteps)
 
 
 @dataclass(frozen=True)
@@ -96,7 +51,7 @@ def sampler_table(name: str, schedule: Schedule, steps: int | None = None, eta: 
         name: a key of SAMPLERS.
         schedule: the model's own.
         steps: how many; None for the sampler's default, or as many as the schedule allows if that is fewer.
-        eta: 0 … 1, for "ddim"; None for the sampler's default.
+        eta: 0 … 1, for samplers that have one; None for the sampler's default.
 
     Raises:
         InputError: the name is unknown, the schedule does not allow so many steps, or eta is out of range
@@ -106,7 +61,8 @@ def sampler_table(name: str, schedule: Schedule, steps: int | None = None, eta: 
         raise InputError(f"sampler: found {name!r}, expected one of {', '.join(SAMPLERS)}; choose one of these")
     sampler = SAMPLERS[name]
     if eta is not None and sampler.default_eta is None:
-        raise InputError(f"eta: found {eta}, but sampler {name!r} has no eta; leave it out or choose 'ddim'")
+        with_eta = ", ".join(name for name, sampler in SAMPLERS.items() if sampler.default_eta is not None)
+        raise InputError(f"eta: found {eta}, but sampler {name!r} has no eta; leave it out or choose one of {with_eta}")
     most = sampler.most_steps(schedule)
     if most < 1:
         raise InputError(
@@ -138,12 +94,12 @@ def ddpm_table(schedule: Schedule) -> SamplerTable:
     Source: Ho et al., Denoising Diffusion Probabilistic Models, equations 6 and 7.
     """
     timesteps = np.arange(schedule.steps)[::-1].copy()
-    rows = _rows(schedule, timesteps)
+    rows = estimating_rows(schedule, timesteps)
     rows[:, NEXT_FROM_LATENT] = schedule.posterior_mean_coef2[timesteps]
     rows[:, NEXT_FROM_X0] = schedule.posterior_mean_coef1[timesteps]
     rows[:, NEXT_FROM_NOISE] = np.exp(0.5 * schedule.posterior_log_variance_clipped[timesteps].astype(np.float64))
     rows[-1, NEXT_FROM_NOISE] = 0.0
-    return _table("ddpm", timesteps, rows, np.ones(len(timesteps), bool))
+    return make_table("ddpm", timesteps, rows, np.ones(len(timesteps), bool))
 
 
 def ddim_table(schedule: Schedule, steps: int, eta: float = 1.0) -> SamplerTable:
@@ -163,19 +119,18 @@ def ddim_table(schedule: Schedule, steps: int, eta: float = 1.0) -> SamplerTable
 
     Source: Song et al., Denoising Diffusion Implicit Models, equations 12 and 16.
     """
-    if not 0.0 <= eta <= 1.0:
-        raise InputError(f"eta: found {eta}, expected 0 to 1; choose a value in that range")
+    check_eta(eta)
     times = _ddim_times(schedule.steps, steps)
     timesteps, ends = times[:-1], times[1:]
     one = np.float32(1)
     alpha, alpha_end = schedule.alphas_cumprod_prev[timesteps], schedule.alphas_cumprod_prev[ends]
     sigma = np.float32(eta) * np.sqrt((one - alpha / alpha_end) * (one - alpha_end) / (one - alpha))
-    rows = _rows(schedule, timesteps)
+    rows = estimating_rows(schedule, timesteps)
     rows[:, NEXT_FROM_X0] = np.sqrt(alpha_end)
     # Never below 0 but for the rounding of float32.
     rows[:, NEXT_FROM_PREDICTED_NOISE] = np.sqrt(np.maximum(one - alpha_end - sigma**2, 0))
     rows[:, NEXT_FROM_NOISE] = np.where(ends > 0, sigma, 0)
-    return _table("ddim", timesteps, rows, ends > 0)
+    return make_table("ddim", timesteps, rows, ends > 0)
 
 
 def _ddim_times(training_steps: int, steps: int) -> Int64Array:
@@ -192,135 +147,13 @@ def _ddim_times(training_steps: int, steps: int) -> Int64Array:
     return np.where(index < points // 2, from_start, from_end).astype(np.int64)[-2::-1]
 
 
-def dpmpp_2m_table(schedule: Schedule, steps: int) -> SamplerTable:
-    """DPM-Solver++ (2M): second-order multistep in the x0 estimate.
-
-    The first step is of first order, having no past; so is the last, which ends at noise 0, where the
-    second-order term has no limit: it returns x0. Times: see `_solver_times`.
-
-    Args:
-        schedule: of N training steps.
-        steps: 1 … about N; 4 to 20 are what it is made for.
-
-    Source: Lu et al., DPM-Solver++, algorithm 2.
-    """
-    timesteps, signal, noise, h = _solver_grid(schedule, steps)
-    rows = _rows(schedule, timesteps)
-    for i in range(steps):
-        rows[i, NEXT_FROM_LATENT] = noise[i + 1] / noise[i]
-        weight = -signal[i + 1] * math.expm1(-h[i])
-        slope = h[i] / h[i - 1] / 2 if 0 < i < steps - 1 else 0.0
-        rows[i, NEXT_FROM_X0] = weight * (1 + slope)
-        rows[i, NEXT_FROM_PREVIOUS_X0] = -weight * slope
-    return _table("dpm++2m", timesteps, rows, np.zeros(steps, bool))
-
-
-def unipc_table(schedule: Schedule, steps: int) -> SamplerTable:
-    """UniPC of order 2 with B(h) = e^h - 1: each step corrects the latent it is given, then predicts the next.
-
-    The first step predicts at first order and corrects nothing; the last predicts at first order and
-    ends at noise 0: it returns x0. Times: see `_solver_times`.
-
-    Corrector and predictor to the same time start from the same corrected latent, so the corrected one is
-    the predicted one plus a combination of the last three x0 estimates. The carry therefore is
-    the x0 estimate before the previous one, and no older latent needs to be kept.
-
-    Args:
-        schedule: of N training steps.
-        steps: 1 … about N; 4 to 20 are what it is made for.
-
-    Source: Zhao et al., UniPC, algorithms 1 and 2, in the data-prediction form of its appendix.
-    """
-    timesteps, signal, noise, h = _solver_grid(schedule, steps)
-    rows = _rows(schedule, timesteps)
-    # What the corrector adds to the latent of step i, by x0 estimate: this one's, the previous, the one before that.
-    correction = (0.0, 0.0, 0.0)
-    for i in range(steps):
-        weight = -signal[i + 1] * math.expm1(-h[i])
-        second_order = 0 < i < steps - 1
-        # Predictor: x0 + slope / 2 * (x0 - previous x0), slope = 1 / r of the paper (with its sign turned).
-        slope = h[i] / h[i - 1] if i else 0.0
-        ahead = weight * slope / 2 if second_order else 0.0
-        decay = noise[i + 1] / noise[i]
-        rows[i, NEXT_FROM_LATENT] = decay
-        rows[i, NEXT_FROM_X0] = decay * correction[0] + weight + ahead
-        rows[i, NEXT_FROM_PREVIOUS_X0] = decay * correction[1] - ahead
-        rows[i, NEXT_FROM_CARRY] = decay * correction[2]
-        rows[i, CARRY_FROM_PREVIOUS_X0] = 1.0
-        if i < steps - 1:
-            # Corrector at the next step, less the predictor that led there:
-            # weight * (past * (x0 - previous x0) + now * (next x0 - x0)) - ahead * (x0 - previous x0)
-            past, now = _unipc_corrector(h[i], slope) if second_order else (0.0, 0.5)
-            change = weight * past - ahead
-            correction = (weight * now, change - weight * now, -change)
-    return _table("unipc", timesteps, rows, np.zeros(steps, bool))
-
-
-def _unipc_corrector(h: float, slope: float) -> tuple[float, float]:
-    """Weights of the past and of the newest difference of x0 in UniC-2 with B(h) = e^h - 1.
-
-    The paper's system is [[1, 1], [r, 1]] rho = b for differences divided by r = -1 / slope; here
-    the past one is returned for (x0 - previous x0), undivided.
-    """
-    phi_1 = math.expm1(-h) / -h
-    b_1 = (phi_1 - 1) / math.expm1(-h)
-    b_2 = 2 * ((phi_1 - 1) / -h - 0.5) / math.expm1(-h)
-    r = -1 / slope
-    past = (b_1 - b_2) / (1 - r)
-    return past * slope, b_1 - past
-
-
-def _solver_grid(
-    schedule: Schedule, steps: int
-) -> tuple[Int64Array, NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Times (S,); signal and noise level there and at the end, 1 and 0 (S+1,); steps of log(signal / noise) (S,)."""
-    timesteps = _solver_times(schedule, steps)
-    # From the noise-to-signal buffer: 1 - alphas_cumprod would lose digits where alphas_cumprod is near 1.
-    ratio = np.append(schedule.sqrt_recipm1_alphas_cumprod[timesteps].astype(np.float64), 0.0)
-    signal = 1 / np.sqrt(1 + ratio**2)
-    with np.errstate(divide="ignore"):
-        h = np.diff(-np.log(ratio))
-    return timesteps, signal, ratio * signal, h
-
-
-def _solver_times(schedule: Schedule, steps: int) -> Int64Array:
-    """Times of DPM-Solver++ and UniPC: t_k = T (k / S)^2, k = S … 1, rounded, but at least k to keep them apart.
-
-    T is the latest time with a log-SNR of LOG_SNR_START. From t_1 the solver goes to noise 0 at once, which
-    is exact to first order only, so t_1 must be small: on Gaussian mixtures with their ideal network, ten
-    steps at these times leave a fifth to a half of the error of ten even steps (diffusers' "linspace").
-
-    Source: Song et al., Denoising Diffusion Implicit Models, appendix D.2, quadratic tau.
-    """
-    index = np.arange(steps + 1)
-    quadratic = (_start_time(schedule) * (index / steps) ** 2).round().astype(np.int64)
-    return np.maximum(quadratic, index)[:0:-1]
-
-
-def _start_time(schedule: Schedule) -> int:
-    log_snr = -np.log(schedule.sqrt_recipm1_alphas_cumprod.astype(np.float64))
-    return int(np.count_nonzero(log_snr >= LOG_SNR_START)) - 1
-
-
 def _integer(steps: int) -> int:
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
         raise InputError(f"steps: found {steps!r}, expected an integer; pass a whole number of steps")
     return int(steps)
 
 
-def _rows(schedule: Schedule, timesteps: Int64Array) -> NDArray[np.float64]:
-    """Coefficients (S, 11) that give the x0 estimate at these times, and are 0 elsewhere."""
-    rows = np.zeros((len(timesteps), COEFFICIENTS))
-    rows[:, X0_FROM_LATENT] = schedule.sqrt_recip_alphas_cumprod[timesteps]
-    rows[:, X0_FROM_PREDICTED_NOISE] = -schedule.sqrt_recipm1_alphas_cumprod[timesteps]
-    return rows
-
-
-def _table(name: str, timesteps: Int64Array, rows: NDArray[np.float64], draws_noise: NDArray[np.bool_]) -> SamplerTable:
-    return SamplerTable(name, timesteps.astype(np.int64), rows.astype(np.float32), draws_noise)
-
-
-#: All samplers by name.
+#: All samplers by name. One more, of a bundle's own, is `lfdm_export.sampling.tuned`.
 SAMPLERS: Mapping[str, Sampler] = {
     "ddpm": Sampler(
         "ancestral sampling over every training step; slowest, the released demos' own",
@@ -337,13 +170,27 @@ SAMPLERS: Mapping[str, Sampler] = {
     "dpm++2m": Sampler(
         "DPM-Solver++ (2M), second order, deterministic after the start; 4 to 20 steps",
         table=lambda schedule, steps, _eta: dpmpp_2m_table(schedule, steps),
-        most_steps=_start_time,
+        most_steps=most_solver_steps,
         default_steps=10,
     ),
     "unipc": Sampler(
         "UniPC (order 2, B2), predictor-corrector, deterministic; 4 to 20 steps",
         table=lambda schedule, steps, _eta: unipc_table(schedule, steps),
-        most_steps=_start_time,
+        most_steps=most_solver_steps,
         default_steps=10,
+    ),
+    "sde-dpm++1": Sampler(
+        "SDE-DPM-Solver++ of order 1: DDIM with noise at the times of the solvers",
+        table=lambda schedule, steps, eta: sde_dpmpp_table(schedule, steps, eta, order=1),
+        most_steps=most_solver_steps,
+        default_steps=10,
+        default_eta=1.0,
+    ),
+    "sde-dpm++2m": Sampler(
+        "SDE-DPM-Solver++ (2M), second order, draws noise at each step",
+        table=sde_dpmpp_table,
+        most_steps=most_solver_steps,
+        default_steps=10,
+        default_eta=1.0,
     ),
 }

@@ -18,7 +18,10 @@ import lfdm_export
 from lfdm_export import Bundle, BundleError, Pipeline
 from lfdm_export.bundle import ready as ready_bundle
 from lfdm_export.cli import generate_main, info_main
+from lfdm_export.cli.export import _parser as export_parser
+from lfdm_export.cli.export import _tuned as tuned_of
 from lfdm_export.pictures.clip_files import load_clip
+from lfdm_export.sampling.tuned import TunedSampler
 from lfdm_models.training.procedural import HELD_OUT_SEEDS, LABELS, sample_clip
 from tests.fake_bundle import write_fake_bundle
 from tests.test_imports import BLOCKER, OPTIONAL, ROOT
@@ -174,3 +177,26 @@ def test_the_demo_installs_what_it_needs(tmp_path: Path):
 
 def test_the_pipeline_says_where_it_is():
     assert repr(Pipeline("characters")).startswith("<Pipeline '")
+
+
+def test_it_brings_the_tuned_sampler_of_its_weights():
+    tuned = TunedSampler.load(ready_bundle.MODEL / "tuned.json")
+    bundle = Bundle.open("characters")
+    assert bundle.manifest.tuned == tuned
+    assert {4, 5} <= {table.steps for table in tuned.tables}
+    made = Pipeline(bundle, threads=1, target="onnxruntime", self_check=False).generate(
+        "face.png", label="nod", sampler="tuned", steps=4, seed=1
+    )
+    assert np.abs(made.frames[0, 8].astype(int) - made.frames[0, 0]).mean() > 1, "it moves"
+
+
+def test_an_export_of_the_shipped_model_takes_it_along(tmp_path: Path):
+    """Of other models none, unless it is named."""
+    tuned = TunedSampler.load(ready_bundle.MODEL / "tuned.json")
+    tuned.save(tmp_path / "tuned.json")
+    parser = export_parser()
+    found = [
+        tuned_of(parser.parse_args(words.split()))
+        for words in ("", "--model characters", "--model untrained", f"--model untrained --tuned {tmp_path}/tuned.json")
+    ]
+    assert found == [tuned, tuned, None, tuned]

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("onnxruntime.capi", "run", "run"),
         ("tokenizers", "serve", "serve"),
         ("accelerate", "train", "multi-gpu"),
+        ("cma", "train", "train"),
         ("matplotlib.figure", "train", "bench"),
     ],
 )

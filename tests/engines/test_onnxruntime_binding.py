@@ -15,7 +15,8 @@ from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from lfdm_export.errors import EngineError
 from lfdm_export.sampling.loop import sample
 from lfdm_export.sampling.noise import START, seeded_noise
-from lfdm_export.sampling.tables import SamplerTable, sampler_table
+from lfdm_export.sampling.rows import SamplerTable
+from lfdm_export.sampling.tables import sampler_table
 from lfdm_models.schedule import cosine_schedule
 from tests.closeness import assert_same_floats
 from tests.fake_bundle import GEOMETRY, SPECS, TRAINING_STEPS, fake_graph

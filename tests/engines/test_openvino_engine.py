@@ -22,7 +22,7 @@ from lfdm_export.errors import EngineError, InputError
 from lfdm_export.files.atomic import part_name, replacing
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.generate.stage_runner import load_engine
-from lfdm_export.sampling import tables
+from lfdm_export.sampling import rows
 from lfdm_export.sampling.loop import apply_step
 from lfdm_export.stages import StageSpec, TensorSpec
 from tests.closeness import assert_same_floats
@@ -270,7 +270,7 @@ def test_bf16_rounds_the_network_but_not_coordinates_and_update(small_bundle: Bu
     feeds = drawn(small_bundle, "step", 1)
     # An update that takes nothing from the prediction: c2 x + c7 noise, exact in float32.
     feeds["coefficients"] = np.zeros((1, 11), np.float32)
-    feeds["coefficients"][0, [tables.NEXT_FROM_LATENT, tables.NEXT_FROM_NOISE]] = 0.7, 0.3
+    feeds["coefficients"][0, [rows.NEXT_FROM_LATENT, rows.NEXT_FROM_NOISE]] = 0.7, 0.3
     found, _ = run_both(small_bundle, "step", feeds, precision="bf16")
     exact, _ = apply_step(
         feeds["noisy_latent"], np.zeros_like(feeds["noise"]), feeds["history"], feeds["noise"], feeds["coefficients"]

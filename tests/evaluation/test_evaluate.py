@@ -12,7 +12,9 @@ import torch
 
 from lfdm_export import Bundle, InputError, Pipeline, export_bundle
 from lfdm_export.cli.train import choose_settings, train_main
-from lfdm_export.evaluation.evaluate import Setting, evaluate_bundle, frechet_distance, require_drawn_characters
+from lfdm_export.evaluation.distance import frechet_distance
+from lfdm_export.evaluation.drawn import require_drawn_characters
+from lfdm_export.evaluation.evaluate import Setting, evaluate_bundle
 from lfdm_export.evaluation.report import JSON, MARKDOWN, markdown, write_evaluation
 from lfdm_models.demo import untrained_model
 from lfdm_models.training.classifier import (
@@ -208,6 +210,8 @@ def test_labels_that_nobody_can_judge_are_told(
         choose_settings("ddim", "ten", None, None)
     assert choose_settings("none", "10", None, None) == ()
     assert choose_settings("ddpm", "10,20", 1.0, 2.0) == (Setting("ddpm", None, None, 2.0),)
+    etas = {one.sampler: one.eta for one in choose_settings("ddim,unipc,sde-dpm++2m,tuned", "5", 0.5, None)}
+    assert etas == {"ddim": 0.5, "unipc": None, "sde-dpm++2m": 0.5, "tuned": None}
 
 
 # --- The command -----------------------------------------------------------------------------------

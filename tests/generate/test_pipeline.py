@@ -20,7 +20,8 @@ from lfdm_export.pictures.clip_files import save_clip
 from lfdm_export.pictures.preprocess import to_float
 from lfdm_export.sampling import loop
 from lfdm_export.sampling.noise import START, seeded_noise
-from lfdm_export.sampling.tables import SamplerTable, sampler_table
+from lfdm_export.sampling.rows import SamplerTable
+from lfdm_export.sampling.tables import sampler_table
 from lfdm_models.schedule import cosine_schedule
 from tests.closeness import assert_same_floats
 from tests.fake_bundle import (
@@ -534,3 +535,54 @@ def test_panels_are_five_pictures_wide(pipe: Pipeline, tmp_path: Path):
         assert image.width == SIZE
     with pytest.raises(InputError, match="npz archive does not hold"):
         clip.save(tmp_path / "clip.npz", panels=True)
+
+
+# --- Guidance on an interval -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "unipc"])
+def test_guidance_acts_in_its_interval(pipe: Pipeline, sampler: str):
+    def latent(scale: float, **options: Any) -> NDArray[np.float32]:
+        made = pipe.generate(photo(), label="turn left", sampler=sampler, steps=4, guidance_scale=scale, **options)
+        return made.latent
+
+    guided, plain = latent(2.0), latent(1.0)
+    np.testing.assert_array_equal(latent(2.0, guidance_interval=(0, 1)), guided)
+    np.testing.assert_array_equal(latent(2.0, guidance_interval=(0.99, 1)), plain)
+    assert not np.array_equal(guided, plain)
+    # Step by step, with the scale that each one has.
+    times = sampler_table(sampler, SCHEDULE, 4).timesteps
+    inside = (times / (TRAINING_STEPS - 1) >= 0.3) & (times / (TRAINING_STEPS - 1) <= 0.7)
+    assert 0 < inside.sum() < 4
+    found, embedding = latent(2.0, guidance_interval=(0.3, 0.7)), pipe.bundle.embedding("turn left")[None]
+    context, steps = pipe.encode(photo()).context, iter(inside)
+
+    def step(
+        noisy_latent: NDArray[np.float32],
+        timestep: NDArray[np.int64],
+        history: NDArray[np.float32],
+        noise: NDArray[np.float32],
+        coefficients: NDArray[np.float32],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        predicted = predicted_noise(noisy_latent, context, embedding, timestep, 2.0 if next(steps) else 1.0)
+        return update(noisy_latent, predicted, history, noise, coefficients)
+
+    source = seeded_noise([0], SHAPE)
+    assert_same_floats(found, loop.sample(step, sampler_table(sampler, SCHEDULE, 4), source(START), source))
+
+
+def test_the_interval_is_told(pipe: Pipeline):
+    clip = pipe.generate(photo(), label="Anger", guidance_scale=2.0, guidance_interval=(0.2, 0.8))
+    assert clip.settings["guidance_interval"] == [0.2, 0.8]
+    assert "guidance_interval" not in pipe.generate(photo(), label="Anger", guidance_scale=2.0).settings
+
+
+@pytest.mark.parametrize("interval", [(0.8, 0.2), (-0.1, 1), (0, 1.1), (0, float("nan")), (0.1,), "ab", 3])
+def test_wrong_intervals(pipe: Pipeline, interval: Any):
+    with pytest.raises(InputError, match="guidance_interval is"):
+        pipe.generate(photo(), label="Anger", guidance_scale=2.0, guidance_interval=interval)
+
+
+def test_the_unconditional_prediction_has_no_interval(pipe: Pipeline):
+    with pytest.raises(InputError, match="which takes no guidance_interval"):
+        pipe.generate(photo(), label="Anger", guidance_scale=0.0, guidance_interval=(0.3, 0.7))

@@ -29,7 +29,7 @@ from lfdm_export.ops.temporal_attention import operator_name
 from lfdm_export.ops.temporal_attention.onnx_function import explicit_temporal_attention_function
 from lfdm_export.ops.temporal_attention.reference import TemporalWeights, temporal_attention
 from lfdm_export.ops.thresholded_step.onnx_function import thresholded_step_function
-from lfdm_export.sampling import tables
+from lfdm_export.sampling import rows
 from lfdm_export.sampling.loop import quantile_rank
 from lfdm_export.stages import BATCH
 from tests.ops.test_ops import hostile_values, normal, run_node, thresholded, torch_of
@@ -126,7 +126,7 @@ def test_quantile_of_many_pivots_is_exact(count: int) -> None:
     latent = values.reshape(len(values), 1, 1, count, 1)
     zeros = np.zeros_like(latent)
     coefficients = np.zeros((len(values), 11), np.float32)
-    coefficients[:, [tables.X0_FROM_LATENT, tables.NEXT_FROM_X0]] = 1
+    coefficients[:, [rows.X0_FROM_LATENT, rows.NEXT_FROM_X0]] = 1
     feeds = {
         "latent": latent,
         "predicted_noise": zeros,

@@ -23,7 +23,7 @@ from lfdm_export.ops.thresholded_step.kernels import STORAGES, noise_kernel, noi
 from lfdm_export.ops.thresholded_step.reference import thresholded_step_in_torch
 from lfdm_export.ops.warp.kernels import Layout, warp_kernel, warp_launch
 from lfdm_export.ops.warp.reference import warp_blend_in_torch, warp_in_torch
-from lfdm_export.sampling import tables
+from lfdm_export.sampling import rows
 from lfdm_export.sampling.loop import apply_step, quantile_rank
 from lfdm_export.sampling.noise import START, noise_for
 from tests.kernel_arrays import KERNELS, LAYOUTS, TORCH, addresses, empty, stored, values_of
@@ -302,8 +302,8 @@ def step_arguments(estimates: Tensor) -> tuple[Tensor, ...]:
     """Arguments for which x0 estimates are these (B, n), the next latent is x0, and the carry 0."""
     zeros = torch.zeros_like(estimates)
     coefficients = torch.zeros(len(estimates), 11)
-    coefficients[:, tables.X0_FROM_LATENT] = 1
-    coefficients[:, tables.NEXT_FROM_X0] = 1
+    coefficients[:, rows.X0_FROM_LATENT] = 1
+    coefficients[:, rows.NEXT_FROM_X0] = 1
     return estimates, zeros, torch.stack([zeros, zeros], dim=1), zeros, coefficients
 
 
@@ -417,7 +417,7 @@ def test_a_samples_counts_are_as_large_as_is_said() -> None:
 def test_columns_are_the_sampler_tables() -> None:
     text = (ROOT / "thresholded_step" / "kernel.cuh").read_text(encoding="utf-8")
     names = re.findall(r"\w+", re.search(r"enum Column \{(.*?)\}", text, re.DOTALL)[1])  # type: ignore[index]
-    assert [getattr(tables, name) for name in names] == list(range(11))
+    assert [getattr(rows, name) for name in names] == list(range(11))
 
 
 # -- noise

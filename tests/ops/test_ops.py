@@ -28,7 +28,7 @@ from lfdm_export.ops.thresholded_step.onnx_function import thresholded_step_func
 from lfdm_export.ops.thresholded_step.reference import thresholded_step
 from lfdm_export.ops.warp.onnx_function import warp_function
 from lfdm_export.ops.warp.reference import warp, warp_blend
-from lfdm_export.sampling import tables
+from lfdm_export.sampling import rows
 from lfdm_export.sampling.loop import apply_step, quantile_rank
 from tests.closeness import assert_same_floats
 
@@ -151,8 +151,8 @@ def bound_of(values: NDArray[np.float32]) -> NDArray[np.float32]:
     latent = values.reshape(batch, 1, 1, count, 1)
     zeros = np.zeros_like(latent)
     coefficients = np.zeros((batch, 11), np.float32)
-    coefficients[:, tables.X0_FROM_LATENT] = 1
-    coefficients[:, tables.NEXT_FROM_X0] = 1
+    coefficients[:, rows.X0_FROM_LATENT] = 1
+    coefficients[:, rows.NEXT_FROM_X0] = 1
     x0, _ = run_step(latent, zeros, np.zeros((batch, 2, *latent.shape[1:]), np.float32), zeros, coefficients)
     return x0.reshape(batch, count)
 

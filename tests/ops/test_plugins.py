@@ -26,7 +26,7 @@ from lfdm_export.ops.thresholded_step.kernels import STORAGES, step_kernel, step
 from lfdm_export.ops.thresholded_step.reference import thresholded_step
 from lfdm_export.ops.warp.kernels import Layout, warp_kernel, warp_launch
 from lfdm_export.ops.warp.reference import warp, warp_blend, warp_blend_in_torch
-from lfdm_export.sampling import tables
+from lfdm_export.sampling import rows
 from lfdm_export.sampling.loop import quantile_rank
 from tests.kernel_arrays import KERNELS, addresses, empty, stored, values_of
 
@@ -156,7 +156,7 @@ def step_case(state: Storage, predicted: Storage) -> dict[str, Any]:
     return {
         "op": "ThresholdedStep",
         "batch": [BATCH] * 5,
-        "inputs": [*inputs, tensor((tables.NEXT_FROM_NOISE + 4,))],
+        "inputs": [*inputs, tensor((rows.NEXT_FROM_NOISE + 4,))],
         "attributes": {"lower_rank": lower, "weight": float(weight)},
     }
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from lfdm_export import Pipeline, export_bundle, load_model
 from lfdm_export.pictures.preprocess import to_float, to_uint8
 from lfdm_export.sampling.loop import sample, step_from_denoiser
-from lfdm_export.sampling.tables import SamplerTable, sampler_table
+from lfdm_export.sampling.rows import SamplerTable
+from lfdm_export.sampling.tables import sampler_table
 from lfdm_models.lfae import latent_to_flow
 from lfdm_models.model import LfdmModel
 from lfdm_models.schedule import cosine_schedule

@@ -13,23 +13,19 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from lfdm_export.errors import InputError
-from lfdm_export.sampling.loop import sample, step_from_denoiser
-from lfdm_export.sampling.noise import seeded_noise
-from lfdm_export.sampling.tables import (
-    LOG_SNR_START,
+from lfdm_export.sampling import solvers
+from lfdm_export.sampling.loop import sample, step_from_denoiser, threshold
+from lfdm_export.sampling.noise import START, seeded_noise
+from lfdm_export.sampling.rows import (
     NEXT_FROM_NOISE,
     NEXT_FROM_PREDICTED_NOISE,
     NEXT_FROM_X0,
-    SAMPLERS,
     X0_FROM_LATENT,
     X0_FROM_PREDICTED_NOISE,
     SamplerTable,
-    ddim_table,
-    ddpm_table,
-    dpmpp_2m_table,
-    sampler_table,
-    unipc_table,
 )
+from lfdm_export.sampling.solvers import LOG_SNR_START, dpmpp_2m_table, sde_dpmpp_table, unipc_table
+from lfdm_export.sampling.tables import SAMPLERS, ddim_table, ddpm_table, sampler_table
 from lfdm_models.schedule import Schedule, cosine_schedule
 
 SCHEDULE = cosine_schedule(1000)
@@ -70,6 +66,10 @@ def settings() -> dict:
         "dynamic_thresholding_ratio": 0.9,
         "sample_max_value": 1e9,
     }
+
+
+def unthresholded() -> dict:
+    return {**settings(), "thresholding": False}
 
 
 def close(found: np.ndarray, expected: torch.Tensor) -> None:
@@ -122,15 +122,29 @@ def test_ddim_without_its_shift_is_diffusers_ddim(steps: int, eta: float):
     close(run(table, iter(draws[:-1])), latent)
 
 
-def run_multistep(scheduler, times: np.ndarray) -> torch.Tensor:
-    """A chain of diffusers at the given times, ending at noise 0."""
+class Uncorrected(UniPCMultistepScheduler):
+    """Adds to a corrected latent what thresholding changed of the latent that was predicted."""
+
+    predicted: torch.Tensor
+
+    def multistep_uni_c_bh_update(self, *args, this_sample: torch.Tensor, **options) -> torch.Tensor:
+        corrected = super().multistep_uni_c_bh_update(*args, this_sample=this_sample, **options)
+        return corrected + (this_sample - self.predicted)
+
+
+def run_multistep(scheduler, times: np.ndarray, draws: np.ndarray | None = None) -> torch.Tensor:
+    """A chain of diffusers at the given times, ending at noise 0, each step from the thresholded latent."""
     scheduler.set_timesteps(len(times))
     scheduler.timesteps = torch.from_numpy(times)
     scheduler.sigmas = torch.from_numpy(np.append(RATIO[times], 0.0))
     latent = torch.from_numpy(start()).double()
-    for t in scheduler.timesteps:
-        predicted = torch.from_numpy(network(latent.numpy(), np.full(2, int(t))))
-        latent = scheduler.step(predicted, t, latent).prev_sample
+    for i, t in enumerate(times):
+        predicted = network(latent.numpy(), np.full(2, t))
+        x0 = threshold(((latent.numpy() - NOISE[t] * predicted) / SIGNAL[t]).astype(np.float32))
+        thresholded = torch.from_numpy(SIGNAL[t] * x0 + NOISE[t] * predicted)
+        scheduler.predicted = latent
+        noise = {"variance_noise": torch.from_numpy(draws[i])} if draws is not None else {}
+        latent = scheduler.step(torch.from_numpy(predicted), t, thresholded, **noise).prev_sample
     return latent
 
 
@@ -138,14 +152,52 @@ def run_multistep(scheduler, times: np.ndarray) -> torch.Tensor:
 def test_dpmpp_2m_is_that_of_diffusers(steps: int):
     table = dpmpp_2m_table(SCHEDULE, steps)
     options = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "lower_order_final": True}
-    close(run(table), run_multistep(DPMSolverMultistepScheduler(**settings(), **options), table.timesteps))
+    close(run(table), run_multistep(DPMSolverMultistepScheduler(**unthresholded(), **options), table.timesteps))
 
 
 @pytest.mark.parametrize("steps", FEW_STEPS)
 def test_unipc_is_that_of_diffusers(steps: int):
     table = unipc_table(SCHEDULE, steps)
     options = {"solver_order": 2, "solver_type": "bh2", "predict_x0": True, "lower_order_final": True}
-    close(run(table), run_multistep(UniPCMultistepScheduler(**settings(), **options), table.timesteps))
+    close(run(table), run_multistep(Uncorrected(**unthresholded(), **options), table.timesteps))
+
+
+@pytest.mark.parametrize("steps", FEW_STEPS)
+@pytest.mark.parametrize("order", [1, 2])
+def test_sde_dpmpp_is_that_of_diffusers(steps: int, order: int):
+    table = sde_dpmpp_table(SCHEDULE, steps, order=order)
+    options = {"algorithm_type": "sde-dpmsolver++", "solver_type": "midpoint", "lower_order_final": True}
+    scheduler = DPMSolverMultistepScheduler(**unthresholded(), **options, solver_order=order)
+    draws = np.random.default_rng(5).standard_normal((steps, *SHAPE), dtype=np.float32)
+    assert table.draws_noise.tolist() == [True] * (steps - 1) + [False]
+    close(run(table, iter(draws[:-1])), run_multistep(scheduler, table.timesteps, draws))
+
+
+def test_sde_dpmpp_of_order_1_is_ddim_with_noise():
+    table = sde_dpmpp_table(SCHEDULE, 10, order=1)
+    t, end = table.timesteps[:-1], table.timesteps[1:]
+    sigma = NOISE[end] / NOISE[t] * np.sqrt(1 - (SIGNAL[t] / SIGNAL[end]) ** 2)
+    for column, expected in (
+        (NEXT_FROM_X0, SIGNAL[end]),
+        (NEXT_FROM_PREDICTED_NOISE, np.sqrt(NOISE[end] ** 2 - sigma**2)),
+        (NEXT_FROM_NOISE, sigma),
+    ):
+        np.testing.assert_allclose(table.coefficients[:-1, column], expected, rtol=1e-6)
+    assert not table.coefficients[:, [2, 5, 6, 8, 9, 10]].any()
+
+
+@pytest.mark.parametrize("steps", FEW_STEPS)
+def test_sde_dpmpp_without_noise_is_dpmpp(monkeypatch: pytest.MonkeyPatch, steps: int):
+    """At the same times."""
+    monkeypatch.setattr("lfdm_export.sampling.solvers._even_times", solvers._solver_times)
+    found, expected = sde_dpmpp_table(SCHEDULE, steps, 0.0), dpmpp_2m_table(SCHEDULE, steps)
+    np.testing.assert_array_equal(found.timesteps, expected.timesteps)
+    np.testing.assert_allclose(found.coefficients, expected.coefficients, rtol=1e-6)
+
+
+def test_times_with_noise_are_even():
+    for name in ("sde-dpm++1", "sde-dpm++2m"):
+        assert sampler_table(name, SCHEDULE, 5).timesteps.tolist() == [995, 796, 597, 398, 199]
 
 
 def test_solver_times_are_quadratic():
@@ -226,6 +278,30 @@ def test_errors_fall_at_the_expected_order(name: str, low: float, high: float):
     assert low < math.log2(errors[0] / errors[2]) / 2 < high, errors
 
 
+@pytest.mark.parametrize(("order", "steps"), [(1, 600), (2, 150)])
+def test_sde_dpmpp_keeps_the_marginal_variance(order: int, steps: int):
+    """Of Gaussian data with the ideal network: the distribution is the data's, and on the way that of the process."""
+    deviation, elements = 0.2, 20_000
+    table = sde_dpmpp_table(SCHEDULE, steps, order=order)
+    source = seeded_noise([3], (elements,))
+    seen = []
+    found = sample(
+        step_from_denoiser(ideal_network(np.full((1, elements), deviation), 0.0)),
+        table,
+        source(START),
+        source,
+        on_step=lambda i, latent, history: seen.append(latent.std()),
+    )
+    times = table.timesteps[1:]
+    expected = np.sqrt(SIGNAL[times] ** 2 * deviation**2 + NOISE[times] ** 2)
+    np.testing.assert_allclose(seen[:-1], expected, rtol=0.03)
+    assert abs(found.mean()) < 0.03 * deviation
+    assert found.std() == pytest.approx(deviation, rel=0.03)
+    flat = np.sort(found.ravel()) / deviation
+    for share, quantile in ((0.025, -1.96), (0.25, -0.674), (0.75, 0.674), (0.975, 1.96)):
+        assert flat[int(share * elements)] == pytest.approx(quantile, abs=0.1)
+
+
 @pytest.mark.parametrize("deviation", [0.02, 0.1])
 @pytest.mark.parametrize("mode", [0.0, 0.4])
 def test_quadratic_times_beat_even_ones(monkeypatch: pytest.MonkeyPatch, deviation: float, mode: float):
@@ -238,7 +314,7 @@ def test_quadratic_times_beat_even_ones(monkeypatch: pytest.MonkeyPatch, deviati
     fine = final(dpmpp_2m_table(SCHEDULE, 900))
     quadratic = [final(make(SCHEDULE, 10)) for make in (dpmpp_2m_table, unipc_table)]
     even = np.linspace(0, 995, 11).round()[:0:-1].astype(np.int64)
-    monkeypatch.setattr("lfdm_export.sampling.tables._solver_times", lambda schedule, steps: even)
+    monkeypatch.setattr("lfdm_export.sampling.solvers._solver_times", lambda schedule, steps: even)
     for mine, make in zip(quadratic, (dpmpp_2m_table, unipc_table), strict=True):
         others = final(make(SCHEDULE, 10))
         assert np.square(mine - fine).mean() < 0.5**2 * np.square(others - fine).mean()
@@ -274,7 +350,7 @@ def test_tables_are_made_from_the_schedule_they_are_given():
 
 
 def test_every_sampler_has_defaults_that_work():
-    assert list(SAMPLERS) == ["ddpm", "ddim", "dpm++2m", "unipc"]
+    assert list(SAMPLERS) == ["ddpm", "ddim", "dpm++2m", "unipc", "sde-dpm++1", "sde-dpm++2m"]
     for name, info in SAMPLERS.items():
         for training_steps in (3, 20, 1000):
             table = sampler_table(name, cosine_schedule(training_steps))
@@ -294,7 +370,7 @@ def test_every_sampler_has_defaults_that_work():
 @pytest.mark.parametrize(
     ("name", "steps", "eta", "message"),
     [
-        ("euler", 10, None, "sampler: found 'euler', expected one of ddpm, ddim, dpm.*unipc"),
+        ("euler", 10, None, "sampler: found 'euler', expected one of ddpm, ddim, dpm.*unipc, sde"),
         ("ddpm", 10, None, "steps: found 10, but 'ddpm' runs all 1000"),
         ("ddim", 1000, None, "steps: found 1000, expected 1 to 999"),
         ("ddim", 0, None, "steps: found 0, expected 1 to 999"),
@@ -304,8 +380,9 @@ def test_every_sampler_has_defaults_that_work():
         ("unipc", True, None, "steps: found True, expected an integer"),
         ("ddim", 10, -0.1, "eta: found -0.1, expected 0 to 1"),
         ("ddim", 10, 1.5, "eta: found 1.5, expected 0 to 1"),
+        ("sde-dpm++2m", 10, 1.5, "eta: found 1.5, expected 0 to 1"),
         ("ddim", 10, math.nan, "eta: found nan, expected 0 to 1"),
-        ("unipc", 10, 0.0, "eta: found 0.0, but sampler 'unipc' has no eta"),
+        ("unipc", 10, 0.0, "eta: found 0.0, but sampler 'unipc' has no eta; leave it out or choose one of ddim, sde"),
         ("ddpm", None, 1.0, "eta: found 1.0, but sampler 'ddpm' has no eta"),
     ],
 )

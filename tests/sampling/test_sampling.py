@@ -12,7 +12,8 @@ import torch
 from lfdm_export.errors import InputError
 from lfdm_export.sampling.loop import apply_step, quantile_0_9, sample, step_from_denoiser, threshold
 from lfdm_export.sampling.noise import START, noise_for, seeded_noise
-from lfdm_export.sampling.tables import ddim_table, ddpm_table, sampler_table, unipc_table
+from lfdm_export.sampling.solvers import unipc_table
+from lfdm_export.sampling.tables import SAMPLERS, ddim_table, ddpm_table, sampler_table
 from lfdm_models.schedule import cosine_schedule
 
 SHAPE = (2, 3, 4, 2, 2)
@@ -142,7 +143,9 @@ def test_a_whole_ddpm_chain_of_twenty_steps():
     np.testing.assert_array_equal(next(mine), next(draws))
 
 
-@pytest.mark.parametrize(("name", "draws"), [("ddpm", 20), ("ddim", 9), ("dpm++2m", 0), ("unipc", 0)])
+@pytest.mark.parametrize(
+    ("name", "draws"), [("ddpm", 20), ("ddim", 9), ("dpm++2m", 0), ("unipc", 0), ("sde-dpm++2m", 9)]
+)
 def test_draws_are_taken_only_where_the_table_says(name: str, draws: int):
     table = sampler_table(name, cosine_schedule(20))
     asked, given = [], []
@@ -165,7 +168,7 @@ def test_draws_are_taken_only_where_the_table_says(name: str, draws: int):
     assert given == table.draws_noise.tolist()
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++2m", "unipc"])
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sample_does_not_depend_on_its_batch(name: str):
     table, step = sampler_table(name, cosine_schedule(20)), step_from_denoiser(network)
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lfdm_export.engines.checks import Array, check_feeds
 from lfdm_export.engines.onnxruntime.engine import MEMORY, Device, OnnxRuntimeEngine
 from lfdm_export.errors import EngineError
-from lfdm_export.sampling.tables import SamplerTable
+from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.stages import BATCH, COEFFICIENTS, StageSpec
 
 Float32: TypeAlias = NDArray[np.float32]

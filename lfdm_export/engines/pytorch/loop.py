@@ -15,7 +15,7 @@ from lfdm_export.engines.pytorch.session import TorchSession
 from lfdm_export.errors import EngineError
 from lfdm_export.ops.thresholded_step.gpu import noise_on_gpu
 from lfdm_export.sampling.noise import START
-from lfdm_export.sampling.tables import SamplerTable
+from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.stages import COEFFICIENTS, StageSpec
 
 

@@ -14,7 +14,7 @@ from lfdm_export.engines.cuda_driver import Handle
 from lfdm_export.engines.tensorrt.gpu_memory import DeviceBuffer, PinnedArray, PinnedRing, byte_count, quietly
 from lfdm_export.engines.tensorrt.gpu_session import GpuSession
 from lfdm_export.engines.tensorrt.plan_context import PlanContext
-from lfdm_export.sampling.tables import SamplerTable
+from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.stages import StageSpec
 
 Float32: TypeAlias = NDArray[np.float32]

@@ -14,7 +14,7 @@ import onnx
 import onnx.parser
 
 from lfdm_export.ops.domain import DOMAIN, OPSET
-from lfdm_export.sampling import tables
+from lfdm_export.sampling import rows
 
 #: From 2^-126 .. 2^128, 8 halvings of the exponent's range leave a factor of 2, and 24 halvings of
 #: that neighbouring floats; two to spare.
@@ -157,19 +157,19 @@ def thresholded_step_function(weight: float, *, pivots_at_once: bool = False) ->
         f"i_{i} = Constant <value_ints = [{i}]> ()\n    c_{i} = Gather <axis = 1> (coefficients, i_{i})"
         for i in range(11)
     )
-    x0 = [(tables.X0_FROM_LATENT, "x"), (tables.X0_FROM_PREDICTED_NOISE, "e")]
+    x0 = [(rows.X0_FROM_LATENT, "x"), (rows.X0_FROM_PREDICTED_NOISE, "e")]
     latent = [
-        (tables.NEXT_FROM_LATENT, "x"),
-        (tables.NEXT_FROM_X0, "x0"),
-        (tables.NEXT_FROM_PREDICTED_NOISE, "e"),
-        (tables.NEXT_FROM_CARRY, "carry"),
-        (tables.NEXT_FROM_PREVIOUS_X0, "previous"),
-        (tables.NEXT_FROM_NOISE, "z"),
+        (rows.NEXT_FROM_LATENT, "x"),
+        (rows.NEXT_FROM_X0, "x0"),
+        (rows.NEXT_FROM_PREDICTED_NOISE, "e"),
+        (rows.NEXT_FROM_CARRY, "carry"),
+        (rows.NEXT_FROM_PREVIOUS_X0, "previous"),
+        (rows.NEXT_FROM_NOISE, "z"),
     ]
     carry = [
-        (tables.CARRY_FROM_CARRY, "carry"),
-        (tables.CARRY_FROM_X0, "x0"),
-        (tables.CARRY_FROM_PREVIOUS_X0, "previous"),
+        (rows.CARRY_FROM_CARRY, "carry"),
+        (rows.CARRY_FROM_X0, "x0"),
+        (rows.CARRY_FROM_PREVIOUS_X0, "previous"),
     ]
     text = f"""
 <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>

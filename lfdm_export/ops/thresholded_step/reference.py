@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lfdm_export.ops.cuda.dispatch import has_kernel
 from lfdm_export.ops.symbolic import Attributes, exporting, node
-from lfdm_export.sampling import tables
+from lfdm_export.sampling import rows
 from lfdm_export.sampling.loop import quantile_rank
 
 
@@ -54,7 +54,7 @@ def thresholded_step_in_torch(
     """`thresholded_step` by torch's own operators, on any device."""
     c = coefficients.view(*coefficients.shape, *[1] * (latent.ndim - 1)).unbind(dim=1)
     carry, previous = history.unbind(dim=1)
-    estimate = c[tables.X0_FROM_LATENT] * latent + c[tables.X0_FROM_PREDICTED_NOISE] * predicted_noise
+    estimate = c[rows.X0_FROM_LATENT] * latent + c[rows.X0_FROM_PREDICTED_NOISE] * predicted_noise
     magnitude = estimate.flatten(1).abs()
     lower, weight = quantile_rank(magnitude.shape[1])
     ordered = magnitude.sort(dim=1).values
@@ -62,14 +62,14 @@ def thresholded_step_in_torch(
     bound = torch.lerp(ordered[:, lower], above, float(weight)).clamp(min=1).view(-1, *[1] * (latent.ndim - 1))
     x0 = torch.clamp(estimate, -bound, bound) / bound
     next_latent = (
-        c[tables.NEXT_FROM_LATENT] * latent
-        + c[tables.NEXT_FROM_X0] * x0
-        + c[tables.NEXT_FROM_PREDICTED_NOISE] * predicted_noise
-        + c[tables.NEXT_FROM_CARRY] * carry
-        + c[tables.NEXT_FROM_PREVIOUS_X0] * previous
-        + c[tables.NEXT_FROM_NOISE] * noise
+        c[rows.NEXT_FROM_LATENT] * latent
+        + c[rows.NEXT_FROM_X0] * x0
+        + c[rows.NEXT_FROM_PREDICTED_NOISE] * predicted_noise
+        + c[rows.NEXT_FROM_CARRY] * carry
+        + c[rows.NEXT_FROM_PREVIOUS_X0] * previous
+        + c[rows.NEXT_FROM_NOISE] * noise
     )
     next_carry = (
-        c[tables.CARRY_FROM_CARRY] * carry + c[tables.CARRY_FROM_X0] * x0 + c[tables.CARRY_FROM_PREVIOUS_X0] * previous
+        c[rows.CARRY_FROM_CARRY] * carry + c[rows.CARRY_FROM_X0] * x0 + c[rows.CARRY_FROM_PREVIOUS_X0] * previous
     )
     return next_latent, torch.stack([next_carry, x0], dim=1)

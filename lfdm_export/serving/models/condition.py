@@ -16,7 +16,7 @@ from lfdm_export.generate.arguments import embedding_rows
 from lfdm_export.pictures.preprocess import to_float
 from lfdm_export.protocol.contract import Array
 from lfdm_export.protocol.requests import parse_condition, parse_sampling
-from lfdm_export.sampling.tables import SamplerTable
+from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.serving.models.stub import Loaded, answer_each, load
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from lfdm_export.batching.step_batcher import Ticket
 from lfdm_export.errors import InputError
 from lfdm_export.protocol.contract import CANCEL_INPUT, CANCEL_OUTPUT, Array
 from lfdm_export.protocol.requests import parse_priority
-from lfdm_export.sampling.tables import SamplerTable
+from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.serving.models.sampler import RunningSampler
 from lfdm_export.serving.models.stub import custom_parameters, deadline, failure, inputs, load, log_error, response
 

@@ -1,0 +1,148 @@
+"""Learns a bundle's tuned sampler: pictures and labels, the long chain, and `lfdm_export.evaluation.tuning`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_export.errors import InputError
+from lfdm_export.evaluation.drawn import require_drawn_characters
+from lfdm_export.evaluation.tuning import Search, Target, tune
+from lfdm_export.generate.pipeline import Encoded, Pipeline
+from lfdm_export.sampling.noise import seeded_noise
+from lfdm_export.sampling.rows import SamplerTable
+from lfdm_export.sampling.tables import sampler_table
+from lfdm_export.sampling.tuned import TunedSampler, TunedSteps
+from lfdm_models.schedule import cosine_schedule
+from lfdm_models.training.procedural import TRAINING_SEEDS, sample_clip
+
+UInt8Array = NDArray[np.uint8]
+Float32 = NDArray[np.float32]
+#: (what is at work, how much of it is done, of how much).
+Progress = Callable[[str, int, int], None]
+
+#: The long chain: DDIM with noise.
+LONG_SAMPLER, LONG_STEPS = "ddim", 50
+#: Chains that run together.
+_BATCH = 16
+# Seeds of noise: of the long chain, and of candidates, by generation. `evaluate_bundle` uses those below.
+_LONG_SEEDS, _SEEDS = 2**40, 2**41
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Pictures and labels that chains are compared on.
+
+    Attributes:
+        encoded: of N pictures.
+        embeddings: (N, text_width) float32.
+        groups: (N,) int64, the number of each one's label.
+    """
+
+    encoded: Encoded
+    embeddings: Float32
+    groups: NDArray[np.int64]
+
+    def part(self, part: slice) -> tuple[Encoded, Float32]:
+        """Pictures and embeddings of some of them."""
+        whole = self.encoded
+        some = Encoded(whole.image[part], tuple(skip[part] for skip in whole.skips), whole.context[part])
+        return some, self.embeddings[part]
+
+
+def tune_bundle(
+    pipeline: Pipeline,
+    step_counts: Sequence[int],
+    *,
+    search: Search | None = None,
+    conditions: int = 64,
+    pictures: UInt8Array | None = None,
+    progress: Progress | None = None,
+) -> TunedSampler:
+    """Learn tables of few steps for a bundle's weights, at its own guidance.
+
+    Args:
+        pipeline: over the bundle.
+        step_counts: how many steps; a table for each.
+        search: how to look.
+        conditions: pairs of picture and label that the long chain runs for.
+        pictures: (P, H, W, 3) uint8 as the model takes them, which take turns. None: drawn characters of the training
+            split, for bundles of those.
+        progress: told of what is done.
+
+    Returns:
+        The tables; `lfdm_export.bundle.writer.store_tuned` writes them into the bundle.
+
+    Raises:
+        InputError: the bundle has no labels or does not say where its weights come from, a number is out of range, or
+            no pictures were given for a bundle of other data than drawn characters.
+        EngineError: an engine cannot be loaded or fails.
+    """
+    search, manifest = search or Search(), pipeline.bundle.manifest
+    if manifest.dm_sha256 is None:
+        raise InputError("the bundle's provenance does not name its DM's checkpoint; export it from files of weights")
+    if not pipeline.bundle.labels:
+        raise InputError("the bundle has no labels to tune for; export it with labels")
+    if not 2 <= search.clips <= conditions:
+        raise InputError(
+            f"found {search.clips} clips of {conditions} conditions, expected 2 or more, of as many conditions"
+        )
+    schedule = cosine_schedule(manifest.config.dm.training_steps)
+    if max(step_counts) > schedule.steps:
+        raise InputError(f"steps: found {max(step_counts)}, expected at most the schedule's {schedule.steps}")
+    shown = _conditions(pipeline, conditions, pictures)
+    shape = (3, manifest.geometry.frames, manifest.geometry.latent_size, manifest.geometry.latent_size)
+
+    def chain(table: SamplerTable, part: slice, first_seed: int) -> Float32:
+        encoded, embeddings = shown.part(part)
+        seeds = [first_seed + index for index in range(len(embeddings))]
+        return pipeline.run_table(encoded, embeddings, table, seeded_noise(seeds, shape))
+
+    def candidate(table: SamplerTable, part: slice, draw: int) -> Float32:
+        return chain(table, part, _SEEDS + (search.seed * search.generations + draw) * conditions)
+
+    long = sampler_table(LONG_SAMPLER, schedule, min(LONG_STEPS, schedule.steps - 1))
+    latents = []
+    for start in range(0, conditions, _BATCH):
+        _report(progress, "long chain", start, conditions)
+        part = slice(start, min(start + _BATCH, conditions))
+        latents.append(chain(long, part, _LONG_SEEDS + search.seed * conditions + start))
+    _report(progress, "long chain", conditions, conditions)
+    target = Target(np.concatenate(latents), shown.groups)
+
+    def found(steps: int) -> TunedSteps:
+        def tell(done: int, total: int) -> None:
+            _report(progress, f"{steps} steps", done, total)
+
+        return tune(schedule, steps, candidate, target, conditions, search, tell)
+
+    return TunedSampler(
+        dm_sha256=manifest.dm_sha256,
+        guidance_scale=manifest.sampler.guidance_scale,
+        tables=tuple(found(steps) for steps in sorted(set(step_counts))),
+        found=f"CMA-ES against {long.name} of {long.steps} steps on {conditions} conditions, {search.clips} clips a "
+        f"candidate, {search.generations} generations of {search.candidates}, seed {search.seed}",
+    )
+
+
+def _conditions(pipeline: Pipeline, count: int, pictures: UInt8Array | None) -> Conditions:
+    bundle = pipeline.bundle
+    groups = np.arange(count) % len(bundle.labels)
+    if pictures is None:
+        require_drawn_characters(bundle)
+        size = bundle.manifest.geometry.image_size
+        drawn = [
+            sample_clip(TRAINING_SEEDS[index], size=size, frames=2, label=bundle.labels[group]).frames[0]
+            for index, group in enumerate(groups)
+        ]
+        pictures = np.stack(drawn)
+    chosen = pictures[np.arange(count) // len(bundle.labels) % len(pictures)] if len(pictures) < count else pictures
+    return Conditions(pipeline.encode(np.ascontiguousarray(chosen[:count])), bundle.embeddings[groups], groups)
+
+
+def _report(progress: Progress | None, what: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(what, done, total)

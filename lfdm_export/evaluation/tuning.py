@@ -1,0 +1,163 @@
+"""Learns times, gains and noise of a sampler of few steps for a bundle, whose weights stay as they are.
+
+The few steps are compared with a long chain with noise of the same bundle, over the same pictures and labels: the mean
+of the latents of each label, and their spread along principal directions. An evolution strategy (CMA-ES) makes both
+distances small; it needs no gradient, so whatever engine runs the bundle serves. To match a long chain's latents one by
+one, as LD3 does, needs samplers without noise, and with those this family of models gives the worse clips.
+
+Source: Hansen, The CMA Evolution Strategy: A Tutorial (arXiv 1604.00772); for learned times Sabour et al., Align Your
+    Steps (arXiv 2404.14507), and Tong et al., Learning to Discretize Denoising Diffusion ODEs (arXiv 2405.15506).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_export.evaluation.distance import frechet_distance
+from lfdm_export.sampling.rows import SamplerTable
+from lfdm_export.sampling.tuned import TunedSteps
+from lfdm_models.schedule import Schedule
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+#: (table, which conditions, number of the draw) -> latents (N, 3, T, h, w).
+Sample = Callable[[SamplerTable, slice, int], Float32]
+#: (candidates done, of how many).
+Progress = Callable[[int, int], None]
+
+#: Latents are averaged over squares of so many elements a side before they are compared.
+_POOL = 2
+#: Principal directions whose spread counts.
+_DIRECTIONS = 16
+#: Where the search starts: times fall evenly between these shares of the schedule, most noise is fresh, and the first
+#: estimates are raised, for at high noise the network's are too small.
+_FIRST, _LAST, _FRESH, _GAIN = 0.9, 0.166, 0.9, 1.5
+#: How far the first candidates are from there, in logits of times and noise and in logarithms of gains.
+_SIGMA = 0.3
+
+
+@dataclass(frozen=True)
+class Search:
+    """How long and how broadly to look.
+
+    Attributes:
+        clips: conditions that a candidate is tried on; more are more exact and slower.
+        generations: of the evolution strategy; each tries its candidates on other conditions.
+        candidates: of a generation.
+        seed: of the search and of all noise.
+    """
+
+    clips: int = 16
+    generations: int = 8
+    candidates: int = 10
+    seed: int = 0
+
+
+class Target:
+    """What a long chain gives: the latents that few steps are to resemble, by condition.
+
+    Args:
+        latents: (N, 3, T, h, w) float32.
+        groups: (N,), which latents are of the same label.
+    """
+
+    def __init__(self, latents: Float32, groups: NDArray[np.int64]) -> None:
+        self._groups = groups
+        channels = latents.transpose(1, 0, 2, 3, 4).reshape(latents.shape[1], -1)
+        self._scale = np.maximum(channels.std(axis=1), 1e-6)[None, :, None, None, None]
+        self._features = self._pooled(latents)
+        self._mean = self._features.mean(axis=0)
+        _, spread, directions = np.linalg.svd(self._features - self._mean, full_matrices=False)
+        kept = min(_DIRECTIONS, len(latents) - 1)
+        self._directions = directions[:kept].T
+        self._variance = float((spread[:kept] ** 2).sum() / len(latents))
+
+    def distance(self, latents: Float32, part: slice) -> float:
+        """How far latents of some of the conditions are from the long chain's of the same; 0 for the same ones."""
+        found, wanted, groups = self._pooled(latents), self._features[part], self._groups[part]
+        gaps = [
+            np.square((found[groups == group] - wanted[groups == group]).mean(axis=0)).sum()
+            for group in np.unique(groups)
+        ]
+        seen, expected = ((one - self._mean) @ self._directions for one in (found, wanted))
+        spread = frechet_distance(seen - seen.mean(axis=0), expected - expected.mean(axis=0))
+        return (float(np.mean(gaps)) + spread) / self._variance
+
+    def _pooled(self, latents: Float32) -> Float64:
+        batch, channels, frames, height, width = latents.shape
+        rows, columns = height // _POOL, width // _POOL
+        whole = (latents / self._scale)[..., : rows * _POOL, : columns * _POOL]
+        squares = whole.reshape(batch, channels, frames, rows, _POOL, columns, _POOL)
+        pooled: Float64 = squares.mean(axis=(4, 6), dtype=np.float64).reshape(batch, -1)
+        return pooled
+
+
+def tune(
+    schedule: Schedule, steps: int, sample: Sample, target: Target, count: int, search: Search, progress: Progress
+) -> TunedSteps:
+    """Look for the numbers of a chain of so many steps.
+
+    Args:
+        schedule: the model's own.
+        steps: how many.
+        sample: runs a table on some of the conditions; the same draw's number gives the same noise.
+        target: of all conditions.
+        count: how many conditions there are.
+        search: how to look.
+        progress: told of candidates tried.
+    """
+    with warnings.catch_warnings():  # it would miss matplotlib, which nothing here plots with
+        warnings.simplefilter("ignore", UserWarning)
+        import cma
+
+    # Draws of its own: with a seed it would set that of NumPy's global state.
+    draws = np.random.RandomState(search.seed + 1).randn
+    options = {"randn": draws, "seed": math.nan, "verbose": -9, "popsize": search.candidates}
+    strategy = cma.CMAEvolutionStrategy(_start(steps), _SIGMA, options)
+    clips, total = min(search.clips, count), search.generations * search.candidates
+    for generation in range(search.generations):
+        first = generation * clips % (count - clips + 1)
+        part = slice(first, first + clips)
+        candidates = strategy.ask()
+        losses = []
+        for number, candidate in enumerate(candidates):
+            table = _decoded(candidate, schedule.steps).table(schedule)
+            losses.append(target.distance(sample(table, part, generation), part))
+            progress(generation * search.candidates + number + 1, total)
+        strategy.tell(candidates, losses)
+    return _decoded(strategy.result.xfavorite, schedule.steps)
+
+
+def _start(steps: int) -> list[float]:
+    times = np.linspace(_FIRST, _LAST, steps)
+    falls = [_FIRST, *(times[1:] / times[:-1])]
+    gains = np.linspace(math.log(_GAIN), 0.0, steps)
+    return [*map(_logit, falls), *gains, *[_logit(_FRESH)] * (steps - 1)]
+
+
+def _decoded(numbers: Sequence[float] | Float64, training_steps: int) -> TunedSteps:
+    """Unbounded numbers -> falls from time to time, log gains, shares of fresh noise."""
+    steps = (len(numbers) + 1) // 3
+    falls, gains, fresh = np.split(np.asarray(numbers, np.float64), [steps, 2 * steps])
+    times: list[int] = []
+    time = float(training_steps)
+    for index, fall in enumerate(falls):
+        time *= _share(fall)
+        times.append(min(max(round(time), steps - 1 - index), times[-1] - 1 if times else training_steps - 1))
+    return TunedSteps(
+        tuple(times), tuple(float(np.exp(np.clip(gain, -3, 3))) for gain in gains), tuple(map(_share, fresh))
+    )
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))
+
+
+def _share(number: float) -> float:
+    return float(1 / (1 + np.exp(-np.clip(number, -30, 30))))

@@ -1,0 +1,77 @@
+"""A sampler as a table of coefficients, one row a step. NumPy only; the loop is in `lfdm_export.sampling.loop`.
+
+Every sampler here is the same arithmetic with other numbers. With the noisy latent x, the predicted
+noise e, the draw of noise n, and the history [P, m] of one sample, a step with coefficients c is
+
+    x0 = threshold(c[0] x + c[1] e)
+    x  <- c[2] x + c[3] x0 + c[4] e + c[5] P + c[6] m + c[7] n
+    P  <- c[8] P + c[9] x0 + c[10] m
+    m  <- x0
+
+so that one graph with a `coefficients` input serves all of them. History is zeros at the start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_export.stages import COEFFICIENTS
+from lfdm_models.schedule import Schedule
+
+Float32Array: TypeAlias = NDArray[np.float32]
+Int64Array: TypeAlias = NDArray[np.int64]
+
+#: Columns of `coefficients`: what is multiplied, and what the product is added to.
+X0_FROM_LATENT = 0
+X0_FROM_PREDICTED_NOISE = 1
+NEXT_FROM_LATENT = 2
+NEXT_FROM_X0 = 3
+NEXT_FROM_PREDICTED_NOISE = 4
+NEXT_FROM_CARRY = 5
+NEXT_FROM_PREVIOUS_X0 = 6
+NEXT_FROM_NOISE = 7
+CARRY_FROM_CARRY = 8
+CARRY_FROM_X0 = 9
+CARRY_FROM_PREVIOUS_X0 = 10
+
+
+@dataclass(frozen=True, eq=False)
+class SamplerTable:
+    """The steps of one sampler.
+
+    Attributes:
+        name: a key of `lfdm_export.sampling.tables.SAMPLERS`.
+        timesteps: int64 (S,), the training step that the network is asked about, falling.
+        coefficients: float32 (S, 11), in the columns of this module.
+        draws_noise: bool (S,), whether the step takes a draw from the stream of noise. It may take one
+            and weigh it with 0, as the released program does.
+    """
+
+    name: str
+    timesteps: Int64Array
+    coefficients: Float32Array
+    draws_noise: NDArray[np.bool_]
+
+    @property
+    def steps(self) -> int:
+        """Number of steps S."""
+        return len(self.timesteps)
+
+
+def estimating_rows(schedule: Schedule, timesteps: Int64Array) -> NDArray[np.float64]:
+    """Coefficients (S, 11) that give the x0 estimate at these times, and are 0 elsewhere."""
+    rows = np.zeros((len(timesteps), COEFFICIENTS))
+    rows[:, X0_FROM_LATENT] = schedule.sqrt_recip_alphas_cumprod[timesteps]
+    rows[:, X0_FROM_PREDICTED_NOISE] = -schedule.sqrt_recipm1_alphas_cumprod[timesteps]
+    return rows
+
+
+def make_table(
+    name: str, timesteps: Int64Array, rows: NDArray[np.float64], draws_noise: NDArray[np.bool_]
+) -> SamplerTable:
+    """The table of rows (S, 11) computed in float64."""
+    return SamplerTable(name, timesteps.astype(np.int64), rows.astype(np.float32), draws_noise)
