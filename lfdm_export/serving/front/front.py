@@ -34,7 +34,7 @@ _METRICS_TYPE = "text/plain; charset=utf-8"
 
 
 class Front:
-    """Listens on the public ports, and hands on what it has checked. Its methods may be called from any other thread."""
+    """Listens on the public ports, and hands on what it has checked. For any thread but its own."""
 
     def __init__(self, options: ServerOptions, access: Access) -> None:
         """Listen not yet.

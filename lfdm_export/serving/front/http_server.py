@@ -100,6 +100,11 @@ class _Busy(asyncio.Protocol):
         """Say so, and close."""
         assert isinstance(transport, asyncio.Transport)
         body = b'{"error":"the server has as many connections as it takes; try again later"}'
-        head = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-        transport.write(head % len(body) + body)
+        head = (
+            b"HTTP/1.1 503 Service Unavailable",
+            b"Connection: close",
+            b"Content-Type: application/json",
+            b"Content-Length: %d" % len(body),
+        )
+        transport.write(b"\r\n".join((*head, b"", body)))
         transport.close()

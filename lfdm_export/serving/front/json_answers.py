@@ -82,9 +82,8 @@ def plain(message: Any) -> dict[str, Any]:
             found[field.name] = {str(key): _plain_value(entry, one) for key, one in value.items()}
         elif _repeated(field):
             found[field.name] = [_plain_value(field, one) for one in value]
-        elif field.message_type is None or message.HasField(field.name):
-            if field.containing_oneof is None or message.HasField(field.name):
-                found[field.name] = _plain_value(field, value)
+        elif not field.has_presence or message.HasField(field.name):
+            found[field.name] = _plain_value(field, value)
     return found
 
 

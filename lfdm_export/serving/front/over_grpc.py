@@ -21,6 +21,7 @@ from lfdm_export.serving.front.triton import HEALTH, SERVICE, answered
 
 logger = logging.getLogger(__name__)
 
+_Answer = Callable[[str, Any], Awaitable[None]]
 #: What only tells; handed on as it is.
 _TELLS = frozenset(
     (
@@ -48,7 +49,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
         """What answers a call. Every call is a stream to gRPC, so that we wait for its message ourselves."""
         method = handler_call_details.method
         metadata = {key: value for key, value in handler_call_details.invocation_metadata if key == "authorization"}
-        answer: Callable[[str, Any], Awaitable[None]]
+        answer: _Answer
         if method == INFER:
             answer = self._infer
         elif method == f"/{SERVICE}/ModelStreamInfer":
@@ -63,9 +64,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
             partial(self._guarded, answer, method, metadata.get("authorization"))
         )
 
-    async def _guarded(
-        self, answer: Callable[[str, Any], Awaitable[None]], method: str, token: Any, _: Any, context: Any
-    ) -> None:
+    async def _guarded(self, answer: _Answer, method: str, token: Any, _: Any, context: Any) -> None:
         """Answer, or refuse, a call."""
         try:
             if not method.startswith(f"/{HEALTH}/"):
@@ -95,7 +94,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
         else:  # not ready: each message's default
             await context.write(b"")
 
-    async def _infer(self, method: str, context: Any) -> None:
+    async def _infer(self, _method: str, context: Any) -> None:
         service, (messages, _) = self._service, import_protocol()
         with service.flights.holding() as hold:
             message = await self._messages.read(context, service.limits.message_bytes)
@@ -108,15 +107,15 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
             del message
         await self._messages.write(context, answer)
 
-    async def _stream(self, method: str, context: Any) -> None:
+    async def _stream(self, _method: str, context: Any) -> None:
         await StreamCall(self._service, self._messages, context).run()
 
-    async def _refuse(self, method: str, context: Any) -> None:
+    async def _refuse(self, method: str, _context: Any) -> None:
         if method.startswith((f"/{SERVICE}/", f"/{HEALTH}/")):
             raise RefusedError(
                 "PERMISSION_DENIED",
-                f"{method.rpartition('/')[2][:64]} is restricted: models, shared memory, traces and logs of this server "
-                "are lfdm-serve's alone",
+                f"{method.rpartition('/')[2][:64]} is restricted: models, shared memory, traces and logs are "
+                "lfdm-serve's alone",
             )
         raise RefusedError("UNIMPLEMENTED", "this server has no such method; it speaks Triton's protocol")
 

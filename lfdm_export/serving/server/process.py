@@ -33,7 +33,7 @@ _STUB_TIMEOUT = 600
 #: SIGKILL.
 _EXIT_TIMEOUT, _TERM_TIMEOUT = 3, 8.0
 #: What a server says on every machine without a GPU.
-_NOISE = ("CudaDriverHelper", "CUDA driver version is insufficient", "NVML", "DCGM", "pinned system memory")
+_NOISE = ("CudaDriverHelper", "CUDA driver version is insufficient", "NVML", "DCGM", "pinned system memory", "NODELAY")
 _LAUNCHER = Path(__file__).with_name("launch.py")
 
 

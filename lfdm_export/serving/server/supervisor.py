@@ -1,4 +1,4 @@
-"""A Triton server from start to stop: started on a repository, put behind the front, watched, started again, drained."""
+"""A Triton server from start to stop: started on a repository, put behind the front, watched, drained."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TritonServer:
             options: how.
 
         Raises:
-            InputError: a port is taken, the host is no address of this machine, or a file of the options cannot be used.
+            InputError: a port is taken, the host is no address of this machine, or a file cannot be used.
             MissingDependencyError: a package that the front needs is not installed.
             ServerError: it does not become ready; the message has what it said last.
         """
