@@ -32,7 +32,7 @@ FACTS = (
 
 #: Not in the core's dependencies: no light module may need them to be imported.
 OPTIONAL = (
-    "av", "diffusers", "einops", "grpc", "onnx", "onnxruntime", "onnxruntime_ep_nv_tensorrt_rtx", "onnxscript",
+    "aiohttp", "av", "diffusers", "einops", "grpc", "onnx", "onnxruntime", "onnxruntime_ep_nv_tensorrt_rtx", "onnxscript",
     "openvino", "polygraphy", "safetensors", "tensorrt", "tensorrt_rtx_bindings", "tokenizers", "torch", "transformers",
     "tritonclient",
 )  # fmt: skip
@@ -57,6 +57,8 @@ HEAVY = (
     "lfdm_export.quantize",
     "lfdm_export.reference.pytorch",
     "lfdm_export.rewrite",
+    # What a server needs, and who starts one imports when it does.
+    "lfdm_export.serving.front",
     # Run inside Triton alone, whose package they import.
     "lfdm_export.serving.models",
 )

@@ -126,21 +126,21 @@ class StreamCall:
                 return await self._tell_lost()
             if message is grpc.aio.EOF:
                 return None
-            flight = self._answered(message, hold)
-            await self._write(message + _NO_ID if flight is not None and flight.unnamed else message)
+            unnamed = self._answered(message, hold)
+            await self._write(message + _NO_ID if unnamed else message)
 
-    def _answered(self, message: bytes, hold: Callable[[int], None]) -> Flight | None:
-        """The request that an answer belongs to, which ends with its last one."""
+    def _answered(self, message: bytes, hold: Callable[[int], None]) -> bool:
+        """Note an answer, with whose last one a request ends; whether that request came without an id."""
         answer = self._messages.ModelStreamInferResponse.FromString(message)
         if not self._outstanding:
-            return None
+            return False
         response = answer.infer_response
         found = next((one for one in self._outstanding if one[0].request_id == response.id), self._outstanding[0])
         if answer.error_message or response.model_name != STREAM_MODEL or _is_last(response):
             self._outstanding.remove(found)
             self._service.flights.end(found[0])
             hold(-found[1])
-        return found[0]
+        return found[0].unnamed
 
     async def _tell_lost(self) -> None:
         """An error for each request that will have no answer, as Triton's streams tell of errors."""

@@ -68,7 +68,7 @@ class HttpServer:
             return _Busy()
         protocol: Any = self._server()
         self._silent_since[protocol] = asyncio.get_running_loop().time()
-        return protocol  # type: ignore[no-any-return]
+        return protocol
 
     async def _busy(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer; the connection is silent before and after."""

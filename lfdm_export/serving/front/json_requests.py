@@ -140,7 +140,7 @@ def _flat(declared: Tensor, data: Any, count: int) -> list[Any]:
 def _encoded(declared: Tensor, values: Sequence[Any]) -> bytes:
     """Values as raw content."""
     if declared.datatype == "BYTES":
-        pieces = []
+        pieces: list[bytes] = []
         for value in values:
             if not isinstance(value, str):
                 raise invalid(f"the input {declared.name} has a value that is no string, expected strings")

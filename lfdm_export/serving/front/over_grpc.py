@@ -37,7 +37,7 @@ _LIVE, _READY, _MODEL_READY = (f"/{SERVICE}/{name}" for name in ("ServerLive", "
 _QUESTION = 4096
 
 
-class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
+class GrpcDoor(grpc.GenericRpcHandler):
     """Serves every method of Triton's service that clients may use."""
 
     def __init__(self, service: Service) -> None:

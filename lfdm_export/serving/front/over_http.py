@@ -78,8 +78,8 @@ class HttpDoor:
             "/v2/models/stats": partial(self._stats, "", ""),
         }.get(path.rstrip("/"))
         if found is None and match is not None:
-            about = {"config": self._config, "ready": self._model_ready, "stats": self._stats, None: self._model}
-            found = partial(about[match["what"]], match["name"], match["version"] or "")
+            about = {"config": self._config, "ready": self._model_ready, "stats": self._stats}
+            found = partial(about.get(match["what"], self._model), match["name"], match["version"] or "")
         if found is None:
             raise RefusedError("NOT_FOUND", "Not Found", closes=request.body_exists)
         _require(request, "GET")

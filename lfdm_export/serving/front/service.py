@@ -29,6 +29,17 @@ _NO_ID = b"\x1a\x00"
 _TELLING, _AGAIN = 2.0, 0.25
 
 
+class _Call:
+    """A call that may be cancelled before it is begun."""
+
+    begun: Any = None
+
+    def cancel(self) -> None:
+        """Cancel it, if it was begun."""
+        if self.begun is not None:
+            self.begun.cancel()
+
+
 class Service:
     """State of one front. For its event loop alone."""
 
@@ -112,15 +123,14 @@ class Service:
         """
         if model == SAMPLE_MODEL:  # a cancellation, which nothing cancels, and which a full queue must not hold up
             return await answered(self.triton.unary(INFER, message, seconds))
-        triton, call = self.triton, None
-        flight = self.begin(model, request_id, lambda: call is not None and call.cancel())
+        triton, call = self.triton, _Call()
+        flight = self.begin(model, request_id, call.cancel)
         try:
-            call = triton.unary(INFER, named(message, flight.request_id) if flight.unnamed else message, seconds)
-            answer: bytes = await flight.result(answered(call))
+            call.begun = triton.unary(INFER, named(message, flight.request_id) if flight.unnamed else message, seconds)
+            answer: bytes = await flight.result(answered(call.begun))
             return answer + _NO_ID if flight.unnamed else answer
         except asyncio.CancelledError:  # the client has gone
-            if call is not None:
-                call.cancel()
+            call.cancel()
             self.flights.end(flight)
             self.abandon(flight.request_id)
             raise

@@ -100,6 +100,11 @@ class TritonProcess:
         """Whether the process is there."""
         return self._process.poll() is None
 
+    @property
+    def process_id(self) -> int:
+        """Its number."""
+        return self._process.pid
+
     def wait(self, seconds: float) -> bool:
         """Wait for its end; whether it has come."""
         with suppress(subprocess.TimeoutExpired):

@@ -33,8 +33,8 @@ class Sockets:
         """
         if len(bytes(self._grpc)) > _MOST:
             raise ServerError(
-                f"the folder for temporary files makes a socket's path longer than {_MOST} bytes ({self._grpc}); name a "
-                "shorter one with TMPDIR"
+                f"the folder for temporary files makes a socket's path longer than {_MOST} bytes ({self._grpc}); "
+                "name a shorter one with TMPDIR"
             )
 
     @property

@@ -100,6 +100,11 @@ class TritonServer:
         """Of the server process that runs now."""
         return self._process.control
 
+    @property
+    def process_id(self) -> int:
+        """Of `tritonserver`."""
+        return self._process.process_id
+
     def last_words(self) -> str:
         """The last errors that the server logged, in one line."""
         return self._failure or self._process.last_words()
