@@ -32,9 +32,9 @@ FACTS = (
 
 #: Not in the core's dependencies: no light module may need them to be imported.
 OPTIONAL = (
-    "aiohttp", "av", "diffusers", "einops", "grpc", "onnx", "onnxruntime", "onnxruntime_ep_nv_tensorrt_rtx", "onnxscript",
-    "openvino", "polygraphy", "safetensors", "tensorrt", "tensorrt_rtx_bindings", "tokenizers", "torch", "transformers",
-    "tritonclient",
+    "aiohttp", "av", "diffusers", "einops", "grpc", "onnx", "onnxruntime", "onnxruntime_ep_nv_tensorrt_rtx",
+    "onnxscript", "openvino", "polygraphy", "safetensors", "tensorrt", "tensorrt_rtx_bindings", "tokenizers", "torch",
+    "transformers", "tritonclient",
 )  # fmt: skip
 
 #: The modules that may import optional packages at their top; every other one must do without.

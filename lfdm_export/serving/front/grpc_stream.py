@@ -10,7 +10,7 @@ import grpc.aio
 
 from lfdm_export.client.settings import import_protocol
 from lfdm_export.protocol.contract import STREAM_MODEL
-from lfdm_export.serving.front.checks import MOST_ID, check_request
+from lfdm_export.serving.front.checks import MOST_ID
 from lfdm_export.serving.front.flights import Flight
 from lfdm_export.serving.front.grpc_messages import MessageDoor, parsed
 from lfdm_export.serving.front.inflate import inflated_message
@@ -77,7 +77,7 @@ class StreamCall:
                 message = inflated_message(message, self._service.limits.message_bytes)
                 request = parsed(self._messages.ModelInferRequest, message)
                 request_id = request.id[:MOST_ID]
-                check_request(self._service.models, request)
+                await self._service.check(request)
                 flight = self._begin(request, len(message), hold)
             except RefusedError as error:
                 await self._refuse(str(error), error.code, request_id)

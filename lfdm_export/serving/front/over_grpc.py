@@ -12,7 +12,6 @@ import grpc
 import grpc.aio
 
 from lfdm_export.client.settings import import_protocol
-from lfdm_export.serving.front.checks import check_request
 from lfdm_export.serving.front.grpc_messages import MessageDoor, parsed
 from lfdm_export.serving.front.grpc_stream import StreamCall
 from lfdm_export.serving.front.refusal import RefusedError
@@ -100,7 +99,7 @@ class GrpcDoor(grpc.GenericRpcHandler):
             message = await self._messages.read(context, service.limits.message_bytes)
             hold(len(message))
             request = parsed(messages.ModelInferRequest, message)
-            check_request(service.models, request)
+            await service.check(request)
             model, request_id = request.model_name, request.id
             del request  # another copy of the picture
             answer = await service.infer(model, request_id, message, _left(context))

@@ -78,8 +78,13 @@ class HttpDoor:
             "/v2/models/stats": partial(self._stats, "", ""),
         }.get(path.rstrip("/"))
         if found is None and match is not None:
-            about = {"config": self._config, "ready": self._model_ready, "stats": self._stats}
-            found = partial(about.get(match["what"], self._model), match["name"], match["version"] or "")
+            about: dict[str | None, Callable[[str, str], Awaitable[web.StreamResponse]]] = {
+                "config": self._config,
+                "ready": self._model_ready,
+                "stats": self._stats,
+                None: self._model,
+            }
+            found = partial(about[match["what"]], match["name"], match["version"] or "")
         if found is None:
             raise RefusedError("NOT_FOUND", "Not Found", closes=request.body_exists)
         _require(request, "GET")
@@ -135,6 +140,7 @@ class HttpDoor:
                     read_request, service.models, name, version, body, head_length, service.limits
                 )
             del body
+            await service.check(asked.message)
             message = asked.message.SerializeToString()
             request_id = asked.message.id
             asked.message.Clear()  # another copy of the picture

@@ -12,9 +12,10 @@ from lfdm_export.client.calls import Calls
 from lfdm_export.client.settings import Settings, import_protocol
 from lfdm_export.protocol.contract import CLIP_MODEL, SAMPLE_MODEL, STREAM_MODEL
 from lfdm_export.serving.front.access import Access
-from lfdm_export.serving.front.checks import Model
+from lfdm_export.serving.front.checks import Model, check_request
 from lfdm_export.serving.front.flights import Flight, Flights
 from lfdm_export.serving.front.limits import FrontLimits
+from lfdm_export.serving.front.pictures import check_picture
 from lfdm_export.serving.front.refusal import RefusedError, unavailable
 from lfdm_export.serving.front.triton import LOST_SENTENCE, SERVICE, Triton, answered
 
@@ -108,6 +109,15 @@ class Service:
         )
 
     # --- Requests ---------------------------------------------------------------------------------
+
+    async def check(self, request: Any) -> None:
+        """Look at a whole `ModelInferRequest`.
+
+        Raises:
+            RefusedError: anything about it is not as it should be.
+        """
+        check_request(self.models, request)
+        await check_picture(request, self.limits.requests)
 
     async def infer(self, model: str, request_id: str, message: bytes, seconds: float | None) -> bytes:
         """The raw answer to a checked `ModelInferRequest`.
