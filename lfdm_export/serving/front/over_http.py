@@ -71,12 +71,13 @@ class HttpDoor:
         if match is not None and match["what"] == "infer":
             _require(request, "POST")
             return await self._infer(request, match["name"], match["version"] or "")
-        found: Callable[[], Awaitable[web.StreamResponse]] | None = {
+        paths: dict[str, Callable[[], Awaitable[web.StreamResponse]]] = {
             "/v2": self._metadata,
             "/v2/health/live": self._live,
             "/v2/health/ready": self._ready,
             "/v2/models/stats": partial(self._stats, "", ""),
-        }.get(path.rstrip("/"))
+        }
+        found = paths.get(path.rstrip("/"))
         if found is None and match is not None:
             about: dict[str | None, Callable[[str, str], Awaitable[web.StreamResponse]]] = {
                 "config": self._config,
