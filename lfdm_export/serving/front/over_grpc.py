@@ -32,6 +32,8 @@ _TELLS = frozenset(
     )
 )
 _LIVE, _READY, _MODEL_READY = (f"/{SERVICE}/{name}" for name in ("ServerLive", "ServerReady", "ModelReady"))
+#: Both messages' default.
+_NOT_READY = b""
 #: Bytes of a question that only asks what there is.
 _QUESTION = 4096
 
@@ -80,7 +82,7 @@ class GrpcDoor(grpc.GenericRpcHandler):
 
     async def _tell(self, method: str, context: Any) -> None:
         question = await self._messages.read(context, _QUESTION)
-        if method == _LIVE and not self._service.open:  # we are, and the server is being started again or stopping
+        if method == _LIVE:  # we are; the server behind is started again when it is not
             messages, _ = import_protocol()
             await context.write(messages.ServerLiveResponse(live=True).SerializeToString())
             return
@@ -88,10 +90,14 @@ class GrpcDoor(grpc.GenericRpcHandler):
 
     async def _ready(self, method: str, context: Any) -> None:
         question = await self._messages.read(context, _QUESTION)
+        answer = _NOT_READY
         if self._service.open:
-            await context.write(await answered(self._service.triton.unary(method, question, _left(context))))
-        else:  # not ready: each message's default
-            await context.write(b"")
+            try:
+                answer = await answered(self._service.triton.unary(method, question, _left(context)))
+            except RefusedError as refused:
+                if refused.code != "UNAVAILABLE":
+                    raise
+        await context.write(answer)
 
     async def _infer(self, _method: str, context: Any) -> None:
         service, (messages, _) = self._service, import_protocol()

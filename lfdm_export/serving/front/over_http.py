@@ -105,10 +105,14 @@ class HttpDoor:
         return await self._is_ready("ModelReady", messages.ModelReadyRequest(name=name, version=version))
 
     async def _is_ready(self, method: str, question: Any) -> web.StreamResponse:
-        if not self._service.open:
-            return web.Response(status=400)
-        answer = await self._service.triton.ask(method, question)
-        return web.Response(status=200 if answer.ready else 400)
+        ready = False
+        if self._service.open:
+            try:
+                ready = (await self._service.triton.ask(method, question)).ready
+            except RefusedError as refused:
+                if refused.code != "UNAVAILABLE":
+                    raise
+        return web.Response(status=200 if ready else 400)
 
     async def _metadata(self) -> web.StreamResponse:
         messages, _ = import_protocol()

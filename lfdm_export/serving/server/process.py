@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +47,14 @@ class Recipe:
         repository: the models.
         options: how, with ports.
         region_prefix: what the names of its shared memory begin with.
+        environment: variables of its process.
     """
 
     files: ServerFiles
     repository: Path
     options: ServerOptions
     region_prefix: str
+    environment: Mapping[str, str]
 
 
 class TritonProcess:
@@ -83,7 +86,7 @@ class TritonProcess:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env=recipe.files.environment(),
+            env=recipe.environment,
             start_new_session=True,  # Ctrl-C is for us, who drain first
         )
         self._reader = threading.Thread(target=self._read, name="lfdm-server-log", daemon=True)

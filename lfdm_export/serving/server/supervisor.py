@@ -68,7 +68,7 @@ class TritonServer:
         with ExitStack() as stack:
             self._folder = stack.enter_context(run_folder())
             self.region_prefix = stack.enter_context(own_prefix())
-            self._recipe = Recipe(files, repository, self.options, self.region_prefix)
+            self._recipe = Recipe(files, repository, self.options, self.region_prefix, files.environment())
             self._process = self._start()
             stack.callback(lambda: self._process.kill())
             self._front: Front = front_class(self.options, access)
