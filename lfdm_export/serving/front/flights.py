@@ -51,6 +51,8 @@ class Flights:
 
     limits: FrontLimits
     draining: bool = False
+    #: Bytes of all requests up to now.
+    ever_held: int = 0
     _flying: set[Flight] = field(default_factory=set)
     _held: int = 0
     _landed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -69,6 +71,7 @@ class Flights:
             if self._held + count > self.limits.held_bytes:
                 raise unavailable(f"{QUEUE_FULL_MESSAGE}: requests hold {self._held:,} bytes; send it again later")
             self._held, mine = self._held + count, mine + count
+            self.ever_held += max(0, count)
 
         try:
             yield hold

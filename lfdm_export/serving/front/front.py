@@ -17,6 +17,7 @@ from lfdm_export.serving.front.access import Access
 from lfdm_export.serving.front.checks import models_of
 from lfdm_export.serving.front.http_server import HttpServer
 from lfdm_export.serving.front.limits import FrontLimits
+from lfdm_export.serving.front.memory import give_back, map_large_blocks
 from lfdm_export.serving.front.over_grpc import start_grpc
 from lfdm_export.serving.front.over_http import HttpDoor
 from lfdm_export.serving.front.service import Service
@@ -50,6 +51,7 @@ class Front:
         self._grpc: Any = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="lfdm-front", daemon=True)
+        map_large_blocks()
         self._thread.start()
 
     def attach(self, sockets: Sockets) -> None:
@@ -110,6 +112,7 @@ class Front:
             service = await self._describe(sockets.grpc_target)
             await self._listen(service)
             self._service = service
+            service.spawn(give_back(lambda: service.flights.ever_held))
         self._metrics = aiohttp.ClientSession(
             connector=aiohttp.UnixConnector(str(sockets.metrics)), timeout=aiohttp.ClientTimeout(total=10)
         )

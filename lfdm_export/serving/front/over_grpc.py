@@ -14,7 +14,7 @@ import grpc.aio
 from lfdm_export.client.settings import import_protocol
 from lfdm_export.serving.front.grpc_messages import MessageDoor, parsed
 from lfdm_export.serving.front.grpc_stream import StreamCall
-from lfdm_export.serving.front.refusal import RefusedError
+from lfdm_export.serving.front.refusal import RefusedError, forget
 from lfdm_export.serving.front.service import INFER, Service
 from lfdm_export.serving.front.triton import HEALTH, SERVICE, answered
 
@@ -71,14 +71,18 @@ class GrpcDoor(grpc.GenericRpcHandler):
             if not method.startswith(f"/{HEALTH}/"):
                 self._service.access.check(token)
             await answer(method, context)
+            return
         except RefusedError as refused:
-            code = getattr(grpc.StatusCode, refused.code, grpc.StatusCode.UNKNOWN)
-            await context.abort(code, str(refused))
-        except (grpc.aio.AbortError, asyncio.CancelledError):
+            code, sentence = getattr(grpc.StatusCode, refused.code, grpc.StatusCode.UNKNOWN), str(refused)
+            forget(refused)
+        except asyncio.CancelledError as cancelled:
+            forget(cancelled)
             raise
-        except Exception:
+        except Exception as error:
             logger.exception("a call of %s failed", method)
-            await context.abort(grpc.StatusCode.INTERNAL, "a fault of the server: see its log")
+            code, sentence = grpc.StatusCode.INTERNAL, "a fault of the server: see its log"
+            forget(error)
+        await context.abort(code, sentence)
 
     async def _tell(self, method: str, context: Any) -> None:
         question = await self._messages.read(context, _QUESTION)

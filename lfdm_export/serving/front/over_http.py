@@ -18,7 +18,7 @@ from lfdm_export.client.settings import import_protocol
 from lfdm_export.serving.front.http_body import read_body
 from lfdm_export.serving.front.json_answers import infer_answer, plain
 from lfdm_export.serving.front.json_requests import read_request
-from lfdm_export.serving.front.refusal import RefusedError
+from lfdm_export.serving.front.refusal import RefusedError, forget
 from lfdm_export.serving.front.service import Service
 
 logger = logging.getLogger(__name__)
@@ -53,11 +53,17 @@ class HttpDoor:
                 self._service.access.check(request.headers.get("Authorization"))
             return await self._route(request, path)
         except RefusedError as refused:
+            forget(refused)
             return _refusal(refused)
-        except (asyncio.CancelledError, ConnectionError):
+        except ConnectionError as lost:  # nobody is there any more
+            forget(lost)
+            return _refusal(RefusedError("CANCELLED", "the connection was lost", closes=True))
+        except asyncio.CancelledError as cancelled:
+            forget(cancelled)
             raise
-        except Exception:
+        except Exception as error:
             logger.exception("a request of %s failed", ascii(request.path[:200]))
+            forget(error)
             return _refusal(RefusedError("INTERNAL", "a fault of the server: see its log"))
 
     async def _route(self, request: web.BaseRequest, path: str) -> web.StreamResponse:

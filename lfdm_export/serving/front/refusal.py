@@ -39,6 +39,16 @@ class RefusedError(LfdmExportError):
         self.http_status = HTTP_STATUS.get(code, 500) if http_status is None else http_status
 
 
+def forget(error: BaseException) -> None:
+    """Let go what an error's traceback holds, which is the request: futures and frames that hold each other keep it."""
+    chain: list[BaseException | None] = [error]
+    while chain:
+        one = chain.pop()
+        if one is not None and one.__traceback__ is not None:
+            one.__traceback__ = None
+            chain += (one.__context__, one.__cause__)
+
+
 def invalid(sentence: str) -> RefusedError:
     """The client's mistake."""
     return RefusedError("INVALID_ARGUMENT", sentence)
