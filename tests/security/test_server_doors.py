@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import queue
 import socket
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -281,6 +283,28 @@ def test_a_picture_that_nobody_can_decode_goes_no_further(doors: Doors, fake: Fa
     with pytest.raises(grpc.RpcError, match="cannot be read as an image"):
         doors.stub().ModelInfer(noise, timeout=DEADLINE)
     assert not fake.seen
+
+
+@pytest.mark.parametrize("door", ["http", "grpc"])
+def test_a_refused_request_leaves_nothing_behind(doors: Doors, door: str):
+    """Not even until Python looks for circles of references, which bytes do not make it do."""
+    noise, size, count = bytes(8 << 20), 8 << 20, 4
+    request = clip_request(image=np.zeros((1700, 1700, 3), np.uint8))
+    request.inputs[0].shape[0] = 1
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        for _ in range(count):
+            if door == "http":
+                assert doors.infer(noise)[0] == 400
+            else:
+                with pytest.raises(grpc.RpcError, match="bytes, expected"):
+                    doors.stub().ModelInfer(request, timeout=DEADLINE)
+        eventually(lambda: tracemalloc.get_traced_memory()[0] < size, "less than one of them is left")
+    finally:
+        tracemalloc.stop()
+        gc.enable()
 
 
 # --- In flight ------------------------------------------------------------------------------------
