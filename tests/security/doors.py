@@ -67,9 +67,15 @@ def json_request() -> bytes:
 class Doors:
     """Open for as long as the context lasts."""
 
-    def __init__(self, fake: FakeTriton, limits: FrontLimits | None = None, token: bytes | None = None) -> None:
+    def __init__(
+        self,
+        fake: FakeTriton,
+        limits: FrontLimits | None = None,
+        token: bytes | None = None,
+        access: Access | None = None,
+    ) -> None:
         self.limits = limits or FrontLimits(Limits())
-        self._access = Access(token)
+        self._access = access or Access(token)
         ports = check_ports("127.0.0.1", {"http": 0, "grpc": 0})
         self.http, self.grpc = ports["http"], f"127.0.0.1:{ports['grpc']}"
         self._triton = Serving(fake)
@@ -122,7 +128,7 @@ class Doors:
     async def _open(self) -> None:
         self.service = Service(self._access, self.limits, MODELS)
         self._server = HttpServer(HttpDoor(self.service).answer, self.limits)
-        await self._server.listen("127.0.0.1", self.http, None)
+        await self._server.listen("127.0.0.1", self.http, self._access.ssl_context())
         self._grpc = await start_grpc(self.service, self.grpc)
         await self.service.attach(self._triton.address)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import gzip
+import http.client
 import queue
 import socket
+import ssl
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +18,10 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import trustme
 from tritonclient.grpc import service_pb2 as messages
 
-from lfdm_export.client import Client, Settings
+from lfdm_export.client import Client, Settings, Tls
 from lfdm_export.client.wire import infer_request
 from lfdm_export.errors import AuthenticationError, InputError
 from lfdm_export.protocol.contract import CLIP_MODEL, STREAM_INPUTS, STREAM_MODEL
@@ -133,6 +136,32 @@ def test_our_client_sends_the_token(fake: FakeTriton):
             assert client.facts().frames == 5
         with Client(doors.grpc) as client, pytest.raises(AuthenticationError, match="asks for a token"):
             client.facts()
+
+
+def test_both_doors_speak_tls(fake: FakeTriton, tmp_path: Path):
+    authority = trustme.CA()
+    issued, paths = (
+        authority.issue_cert("127.0.0.1", "localhost"),
+        [str(tmp_path / name) for name in ("ca", "cert", "key")],
+    )
+    authority.cert_pem.write_to_path(paths[0])
+    issued.cert_chain_pems[0].write_to_path(paths[1])
+    issued.private_key_pem.write_to_path(paths[2])
+    with Doors(fake, access=read_access(None, paths[1], paths[2])) as doors:
+        with Client(doors.grpc, Settings(tls=Tls(paths[0]))) as client:
+            assert client.facts().frames == 5
+        context = ssl.create_default_context(cafile=paths[0])
+        connection = http.client.HTTPSConnection("127.0.0.1", doors.http, timeout=DEADLINE, context=context)
+        connection.request("GET", "/v2/health/live")
+        assert connection.getresponse().status == 200
+        connection.close()
+        with doors.connect() as plain:
+            plain.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            try:
+                answer = until_closed(plain)
+            except ConnectionError:
+                answer = b""
+            assert b"200" not in answer
 
 
 @pytest.mark.parametrize("content", [b"", b"  \n", b"two words", "größer".encode(), b"x" * 5000])

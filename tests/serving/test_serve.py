@@ -325,7 +325,17 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]):
         serve_main(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    for option in ("--install-server", "--http-port", "--slots", "--queue", "--policy", "--drain-timeout", "--trace"):
+    for option in (
+        "--install-server",
+        "--http-port",
+        "--slots",
+        "--queue",
+        "--policy",
+        "--drain-timeout",
+        "--token-file",
+        "--tls-cert",
+        "--trace",
+    ):
         assert option in shown
 
 
@@ -356,6 +366,17 @@ def test_a_server_that_does_not_start_is_quoted(nothing_there: Path, capsys: pyt
     ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
     assert serve_main([str(bundle.path), "--tritonserver", str(program), *ports]) == 1
     assert "tritonserver did not start: error: no such backend" in capsys.readouterr().err
+
+
+def test_a_token_that_is_none_stops_the_start(nothing_there: Path, capsys: pytest.CaptureFixture[str]):
+    bundle, token = write_fake_bundle(nothing_there / "bundle"), nothing_there / "token"
+    token.write_text("two words")
+    program = fake_program(nothing_there / "tritonserver")
+    ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
+    assert serve_main([str(bundle.path), "--tritonserver", str(program), *ports, "--token-file", str(token)]) == 1
+    assert "token holds no token, expected one line" in capsys.readouterr().err
+    assert serve_main([str(bundle.path), "--tritonserver", str(program), *ports, "--tls-cert", str(token)]) == 1
+    assert "certificate and its private key belong together" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [{"drain_timeout": -1.0}, {"start_timeout": 0.0}, {"trace_rate": 0}])

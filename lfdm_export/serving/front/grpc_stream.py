@@ -82,7 +82,11 @@ class StreamCall:
             except RefusedError as error:
                 await self._refuse(str(error), error.code, request_id)
             else:
-                await self._call.write(named(message, flight.request_id) if flight.unnamed else message)
+                message = named(message, flight.request_id) if flight.unnamed else message
+                try:
+                    await self._call.write(message)
+                except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    return  # the server has ended the call: its answers say why
             message = await self._next()
         await self._call.done_writing()
 

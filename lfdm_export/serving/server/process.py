@@ -116,7 +116,7 @@ class TritonProcess:
 
     def last_words(self) -> str:
         """The last errors that the server logged, in one line."""
-        lines = [line for line in self._said if not any(noise in line for noise in _NOISE)]
+        lines = [line for line in self._said if _matters(line)]
         errors = [line for line in lines if line.startswith(("E", "error")) or "Error" in line]
         return " | ".join((errors or lines)[-3:]) or "it said nothing"
 
