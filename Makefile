@@ -9,7 +9,7 @@ PICTURE := docs/character.png
 GPU_OUT ?= benchmarks/results/gpu
 GPU_OPTIONS ?=
 
-.PHONY: help install server lint test test-full demo gpu clean
+.PHONY: help install server lint test test-full fuzz demo gpu clean
 
 help:
 	@echo "make install    everything into $(VENV)"
@@ -17,6 +17,7 @@ help:
 	@echo "make server     the Triton server of the tests, into the user's cache folder"
 	@echo "make test       install, server, lint, and the tests"
 	@echo "make test-full  the full-size golden chains (tens of minutes)"
+	@echo "make fuzz       a minute of damaged pictures, clips, checkpoints, bundles, requests"
 	@echo "make demo       export the shipped model, and let a drawn character nod"
 	@echo "make gpu        the GPU suite, on a machine with a GPU, into GPU_OUT (benchmarks/results/gpu)"
 	@echo "make clean      remove what the tools and the demo wrote (not $(VENV))"
@@ -51,6 +52,9 @@ test: install server lint
 
 test-full: install
 	$(BIN)/python -m pytest -q -m full
+
+fuzz: install
+	$(BIN)/python benchmarks/fuzz.py --minutes 1
 
 demo: $(INSTALLED_FOR_DEMO)
 	rm -rf demo
