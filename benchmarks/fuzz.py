@@ -41,7 +41,7 @@ _ROUND = 200
 #: Seconds in which a child has imported what it needs, and made a case.
 _IMPORTS = 60.0
 _NUMBERS = (0, 1, -1, 127, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**61, 2**63 - 1)
-_VALUES = (
+_VALUES: tuple[Any, ...] = (
     None,
     True,
     -1,
