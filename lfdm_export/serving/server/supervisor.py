@@ -40,6 +40,8 @@ _LOOK = 0.1
 class TritonServer:
     """A running server behind its front: ready when made, started again when it dies, stopped when left.
 
+    It ends with the thread that makes it, however that ends: nobody would stop it then.
+
     Attributes:
         options: with the ports that were taken.
         region_prefix: what the names of its shared memory begin with.
@@ -67,7 +69,10 @@ class TritonServer:
         self._starts = 0
         with ExitStack() as stack:
             self._folder = stack.enter_context(run_folder())
-            self.region_prefix = stack.enter_context(own_prefix())
+            try:
+                self.region_prefix = stack.enter_context(own_prefix())
+            except OSError as error:
+                raise ServerError(f"/dev/shm, which the server needs, cannot be used ({error}); mount it") from error
             self._recipe = Recipe(files, repository, self.options, self.region_prefix, files.environment())
             self._process = self._start()
             stack.callback(lambda: self._process.kill())
