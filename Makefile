@@ -9,7 +9,7 @@ PICTURE := docs/character.png
 GPU_OUT ?= benchmarks/results/gpu
 GPU_OPTIONS ?=
 
-.PHONY: help install server lint test test-full test-ray demo gpu clean
+.PHONY: help install server lint test test-full test-ray fuzz demo gpu clean
 
 help:
 	@echo "make install    everything into $(VENV)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test       install, server, lint, and the tests"
 	@echo "make test-full  the full-size golden chains (tens of minutes)"
 	@echo "make test-ray   install Ray, and run the tests that need it"
+	@echo "make fuzz       a minute of damaged pictures, clips, checkpoints, bundles, requests"
 	@echo "make demo       export the shipped model, and let a drawn character nod"
 	@echo "make gpu        the GPU suite, on a machine with a GPU, into GPU_OUT (benchmarks/results/gpu)"
 	@echo "make clean      remove what the tools and the demo wrote (not $(VENV))"
@@ -56,6 +57,9 @@ test-full: install
 test-ray: install
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[bulk]'
 	$(BIN)/python -m pytest -q tests/bulk
+
+fuzz: install
+	$(BIN)/python benchmarks/fuzz.py --minutes 1
 
 demo: $(INSTALLED_FOR_DEMO)
 	rm -rf demo

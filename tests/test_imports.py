@@ -33,7 +33,7 @@ FACTS = (
 
 #: Not in the core's dependencies: no light module may need them to be imported.
 OPTIONAL = (
-    "av", "diffusers", "einops", "fastapi", "grpc", "onnx", "onnxruntime", "onnxruntime_ep_nv_tensorrt_rtx",
+    "aiohttp", "av", "diffusers", "einops", "fastapi", "grpc", "onnx", "onnxruntime", "onnxruntime_ep_nv_tensorrt_rtx",
     "onnxscript", "openvino", "polygraphy", "pyarrow", "ray", "safetensors", "starlette", "tensorrt",
     "tensorrt_rtx_bindings", "tokenizers", "torch", "transformers", "tritonclient", "uvicorn",
 )  # fmt: skip
@@ -59,6 +59,8 @@ HEAVY = (
     "lfdm_export.quantize",
     "lfdm_export.reference.pytorch",
     "lfdm_export.rewrite",
+    # What a server needs, and who starts one imports when it does.
+    "lfdm_export.serving.front",
     # Run inside Triton alone, whose package they import.
     "lfdm_export.serving.models",
     "lfdm_export.web.app",

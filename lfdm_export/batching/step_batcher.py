@@ -249,8 +249,7 @@ class StepBatcher:
                 raise InputError(f"{name}: found {array.dtype} {array.shape}, expected float32 {shape}")
             if not np.isfinite(array).all():
                 raise InputError(f"{name}: found values that are not finite, expected finite ones; make it again")
-        if job.table.steps < 1:
-            raise InputError("steps: found none, expected 1 or more; ask for a step at least")
+        job.table.check()
         finite_number(job.guidance_scale, "guidance_scale")
         check_seeds([job.seed])
         for name, every in (("preview_every", job.preview_every), ("progress_every", job.progress_every)):

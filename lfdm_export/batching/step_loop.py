@@ -158,27 +158,41 @@ class StepLoop:
             tell(partial(self._observer.joined, queued, self.counts.ticks - live.ticks_before))
 
     def _step_rows(self, guided: bool, jobs: list[LiveJob]) -> Ran:
-        """One step of the jobs of one stage; if it fails they all do, and nobody else."""
+        """One step of the jobs of one stage; if it fails, each takes it alone, and nobody else has a part in it."""
         rows = self._rows[guided]
         try:
             rows.seat(jobs)
-            if not jobs:
-                return Ran(0.0, 0.0)
+        except Exception as error:
+            logger.exception("jobs could not be seated, and %d are lost", len(jobs))
+            return self._fail(rows, jobs, error)
+        if not jobs:
+            return Ran(0.0, 0.0)
+        try:
             ran = rows.step()
         except Exception as error:
-            logger.exception("a step failed, and %d jobs with it", len(jobs))
-            wrapped = error if isinstance(error, LfdmExportError) else EngineError(f"a step failed: {error!r}")
-            for live in {*jobs, *rows.jobs}:
-                if not live.ended:
-                    self._end(live, "failed", wrapped)
-            rows.clear()
-            return Ran(0.0, 0.0)
+            if len(jobs) == 1 or self._policy != "step":
+                logger.exception("a step failed, and %d jobs with it", len(jobs))
+                return self._fail(rows, jobs, error)
+            logger.warning("a step of %d jobs failed (%r): each takes it alone", len(jobs), error)
+            for live in jobs:
+                live.next_noise = None  # already that of the step after this one
+            alone = [self._step_rows(guided, [live]) for live in jobs]
+            return Ran(sum(one.engine for one in alone), sum(one.noise for one in alone))
         recent = self._recent[guided]
         recent.append(ran.engine + ran.noise)
         self.pace[guided] = min(recent)
         for row, (live, finite) in enumerate(zip(rows.jobs, rows.finite(), strict=True)):
             self._after_step(live, rows, row, finite)
         return ran
+
+    def _fail(self, rows: Rows, jobs: list[LiveJob], error: Exception) -> Ran:
+        """End the jobs, and whoever else sits there."""
+        wrapped = error if isinstance(error, LfdmExportError) else EngineError(f"a step failed: {error!r}")
+        for live in {*jobs, *rows.jobs}:
+            if not live.ended:
+                self._end(live, "failed", wrapped)
+        rows.clear()
+        return Ran(0.0, 0.0)
 
     def _after_step(self, live: LiveJob, rows: Rows, row: int, finite: bool) -> None:
         job, callbacks = live.job, live.callbacks

@@ -54,9 +54,8 @@ def generate_main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     for name in ("drive", "motion"):
         if getattr(args, name) is not None and any(getattr(args, option) is not None for option in _SAMPLING):
-            parser.error(
-                f"--{name} samples nothing: leave out {', '.join('--' + option.replace('_', '-') for option in _SAMPLING)}"
-            )
+            options = ", ".join("--" + option.replace("_", "-") for option in _SAMPLING)
+            parser.error(f"--{name} samples nothing: leave out {options}")
     check_bulk_options(parser, args)
     if args.bundle is None and args.url is None and len(args.label or ()) > 1:
         args.bundle = args.label.pop()  # lfdm-generate --label nod BUNDLE

@@ -18,8 +18,9 @@ from lfdm_export.files.names import user_name
 from lfdm_export.generate.tokenizer import tokenizer_installed
 from lfdm_export.protocol.requests import Limits
 from lfdm_export.serving.server.files import SERVER_VARIABLE, find_server, install_server
+from lfdm_export.serving.server.options import ServerOptions
 from lfdm_export.serving.server.run_folder import run_folder
-from lfdm_export.serving.server.supervisor import ServerOptions, TritonServer, wait_for_signal
+from lfdm_export.serving.server.supervisor import TritonServer, wait_for_signal
 from lfdm_export.serving.triton.settings import ServingSettings
 
 if TYPE_CHECKING:
@@ -75,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument(
         "--drain-timeout", type=float, default=defaults.drain_timeout, metavar="S", help="at the end (%(default)g s)"
     )
+    server.add_argument("--token-file", metavar="FILE", help="requests must bring the token that this file holds")
+    server.add_argument("--tls-cert", metavar="FILE", help="certificate of the server, PEM: HTTP and gRPC speak TLS")
+    server.add_argument("--tls-key", metavar="FILE", help="its private key, PEM")
     server.add_argument("--trace", metavar="FILE", help="write traces of requests")
     server.add_argument("--trace-rate", type=int, default=1, metavar="N", help="of one request in N (%(default)s)")
     server.add_argument(
@@ -183,7 +187,8 @@ def _announce(args: argparse.Namespace, bundle: Bundle, server: TritonServer) ->
     options = server.options
     say(args, f"serving  {bundle.path}")
     say(args, f"gRPC     {options.host}:{options.grpc_port}")
-    say(args, f"HTTP     http://{options.host}:{options.http_port}")
+    scheme = "http" if options.tls_certificate is None else "https"
+    say(args, f"HTTP     {scheme}://{options.host}:{options.http_port}")
     say(args, f"metrics  http://{options.host}:{options.metrics_port}/metrics")
     say(args, "ready")
 
@@ -196,6 +201,9 @@ def _server_options(args: argparse.Namespace) -> ServerOptions:
         metrics_port=args.metrics_port,
         start_timeout=args.start_timeout,
         drain_timeout=args.drain_timeout,
+        token_file=args.token_file,
+        tls_certificate=args.tls_cert,
+        tls_key=args.tls_key,
         trace_file=None if args.trace is None else user_name(args.trace),
         trace_rate=args.trace_rate,
         verbose=args.verbose,

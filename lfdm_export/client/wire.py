@@ -84,7 +84,7 @@ def decode(response: Any, outputs: Sequence[WireTensor]) -> dict[str, Array]:
             expected = f"{spec.datatype} ({', '.join(map(str, spec.shape))})"
             raise _bad(response, f"{tensor.name} as {tensor.datatype} {shape}, expected {expected}")
         count = int(np.prod(shape, dtype=np.int64))
-        array = _byte_elements(content) if spec.datatype == "BYTES" else _numbers(content, spec.dtype)
+        array = byte_elements(content) if spec.datatype == "BYTES" else _numbers(content, spec.dtype)
         if array is None or array.size != count:
             raise _bad(response, f"{tensor.name} of shape {shape} with {len(content)} bytes of content")
         found[tensor.name] = array.reshape(shape)
@@ -97,7 +97,8 @@ def _numbers(content: bytes, dtype: np.dtype[Any]) -> Array | None:
     return np.frombuffer(content, dtype.newbyteorder("<")).astype(dtype)
 
 
-def _byte_elements(content: bytes) -> Array | None:
+def byte_elements(content: bytes) -> Array | None:
+    """The elements behind their lengths; None where the content ends within one."""
     elements: list[bytes] = []
     start = 0
     while start < len(content):

@@ -221,13 +221,17 @@ def image_file(data: bytes, limits: Limits) -> bytes:
     """
     if not data:
         raise InputError("image_bytes is empty, expected an encoded picture such as a JPEG file")
-    # Base64 takes 4 bytes for 3; the rest is room for line ends and a data URL's head.
-    if len(data) > limits.image_bytes * 4 // 3 + limits.image_bytes // 16 + 128:
+    if len(data) > most_encoded_bytes(limits):
         raise _too_large(len(data), limits)
     decoded = _from_base64(data)
     if len(decoded) > limits.image_bytes:
         raise _too_large(len(decoded), limits)
     return decoded
+
+
+def most_encoded_bytes(limits: Limits) -> int:
+    """Of `image_bytes` as they come: base64 takes 4 bytes for 3; there is room for line ends and a data URL's head."""
+    return limits.image_bytes * 4 // 3 + limits.image_bytes // 16 + 128
 
 
 _DATA_URL = re.compile(rb"data:[\w.+/-]*;base64,")

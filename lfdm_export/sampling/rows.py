@@ -19,6 +19,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from lfdm_export.errors import InputError
 from lfdm_export.stages import COEFFICIENTS
 from lfdm_models.schedule import Schedule
 
@@ -60,6 +61,25 @@ class SamplerTable:
     def steps(self) -> int:
         """Number of steps S."""
         return len(self.timesteps)
+
+    def check(self) -> None:
+        """Compare the rows with each other, where they come from elsewhere than `SAMPLERS`.
+
+        Raises:
+            InputError: there is no step, a row is missing, of another type, or not finite.
+        """
+        steps = self.steps
+        if steps < 1:
+            raise InputError("steps: found none, expected 1 or more; ask for a step at least")
+        for name, array, dtype, shape in (
+            ("timesteps", self.timesteps, np.int64, (steps,)),
+            ("coefficients", self.coefficients, np.float32, (steps, COEFFICIENTS)),
+            ("draws_noise", self.draws_noise, np.bool_, (steps,)),
+        ):
+            if array.dtype != dtype or array.shape != shape:
+                raise InputError(f"{name}: found {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
+        if not np.isfinite(self.coefficients).all() or (self.timesteps < 0).any():
+            raise InputError("coefficients or timesteps: found values that no sampler has; make the table anew")
 
 
 def estimating_rows(schedule: Schedule, timesteps: Int64Array) -> NDArray[np.float64]:

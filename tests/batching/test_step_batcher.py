@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -228,6 +229,24 @@ def test_a_step_that_fails_leaves_the_loop_alive():
         submit(batcher, answers, "after", make_job(9))
         assert batcher.drain(PATIENCE)
     np.testing.assert_array_equal(answers.done["after"].latent, expected_latent(make_job(9)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("coefficients", np.zeros((1, 11), np.float32)),
+        ("coefficients", np.full((5, 11), np.nan, np.float32)),
+        ("timesteps", np.zeros((5, 1), np.int64)),
+        ("timesteps", np.full(5, -1)),
+        ("timesteps", np.zeros(0, np.int64)),
+        ("draws_noise", np.zeros(4, np.bool_)),
+    ],
+)
+def test_a_table_whose_rows_do_not_fit_is_refused(name: str, value: np.ndarray):
+    answers, job = Answers(), make_job(steps=5)
+    changed: dict[str, Any] = {name: value}
+    with make_batcher() as batcher, pytest.raises(InputError, match=r"coefficients|timesteps|steps|draws_noise"):
+        submit(batcher, answers, "bad", replace(job, table=replace(job.table, **changed)))
 
 
 def test_draining_refuses_new_jobs_and_finishes_the_others():

@@ -281,6 +281,31 @@ def test_a_failed_step_fails_its_own_run_alone():
 
 
 @pytest.mark.parametrize("fixed_batch", [False, True])
+def test_who_makes_a_step_fail_fails_alone(fixed_batch: bool):
+    """The others take the step again, with the noise that they had, and do not notice."""
+    sampler = Sampler(slots=3, fixed_batch=fixed_batch)
+    poison = make_job(1, steps=6)
+    poison.context[...] = 77
+
+    def fail(stage: str, tensors: tuple) -> None:
+        if (tensors[1] == 77).any():
+            raise RuntimeError("a row that the engine cannot take")
+
+    fine = {"a": make_job(0, steps=6), "c": make_job(2, steps=4)}
+    assert all(job.table.draws_noise.any() for job in fine.values())
+    sampler.submit("a", fine["a"])
+    sampler.tick(2)
+    sampler.stages.before = fail
+    sampler.submit("poison", poison)
+    sampler.submit("c", fine["c"])
+    sampler.run()
+    assert list(sampler.answers.errors) == ["poison"]
+    assert "a row that the engine cannot take" in str(sampler.answers.errors["poison"])
+    for name, job in fine.items():
+        np.testing.assert_array_equal(sampler.answers.done[name].latent, expected_latent(job))
+
+
+@pytest.mark.parametrize("fixed_batch", [False, True])
 def test_a_job_that_is_not_finite_any_more_fails_alone(fixed_batch: bool):
     sampler = Sampler(slots=3, fixed_batch=fixed_batch)
     bad = make_job(1, steps=6)

@@ -21,7 +21,7 @@ import yaml
 
 from lfdm_export.cli import serve
 from lfdm_export.protocol.contract import CLIP_MODEL
-from lfdm_export.serving.server.supervisor import ServerOptions
+from lfdm_export.serving.server.options import ServerOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -157,9 +157,9 @@ def test_probes_ask_for_the_clips_own_readiness(place: str):
 
 
 def test_stopping_leaves_time_to_drain():
-    from lfdm_export.serving.server import supervisor
+    from lfdm_export.serving.server import process
 
-    needed = ServerOptions.drain_timeout + supervisor._TERM_TIMEOUT
+    needed = ServerOptions.drain_timeout + process._TERM_TIMEOUT
     pod = resources()["Deployment"]["spec"]["template"]["spec"]
     pause = int(containers()["kubernetes"]["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pod["terminationGracePeriodSeconds"] > needed + pause

@@ -25,11 +25,12 @@ from lfdm_export.errors import InputError
 from lfdm_export.protocol.contract import STREAM_INPUTS, preview_indices
 from lfdm_export.protocol.requests import Limits, image_file, parse_priority, parse_request
 from lfdm_export.serving.server import files as server_files
-from lfdm_export.serving.server.control import Control
+from lfdm_export.serving.server.control import open_directly
 from lfdm_export.serving.server.files import ServerFiles, ServerFilesError, find_server, install_server
+from lfdm_export.serving.server.options import ServerOptions
 from lfdm_export.serving.server.run_folder import run_folder
-from lfdm_export.serving.server.supervisor import ServerOptions
-from lfdm_export.serving.server.watchdog import live_stubs, remove_shared_memory
+from lfdm_export.serving.server.shared_memory import own_prefix, remove_orphans, remove_shared_memory
+from lfdm_export.serving.server.watchdog import live_stubs
 from lfdm_export.serving.triton.settings import BUNDLE_VARIABLE, ServingSettings
 from tests.fake_bundle import fake_manifest, write_fake_bundle
 
@@ -284,11 +285,36 @@ def test_stubs_are_found_by_their_shared_memory(tmp_path: Path):
 
 
 def test_only_own_shared_memory_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lfdm_export.serving.server.watchdog._SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr("lfdm_export.serving.server.shared_memory._FOLDER", tmp_path)
     for name in ("lfdm_serve_1_a", "lfdm_serve_1_b", "lfdm_serve_2_a", "other"):
         (tmp_path / name).touch()
     remove_shared_memory("lfdm_serve_1_", keep=["lfdm_serve_1_b"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lfdm_serve_1_b", "lfdm_serve_2_a", "other"]
+
+
+def test_regions_are_orphans_when_nobody_holds_their_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of another container no process is seen here, but its lock is."""
+    monkeypatch.setattr("lfdm_export.serving.server.shared_memory._FOLDER", tmp_path)
+    (tmp_path / "lfdm_serve_999999999_a").touch()  # without a lock: of who knows whom
+    code = (
+        "import sys, pathlib; from lfdm_export.serving.server import shared_memory as memory\n"
+        f"memory._FOLDER = pathlib.Path({str(tmp_path)!r})\n"
+        "with memory.own_prefix() as prefix:\n"
+        "    (memory._FOLDER / (prefix + 'a')).touch(); print(prefix, flush=True); sys.stdin.read()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    other = process.stdout.readline().strip()
+    with own_prefix() as prefix:
+        (tmp_path / f"{prefix}b").touch()
+        remove_orphans()
+        kept = {f"{other}a", f"{other}lock", f"{prefix}b", f"{prefix}lock", "lfdm_serve_999999999_a"}
+        assert {path.name for path in tmp_path.iterdir()} == kept
+        assert all(path.stat().st_mode & 0o077 == 0 for path in tmp_path.glob("*_lock"))
+    process.kill()
+    process.communicate()
+    remove_orphans()
+    assert [path.name for path in tmp_path.iterdir()] == ["lfdm_serve_999999999_a"]
 
 
 # --- The command ----------------------------------------------------------------------------------
@@ -299,7 +325,17 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]):
         serve_main(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    for option in ("--install-server", "--http-port", "--slots", "--queue", "--policy", "--drain-timeout", "--trace"):
+    for option in (
+        "--install-server",
+        "--http-port",
+        "--slots",
+        "--queue",
+        "--policy",
+        "--drain-timeout",
+        "--token-file",
+        "--tls-cert",
+        "--trace",
+    ):
         assert option in shown
 
 
@@ -330,6 +366,17 @@ def test_a_server_that_does_not_start_is_quoted(nothing_there: Path, capsys: pyt
     ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
     assert serve_main([str(bundle.path), "--tritonserver", str(program), *ports]) == 1
     assert "tritonserver did not start: error: no such backend" in capsys.readouterr().err
+
+
+def test_a_token_that_is_none_stops_the_start(nothing_there: Path, capsys: pytest.CaptureFixture[str]):
+    bundle, token = write_fake_bundle(nothing_there / "bundle"), nothing_there / "token"
+    token.write_text("two words")
+    program = fake_program(nothing_there / "tritonserver")
+    ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
+    assert serve_main([str(bundle.path), "--tritonserver", str(program), *ports, "--token-file", str(token)]) == 1
+    assert "token holds no token, expected one line" in capsys.readouterr().err
+    assert serve_main([str(bundle.path), "--tritonserver", str(program), *ports, "--tls-cert", str(token)]) == 1
+    assert "certificate and its private key belong together" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [{"drain_timeout": -1.0}, {"start_timeout": 0.0}, {"trace_rate": 0}])
@@ -486,7 +533,8 @@ def test_the_own_server_is_never_asked_through_a_proxy(monkeypatch: pytest.Monke
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
-            assert Control(f"http://127.0.0.1:{server.server_port}", "key").ready()
+            with open_directly(f"http://127.0.0.1:{server.server_port}", 60) as answer:
+                assert answer.status == 200
         finally:
             server.shutdown()
 

@@ -25,7 +25,8 @@ from lfdm_export.bundle.reader import Bundle
 from lfdm_export.errors import ServerError
 from lfdm_export.protocol.contract import CLIP_MODEL, DECODE_MODEL, ENCODE_MODEL, SAMPLE_MODEL, STREAM_MODEL
 from lfdm_export.serving.server.files import install_server
-from lfdm_export.serving.server.supervisor import ServerOptions, TritonServer
+from lfdm_export.serving.server.options import ServerOptions
+from lfdm_export.serving.server.supervisor import TritonServer
 from lfdm_export.serving.server.watchdog import live_stubs
 from lfdm_export.serving.triton.config import DECODE_MODEL_PARAMETER
 from lfdm_export.serving.triton.interfaces import DECODE_CHUNK_MODEL
@@ -204,18 +205,52 @@ def test_a_killed_encoder_is_replaced(server: RunningServer, client: Any, triton
     assert stub.pid != killed
 
 
-def test_a_killed_sampler_fails_only_what_it_had(server: RunningServer, client: Any, triton_process: TritonServer):
+def test_who_had_a_request_in_a_killed_sampler_is_told_at_once(
+    server: RunningServer, client: Any, triton_process: TritonServer
+):
     expected = server.infer(client, REQUEST)["frames"]
     eventually(lambda: sampling(server) == 0, "no slot is busy")
     ends: queue.SimpleQueue[Any] = queue.SimpleQueue()
     with server.client() as other:
-        lost = other.async_infer(CLIP_MODEL, inputs_of(LONG), lambda result, error: ends.put(error))
+        other.async_infer(CLIP_MODEL, inputs_of(LONG), lambda result, error: ends.put(error))
         eventually(lambda: sampling(server) == 1, "the slot is busy")
         kill(triton_process, SAMPLE_MODEL)
+        lost = ends.get(timeout=DEADLINE)
+        assert lost.status() == "StatusCode.UNAVAILABLE"
+        assert "the process of lfdm_sample has died" in lost.message()
         assert_same_pictures(wait_until_served(server, client)["frames"], expected)
-        assert ends.empty(), "a request that was lost has no answer: its client gives it up"
-        lost.cancel()
-        assert ends.get(timeout=DEADLINE).status() == "StatusCode.CANCELLED"
+
+
+def test_who_had_a_stream_in_a_killed_process_is_told_at_once(
+    server: RunningServer, client: Any, triton_process: TritonServer
+):
+    streamed: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    with server.client() as streaming:
+        streaming.start_stream(lambda result, error: streamed.put(error or result.as_numpy("kind")[0]))
+        streaming.async_stream_infer(STREAM_MODEL, inputs_of({**LONG, "progress_every": 1}))
+        found = streamed.get(timeout=DEADLINE)
+        assert found == b"progress"
+        kill(triton_process, STREAM_MODEL)
+        while found == b"progress":
+            found = streamed.get(timeout=DEADLINE)
+        assert "[UNAVAILABLE] the process of lfdm_stream has died" in str(found)
+    eventually(lambda: client.is_model_ready(STREAM_MODEL), "the stream is served again")
+
+
+def test_a_killed_server_is_started_again(server: RunningServer, client: Any, triton_process: TritonServer):
+    expected = server.infer(client, REQUEST)["frames"]
+    eventually(lambda: sampling(server) == 0, "no slot is busy")
+    ends: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    with server.client() as other:
+        other.async_infer(CLIP_MODEL, inputs_of(LONG), lambda result, error: ends.put(error))
+        eventually(lambda: sampling(server) == 1, "the slot is busy")
+        os.kill(triton_process.process_id, signal.SIGKILL)
+        lost = ends.get(timeout=DEADLINE)
+        assert lost.status() == "StatusCode.UNAVAILABLE"
+        assert "the server's process has ended and is started again" in lost.message()
+        assert client.is_server_live()
+    assert_same_pictures(wait_until_served(server, client)["frames"], expected)
+    assert triton_process.running
 
 
 def test_a_bundle_that_is_not_there_stops_the_start(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -17,7 +17,7 @@ from lfdm_export.batching.jobs import Sampled, SampleJob
 from lfdm_export.batching.step_batcher import Ticket
 from lfdm_export.errors import InputError
 from lfdm_export.protocol.contract import CANCEL_INPUT, CANCEL_OUTPUT, Array
-from lfdm_export.protocol.requests import parse_priority
+from lfdm_export.protocol.requests import Limits, parse_priority
 from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.serving.models.sampler import RunningSampler
 from lfdm_export.serving.models.stub import custom_parameters, deadline, failure, inputs, load, log_error, response
@@ -54,7 +54,8 @@ class SampleModel:
             found = self._cancel(str(tensors[CANCEL_INPUT.name][0], "utf-8", "replace"))
             sender.send(response({CANCEL_OUTPUT.name: np.array([found])}, asked), flags=_FINAL)
             return
-        job = sample_job(tensors, parse_priority(custom_parameters(request)), deadline(request))
+        limits = self._loaded.settings.limits
+        job = sample_job(tensors, parse_priority(custom_parameters(request)), deadline(request), limits)
         identity = request.request_id()
 
         def on_done(sampled: Sampled) -> None:
@@ -91,20 +92,25 @@ class SampleModel:
                 self._tickets[identity] = left
 
 
-def sample_job(tensors: Mapping[str, Array], priority: int, due: float | None) -> SampleJob:
-    """The sampler's job that a request's tensors are.
+def sample_job(tensors: Mapping[str, Array], priority: int, due: float | None, limits: Limits) -> SampleJob:
+    """The sampler's job that a request's tensors are; the sampler itself looks at shapes and values.
+
+    The ensemble gives nothing that is refused here, but a server without the front takes requests from anybody.
 
     Raises:
-        InputError: a tensor is missing.
+        InputError: a tensor is missing, or beyond what the server allows.
     """
     names = ("context", "text_embedding", "seed", "guidance_scale", "timesteps", "coefficients", "draws_noise")
     missing = [name for name in names if name not in tensors]
     if missing:
         raise InputError(f"the inputs {', '.join(missing)} are missing; the ensemble gives them")
+    table = SamplerTable("", tensors["timesteps"], tensors["coefficients"], tensors["draws_noise"])
+    if table.steps > limits.steps:
+        raise InputError(f"found {table.steps} steps, expected at most {limits.steps}; ask for fewer")
     return SampleJob(
         context=tensors["context"],
         embedding=tensors["text_embedding"],
-        table=SamplerTable("", tensors["timesteps"], tensors["coefficients"], tensors["draws_noise"]),
+        table=table,
         guidance_scale=float(tensors["guidance_scale"][0]),
         seed=int(tensors["seed"][0]),
         priority=priority,

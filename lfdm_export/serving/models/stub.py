@@ -21,6 +21,7 @@ from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.protocol.contract import Array, OverloadedError, RequestCancelledError
 from lfdm_export.serving.triton.interfaces import ModelInterface, interfaces
 from lfdm_export.serving.triton.settings import ServingSettings
+from lfdm_export.stages import BATCH
 
 #: What a model makes of one request's tensors.
 Function = Callable[[Mapping[str, Array]], Mapping[str, Array]]
@@ -102,12 +103,19 @@ def check_arrays() -> None:
 
 
 def inputs(request: Any, interface: ModelInterface) -> dict[str, Array]:
-    """The tensors that a request has, as arrays of our own."""
+    """The tensors that a request has, as arrays of our own.
+
+    Raises:
+        InputError: one has several rows: what a request may cost is counted by requests.
+    """
     found = {}
     for spec in interface.inputs:
         tensor = pb_utils.get_input_tensor_by_name(request, spec.name)
-        if tensor is not None:
-            found[spec.name] = tensor.as_numpy()
+        if tensor is None:
+            continue
+        found[spec.name] = tensor.as_numpy()
+        if spec.shape[:1] == (BATCH,) and len(found[spec.name]) != 1:
+            raise InputError(f"{spec.name} has {len(found[spec.name])} rows, expected 1; send a request for each")
     return found
 
 

@@ -11,14 +11,17 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from lfdm_export.errors import ServerError
-from lfdm_export.protocol.contract import CANCEL_INPUT, PREPROCESS_MODEL, SAMPLE_MODEL
+from lfdm_export.protocol.contract import CANCEL_INPUT, IMAGE_INPUTS, PREPROCESS_MODEL, SAMPLE_MODEL, Array, WireTensor
 from lfdm_export.serving.server.control import Control
+from lfdm_export.serving.server.shared_memory import make_private, remove_shared_memory
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +32,11 @@ PROBE_TIMEOUT = 30.0
 #: Seconds after which a model that could not be loaded is tried again: first, and at most.
 RETRY, LONGEST_RETRY = 1.0, 30.0
 _STUB = "triton_python_backend_stub"
-_SHARED_MEMORY = Path("/dev/shm")
 
-_BLACK_PIXEL = {"name": "image", "datatype": "UINT8", "shape": [1, 1, 3], "data": [0, 0, 0]}
-_CANCEL_NOTHING = {"name": CANCEL_INPUT.name, "datatype": "BYTES", "shape": [1], "data": [""]}
 #: Requests that are answered at once, whatever their model is at.
-_PROBES: Mapping[str, Mapping[str, object]] = {
-    PREPROCESS_MODEL: {"inputs": [_BLACK_PIXEL]},
-    SAMPLE_MODEL: {"inputs": [_CANCEL_NOTHING]},
+_PROBES: Mapping[str, tuple[Sequence[WireTensor], Mapping[str, Array]]] = {
+    PREPROCESS_MODEL: (IMAGE_INPUTS, {"image": np.zeros((1, 1, 3), np.uint8)}),
+    SAMPLE_MODEL: ((CANCEL_INPUT,), {CANCEL_INPUT.name: np.array([b""], np.object_)}),
 }
 
 
@@ -75,31 +75,21 @@ def live_stubs(region_prefix: str) -> list[Stub]:
     return found
 
 
-def remove_shared_memory(prefix: str, keep: Sequence[str] = ()) -> None:
-    """Remove the shared memory that killed processes left behind.
-
-    Args:
-        prefix: what the names of the server's regions begin with.
-        keep: names of those in use.
-    """
-    for path in _SHARED_MEMORY.glob(f"{prefix}*"):
-        if path.name not in keep:
-            with suppress(OSError):
-                path.unlink()
-
-
 class Watchdog:
     """Watches a server's models on a thread of its own."""
 
-    def __init__(self, control: Control, models: Sequence[str], region_prefix: str) -> None:
+    def __init__(
+        self, control: Control, models: Sequence[str], region_prefix: str, died: Callable[[str], None]
+    ) -> None:
         """Start to watch.
 
         Args:
             control: of the server.
             models: the Python models that should live.
             region_prefix: what the names of the server's shared memory begin with.
+            died: called with the name of a model whose process has died, before it is loaded again.
         """
-        self._control, self._models, self._prefix = control, tuple(models), region_prefix
+        self._control, self._models, self._prefix, self._died = control, tuple(models), region_prefix, died
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
@@ -131,11 +121,12 @@ class Watchdog:
     def _reload(self, model: str) -> bool:
         """Unload and load a model: only that makes a new process; whether it lives again."""
         began = time.monotonic()
-        logger.error("the process of %s has died: it is loaded again; requests that it had are lost", model)
+        self._died(model)
         try:
             self._control.unload(model)
             remove_shared_memory(self._prefix, [stub.region for stub in live_stubs(self._prefix)])
             self._control.load(model)
+            make_private(self._prefix)
         except ServerError as error:
             logger.error("%s could not be loaded again: %s", model, error)
             return False
@@ -144,17 +135,21 @@ class Watchdog:
 
     def _probe(self) -> None:
         while not self._stop.wait(PROBE_EVERY):
-            for model, body in _PROBES.items():
+            for model in _PROBES:
                 if model in self._models and not self._stop.is_set():
-                    self._probe_model(model, body)
+                    self._probe_model(model)
 
-    def _probe_model(self, model: str, body: Mapping[str, object]) -> None:
+    def _probe_model(self, model: str) -> None:
         stubs = [stub for stub in live_stubs(self._prefix) if stub.model == model]
         try:
-            self._control.infer(model, body, timeout=PROBE_TIMEOUT)
+            self._control.infer(model, *_PROBES[model], timeout=PROBE_TIMEOUT)
         except ServerError as error:
             # One that died meanwhile is the other thread's business; one that is being loaded answers NOT_FOUND.
-            if error.code != "UNAVAILABLE" or not stubs or not self._control.model_ready(model):
+            if (
+                error.code not in ("UNAVAILABLE", "DEADLINE_EXCEEDED")
+                or not stubs
+                or not self._control.model_ready(model)
+            ):
                 return
             logger.error("%s has not answered for %.0f s: its process is ended", model, PROBE_TIMEOUT)
             for stub in stubs:

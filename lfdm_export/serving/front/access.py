@@ -1,0 +1,117 @@
+"""Who may call: one token for all, and TLS."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import os
+import re
+import ssl
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lfdm_export.errors import InputError
+from lfdm_export.files.names import user_path
+from lfdm_export.serving.front.refusal import RefusedError
+
+logger = logging.getLogger(__name__)
+
+#: Characters that go into a header. Source: RFC 9110, field values; spaces and controls are left out.
+_TOKEN = re.compile(rb"[\x21-\x7e]{1,4096}")
+_MOST = 1 << 16
+
+
+@dataclass(frozen=True)
+class Access:
+    """What callers need.
+
+    Attributes:
+        token: that they bring; None asks nobody who they are.
+        certificate, key: PEM, of the server; None for plain text.
+    """
+
+    token: bytes | None = field(default=None, repr=False)
+    certificate: str | None = None
+    key: str | None = field(default=None, repr=False)
+
+    def check(self, header: str | bytes | None) -> None:
+        """Compare the token of a request, in a time that tells nothing about it.
+
+        Args:
+            header: the value of ``authorization``.
+
+        Raises:
+            RefusedError: it is not there, or another one.
+        """
+        if self.token is None:
+            return
+        given = (header or b"") if not isinstance(header, str) else header.encode("utf-8", "replace")
+        scheme, _, token = given.partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self.token):
+            raise RefusedError(
+                "UNAUTHENTICATED", "this server asks for a token; send the header 'authorization: Bearer TOKEN'"
+            )
+
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """For HTTP; None for plain text.
+
+        Raises:
+            InputError: a file cannot be used.
+        """
+        if self.certificate is None or self.key is None:
+            return None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            context.load_cert_chain(self.certificate, self.key)
+        except OSError as error:  # of which errors of TLS are a kind
+            raise InputError(
+                f"{self.certificate} and {self.key} are no certificate with its key ({error.strerror or error}); give "
+                "two PEM files that belong together"
+            ) from error
+        return context
+
+    def grpc_credentials(self) -> Any:
+        """For gRPC; None for plain text.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        if self.certificate is None or self.key is None:
+            return None
+        import grpc
+
+        return grpc.ssl_server_credentials([(_read(self.key), _read(self.certificate))])
+
+
+def read_access(token_file: str | None, certificate: str | None, key: str | None) -> Access:
+    """Read the files that say who may call.
+
+    Raises:
+        InputError: one cannot be read, or holds no token.
+    """
+    paths = [None if name is None else str(user_path(name)) for name in (certificate, key)]
+    found = Access(None if token_file is None else _token(user_path(token_file)), *paths)
+    found.ssl_context()  # says at once what is wrong with them
+    return found
+
+
+def _token(path: Path) -> bytes:
+    token = _read(path).strip()
+    if not _TOKEN.fullmatch(token):
+        raise InputError(
+            f"{path} holds no token, expected one line of 1 to 4096 printable characters without spaces; write one "
+            f"with: openssl rand -hex 32 > {path}"
+        )
+    if path.stat().st_mode & 0o004:
+        logger.warning("every user of this machine can read the token in %s; protect it with: chmod 600", path)
+    return token
+
+
+def _read(path: str | os.PathLike[str]) -> bytes:
+    try:
+        with Path(path).open("rb") as stream:
+            return stream.read(_MOST)
+    except OSError as error:
+        raise InputError(f"{os.fspath(path)} cannot be read ({error.strerror}); check the path") from error

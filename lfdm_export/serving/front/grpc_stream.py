@@ -1,0 +1,173 @@
+"""One call of ModelStreamInfer: any number of requests, and the answers to each, in one stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import grpc.aio
+
+from lfdm_export.client.settings import import_protocol
+from lfdm_export.protocol.contract import STREAM_MODEL
+from lfdm_export.serving.front.checks import MOST_ID
+from lfdm_export.serving.front.flights import Flight
+from lfdm_export.serving.front.grpc_messages import MessageDoor, parsed
+from lfdm_export.serving.front.inflate import inflated_message
+from lfdm_export.serving.front.refusal import RefusedError
+from lfdm_export.serving.front.service import Service, named
+from lfdm_export.serving.front.triton import LOST_SENTENCE, refused
+
+#: A field of an answer in a stream that says that the id of its request is "": of two, the last one counts.
+_NO_ID = b"\x12\x02\x1a\x00"
+
+
+class StreamCall:
+    """The two ways of a stream, and the requests on it whose last answer is still to come."""
+
+    def __init__(self, service: Service, door: MessageDoor, context: Any) -> None:
+        """Use `run`."""
+        self._service, self._door, self._context = service, door, context
+        self._messages, _ = import_protocol()
+        self._call: Any = None
+        self._outstanding: list[tuple[Flight, int]] = []
+        self._lost = asyncio.Event()
+        self._writing = asyncio.Lock()
+
+    async def run(self) -> None:
+        """Serve the call to its end.
+
+        Raises:
+            RefusedError: the call cannot be served.
+        """
+        with self._service.flights.holding() as hold:
+            first = await self._door.read(self._context, self._service.limits.message_bytes)
+            self._call = self._service.triton.stream(self._context.time_remaining())
+            work = (self._requests(first, hold), self._answers(hold), self._lost.wait())
+            tasks = [asyncio.ensure_future(one) for one in work]
+            try:
+                await self._until_over(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                self._call.cancel()
+                for flight, _ in self._outstanding:
+                    self._service.flights.end(flight)
+                    if flight.fault is None and flight.model != STREAM_MODEL:  # that one sees that its stream ended
+                        self._service.abandon(flight.request_id)
+
+    async def _until_over(self, requests: asyncio.Future[Any], answers: Any, lost: asyncio.Future[Any]) -> None:
+        waiting = {requests, answers, lost}
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if lost in done:
+                return await self._tell_lost()
+            for task in done:
+                task.result()  # raises what it raised
+            if answers in done:
+                return None
+        return None
+
+    async def _requests(self, first: bytes, hold: Callable[[int], None]) -> None:
+        """Hand on what the client sends, until it has sent all."""
+        message: Any = first
+        while message is not grpc.aio.EOF:
+            request_id = ""
+            try:
+                message = inflated_message(message, self._service.limits.message_bytes)
+                request = parsed(self._messages.ModelInferRequest, message)
+                request_id = request.id[:MOST_ID]
+                await self._service.check(request)
+                flight = self._begin(request, len(message), hold)
+            except RefusedError as error:
+                await self._refuse(str(error), error.code, request_id)
+            else:
+                message = named(message, flight.request_id) if flight.unnamed else message
+                try:
+                    await self._call.write(message)
+                except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    return  # the server has ended the call: its answers say why
+            message = await self._next()
+        await self._call.done_writing()
+
+    def _begin(self, request: Any, size: int, hold: Callable[[int], None]) -> Flight:
+        hold(size)
+        try:
+            flight = self._service.begin(request.model_name, request.id, self._lost.set)
+        except RefusedError:
+            hold(-size)
+            raise
+        self._outstanding.append((flight, size))
+        return flight
+
+    async def _next(self) -> Any:
+        """The next message; a client that neither sends nor waits for anything is sent away.
+
+        Raises:
+            RefusedError: it has been silent for too long.
+        """
+        reading = asyncio.ensure_future(self._context.read())
+        try:
+            while True:
+                await asyncio.wait((reading,), timeout=self._service.limits.idle_seconds)
+                if reading.done():
+                    return reading.result()
+                if not self._outstanding:
+                    raise RefusedError("DEADLINE_EXCEEDED", "the stream was silent for too long; open a new one")
+        finally:
+            reading.cancel()
+
+    async def _answers(self, hold: Callable[[int], None]) -> None:
+        """Hand on what the server sends, to its end."""
+        while True:
+            try:
+                message = await self._call.read()
+            except grpc.aio.AioRpcError as error:
+                if not self._outstanding:
+                    raise refused(error) from None
+                for flight, _ in self._outstanding:
+                    flight.fault = flight.fault or refused(error)
+                return await self._tell_lost()
+            if message is grpc.aio.EOF:
+                return None
+            unnamed = self._answered(message, hold)
+            await self._write(message + _NO_ID if unnamed else message)
+
+    def _answered(self, message: bytes, hold: Callable[[int], None]) -> bool:
+        """Note an answer, with whose last one a request ends; whether that request came without an id."""
+        answer = self._messages.ModelStreamInferResponse.FromString(message)
+        if not self._outstanding:
+            return False
+        response = answer.infer_response
+        found = next((one for one in self._outstanding if one[0].request_id == response.id), self._outstanding[0])
+        if answer.error_message or response.model_name != STREAM_MODEL or _is_last(response):
+            self._outstanding.remove(found)
+            self._service.flights.end(found[0])
+            hold(-found[1])
+        return found[0].unnamed
+
+    async def _tell_lost(self) -> None:
+        """An error for each request that will have no answer, as Triton's streams tell of errors."""
+        for flight, _ in self._outstanding:
+            fault = flight.fault
+            sentence, code = (LOST_SENTENCE, "UNAVAILABLE") if fault is None else (str(fault), fault.code)
+            await self._refuse(sentence, code, "" if flight.unnamed else flight.request_id)
+
+    async def _refuse(self, sentence: str, code: str, request_id: str) -> None:
+        answer = self._messages.ModelStreamInferResponse(error_message=f"[{code}] {sentence}")
+        answer.infer_response.id = request_id
+        await self._write(answer.SerializeToString())
+
+    async def _write(self, message: bytes) -> None:
+        async with self._writing:
+            await self._door.write(self._context, message)
+
+
+def _is_last(response: Any) -> bool:
+    """Whether a response of the stream's model is of kind done, or says itself that it is the last."""
+    if "triton_final_response" in response.parameters and response.parameters["triton_final_response"].bool_param:
+        return True
+    for output, content in zip(response.outputs, response.raw_output_contents, strict=False):
+        if output.name == "kind":
+            return bool(content[4:] == b"done")
+    return False

@@ -1,0 +1,110 @@
+"""Listens for HTTP: so many connections, none of which is kept silent for long."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+from aiohttp import web
+
+from lfdm_export.serving.front.limits import FrontLimits
+
+Answer = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+#: Seconds between two looks at silent connections.
+_LOOK = 1.0
+
+
+class HttpServer:
+    """One port. For its event loop alone."""
+
+    def __init__(self, answer: Answer, limits: FrontLimits) -> None:
+        """Listen not yet.
+
+        Args:
+            answer: to each request; raises nothing but what ends the connection.
+            limits: of the front.
+        """
+        self._answer, self._limits = answer, limits
+        self._server = web.Server(
+            self._busy,
+            handler_cancellation=True,
+            auto_decompress=False,
+            keepalive_timeout=limits.header_seconds,
+            access_log=None,
+            max_line_size=8190,
+            max_field_size=8190,
+            max_headers=limits.header_fields,
+        )
+        self._silent_since: dict[Any, float] = {}
+        self._watch: asyncio.Task[None] | None = None
+        self._listener: asyncio.Server | None = None
+
+    async def listen(self, host: str, port: int, context: ssl.SSLContext | None) -> None:
+        """Take connections.
+
+        Raises:
+            OSError: the port is taken.
+        """
+        loop = asyncio.get_running_loop()
+        handshake = None if context is None else self._limits.header_seconds
+        self._listener = await loop.create_server(
+            self._protocol, host, port, ssl=context, ssl_handshake_timeout=handshake, backlog=512, reuse_address=True
+        )
+        self._watch = loop.create_task(self._close_silent())
+
+    async def close(self) -> None:
+        """Take no more connections, and end those that there are."""
+        if self._listener is not None:
+            self._listener.close()
+        if self._watch is not None:
+            self._watch.cancel()
+        await self._server.shutdown(1.0)
+
+    def _protocol(self) -> asyncio.Protocol:
+        if len(self._server.connections) >= self._limits.connections:
+            return _Busy()
+        protocol: Any = self._server()
+        self._silent_since[protocol] = asyncio.get_running_loop().time()
+        return protocol
+
+    async def _busy(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer; the connection is silent before and after."""
+        self._silent_since.pop(request.protocol, None)
+        try:
+            return await self._answer(request)
+        finally:
+            self._silent_since[request.protocol] = asyncio.get_running_loop().time()
+
+    async def _close_silent(self) -> None:
+        """Close connections on which no whole head of a request has come for long."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_LOOK)
+            now = loop.time()
+            for protocol, since in list(self._silent_since.items()):
+                if protocol.transport is None and now > since + _LOOK:  # closed
+                    del self._silent_since[protocol]
+                elif now > since + self._limits.header_seconds:
+                    with suppress(KeyError):
+                        del self._silent_since[protocol]
+                    protocol.force_close()
+
+
+class _Busy(asyncio.Protocol):
+    """A connection too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Say so, and close."""
+        assert isinstance(transport, asyncio.Transport)
+        body = b'{"error":"the server has as many connections as it takes; try again later"}'
+        head = (
+            b"HTTP/1.1 503 Service Unavailable",
+            b"Connection: close",
+            b"Content-Type: application/json",
+            b"Content-Length: %d" % len(body),
+        )
+        transport.write(b"\r\n".join((*head, b"", body)))
+        transport.close()

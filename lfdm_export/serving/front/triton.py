@@ -1,0 +1,95 @@
+"""The server behind the front: its private gRPC socket, spoken to in raw messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from lfdm_export.client.settings import import_grpc, import_protocol
+from lfdm_export.serving.front.refusal import RefusedError, unavailable
+
+SERVICE = "inference.GRPCInferenceService"
+HEALTH = "grpc.health.v1.Health"
+#: Nothing between this process and the server's needs a bound: what clients send has one.
+_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+#: What gRPC itself says where nobody answers, or the connection ends.
+_LOST = re.compile(
+    r"socket closed|failed to connect|connection reset|broken pipe|endpoint closing|recvmsg|unix:", re.IGNORECASE
+)
+LOST_SENTENCE = "the server's process has ended and is started again; send the request again"
+
+
+class Triton:
+    """A channel to one server process. For one event loop."""
+
+    def __init__(self, target: str) -> None:
+        """Open lazily.
+
+        Args:
+            target: gRPC's name of its socket.
+        """
+        import grpc.aio
+
+        self._channel = grpc.aio.insecure_channel(target, _OPTIONS)
+        self._calls: dict[str, Any] = {}
+
+    async def close(self) -> None:
+        """End all calls."""
+        await self._channel.close()
+
+    def unary(self, method: str, message: bytes, seconds: float | None) -> Any:
+        """Begin a call of a full method name; to be awaited, gives the raw answer."""
+        return self._method(method, self._channel.unary_unary)(message, timeout=seconds)
+
+    def stream(self, seconds: float | None) -> Any:
+        """Begin a stream of requests and answers."""
+        return self._method(f"/{SERVICE}/ModelStreamInfer", self._channel.stream_stream)(timeout=seconds)
+
+    def _method(self, name: str, kind: Callable[[str], Any]) -> Any:
+        if name not in self._calls:
+            self._calls[name] = kind(name)
+        return self._calls[name]
+
+    async def ask(self, method: str, request: Any, seconds: float = 10.0) -> Any:
+        """A small question in messages of Triton's service.
+
+        Args:
+            method: such as ModelMetadata.
+            request: its message.
+            seconds: that it may take.
+
+        Raises:
+            RefusedError: the server's refusal, or why there is no answer.
+        """
+        messages, _ = import_protocol()
+        call = self.unary(f"/{SERVICE}/{method}", request.SerializeToString(), seconds)
+        return getattr(messages, f"{method}Response").FromString(await answered(call))
+
+
+async def answered(call: Any) -> bytes:
+    """What a call gives.
+
+    Raises:
+        RefusedError: the server's refusal, or why there is no answer.
+    """
+    try:
+        answer: bytes = await call
+    except import_grpc().aio.AioRpcError as error:
+        raise refused(error) from None
+    return answer
+
+
+def refused(error: Any) -> RefusedError:
+    """The refusal that gRPC's error is."""
+    code, details = error.code().name, error.details() or ""
+    if code == "UNAVAILABLE" and _LOST.search(details):
+        return unavailable(LOST_SENTENCE)
+    return RefusedError(code, details)

@@ -1,0 +1,70 @@
+"""Becomes another program that lives no longer than its parent, and lets nobody else read its shared memory.
+
+Run as ``python -I -S launch.py PARENT PROGRAM ARGUMENT …``, not imported: what it sets must hold before the program's
+first instruction, and a fork of a process with threads may do nothing but start a program.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import signal
+import struct
+import sys
+
+# Source: prctl(2), seccomp(2); linux/prctl.h, linux/seccomp.h, linux/filter.h, linux/audit.h.
+_PDEATHSIG, _NO_NEW_PRIVILEGES = 1, 38
+#: SECCOMP_SET_MODE_FILTER, and SECCOMP_FILTER_FLAG_SPEC_ALLOW: older kernels slow a filtered process down otherwise.
+_SET_FILTER, _AT_FULL_SPEED = 1, 4
+_ALLOW, _PRETEND = 0x7FFF0000, 0x00050000  # SECCOMP_RET_ALLOW; SECCOMP_RET_ERRNO with 0: "done"
+_LOAD, _EQUAL, _RETURN = 0x20, 0x15, 0x06  # BPF: load a word, jump if equal, return
+_NUMBER, _ARCHITECTURE, _SECOND_ARGUMENT = 0, 4, 24  # offsets in struct seccomp_data
+#: AUDIT_ARCH, and the numbers of fchmod and seccomp.
+_MACHINES = {"x86_64": (0xC000003E, 91, 317), "aarch64": (0xC00000B7, 52, 277)}
+
+
+def keep_memory_private() -> bool:
+    """Let `fchmod` to 0644 do nothing, here and in all descendants; whether this kernel does that.
+
+    Triton's Python backend creates its shared memory with the mode that the umask leaves, and makes it readable for
+    everybody right after that (Boost's `shared_memory_object`).
+    """
+    if platform.machine() not in _MACHINES:
+        return False
+    architecture, fchmod, seccomp = _MACHINES[platform.machine()]
+    program = b"".join(
+        struct.pack("=HBBI", *instruction)
+        for instruction in (
+            (_LOAD, 0, 0, _ARCHITECTURE),
+            (_EQUAL, 0, 5, architecture),
+            (_LOAD, 0, 0, _NUMBER),
+            (_EQUAL, 0, 3, fchmod),
+            (_LOAD, 0, 0, _SECOND_ARGUMENT),
+            (_EQUAL, 0, 1, 0o644),
+            (_RETURN, 0, 0, _PRETEND),
+            (_RETURN, 0, 0, _ALLOW),
+        )
+    )
+    instructions = ctypes.create_string_buffer(program)
+    header = struct.pack("@HP", len(program) // 8, ctypes.addressof(instructions))
+    libc = ctypes.CDLL(None)
+    if libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0):
+        return False
+    return bool(libc.syscall(seccomp, _SET_FILTER, _AT_FULL_SPEED, ctypes.create_string_buffer(header)) == 0)
+
+
+def main() -> None:
+    """Die with the parent, keep files private, and become the program."""
+    parent, program, *arguments = sys.argv[1:]
+    os.umask(0o077)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PDEATHSIG, int(signal.SIGKILL))
+        keep_memory_private()
+    if os.getppid() != int(parent):  # it was faster
+        sys.exit(1)
+    os.execv(program, [program, *arguments])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""One `tritonserver`: started, waited for, listened to, ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from lfdm_export.errors import ServerError
+from lfdm_export.protocol.contract import CLIP_MODEL, STREAM_MODEL
+from lfdm_export.serving.server.control import Control
+from lfdm_export.serving.server.files import ServerFiles
+from lfdm_export.serving.server.options import ServerOptions
+from lfdm_export.serving.server.shared_memory import make_private, remove_shared_memory
+from lfdm_export.serving.server.sockets import Sockets
+from lfdm_export.serving.server.watchdog import live_stubs
+
+logger = logging.getLogger(__name__)
+
+#: What clients use; loading them loads what they are made of.
+SERVED = (CLIP_MODEL, STREAM_MODEL)
+#: Seconds that a model's process may take to load its engines.
+_STUB_TIMEOUT = 600
+#: Seconds that the server waits for what is left at SIGTERM (requests that a killed process had), and until it gets
+#: SIGKILL.
+_EXIT_TIMEOUT, _TERM_TIMEOUT = 3, 8.0
+#: What a server says on every machine without a GPU.
+_NOISE = ("CudaDriverHelper", "CUDA driver version is insufficient", "NVML", "DCGM", "pinned system memory", "NODELAY")
+_LAUNCHER = Path(__file__).with_name("launch.py")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a server is started from, the first time and again.
+
+    Attributes:
+        files: what to start.
+        repository: the models.
+        options: how, with ports.
+        region_prefix: what the names of its shared memory begin with.
+        environment: variables of its process.
+    """
+
+    files: ServerFiles
+    repository: Path
+    options: ServerOptions
+    region_prefix: str
+    environment: Mapping[str, str]
+
+
+class TritonProcess:
+    """A server process with all models ready.
+
+    Attributes:
+        sockets: where it listens.
+        control: of the server.
+    """
+
+    def __init__(self, recipe: Recipe, sockets: Sockets, stopping: threading.Event) -> None:
+        """Start it and wait until all its models are ready; it dies with the thread that starts it.
+
+        Args:
+            recipe: what from.
+            sockets: where it is to listen.
+            stopping: ends the wait.
+
+        Raises:
+            ServerError: it does not become ready; the message has what it said last.
+        """
+        self.sockets, self._recipe = sockets, recipe
+        self.control = Control(sockets.grpc_target)
+        self._said: deque[str] = deque(maxlen=400)
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid()), *_command(recipe, sockets)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=recipe.environment,
+            start_new_session=True,  # Ctrl-C is for us, who drain first
+        )
+        self._reader = threading.Thread(target=self._read, name="lfdm-server-log", daemon=True)
+        self._reader.start()
+        try:
+            self._wait_ready(stopping)
+            make_private(recipe.region_prefix)
+        except BaseException:
+            self.kill()
+            raise
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there."""
+        return self._process.poll() is None
+
+    @property
+    def process_id(self) -> int:
+        """Its number."""
+        return self._process.pid
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for its end; whether it has come."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        return not self.running
+
+    def last_words(self) -> str:
+        """The last errors that the server logged, in one line."""
+        lines = [line for line in self._said if _matters(line)]
+        errors = [line for line in lines if line.startswith(("E", "error")) or "Error" in line]
+        return " | ".join((errors or lines)[-3:]) or "it said nothing"
+
+    def terminate(self) -> None:
+        """End the server in order, or, if it does not end, at once."""
+        if self.running:
+            self._process.terminate()
+            self.wait(_TERM_TIMEOUT)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the server now, and what it leaves behind."""
+        if self.running:
+            self._process.kill()
+        self._process.wait()
+        for stub in live_stubs(self._recipe.region_prefix):  # they do not always notice that the server is gone
+            with suppress(OSError):
+                os.kill(stub.pid, signal.SIGKILL)
+        self._reader.join(5.0)
+        self.control.close()
+        remove_shared_memory(self._recipe.region_prefix)
+
+    def _wait_ready(self, stopping: threading.Event) -> None:
+        seconds = self._recipe.options.start_timeout
+        deadline = time.monotonic() + seconds
+        while not (self.control.ready() and all(map(self.control.model_ready, SERVED))):
+            if not self.running:
+                self._reader.join(5.0)
+                raise ServerError(f"tritonserver did not start: {self.last_words()}", "UNAVAILABLE")
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"tritonserver was not ready within {seconds:.0f} s: {self.last_words()}", "UNAVAILABLE"
+                )
+            if stopping.wait(0.1):
+                raise ServerError("the server is being stopped", "UNAVAILABLE")
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            text = line.rstrip()
+            self._said.append(text)
+            if self._recipe.options.verbose or _matters(text):
+                logger.warning("%s", text)
+
+
+def _matters(line: str) -> bool:
+    """Whether a line of the server's is worth an operator's attention: warnings, errors, what models print."""
+    return bool(line) and not line.startswith(("I", "+", "|")) and not any(noise in line for noise in _NOISE)
+
+
+def _command(recipe: Recipe, sockets: Sockets) -> list[str]:
+    files, options = recipe.files, recipe.options
+    command = [
+        str(files.binary.absolute()),
+        f"--model-repository={recipe.repository}",
+        *([f"--backend-directory={files.backends}"] if files.backends else []),
+        "--model-control-mode=explicit",
+        *(f"--load-model={model}" for model in SERVED),
+        "--exit-on-error=true",
+        "--strict-readiness=true",
+        *sockets.arguments(),
+        f"--backend-config=python,shm-region-prefix-name={recipe.region_prefix}",
+        f"--backend-config=python,stub-timeout-seconds={_STUB_TIMEOUT}",
+        f"--exit-timeout-secs={_EXIT_TIMEOUT}",
+    ]
+    if options.trace_file:
+        command += [
+            f"--trace-config=triton,file={options.trace_file}",
+            f"--trace-config=rate={options.trace_rate}",
+            "--trace-config=level=TIMESTAMPS",
+        ]
+    return [*command, *options.arguments]

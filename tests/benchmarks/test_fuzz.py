@@ -1,0 +1,53 @@
+"""The fuzzer: its cases can be repeated, and it notices what it is there to notice."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import fuzz
+from lfdm_export.errors import InputError
+
+
+def test_cases_are_decided_by_their_numbers(tmp_path: Path):
+    data = bytes(range(256)) * 20
+    made = [fuzz.damaged(data, random.Random(f"x:{number}")) for number in range(50)]
+    assert made == [fuzz.damaged(data, random.Random(f"x:{number}")) for number in range(50)]
+    assert len({*made}) > 40
+    plain = {"a": [1, {"b": "c"}], "d": None}
+    assert repr(fuzz.rearranged(plain, random.Random(7))) == repr(fuzz.rearranged(plain, random.Random(7)))
+    assert plain == {"a": [1, {"b": "c"}], "d": None}
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"), [(InputError("ours"), "refused"), (KeyError("theirs"), "foreign:KeyError")]
+)
+def test_errors_are_told_apart(error: Exception, outcome: str):
+    def run() -> None:
+        raise error
+
+    assert fuzz._outcome(run).startswith(outcome)
+    assert fuzz._outcome(lambda: None) == "taken"
+
+
+@pytest.mark.parametrize("target", ["json", "request", "picture", "clip"])
+def test_every_case_has_a_good_end(target: str):
+    found = list(fuzz.cases((sys.executable, fuzz.__file__, "--child", target, "0", "20")))
+    assert [number for number, _ in found] == list(range(20))
+    assert {outcome for _, outcome in found} <= {"taken", "refused"}
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome"),
+    [
+        ("import os; os.abort()", "crash:-6"),
+        ("import time; time.sleep(1000)", "hang"),
+        ("print('end taken', 1 << 40, flush=True)", "grown"),
+    ],
+)
+def test_children_that_end_badly_are_noticed(code: str, outcome: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fuzz, "SECONDS", 0.2)
+    assert list(fuzz.cases((sys.executable, "-c", f"print('begin 3', flush=True); {code}"))) == [(3, outcome)]
