@@ -17,6 +17,7 @@ from tritonclient.grpc import model_config_pb2
 from lfdm_export.bundle.manifest import Manifest
 from lfdm_export.bundle.reader import Bundle, fingerprint
 from lfdm_export.engines.cuda_driver import Gpu
+from lfdm_export.engines.tensorrt.grid_samples import GRID_SAMPLING
 from lfdm_export.engines.tensorrt.plans import BuildOptions, Fingerprint, PlanFolder, PlanRecord
 from lfdm_export.errors import EngineError, ExportError
 from lfdm_export.files.json_codec import to_plain
@@ -227,6 +228,7 @@ def write_plans(bundle: Bundle, **changes: Any) -> PlanFolder:
             library="TensorRT 11.4.0.106",
             gpus=(L4.architecture, L4.name),
             options=BuildOptions(),
+            grid_sampling=GRID_SAMPLING,
         )
         record = PlanRecord(replace(made, **changes), fingerprint(folder.plan(stage)), 1.0, 1, {})
         folder.record_path(stage).write_text(json.dumps(to_plain(record)), encoding="utf-8")
@@ -254,6 +256,7 @@ def test_plans_are_the_models_of_tensorrt(tmp_path: Path, bundle: Bundle):
         ({"sources": {"onnx/encode.onnx": "0" * 64}}, r"was made from another onnx/encode\.onnx than the bundle's"),
         ({"sources": {}, "options": BuildOptions(strip=True)}, "was stripped of its weights"),
         ({"stage": "step"}, "is of stage step, expected encode"),
+        ({"grid_sampling": "as the parser read it"}, "is of sampling as the parser read it, expected linear, zeros"),
         ({"precision": "fp16"}, "is of precision fp16, expected fp32"),
         ({"target": "tensorrt-rtx"}, "is of target tensorrt-rtx, expected tensorrt"),
     ],

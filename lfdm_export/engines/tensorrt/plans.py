@@ -22,6 +22,7 @@ from lfdm_export.bundle.manifest import FileEntry
 from lfdm_export.bundle.reader import PLANS_FOLDER, Bundle, fingerprint
 from lfdm_export.engines.cuda_driver import Gpu
 from lfdm_export.engines.targets import PLAN_TARGETS, TITLES, Target
+from lfdm_export.engines.tensorrt.grid_samples import GRID_SAMPLING
 from lfdm_export.errors import EngineError
 from lfdm_export.files.atomic import folder_made, locked, sync_path, temporary_folder
 from lfdm_export.files.json_codec import from_plain, to_plain
@@ -66,6 +67,7 @@ class Fingerprint:
         library: the target's name and version.
         gpus: what it was built for: architectures (RTX), or the one GPU's architecture and name.
         options: that the builder was given.
+        grid_sampling: how its layers sample pictures; see `grid_samples`.
     """
 
     target: Target
@@ -77,6 +79,7 @@ class Fingerprint:
     library: str
     gpus: tuple[str, ...]
     options: BuildOptions
+    grid_sampling: str = "as the parser read it"
 
 
 @dataclass(frozen=True)
@@ -282,6 +285,7 @@ def _made_of_another(made: Fingerprint, bundle: Bundle, stage: str, target: Targ
         ("stage", made.stage, stage),
         ("precision", made.precision, bundle.manifest.precision),
         ("batch profile", made.batch, spec.batch),
+        ("sampling", made.grid_sampling, GRID_SAMPLING),
     ):
         if found != expected:
             return f"is of {what} {found}, expected {expected}"
@@ -301,9 +305,9 @@ def _made_for_another(made: Fingerprint, library: str, gpu: Gpu) -> str:
 
 
 def _made_for_another_gpu(made: Fingerprint, gpu: Gpu) -> str:
-    return (
-        "" if _runs_on(made, gpu) else f"was built for {', '.join(made.gpus)}, here is {gpu.name} ({gpu.architecture})"
-    )
+    if _runs_on(made, gpu):
+        return ""
+    return f"was built for {', '.join(made.gpus)}, here is {gpu.name} ({gpu.architecture})"
 
 
 def _later(made: Fingerprint, library: str) -> bool:
