@@ -22,7 +22,6 @@ import torch.nn.functional as F
 
 from benchmarks import (
     gpu_attention,
-    gpu_choices,
     gpu_driver,
     gpu_kernels,
     gpu_kernels_once,
@@ -41,7 +40,6 @@ from benchmarks.gpu_verdicts import TARGETS, floors, verdicts
 from benchmarks.gpu_work import Bench, Settings, load_model
 from lfdm_export.engines.cuda_driver import CudaDriver
 from lfdm_export.ops.temporal_attention.gpu import core_on_gpu
-from lfdm_export.rewrite.lfae import dephase_kernel
 from tests.fake_gpu import FakeLibrary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +47,7 @@ TRIAL = ["--device", "cpu", "--tiny"]
 #: One part of each kind: the others differ by the precision or an option alone.
 TRIED = (
     "checks", "ceilings", "faithful-fp32", "ours-fp16", "ours-fp16-compiled", "attention", "step", "warp",
-    "norm", "linear", "warp-blocks", "step-kernels", "last-convolution",
+    "norm", "linear",
     "faithful-fp16-graphs", "batches-fp16", "ours-bf16",
 )  # fmt: skip
 
@@ -114,9 +112,6 @@ def test_times_are_medians_with_their_spread(trial: tuple[Settings, dict[str, An
         "warp",
         "norm",
         "linear",
-        "warp-blocks",
-        "step-kernels",
-        "last-convolution",
     ):
         found = timings(trial[1][name]["data"])
         assert found, name
@@ -222,19 +217,6 @@ def test_a_wrong_kernel_fails_its_part(trial: tuple[Settings, dict[str, Any]], m
     record = gpu_part.run(PARTS["checks"], bench_for("wrong", trial[0]))
     assert record["status"] == "failed"
     assert "differ from float64: warp" in record["error"]
-
-
-def test_ways_that_differ_fail_their_part(
-    trial: tuple[Settings, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_choices, "thresholded_step", lambda *arguments: (arguments[0], arguments[2]))
-    record = gpu_part.run(PARTS["step-kernels"], bench_for("wrong step", trial[0]))
-    assert record["status"] == "failed"
-    assert "differs from its one kernel's" in record["error"]
-    monkeypatch.setattr(gpu_choices, "dephase_kernel", lambda weight: 1.5 * dephase_kernel(weight))
-    record = gpu_part.run(PARTS["last-convolution"], bench_for("wrong convolution", trial[0]))
-    assert record["status"] == "failed"
-    assert "from float64" in record["error"]
 
 
 def test_a_wrong_norm_fails_the_checks(trial: tuple[Settings, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
