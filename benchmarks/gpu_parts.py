@@ -85,24 +85,6 @@ def _warp(bench: Bench) -> Record:
     return warp_speed(bench.device, bench.budget, bench.keep, toy=bench.tiny)
 
 
-def _warp_blocks(bench: Bench) -> Record:
-    from benchmarks.gpu_choices import warp_blocks
-
-    return warp_blocks(bench)
-
-
-def _step_kernels(bench: Bench) -> Record:
-    from benchmarks.gpu_choices import step_kernels
-
-    return step_kernels(bench)
-
-
-def _last_convolutions(bench: Bench) -> Record:
-    from benchmarks.gpu_choices import last_convolutions
-
-    return last_convolutions(bench)
-
-
 def _way(
     networks: str, precision: str, *, graphs: bool = True, compiled: bool = False, last: bool = True
 ) -> Callable[[Bench], Record]:
@@ -164,9 +146,6 @@ PARTS: dict[str, Part] = {
     "step": Part("our step and noise kernels, and PyTorch's operators", _step, 8, 40, kernels=True),
     "norm": Part("our group norm kernels, and PyTorch's operators", _norm, 6, 40, kernels=True),
     "linear": Part("linear attention, compiled, by fused attention and by products", _linear, 8, 45, kernels=True),
-    "warp-blocks": Part("WarpBlend by threads of a block", _warp_blocks, 5, 30, kernels=True),
-    "step-kernels": Part("our step as one kernel and as four", _step_kernels, 5, 30, kernels=True),
-    "last-convolution": Part("the decoder's last convolution by formulation", _last_convolutions, 8, 45, kernels=True),
     "product-fp16": _clip("the target torch, as users get it", _product("fp16", (1,)), 50, 170),
     "product-fp16-batch": _clip("the same for eight clips", _product("fp16", (8,)), 60, 200),
     "warp": Part("WarpBlend at the decoder's sizes, and PyTorch's operators", _warp, 8, 45, kernels=True),

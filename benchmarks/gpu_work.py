@@ -207,7 +207,6 @@ def _kernels() -> list[Kernel]:
     kernels += [norm.apply_kernel(*storages) for storages in norm.STORAGES]
     for storage in ("float32", "float16", "bfloat16"):
         kernels.append(norm.statistics_kernel(storage))
-        kernels += [warp_kernel(storage, "channels_last", blend=True, threads=threads) for threads in (64, 256)]
         for blend in (False, True):
             kernels += [warp_kernel(storage, "planar", blend=blend), warp_kernel(storage, "channels_last", blend=blend)]
     return kernels

@@ -22,6 +22,7 @@ from lfdm_export.engines.targets import (
 )
 from lfdm_export.engines.tensorrt.api import load_api
 from lfdm_export.engines.tensorrt.build import LAYERS, PLAN, BuildRequest, build_in_child, profile_of
+from lfdm_export.engines.tensorrt.grid_samples import GRID_SAMPLING
 from lfdm_export.engines.tensorrt.plan_graph import builder_graph
 from lfdm_export.engines.tensorrt.plans import BuildOptions, Fingerprint, PlanFolder, PlanRecord, gpus_of
 from lfdm_export.errors import EngineError, InputError
@@ -142,6 +143,7 @@ def _wanted(
         library=load_api(target).title,
         gpus=gpus,
         options=options,
+        grid_sampling=GRID_SAMPLING,
     )
 
 

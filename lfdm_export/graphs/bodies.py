@@ -23,6 +23,7 @@ OPENVINO_OPSET = 20
 # Which body of an operator a target takes; None: the stored one.
 _BODIES: Mapping[str, Callable[[Operator], Body | None]] = {
     "onnxruntime": lambda _: None,
+    "onnxruntime-gpu": lambda operator: operator.tensorrt,
     "openvino": lambda operator: operator.openvino,
     "tensorrt": lambda operator: operator.tensorrt,
     "tensorrt-rtx": lambda operator: operator.tensorrt,
@@ -35,8 +36,8 @@ def with_bodies(model: onnx.ModelProto, target: str) -> onnx.ModelProto:
     Args:
         model: a stage's graph as it is stored, of any precision; external weights need not be loaded. It is left
             as it is.
-        target: "onnxruntime": the stored bodies. "tensorrt", "tensorrt-rtx": attention written out around
-            opset 23's RotaryEmbedding, GroupNormalization, Conv, a search of few rounds for the quantile.
+        target: "onnxruntime": the stored bodies. "tensorrt", "tensorrt-rtx", "onnxruntime-gpu": attention written out
+            around opset 23's RotaryEmbedding, GroupNormalization, Conv, a search of few rounds for the quantile.
             "openvino": attention and rotation written out, Conv; everything inlined, opset 20; what is quantized
             after a Concat is stored as uint8.
 

@@ -90,7 +90,7 @@ class Operator:
         name: its ONNX name, or what the name begins with if it is `numbered`.
         body: what is stored in a graph: it suits ONNX Runtime on a CPU.
         openvino: the body for OpenVINO; None: the stored one.
-        tensorrt: the body for both TensorRTs; None: the stored one.
+        tensorrt: the body for GPUs, that is both TensorRTs and ONNX Runtime's GPU providers; None: the stored one.
         rounded: the body in a graph of lower precision; None: the stored one.
         numbered: a number follows the name, on which the body depends.
         has_weights: multiplies with constants, so that it works in the graph's precision whatever precedes it.

@@ -51,6 +51,50 @@ def dephase_kernel(weight: Tensor) -> Tensor:
     return dephased.reshape(4 * out_channels, 4 * in_channels, side, side)
 
 
+def conv_in_columns(phases: list[Tensor], dephased: Tensor, bias: Tensor, size: int) -> Tensor:
+    """`dephase_kernel`'s convolution by few, wide products: each column of the kernel gives outputs of its own.
+
+    A kernel of few outputs starves a GPU's matrix units: the published decoder's 7x7 from 64 channels to 3 takes 135 us
+    this way and 321 us as one convolution of all phases (40 frames in float16, compiled, NVIDIA H200;
+    benchmarks/results/gpu/2026-11-27-h200-c). Here a convolution down the columns of the phases gives, for both rows of
+    phases, 2·out·size maps, of which column 2j + q of the result sums `size` that are shifted: column d of the kernel
+    meets the map's column 2j + q + d, which is column j + floor((q + d) / 2) of the phases (q + d) mod 2.
+
+    Args:
+        phases: four (N, in, h, w).
+        dephased: of `dephase_kernel`, (4·out, 4·in, s, s).
+        bias: (out,).
+        size: of the kernel that was dephased.
+
+    Returns:
+        The whole map, (N, out, 2h, 2w) float32; float64 of float64.
+    """
+    channels, (outputs, side) = phases[0].shape[1], (len(bias), dephased.shape[-1])
+    reach, radius = size // 2, side // 2
+    # As (out, row and column of the output's phase, row and column of the input's, in, row, column). Of the output's
+    # columns one is enough: it has every tap of the kernel, in order by column and column of the input's phase.
+    taps = dephased.reshape(outputs, 2, 2, 2, 2, channels, side, side)[:, :, 0]
+    taps = taps.permute(1, 0, 6, 3, 2, 4, 5).flatten(2, 3)[:, :, 2 * radius - reach :][:, :, :size]
+    kernel = taps.reshape(2 * outputs * size, 2 * channels, side, 1)
+    # To a multiple of 16 outputs, without which no fast kernel takes it.
+    kernel = F.pad(kernel, (0, 0, 0, 0, 0, 0, 0, -len(kernel) % 16)).contiguous(memory_format=torch.channels_last)
+    columns = [torch.cat([phases[column], phases[2 + column]], dim=1) for column in range(2)]
+    parts = F.conv2d(torch.cat(columns), kernel, padding=(radius, 0))[:, : 2 * outputs * size]
+    width = parts.shape[-1]
+    wide = parts.unflatten(1, (2, outputs, size)).to(torch.promote_types(parts.dtype, torch.float32))
+    padded = F.pad(wide, (radius, radius)).unflatten(0, (2, -1))
+    pixels = []
+    for column in range(2):
+        total = bias.to(padded.dtype)[:, None, None]
+        for shift in range(-reach, reach + 1):
+            place, phase = divmod(column + shift, 2)
+            start = place + radius
+            total = total + padded[phase, :, :, :, shift + reach, :, start : start + width]
+        pixels.append(total)
+    # (N, row of phases, out, h, w, column of phases)
+    return torch.stack(pixels, dim=-1).permute(0, 2, 3, 1, 4, 5).flatten(4, 5).flatten(2, 3)
+
+
 class PhasedUp(nn.Module):
     """An Up block (its norm folded) as four low-resolution convolutions; gives the four phases."""
 
@@ -85,6 +129,7 @@ class Decode(nn.Module):
         self.bottleneck = generator.bottleneck
         self.ups = nn.ModuleList(PhasedUp(block) for block in generator.up_blocks)  # type: ignore[arg-type]
         assert generator.final.bias is not None
+        self.final_size = generator.final.weight.shape[-1]
         self.register_buffer("final", dephase_kernel(generator.final.weight.detach()))
         self.register_buffer("final_bias", generator.final.bias.detach().repeat_interleave(4))
 
@@ -112,10 +157,13 @@ class Decode(nn.Module):
         blended = [
             warp_blend(skips[0], motion, x, stride=2, phase=phase) for x, phase in zip(phases, PHASES, strict=True)
         ]
-        final = F.conv2d(torch.cat(blended, dim=1), self.final, self.final_bias, padding=self.final.shape[-1] // 2)
-        picture = F.pixel_shuffle(torch.sigmoid(final.to(image.dtype)), 2)
-        if on_gpu(picture):  # where three channels are blended fastest plane by plane, as the image lies
-            picture = picture.contiguous()
+        if on_gpu(blended[0]):
+            final = conv_in_columns(blended, self.final, self.final_bias[::4], self.final_size)
+            # Three channels are blended fastest plane by plane, as the image lies.
+            picture = torch.sigmoid(final.to(image.dtype)).contiguous()
+        else:
+            final = F.conv2d(torch.cat(blended, dim=1), self.final, self.final_bias, padding=self.final.shape[-1] // 2)
+            picture = F.pixel_shuffle(torch.sigmoid(final.to(image.dtype)), 2)
         decoded = warp_blend(image, motion, picture), warp(image, motion)
         first, second = (t.view(batch, frames, *t.shape[1:]).transpose(1, 2).contiguous() for t in decoded)
         return first, second

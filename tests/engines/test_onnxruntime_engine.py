@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.engines.onnxruntime import engine as engine_module
 from lfdm_export.engines.onnxruntime.engine import Device, OnnxRuntimeEngine
+from lfdm_export.engines.onnxruntime.gpu import require_on_gpu
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.stages import StageSpec
 from tests.closeness import assert_same_floats
@@ -160,8 +165,6 @@ def test_options_are_checked(path: Path):
 
 
 def test_a_device_that_is_not_there_is_no_silent_cpu(path: Path, monkeypatch: pytest.MonkeyPatch):
-    import onnxruntime
-
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     devices: list[Device] = ["cuda", "tensorrt"]
     for device in devices:
@@ -182,20 +185,111 @@ def test_a_device_that_is_not_there_is_no_silent_cpu(path: Path, monkeypatch: py
 def test_a_device_is_its_execution_providers(
     path: Path, device: Device, providers: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    import onnxruntime
-
     asked: list[list[str]] = []
     real = onnxruntime.InferenceSession
 
-    def session(file: Path, options: Any, providers: list[str]) -> Any:
+    def session(graph: bytes, options: Any, providers: list[str]) -> Any:
         asked.append(providers)
-        return real(file, options, providers=["CPUExecutionProvider"])
+        return real(graph, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [*providers, "CPUExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     with pytest.raises(EngineError, match=f"could not start {providers[0]}"):  # what came is the CPU
         OnnxRuntimeEngine(path, DENOISE, device=device)
     assert asked == [providers]
+
+
+# ------------------------------------------------------------------------------------------- on a GPU
+
+GPU_DEVICES: list[Device] = ["cuda", "tensorrt", "tensorrt-rtx"]
+GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
+
+
+class Placed:
+    """Real sessions on the CPU that say they run on the first provider they are given; `kept` is left to the CPU."""
+
+    def __init__(self, kept: Collection[str]) -> None:
+        self.kept, self.nodes = kept, 0
+
+    def __call__(self, graph: Any, options: Any, providers: list[str]) -> Any:
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        nodes = [node for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()]
+        self.nodes = len(nodes)
+        stay = [node for node in nodes if node.op_type in self.kept]
+        parts = [
+            SimpleNamespace(ep_name="CPUExecutionProvider", get_nodes=lambda: stay),
+            SimpleNamespace(ep_name=providers[0], get_nodes=lambda: [node for node in nodes if node not in stay]),
+        ]
+        return SimpleNamespace(
+            get_providers=lambda: [*providers, "CPUExecutionProvider"],
+            disable_fallback=lambda: None,
+            get_inputs=session.get_inputs,
+            get_outputs=session.get_outputs,
+            run=session.run,
+            get_provider_graph_assignment_info=lambda: parts,
+        )
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch, *kept: str) -> Placed:
+    placed = Placed(kept)
+    fake = SimpleNamespace(**{**vars(onnxruntime), "InferenceSession": placed})
+    fake.get_available_providers = lambda: [*GPU_PROVIDERS, "CPUExecutionProvider"]
+    monkeypatch.setattr(engine_module, "_onnxruntime", lambda: fake)
+    return placed
+
+
+needs_placement = pytest.mark.skipif(
+    not hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"),
+    reason="this onnxruntime does not say where nodes are placed",
+)
+
+
+@needs_placement
+@pytest.mark.parametrize("device", GPU_DEVICES)
+def test_gpu_providers_get_the_bodies_for_a_gpu(small_bundle: Bundle, device: Device, monkeypatch: pytest.MonkeyPatch):
+    """Fewer nodes, of the same results; at the published size 1,018 for 3,285. Weights are read beside the file."""
+    path, spec = small_bundle.stage_path("step"), small_bundle.stages["step"]
+    feeds = random_feeds(spec)
+    exact = OnnxRuntimeEngine(path, spec, threads=1)
+    stored = onnxruntime_nodes(path)
+    placed = on_gpu(monkeypatch, "Shape", "Gather", "Concat")  # as shapes are
+    engine = OnnxRuntimeEngine(path, spec, threads=1, device=device)
+    assert placed.nodes < 0.85 * stored
+    if device == "cuda":
+        expected, found = exact.run(feeds), engine.run(feeds)
+        for name, values in expected.items():
+            np.testing.assert_allclose(found[name], values, atol=1e-4)
+
+
+def onnxruntime_nodes(path: Path) -> int:
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return sum(len(part.get_nodes()) for part in session.get_provider_graph_assignment_info())
+
+
+def random_feeds(spec: StageSpec) -> dict[str, Any]:
+    draw = np.random.default_rng(7)
+    return {
+        tensor.name: draw.standard_normal(tensor.concrete(batch=1)).astype(np.float32)
+        if tensor.dtype == "float32"
+        else np.full(tensor.concrete(batch=1), 500)
+        for tensor in spec.inputs
+    }
+
+
+@needs_placement
+def test_what_a_gpu_leaves_to_the_cpu_is_refused(small_bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+    """As older releases leave GridSample, without a word."""
+    path, spec = small_bundle.stage_path("decode"), small_bundle.stages["decode"]
+    on_gpu(monkeypatch, "GridSample", "Shape")
+    with pytest.raises(EngineError, match=r"would run 8 nodes of .*decode\.onnx on the CPU \(8 GridSample\)"):
+        OnnxRuntimeEngine(path, spec, threads=1, device="cuda")
+
+
+def test_an_onnxruntime_that_cannot_say_where_nodes_are_is_refused(path: Path):
+    with pytest.raises(EngineError, match=r"cannot say which nodes it places on a GPU.*onnxruntime-gpu"):
+        require_on_gpu(SimpleNamespace(), path)
 
 
 def test_missing_onnxruntime(path: Path, monkeypatch: pytest.MonkeyPatch):

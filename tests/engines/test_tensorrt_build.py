@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from lfdm_export.engines.tensorrt import api as tensorrt_api
 from lfdm_export.engines.tensorrt import build as tensorrt_build
 from lfdm_export.engines.tensorrt.api import Api, load_api
 from lfdm_export.engines.tensorrt.build import BuildRequest, build_in_child, profile_of
+from lfdm_export.engines.tensorrt.grid_samples import require_grid_sampling, set_grid_sampling
 from lfdm_export.engines.tensorrt.plan_graph import builder_graph
 from lfdm_export.engines.tensorrt.plans import BuildOptions, PlanFolder
 from lfdm_export.errors import EngineError, MissingDependencyError
@@ -69,6 +71,8 @@ def test_what_was_built_is_what_the_graph_is_made_of(made: dict[str, PlanMade]):
     assert kinds["step"]["rotary_embedding"] > 0
     assert kinds["step"]["softmax"] > 0
     assert kinds["decode"]["grid_sample"] > 0
+    assert made["decode"].record.fingerprint.grid_sampling == "linear, zeros outside, corners not aligned"
+    assert made["decode"].record.layers["grid samples that the parser misread"] == 0
     assert kinds["encode"]["convolution"] == 4
     sources = made["step"].record.fingerprint.sources
     assert list(sources) == ["onnx/step.onnx", "onnx/unet.data"]
@@ -245,16 +249,54 @@ class FakeConfig:
         return self._cache
 
 
+class FakeLayer:
+    """A layer as a network gives it: properties of its own kind are there after a change of class alone."""
+
+    num_outputs = 1
+
+    def __init__(self, kind: Member, state: dict[str, Any]) -> None:
+        self.type, self.name, self._state = kind, "a layer", state
+
+    def get_output(self, index: int) -> Any:
+        return SimpleNamespace(dtype=Member("HALF", 1))
+
+
+def kept(name: str) -> property:
+    return property(lambda layer: layer._state[name], lambda layer, value: layer._state.update({name: value}))
+
+
+class FakeGridSample(FakeLayer):
+    interpolation_mode, sample_mode, align_corners = map(kept, ("interpolation_mode", "sample_mode", "align_corners"))
+
+
+class Stubborn(dict[str, Any]):
+    """What a layer is that keeps nothing that it is told."""
+
+    def update(self, *_: Any) -> None:
+        pass
+
+
+KINDS, MODES = Names("CONVOLUTION", "GRID_SAMPLE"), Names("NEAREST", "LINEAR")
+SAMPLING = Names("STRICT_BOUNDS", "FILL", "CLAMP")
+LINEAR = {"interpolation_mode": MODES.LINEAR, "sample_mode": SAMPLING.FILL, "align_corners": False}
+
+
 class FakeNetwork:
-    num_layers = 1
+    """Has one convolution, and the grid-sample layers that a test puts there."""
+
+    samples: Sequence[dict[str, Any]] = ()
+
+    @property
+    def num_layers(self) -> int:
+        return 1 + len(self.samples)
 
     def get_layer(self, index: int) -> Any:
-        output = SimpleNamespace(dtype=Member("HALF", 1))
-        return SimpleNamespace(type=Member("CONVOLUTION", 0), num_outputs=1, get_output=lambda _: output)
+        return FakeLayer(KINDS.GRID_SAMPLE, self.samples[index - 1]) if index else FakeLayer(KINDS.CONVOLUTION, {})
 
 
 class FakeBuilder:
     last: FakeBuilder
+    layers: dict[str, Any]
 
     def __init__(self, logger: Any) -> None:
         FakeBuilder.last = self
@@ -298,6 +340,10 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Api:
         NetworkDefinitionCreationFlag=Names(*CREATION),
         BuilderFlag=Names(*FLAGS),
         ProfilingVerbosity=Names("DETAILED"),
+        LayerType=KINDS,
+        InterpolationMode=MODES,
+        SampleMode=SAMPLING,
+        IGridSampleLayer=FakeGridSample,
         HardwareCompatibilityLevel=Names(*LEVELS),
     )
     monkeypatch.setattr("lfdm_export.ops.plugins.register_plugins", lambda: ())
@@ -311,7 +357,9 @@ def told(api: Api, **changes: Any) -> FakeBuilder:
     )
     plan, layers = tensorrt_build._built(api, request, b"")
     assert plan == b"a plan"
-    assert layers == {"network layers": 1, "of kind": {"convolution": 1}, "outputs of type": {"half": 1}}
+    assert layers["network layers"] == layers["outputs of type"]["half"] == 1 + len(FakeNetwork.samples)
+    assert layers["of kind"]["convolution"] == 1
+    FakeBuilder.last.layers = layers
     return FakeBuilder.last
 
 
@@ -361,6 +409,63 @@ def test_what_was_measured_is_kept_for_the_next_build(api: Api, tmp_path: Path):
     assert sorted(one.name for one in tmp_path.iterdir()) == ["file", "nowhere", "timing.cache"]
 
 
+@pytest.mark.parametrize(
+    "misread", [{"interpolation_mode": MODES.NEAREST}, {"sample_mode": SAMPLING.CLAMP}, {"align_corners": True}]
+)
+def test_a_parser_that_reads_linear_as_nearest_is_corrected(
+    api: Api, monkeypatch: pytest.MonkeyPatch, misread: dict[str, Any]
+):
+    samples = [dict(LINEAR), {**LINEAR, **misread}]
+    monkeypatch.setattr(FakeNetwork, "samples", samples)
+    layers = told(api).layers
+    assert samples == [LINEAR, LINEAR]
+    assert layers["of kind"]["grid_sample"] == 2
+    assert layers["grid samples that the parser misread"] == 1
+    monkeypatch.setattr(FakeNetwork, "samples", [Stubborn({**LINEAR, **misread})])
+    with pytest.raises(EngineError, match=f"keeps {next(iter(misread))} .* of the grid-sample layer 'a layer'"):
+        told(api)
+
+
+def test_the_real_parser_gives_layers_that_can_be_set():
+    """TensorRT for RTX: what the fake network stands for."""
+    api = load_api("tensorrt-rtx")
+    trt = api.module
+    text = """<ir_version: 9, opset_import: ["" : 20]>
+        g (float[1, 3, 8, 8] x, float[1, 4, 4, 2] grid) => (float[1, 3, 4, 4] y) {
+            wrong = GridSample <mode = "nearest", padding_mode = "border", align_corners = 1> (x, grid)
+            right = GridSample <mode = "linear"> (x, grid)
+            y = Add (wrong, right)
+        }"""
+    builder = trt.Builder(api.logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, api.logger)
+    assert parser.parse(onnx.parser.parse_model(text).SerializeToString(), "")
+    assert set_grid_sampling(trt, network) == 1
+    assert set_grid_sampling(trt, network) == 0
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ('mode = "nearest"', "GridSample of mode 'nearest', expected 'linear'"),
+        ('padding_mode = "border"', "GridSample of padding_mode 'border', expected 'zeros'"),
+        ("align_corners = 1", "GridSample of align_corners 1, expected 0"),
+    ],
+)
+def test_a_graph_that_samples_otherwise_is_refused(attributes: str, message: str):
+    def model(attributes: str) -> onnx.ModelProto:
+        text = f"""<ir_version: 9, opset_import: ["" : 20, "own" : 1]>
+            g (float[1, 3, 8, 8] x, float[1, 4, 4, 2] grid) => (float[1, 3, 4, 4] y) {{ y = own.Sample (x, grid) }}
+            <domain: "own", opset_import: ["" : 20]>
+            Sample (x, grid) => (y) {{ y = GridSample <{attributes}> (x, grid) }}"""
+        return onnx.parser.parse_model(text)
+
+    require_grid_sampling(model('mode = "linear"'))
+    require_grid_sampling(model('mode = "bilinear", padding_mode = "zeros", align_corners = 0'))
+    with pytest.raises(EngineError, match=message):
+        require_grid_sampling(model(attributes))
+
+
 def test_no_builder_and_no_plan_are_errors(api: Api, monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: Any) -> None:
         api.logger.errors.append("out of memory")
@@ -386,6 +491,7 @@ def test_plugins_are_registered_for_tensorrt_alone(api: Api, monkeypatch: pytest
 
 _NAMES_OF_TENSORRT = """
 import json, sys
+from collections.abc import Sequence
 from pathlib import Path
 from tests.plugin_driver import load_bindings
 trt = load_bindings(Path(sys.argv[1]), sys.argv[2])
@@ -411,6 +517,11 @@ def test_tensorrt_has_every_name_that_is_used(tmp_path: Path):
         "IOptimizationProfile": own_names(FakeProfile),
         "ITimingCache": ["serialize"],
         "INetworkDefinition": ["num_layers", "get_layer"],
+        "ILayer": ["type", "name", "num_outputs", "get_output"],
+        "IGridSampleLayer": list(LINEAR),
+        "LayerType": ["GRID_SAMPLE"],
+        "InterpolationMode": ["LINEAR"],
+        "SampleMode": ["FILL"],
         "OnnxParser": ["parse", "num_errors", "get_error"],
         "ParserError": ["desc"],
         "NetworkDefinitionCreationFlag": CREATION,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfdm_export.errors import EngineError
@@ -19,7 +20,8 @@ from lfdm_export.ops.thresholded_step.reference import thresholded_step, thresho
 from lfdm_export.ops.warp.gpu import warp_blend_on_gpu, warp_on_gpu
 from lfdm_export.ops.warp.reference import warp, warp_blend, warp_blend_in_torch, warp_in_torch
 from lfdm_export.rewrite.attention import FoldedLinearAttention, FoldedTemporalAttention
-from lfdm_export.rewrite.convolution import interleave, phase_convs
+from lfdm_export.rewrite.convolution import PHASES, interleave, phase_convs
+from lfdm_export.rewrite.lfae import conv_in_columns, dephase_kernel
 from lfdm_export.rewrite.precision import channels_last, in_precision
 from lfdm_export.rewrite.stage_modules import stage_modules
 from lfdm_export.sampling.noise import START, noise_for
@@ -93,6 +95,29 @@ def test_step_takes_a_narrower_prediction() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("batch", "alone"), [(31, False), (32, True)])
+def test_many_samples_take_one_kernel(
+    host: HostKernels, batch: int, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latent, noise = random(1, batch, 3, 2, 4, 4) * 2, random(2, batch, 3, 2, 4, 4)
+    coefficients = random(3, batch, 11)
+    coefficients[:, :2] = 1.0  # the threshold bites
+    arguments = (latent, noise, torch.stack([latent, noise], dim=1), noise, coefficients)
+    names: list[str] = []
+    run_kernel = HostKernels.run
+
+    def noting(self: HostKernels, name: str, *rest: Any) -> None:
+        names.append(name)
+        run_kernel(self, name, *rest)
+
+    monkeypatch.setattr(HostKernels, "run", noting)
+    with standing_in(host):
+        found = thresholded_step_on_gpu(*arguments)
+    assert (names == ["lfdm_thresholded_step_f32"]) == alone
+    assert len(names) == (1 if alone else 4)
+    torch.testing.assert_close(found, thresholded_step_in_torch(*arguments), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("step", [START, 5])
 def test_noise(step: int) -> None:
@@ -161,6 +186,20 @@ def test_phases_of_one_convolution(
     if size != (1, 1):  # whose layout is either
         assert together.is_contiguous(memory_format=form)
         assert all(torch.relu(phase).is_contiguous(memory_format=form) for phase in found)
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [1, 3, 5, 7])
+def test_a_convolution_in_columns(size: int, form: torch.memory_format) -> None:
+    weight, bias = random(1, 3, 4, size, size).double(), random(2, 3).double()
+    whole = random(3, 2, 4, 8, 6).double()
+    phases = [whole[:, :, row::2, column::2].contiguous(memory_format=form) for row, column in PHASES]
+    expected = F.conv2d(whole, weight, bias, padding=size // 2)
+    found = conv_in_columns(phases, dephase_kernel(weight), bias, size)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    narrow = conv_in_columns([one.half() for one in phases], dephase_kernel(weight).half(), bias.half(), size)
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow.double(), expected, rtol=4e-3, atol=4e-3 * float(expected.abs().max()))
 
 
 # -- modules

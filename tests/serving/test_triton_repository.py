@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +15,12 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from lfdm_export.bundle.manifest import Manifest
-from lfdm_export.bundle.reader import Bundle
-from lfdm_export.errors import BundleError, ExportError
+from lfdm_export.bundle.reader import Bundle, fingerprint
+from lfdm_export.engines.cuda_driver import Gpu
+from lfdm_export.engines.tensorrt.grid_samples import GRID_SAMPLING
+from lfdm_export.engines.tensorrt.plans import BuildOptions, Fingerprint, PlanFolder, PlanRecord
+from lfdm_export.errors import EngineError, ExportError
+from lfdm_export.files.json_codec import to_plain
 from lfdm_export.protocol.contract import (
     CLIP_INPUTS,
     CLIP_MODEL,
@@ -24,7 +33,9 @@ from lfdm_export.protocol.contract import (
     STREAM_MODEL,
 )
 from lfdm_export.protocol.model_facts import FACTS_PARAMETER, ModelFacts
+from lfdm_export.serving.triton import engine_files
 from lfdm_export.serving.triton.config import DECODE_MODEL_PARAMETER, model_configs
+from lfdm_export.serving.triton.engine_files import check_engines
 from lfdm_export.serving.triton.interfaces import DECODE_CHUNK_MODEL, interfaces
 from lfdm_export.serving.triton.repository import BUNDLE_PLACE, write_open_repository, write_repository
 from lfdm_export.serving.triton.settings import ServingSettings
@@ -195,14 +206,40 @@ def load_with_onnxruntime(graph: Path) -> Any:
     return onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
 
 
+# ------------------------------------------------------------------- plans and graphs of Triton's backends
+
+L4, L40 = Gpu("NVIDIA L4", (8, 9), 24 << 30, "13.0"), Gpu("NVIDIA L40", (8, 9), 48 << 30, "13.0")
+
+
+def write_plans(bundle: Bundle, **changes: Any) -> PlanFolder:
+    """Plans of encode and decode with their records, as for an L4."""
+    folder = PlanFolder(bundle.path, "tensorrt")
+    folder.path.mkdir(parents=True, exist_ok=True)
+    for stage in ("encode", "decode"):
+        folder.plan(stage).write_text(f"a plan of {stage}", encoding="utf-8")
+        graph = f"onnx/{stage}.onnx"
+        made = Fingerprint(
+            target="tensorrt",
+            stage=stage,
+            precision=bundle.manifest.precision,
+            sources={graph: bundle.manifest.files[graph].sha256},
+            structure="0" * 64,
+            batch=bundle.stages[stage].batch,
+            library="TensorRT 11.4.0.106",
+            gpus=(L4.architecture, L4.name),
+            options=BuildOptions(),
+            grid_sampling=GRID_SAMPLING,
+        )
+        record = PlanRecord(replace(made, **changes), fingerprint(folder.plan(stage)), 1.0, 1, {})
+        folder.record_path(stage).write_text(json.dumps(to_plain(record)), encoding="utf-8")
+    return folder
+
+
 def test_plans_are_the_models_of_tensorrt(tmp_path: Path, bundle: Bundle):
-    with pytest.raises(BundleError, match=r"has no TensorRT plan of encode at plans/tensorrt/encode\.plan"):
+    with pytest.raises(EngineError, match=r"has no whole TensorRT plan of stage 'encode'; make it with: lfdm-export"):
         write_repository(bundle, tmp_path / "repository", engines="tensorrt")
     assert not (tmp_path / "repository").exists()
-    plans = bundle.path / "plans" / "tensorrt"
-    plans.mkdir(parents=True)
-    for stage in ("encode", "decode"):
-        (plans / f"{stage}.plan").write_text(f"a plan of {stage}")
+    write_plans(bundle)
     repository = write_repository(bundle, tmp_path / "repository", engines="tensorrt")
     for model, stage in ((ENCODE_MODEL, "encode"), (DECODE_CHUNK_MODEL, "decode")):
         config = read_config(repository, model)
@@ -210,6 +247,91 @@ def test_plans_are_the_models_of_tensorrt(tmp_path: Path, bundle: Bundle):
         assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
         assert (repository / model / "1" / "model.plan").read_text(encoding="utf-8") == f"a plan of {stage}"
         assert not (repository / model / "1" / "model.py").exists()
+    check_engines(bundle, repository)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sources": {"onnx/encode.onnx": "0" * 64}}, r"was made from another onnx/encode\.onnx than the bundle's"),
+        ({"sources": {}, "options": BuildOptions(strip=True)}, "was stripped of its weights"),
+        ({"stage": "step"}, "is of stage step, expected encode"),
+        ({"grid_sampling": "as the parser read it"}, "is of sampling as the parser read it, expected linear, zeros"),
+        ({"precision": "fp16"}, "is of precision fp16, expected fp32"),
+        ({"target": "tensorrt-rtx"}, "is of target tensorrt-rtx, expected tensorrt"),
+    ],
+)
+def test_a_plan_of_something_else_gets_into_no_repository(
+    tmp_path: Path, bundle: Bundle, changes: dict[str, Any], message: str
+):
+    write_plans(bundle, **changes)
+    with pytest.raises(EngineError, match=message + r".*; make it with: lfdm-export --plans \S+ --target tensorrt$"):
+        write_repository(bundle, tmp_path / "repository", engines="tensorrt")
+    assert not (tmp_path / "repository").exists()
+
+
+@pytest.mark.parametrize("spoil", ["plan", "record"])
+def test_a_plan_that_is_not_whole_gets_into_no_repository(tmp_path: Path, bundle: Bundle, spoil: str):
+    folder = write_plans(bundle)
+    if spoil == "plan":
+        folder.plan("decode").write_text("another plan of decode", encoding="utf-8")
+    else:
+        folder.record_path("decode").unlink()
+    with pytest.raises(EngineError, match=r"is not what its record says|has no whole TensorRT plan of stage 'decode'"):
+        write_repository(bundle, tmp_path / "repository", engines="tensorrt")
+
+
+def test_a_served_plan_is_compared_with_the_bundle_and_the_gpus(
+    tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+):
+    write_plans(bundle)
+    repository = write_repository(bundle, tmp_path / "repository", engines="tensorrt", copy_bundle=False)
+    monkeypatch.setattr(engine_files, "find_gpus", lambda: ((L4,), ""))
+    check_engines(bundle, repository)
+    monkeypatch.setattr(engine_files, "find_gpus", lambda: ((L4, L40), ""))
+    with pytest.raises(EngineError, match=r"was built for SM89, NVIDIA L4, here is NVIDIA L40 .* repository again"):
+        check_engines(bundle, repository)
+    # The bundle that the repository refers to was exported again.
+    files = dict(bundle.manifest.files)
+    files["onnx/decode.onnx"] = replace(files["onnx/decode.onnx"], sha256="0" * 64)
+    other = replace(bundle, manifest=replace(bundle.manifest, files=files))
+    monkeypatch.setattr(engine_files, "find_gpus", lambda: ((L4,), ""))
+    with pytest.raises(EngineError, match=r"was made from another onnx/decode\.onnx than the bundle's"):
+        check_engines(other, repository)
+    (repository / ENCODE_MODEL / "1" / "model.plan").write_text("a plan put there by hand", encoding="utf-8")
+    with pytest.raises(EngineError, match="is not what its record says"):
+        check_engines(bundle, repository)
+
+
+def test_a_served_graph_is_compared_with_the_bundle(tmp_path: Path, small_bundle: Bundle):
+    repository = write_repository(small_bundle, tmp_path / "repository", engines="onnxruntime", copy_bundle=False)
+    check_engines(small_bundle, repository)
+    weights = repository / DECODE_CHUNK_MODEL / "1" / "decode.data"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"X")
+    with pytest.raises(
+        EngineError, match=r"decode\.data is not the onnx/decode\.data of the bundle .*repository again"
+    ):
+        check_engines(small_bundle, repository)
+
+
+def test_the_server_does_not_decode_with_a_stale_plan(tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+    write_plans(bundle)
+    repository = write_repository(bundle, tmp_path / "repository", engines="tensorrt", copy_bundle=False)
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", ModuleType("triton_python_backend_utils"))
+    for name in ("stub", "decode"):  # imported for this test alone, with that backend
+        monkeypatch.delitem(sys.modules, f"lfdm_export.serving.models.{name}", raising=False)
+    decode = importlib.import_module("lfdm_export.serving.models.decode")
+    for name in ("stub", "decode"):
+        del sys.modules[f"lfdm_export.serving.models.{name}"]
+    loaded = SimpleNamespace(
+        pipeline=SimpleNamespace(bundle=bundle), interface=None, parameters={DECODE_MODEL_PARAMETER: DECODE_CHUNK_MODEL}
+    )
+    monkeypatch.setattr(decode, "load", lambda args: loaded)
+    arguments = {"model_repository": str(repository / DECODE_MODEL)}
+    decode.DecodeModel().initialize(arguments)
+    (repository / ENCODE_MODEL / "1" / "model.json").unlink()
+    with pytest.raises(EngineError, match="has no whole TensorRT plan of stage 'encode'"):
+        decode.DecodeModel().initialize(arguments)
 
 
 def test_a_repository_is_replaced_and_nothing_else_is(tmp_path: Path, bundle: Bundle):

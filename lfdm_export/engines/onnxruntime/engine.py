@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from lfdm_export.engines.checks import Array, check_feeds, check_outputs
+from lfdm_export.engines.onnxruntime.gpu import gpu_graph, require_on_gpu
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.files.names import require_utf8
 from lfdm_export.graphs.file import check_graph
@@ -54,12 +55,13 @@ class OnnxRuntimeEngine:
             path: the .onnx file; external data lies beside it.
             spec: the stage that it is meant to be.
             threads: threads of one run; None takes every core that this process may use.
-            device: "cpu", "cuda", or an execution provider on it, "tensorrt" or "tensorrt-rtx".
+            device: "cpu", "cuda", or an execution provider on it, "tensorrt" or "tensorrt-rtx". On a GPU the operators
+                get the bodies that suit it, and none may be left to the CPU.
             allow_spinning: let idle threads wait busily, which is faster as long as this engine alone uses the
                 cores; threads that outnumber the cores never do.
 
         Raises:
-            EngineError: the file cannot be loaded, is another stage, or the device cannot be had.
+            EngineError: the file cannot be loaded, is another stage, or the device cannot be had or not run all of it.
             MissingDependencyError: onnxruntime is not installed.
         """
         self.path, self.spec = Path(path), spec
@@ -96,13 +98,13 @@ def open_session(path: Path, *, threads: int | None = None, device: Device = "cp
     """An `onnxruntime.InferenceSession` as every graph of a bundle is run; for the arguments see `OnnxRuntimeEngine`.
 
     Raises:
-        EngineError: the file cannot be loaded, or the device is not available.
+        EngineError: the file cannot be loaded, or the device is not available or cannot run all of it.
         MissingDependencyError: onnxruntime is not installed.
     """
     if threads is not None and threads < 1:
         raise EngineError(f"threads is {threads}, expected 1 or more, or None for all cores")
     options = _options(available_cores() if threads is None else threads, allow_spinning)
-    return _load(path, options, _providers(device))
+    return _load(path, options, _providers(device), on_gpu=device != "cpu")
 
 
 def _options(threads: int, allow_spinning: bool) -> Any:
@@ -139,12 +141,13 @@ def _providers(device: Device) -> tuple[str, ...]:
     return (first, *(provider for provider in rest if provider in available))
 
 
-def _load(path: Path, options: Any, providers: Sequence[str]) -> Any:
+def _load(path: Path, options: Any, providers: Sequence[str], *, on_gpu: bool) -> Any:
     if not path.is_file():
         raise EngineError(f"there is no graph at {path}; export again")
     name = require_utf8(path, "ONNX Runtime")
+    graph = gpu_graph(path, options) if on_gpu else name
     try:
-        session = _onnxruntime().InferenceSession(name, options, providers=list(providers))
+        session = _onnxruntime().InferenceSession(graph, options, providers=list(providers))
     except Exception as error:  # onnxruntime's exceptions share no other base
         raise EngineError(f"ONNX Runtime cannot load {path}: {_one_line(error)}; export again") from error
     if session.get_providers()[0] != providers[0]:  # it falls back to the CPU with no more than a log line
@@ -152,6 +155,8 @@ def _load(path: Path, options: Any, providers: Sequence[str]) -> Any:
             f"ONNX Runtime could not start {providers[0]} for {path}; check the GPU's driver and libraries"
         )
     session.disable_fallback()
+    if on_gpu:
+        require_on_gpu(session, path)
     return session
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from lfdm_export.engines.targets import TITLES, Target
 from lfdm_export.engines.tensorrt.api import Api, load_api, refit_engine
+from lfdm_export.engines.tensorrt.grid_samples import set_grid_sampling
 from lfdm_export.engines.tensorrt.plans import BuildOptions
 from lfdm_export.errors import EngineError, LfdmExportError
 from lfdm_export.files.atomic import write_file
@@ -180,6 +181,7 @@ def _built(api: Api, request: BuildRequest, graph: bytes) -> tuple[Any, dict[str
     if not parser.parse(graph, request.weights_beside):
         errors = [str(parser.get_error(index).desc()) for index in range(parser.num_errors)]
         raise EngineError(f"the graph is refused: {' '.join('; '.join(errors).split())[:600]}")
+    misread = set_grid_sampling(trt, network)
     config = builder.create_builder_config()
     profile = builder.create_optimization_profile()
     for name, (smallest, usual, largest) in request.profile.items():
@@ -193,7 +195,7 @@ def _built(api: Api, request: BuildRequest, graph: bytes) -> tuple[Any, dict[str
     if cache is not None:
         with contextlib.suppress(OSError):  # only the next build would have gained
             write_file(request.timing_cache, bytes(config.get_timing_cache().serialize()))
-    return plan, _layers(network)
+    return plan, {**_layers(network), "grid samples that the parser misread": misread}
 
 
 def _network_flags(api: Api) -> int:

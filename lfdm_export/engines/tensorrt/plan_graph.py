@@ -6,6 +6,7 @@ import hashlib
 
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.engines.targets import Target
+from lfdm_export.engines.tensorrt.grid_samples import require_grid_sampling
 from lfdm_export.errors import MissingDependencyError
 
 
@@ -17,7 +18,8 @@ def builder_graph(bundle: Bundle, stage: str, target: Target) -> tuple[bytes, st
         its floating-point weights; names of the files that hold its large weights.
 
     Raises:
-        EngineError: the graph is another stage's, damaged, or reads what is not beside it.
+        EngineError: the graph is another stage's, damaged, reads what is not beside it, or samples pictures otherwise
+            than plans do.
         MissingDependencyError: onnx is not installed.
     """
     try:
@@ -28,6 +30,7 @@ def builder_graph(bundle: Bundle, stage: str, target: Target) -> tuple[bytes, st
     from lfdm_export.graphs.stored import load_stage
 
     model = with_bodies(load_stage(bundle.stage_path(stage), bundle.stages[stage]), target)
+    require_grid_sampling(model)
     graph = model.SerializeToString(deterministic=True)
     data_files: set[str] = set()
     integers = {onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.BOOL}

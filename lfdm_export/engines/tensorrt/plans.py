@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -22,12 +22,15 @@ from lfdm_export.bundle.manifest import FileEntry
 from lfdm_export.bundle.reader import PLANS_FOLDER, Bundle, fingerprint
 from lfdm_export.engines.cuda_driver import Gpu
 from lfdm_export.engines.targets import PLAN_TARGETS, TITLES, Target
+from lfdm_export.engines.tensorrt.grid_samples import GRID_SAMPLING
 from lfdm_export.errors import EngineError
 from lfdm_export.files.atomic import folder_made, locked, sync_path, temporary_folder
 from lfdm_export.files.json_codec import from_plain, to_plain
 
 # A record is some kilobytes; a file far beyond that is not one.
 _LARGEST_RECORD = 1 << 20
+
+_ALTERED = "is not what its record says: it was altered, or cut off"
 
 Compatibility = Literal["none", "ampere+", "same-capability"]
 
@@ -64,6 +67,7 @@ class Fingerprint:
         library: the target's name and version.
         gpus: what it was built for: architectures (RTX), or the one GPU's architecture and name.
         options: that the builder was given.
+        grid_sampling: how its layers sample pictures; see `grid_samples`.
     """
 
     target: Target
@@ -75,6 +79,7 @@ class Fingerprint:
     library: str
     gpus: tuple[str, ...]
     options: BuildOptions
+    grid_sampling: str = "as the parser read it"
 
 
 @dataclass(frozen=True)
@@ -122,27 +127,14 @@ class PlanFolder:
 
     def record(self, stage: str) -> PlanRecord | None:
         """The record of a stage's plan; None where there is none, or none that this program reads."""
-        path = self.record_path(stage)
-        try:
-            if path.stat().st_size > _LARGEST_RECORD:
-                return None
-            return from_plain(PlanRecord, json.loads(path.read_bytes()), "record")
-        except (OSError, ValueError, RecursionError):
-            return None
+        return read_record(self.record_path(stage))
 
     def reusable(self, wanted: Fingerprint) -> PlanRecord | None:
         """The record of the plan that is there, if it has exactly that fingerprint and is whole."""
         record = self.record(wanted.stage)
-        if record is None or record.fingerprint != wanted or not self._is_whole(record):
+        if record is None or record.fingerprint != wanted or not _is_whole(self.plan(wanted.stage), record):
             return None
         return record
-
-    def _is_whole(self, record: PlanRecord) -> bool:
-        path = self.plan(record.fingerprint.stage)
-        try:
-            return path.stat().st_size == record.plan.bytes and fingerprint(path) == record.plan
-        except OSError:
-            return False
 
     @contextlib.contextmanager
     def workshop(self) -> Iterator[Path]:
@@ -183,6 +175,24 @@ class PlanFolder:
         return tuple(sorted(path.stem for path in self.path.glob("*.plan") if self.record_path(path.stem).is_file()))
 
 
+def read_record(path: Path) -> PlanRecord | None:
+    """The record in a file; None where there is none, or none that this program reads."""
+    try:
+        if path.stat().st_size > _LARGEST_RECORD:
+            return None
+        return from_plain(PlanRecord, json.loads(path.read_bytes()), "record")
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _is_whole(path: Path, record: PlanRecord) -> bool:
+    """Whether a plan is the one that its record describes."""
+    try:
+        return path.stat().st_size == record.plan.bytes and fingerprint(path) == record.plan
+    except OSError:
+        return False
+
+
 def remake(bundle: Path, target: Target) -> str:
     """The command that makes a bundle's plans."""
     return f"lfdm-export --plans {bundle} --target {target}"
@@ -210,27 +220,72 @@ def plan_to_run(bundle: Bundle, stage: str, target: Target, library: str, gpu: G
             to run.
     """
     folder = PlanFolder(bundle.path, target)
-    again = f"make it with: {remake(bundle.path, target)}"
-    path, record = folder.plan(stage), folder.record(stage)
-    if record is None or not path.is_file():
-        raise EngineError(f"{bundle.path} has no whole {TITLES[target]} plan of stage {stage!r}; {again}")
-    made = record.fingerprint
-    reason = _unfit(made, bundle, stage, target, library, gpu)
+    path = folder.plan(stage)
+    record = _record_of(bundle, stage, target, path, folder.record_path(stage))
+    made, again = record.fingerprint, f"make it with: {remake(bundle.path, target)}"
+    reason = _made_of_another(made, bundle, stage, target) or _made_for_another(made, library, gpu)
     if reason:
         raise EngineError(f"the plan {path} {reason}; {again}, or take --target onnxruntime")
-    if not folder._is_whole(record):
-        raise EngineError(f"the plan {path} is not what its record says: it was altered, or cut off; {again}")
+    if not _is_whole(path, record):
+        raise EngineError(f"the plan {path} {_ALTERED}; {again}")
     return path, record
 
 
-def _unfit(made: Fingerprint, bundle: Bundle, stage: str, target: Target, library: str, gpu: Gpu) -> str:
-    """Why a plan does not serve; "" if it does."""
+def check_plan_alone(
+    bundle: Bundle, stage: str, target: Target, plan: Path, record_path: Path, gpus: Collection[Gpu] = ()
+) -> PlanRecord:
+    """Whether another program can be given a plan, which then runs without this one.
+
+    Which version of the target that program has is not known here: it refuses plans of others by itself.
+
+    Args:
+        bundle: whose files were found whole.
+        stage: its name.
+        target: that shall run it.
+        plan: the file.
+        record_path: the record of it.
+        gpus: that it shall run on, as far as they are known.
+
+    Returns:
+        The record.
+
+    Raises:
+        EngineError: it was made of something else, for something else, lacks its weights, or is not whole; the message
+            says what to run.
+    """
+    record = _record_of(bundle, stage, target, plan, record_path)
+    made, again = record.fingerprint, f"make it with: {remake(bundle.path, target)}"
+    reason = _made_of_another(made, bundle, stage, target)
+    if not reason and made.options.strip:
+        reason = "was stripped of its weights, which only lfdm-export's own runner puts back"
+    if not reason:
+        reason = next((reason for gpu in gpus if (reason := _made_for_another_gpu(made, gpu))), "")
+    if not reason and not _is_whole(plan, record):
+        reason = _ALTERED
+    if reason:
+        raise EngineError(f"the plan {plan} {reason}; {again}")
+    return record
+
+
+def _record_of(bundle: Bundle, stage: str, target: Target, plan: Path, record_path: Path) -> PlanRecord:
+    record = read_record(record_path)
+    if record is None or not plan.is_file():
+        raise EngineError(
+            f"{bundle.path} has no whole {TITLES[target]} plan of stage {stage!r}; "
+            f"make it with: {remake(bundle.path, target)}"
+        )
+    return record
+
+
+def _made_of_another(made: Fingerprint, bundle: Bundle, stage: str, target: Target) -> str:
+    """Why a plan is none of a bundle's stage; "" if it is one."""
     spec = bundle.stages[stage]
     for what, found, expected in (
         ("target", made.target, target),
         ("stage", made.stage, stage),
         ("precision", made.precision, bundle.manifest.precision),
         ("batch profile", made.batch, spec.batch),
+        ("sampling", made.grid_sampling, GRID_SAMPLING),
     ):
         if found != expected:
             return f"is of {what} {found}, expected {expected}"
@@ -239,11 +294,20 @@ def _unfit(made: Fingerprint, bundle: Bundle, stage: str, target: Target, librar
             return f"was made from another {name} than the bundle's"
     if not made.sources and not made.options.strip:
         return "does not say what it was made from"
+    return ""
+
+
+def _made_for_another(made: Fingerprint, library: str, gpu: Gpu) -> str:
+    """Why a plan does not run here; "" if it does."""
     if made.library != library and not _later(made, library):
         return f"was built by {made.library}, here is {library}"
-    if not _runs_on(made, gpu):
-        return f"was built for {', '.join(made.gpus)}, here is {gpu.name} ({gpu.architecture})"
-    return ""
+    return _made_for_another_gpu(made, gpu)
+
+
+def _made_for_another_gpu(made: Fingerprint, gpu: Gpu) -> str:
+    if _runs_on(made, gpu):
+        return ""
+    return f"was built for {', '.join(made.gpus)}, here is {gpu.name} ({gpu.architecture})"
 
 
 def _later(made: Fingerprint, library: str) -> bool:

@@ -59,6 +59,10 @@ def _step(
     lower, weight = quantile_rank(elements)
     results = _step_results(*inputs)
     storages = STORAGES[state], STORAGES[predicted_noise.dtype]
+    if batch >= kernels.ONE_KERNEL_FROM:
+        alone = kernels.step_launch(elements, lower, float(weight), batch)
+        launch(kernels.step_kernel(*storages), alone, inputs, results)
+        return results
     # Bits of uint32, a type of which torch can do little.
     counts = latent.new_zeros((batch, kernels.COUNTS), dtype=torch.int32)
     counted, plan = [inputs[0], inputs[1], inputs[4]], kernels.count_launch(elements, lower, batch)

@@ -11,6 +11,9 @@ from lfdm_export.ops.cuda.source import SHORT_NAMES, Kernel, Launch, Storage
 #: Blocks that share one sample's update where one kernel does all. Each finds the quantile for itself, so more of them
 #: save time in the update only, which with 8 should be the smaller part (see kernel.cuh).
 SPLITS = 8
+#: Samples from which one kernel is faster than the passes: at 1, 8 and 32 samples of the published size it took 55.5,
+#: 56.3 and 135.2 us, the passes 26.8, 41.0 and 146.9 us (NVIDIA H200; benchmarks/results/gpu/2026-11-27-h200-c).
+ONE_KERNEL_FROM = 32
 #: Types of state (latents, history, noise) and of the prediction that go together.
 STORAGES: tuple[tuple[Storage, Storage], ...] = (
     ("float32", "float32"),

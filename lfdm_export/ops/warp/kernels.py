@@ -10,8 +10,9 @@ from lfdm_export.ops.cuda.source import ITEM_SIZES, SHORT_NAMES, Kernel, Launch,
 Layout = Literal["planar", "channels_last"]
 
 _HEADER = "warp/kernel.cuh"
-#: Of a block, by layout.
-THREADS: dict[Layout, int] = {"planar": 256, "channels_last": 128}
+# Of a block, by layout. Of 64, 128 and 256 the second is the fastest but for the largest map, channels last in float16
+# (NVIDIA H200; benchmarks/results/gpu/2026-11-27-h200-c).
+_THREADS: dict[Layout, int] = {"planar": 256, "channels_last": 128}
 # As in kernel.cuh.
 _TILE_SIDE, _SLICE_PACKS, _PACK_BYTES = 8, 8, 16
 _STRIP_PACKS, _STRIP_PACK_BYTES, _SLICE_CHANNELS = 128, 4, 32
@@ -19,20 +20,16 @@ _STRIP_PACKS, _STRIP_PACK_BYTES, _SLICE_CHANNELS = 128, 4, 32
 Size = TypeVar("Size")
 
 
-def warp_kernel(storage: Storage, layout: Layout, *, blend: bool, threads: int | None = None) -> Kernel:
+def warp_kernel(storage: Storage, layout: Layout, *, blend: bool) -> Kernel:
     """Warp(source, motion), or WarpBlend(source, motion, previous), into a result.
 
     Args:
         storage: of source, previous activation and result; the motion is float32.
         layout: of the same.
         blend: there is a previous activation.
-        threads: of a block, if not those of `THREADS`; the results are the same.
     """
     name = f"lfdm_warp_{'blend_' if blend else ''}{layout}_{SHORT_NAMES[storage]}"
-    if threads is None:
-        threads = THREADS[layout]
-    else:
-        name += f"_{threads}"
+    threads = _THREADS[layout]
     macro = "LFDM_WARP_BLEND_KERNEL" if blend else "LFDM_WARP_KERNEL"
     definition = f"{macro}({name}, {storage}, warp_{layout}, {threads})"
     return Kernel(name, _HEADER, definition, threads, (3 if blend else 2, 1), 9)

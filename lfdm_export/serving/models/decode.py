@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from lfdm_export.pictures.preprocess import to_uint8
 from lfdm_export.protocol.contract import Array, RequestCancelledError
 from lfdm_export.serving.models.stub import failure, load, response
 from lfdm_export.serving.triton.config import DECODE_MODEL_PARAMETER
+from lfdm_export.serving.triton.engine_files import check_engines
 
 #: A chunk of latent (1, 3, F, h, w) -> frames and warped images, (1, 3, F, H, W) float32.
 DecodeChunk = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
@@ -37,12 +39,14 @@ class DecodeModel:
     """The model that Triton sees."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Load the engine and run it once, unless another model has it."""
+        """Load the engine and run it once; or, where other models have it, see that it is the bundle's."""
         loaded = load(args)
         self._pipeline, self._interface = loaded.pipeline, loaded.interface
         self._chunk_model = loaded.parameters.get(DECODE_MODEL_PARAMETER)
         if self._chunk_model is None:
             warm_up_decode(self._pipeline)
+        else:  # for the encoder's model too, which has no code of ours
+            check_engines(self._pipeline.bundle, Path(args["model_repository"]).parent)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer each request with the frames, and what else was asked for."""

@@ -21,7 +21,7 @@ from lfdm_export.stages import Geometry, StageSpec, stage_specs
 #: What runs encode and decode: our own runner in a Python model, or one of Triton's backends.
 TritonEngine = Literal["python", "onnxruntime", "tensorrt"]
 #: Name of the engine's file in a version's folder.
-ENGINE_FILES: Mapping[str, str] = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
+ENGINE_FILES: Mapping[TritonEngine, str] = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
 #: Key of `lfdm_decode`: the model that runs a chunk, where it does not run it itself.
 DECODE_MODEL_PARAMETER = "decode_model"
 #: How long a run of encode or decode waits for requests of other clips to share it with, in microseconds.

@@ -9,12 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from lfdm_export.bundle.reader import Bundle
-from lfdm_export.errors import BundleError, ExportError
+from lfdm_export.errors import ExportError
 from lfdm_export.files.atomic import temporary_folder
 from lfdm_export.files.folders import publish
 from lfdm_export.files.names import user_path
 from lfdm_export.files.places import destination
-from lfdm_export.graphs.file import read_graph
 from lfdm_export.protocol.contract import (
     CLIP_MODEL,
     CONDITION_MODEL,
@@ -25,8 +24,8 @@ from lfdm_export.protocol.contract import (
     STREAM_MODEL,
 )
 from lfdm_export.protocol.model_facts import ModelFacts
-from lfdm_export.serving.triton.config import ENGINE_FILES, TritonEngine, config_text, model_configs
-from lfdm_export.serving.triton.interfaces import DECODE_CHUNK_MODEL
+from lfdm_export.serving.triton.config import TritonEngine, config_text, model_configs
+from lfdm_export.serving.triton.engine_files import VERSION, place_engines
 from lfdm_export.serving.triton.settings import ServingSettings
 from lfdm_export.stages import Geometry
 
@@ -39,12 +38,9 @@ _CLASSES: Mapping[str, str] = {
     DECODE_MODEL: "decode.DecodeModel",
     STREAM_MODEL: "stream.StreamModel",
 }
-#: Stages that an engine of Triton may run, by the model that is that engine.
-_ENGINE_STAGES: Mapping[str, str] = {ENCODE_MODEL: "encode", DECODE_CHUNK_MODEL: "decode"}
 #: Where a bundle lies inside a repository: Triton takes every folder of a repository for a model, and looks at nothing
 #: in a model's folder but its configuration and its versions.
 BUNDLE_PLACE = f"{SAMPLE_MODEL}/bundle"
-_VERSION = "1"
 #: Keeps the folder of the ensemble's version, which has no file, where only files are kept.
 _PLACEHOLDER = ".gitkeep"
 
@@ -72,7 +68,7 @@ def write_repository(
 
     Raises:
         ExportError: something else is at `target`, or it cannot be written.
-        BundleError: the bundle has no plans for "tensorrt".
+        EngineError: for "tensorrt": the bundle has no plans of its own graphs that run without this program.
         MissingDependencyError: tritonclient is not installed.
     """
     place = BUNDLE_PLACE if copy_bundle else str(bundle.path.resolve())
@@ -84,8 +80,7 @@ def write_repository(
     def fill(folder: Path) -> None:
         _write_models(folder, manifest.geometry, settings, ModelFacts.of(manifest), engines)
         if engines != "python":
-            for model, stage in _ENGINE_STAGES.items():
-                _place_engine(bundle, stage, engines, folder / model / _VERSION)
+            place_engines(bundle, engines, folder)
         if copy_bundle:
             shutil.copytree(bundle.path, folder / BUNDLE_PLACE)
 
@@ -137,7 +132,7 @@ def _write_models(
 ) -> None:
     """Every model's folder: configuration, and in its one version what runs it."""
     for name, config in model_configs(geometry, settings, facts=facts, engines=engines).items():
-        version = folder / name / _VERSION
+        version = folder / name / VERSION
         version.mkdir(parents=True)
         (folder / name / "config.pbtxt").write_text(config_text(config), encoding="utf-8")
         if config.backend == "python":
@@ -146,21 +141,3 @@ def _write_models(
             (version / "model.py").write_text(text, encoding="utf-8")
         elif name == CLIP_MODEL:
             (version / _PLACEHOLDER).touch()
-
-
-def _place_engine(bundle: Bundle, stage: str, engines: TritonEngine, version: Path) -> None:
-    """Put a stage's plan, or its graph and the weights beside it, where Triton looks for the model."""
-    target = version / ENGINE_FILES[engines]
-    if engines == "tensorrt":
-        plan = bundle.path / "plans" / "tensorrt" / f"{stage}.plan"
-        if not plan.is_file():
-            raise BundleError(
-                f"{bundle.path} has no TensorRT plan of {stage} at {plan.relative_to(bundle.path)}; "
-                "build it on the machine that will serve: lfdm-export --target tensorrt"
-            )
-        shutil.copyfile(plan, target)
-        return
-    graph = bundle.stage_path(stage)
-    shutil.copyfile(graph, target)
-    for name in sorted({data.location for data in read_graph(graph).external}):
-        shutil.copyfile(graph.parent / name, version / name)
