@@ -34,6 +34,8 @@ SAMPLE_MODEL = "lfdm_sample"
 DECODE_MODEL = "lfdm_decode"
 #: In the order in which a clip passes through them.
 STEP_MODELS = (PREPROCESS_MODEL, CONDITION_MODEL, ENCODE_MODEL, SAMPLE_MODEL, DECODE_MODEL)
+#: Those that a client may call by themselves, for a motion that it has: nothing is sampled, nothing shared with others.
+MOTION_MODELS = (ENCODE_MODEL, DECODE_MODEL)
 
 # --- Request parameters ---------------------------------------------------------------------------
 

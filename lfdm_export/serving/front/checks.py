@@ -27,6 +27,8 @@ ITEM_BYTES: Mapping[str, int] = {
 }  # fmt: skip
 #: Characters of a request's id.
 MOST_ID = 256
+# Those of the published size take 4 MB at most.
+_MOST_MAP_BYTES = 64 << 20
 #: Parameters of a request or a tensor, and bytes of one that is a string.
 _MOST_PARAMETERS, _MOST_STRING = 32, 1024
 #: Triton's own parameter in microseconds, at most a year.
@@ -122,7 +124,7 @@ def models_of(metadata: Iterable[Any], limits: Limits) -> dict[str, Model]:
     """What clients may use, as the server itself describes it, and the one thing that they may ask of the sampler.
 
     Args:
-        metadata: Triton's `ModelMetadataResponse` messages of the clip's and the stream's model.
+        metadata: Triton's `ModelMetadataResponse` messages of the models that take requests from outside.
         limits: of a request.
     """
     found = {
@@ -143,8 +145,11 @@ def _tensor(entry: Any, limits: Limits) -> Tensor:
         most = min(3 * limits.image_pixels, limits.image_bytes)
     elif entry.datatype == "BYTES":
         most = limits.text_bytes
-    else:  # a few numbers; where the embedding's width is open, the widest that text encoders have is less than this
-        most = ITEM_BYTES[entry.datatype] * math.prod(size if size >= 0 else 1 << 16 for size in shape)
+    else:
+        # A few numbers; where the embedding's width is open, the widest that text encoders have is less than this. Of
+        # maps, all of whose axes are open, the model itself knows the sizes.
+        open_bytes = ITEM_BYTES[entry.datatype] * math.prod(size if size >= 0 else 1 << 16 for size in shape)
+        most = min(open_bytes, _MOST_MAP_BYTES)
     return Tensor(entry.name, entry.datatype, shape, most)
 
 

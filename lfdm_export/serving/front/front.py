@@ -12,7 +12,7 @@ import aiohttp
 from aiohttp import web
 
 from lfdm_export.client.settings import import_protocol
-from lfdm_export.protocol.contract import CLIP_MODEL, PREPROCESS_MODEL, STREAM_MODEL
+from lfdm_export.protocol.contract import CLIP_MODEL, MOTION_MODELS, PREPROCESS_MODEL, STREAM_MODEL
 from lfdm_export.serving.front.access import Access
 from lfdm_export.serving.front.checks import models_of
 from lfdm_export.serving.front.http_server import HttpServer
@@ -125,7 +125,7 @@ class Front:
         try:
             metadata = [
                 await triton.ask("ModelMetadata", messages.ModelMetadataRequest(name=name))
-                for name in (CLIP_MODEL, STREAM_MODEL)
+                for name in (CLIP_MODEL, STREAM_MODEL, *MOTION_MODELS)
             ]
             config = (await triton.ask("ModelConfig", messages.ModelConfigRequest(name=PREPROCESS_MODEL))).config
         finally:

@@ -103,10 +103,9 @@ class Service:
         Returns:
             How many requests are told so.
         """
-        served = STREAM_MODEL if model == STREAM_MODEL else CLIP_MODEL
-        return self.flights.lose(
-            f"the process of {model} has died and is started again; send the request again", served
-        )
+        sentence = f"the process of {model} has died and is started again; send the request again"
+        served = {STREAM_MODEL} if model == STREAM_MODEL else {CLIP_MODEL, model}
+        return sum(self.flights.lose(sentence, one) for one in served)
 
     # --- Requests ---------------------------------------------------------------------------------
 
