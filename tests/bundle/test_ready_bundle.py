@@ -183,7 +183,7 @@ def test_it_brings_the_tuned_sampler_of_its_weights():
     tuned = TunedSampler.load(ready_bundle.MODEL / "tuned.json")
     bundle = Bundle.open("characters")
     assert bundle.manifest.tuned == tuned
-    assert {4, 5} <= {table.steps for table in tuned.tables}
+    assert {4, 5, 6} <= {table.steps for table in tuned.tables}
     made = Pipeline(bundle, threads=1, target="onnxruntime", self_check=False).generate(
         "face.png", label="nod", sampler="tuned", steps=4, seed=1
     )
