@@ -26,7 +26,8 @@ from lfdm_export.engines.targets import Machine
 from lfdm_export.engines.tensorrt import build as tensorrt_build
 from lfdm_export.engines.tensorrt import plans
 from lfdm_export.engines.tensorrt.build import BuildRequest, BuildResult
-from lfdm_export.engines.tensorrt.plans import BuildOptions, PlanFolder, PlanRecord, plan_to_run, targets_with_plans
+from lfdm_export.engines.tensorrt.plan_checks import plan_to_run
+from lfdm_export.engines.tensorrt.plans import BuildOptions, PlanFolder, PlanRecord, targets_with_plans
 from lfdm_export.errors import EngineError, InputError
 from lfdm_export.export import plans as plan_making
 from lfdm_export.export.plans import PlanMade, make_plans

@@ -191,6 +191,9 @@ class Names:
         for position, name in enumerate(names):
             setattr(self, name, Member(name, position))
 
+    def __getattr__(self, name: str) -> Member:
+        raise AttributeError(name)
+
 
 @dataclasses.dataclass(frozen=True)
 class Member:
@@ -262,7 +265,7 @@ class FakeLayer:
 
 
 def kept(name: str) -> property:
-    return property(lambda layer: layer._state[name], lambda layer, value: layer._state.update({name: value}))
+    return property(lambda layer: layer._state[name], lambda layer, value: layer._state.__setitem__(name, value))
 
 
 class FakeGridSample(FakeLayer):
@@ -272,7 +275,7 @@ class FakeGridSample(FakeLayer):
 class Stubborn(dict[str, Any]):
     """What a layer is that keeps nothing that it is told."""
 
-    def update(self, *_: Any) -> None:
+    def __setitem__(self, name: str, value: Any) -> None:
         pass
 
 
@@ -357,9 +360,10 @@ def told(api: Api, **changes: Any) -> FakeBuilder:
     )
     plan, layers = tensorrt_build._built(api, request, b"")
     assert plan == b"a plan"
-    assert layers["network layers"] == layers["outputs of type"]["half"] == 1 + len(FakeNetwork.samples)
-    assert layers["of kind"]["convolution"] == 1
-    FakeBuilder.last.layers = layers
+    found: dict[str, Any] = dict(layers)
+    assert found["network layers"] == found["outputs of type"]["half"] == 1 + len(FakeNetwork.samples)
+    assert found["of kind"]["convolution"] == 1
+    FakeBuilder.last.layers = found
     return FakeBuilder.last
 
 

@@ -23,7 +23,7 @@ _CPU = "CPUExecutionProvider"
 
 
 def gpu_graph(path: Path, options: Any) -> bytes:
-    """A stored graph with the operators' bodies for a GPU, which take a third of the kernels of those for a CPU.
+    """A stored graph with the operators' bodies for a GPU, which take fewer kernels than those for a CPU.
 
     Args:
         path: the .onnx file, which was checked; external data lies beside it.

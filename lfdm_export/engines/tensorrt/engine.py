@@ -14,8 +14,9 @@ from lfdm_export.engines.tensorrt.api import refit_engine
 from lfdm_export.engines.tensorrt.device_loop import DeviceLoop
 from lfdm_export.engines.tensorrt.gpu_memory import DeviceBuffer, PinnedArray
 from lfdm_export.engines.tensorrt.gpu_session import GpuSession, gpu_session
+from lfdm_export.engines.tensorrt.plan_checks import plan_to_run
 from lfdm_export.engines.tensorrt.plan_context import PlanContext
-from lfdm_export.engines.tensorrt.plans import plan_to_run, remake
+from lfdm_export.engines.tensorrt.plans import remake
 from lfdm_export.errors import EngineError
 from lfdm_export.stages import StageSpec, TensorSpec
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lfdm_export.bundle.reader import ONNX_FOLDER, Bundle, fingerprint, onnx_path
 from lfdm_export.engines.cuda_driver import Gpu, find_gpus
-from lfdm_export.engines.tensorrt.plans import PlanFolder, check_plan_alone
+from lfdm_export.engines.tensorrt.plan_checks import check_plan_alone
+from lfdm_export.engines.tensorrt.plans import PlanFolder
 from lfdm_export.errors import EngineError
 from lfdm_export.graphs.file import read_graph
 from lfdm_export.protocol.contract import ENCODE_MODEL
