@@ -247,7 +247,7 @@ needs_placement = pytest.mark.skipif(
 @needs_placement
 @pytest.mark.parametrize("device", GPU_DEVICES)
 def test_gpu_providers_get_the_bodies_for_a_gpu(small_bundle: Bundle, device: Device, monkeypatch: pytest.MonkeyPatch):
-    """Fewer nodes, of the same results: 1,626 for 2,056 in the shipped model's step. Weights are read beside the file."""
+    """Fewer nodes of the same results (1,626 for 2,056 in the shipped model's step), with weights beside the file."""
     path, spec = small_bundle.stage_path("step"), small_bundle.stages["step"]
     feeds = random_feeds(spec)
     exact = OnnxRuntimeEngine(path, spec, threads=1)

@@ -22,6 +22,7 @@ from lfdm_export.engines.tensorrt import device_loop, gpu_session
 from lfdm_export.engines.tensorrt import engine as tensorrt_run
 from lfdm_export.engines.tensorrt.engine import TensorRtEngine
 from lfdm_export.engines.tensorrt.gpu_memory import DeviceBuffer
+from lfdm_export.engines.tensorrt.grid_samples import GRID_SAMPLING
 from lfdm_export.engines.tensorrt.plan_context import PlanContext
 from lfdm_export.engines.tensorrt.plans import BuildOptions, Fingerprint, PlanFolder, PlanRecord
 from lfdm_export.errors import EngineError
@@ -63,6 +64,7 @@ def write_plans(bundle: Bundle, target: Target, gpu: Gpu, options: BuildOptions 
             library=f"{'TensorRT for RTX' if target == 'tensorrt-rtx' else 'TensorRT'} 11.4.0",
             gpus=(gpu.architecture, gpu.name) if target == "tensorrt" else (gpu.architecture,),
             options=options,
+            grid_sampling=GRID_SAMPLING,
         )
         record = PlanRecord(made, fingerprint(path), 1.0, 1, {})
         folder.record_path(stage).write_text(json.dumps(to_plain(record)), encoding="utf-8")
