@@ -182,6 +182,8 @@ def test_engines_of_a_bundle_share_their_session(torch_bundle: Bundle) -> None:
 class Product(torch.nn.Module):
     """As small as a program can be."""
 
+    factor: torch.Tensor
+
     def __init__(self, factor: float) -> None:
         super().__init__()
         self.register_buffer("factor", torch.full((4,), factor))
@@ -234,19 +236,18 @@ def test_a_machine_without_a_compiler_gets_the_remedy(
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("batch", [1, 2])
 def test_whole_clips_are_those_of_the_stages(
-    torch_bundle: Bundle, host_kernels: HostKernels, picture: np.ndarray, batch: int
+    torch_bundle: Bundle, host_kernels: HostKernels, picture: np.ndarray, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = Pipeline(torch_bundle, target="onnxruntime", self_check=False)
     pipe = Pipeline(torch_bundle, target="torch", self_check=False)
     made: list[int] = []
 
-    def maker(stage: str, size: int) -> TorchClipMaker:
-        made.append(size)
-        return TorchClipMaker(
-            TorchSession(torch_bundle), torch_bundle.stages["encode"], torch_bundle.stages[stage], size
-        )
+    def maker(stage: str, batch: int) -> TorchClipMaker:
+        made.append(batch)
+        stages = torch_bundle.stages
+        return TorchClipMaker(TorchSession(torch_bundle), stages["encode"], stages[stage], batch)
 
-    pipe.stages.clip_maker = maker  # type: ignore[method-assign]  # as on a GPU
+    monkeypatch.setattr(pipe.stages, "clip_maker", maker)  # as on a GPU
     options = {"label": [torch_bundle.labels[0]] * batch, "seed": [7, 8][:batch]}
     reports: list[tuple[str, int, int]] = []
     with standing_in(host_kernels):
