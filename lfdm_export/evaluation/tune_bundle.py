@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from lfdm_export.errors import InputError
 from lfdm_export.evaluation.drawn import require_drawn_characters
 from lfdm_export.evaluation.tuning import Search, Target, tune
-from lfdm_export.generate.pipeline import Encoded, Pipeline
+from lfdm_export.generate.encoded import Encoded
+from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.sampling.noise import seeded_noise
 from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.sampling.tables import sampler_table

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeAlias, TypedDict, cast
+from dataclasses import replace
+from typing import TypeAlias, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,73 +22,35 @@ from lfdm_export.generate.arguments import (
     WHOLE,
     common_batch,
     embedding_rows,
-    finite_number,
     guided_steps,
     per_sample,
     sample_seeds,
     seed_count,
 )
 from lfdm_export.generate.clip_cache import ClipCache, clip_key
+from lfdm_export.generate.decoding import decode_chunks, decode_clip
+from lfdm_export.generate.encoded import Encoded
+from lfdm_export.generate.progress import Progress, report
+from lfdm_export.generate.sampling_options import SamplingOptions
 from lfdm_export.generate.stage_runner import StageRunner
 from lfdm_export.generate.tokenizer import tokenize
 from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.clips import Footage, read_footage
 from lfdm_export.pictures.crop import Crop
 from lfdm_export.pictures.motion import Motion, as_motion
-from lfdm_export.pictures.preprocess import ImageLike, prepare_image, prepare_images, to_float, to_uint8
+from lfdm_export.pictures.preprocess import ImageLike, prepare_image, prepare_images, to_float
 from lfdm_export.sampling.noise import NoiseSource, handed_noise, seeded_noise
 from lfdm_export.sampling.rows import SamplerTable
-from lfdm_export.sampling.tables import SAMPLERS, sampler_table
-from lfdm_export.sampling.tuned import TUNED
 from lfdm_export.stages import DRIVE_STAGE
-from lfdm_export.wording import count
-from lfdm_models.schedule import Schedule, cosine_schedule
 
 Float32: TypeAlias = NDArray[np.float32]
 UInt8: TypeAlias = NDArray[np.uint8]
-#: Called with the stage at work, how much of it is done, and out of how much.
-Progress: TypeAlias = Callable[[str, int, int], None]
-
-
-class _Sampling(TypedDict):
-    """What a caller says of sampling; None for the bundle's default."""
-
-    sampler: str | None
-    steps: int | None
-    eta: float | None
-    guidance_scale: float | None
 
 
 #: Driving frames that `estimate_motion` takes in one run.
 _MOTION_BATCH = 8
 #: The stage of a step without guidance.
 UNGUIDED_STAGE = "step"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Encoded:
-    """What every frame and step of a clip shares.
-
-    Attributes:
-        image: (B, 3, H, W) float32 in [0, 1].
-        skips: the encoder's outputs, full size first; the last is `feature`.
-        context: (B, C, h, w) float32, the UNet's response to the feature.
-    """
-
-    image: Float32
-    skips: tuple[Float32, ...]
-    context: Float32
-
-    def __repr__(self) -> str:
-        height, width = self.image.shape[2:]
-        return f"<Encoded: {count(len(self.image), 'image')} of {width}x{height}>"
-
-    def repeat(self, batch: int) -> Encoded:
-        """The same for `batch` samples, if it is one image's."""
-        if len(self.image) == batch:
-            return self
-        skips = tuple(np.repeat(skip, batch, axis=0) for skip in self.skips)
-        return Encoded(np.repeat(self.image, batch, axis=0), skips, np.repeat(self.context, batch, axis=0))
 
 
 class Pipeline:
@@ -221,10 +183,10 @@ class Pipeline:
         prepared = self._prepare(image, crop)
         words, embeddings = self._conditions(label, text, text_embedding)
         batch = common_batch({"images": len(prepared), "labels": len(embeddings), "seeds": seed_count(seed)})
-        asked: _Sampling = {"sampler": sampler, "steps": steps, "eta": eta, "guidance_scale": guidance_scale}
+        options = SamplingOptions(sampler, steps, eta, guidance_scale)
         settings = {
             **self._origin("generate"),
-            **self._sampling_settings(**asked),
+            **options.settings(self.bundle.manifest),
             **({} if guidance_interval == WHOLE else {"guidance_interval": list(guidance_interval)}),
             "condition": "label" if label is not None else "text" if text is not None else "text_embedding",
         }
@@ -233,14 +195,23 @@ class Pipeline:
         def make() -> Clip:
             rows = np.repeat(embeddings, batch // len(embeddings), axis=0)
             if noise is None and guidance_interval == WHOLE:
-                whole = self._whole_clip(prepared, rows, asked, seed, progress)
+                whole = self._whole_clip(prepared, rows, options, seed, progress)
                 if whole is not None:
                     return whole
             encoded = self._encode(prepared, progress).repeat(batch)
             latent = self.sample(
-                encoded, rows, **asked, guidance_interval=guidance_interval, seed=seed, noise=noise, progress=progress
+                encoded,
+                rows,
+                sampler=sampler,
+                steps=steps,
+                eta=eta,
+                guidance_scale=guidance_scale,
+                guidance_interval=guidance_interval,
+                seed=seed,
+                noise=noise,
+                progress=progress,
             )
-            return self._clip(prepared, encoded, latent, progress)
+            return decode_clip(self.stages, prepared, encoded, latent, progress)
 
         made_from = {**settings, "seeds": seeds, "frames": self.bundle.manifest.geometry.frames, "batch": batch}
         return replace(
@@ -254,22 +225,22 @@ class Pipeline:
         self,
         prepared: UInt8,
         embeddings: Float32,
-        asked: _Sampling,
+        options: SamplingOptions,
         seed: int | Sequence[int] | None,
         progress: Progress | None,
     ) -> Clip | None:
         """Clips of B embeddings made where the engine runs, in one go; None where it runs stages alone."""
         batch = len(embeddings)
-        stage, fixed = self._condition(embeddings, self._guidance(asked["guidance_scale"]))
+        stage, fixed = self._condition(embeddings, options.scale(self.bundle.manifest))
         maker = self.stages.clip_maker(stage, batch)
         if maker is None:
             return None
-        table = self.sampler_table(asked["sampler"], asked["steps"], asked["eta"])
+        table = options.table(self.bundle.manifest)
         image = np.repeat(to_float(prepared), batch // len(prepared), axis=0)
-        _report(progress, "denoise", 0, table.steps)
+        report(progress, "denoise", 0, table.steps)
         made = maker.make(
             ClipRequest(image, fixed, sample_seeds(seed, batch), table),
-            on_step=lambda index: _report(progress, "denoise", index + 1, table.steps),
+            on_step=lambda index: report(progress, "denoise", index + 1, table.steps),
         )
         return Clip(
             frames=made.frames,
@@ -315,14 +286,14 @@ class Pipeline:
 
         def make() -> Clip:
             source, latents = to_float(prepared), []
-            _report(progress, DRIVE_STAGE, 0, len(driving))
+            report(progress, DRIVE_STAGE, 0, len(driving))
             for start in range(0, len(driving), _MOTION_BATCH):
                 part = to_float(driving[start : start + _MOTION_BATCH])
                 (latent,) = self.stages.run(DRIVE_STAGE, np.repeat(source, len(part), axis=0), part)
                 latents.append(latent)
-                _report(progress, DRIVE_STAGE, start + len(part), len(driving))
+                report(progress, DRIVE_STAGE, start + len(part), len(driving))
             motion = np.ascontiguousarray(np.concatenate(latents).transpose(1, 0, 2, 3))[None]
-            return self._clip(prepared, self._encode(prepared, progress), motion, progress)
+            return decode_clip(self.stages, prepared, self._encode(prepared, progress), motion, progress)
 
         settings = self._origin("transfer_motion")
         made_from = {**settings, "frames": len(driving), "batch": 1}
@@ -367,7 +338,7 @@ class Pipeline:
             self._remembered(
                 made_from,
                 (prepared, latent),
-                lambda: self._clip(prepared, self._encode(prepared, progress), latent, progress),
+                lambda: decode_clip(self.stages, prepared, self._encode(prepared, progress), latent, progress),
             ),
             labels=(word,) * len(prepared) if isinstance(word, str) else None,
             seeds=(seed,) * len(prepared) if isinstance(seed, int) else None,
@@ -489,7 +460,7 @@ class Pipeline:
         rows = embedding_rows(embedding, manifest.geometry.text_width)
         if len(rows) not in (1, batch):
             raise InputError(f"found {len(rows)} text embeddings for {batch} images, expected 1 or {batch}")
-        scale = self._guidance(guidance_scale)
+        scale = SamplingOptions(guidance_scale=guidance_scale).scale(manifest)
         guided = guided_steps(table.timesteps, manifest.config.dm.training_steps, guidance_interval)
 
         if scale == 0.0 and not guided.all():
@@ -498,9 +469,9 @@ class Pipeline:
         def on_step(index: int, latent: Float32 | None) -> None:
             if latent is not None:
                 _require_finite(latent, index, table.steps)
-            _report(progress, "denoise", index + 1, table.steps)
+            report(progress, "denoise", index + 1, table.steps)
 
-        _report(progress, "denoise", 0, table.steps)
+        report(progress, "denoise", 0, table.steps)
         stage, fixed = self._condition(np.repeat(rows, batch // len(rows), axis=0), scale)
         stages = [stage if inside else UNGUIDED_STAGE for inside in guided]
         latent = self.stages.sample(stages, {"context": encoded.context, **fixed}, table, source, on_step=on_step)
@@ -515,27 +486,7 @@ class Pipeline:
         Raises:
             InputError: the sampler is unknown, or cannot do with these steps or this eta.
         """
-        manifest = self.bundle.manifest
-        defaults = manifest.sampler
-        if sampler is None or sampler == defaults.sampler:
-            sampler = defaults.sampler
-            steps = defaults.steps if steps is None else steps
-            eta = defaults.eta if eta is None else eta
-        schedule = cosine_schedule(manifest.config.dm.training_steps)
-        if sampler == TUNED:
-            return self._tuned_table(schedule, steps, eta)
-        return sampler_table(sampler, schedule, steps, None if eta is None else finite_number(eta, "eta"))
-
-    def _tuned_table(self, schedule: Schedule, steps: int | None, eta: float | None) -> SamplerTable:
-        tuned = self.bundle.manifest.tuned
-        if tuned is None:
-            raise InputError(
-                f"sampler: found {TUNED!r}, but this bundle has no tuned sampler; choose one of {', '.join(SAMPLERS)}, "
-                "or tune one: lfdm-train schedule"
-            )
-        if eta is not None:
-            raise InputError(f"eta: found {eta}, but sampler {TUNED!r} has its own noise; leave it out")
-        return tuned.table(schedule, steps)
+        return SamplingOptions(sampler, steps, eta).table(self.bundle.manifest)
 
     def decode(self, encoded: Encoded, latent: Float32, *, progress: Progress | None = None) -> tuple[Float32, Float32]:
         """Decode a latent.
@@ -555,7 +506,7 @@ class Pipeline:
         size = self.bundle.manifest.geometry.image_size
         shape = (*latent.shape[:3], size, size)
         frames, warped = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        for start, some_frames, some_warped in self._decode_chunks(encoded, latent, progress):
+        for start, some_frames, some_warped in decode_chunks(self.stages, encoded, latent, progress):
             part = slice(start, start + some_frames.shape[2])
             frames[:, :, part], warped[:, :, part] = some_frames, some_warped
         return frames, warped
@@ -574,22 +525,6 @@ class Pipeline:
             "bundle_id": manifest.bundle_id,
             "precision": manifest.precision,
         }
-
-    def _sampling_settings(
-        self, sampler: str | None, steps: int | None, eta: float | None, guidance_scale: float | None
-    ) -> dict[str, object]:
-        """What a clip's metadata say of its sampling."""
-        defaults, table = self.bundle.manifest.sampler, self.sampler_table(sampler, steps, eta)
-        return {
-            "sampler": table.name,
-            "steps": table.steps,
-            "eta": defaults.eta_of(table.name, eta),
-            "guidance_scale": self._guidance(guidance_scale),
-        }
-
-    def _guidance(self, scale: float | None) -> float:
-        default = self.bundle.manifest.sampler.guidance_scale
-        return default if scale is None else finite_number(scale, "guidance_scale")
 
     def _remembered(
         self, made_from: Mapping[str, object], arrays: Sequence[NDArray[np.generic]], make: Callable[[], Clip]
@@ -613,10 +548,10 @@ class Pipeline:
         return clip
 
     def _encode(self, prepared: UInt8, progress: Progress | None) -> Encoded:
-        _report(progress, "encode", 0, 1)
+        report(progress, "encode", 0, 1)
         image = to_float(prepared)
         *skips, context = self.stages.run("encode", image)
-        _report(progress, "encode", 1, 1)
+        report(progress, "encode", 1, 1)
         return Encoded(image, tuple(skips), context)
 
     def _conditions(
@@ -644,45 +579,6 @@ class Pipeline:
             return UNGUIDED_STAGE, fixed
         return "step_guided", {**fixed, "guidance_scale": np.full(batch, scale, np.float32)}
 
-    def _decode_chunks(
-        self, encoded: Encoded, latent: Float32, progress: Progress | None
-    ) -> Iterator[tuple[int, Float32, Float32]]:
-        """Give first frame, frames and warped of each chunk; a last chunk that is not full overlaps the one before."""
-        geometry = self.bundle.manifest.geometry
-        batch, expected = len(encoded.image), (3, geometry.latent_size, geometry.latent_size)
-        shape = latent.shape
-        if latent.ndim != 5 or (shape[0], shape[1], *shape[3:]) != (batch, *expected) or shape[2] < 1:
-            raise InputError(f"latent has shape {shape}, expected ({batch}, 3, frames, {expected[1]}, {expected[2]})")
-        if latent.dtype != np.float32 or not np.isfinite(latent).all():
-            raise InputError(f"latent is {latent.dtype}, expected float32 and all values finite")
-        frames, chunk = shape[2], geometry.chunk_frames
-        if frames < chunk:
-            latent = np.concatenate([latent, np.repeat(latent[:, :, -1:], chunk - frames, axis=2)], axis=2)
-        _report(progress, "decode", 0, frames)
-        for start in range(0, frames, chunk):
-            begin = max(0, min(start, frames - chunk))
-            part = latent[:, :, begin : begin + chunk]
-            decoded = self.stages.run("decode", encoded.image, *encoded.skips, part)
-            some_frames, some_warped = (images[:, :, : frames - begin] for images in decoded)
-            yield begin, some_frames, some_warped
-            _report(progress, "decode", min(start + chunk, frames), frames)
-
-    def _clip(self, prepared: UInt8, encoded: Encoded, latent: Float32, progress: Progress | None) -> Clip:
-        """Decode into 8-bit pictures chunk by chunk, so that no clip is held as float32."""
-        size = self.bundle.manifest.geometry.image_size
-        batch, frame_count = latent.shape[0], latent.shape[2]
-        frames, warped = (np.empty((batch, frame_count, size, size, 3), np.uint8) for _ in range(2))
-        for start, some_frames, some_warped in self._decode_chunks(encoded, latent, progress):
-            part = slice(start, start + some_frames.shape[2])
-            frames[:, part], warped[:, part] = to_uint8(some_frames), to_uint8(some_warped)
-        return Clip(
-            frames=frames,
-            warped=warped,
-            latent=latent,
-            source=np.repeat(prepared, batch // len(prepared), axis=0),
-            residual_flow=self.bundle.manifest.config.residual_flow,
-        )
-
 
 def _require_finite(latent: Float32, index: int, steps: int) -> None:
     if not np.isfinite(latent).all():
@@ -690,8 +586,3 @@ def _require_finite(latent: Float32, index: int, steps: int) -> None:
             f"step {index + 1} of {steps} gave values that are not finite; "
             "the weights or the engine are at fault: check the bundle with lfdm-verify"
         )
-
-
-def _report(progress: Progress | None, stage: str, done: int, total: int) -> None:
-    if progress is not None:
-        progress(stage, done, total)

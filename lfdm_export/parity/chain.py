@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.engines.targets import Target
 from lfdm_export.errors import EngineError
-from lfdm_export.generate.pipeline import Encoded, Pipeline, Progress
+from lfdm_export.generate.encoded import Encoded
+from lfdm_export.generate.pipeline import Pipeline
+from lfdm_export.generate.progress import Progress
 from lfdm_export.parity.report.model import CHAIN, Check, Pictures, StepError
 from lfdm_export.pictures.panels import panels
 from lfdm_export.pictures.preprocess import to_uint8

@@ -40,7 +40,7 @@ from lfdm_export.engines.targets import (
 )
 from lfdm_export.errors import BundleError, EngineError, InputError
 from lfdm_export.files.json_codec import to_plain
-from lfdm_export.generate.pipeline import Progress
+from lfdm_export.generate.progress import Progress
 from lfdm_export.generate.stage_runner import StageRunner, load_engine
 from lfdm_export.machine import environment
 from lfdm_export.parity.chain import ChainResult, check_chain

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from lfdm_export.batching.jobs import SampleJob
 from lfdm_export.batching.step_batcher import StepBatcher
 from lfdm_export.bundle.reader import Bundle
-from lfdm_export.generate.pipeline import Encoded, Pipeline
+from lfdm_export.generate.encoded import Encoded
+from lfdm_export.generate.pipeline import Pipeline
 from tests.sampler_fakes import Answers
 
 Float32 = NDArray[np.float32]

@@ -12,7 +12,8 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from lfdm_export.errors import EngineError, InputError
-from lfdm_export.generate.pipeline import Encoded, Pipeline
+from lfdm_export.generate.encoded import Encoded
+from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.pictures.preprocess import to_uint8
 from lfdm_export.protocol.contract import Array, RequestCancelledError
 from lfdm_export.serving.models.stub import failure, load, response

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lfdm_export.generate.pipeline import Encoded, Pipeline
+from lfdm_export.generate.encoded import Encoded
+from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.protocol.contract import Array
 from lfdm_export.serving.models.stub import answer_each, load
 

@@ -18,7 +18,7 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from lfdm_export.batching.jobs import Sampled, SampleJob
-from lfdm_export.generate.pipeline import Encoded
+from lfdm_export.generate.encoded import Encoded
 from lfdm_export.pictures.preprocess import to_float, to_uint8
 from lfdm_export.protocol.contract import (
     QUEUE_FULL_MESSAGE,

@@ -1,0 +1,39 @@
+"""What the encoder gives, which every frame and step of a clip shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_export.wording import count
+
+Float32: TypeAlias = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Encoded:
+    """What every frame and step of a clip shares.
+
+    Attributes:
+        image: (B, 3, H, W) float32 in [0, 1].
+        skips: the encoder's outputs, full size first; the last is `feature`.
+        context: (B, C, h, w) float32, the UNet's response to the feature.
+    """
+
+    image: Float32
+    skips: tuple[Float32, ...]
+    context: Float32
+
+    def __repr__(self) -> str:
+        height, width = self.image.shape[2:]
+        return f"<Encoded: {count(len(self.image), 'image')} of {width}x{height}>"
+
+    def repeat(self, batch: int) -> Encoded:
+        """The same for `batch` samples, if it is one image's."""
+        if len(self.image) == batch:
+            return self
+        skips = tuple(np.repeat(skip, batch, axis=0) for skip in self.skips)
+        return Encoded(np.repeat(self.image, batch, axis=0), skips, np.repeat(self.context, batch, axis=0))
