@@ -141,9 +141,9 @@ def test_engines_are_loaded_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch
     loaded: list[str] = []
     real = ort_engine._load
 
-    def counting(path: Path, *args: Any) -> Any:
+    def counting(path: Path, *args: Any, **options: Any) -> Any:
         loaded.append(path.stem)
-        return real(path, *args)
+        return real(path, *args, **options)
 
     monkeypatch.setattr(ort_engine, "_load", counting)
     pipe = Pipeline.open(bundle)
