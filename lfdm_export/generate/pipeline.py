@@ -183,10 +183,12 @@ class Pipeline:
         prepared = self._prepare(image, crop)
         words, embeddings = self._conditions(label, text, text_embedding)
         batch = common_batch({"images": len(prepared), "labels": len(embeddings), "seeds": seed_count(seed)})
-        options = SamplingOptions(sampler, steps, eta, guidance_scale)
+        options, manifest = SamplingOptions(sampler, steps, eta, guidance_scale), self.bundle.manifest
+        # Looked at before anything is made of them.
+        guided_steps(options.table(manifest).timesteps, manifest.config.dm.training_steps, guidance_interval)
         settings = {
             **self._origin("generate"),
-            **options.settings(self.bundle.manifest),
+            **options.settings(manifest),
             **({} if guidance_interval == WHOLE else {"guidance_interval": list(guidance_interval)}),
             "condition": "label" if label is not None else "text" if text is not None else "text_embedding",
         }
