@@ -16,6 +16,7 @@ from PIL import Image
 
 from lfdm_export import __version__
 from lfdm_export.bundle.reader import Bundle
+from lfdm_export.bundle.ready import MODEL
 from lfdm_export.cli import export_main, generate_main, info_main, serve_main, train_main, verify_main
 from lfdm_export.cli.console import Bars, OneBar
 from lfdm_export.cli.export import read_labels
@@ -24,6 +25,7 @@ from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.pictures.clip_files import load_clip, save_clip
 from lfdm_export.pictures.clips import read_footage
 from lfdm_export.pictures.metadata import clip_metadata
+from lfdm_export.sampling.tuned import TunedSampler
 from lfdm_models import text_files
 from lfdm_models.labels import DATASETS
 from tests.closeness import assert_same_floats
@@ -227,6 +229,7 @@ def test_options_reach_the_pipeline(bundle: Bundle, photo: str, tmp_path: Path, 
         "steps": 3,
         "eta": 0.5,
         "guidance_scale": 2.0,
+        "guidance_interval": (0.0, 1.0),
         "seed": 5,
     }
     with Image.open(tmp_path / "clip") as image:
@@ -448,6 +451,7 @@ def test_export_of_nothing_is_the_shipped_model(calls: dict[str, Any], capsys: p
     assert export_main([]) == 0
     export = calls["export"]
     export.pop("progress")
+    assert export.pop("tuned") == TunedSampler.load(MODEL / "tuned.json")
     assert export == {
         "model": FakeModel("from shipped", {"frames": 12, "image_size": 96}),
         "out_dir": "bundle",
@@ -459,6 +463,7 @@ def test_export_of_nothing_is_the_shipped_model(calls: dict[str, Any], capsys: p
         "labels": None,
         "drive": True,
         "reference": True,
+        "torch_weights": False,
     }
     assert calls["verify"]["model"] is None, "the reference is the model's, stored at export"
     printed = capsys.readouterr().out

@@ -166,7 +166,7 @@ def test_a_gpu_without_plans_is_told_how_to_get_them(bundle: Bundle, monkeypatch
     assert [other.lacking for other in absent] == [
         f"the bundle has no plans for it: lfdm-export --plans {bundle.path} --target {target}"
         for target in ("tensorrt", "tensorrt-rtx")
-    ]
+    ] + ["torch and einops and safetensors not installed: pip install 'lfdm-export[torch]'"]
 
 
 def test_without_polygraphy(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):

@@ -17,7 +17,7 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from lfdm_export.bundle.reader import Bundle
-from lfdm_export.protocol.contract import CLIP_MODEL, ENCODE_MODEL, SAMPLE_MODEL, STREAM_MODEL
+from lfdm_export.protocol.contract import CLIP_MODEL, CONDITION_MODEL, ENCODE_MODEL, SAMPLE_MODEL, STREAM_MODEL
 from lfdm_export.serving.server.files import install_server
 from tests.running_server import DEADLINE, RunningServer, ServeCommand, eventually, inputs_of, json_input
 
@@ -176,8 +176,9 @@ def test_a_client_that_names_itself_may_cancel_and_nothing_more(triton_server: R
         given = triton.InferInput("cancel_request_id", [1], "BYTES")
         given.set_data_from_numpy(np.array([b"nobody's"], np.object_))
         assert not client.infer(SAMPLE_MODEL, [given]).as_numpy("cancelled")[0]
-        for model in (SAMPLE_MODEL, ENCODE_MODEL):
+        for model in (SAMPLE_MODEL, CONDITION_MODEL, ENCODE_MODEL):
             with pytest.raises(InferenceServerException):
                 client.infer(model, inputs_of({"seed": 1}))
     body = {"inputs": [json_input("seed", 1)]}
-    assert triton_server.post(ENCODE_MODEL, body)[0] == 403
+    assert triton_server.post(CONDITION_MODEL, body)[0] == 403
+    assert triton_server.post(ENCODE_MODEL, body)[0] == 400  # which a motion's request is let through to
