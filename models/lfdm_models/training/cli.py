@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in _PATHS:
         if getattr(args, name, None) is not None:
             setattr(args, name, Path(os.path.expanduser(getattr(args, name))))  # noqa: PTH111  (no error for ~unknown)
-    if args.stage == "evaluate":  # the toolkit's command answers before it comes to this
-        _complain("error: evaluate measures exported bundles, and comes with lfdm_export: run lfdm-train")
+    if args.stage in ("evaluate", "schedule"):  # the toolkit's command answers before it comes to this
+        _complain(f"error: {args.stage} is for exported bundles, and comes with lfdm_export: run lfdm-train")
         return FAILED
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a path that the terminal cannot spell is no fault of the run
@@ -127,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_classifier(stages.add_parser("classifier", help="what judges clips in evaluate"))
     stages.add_parser("evaluate", help="measure an exported bundle: lfdm-train evaluate --help", add_help=False)
+    stages.add_parser("schedule", help="learn a sampler of few steps: lfdm-train schedule --help", add_help=False)
     _add_options(lfae, batch_size=16)
     _add_options(dm, batch_size=8)
     return parser
