@@ -103,7 +103,7 @@ def rearranged(value: Any, rng: random.Random) -> Any:
         return [*value[:index], rearranged(value[index], rng), *value[index + 1 :]]
     if rng.random() < 0.2:
         deep = value
-        for _ in range(rng.choice((1, 10, 900))):
+        for _ in range(rng.choice((1, 10, 250))):  # three times over, and it can still be written
             deep = [deep]
         return deep
     return rng.choice(_VALUES)
