@@ -38,7 +38,7 @@ class Task:
     Attributes:
         image: (B, 3, H, W) float32 in [0, 1], on the device.
         embedding: (B, text_width) float32.
-        seeds: one a sample.
+        seeds: one per sample.
         table: the sampler; DDIM, whose step the published program's way is written for.
         frames: T.
         latent_size: h = w.

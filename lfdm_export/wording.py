@@ -31,6 +31,11 @@ def not_default(settings: Any) -> str:
     return f"{type(settings).__name__}({', '.join(shown)})"
 
 
+def one_line(error: Exception, most: int = 500) -> str:
+    """The text of a library's error in one line, of so many characters at most."""
+    return " ".join(str(error).split())[:most]
+
+
 def describe_error(error: Exception) -> str:
     """What went wrong, in a sentence."""
     if isinstance(error, LfdmExportError):

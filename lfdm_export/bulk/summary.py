@@ -112,7 +112,7 @@ def write_summary(
 
 
 def table_rows(jobs: Sequence[Job], records: Mapping[str, Record]) -> list[dict[str, object]]:
-    """A row a job: what it is, and what became of it."""
+    """One row per job: what it is, and what became of it."""
     rows: list[dict[str, object]] = []
     for job in jobs:
         record = records.get(job.id)

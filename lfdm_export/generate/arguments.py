@@ -127,14 +127,24 @@ def guided_steps(timesteps: NDArray[np.int64], training_steps: int, interval: tu
 
     Source: Kynkäänniemi et al., Applying Guidance in a Limited Interval (arXiv 2404.07724).
     """
+    low, high = interval_ends(interval)
+    shares = timesteps / max(training_steps - 1, 1)
+    return (low <= shares) & (shares <= high)
+
+
+def interval_ends(interval: tuple[float, float]) -> tuple[float, float]:
+    """Low and high of an interval of guidance.
+
+    Raises:
+        InputError: it is none.
+    """
     try:
         low, high = (finite_number(end, "guidance_interval") for end in interval)
     except (TypeError, ValueError):
         raise InputError(f"guidance_interval is {interval!r}, expected two numbers, such as (0.2, 0.8)") from None
     if not 0.0 <= low <= high <= 1.0:
         raise InputError(f"guidance_interval is ({low:g}, {high:g}), expected 0 <= low <= high <= 1")
-    shares = timesteps / max(training_steps - 1, 1)
-    return (low <= shares) & (shares <= high)
+    return low, high
 
 
 def seed_count(seed: int | Sequence[int] | None) -> int:

@@ -23,6 +23,7 @@ from lfdm_export.generate.arguments import (
     common_batch,
     embedding_rows,
     guided_steps,
+    interval_ends,
     per_sample,
     sample_seeds,
     seed_count,
@@ -184,19 +185,18 @@ class Pipeline:
         words, embeddings = self._conditions(label, text, text_embedding)
         batch = common_batch({"images": len(prepared), "labels": len(embeddings), "seeds": seed_count(seed)})
         options, manifest = SamplingOptions(sampler, steps, eta, guidance_scale), self.bundle.manifest
-        # Looked at before anything is made of them.
-        guided_steps(options.table(manifest).timesteps, manifest.config.dm.training_steps, guidance_interval)
+        interval = interval_ends(guidance_interval)
         settings = {
             **self._origin("generate"),
             **options.settings(manifest),
-            **({} if guidance_interval == WHOLE else {"guidance_interval": list(guidance_interval)}),
+            **({} if interval == WHOLE else {"guidance_interval": list(interval)}),
             "condition": "label" if label is not None else "text" if text is not None else "text_embedding",
         }
         seeds = None if noise is not None else sample_seeds(seed, batch)
 
         def make() -> Clip:
             rows = np.repeat(embeddings, batch // len(embeddings), axis=0)
-            if noise is None and guidance_interval == WHOLE:
+            if noise is None and interval == WHOLE:
                 whole = self._whole_clip(prepared, rows, options, seed, progress)
                 if whole is not None:
                     return whole

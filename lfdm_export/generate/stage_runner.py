@@ -236,7 +236,7 @@ class StageRunner:
         if key not in self._makers:
             from lfdm_export.engines.pytorch.clips import clip_maker
 
-            self._makers[key] = clip_maker(self.bundle, stage, batch)
+            self._makers[key] = clip_maker(self.bundle, stage, batch, threads=self._threads)
         return self._makers[key]
 
     def state(self) -> str:

@@ -28,12 +28,12 @@ def test_the_indexed_job_covers_every_row_once():
     for index in range(spec["completions"]):
         words = [word.replace(f"$({variable['name']})", str(index)) for word in container["args"]]
         args = generate._parser().parse_args(words)
-        assert (args.bundle, args.jobs, args.out) == ("/bundle", "/work/jobs.csv", "/work/clips")
+        assert (args.bundle, args.jobs, args.out) == ("/bundle", "/jobs/jobs.csv", "/jobs/clips")
         shards.append(Shard.parse(args.shard))
     assert shards == [Shard(index, len(shards)) for index in range(len(shards))]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounts.keys() == {volume["name"] for volume in spec["template"]["spec"]["volumes"]}
-    assert {"/bundle", "/work"} <= set(mounts.values())
+    assert {"/bundle", "/jobs"} <= set(mounts.values())
 
 
 @pytest.mark.parametrize(("first", "task", "expected"), [(0, 3, "3/4"), (1, 1, "0/4")])

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,6 +178,23 @@ def test_a_sample_depends_on_no_other(torch_bundle: Bundle) -> None:
 def test_engines_of_a_bundle_share_their_session(torch_bundle: Bundle) -> None:
     assert torch_session(torch_bundle) is torch_session(torch_bundle)
     assert torch_session(torch_bundle, threads=1) is not torch_session(torch_bundle)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_weights_are_loaded_once_whatever_the_threads(
+    torch_bundle: Bundle, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[int | None] = []
+    real = TorchSession.__init__
+
+    def counting(self: TorchSession, bundle: Bundle, *, threads: int | None = None, **more: Any) -> None:
+        loaded.append(threads)
+        real(self, bundle, threads=threads, **more)
+
+    monkeypatch.setattr(TorchSession, "__init__", counting)
+    opened = Bundle.open(torch_bundle.path)
+    Pipeline(opened, target="torch", threads=1, self_check=False).generate(picture, label=opened.labels[0], steps=1)
+    assert loaded == [1]
 
 
 class Product(torch.nn.Module):

@@ -16,6 +16,7 @@ from lfdm_export.files.names import require_utf8
 from lfdm_export.graphs.file import check_graph
 from lfdm_export.machine import available_cores
 from lfdm_export.stages import StageSpec, TensorSpec
+from lfdm_export.wording import one_line
 
 Device = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 #: Execution providers by device; the first has to be there, the next takes what it cannot run. TensorRT keeps no engine
@@ -88,7 +89,7 @@ class OnnxRuntimeEngine:
         try:
             values = self._session.run(names, contiguous)
         except Exception as error:  # onnxruntime's exceptions share no other base
-            raise EngineError(f"stage {self.spec.name!r} failed in ONNX Runtime: {_one_line(error)}") from error
+            raise EngineError(f"stage {self.spec.name!r} failed in ONNX Runtime: {one_line(error)}") from error
         outputs = cast(dict[str, Array], dict(zip(names, values, strict=True)))
         check_outputs(self.spec, outputs, axes)
         return outputs
@@ -149,7 +150,7 @@ def _load(path: Path, options: Any, providers: Sequence[str], *, on_gpu: bool) -
     try:
         session = _onnxruntime().InferenceSession(graph, options, providers=list(providers))
     except Exception as error:  # onnxruntime's exceptions share no other base
-        raise EngineError(f"ONNX Runtime cannot load {path}: {_one_line(error)}; export again") from error
+        raise EngineError(f"ONNX Runtime cannot load {path}: {one_line(error)}; export again") from error
     if session.get_providers()[0] != providers[0]:  # it falls back to the CPU with no more than a log line
         raise EngineError(
             f"ONNX Runtime could not start {providers[0]} for {path}; check the GPU's driver and libraries"
@@ -187,7 +188,3 @@ def _onnxruntime() -> Any:
     except ImportError as error:
         raise MissingDependencyError("onnxruntime", "running a bundle", "run") from error
     return onnxruntime
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]

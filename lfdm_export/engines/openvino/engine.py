@@ -21,6 +21,7 @@ from lfdm_export.graphs.file import walk
 from lfdm_export.machine import available_cores
 from lfdm_export.stages import BATCH, StageSpec
 from lfdm_export.telemetry import import_openvino
+from lfdm_export.wording import one_line
 
 # What the plugin computes in where the graph says float32. A graph of fp16 says by itself what is rounded.
 _HINTS: Mapping[str, str] = {"fp32": "f32", "tf32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "bf16"}
@@ -94,7 +95,7 @@ class OpenVinoEngine:
             # Copied, for the request writes into the same arrays when it runs again.
             outputs: dict[str, Array] = {t.name: np.array(values[t.name]) for t in self.spec.outputs}
         except RuntimeError as error:
-            raise EngineError(f"stage {self.spec.name!r} failed in OpenVINO: {_one_line(error)}") from error
+            raise EngineError(f"stage {self.spec.name!r} failed in OpenVINO: {one_line(error)}") from error
         check_outputs(self.spec, outputs, axes)
         return outputs
 
@@ -124,7 +125,7 @@ class OpenVinoEngine:
         try:
             model = self._core.read_model(model=self._graph)
         except RuntimeError as error:
-            raise EngineError(f"OpenVINO cannot load {self.path}: {_one_line(error)}; export again") from error
+            raise EngineError(f"OpenVINO cannot load {self.path}: {one_line(error)}; export again") from error
         if batch is not None:
             shapes = {tensor.name: list(tensor.concrete(**{BATCH: batch})) for tensor in self.spec.inputs}
             model.reshape({name: shape for name, shape in shapes.items() if name in self._used})
@@ -211,7 +212,7 @@ def _mapped(path: Path, name: str) -> NDArray[np.uint8]:
     try:
         return np.memmap(path.parent / name, np.uint8, mode="r")
     except (OSError, ValueError) as error:
-        raise EngineError(f"OpenVINO cannot load {path}: {_one_line(error)}; export again") from error
+        raise EngineError(f"OpenVINO cannot load {path}: {one_line(error)}; export again") from error
 
 
 @functools.cache
@@ -229,7 +230,3 @@ def shared_core() -> Any:
         return import_openvino().Core()
     except ImportError as error:
         raise MissingDependencyError("openvino", "running a bundle with OpenVINO", "openvino") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]

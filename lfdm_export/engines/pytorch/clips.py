@@ -18,6 +18,7 @@ from lfdm_export.engines.pytorch.session import TorchSession, torch_session
 from lfdm_export.errors import EngineError
 from lfdm_export.rewrite.lfae import Decode
 from lfdm_export.stages import StageSpec
+from lfdm_export.wording import one_line
 
 # Frames of all samples that are decoded at once; more fill no GPU better, and take memory.
 _DECODED_AT_ONCE = 320
@@ -88,7 +89,7 @@ class TorchClipMaker:
                         on_step(index)
                 return self._finish()
         except RuntimeError as error:
-            raise EngineError(f"clips failed in PyTorch: {' '.join(str(error).split())[:300]}") from error
+            raise EngineError(f"clips failed in PyTorch: {one_line(error, 300)}") from error
 
     def _finish(self) -> MadeClips:
         latent = self._loop.inputs["noisy_latent"]
@@ -110,13 +111,19 @@ class TorchClipMaker:
         return MadeClips(frames, warped, found)
 
 
-def clip_maker(bundle: Bundle, stage: str, batch: int) -> TorchClipMaker | None:
+def clip_maker(bundle: Bundle, stage: str, batch: int, *, threads: int | None = None) -> TorchClipMaker | None:
     """What makes whole clips where the bundle runs on a GPU; None on a CPU, where stages are as good.
+
+    Args:
+        bundle: exported for the target torch.
+        stage: that samples.
+        batch: samples that are made together.
+        threads: of the bundle's session, which the stages' engines share.
 
     Raises:
         EngineError: see `TorchClipMaker`.
     """
-    session = torch_session(bundle)
+    session = torch_session(bundle, threads=threads)
     if not session.on_gpu:
         return None
     return TorchClipMaker(session, bundle.stages["encode"], bundle.stages[stage], batch)

@@ -19,6 +19,7 @@ from lfdm_export.engines.pytorch.session import TorchSession, torch_session
 from lfdm_export.errors import EngineError
 from lfdm_export.rewrite.lfae import Decode
 from lfdm_export.stages import StageSpec
+from lfdm_export.wording import one_line
 
 #: Stages whose module is another's, and those of its outputs that they are.
 _PART_OF = {"denoise": ("step", slice(0, 1)), "denoise_guided": ("step_guided", slice(0, 1))}
@@ -61,7 +62,7 @@ class TorchEngine:
             with self._session.owned():
                 rows = [self._run_one({name: array[i : i + 1] for name, array in feeds.items()}) for i in range(batch)]
         except RuntimeError as error:  # torch's exceptions, out of memory too, descend from it
-            raise EngineError(f"stage {self.spec.name!r} failed in PyTorch: {_one_line(error)}") from error
+            raise EngineError(f"stage {self.spec.name!r} failed in PyTorch: {one_line(error, 300)}") from error
         outputs = {
             tensor.name: np.concatenate([row[index] for row in rows]) for index, tensor in enumerate(self.spec.outputs)
         }
@@ -120,7 +121,3 @@ def _array(tensor: Tensor) -> Any:
     """A result as callers see it: the encoder's are of the weights' dtype."""
     wide = tensor.to(torch.float32) if tensor.is_floating_point() else tensor
     return wide.contiguous().cpu().numpy()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

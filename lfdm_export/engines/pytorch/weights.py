@@ -18,6 +18,7 @@ from lfdm_export.errors import EngineError, InputError
 from lfdm_export.rewrite.precision import in_precision
 from lfdm_export.rewrite.stage_modules import stage_modules
 from lfdm_export.stages import DRIVE_STAGE
+from lfdm_export.wording import one_line
 from lfdm_models.diffusion import Diffusion
 from lfdm_models.lfae import Lfae
 from lfdm_models.model import LfdmModel
@@ -90,7 +91,7 @@ def load_modules(bundle: Bundle, device: torch.device) -> dict[str, nn.Module]:
             state = {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
             network.load_state_dict(state, assign=True)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise EngineError(f"{path} does not hold the weights of this bundle's networks: {reason}") from error
     model = LfdmModel(manifest.config, lfae.eval(), diffusion.eval())
     modules = stage_modules(model, manifest.geometry.frames)

@@ -27,6 +27,8 @@ STORAGES: dict[torch.dtype, Storage] = {
 }
 
 _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+# Bytes; of the widest access of a kernel.
+_ALIGNMENT = 16
 # Of cuModuleLoadDataEx. Source: CUDA driver API, CUjit_option.
 _ERROR_LOG, _ERROR_LOG_SIZE = 5, 6
 _LOG_BYTES = 8192
@@ -47,7 +49,7 @@ def launch(kernel: Kernel, plan: Launch[int], inputs: Sequence[Tensor], outputs:
     tensors = (*inputs, *outputs)
     assert (len(inputs), len(outputs)) == kernel.pointers
     assert len(plan.scalars) == kernel.scalars
-    assert all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    assert all(map(is_aligned, tensors))
     device = tensors[0].device
     assert all(tensor.device == device for tensor in tensors)
     if device.type != "cuda":
@@ -65,6 +67,17 @@ def launch(kernel: Kernel, plan: Launch[int], inputs: Sequence[Tensor], outputs:
         function = _load(kernel, device.index)
         threads = (kernel.threads, 1, 1)
         _call("cuLaunchKernel", function, *map(ctypes.c_uint, (*plan.grid, *threads, 0)), stream, addresses, None)
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether a tensor begins where `launch` needs it to."""
+    return tensor.data_ptr() % _ALIGNMENT == 0
+
+
+def dense(tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """The tensor in that layout, at a multiple of 16 bytes, which a part of another need not be."""
+    laid_out = tensor.contiguous(memory_format=memory_format)
+    return laid_out if is_aligned(laid_out) else laid_out.clone(memory_format=memory_format)
 
 
 def _run_on_host(kernel: Kernel, plan: Launch[int], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:

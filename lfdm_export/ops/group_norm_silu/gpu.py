@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lfdm_export.ops.cuda.launcher import STORAGES, launch
+from lfdm_export.ops.cuda.launcher import STORAGES, dense, is_aligned, launch
 from lfdm_export.ops.group_norm_silu import kernels
 from lfdm_export.ops.group_norm_silu.kernels import NormPlan
 
@@ -53,14 +53,14 @@ def _group_norm_silu(
     storage, narrow = STORAGES[x.dtype], STORAGES[gamma.dtype]
     count, channels, height, width = x.shape
     plan = NormPlan.of(storage, count // frames, frames * height * width, channels, groups)
-    x, gamma, beta = _channels_last(x), _aligned(gamma.contiguous()), _aligned(beta.contiguous())
+    x, gamma, beta = dense(x, torch.channels_last), dense(gamma), dense(beta)
     partials = x.new_empty((plan.clips, plan.slabs, groups, 2), dtype=torch.float32)
     launch(kernels.statistics_kernel(storage), plan.statistics(), [x], [partials])
     # Pointers to what is not there are not followed.
     row_stride, rows = 0, [gamma, gamma]
     if scale is not None and shift is not None:
         row_stride, rows = _rows_alike(scale, shift)
-    added = x if residual is None else _channels_last(residual)
+    added = x if residual is None else dense(residual, torch.channels_last)
     launch(
         kernels.apply_kernel(storage, narrow),
         plan.apply(row_stride=row_stride, modulated=scale is not None, added=residual is not None),
@@ -88,19 +88,6 @@ def _rows_alike(scale: Tensor, shift: Tensor) -> tuple[int, list[Tensor]]:
     """Scale and shift (B, C), and the elements from row to row; parts of one product are taken where they lie."""
     alike = scale.stride() == shift.stride() and scale.stride(1) == 1
     step = scale.stride(0) * scale.element_size()
-    if alike and (len(scale) == 1 or step % 16 == 0) and _is_aligned(scale) and _is_aligned(shift):
+    if alike and (len(scale) == 1 or step % 16 == 0) and is_aligned(scale) and is_aligned(shift):
         return int(scale.stride(0)), [scale, shift]
-    return int(scale.shape[1]), [_aligned(scale.contiguous()), _aligned(shift.contiguous())]
-
-
-def _channels_last(tensor: Tensor) -> Tensor:
-    return _aligned(tensor.contiguous(memory_format=torch.channels_last))
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor at a multiple of 16 bytes, which a part of another need not be."""
-    return tensor if _is_aligned(tensor) else tensor.clone()
-
-
-def _is_aligned(tensor: Tensor) -> bool:
-    return tensor.data_ptr() % 16 == 0
+    return int(scale.shape[1]), [dense(scale), dense(shift)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lfdm_export.ops.cuda.dispatch import has_kernel
-from lfdm_export.ops.cuda.launcher import STORAGES, launch
+from lfdm_export.ops.cuda.launcher import STORAGES, dense, launch
 from lfdm_export.ops.temporal_attention import kernels
 from lfdm_export.ops.temporal_attention.kernels import core_kernel, core_launch, covers
 
@@ -54,18 +54,12 @@ def core_on_gpu(qkv: Tensor, turns: Tensor, bias: Tensor, *, heads: int) -> Tens
 def _core(qkv: Tensor, turns: Tensor, bias: Tensor, heads: int) -> Tensor:
     batch, frames, pixels, width = qkv.shape
     result = _core_result(qkv, turns, bias, heads)
-    tables = (_dense(table.to(torch.float32)) for table in (turns, bias))
+    tables = (dense(table.to(torch.float32)) for table in (turns, bias))
     kernel = core_kernel(STORAGES[qkv.dtype], width // (3 * heads), frames)
-    launch(kernel, core_launch(frames, pixels, heads, batch), [_dense(qkv), *tables], [result])
+    launch(kernel, core_launch(frames, pixels, heads, batch), [dense(qkv), *tables], [result])
     return result
 
 
 @_core.register_fake
 def _core_result(qkv: Tensor, turns: Tensor, bias: Tensor, heads: int) -> Tensor:
     return qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """The tensor in C order, at a multiple of 16 bytes, which a part of another need not be."""
-    dense = tensor.contiguous()
-    return dense if dense.data_ptr() % 16 == 0 else dense.clone()

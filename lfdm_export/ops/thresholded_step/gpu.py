@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lfdm_export.ops.cuda.launcher import STORAGES, launch
+from lfdm_export.ops.cuda.launcher import STORAGES, dense, launch
 from lfdm_export.ops.thresholded_step import kernels
 from lfdm_export.sampling.loop import quantile_rank
 
@@ -49,11 +49,11 @@ def _step(
 ) -> tuple[Tensor, Tensor]:
     state = latent.dtype
     inputs = [
-        _dense(latent),
-        _dense(predicted_noise),
-        _dense(history.to(state)),
-        _dense(noise.to(state)),
-        _dense(coefficients.to(torch.float32)),
+        dense(latent),
+        dense(predicted_noise),
+        dense(history.to(state)),
+        dense(noise.to(state)),
+        dense(coefficients.to(torch.float32)),
     ]
     elements, batch = math.prod(latent.shape[1:]), len(latent)
     lower, weight = quantile_rank(elements)
@@ -84,16 +84,10 @@ def _step_results(
 def _noise(seeds: Tensor, step: Tensor, shape: list[int]) -> Tensor:
     result = _noise_result(seeds, step, shape)
     elements = math.prod(shape)
-    launch(kernels.noise_kernel(), kernels.noise_launch(elements, len(seeds)), [_dense(seeds), _dense(step)], [result])
+    launch(kernels.noise_kernel(), kernels.noise_launch(elements, len(seeds)), [dense(seeds), dense(step)], [result])
     return result
 
 
 @_noise.register_fake
 def _noise_result(seeds: Tensor, step: Tensor, shape: list[int]) -> Tensor:
     return seeds.new_empty((seeds.shape[0], *shape), dtype=torch.float32)
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """The tensor in C order, at a multiple of 16 bytes, which a part of another need not be."""
-    dense = tensor.contiguous()
-    return dense if dense.data_ptr() % 16 == 0 else dense.clone()

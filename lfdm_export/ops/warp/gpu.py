@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lfdm_export.ops.cuda.launcher import STORAGES, launch
+from lfdm_export.ops.cuda.launcher import STORAGES, dense, launch
 from lfdm_export.ops.warp.kernels import Layout, warp_kernel, warp_launch
 
 
@@ -60,9 +60,9 @@ def _run(
     memory_format = _memory_format(result)
     layout: Layout = "channels_last" if memory_format == torch.channels_last else "planar"
     storage = STORAGES[source.dtype]
-    inputs = [_dense(source, memory_format), _dense(motion.to(torch.float32), torch.contiguous_format)]
+    inputs = [dense(source, memory_format), dense(motion.to(torch.float32), torch.contiguous_format)]
     if previous is not None:
-        inputs.append(_dense(previous, memory_format))
+        inputs.append(dense(previous, memory_format))
     channels, height, width = source.shape[1:]
     plan = warp_launch(
         storage, layout, (channels, height, width), (motion.shape[2], motion.shape[3]),
@@ -74,9 +74,3 @@ def _run(
 def _memory_format(tensor: Tensor) -> torch.memory_format:
     last = tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
-
-
-def _dense(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """The tensor in that layout, at a multiple of 16 bytes, which a part of another need not be."""
-    dense = tensor.contiguous(memory_format=memory_format)
-    return dense if dense.data_ptr() % 16 == 0 else dense.clone(memory_format=memory_format)
