@@ -138,6 +138,10 @@ def folder_made(folder: Path) -> Iterator[None]:
         raise
 
 
+class _RemovedByAnother(Exception):
+    """A new folder was gone before it could be opened."""
+
+
 # --- Hidden names ---------------------------------------------------------------------------------
 
 
@@ -229,8 +233,11 @@ def _claimed(place: Path, make: Callable[[Path], int | None]) -> Iterator[tuple[
 def _claim(place: Path, make: Callable[[Path], int | None]) -> tuple[Path, int | None]:
     while True:
         part = part_name(place)
-        descriptor = make(part)
-        # Another process may have taken it for a leftover before it was locked.
+        # Another writer may take it for a leftover, and remove it, before it is locked.
+        try:
+            descriptor = make(part)
+        except _RemovedByAnother:
+            continue
         if descriptor is None or (_lock(descriptor) is not False and _is_at(descriptor, part)):
             return part, descriptor
         os.close(descriptor)
@@ -242,7 +249,12 @@ def _new_file(part: Path) -> int:
 
 def _new_folder(part: Path) -> int | None:
     part.mkdir()
-    return os.open(part, os.O_RDONLY) if os.name == "posix" else None
+    if os.name != "posix":
+        return None
+    try:
+        return os.open(part, os.O_RDONLY)
+    except FileNotFoundError as error:
+        raise _RemovedByAnother from error
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -248,6 +248,24 @@ def test_a_large_folder_is_not_looked_through_at_each_write(
     assert [name for name in names(tmp_path) if name.startswith(".")] == [], "and so do later ones"
 
 
+def test_a_folder_that_another_takes_for_a_leftover_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Between its making and its lock, a writer that clears up may remove it."""
+    taken: list[Path] = []
+    real = os.open
+
+    def taking(path: Any, flags: int, *rest: Any, **options: Any) -> int:
+        if not taken and str(path).endswith(".part"):
+            taken.append(Path(path))
+            Path(path).rmdir()
+        return real(path, flags, *rest, **options)
+
+    monkeypatch.setattr("lfdm_export.files.atomic.os.open", taking)
+    with temporary_folder(tmp_path / "folder") as folder:
+        assert taken and folder not in taken
+        (folder / "inside").write_bytes(b"whole")
+    assert names(tmp_path) == []
+
+
 def test_what_a_living_writer_is_at_stays(tmp_path: Path, writer: Callable[[], subprocess.Popen[str]]):
     process = writer()
     write_file(tmp_path / "file", b"of another")
