@@ -261,7 +261,8 @@ def test_a_folder_that_another_takes_for_a_leftover_is_made_again(tmp_path: Path
 
     monkeypatch.setattr("lfdm_export.files.atomic.os.open", taking)
     with temporary_folder(tmp_path / "folder") as folder:
-        assert taken and folder not in taken
+        assert taken
+        assert folder not in taken
         (folder / "inside").write_bytes(b"whole")
     assert names(tmp_path) == []
 
