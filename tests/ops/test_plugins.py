@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -94,6 +95,19 @@ def test_matrix_products_are_the_matrix_units() -> None:
 def test_text_that_is_no_kernel_is_told_with_the_compilers_words() -> None:
     with pytest.raises(EngineError, match=r"(?s)does not take nothing.*LFDM_NO_SUCH_KERNEL"):
         nvrtc.compile_ptx(Kernel("nothing", "warp/kernel.cuh", "LFDM_NO_SUCH_KERNEL(nothing)", 1, (0, 0), 0))
+
+
+def test_the_locale_stays_as_it_was() -> None:
+    """NVRTC leaves its thread's at "C", and what `open` reads next would be ASCII."""
+    code = (
+        "import locale; from lfdm_export.ops.cuda import nvrtc; from lfdm_export.ops.warp.kernels import warp_kernel\n"
+        "before = locale.nl_langinfo(locale.CODESET)\n"
+        "nvrtc.compile_ptx(warp_kernel('float32', 'channels_last', blend=True))\n"
+        "print(before, locale.nl_langinfo(locale.CODESET))"
+    )
+    environment = {**os.environ, "LC_ALL": "C.UTF-8", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["UTF-8", "UTF-8"]
 
 
 def test_without_nvrtc_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import importlib.metadata
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,12 @@ def version() -> tuple[int, int]:
 
 
 def _compile(kernel: Kernel, architecture: str, form: str) -> bytes:
+    # NVRTC 12.4 leaves the locale of the thread that calls it at "C", in which open() reads ASCII: it gets its own.
+    with ThreadPoolExecutor(1) as compiler:
+        return compiler.submit(_compile_here, kernel, architecture, form).result()
+
+
+def _compile_here(kernel: Kernel, architecture: str, form: str) -> bytes:
     library, program = _library(), ctypes.c_void_p()
     included = headers(kernel)
     texts, names = _strings(list(included.values())), _strings(list(included))
