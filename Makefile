@@ -9,7 +9,7 @@ PICTURE := docs/character.png
 GPU_OUT ?= benchmarks/results/gpu
 GPU_OPTIONS ?=
 
-.PHONY: help install server lint test test-full test-ray fuzz demo gpu clean
+.PHONY: help install server lint test test-full test-wheel test-ray fuzz demo gpu clean
 
 help:
 	@echo "make install    everything into $(VENV)"
@@ -17,6 +17,7 @@ help:
 	@echo "make server     the Triton server of the tests, into the user's cache folder"
 	@echo "make test       install, server, lint, and the tests"
 	@echo "make test-full  the full-size golden chains (tens of minutes)"
+	@echo "make test-wheel build the wheel, and try it in empty environments"
 	@echo "make test-ray   install Ray, and run the tests that need it"
 	@echo "make fuzz       a minute of damaged pictures, clips, checkpoints, bundles, requests"
 	@echo "make demo       export the shipped model, and let a drawn character nod"
@@ -53,6 +54,9 @@ test: install server lint
 
 test-full: install
 	$(BIN)/python -m pytest -q -m full
+
+test-wheel: install
+	$(BIN)/python -m pytest -q -m wheel tests/packaging
 
 test-ray: install
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[bulk]'
