@@ -54,7 +54,7 @@ class Environment:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", folder, ROOT]
+    build: list[str | Path] = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", folder, ROOT]
     subprocess.run(build, check=True, timeout=600)
     (found,) = folder.glob("lfdm_export-*-py3-none-any.whl")
     return found
@@ -112,9 +112,12 @@ def test_the_video_interface(environment: Callable[[str], Environment], tmp_path
     web = environment("web")
     assert {"torch", "onnx"} & web.packages(tmp_path) == set()
     command = ("characters", "--port", "0", "--state", tmp_path / "videos")
-    with started(web, "lfdm-web", *command, folder=tmp_path, until=r"(http://\S+/v1/videos)") as address:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, timeout=60) as answer:
-            assert json.load(answer)["data"] == []
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with (
+        started(web, "lfdm-web", *command, folder=tmp_path, until=r"(http://\S+/v1/videos)") as address,
+        direct.open(address, timeout=60) as answer,
+    ):
+        assert json.load(answer)["data"] == []
 
 
 @contextlib.contextmanager
