@@ -96,14 +96,46 @@ def small_bundle(small_model: LfdmModel, tmp_path_factory: pytest.TempPathFactor
     from lfdm_export import Bundle, export_bundle
     from lfdm_export.files.atomic import locked
 
-    # The processes among which pytest-xdist shares the tests have a folder each, in one that they share.
-    root = tmp_path_factory.getbasetemp()
-    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "small"
+    folder = shared_folder(tmp_path_factory) / "small"
     folder.mkdir(exist_ok=True)
     with locked(folder):
         if not (folder / "export" / "bundle").exists():
             export_bundle(small_model, folder / "export" / "bundle", frames=10, image_size=64)
     return Bundle.open(folder / "export" / "bundle")
+
+
+@pytest.fixture(scope="module")
+def traced_already(small_bundle: Bundle) -> Iterator[None]:
+    """Exports of 10 frames of a model like the small one take the graphs that were traced for the small bundle."""
+    import onnx_ir as ir
+
+    from lfdm_export.export import bundle_export
+
+    graphs = {name: ir.load(small_bundle.stage_path(name)) for name in small_bundle.stages}
+    for graph in graphs.values():
+        ir.external_data.load_to_model(graph)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            bundle_export,
+            "trace_graphs",
+            lambda _model, _encoder, specs, *_: {name: graphs[name].clone() for name in specs},
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps what OpenVINO compiles as long as the tests run, for all files of tests whose graphs are the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LFDM_CACHE_SIZE", "2GB")
+        patch.setenv("XDG_CACHE_HOME", os.fspath(shared_folder(tmp_path_factory) / "cache"))
+        yield
+
+
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the processes among which pytest-xdist shares the tests: each has one of its own, inside of this one."""
+    root = tmp_path_factory.getbasetemp()
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
 
 @pytest.fixture(scope="session")

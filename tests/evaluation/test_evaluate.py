@@ -37,13 +37,13 @@ CLIPS = 1
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(tmp_path_factory: pytest.TempPathFactory, traced_already: None) -> Bundle:
     """Of the untrained model, with labels of the procedural motions."""
     model = untrained_model()
     rows = label_table(LABELS[:3], 64)
     model.label_embeddings = {label: np.resize(row, model.config.dm.text_width) for label, row in rows.items()}
     folder = tmp_path_factory.mktemp("evaluate") / "bundle"
-    return export_bundle(model, folder, frames=4, image_size=64, reference=False)
+    return export_bundle(model, folder, frames=10, image_size=64, reference=False)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_an_evaluation_has_everything(bundle: Bundle, classifier: MotionClassifi
     stored = json.loads((tmp_path / "report" / JSON).read_text(encoding="utf-8"))
     assert stored["generations"][1]["setting"] == {"sampler": "ddim", "steps": 3, "eta": 0.0, "guidance_scale": None}
     text = markdown(found)
-    assert f"Measured on drawn characters that no training has seen: 1 of each of {', '.join(LABELS[:3])}, 4" in text
+    assert f"Measured on drawn characters that no training has seen: 1 of each of {', '.join(LABELS[:3])}, 10" in text
     assert f"**{found.reconstruction.ratio:.3f}**" in text
     assert "| ddim | 3 | 0 | default | 3 |" in text
     assert all(f"| {label} |" in text for label in found.labels)
@@ -157,7 +157,7 @@ def test_an_evaluation_has_everything(bundle: Bundle, classifier: MotionClassifi
 
 def test_copying_a_still_clip_costs_nothing_more(bundle: Bundle, classifier: MotionClassifier):
     reconstruction = evaluate_bundle(Pipeline(bundle, threads=1), classifier, (), clips=CLIPS).reconstruction
-    real = [sample_clip(HELD_OUT_SEEDS[i], frames=4, label=label).frames for i, label in enumerate(LABELS[:3])]
+    real = [sample_clip(HELD_OUT_SEEDS[i], frames=10, label=label).frames for i, label in enumerate(LABELS[:3])]
     copied = np.mean([np.abs(frames[1:].astype(np.float32) - frames[0]).mean() / 255 for frames in real])
     assert reconstruction.copied == pytest.approx(copied, rel=1e-4)
 

@@ -28,6 +28,7 @@ from tests.engines.test_plans import L4
 from tests.engines.test_targets import EVERYTHING, machine
 
 NO_GPU = machine(EVERYTHING)
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def bundle(small_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bu
 
 
 @pytest.fixture(scope="module")
-def report(bundle: Bundle) -> Report:
+def report(bundle: Bundle, compiled_once: None) -> Report:
     return verify_bundle(bundle, threads=1, targets=("all",), polygraphy=True)
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 
-import lfdm_export.export.bundle_export
 from lfdm_export.bundle.reader import PARITY_FOLDER, Bundle
 from lfdm_export.cli import export_main
 from lfdm_export.engines.targets import find_target, this_machine
@@ -42,19 +40,11 @@ STORED = {"int8": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(small_bundle: Bundle) -> object:
+def quick(traced_already: None) -> Iterator[None]:
     """Calibrate on less, and take the graphs that were traced already."""
-    graphs = {name: ir.load(small_bundle.stage_path(name)) for name in small_bundle.stages}
-    for graph in graphs.values():
-        ir.external_data.load_to_model(graph)
     less = functools.partial(quantised_graphs, calibration=FEW, seconds=0.0, threads=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precisions, "quantised_graphs", less)
-        patch.setattr(
-            lfdm_export.export.bundle_export,
-            "trace_graphs",
-            lambda *_: {name: graph.clone() for name, graph in graphs.items()},
-        )
         yield
 
 
