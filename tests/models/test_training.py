@@ -261,7 +261,7 @@ def test_a_checkpoint_tells_its_architecture(lfae_run: Path, tmp_path: Path):
     content = torch.load(lfae_run / "lfae.pth", weights_only=True)
     del content["training"]
     torch.save(content, tmp_path / "released.pth")
-    with pytest.raises(TrainingError, match="does not tell its architecture"):
+    with pytest.raises(TrainingError, match="does not store its architecture"):
         load_lfae(tmp_path / "released.pth")
     assert load_lfae(tmp_path / "released.pth", LFAE)[0].config == LFAE
     with pytest.raises(TrainingError, match="no LFAE of that architecture"):

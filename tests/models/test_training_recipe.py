@@ -89,7 +89,7 @@ def test_latents_of_a_pool_are_encoded_once(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_pool_is_of_procedural_clips():
-    with pytest.raises(TrainingError, match="a pool is of the procedural clips"):
+    with pytest.raises(TrainingError, match="a pool is for procedural clips"):
         recipes.DataSettings("plain", Path("anywhere"), pool=3).open(0)
 
 
@@ -146,7 +146,7 @@ def test_the_loss_of_landmarks_is_a_divergence():
 
 
 def test_landmarks_need_procedural_clips_and_regions_enough(tmp_path: Path):
-    with pytest.raises(TrainingError, match="landmarks are of the procedural data set, for 11 regions or more"):
+    with pytest.raises(TrainingError, match="landmarks are for the procedural data set, with 11 regions or more"):
         recipes.train_lfae(CONFIG.lfae, POOL, QUICK, run_settings(1), tmp_path, landmarks=1.0)
 
 
@@ -205,7 +205,7 @@ def test_the_statistics_of_batch_norm_are_kept_where_that_is_asked_for(tmp_path:
 
 
 def test_a_new_lfae_has_no_statistics_to_keep(tmp_path: Path):
-    with pytest.raises(TrainingError, match="no statistics to keep; name the checkpoint to begin with"):
+    with pytest.raises(TrainingError, match="no statistics to keep; give an initial checkpoint"):
         recipes.train_lfae(MANY, POOL, QUICK, run_settings(1), tmp_path, freeze_norm=True)
 
 

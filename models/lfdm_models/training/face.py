@@ -16,7 +16,7 @@ _TONGUE = (0.87, 0.42, 0.43)
 
 
 def draw_face(canvas: Canvas, who: Character, pose: Pose, head: Head) -> None:
-    """Cheeks, eyes, brows, nose and mouth."""
+    """Draw cheeks, eyes, brows, nose and mouth."""
     for side in (-1.0, 1.0):
         _draw_cheek(canvas, who, pose, head, side)
     for side in (-1.0, 1.0):
@@ -98,7 +98,7 @@ def _draw_mouth(canvas: Canvas, who: Character, pose: Pose, head: Head) -> None:
     bend = who.mood + 0.13 * pose.smile
     upper = (1 - 0.75 * np.clip(pose.smile, 0, 1)) * bend - 0.11 * round_
     lower = bend + 0.16 * pose.mouth_open * (1 + 0.35 * pose.smile)
-    # Corners rise as the middle falls.
+    # Corners rise when the middle falls.
     v = mouth.v + per_frame(0.45 * bend)
     lips = bowl(mouth.u, v, half, upper, lower, 0.02)
     canvas.fill(mouth, lips, darker((0.66, 0.25, 0.24), 0.55 + 0.45 * max(who.skin)))

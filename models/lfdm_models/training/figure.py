@@ -1,4 +1,4 @@
-"""Draws a character in its poses."""
+"""Drawing a character in its poses."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def draw(character: Character, pose: Pose, size: int) -> UInt8Array:
     """Draw a character in T poses.
 
     Args:
-        character: who.
+        character: the character.
         pose: T poses.
-        size: pixels a side.
+        size: pixels per side.
 
     Returns:
         (T, size, size, 3) uint8.
@@ -79,20 +79,20 @@ def _draw_body(canvas: Canvas, who: Character) -> None:
 
 
 def hand_at(who: Character, pose: Pose, distance: float) -> tuple[Float64Array, Float64Array]:
-    """A point of the forearm by its distance from the elbow; the hand's centre is at 0.58."""
+    """A point of the forearm by its distance from the elbow; the hand's center is at 0.58."""
     cos, sin = _forearm(who, pose)
     elbow_x, elbow_y = who.hand_side * 0.66, 1.2 - 0.42 * pose.arm_raise
     return elbow_x + distance * sin, elbow_y - distance * cos
 
 
 def _forearm(who: Character, pose: Pose) -> tuple[Float64Array, Float64Array]:
-    """Cosine and sine of its angle."""
+    """Cosine and sine of the forearm's angle."""
     angle = pose.arm_swing + who.hand_side * 0.06
     return exact(np.cos(angle)), exact(np.sin(angle))
 
 
 def _draw_arm(canvas: Canvas, who: Character, pose: Pose) -> None:
-    """A sleeve and a mitten, turned about the elbow, which is below the picture."""
+    """Draw a sleeve and a mitten, rotated about the elbow, which is below the picture."""
     cos, sin = _forearm(who, pose)
 
     def along(distance: float, reach: float) -> Patch:

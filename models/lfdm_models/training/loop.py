@@ -1,14 +1,14 @@
-"""The loop that both stages are trained with.
+"""The training loop of both stages.
 
-All that is random in step n is a function of the seed and n: there is no random state to be saved, and
-a run that was killed goes on, from its last checkpoint, with the bits that it would have had.
+All randomness in step n depends only on the seed and n. No random state has to be saved, and a killed run continues
+from its last checkpoint bit for bit as it would have without the interruption.
 
     RUN/training.pt     everything that the next step needs
     RUN/lfae.pth        or dm.pth: the checkpoint in the released layout, written after it
-    RUN/previews/       a GIF now and then
+    RUN/previews/       occasional GIFs
     RUN/logs/           for TensorBoard, where it is installed
 
-Several processes train together where ``accelerate launch`` starts them: see `lfdm_models.training.processes`.
+``accelerate launch`` starts several processes that train together: see `lfdm_models.training.processes`.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ logger = logging.getLogger(__name__)
 
 STATE = "training.pt"
 _FORMAT = {"format": "lfdm-training", "version": 1}
-#: (steps done, steps in all, losses by name) after every step.
+#: (steps done, all steps, losses by name) after every step.
 ReportProgress = Callable[[int, int, Mapping[str, float]], None]
 
 
 class Stage(Protocol):
-    """What is trained: the LFAE, or the DM."""
+    """The LFAE or the DM in training."""
 
     @property
     def name(self) -> str:
@@ -53,17 +53,17 @@ class Stage(Protocol):
 
     @property
     def gpu_precision(self) -> Precision:
-        """What "auto" means on a GPU."""
+        """The precision for "auto" on a GPU."""
         ...
 
     @property
     def network(self) -> nn.Module:
-        """What the optimiser changes."""
+        """The network with the weights that the optimizer changes."""
         ...
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed; plain values."""
+        """Facts that must be the same when a run is resumed, in plain values."""
         ...
 
     def to(self, device: torch.device) -> None:
@@ -71,7 +71,7 @@ class Stage(Protocol):
         ...
 
     def losses(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """By name; their sum is made smaller."""
+        """Losses by name; the optimizer minimizes their sum."""
         ...
 
     def checkpoint(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -79,20 +79,20 @@ class Stage(Protocol):
         ...
 
     def preview(self, weights: Mapping[str, Tensor], folder: Path, step: int) -> None:
-        """Write a picture of what the network can do by now."""
+        """Write a picture of the network's current results."""
         ...
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """The result of a run.
 
     Attributes:
         checkpoint: the file in the released layout.
-        step: steps done.
-        finished: all steps are done; else the run was asked to stop.
-        losses: of the last step.
-        signal: number of the signal that asked; 0: none did.
+        step: number of steps done.
+        finished: all steps are done; False if the run was stopped by a signal.
+        losses: losses of the last step.
+        signal: number of the signal that stopped the run; 0 for none.
     """
 
     checkpoint: Path
@@ -103,13 +103,13 @@ class Outcome:
 
 
 class _State:
-    """What changes while training."""
+    """The state that changes in training."""
 
     def __init__(self, stage: Stage, optimiser: OptimiserSettings, run: RunSettings, device: torch.device) -> None:
         self.step = 0
         self.network = stage.network
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        # foreach: one formula for all tensors, whatever the device; its bits are those of any other run.
+        # foreach: the same formula for all tensors on any device, so the bits do not depend on the choice.
         self.adam = torch.optim.Adam(parameters, lr=optimiser.learning_rate, betas=optimiser.betas, foreach=True)
         self.ema = Ema(self.network, run.ema)
         self.device = device
@@ -143,7 +143,7 @@ class _State:
 
 
 def no_report(done: int, total: int, losses: Mapping[str, float]) -> None:
-    """Tell nobody."""
+    """Report nothing."""
 
 
 def train(
@@ -156,20 +156,19 @@ def train(
     resume: bool = False,
     progress: ReportProgress = no_report,
 ) -> Outcome:
-    """Train until all steps are done, or SIGINT, SIGTERM or SIGHUP asks for an end after the current step.
+    """Train until all steps are done, or until the step in which SIGINT, SIGTERM or SIGHUP arrives.
 
     Args:
-        stage: what is trained.
-        examples: with what.
-        optimiser: how.
-        run: how long, and with what.
-        folder: of the run, see the module.
-        resume: go on from the folder's state, if there is one. The number of steps may be another; step sizes then
-            follow it.
-        progress: told of every step.
+        stage: the LFAE or the DM.
+        examples: training examples.
+        optimiser: settings of the optimizer.
+        run: settings of the run.
+        folder: folder of the run, with the files in this module's docstring.
+        resume: continue from the folder's state, if there is one. The number of steps may differ; step sizes follow it.
+        progress: called after every step.
 
     Raises:
-        TrainingError: the folder has a run already and is not to be resumed, or cannot be, or the loss is no number.
+        TrainingError: the folder has a run and `resume` is False, or it cannot be resumed, or the loss is not finite.
     """
     processes = Processes(run.device)
     device = processes.device
@@ -208,7 +207,7 @@ def train(
         path = folder / f"{stage.name}.pth"
         if processes.first:
             _write(stage, state, facts, folder)
-        processes.wait()  # until the files are there
+        processes.wait()  # until the files are written
     return Outcome(path, state.step, state.step >= run.steps, losses, asked[0] if asked else 0)
 
 
@@ -221,7 +220,7 @@ def _step(
     precision: Precision,
     processes: Processes,
 ) -> dict[str, float]:
-    """One step of the optimiser; the mean losses of its forward passes, in all processes."""
+    """Run one step of the optimizer; returns the mean losses of its forward passes over all processes."""
     device = state.device
     stage.network.train()
     state.adam.zero_grad(set_to_none=True)
@@ -244,7 +243,7 @@ def _step(
             sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float() / run.accumulate
     parameters = state.adam.param_groups[0]["params"]
     processes.average([parameter.grad for parameter in parameters if parameter.grad is not None])
-    # What batch norm has seen: weights are the same everywhere, and this shall be.
+    # Batch norm's statistics: like the weights, they must be the same in all processes.
     processes.average([buffer for buffer in stage.network.buffers() if buffer.is_floating_point()])
     processes.average(list(sums.values()))
     norm = nn.utils.clip_grad_norm_(parameters, optimiser.clip_norm or float("inf"), foreach=True)
@@ -253,13 +252,13 @@ def _step(
         state.adam.step()
         state.ema.update(state.network, state.step)
     else:
-        logger.warning("step %d: the gradient is not finite; the step is left out", state.step + 1)
+        logger.warning("step %d: the gradient is not finite; the step is skipped", state.step + 1)
     state.step += 1
     return {name: value.item() for name, value in sums.items()} | {"gradient norm": float(norm)}
 
 
 def _write(stage: Stage, state: _State, facts: Mapping[str, Any], folder: Path) -> Path:
-    """The state first: whoever is killed between the two resumes from it and writes the other anew."""
+    """Write the state first: a run killed between the two files resumes from it and writes the other again."""
     save(folder / STATE, state.capture(facts))
     path = folder / f"{stage.name}.pth"
     on_cpu = {key: value.detach().cpu() for key, value in state.ema.weights.items()}
@@ -269,7 +268,7 @@ def _write(stage: Stage, state: _State, facts: Mapping[str, Any], folder: Path) 
 
 
 def _facts(optimiser: OptimiserSettings, run: RunSettings, processes: int) -> dict[str, Any]:
-    """Settings that decide the weights, as plain values."""
+    """Settings that affect the weights, as plain values."""
     return {
         "batch size": run.batch_size * run.accumulate * processes,
         **({"processes": processes} if processes > 1 else {}),
@@ -282,15 +281,15 @@ def _facts(optimiser: OptimiserSettings, run: RunSettings, processes: int) -> di
 
 @contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """The numbers of the signals that asked for an end; a second one does what it always does.
+    """Collect the numbers of stop signals; a second one has its default effect.
 
-    SIGINT, SIGTERM and SIGHUP ask for it; those that are ignored (nohup) stay so.
+    The signals are SIGINT, SIGTERM and SIGHUP; ignored ones (nohup) stay ignored.
     """
     asked: list[int] = []
     before: dict[signal.Signals, Any] = {}
 
     def ask(number: int, _: FrameType | None) -> None:
-        logger.warning("asked to stop: finishing the current step")
+        logger.warning("stop requested: finishing the current step")
         asked.append(number)
         signal.signal(number, before[signal.Signals(number)])
 
