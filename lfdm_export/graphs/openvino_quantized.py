@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
-# Operators across which the plugin moves a quantization towards a Concat.
+# Operators across which the plugin moves a quantization toward a Concat.
 _TRANSPARENT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten")
 _ZERO = "zero_of_uint8"
 

@@ -153,7 +153,7 @@ LFDM_INLINE void count_bins(const Block<STEP_THREADS>& block, StepShared& shared
 
 // The order statistic after the one just found, where each bin is a single value: the same value, the next one in the
 // bins, or the smallest value above them, in shared.least.
-LFDM_INLINE uint32 upper_neighbour(const Block<STEP_THREADS>& block, StepShared& shared, uint32 base, uint32 before,
+LFDM_INLINE uint32 upper_neighbor(const Block<STEP_THREADS>& block, StepShared& shared, uint32 base, uint32 before,
                                    uint32 next_rank) {
     block.phase([&](int thread) {
         const uint32 first = shared.found_bin;
@@ -217,7 +217,7 @@ LFDM_INLINE float find_bound(const Block<STEP_THREADS>& block, StepShared& share
             count_bins<COUNT>(block, shared, sample, base, width, shift);
         }
         lower = base;
-        upper = next_rank == rank ? lower : upper_neighbour(block, shared, base, before, next_rank);
+        upper = next_rank == rank ? lower : upper_neighbor(block, shared, base, before, next_rank);
     }
     return bound_between(lower, upper, weight);
 }

@@ -118,7 +118,7 @@ LFDM_INLINE float counted_bound(const Block<STEP_THREADS>& block, StepShared& sh
         const Located found = locate(block, shared, counts, rank, STEP_PASSES);
         block.phase([&](int thread) { shared.least[thread] = ~counts.least_above; });
         lower = found.base;
-        upper = next_rank == rank ? lower : upper_neighbour(block, shared, found.base, found.before, next_rank);
+        upper = next_rank == rank ? lower : upper_neighbor(block, shared, found.base, found.before, next_rank);
     }
     return bound_between(lower, upper, weight);
 }

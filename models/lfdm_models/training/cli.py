@@ -27,12 +27,12 @@ from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.settings import (
     DATA,
     DEVICES,
-    DM_OPTIMISER,
+    DM_OPTIMIZER,
     LEARN,
-    LFAE_OPTIMISER,
+    LFAE_OPTIMIZER,
     PRECISIONS,
     SIZES,
-    OptimiserSettings,
+    OptimizerSettings,
     RunSettings,
 )
 
@@ -212,7 +212,7 @@ def _train(args: argparse.Namespace) -> Outcome:
             return recipes.train_lfae(
                 config.lfae,
                 data,
-                _optimiser(args, LFAE_OPTIMISER),
+                _optimizer(args, LFAE_OPTIMIZER),
                 run,
                 args.out,
                 vgg=args.vgg,
@@ -233,7 +233,7 @@ def _train(args: argparse.Namespace) -> Outcome:
             config,
             args.lfae,
             data,
-            _optimiser(args, DM_OPTIMISER),
+            _optimizer(args, DM_OPTIMIZER),
             run,
             args.out,
             lfae_tells_config=not args.released_lfae,
@@ -273,7 +273,7 @@ def _run(args: argparse.Namespace) -> RunSettings:
     )
 
 
-def _optimiser(args: argparse.Namespace, published: OptimiserSettings) -> OptimiserSettings:
+def _optimizer(args: argparse.Namespace, published: OptimizerSettings) -> OptimizerSettings:
     rate = published.learning_rate if args.learning_rate is None else args.learning_rate
     published = dataclasses.replace(
         published, cosine=args.cosine, milestones=() if args.cosine else published.milestones

@@ -58,7 +58,7 @@ class Pair(TypedDict):
     driving_landmarks: NotRequired[Tensor]
 
 
-class LabelledClip(TypedDict):
+class LabeledClip(TypedDict):
     """`frames` (3, T, H, W) float32 in [0, 1] and the index of the `label`, int64; a batch adds a leading B.
 
     `clip` is the index in a pool, int64, where the same frames repeat under the same index; otherwise `NO_CLIP`.
@@ -230,7 +230,7 @@ def choose_frames(count: int, frames: int, choice: FrameChoice, draws: Draws) ->
 
 
 @dataclass(frozen=True)
-class ColourJitter:
+class ColorJitter:
     """The largest changes of color; all frames of a clip are changed alike.
 
     Attributes:
@@ -279,7 +279,7 @@ class FramePairs(Dataset[Pair]):
 
     source: ClipSource
     seed: int
-    jitter: ColourJitter | None = None
+    jitter: ColorJitter | None = None
     from_first: bool = False
     landmarks: bool = False
 
@@ -302,7 +302,7 @@ class FramePairs(Dataset[Pair]):
 
 
 @dataclass(frozen=True)
-class TrainingClips(Dataset[LabelledClip]):
+class TrainingClips(Dataset[LabeledClip]):
     """Examples for the DM: T frames of a clip, and its label.
 
     Attributes:
@@ -315,9 +315,9 @@ class TrainingClips(Dataset[LabelledClip]):
     source: ClipSource
     frames: int
     seed: int
-    jitter: ColourJitter | None = None
+    jitter: ColorJitter | None = None
 
-    def __getitem__(self, number: int) -> LabelledClip:
+    def __getitem__(self, number: int) -> LabeledClip:
         draws = Draws(self.seed, _EXAMPLES + number)
         choice = self.source.choice
         frames, label = self.source.read(number, lambda count: choose_frames(count, self.frames, choice, draws))
@@ -328,7 +328,7 @@ class TrainingClips(Dataset[LabelledClip]):
         return {"frames": tensor, "label": torch.tensor(label), "clip": torch.tensor(clip)}
 
 
-def _to_tensor(frames: UInt8Array, jitter: ColourJitter | None, draws: Draws) -> Tensor:
+def _to_tensor(frames: UInt8Array, jitter: ColorJitter | None, draws: Draws) -> Tensor:
     """(n, H, W, 3) uint8 -> (3, n, H, W) float32 in [0, 1]."""
     values = frames.astype(np.float32) / np.float32(255)
     if jitter is not None:

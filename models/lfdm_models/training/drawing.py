@@ -17,7 +17,7 @@ UInt8Array: TypeAlias = NDArray[np.uint8]
 #: A number, or one per frame (T,).
 PerFrame: TypeAlias = "float | NDArray[np.float64]"
 #: Red, green, blue in [0, 1].
-Colour: TypeAlias = "tuple[float, float, float]"
+Color: TypeAlias = "tuple[float, float, float]"
 
 _TINY = np.float32(1e-6)
 
@@ -84,17 +84,17 @@ class Canvas:
             u, v = u * c + v * s, v * c - u * s
         return Patch(rows, columns, u, v)
 
-    def _span(self, centre: PerFrame, reach: float) -> slice:
+    def _span(self, center: PerFrame, reach: float) -> slice:
         margin = reach + 2.0 / self.size
-        first = int((float(np.min(centre)) - margin + 1) * self.size / 2)
-        last = int((float(np.max(centre)) + margin + 1) * self.size / 2) + 1
+        first = int((float(np.min(center)) - margin + 1) * self.size / 2)
+        last = int((float(np.max(center)) + margin + 1) * self.size / 2) + 1
         return slice(min(max(first, 0), self.size), min(max(last, 0), self.size))
 
     def fill(
         self,
         patch: Patch,
         distance: Float32Array,
-        colour: Colour,
+        color: Color,
         *,
         alpha: PerFrame = 1.0,
         tone: Float32Array | None = None,
@@ -105,7 +105,7 @@ class Canvas:
         Args:
             patch: area to draw in.
             distance: signed, negative inside, broadcastable to (T, h, w).
-            colour: color of the shape.
+            color: color of the shape.
             alpha: opacity, 0 … 1.
             tone: factor of the color at each pixel.
             blur: width of the edge in half widths of the picture, if wider than a pixel.
@@ -117,7 +117,7 @@ class Canvas:
             cover = cover * per_frame(alpha)
         for channel in range(3):
             part = self.pixels[channel, :, patch.rows, patch.columns]
-            value = np.float32(colour[channel])
+            value = np.float32(color[channel])
             part += ((value if tone is None else value * tone) - part) * cover
 
     def to_uint8(self) -> UInt8Array:

@@ -68,8 +68,8 @@ def _draw_brow(canvas: Canvas, who: Character, pose: Pose, head: Head, side: flo
         cos=head.cos * cos - head.sin * sin,
         sin=head.sin * cos + head.cos * sin,
     )
-    colour = darker(who.hair_colour if who.hair not in ("none", "beanie") else who.skin, 0.55)
-    canvas.fill(brow, segment(brow.u, brow.v, 0.95 * who.eye_width * spot.narrow - 0.02, who.brow_width), colour)
+    color = darker(who.hair_color if who.hair not in ("none", "beanie") else who.skin, 0.55)
+    canvas.fill(brow, segment(brow.u, brow.v, 0.95 * who.eye_width * spot.narrow - 0.02, who.brow_width), color)
 
 
 def _draw_lens(canvas: Canvas, who: Character, head: Head, spot: Spot, side: float) -> None:

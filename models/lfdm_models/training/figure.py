@@ -67,7 +67,7 @@ def _draw_body(canvas: Canvas, who: Character) -> None:
     body = canvas.patch(who.head_x, 1.25, (who.shoulders, 0.9))
     shape = ellipse(body.u, body.v, who.shoulders, 1.25 - top - 0.06)
     tone = 1 + np.float32(0.5 * who.light) * (np.float32(who.light_x) * body.u)
-    canvas.fill(body, shape, who.clothes_colour, tone=tone)
+    canvas.fill(body, shape, who.clothes_color, tone=tone)
     if who.clothes == "stripe":
         band = np.maximum(shape, np.abs(body.v + np.float32(1.25 - 0.84)) - np.float32(0.05))
         canvas.fill(body, band, who.trim, tone=tone)
@@ -100,7 +100,7 @@ def _draw_arm(canvas: Canvas, who: Character, pose: Pose) -> None:
         return canvas.patch(x, y, (reach, reach), cos=cos, sin=sin)
 
     sleeve = along(-0.05, 0.58)
-    dark = darker(who.clothes_colour, 0.88)
+    dark = darker(who.clothes_color, 0.88)
     canvas.fill(sleeve, segment(sleeve.v, sleeve.u, 0.42, 0.125), dark)
     cuff = along(0.43, 0.2)
     canvas.fill(cuff, segment(cuff.u, cuff.v, 0.09, 0.055), who.trim)

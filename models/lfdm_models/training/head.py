@@ -90,7 +90,7 @@ class Head:
     def draw_behind(self, canvas: Canvas) -> None:
         """Draw the hair behind body and skull."""
         who = self.who
-        hair = darker(who.hair_colour, 0.8)
+        hair = darker(who.hair_color, 0.8)
         sway = -0.08 * self.sin_yaw
         width = who.head_width
         if who.hair in ("long", "bob"):
@@ -174,12 +174,12 @@ class Head:
         line = patch.v - per_frame(middle) - np.float32(bend) * across * across
         if not hat:
             line = line - np.float32(who.parting) * across
-        colour = who.trim if hat else who.hair_colour
+        color = who.trim if hat else who.hair_color
         light = np.float32(who.light)
         tone = 1 + light * (
             np.float32(who.light_x) * patch.u * 2 + np.float32(who.light_y) * (patch.v + np.float32(0.4))
         )
-        canvas.fill(patch, np.maximum(cap, line), colour, tone=tone)
+        canvas.fill(patch, np.maximum(cap, line), color, tone=tone)
         if hat:
             rim = np.maximum(cap - np.float32(0.02), np.abs(line + np.float32(0.02)) - np.float32(0.07))
             canvas.fill(patch, rim, darker(who.trim, 0.78))

@@ -33,7 +33,7 @@ from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.files import load, save
 from lfdm_models.training.logs import Logs
 from lfdm_models.training.processes import Processes
-from lfdm_models.training.settings import OptimiserSettings, Precision, RunSettings
+from lfdm_models.training.settings import OptimizerSettings, Precision, RunSettings
 
 logger = logging.getLogger(__name__)
 
@@ -105,12 +105,12 @@ class Outcome:
 class _State:
     """The state that changes in training."""
 
-    def __init__(self, stage: Stage, optimiser: OptimiserSettings, run: RunSettings, device: torch.device) -> None:
+    def __init__(self, stage: Stage, optimizer: OptimizerSettings, run: RunSettings, device: torch.device) -> None:
         self.step = 0
         self.network = stage.network
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         # foreach: the same formula for all tensors on any device, so the bits do not depend on the choice.
-        self.adam = torch.optim.Adam(parameters, lr=optimiser.learning_rate, betas=optimiser.betas, foreach=True)
+        self.adam = torch.optim.Adam(parameters, lr=optimizer.learning_rate, betas=optimizer.betas, foreach=True)
         self.ema = Ema(self.network, run.ema)
         self.device = device
 
@@ -149,7 +149,7 @@ def no_report(done: int, total: int, losses: Mapping[str, float]) -> None:
 def train(
     stage: Stage,
     examples: FramePairs | TrainingClips,
-    optimiser: OptimiserSettings,
+    optimizer: OptimizerSettings,
     run: RunSettings,
     folder: Path,
     *,
@@ -161,7 +161,7 @@ def train(
     Args:
         stage: the LFAE or the DM.
         examples: training examples.
-        optimiser: settings of the optimizer.
+        optimizer: settings of the optimizer.
         run: settings of the run.
         folder: folder of the run, with the files in this module's docstring.
         resume: continue from the folder's state, if there is one. The number of steps may differ; step sizes follow it.
@@ -172,11 +172,11 @@ def train(
     """
     processes = Processes(run.device)
     device = processes.device
-    facts = {**stage.facts, **_facts(optimiser, run, processes.count)}
+    facts = {**stage.facts, **_facts(optimizer, run, processes.count)}
     if (folder / STATE).exists() and not resume:
         raise TrainingError(f"{folder} holds a training run already; resume it, or choose another folder")
     stage.to(device)
-    state = _State(stage, optimiser, run, device)
+    state = _State(stage, optimizer, run, device)
     if (folder / STATE).exists():
         state.restore(folder / STATE, facts)
         logger.info("resuming %s after step %d", folder, state.step)
@@ -193,12 +193,12 @@ def train(
     )
     with _stop_requests() as asked, Logs(folder / "logs", events=processes.first) as logs, matmul_precision(precision):
         while state.step < run.steps and not processes.any(bool(asked)):
-            losses = _step(stage, state, data, optimiser, run, precision, processes)
+            losses = _step(stage, state, data, optimizer, run, precision, processes)
             done = state.step
             if not processes.first:
                 continue
             if run.log_every and done % run.log_every == 0:
-                logs.write(done, {**losses, "learning rate": optimiser.rate(done - 1, run.steps)})
+                logs.write(done, {**losses, "learning rate": optimizer.rate(done - 1, run.steps)})
             if run.checkpoint_every and done % run.checkpoint_every == 0 and done < run.steps:
                 _write(stage, state, facts, folder)
             if run.preview_every and done % run.preview_every == 0:
@@ -215,7 +215,7 @@ def _step(
     stage: Stage,
     state: _State,
     data: Iterator[dict[str, Tensor]],
-    optimiser: OptimiserSettings,
+    optimizer: OptimizerSettings,
     run: RunSettings,
     precision: Precision,
     processes: Processes,
@@ -246,9 +246,9 @@ def _step(
     # Batch norm's statistics: like the weights, they must be the same in all processes.
     processes.average([buffer for buffer in stage.network.buffers() if buffer.is_floating_point()])
     processes.average(list(sums.values()))
-    norm = nn.utils.clip_grad_norm_(parameters, optimiser.clip_norm or float("inf"), foreach=True)
+    norm = nn.utils.clip_grad_norm_(parameters, optimizer.clip_norm or float("inf"), foreach=True)
     if torch.isfinite(norm):
-        state.adam.param_groups[0]["lr"] = optimiser.rate(state.step, run.steps)
+        state.adam.param_groups[0]["lr"] = optimizer.rate(state.step, run.steps)
         state.adam.step()
         state.ema.update(state.network, state.step)
     else:
@@ -267,7 +267,7 @@ def _write(stage: Stage, state: _State, facts: Mapping[str, Any], folder: Path) 
     return path
 
 
-def _facts(optimiser: OptimiserSettings, run: RunSettings, processes: int) -> dict[str, Any]:
+def _facts(optimizer: OptimizerSettings, run: RunSettings, processes: int) -> dict[str, Any]:
     """Settings that affect the weights, as plain values."""
     return {
         "batch size": run.batch_size * run.accumulate * processes,
@@ -275,7 +275,7 @@ def _facts(optimiser: OptimiserSettings, run: RunSettings, processes: int) -> di
         "accumulate": run.accumulate,
         "seed": run.seed,
         "ema": run.ema,
-        "optimiser": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(optimiser).items()},
+        "optimiser": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(optimizer).items()},
     }
 
 

@@ -18,7 +18,7 @@ from lfdm_models.training import layouts
 from lfdm_models.training.conditions import Float32Array, label_table
 from lfdm_models.training.data import (
     ClipSource,
-    ColourJitter,
+    ColorJitter,
     DiskClips,
     FramePairs,
     ProceduralClips,
@@ -31,7 +31,7 @@ from lfdm_models.training.lfae import LfaeStage, load_lfae, new_lfae, still_back
 from lfdm_models.training.loop import Outcome, ReportProgress, no_report, train
 from lfdm_models.training.losses import PerceptualLoss, PyramidLoss
 from lfdm_models.training.procedural import HELD_OUT_SEEDS, LABELS, sample_clip
-from lfdm_models.training.settings import SMALL, DataName, Learn, OptimiserSettings, RunSettings, Size
+from lfdm_models.training.settings import SMALL, DataName, Learn, OptimizerSettings, RunSettings, Size
 from lfdm_models.training.vgg import Vgg19
 
 _PREVIEWS = 4
@@ -86,9 +86,9 @@ class DataSettings:
         return DiskClips(found, self.image_size, seed)
 
     @property
-    def colours(self) -> ColourJitter | None:
+    def colors(self) -> ColorJitter | None:
         """The change of colors; None for none."""
-        return ColourJitter() if self.jitter and self.name != "procedural" else None
+        return ColorJitter() if self.jitter and self.name != "procedural" else None
 
     def facts(self, source: ClipSource) -> dict[str, Any]:
         """Facts that must be the same for a resumed run."""
@@ -96,7 +96,7 @@ class DataSettings:
             "data": self.name,
             "image size": self.image_size,
             "frames": self.frames,
-            "jitter": self.colours is not None,
+            "jitter": self.colors is not None,
             "labels": list(source.labels),
             "clips": len(source.clips.entries) if isinstance(source, DiskClips) else self.pool or None,
         }
@@ -112,7 +112,7 @@ def network_config(size: Size, data: DataName) -> LfdmConfig:
 def train_lfae(
     config: LfaeConfig,
     data: DataSettings,
-    optimiser: OptimiserSettings,
+    optimizer: OptimizerSettings,
     run: RunSettings,
     folder: Path,
     *,
@@ -133,7 +133,7 @@ def train_lfae(
     Args:
         config: its architecture.
         data: the clips.
-        optimiser: settings of the optimizer.
+        optimizer: settings of the optimizer.
         run: settings of the run.
         folder: folder of the run.
         progress: called after every step.
@@ -177,15 +177,15 @@ def train_lfae(
         examples={**data.facts(source), "from first": from_first, "camera still": camera_still},
         preview_clips=_preview_clips(source, data) if run.preview_every else None,
     )
-    examples = FramePairs(source, run.seed, data.colours, from_first, landmarks > 0)
-    return train(stage, examples, optimiser, run, folder, resume=resume, progress=progress)
+    examples = FramePairs(source, run.seed, data.colors, from_first, landmarks > 0)
+    return train(stage, examples, optimizer, run, folder, resume=resume, progress=progress)
 
 
 def train_dm(
     config: LfdmConfig,
     lfae: Path,
     data: DataSettings,
-    optimiser: OptimiserSettings,
+    optimizer: OptimizerSettings,
     run: RunSettings,
     folder: Path,
     *,
@@ -203,7 +203,7 @@ def train_dm(
             embedding by that of the embeddings.
         lfae: checkpoint of the LFAE.
         data: the clips.
-        optimiser: settings of the optimizer.
+        optimizer: settings of the optimizer.
         run: settings of the run.
         folder: folder of the run.
         progress: called after every step.
@@ -244,8 +244,8 @@ def train_dm(
         examples={**data.facts(source), "lfae": _fingerprint(network.state_dict())},
         preview_clips=_preview_clips(source, data) if run.preview_every else None,
     )
-    examples = TrainingClips(source, data.frames, run.seed, data.colours)
-    return train(stage, examples, optimiser, run, folder, resume=resume, progress=progress)
+    examples = TrainingClips(source, data.frames, run.seed, data.colors)
+    return train(stage, examples, optimizer, run, folder, resume=resume, progress=progress)
 
 
 def label_embeddings(labels: Sequence[str], text_encoder: str | None) -> dict[str, Float32Array]:

@@ -55,7 +55,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True)
-class OptimiserSettings:
+class OptimizerSettings:
     """Adam, and the schedule of its step size.
 
     Attributes:
@@ -97,8 +97,8 @@ class OptimiserSettings:
 
 
 #: Spec: the published settings; its milestones are epochs 60 and 90 of 100.
-LFAE_OPTIMISER = OptimiserSettings(2e-4, (0.5, 0.999), milestones=(0.6, 0.9))
-DM_OPTIMISER = OptimiserSettings(1e-4, (0.9, 0.99))
+LFAE_OPTIMIZER = OptimizerSettings(2e-4, (0.5, 0.999), milestones=(0.6, 0.9))
+DM_OPTIMIZER = OptimizerSettings(1e-4, (0.9, 0.99))
 
 
 @dataclass(frozen=True)
