@@ -13,8 +13,8 @@ from typing import Any
 
 #: Variables that turn telemetry off; each package reads its own when it is imported.
 VARIABLES = {
-    # ONNX Runtime from 1.29 on: a device id and a database in the cache folder, reports of models and machine.
     # ONNX Runtime from 1.29 on: a device ID and a database in the cache folder, reports on models and machine.
+    "ORT_DISABLE_TELEMETRY": "1",
     # The client of the Hugging Face hub, which transformers, tokenizers and diffusers use.
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }

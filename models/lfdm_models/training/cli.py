@@ -108,9 +108,11 @@ def _parser() -> argparse.ArgumentParser:
     dm = stages.add_parser("dm", help="the diffusion model: motion for a label")
     lfae.add_argument("--vgg", type=Path, metavar="FILE", help="torchvision's weights of VGG-19, for the loss")
     lfae.add_argument("--learn", choices=LEARN, default="all", help="trained parts; then --start (%(default)s)")
-    lfae.add_argument("--equivariance", type=float, default=10.0, metavar="X", help="weight (%(default)s)")
-    lfae.add_argument("--landmarks", type=float, default=0.0, metavar="X", help="weight; procedural data (%(default)s)")
-    lfae.add_argument("--mixture", type=float, default=0.0, metavar="X", help="weight (%(default)s)")
+    lfae.add_argument("--equivariance", type=float, default=10.0, metavar="X", help="loss weight (%(default)s)")
+    lfae.add_argument(
+        "--landmarks", type=float, default=0.0, metavar="X", help="loss weight; procedural data (%(default)s)"
+    )
+    lfae.add_argument("--mixture", type=float, default=0.0, metavar="X", help="loss weight (%(default)s)")
     lfae.add_argument("--from-first", action="store_true", help="the source is always a clip's first frame")
     lfae.add_argument("--camera-still", action="store_true", help="keep the background static, without learning")
     lfae.add_argument("--freeze-norm", action="store_true", help="do not update batch norm's statistics")
