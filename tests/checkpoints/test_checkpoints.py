@@ -803,7 +803,7 @@ def test_a_double_too_large_for_float32(tmp_path: Path, states: dict[str, State]
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool])
 def test_types_that_are_no_weights(dtype: torch.dtype, tmp_path: Path, states: dict[str, State]):
     broken = edited(states, "diffusion", "denoise_fn.init_conv.bias", torch.ones(8, dtype=dtype))
-    assert f"init_conv.bias is of {dtype}, expected a floating-point type" in error_of(*save(tmp_path, broken))
+    assert f"init_conv.bias has dtype {dtype}, expected a floating-point type" in error_of(*save(tmp_path, broken))
 
 
 @pytest.mark.parametrize(

@@ -191,8 +191,8 @@ def train(
         parts=processes.count,
         pin_memory=device.type == "cuda",
     )
-    with _stop_requests() as asked, Logs(folder / "logs", events=processes.first) as logs, matmul_precision(precision):
-        while state.step < run.steps and not processes.any(bool(asked)):
+    with _stop_requests() as received, Logs(folder / "logs", events=processes.first) as logs, matmul_precision(precision):
+        while state.step < run.steps and not processes.any(bool(received)):
             losses = _step(stage, state, data, optimizer, run, precision, processes)
             done = state.step
             if not processes.first:
@@ -208,7 +208,7 @@ def train(
         if processes.first:
             _write(stage, state, facts, folder)
         processes.wait()  # until the files are written
-    return Outcome(path, state.step, state.step >= run.steps, losses, asked[0] if asked else 0)
+    return Outcome(path, state.step, state.step >= run.steps, losses, received[0] if received else 0)
 
 
 def _step(
@@ -285,12 +285,12 @@ def _stop_requests() -> Iterator[list[int]]:
 
     The signals are SIGINT, SIGTERM and SIGHUP; ignored ones (nohup) stay ignored.
     """
-    asked: list[int] = []
+    received: list[int] = []
     before: dict[signal.Signals, Any] = {}
 
     def ask(number: int, _: FrameType | None) -> None:
         logger.warning("stop requested: finishing the current step")
-        asked.append(number)
+        received.append(number)
         signal.signal(number, before[signal.Signals(number)])
 
     if threading.current_thread() is threading.main_thread():
@@ -299,7 +299,7 @@ def _stop_requests() -> Iterator[list[int]]:
             if found is not None and signal.getsignal(found) != signal.SIG_IGN:
                 before[found] = signal.signal(found, ask)
     try:
-        yield asked
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -66,7 +66,7 @@ def render(character: Character, motion: Motion, moments: NDArray[np.float64], s
         ValueError: the size is too small.
     """
     if size < 16:
-        raise ValueError(f"size is {size}, expected at least 16 pixels a side")
+        raise ValueError(f"size is {size}, expected at least 16 pixels per side")
     return draw(character, motion.pose(moments), size)
 
 
