@@ -45,7 +45,7 @@ def read_frames(stream: BinaryIO, name: str, most_pixels: int) -> Iterator[UInt8
             for part in parts:
                 data = member.read(math.prod(part))
                 if len(data) < math.prod(part):
-                    raise PictureError(f"{name} cannot be read as {_WHAT}: it ends within the frames; save it anew")
+                    raise PictureError(f"{name} cannot be read as {_WHAT}: it ends within the frames; save it again")
                 yield from np.frombuffer(data, np.uint8).reshape(part, order="F" if by_columns else "C")
 
 
@@ -67,7 +67,7 @@ def read_floats(stream: BinaryIO, name: str, array: str, most_values: int) -> np
                 raise PictureError(f"{array} in {name} has the shape {shape}, more than {most_values:,} values")
             data = member.read(4 * math.prod(shape))
             if len(data) < 4 * math.prod(shape):
-                raise PictureError(f"{name} cannot be read as {_WHAT}: it ends within {array}; save it anew")
+                raise PictureError(f"{name} cannot be read as {_WHAT}: it ends within {array}; save it again")
             return np.frombuffer(data, dtype).reshape(shape, order="F" if by_columns else "C").astype(np.float32)
 
 
@@ -91,6 +91,6 @@ def _read_header(member: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, n
     """Shape, whether the data is column-major, and dtype of an array."""
     version = npy.read_magic(member)
     if version not in _READERS:
-        raise PictureError(f"{name} holds an array of version {version}, expected 1.0 or 2.0; save it anew")
+        raise PictureError(f"{name} holds an array of version {version}, expected 1.0 or 2.0; save it again")
     shape, by_columns, dtype = _READERS[version](member)
     return shape, by_columns, dtype

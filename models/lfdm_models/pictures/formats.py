@@ -212,7 +212,7 @@ def _check_tiff(image: TiffImageFile, stream: BinaryIO, limit: int, name: str) -
     tags = image.tag_v2
     across, down = (tags.get(tag, 1) for tag in (322, 323))
     if not isinstance(across, int) or not isinstance(down, int) or across * down > limit:
-        raise PictureError(f"{name} is a TIFF whose tiles have {across}x{down} pixels; save it anew, as PNG")
+        raise PictureError(f"{name} is a TIFF whose tiles have {across}x{down} pixels; save it again, as PNG")
     if tags.get(259) in (6, 7):
         parts = max(len(tags.get(tag, ())) for tag in (273, 324))
         stream.seek(0)
@@ -221,4 +221,4 @@ def _check_tiff(image: TiffImageFile, stream: BinaryIO, limit: int, name: str) -
             scans += (rest + chunk).count(b"\xff\xda")
             rest = chunk[-1:]
         if scans > parts + MAX_SCANS:
-            raise PictureError(f"{name} is a TIFF of JPEGs of more than {MAX_SCANS} scans; save it anew, as PNG")
+            raise PictureError(f"{name} is a TIFF of JPEGs of more than {MAX_SCANS} scans; save it again, as PNG")

@@ -57,9 +57,11 @@ def jpeg_facts(stream: BinaryIO, name: str) -> JpegFacts:
             several = several or (len(body) > 0 and body[0] < components)
             if scans > MAX_SCANS:
                 raise PictureError(
-                    f"{name} is a JPEG of more than {MAX_SCANS} scans, which stalls decoders; save it anew"
+                    f"{name} is a JPEG of more than {MAX_SCANS} scans, which stalls decoders; save it again"
                 )
-    raise PictureError(f"{name} is a JPEG of more than {_MAX_SEGMENTS:,} segments, which stalls decoders; save it anew")
+    raise PictureError(
+        f"{name} is a JPEG of more than {_MAX_SEGMENTS:,} segments, which stalls decoders; save it again"
+    )
 
 
 def _next_marker(stream: BinaryIO) -> int | None:

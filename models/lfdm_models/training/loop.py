@@ -191,7 +191,11 @@ def train(
         parts=processes.count,
         pin_memory=device.type == "cuda",
     )
-    with _stop_requests() as received, Logs(folder / "logs", events=processes.first) as logs, matmul_precision(precision):
+    with (
+        _stop_requests() as received,
+        Logs(folder / "logs", events=processes.first) as logs,
+        matmul_precision(precision),
+    ):
         while state.step < run.steps and not processes.any(bool(received)):
             losses = _step(stage, state, data, optimizer, run, precision, processes)
             done = state.step
