@@ -1,4 +1,4 @@
-"""Which extra of this project brings a package that is missing: read from the project's own metadata."""
+"""Find the extra of this project that installs a missing package, from the project's own metadata."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections.abc import Mapping
 from lfdm_export.errors import MissingDependencyError
 
 _PROJECT = "lfdm-export"
-# A requirement as wheels' metadata has it. Source: PEP 508.
+# A requirement in a wheel's metadata. Source: PEP 508.
 _REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s*(?:\[([^]]*)\])?")
 _EXTRA = re.compile(r"""extra\s*==\s*["']([^"']+)["']""")
 
 
 def missing_dependency(error: ModuleNotFoundError, purpose: str, extra: str) -> MissingDependencyError | None:
-    """What a failed import means: the package, and the extra to install; None if it belongs to no extra.
+    """The error for a failed import, with the package and the extra to install; None if no extra installs it.
 
     Args:
-        error: of the import.
-        purpose: what needed it, for the message.
-        extra: the one that is meant for this purpose; named if it brings the package, else the first that does.
+        error: the import error.
+        purpose: what needs the package, for the message.
+        extra: the extra for this purpose; named if it installs the package, else the first extra that does.
     """
     module = (error.name or "").partition(".")[0]
     bringing = [name for name, packages in _packages_by_extra().items() if _normal(module) in packages]
@@ -30,10 +30,10 @@ def missing_dependency(error: ModuleNotFoundError, purpose: str, extra: str) -> 
 
 
 def _packages_by_extra() -> Mapping[str, set[str]]:
-    """The packages that each extra brings, those of the extras that it is made of included, in pyproject's order."""
+    """The packages of each extra, those of nested extras included, in the order of pyproject.toml."""
     try:
         requirements = importlib.metadata.requires(_PROJECT) or []
-    except importlib.metadata.PackageNotFoundError:  # run from its sources
+    except importlib.metadata.PackageNotFoundError:  # runs from its sources
         return {}
     direct: dict[str, set[str]] = {}
     parts: dict[str, set[str]] = {}
@@ -54,5 +54,5 @@ def _packages_by_extra() -> Mapping[str, set[str]]:
 
 
 def _normal(name: str) -> str:
-    """A distribution's name, or the module's that is called the same, in one spelling. Source: PEP 503."""
+    """A distribution name, or the name of its module, in one spelling. Source: PEP 503."""
     return re.sub(r"[-_.]+", "-", name).lower()

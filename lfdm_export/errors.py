@@ -10,7 +10,7 @@ class LfdmExportError(Exception):
 
 
 class CheckpointError(LfdmExportError):
-    """A checkpoint file cannot be read, or is not what it is used as."""
+    """A checkpoint file cannot be read, or is of the wrong kind."""
 
 
 class InputError(LfdmExportError, ValueError):
@@ -18,11 +18,11 @@ class InputError(LfdmExportError, ValueError):
 
 
 class BundleError(LfdmExportError):
-    """A bundle is missing, incomplete, altered, or of another format version."""
+    """A bundle is missing, incomplete, altered, or has another format version."""
 
 
 class ExportError(LfdmExportError):
-    """A model cannot be exported as asked."""
+    """A model cannot be exported as requested."""
 
 
 class EngineError(LfdmExportError):
@@ -34,21 +34,21 @@ class ParityError(LfdmExportError):
 
 
 class ServerError(LfdmExportError):
-    """A server failed to serve a request, or answered what it should not.
+    """A server failed to serve a request, or sent an invalid response.
 
     Attributes:
         code: name of the gRPC status, such as "INTERNAL".
-        request_id: of the request, where there was one.
+        request_id: ID of the request; "" where there is none.
     """
 
     def __init__(self, message: str, code: str = "UNKNOWN", request_id: str = "") -> None:
-        """Say what happened, and to which request."""
+        """Store the message, the status and the request ID."""
         super().__init__(message)
         self.code, self.request_id = code, request_id
 
 
 class ServerUnavailableError(ServerError):
-    """No server is there, or it takes no more requests now; the same request may be sent again later."""
+    """The server is not running or accepts no more requests now; the same request can be sent again later."""
 
 
 class DeadlineError(ServerError, TimeoutError):
@@ -56,14 +56,14 @@ class DeadlineError(ServerError, TimeoutError):
 
 
 class AuthenticationError(ServerError):
-    """The server, or what stands before it, does not accept the caller's token or certificate."""
+    """The server, or a proxy before it, rejects the caller's token or certificate."""
 
 
 class MissingDependencyError(LfdmExportError, ImportError):
-    """An optional package is needed for what was asked, and is not installed."""
+    """A requested feature needs an optional package that is not installed."""
 
     def __init__(self, package: str, purpose: str, extra: str) -> None:
-        """Name the package, what needs it, and the extra of this project that brings it."""
+        """Name the package, what needs it, and the extra of this project that installs it."""
         super().__init__(
             f"{purpose} needs the package {package!r}, which is not installed; "
             f"install it with: pip install 'lfdm-export[{extra}]'"

@@ -1,4 +1,4 @@
-"""What this machine has, and what of it this process may use: versions, processor, cores, the user's folder."""
+"""What this machine has and what this process may use: versions, processor, cores, the user's cache folder."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from pathlib import Path
 _PACKAGES = (
     "lfdm-export", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13-bindings",
 )  # fmt: skip
-#: Read by the libraries that NumPy and PyTorch compute with, when they are loaded.
+#: NumPy's and PyTorch's math libraries read these when they are loaded.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-#: This project's folder in that of the user's caches.
+#: Name of this project's folder inside the user's cache folder.
 CACHE_NAME = "lfdm-export"
 _PROCESS = Path("/proc/self")
 _CPUS = Path("/sys/devices/system/cpu")
 
-#: Environment variables that keep libraries from features that the processor has.
+#: Environment variables that keep libraries from using some features of the processor.
 _LIMITS = ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA")
 
 
 def environment(threads: int | None, *, with_torch: bool) -> dict[str, str]:
-    """This machine and its programs, by name.
+    """The machine and its programs, by name.
 
     Args:
-        threads: that engines were given; None for all cores.
-        with_torch: torch took part.
+        threads: threads of each engine; None for all cores.
+        with_torch: include the version of PyTorch.
     """
     return {
         "python": platform.python_version(),
@@ -40,20 +40,20 @@ def environment(threads: int | None, *, with_torch: bool) -> dict[str, str]:
 
 
 def available_cores() -> int:
-    """Cores that this process may keep busy, at least 1: what every engine takes as its threads unless told otherwise.
+    """Cores that this process may keep busy, at least 1; every engine's default number of threads.
 
-    They are the cores in its CPU mask (`taskset`, a container's cpuset, Slurm), where two hardware threads of a core
-    count once, and no more than the whole processors of its cgroup's quota (a container's limit).
+    These are the cores in its CPU mask (`taskset`, a container's cpuset, Slurm), where the two hardware threads of a
+    core count once, limited to the whole processors of its cgroup quota (a container's limit).
     """
     cores, quota = _cores_of_mask(), _cgroup_quota(_PROCESS)
     return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def limit_math_threads() -> None:
-    """Keep the threads of BLAS and OpenMP within a cgroup's quota, of which they know nothing (masks they keep to).
+    """Keep the threads of BLAS and OpenMP within the cgroup quota, which they ignore (they respect CPU masks).
 
-    Takes effect on what is loaded afterwards, here and in the processes that this one starts; a variable that the user
-    has set is left alone.
+    Takes effect on libraries loaded afterwards, here and in child processes; a variable that the user has set keeps
+    its value.
     """
     cores = available_cores()
     if cores < _cores_of_mask():
@@ -63,7 +63,7 @@ def limit_math_threads() -> None:
 
 @contextmanager
 def torch_threads() -> Iterator[None]:
-    """PyTorch's threads on the CPU within `available_cores`, for as long; what it has of its own accord may be more."""
+    """Limit PyTorch's CPU threads to `available_cores` inside the context; its own default may be higher."""
     import torch
 
     before = torch.get_num_threads()
@@ -75,12 +75,12 @@ def torch_threads() -> Iterator[None]:
 
 
 def user_cache() -> Path | None:
-    """The folder of the user's caches: XDG_CACHE_HOME, else ~/.cache; None for a user without a home.
+    """The user's cache folder: XDG_CACHE_HOME, else ~/.cache; None for a user without a home.
 
-    Nothing says that it exists or can be written.
+    The folder need not exist, nor be writable.
     """
     said = os.environ.get("XDG_CACHE_HOME", "")
-    if Path(said).is_absolute():  # a relative one is to be ignored. Source: XDG Base Directory Specification
+    if Path(said).is_absolute():  # a relative path is ignored. Source: XDG Base Directory Specification
         return Path(said)
     try:
         return Path.home() / ".cache"
@@ -89,9 +89,9 @@ def user_cache() -> Path | None:
 
 
 def optional_cache() -> Path | None:
-    """This project's folder for what only saves time; None where there is no folder of the user's caches.
+    """This project's folder for data that only saves time; None where the user has no cache folder.
 
-    A home without one (a container's, a service's) is left as it is: nothing is put there that nobody requested.
+    A home without ~/.cache (of a container, of a service) stays as it is: no folder appears that nobody requested.
     XDG_CACHE_HOME counts whether it exists or not.
     """
     cache = user_cache()
@@ -100,7 +100,7 @@ def optional_cache() -> Path | None:
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str]:
-    """Versions of those of the packages that are installed."""
+    """Versions of the installed packages among `names`."""
     found = {}
     for name in names:
         try:
@@ -111,18 +111,18 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def processor_name() -> str:
-    """The processor's name, as far as the system tells."""
+    """The processor's name, as far as the system reports it."""
     return processor_info().get("model name") or platform.processor() or platform.machine()
 
 
 def processor_facts() -> list[str]:
-    """What decides which kernels libraries take: the processor's name and features, and limits of the environment."""
+    """What decides which kernels libraries choose: the processor's name and features, and limits in the environment."""
     limits = [f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ]
     return [processor_name(), processor_info().get("flags", ""), *limits]
 
 
 def processor_info() -> dict[str, str]:
-    """What Linux says of the first core, by its own names; empty elsewhere."""
+    """The first core's entry in /proc/cpuinfo, by Linux's names; empty on other systems."""
     text = _read(Path("/proc/cpuinfo"))
     pairs = (line.split(":", 1) for line in text.split("\n\n", 1)[0].splitlines() if ":" in line)
     return {name.strip(): value.strip() for name, value in pairs}
@@ -131,7 +131,7 @@ def processor_info() -> dict[str, str]:
 def _cores_of_mask() -> int:
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
-    # The hardware threads of a core name the same siblings; where the system does not tell, each counts.
+    # The hardware threads of a core name the same siblings; where the system does not report them, each counts.
     siblings = {
         _read(_CPUS / f"cpu{number}" / "topology" / "thread_siblings_list").strip() or number
         for number in os.sched_getaffinity(0)
@@ -140,18 +140,18 @@ def _cores_of_mask() -> int:
 
 
 def _cgroup_quota(process: Path) -> float | None:
-    """Processors' worth of time that the process's cgroup and those around it allow; None without a limit.
+    """Processors that the process's cgroup and its parents allow, as a share of time; None without a limit.
 
     Args:
-        process: its folder in /proc.
+        process: the process's folder in /proc.
     """
     groups = [line.split(":", 2) for line in _read(process / "cgroup").splitlines() if line.count(":") >= 2]
     quotas = []
     for root, mount, controllers in _cgroup_mounts(_read(process / "mountinfo")):
         for _, names, path in groups:
-            # Version 2 has one tree, without names.
+            # Version 2 has one tree, without controller names.
             if (not names and controllers is None) or (controllers is not None and "cpu" in names.split(",")):
-                # A container may see itself as the root of the mount, and its path as the host's.
+                # A container may see itself as the root of the mount, but see its path as on the host.
                 inside = path[len(root) :] if root != "/" and path.startswith(root) else path
                 group = mount / inside.lstrip("/")
                 quotas += [quota for folder in _upwards(group, mount) if (quota := _quota_of(folder)) is not None]
@@ -159,7 +159,7 @@ def _cgroup_quota(process: Path) -> float | None:
 
 
 def _cgroup_mounts(mountinfo: str) -> Iterator[tuple[str, Path, tuple[str, ...] | None]]:
-    """Root, mount point and controllers (None for version 2) of each tree that limits time. Source: proc(5)."""
+    """Root, mount point and controllers (None for version 2) of each tree that can limit CPU time. Source: proc(5)."""
     for line in mountinfo.splitlines():
         before, _, after = line.partition(" - ")
         fields, kind = before.split(" "), after.split(" ")
@@ -171,7 +171,7 @@ def _cgroup_mounts(mountinfo: str) -> Iterator[tuple[str, Path, tuple[str, ...] 
 
 
 def _upwards(folder: Path, top: Path) -> Iterator[Path]:
-    """A folder and those around it, up to `top`."""
+    """A folder and its parents, up to `top`."""
     yield folder
     while folder != top and top in folder.parents:
         folder = folder.parent
@@ -181,7 +181,7 @@ def _upwards(folder: Path, top: Path) -> Iterator[Path]:
 
 
 def _quota_of(folder: Path) -> float | None:
-    """Of one cgroup, of either version; None without a limit."""
+    """The quota of one cgroup, of either version; None without a limit."""
     words = _read(folder / "cpu.max").split() or [
         _read(folder / name).strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
     ]
@@ -193,7 +193,7 @@ def _quota_of(folder: Path) -> float | None:
 
 
 def _read(path: Path) -> str:
-    """A file of the system's; "" where there is none."""
+    """The text of a system file; "" if it is missing."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,7 +1,7 @@
-"""Every deployable stage described once: ordered inputs and outputs, batch profile, tolerances.
+"""The specification of every deployable stage: ordered inputs and outputs, batch profile, tolerances.
 
-A tensor's name here is the argument of the stage module's ``forward``, the name in the ONNX
-graph, the binding of the engine and the tensor of the Triton model. Nothing else may spell it.
+A tensor's name here is the argument of the stage module's ``forward``, the name in the ONNX graph, the binding of the
+engine and the tensor of the Triton model. No other place may spell it.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-#: Of weights and activations. "tf32" is the fp32 graph, whose products a GPU may take in TF32.
+#: The precision of weights and activations. "tf32" is the fp32 graph; a GPU may compute its products in TF32.
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 DType = Literal["float32", "int64"]
-#: The one dynamic axis of every stage: how many samples run together.
+#: The one dynamic axis of every stage: the number of samples per run.
 BATCH = "batch"
 #: The dynamic token axis of the `text` stage.
 TOKENS = "tokens"
-#: The stage that motion transfer alone needs; a bundle may do without.
+#: The stage that only motion transfer needs; a bundle may lack it.
 DRIVE_STAGE = "estimate_motion"
-#: Columns of `coefficients`; see `lfdm_export.sampling.loop`, which fills them.
+#: Columns of `coefficients`, which `lfdm_export.sampling.loop` fills.
 COEFFICIENTS = 11
 
 
@@ -31,9 +31,9 @@ class TensorSpec:
 
     Attributes:
         name: its name everywhere.
-        dtype: as the caller sees it (a lower precision inside the graph does not show).
-        shape: ints for fixed axes, names for dynamic ones.
-        low, high: range of the values, for random test inputs; normal(0, 1) where both are None.
+        dtype: the type that the caller sees; a lower precision inside the graph does not show.
+        shape: an int for each fixed axis, a name for each dynamic one.
+        low, high: range of the values of random test inputs; normal(0, 1) where both are None.
     """
 
     name: str
@@ -54,9 +54,9 @@ class StageSpec:
     Attributes:
         name: file stem of its graph, and its name everywhere.
         inputs, outputs: in order.
-        batch: smallest, usual and largest batch an engine is built for.
-        tolerance: largest |error| of its outputs against float32 PyTorch, by precision, relative to
-            the output's own largest magnitude or 1, whichever is greater.
+        batch: smallest, typical and largest batch that an engine is built for.
+        tolerance: by precision, the largest |error| of its outputs against float32 PyTorch, relative to the output's
+            largest magnitude or 1, whichever is greater.
     """
 
     name: str
@@ -68,14 +68,14 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class ChainTolerance:
-    """Largest errors of a whole clip of 10 DDIM steps against float32 PyTorch with the same noise.
+    """Largest errors of a clip of 10 DDIM steps against float32 PyTorch with the same noise.
 
     Attributes:
-        latent_max, latent_mean: |error| of the latent after any step, largest and mean.
-        flow_mean: end-point error of the last latent's flow, mean, in pixels of the image.
-        picture_max: |error| of frames and warped images, of values in [0, 1].
-        psnr, warped_psnr: smallest ratio of signal to error of frames, and of warped images, in dB.
-        beyond_one_level: share of their 8-bit values that are off by more than one level.
+        latent_max, latent_mean: largest and mean |error| of the latent after any step.
+        flow_mean: mean end-point error of the last latent's flow, in pixels of the image.
+        picture_max: largest |error| of frames and warped images, with values in [0, 1].
+        psnr, warped_psnr: smallest signal-to-error ratio of frames, and of warped images, in dB.
+        beyond_one_level: share of their 8-bit values that differ by more than one level.
     """
 
     latent_max: float
@@ -87,9 +87,10 @@ class ChainTolerance:
     beyond_one_level: float
 
 
-#: By precision, as the stages' own tolerances are. Those of bf16 are two to five times the worst measured on two models
-#: of published size; those of fp16 three times and more that of one; those of int8 and fp8 four times and more the
-#: worst measured, of int8 on one of published size too. The ratios are the least that is wanted: see docs/precision.md.
+#: By precision, like the stages' tolerances. Those of bf16 are two to five times the worst error measured on two models
+#: of published size. Those of fp16 are at least three times the worst of one such model. Those of int8 and fp8 are at
+#: least four times the worst measured, for int8 also on one model of published size. The ratios in dB are the lowest
+#: that are accepted: see docs/precision.md.
 CHAIN_TOLERANCES: Mapping[str, ChainTolerance] = {
     "fp32": ChainTolerance(1e-3, 5e-5, 5e-3, 1e-3, 70, 70, 1e-4),
     "tf32": ChainTolerance(0.05, 5e-3, 0.25, 0.15, 40, 40, 0.03),
@@ -102,14 +103,14 @@ CHAIN_TOLERANCES: Mapping[str, ChainTolerance] = {
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes that the stages' shapes are made of; all fixed at export.
+    """The sizes that determine the stages' shapes; all fixed at export.
 
     Attributes:
         image_size: H = W of the image, pixels.
         latent_size: h = w of the latent.
         frames: T, frames of a clip.
-        chunk_frames: F, frames that one run of `decode` gives; at most `frames`.
-        skip_channels: channels of the encoder outputs, full size first; the last is `feature`'s.
+        chunk_frames: F, frames per run of `decode`; at most `frames`.
+        skip_channels: channels of the encoder outputs, full size first; the last entry is `feature`.
         context_channels: channels of `context`.
         text_width: size of the text embedding.
     """
@@ -124,17 +125,17 @@ class Geometry:
 
 
 def _tolerances(fp32: float, fp16: float, bf16: float) -> dict[str, float]:
-    """A stage's tolerance by precision; a product's factors have as many bits in TF32 as in fp16.
+    """A stage's tolerance by precision; the factors of a product have as many bits in TF32 as in fp16.
 
-    Those of fp16 and bf16 are 7 to 140 times what simulation gave for the small model, the guided stages' the loosest.
-    Those of int8 and fp8, five times bf16's, are 4 times and more what ONNX Runtime gave for the trained small model,
-    and for one of published size in int8.
+    Those of fp16 and bf16 are 7 to 140 times the simulated error of the small model, the guided stages' the loosest.
+    Those of int8 and fp8 are five times those of bf16: at least 4 times the error of ONNX Runtime for the trained small
+    model, and for one of published size in int8.
     """
     return {"fp32": fp32, "tf32": fp16, "fp16": fp16, "bf16": bf16, "int8": 5 * bf16, "fp8": 5 * bf16}
 
 
 def stage_specs(g: Geometry, *, with_text: bool = False, with_drive: bool = True) -> dict[str, StageSpec]:
-    """All stages of a model of that geometry, in the order in which a clip passes through them.
+    """All stages of a model with this geometry, in the order in which a clip passes through them.
 
     Args:
         g: the sizes.
@@ -194,9 +195,9 @@ def stage_specs(g: Geometry, *, with_text: bool = False, with_drive: bool = True
             (image, f32("driving", 3, side, side, low=0.0, high=1.0)),
             (f32("latent", 3, latent_side, latent_side, low=-1.0, high=1.0),),
             (1, 1, 32),
-            # A trained model is sure of what moves: at an edge a bit decides. On the one first shipped, simulated,
-            # fp16 and bf16 were 0.053 and 0.31 off for 24 pairs of noise, 0.010 and 0.084 for 24 of drawings. Below,
-            # it stays float.
+            # A trained model separates moving parts sharply: at an edge, one bit decides. On the first shipped model,
+            # simulated fp16 and bf16 errors were 0.053 and 0.31 for 24 pairs of noise, 0.010 and 0.084 for 24 pairs of
+            # drawings. Below these precisions, the stage stays float.
             {**_tolerances(5e-4, 0.2, 1.0), "int8": 1.0, "fp8": 1.0},
         ),
     ]

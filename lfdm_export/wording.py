@@ -1,4 +1,4 @@
-"""What objects of the interface, and errors, say of themselves, in one line."""
+"""One-line texts about objects of the interface, errors and counts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lfdm_export.errors import LfdmExportError
 
 
 def shortened(names: Collection[object], most: int = 4) -> str:
-    """The first of some names, and how many there are beyond them: "anger, disgust, fear, happiness + 3 more"."""
+    """The first `most` names, and the number of the others: "anger, disgust, fear, happiness + 3 more"."""
     shown = ", ".join(str(name) for name in list(names)[:most])
     return f"{shown} + {len(names) - most} more" if len(names) > most else shown
 
@@ -21,7 +21,7 @@ def count(number: int, noun: str) -> str:
 
 
 def not_default(settings: Any) -> str:
-    """A dataclass's name and those of its fields that are not at their default; a field without repr is never shown."""
+    """A dataclass's name and its fields that differ from their default; a field with `repr=False` stays hidden."""
     shown = []
     for field in dataclasses.fields(settings):
         made = dataclasses.MISSING if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -32,12 +32,12 @@ def not_default(settings: Any) -> str:
 
 
 def one_line(error: Exception, most: int = 500) -> str:
-    """The text of a library's error in one line, of so many characters at most."""
+    """The text of a library's error in one line of at most `most` characters."""
     return " ".join(str(error).split())[:most]
 
 
 def describe_error(error: Exception) -> str:
-    """What went wrong, in a sentence."""
+    """What went wrong, in one sentence."""
     if isinstance(error, LfdmExportError):
         return str(error)
     if isinstance(error, OSError):

@@ -1,1 +1,1 @@
-"""Files of weights that become networks."""
+"""From weight files to networks."""

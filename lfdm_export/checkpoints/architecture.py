@@ -1,7 +1,7 @@
-"""The architecture of an LFDM checkpoint, told from the keys and shapes of its state dicts.
+"""Recognize the architecture of an LFDM checkpoint from the keys and shapes of its state dicts.
 
-A number is told by all tensors that show it, and the majority counts: so a single tensor that is
-missing or of a wrong shape is found, and named, by the strict comparison that follows.
+Each number is read from all tensors that show it, and the majority counts. A single tensor that is missing or has a
+wrong shape is therefore found and named by the strict comparison that follows.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from lfdm_models.schedule import Schedule
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-#: Channels of the noisy latent, which the UNet's first conv sees beside the feature.
+#: Channels of the noisy latent, which the UNet's first conv takes together with the feature.
 _LATENT_CHANNELS = 3
-#: The published networks have 6 at most; building a module takes a millisecond.
+#: Maximum per list. The published networks have at most 6; building a module takes a millisecond.
 _MOST_MODULES = 256
 _NORM = ("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var")
 
 
 class _Witness(NamedTuple):
-    """A tensor that shows a number: the size of that axis, less `extra`."""
+    """A tensor that shows a number: the size of that axis, minus `extra`."""
 
     key: str
     axis: int
     extra: int = 0
 
 
-def recognise_lfae(shapes: Shapes, where: str, *, region_pad: int) -> LfaeConfig:
+def recognize_lfae(shapes: Shapes, where: str, *, region_pad: int) -> LfaeConfig:
     """The LFAE's architecture.
 
     Args:
-        shapes: of tensors under ``generator.``, ``region_predictor.`` and ``bg_predictor.``.
+        shapes: shapes of the tensors under ``generator.``, ``region_predictor.`` and ``bg_predictor.``.
         where: name of the checkpoint, for messages.
         region_pad: padding of the region predictor's last conv, which weights do not show.
 
     Raises:
-        CheckpointError: the keys and shapes are of no LFAE.
+        CheckpointError: the keys and shapes do not form an LFAE.
     """
     seen = _Seen(shapes, where)
     generator, flow = "generator", "generator.pixelwise_flow_predictor"
@@ -76,18 +76,18 @@ def recognise_lfae(shapes: Shapes, where: str, *, region_pad: int) -> LfaeConfig
             region_pad=region_pad,
         )
     except ValueError as error:
-        raise CheckpointError(f"{where}: an LFAE of such shapes cannot be: {error}") from error
+        raise CheckpointError(f"{where}: these shapes form no LFAE: {error}") from error
 
 
-def recognise_dm(shapes: Shapes, where: str) -> DmConfig:
+def recognize_dm(shapes: Shapes, where: str) -> DmConfig:
     """The diffusion model's architecture.
 
     Args:
-        shapes: of tensors under ``diffusion.``.
+        shapes: shapes of the tensors under ``diffusion.``.
         where: name of the checkpoint, for messages.
 
     Raises:
-        CheckpointError: the keys and shapes are of no LFDM diffusion model.
+        CheckpointError: the keys and shapes do not form an LFDM diffusion model.
     """
     seen = _Seen(shapes, where)
     unet = "diffusion.denoise_fn"
@@ -126,17 +126,17 @@ def recognise_dm(shapes: Shapes, where: str) -> DmConfig:
             training_steps=seen.number("the schedule's length", buffers),
         )
     except ValueError as error:
-        raise CheckpointError(f"{where}: a DM of such shapes cannot be: {error}") from error
+        raise CheckpointError(f"{where}: these shapes form no DM: {error}") from error
 
 
 class _Seen:
-    """The shapes of one checkpoint, and the questions that recognition asks of them."""
+    """The shapes of one checkpoint, with the queries of the recognition."""
 
     def __init__(self, shapes: Shapes, where: str) -> None:
         self.shapes, self.where = shapes, where
 
     def number(self, what: str, witnesses: Sequence[_Witness]) -> int:
-        """The number that most witnesses show (the first one's, on a tie)."""
+        """The number that most witnesses show; on a tie, the first one's."""
         sizes = []
         for key, axis, extra in witnesses:
             shape = self.shapes.get(key, ())
@@ -145,11 +145,11 @@ class _Seen:
         if not sizes:
             key = witnesses[0].key
             state = f"is a tensor of shape {list(self.shapes[key])}" if key in self.shapes else "is missing"
-            raise CheckpointError(f"{self.where}: {key} {state}, so that {what} cannot be told; the file is incomplete")
+            raise CheckpointError(f"{self.where}: {key} {state}, so {what} is unknown; the file is incomplete")
         return Counter(sizes).most_common(1)[0][0]
 
     def count(self, prefix: str, least: int = 1) -> int:
-        """How many modules, numbered from 0, there are under a prefix."""
+        """Number of modules under a prefix, which are numbered from 0."""
         pattern = re.compile(re.escape(prefix) + r"(\d{1,4})\.")
         found = {int(match[1]) for key in self.shapes if (match := pattern.match(key))}
         if len(found) > _MOST_MODULES:
@@ -166,13 +166,13 @@ class _Seen:
             )
         return len(found)
 
-    def cap(self, levels: Sequence[int], names: Sequence[str], usual: int) -> int:
-        """The cap under which widths double from level to level; `usual` wherever it gives the same widths.
+    def cap(self, levels: Sequence[int], names: Sequence[str], default: int) -> int:
+        """The cap under which widths double from level to level; `default` if it gives the same widths.
 
         Raises:
             CheckpointError: no cap gives these widths.
         """
-        for cap in (usual, levels[-1]):
+        for cap in (default, levels[-1]):
             expected = [min(cap, levels[0] << i) for i in range(len(levels))]
             if expected == list(levels):
                 return cap
@@ -188,7 +188,7 @@ def _axis(axis: int, *keys: str) -> list[_Witness]:
 
 
 def _conv(block: str) -> list[_Witness]:
-    """All that shows how many channels a block of conv and batch norm gives."""
+    """All tensors that show the output channels of a block of conv and batch norm."""
     return _axis(0, *(f"{block}.{leaf}" for leaf in ("conv.weight", "conv.bias", *_NORM)))
 
 
@@ -201,7 +201,7 @@ def _hourglass(seen: _Seen, prefix: str, *, decoder: bool = True) -> HourglassCo
         last = f"{prefix}decoder.up_blocks.{blocks - 1}"
         width = seen.number(f"the width of {last}", _conv(last))
     else:
-        # Without Up blocks the first level is known only doubled; where that is odd, the cap cut it.
+        # Without Up blocks, the first level's width is known only doubled; if that is odd, the cap limited it.
         last = names[0]
         width = levels[0] // 2 if levels[0] % 2 == 0 else levels[0]
     return HourglassConfig(width, seen.cap([width, *levels], [last, *names], HourglassConfig.max_width), blocks)
@@ -220,7 +220,7 @@ def _multiplier(seen: _Seen, level: str, width: int) -> int:
 
 
 def _upsample(shapes: Shapes, unet: str, levels: int) -> UpsampleMode:
-    """From the keys: a transposed conv is the module itself, an up-conv comes second in a sequence."""
+    """From the keys: a transposed conv is the module itself, an up-conv is second in a sequence."""
     leaves: Iterable[str] = ("weight", "bias")
     ups = [f"{unet}.ups.{i}.4" for i in range(levels - 1)]
     deconv = sum(f"{up}.{leaf}" in shapes for up in ups for leaf in leaves)

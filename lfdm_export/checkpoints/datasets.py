@@ -1,4 +1,4 @@
-"""What a published data set decides about a model trained on it: for the commands and the Python interface alike."""
+"""Facts of the published data sets about models trained on them, for the commands and the Python interface."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from lfdm_export.errors import InputError
 from lfdm_export.pictures.preprocess import Preprocessing
 from lfdm_models.labels import DATASETS, REGION_PAD
 
-#: The text encoder that the published models were trained with, by its name on the Hugging Face hub.
+#: Text encoder of the published models, by its name on the Hugging Face hub.
 PUBLISHED_ENCODER = "bert-base-cased"
-#: Names no text encoder, where a data set would bring one.
+#: Selects no text encoder where a data set would select one.
 NO_ENCODER = "none"
 
 
@@ -19,9 +19,9 @@ class DatasetFacts:
     """The facts of one data set.
 
     Attributes:
-        labels: as the text encoder was given them.
-        preprocessing: of its pictures.
-        region_pad: padding of the region predictor's last convolution, which no weight tells.
+        labels: texts as given to the text encoder.
+        preprocessing: rule for its pictures.
+        region_pad: padding of the region predictor's last convolution, which weights do not show.
         text_encoder: name on the Hugging Face hub.
     """
 
@@ -35,7 +35,7 @@ def dataset_facts(name: str) -> DatasetFacts:
     """The facts of "mug", "mhad" or "natops".
 
     Raises:
-        InputError: another name.
+        InputError: the name is unknown.
     """
     if name not in DATASETS:
         raise InputError(f"unknown data set {name!r}; expected one of {', '.join(DATASETS)}")

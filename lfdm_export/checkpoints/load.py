@@ -1,4 +1,4 @@
-"""A pair of LFAE and DM checkpoints to networks, strictly."""
+"""Load a pair of LFAE and DM checkpoints as networks, with strict checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lfdm_export.checkpoints.architecture import recognise_dm, recognise_lfae
+from lfdm_export.checkpoints.architecture import recognize_dm, recognize_lfae
 from lfdm_export.checkpoints.datasets import dataset_facts
 from lfdm_export.checkpoints.training_facts import training_facts
 from lfdm_export.checkpoints.weight_files import PARTS, Checkpoint, read_checkpoint, sha256, shorten
@@ -41,30 +41,30 @@ def load_model(
     residual_flow: bool | None = None,
     region_pad: int | None = None,
 ) -> LfdmModel:
-    """Load a pair of checkpoints, strictly; their architecture is recognised from keys and shapes.
+    """Load a pair of checkpoints with strict checks; keys and shapes determine their architecture.
 
-    Those of `lfdm-train` tell of themselves what weights do not show, their labels' embeddings among it.
+    Checkpoints of `lfdm-train` also store what weights do not show, including the embeddings of their labels.
 
     Args:
-        lfae: file with the state dicts ``generator``, ``region_predictor`` and ``bg_predictor``; of
-            ``torch.save`` (loaded without running anything in it) or safetensors.
+        lfae: file with the state dicts ``generator``, ``region_predictor`` and ``bg_predictor``, from
+            ``torch.save`` (loaded without running any code in it) or safetensors.
         dm: file with the state dict ``diffusion``.
-        dataset: what they were trained on, "mug", "mhad" or "natops": gives `region_pad`. Give it to `export_bundle`
+        dataset: data set of the training, "mug", "mhad" or "natops"; sets `region_pad`. Give it to `export_bundle`
             too.
-        residual_flow: the DM was trained on flow as an offset from the identity grid. None: as the checkpoint
-            tells, else it was not.
-        region_pad: padding of the region predictor's last conv, which weights do not show: 3 for MUG, 0
-            for MHAD and NATOPS. None: as the checkpoint tells, else 0 if the DM has a learned null embedding
-            (NATOPS), else 3 (MUG).
+        residual_flow: the DM was trained on flow as an offset from the identity grid. Default: as stored in the
+            checkpoint, else False.
+        region_pad: padding of the region predictor's last conv, which weights do not show: 3 for MUG, 0 for MHAD and
+            NATOPS. Default: as stored in the checkpoint, else 0 if the DM has a learned null embedding (NATOPS), else
+            3 (MUG).
 
     Returns:
-        Both networks on the CPU in eval mode, float32, in memory of their own (the files may change).
+        Both networks on the CPU in eval mode, float32, with their own memory (the files may change).
 
     Raises:
-        CheckpointError: a file is missing, damaged or no such checkpoint, its tensors are not those of
-            the network, or the two do not fit each other.
-        InputError: `region_pad` is out of range, the data set is unknown, or an option is not what the checkpoint was
-            trained with.
+        CheckpointError: a file is missing, damaged or no such checkpoint, its tensors do not match the network, or the
+            two checkpoints do not fit each other.
+        InputError: `region_pad` is out of range, the data set is unknown, or an option contradicts the checkpoint's
+            training.
     """
     if region_pad is not None and (not isinstance(region_pad, int) or isinstance(region_pad, bool) or region_pad < 0):
         raise InputError(f"region_pad is {region_pad!r}, expected 3 (MUG), 0 (MHAD, NATOPS) or None")
@@ -72,28 +72,28 @@ def load_model(
         region_pad = dataset_facts(dataset).region_pad
     lfae_path, dm_path = user_path(lfae), user_path(dm)
     lfae_file, dm_file = read_checkpoint(lfae_path), read_checkpoint(dm_path)
-    told = training_facts(lfae_file, dm_file)
-    residual_flow = _agreed("residual_flow", residual_flow, told.residual_flow)
-    region_pad = _agreed("region_pad", region_pad, told.region_pad)
+    facts = training_facts(lfae_file, dm_file)
+    residual_flow = _agreed("residual_flow", residual_flow, facts.residual_flow)
+    region_pad = _agreed("region_pad", region_pad, facts.region_pad)
     model = load_networks(lfae_file, dm_file, residual_flow=bool(residual_flow), region_pad=region_pad)
     width = model.config.dm.text_width
-    if any(row.shape != (width,) for row in told.label_embeddings.values()):
-        raise CheckpointError(f"{dm_path}: its labels' embeddings are not of the network's width {width}")
-    model.label_embeddings = told.label_embeddings
+    if any(row.shape != (width,) for row in facts.label_embeddings.values()):
+        raise CheckpointError(f"{dm_path}: its labels' embeddings do not have the network's width {width}")
+    model.label_embeddings = facts.label_embeddings
     model.provenance = {
         "lfae": {"file": lfae_path.name, "sha256": sha256(lfae_path)},
         "dm": {"file": dm_path.name, "sha256": sha256(dm_path)},
-        "trained": told.trained,
-        **told.geometry,
-        **({} if told.data is None else {"data": told.data}),
+        "trained": facts.trained,
+        **facts.geometry,
+        **({} if facts.data is None else {"data": facts.data}),
     }
     return model
 
 
-def _agreed(name: str, given: T | None, told: T | None) -> T | None:
-    if given is not None and told is not None and given != told:
-        raise InputError(f"{name} is {given}, but the checkpoint was trained with {told}; leave it out")
-    return told if given is None else given
+def _agreed(name: str, given: T | None, stored: T | None) -> T | None:
+    if given is not None and stored is not None and given != stored:
+        raise InputError(f"{name} is {given}, but the checkpoint was trained with {stored}; leave it out")
+    return stored if given is None else given
 
 
 def load_networks(
@@ -104,24 +104,25 @@ def load_networks(
     region_pad: int | None,
     region_temperature: float = LfaeConfig.region_temperature,
 ) -> LfdmModel:
-    """`load_model` without provenance, and with the region predictor's softmax temperature as an option.
+    """Load networks like `load_model`, but without provenance; the region predictor's softmax temperature is an option.
 
     Raises:
-        CheckpointError: see `load_model`.
+        CheckpointError: a file is no such checkpoint, its tensors do not match the network, or the two checkpoints do
+            not fit each other.
     """
-    # Both are looked at before anything is built; their tensors are mapped, not read.
+    # Check both before anything is built; their tensors are mapped, not read.
     lfae_tensors, dm_tensors = _lfae_tensors(lfae), _dm_tensors(dm)
     if region_pad is None:
-        region_pad = _usual_region_pad(dm_tensors)
-    lfae_config = recognise_lfae(_shapes(lfae_tensors), str(lfae.path), region_pad=region_pad)
+        region_pad = _default_region_pad(dm_tensors)
+    lfae_config = recognize_lfae(_shapes(lfae_tensors), str(lfae.path), region_pad=region_pad)
     lfae_config = replace(lfae_config, region_temperature=region_temperature)
-    dm_config = recognise_dm(_shapes(dm_tensors), str(dm.path))
-    # A misfit of the whole is told last: a tensor that is wrong by itself explains it better.
+    dm_config = recognize_dm(_shapes(dm_tensors), str(dm.path))
+    # Whether the two fit each other is checked last: an error in a single tensor explains more.
     lfae_network = build_lfae(lfae_config, lfae_tensors, str(lfae.path))
     del lfae_tensors  # its pages are in memory by now
     diffusion = build_diffusion(dm_config, dm_tensors, str(dm.path))
     config = _join(lfae_config, dm_config, residual_flow=residual_flow, where=f"{lfae.path} and {dm.path}")
-    logger.info("recognised %s and %s", lfae_config, dm_config)
+    logger.info("recognized %s and %s", lfae_config, dm_config)
     return LfdmModel(config, lfae_network, diffusion)
 
 
@@ -130,11 +131,11 @@ def build_lfae(config: LfaeConfig, tensors: Mapping[str, Tensor], where: str) ->
 
     Args:
         config: its architecture.
-        tensors: by released key, any floating dtype.
+        tensors: tensors by released key, any floating dtype.
         where: name of the checkpoint, for messages.
 
     Raises:
-        CheckpointError: the tensors are not exactly those of the network, or not finite.
+        CheckpointError: the tensors do not exactly match the network, or are not finite.
     """
     network = _without_memory(lambda: Lfae(config), where)
     _fill(network, tensors, "", where)
@@ -148,17 +149,16 @@ def build_diffusion(config: DmConfig, tensors: Mapping[str, Tensor], where: str)
 
     Args:
         config: its architecture.
-        tensors: by released key, any floating dtype.
+        tensors: tensors by released key, any floating dtype.
         where: name of the checkpoint, for messages.
 
     Raises:
-        CheckpointError: the tensors are not exactly those of the network, or not finite, or the schedule
-            is none.
+        CheckpointError: the tensors do not exactly match the network, or are not finite, or the schedule is invalid.
     """
     network = _without_memory(lambda: Diffusion(config), where)
     _fill(network, _with_exact_schedule(tensors, config.training_steps, where), f"{_DM_PART}.", where)
     if not config.learned_null:
-        # Not in the state dict, so still without memory.
+        # Not in the state dict, so it has no memory yet.
         network.denoise_fn.register_buffer("null_cond_emb", torch.zeros(1, config.text_width), persistent=False)
     _check_schedule(network.schedule(), where)
     return network
@@ -202,7 +202,7 @@ def _holds(tensors: Mapping[str, Tensor]) -> str:
     for key in tensors:
         before = next((key[: key.index(f".{part}.") + 1] for part in parts if f".{part}." in key), None)
         if before is not None:
-            return f"its keys begin with {before!r}, of no wrapper that is known; save them without that prefix"
+            return f"its keys begin with {before!r}, an unknown wrapper; save them without that prefix"
     return f"it holds {shorten(names)}"
 
 
@@ -210,10 +210,10 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
-def _usual_region_pad(dm_tensors: Mapping[str, Tensor]) -> int:
+def _default_region_pad(dm_tensors: Mapping[str, Tensor]) -> int:
     pad = 0 if _LEARNED_NULL in dm_tensors else 3
     logger.info(
-        "the region predictor's padding cannot be told from weights; taking %d because the null embedding is %s; "
+        "weights do not show the region predictor's padding; taking %d because the null embedding is %s; "
         "for MHAD give region_pad=0",
         pad,
         "learned, as in NATOPS" if pad == 0 else "zeros, as in MUG",
@@ -231,19 +231,19 @@ def _join(lfae: LfaeConfig, dm: DmConfig, *, residual_flow: bool, where: str) ->
 
 
 def _without_memory(build: Callable[[], N], where: str) -> N:
-    """A network whose tensors take no memory, whatever their sizes, until all shapes have been compared."""
+    """Build a network whose tensors take no memory, whatever their sizes, until all shapes are compared."""
     try:
         with torch.device("meta"):
             return build()
-    except (RuntimeError, ValueError, OverflowError) as error:  # of sizes beyond 64 bits
+    except (RuntimeError, ValueError, OverflowError) as error:  # for sizes beyond 64 bits
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{where}: its shapes are of no network that can be built ({reason[:160]}); the file is damaged"
+            f"{where}: no network of these shapes can be built ({reason[:160]}); the file is damaged"
         ) from error
 
 
 def _fill(network: nn.Module, tensors: Mapping[str, Tensor], prefix: str, where: str) -> None:
-    """Give a network without memory copies of `tensors`, once they are known to be all that it needs."""
+    """Fill a network without memory with copies of `tensors`, after a check of their keys and shapes."""
     expected = {prefix + key: tensor for key, tensor in network.state_dict().items()}
     _check_keys(tensors, expected, where)
     wrong = [key for key, tensor in expected.items() if tensors[key].shape != tensor.shape]
@@ -271,11 +271,11 @@ def _check_keys(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], whe
 
 
 def _own(tensor: Tensor, dtype: torch.dtype, key: str, where: str) -> Tensor:
-    """A contiguous copy in the network's dtype, in memory of its own."""
+    """A contiguous copy in the network's dtype, with its own memory."""
     numeric = tensor.is_floating_point() if dtype.is_floating_point else not tensor.is_complex()
     if not numeric:
         expected = "a floating-point type" if dtype.is_floating_point else "an integer type"
-        raise CheckpointError(f"{where}: {key} is of {tensor.dtype}, expected {expected}; save it as {dtype}")
+        raise CheckpointError(f"{where}: {key} has dtype {tensor.dtype}, expected {expected}; save it as {dtype}")
     try:
         copy = torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
     except RuntimeError as error:  # out of memory, or a type that has no conversion
@@ -290,9 +290,9 @@ def _own(tensor: Tensor, dtype: torch.dtype, key: str, where: str) -> Tensor:
 
 
 def _with_exact_schedule(tensors: Mapping[str, Tensor], steps: int, where: str) -> Mapping[str, Tensor]:
-    """The tensors, with the cosine schedule in float32 if theirs is that one, rounded to half precision.
+    """Replace a schedule in half precision by float32 values, if it is the cosine schedule.
 
-    Half precision has no numbers for the last steps' alphas_cumprod (2e-10).
+    Half precision cannot represent the last steps' alphas_cumprod (2e-10).
     """
     coarse = {
         name: tensors[f"{_DM_PART}.{name}"]
@@ -307,8 +307,8 @@ def _with_exact_schedule(tensors: Mapping[str, Tensor], steps: int, where: str) 
         tolerance = torch.finfo(found.dtype).eps
         if found.shape == rounded.shape and not torch.isclose(found.float(), rounded, rtol=tolerance, atol=1e-7).all():
             raise CheckpointError(
-                f"{where}: {_DM_PART}.{name} is of {found.dtype}, too coarse for a noise schedule, and is not the "
-                "cosine schedule that could take its place; save the schedule as float32"
+                f"{where}: {_DM_PART}.{name} has dtype {found.dtype}, too coarse for a noise schedule, and is not the "
+                "cosine schedule that could replace it; save the schedule as float32"
             )
     logger.info("%s: the noise schedule is the cosine one in half precision; taking its float32 values", where)
     same_shape = {name: exact[name] for name, found in coarse.items() if found.shape == exact[name].shape}

@@ -1,11 +1,11 @@
-"""A model as a folder: both networks' weights, and what the weights do not show.
+"""A model as a folder: the weights of both networks, and what weights do not show.
 
 Layout::
 
     MODEL/model.json            options, labels, provenance, and the other files' SHA-256
     MODEL/lfae.safetensors      generator.…, region_predictor.…, bg_predictor.…
     MODEL/dm.safetensors        diffusion.…
-    MODEL/labels.safetensors    `embeddings` (labels, text_width); only if the model brings its own
+    MODEL/labels.safetensors    `embeddings` (labels, text_width); only if the model has its own
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ _MAX_CARD_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What ``model.json`` holds.
+    """The content of ``model.json``.
 
     Attributes:
-        format, version: of the folder's layout.
-        residual_flow: see `LfdmConfig`.
-        region_pad, region_temperature: see `LfaeConfig`.
+        format, version: format of the folder.
+        residual_flow: flow is an offset from the identity grid, as in `LfdmConfig`.
+        region_pad, region_temperature: as in `LfaeConfig`.
         labels: in the order of the rows of the label embeddings.
-        provenance: see `LfdmModel`.
-        files: SHA-256 of each other file of the folder.
+        provenance: as in `LfdmModel`.
+        files: SHA-256 of each other file in the folder.
     """
 
     format: Literal["lfdm-model"]
@@ -63,35 +63,35 @@ class ModelCard:
     files: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        """Check what the types do not.
+        """Check the values.
 
         Raises:
-            ValueError: a value is out of range, a label is there twice, or the files are not those of the layout.
+            ValueError: a value is out of range, a label appears twice, or the files do not match the layout.
         """
         if self.region_pad < 0 or not 0 < self.region_temperature < float("inf"):
             raise ValueError(
                 f"region_pad {self.region_pad} or region_temperature {self.region_temperature} out of range"
             )
         if len(set(self.labels)) != len(self.labels):
-            raise ValueError("a label is there twice")
+            raise ValueError("a label appears twice")
         expected = {LFAE, DM} | ({LABELS} if self.labels else set())
         if set(self.files) != expected:
             raise ValueError(f"files are {', '.join(sorted(self.files))}, expected {', '.join(sorted(expected))}")
 
 
 def save_model(model: LfdmModel, folder: str | os.PathLike[str]) -> Path:
-    """Write a model as a folder, whole or not at all.
+    """Write a model as a folder, completely or not at all.
 
     Args:
-        model: what to write; weights are stored as float32.
-        folder: its path. A model folder that is there already is replaced.
+        model: the model; weights are stored as float32.
+        folder: its path. An existing model folder is replaced.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: the path is taken by something else, or cannot be written, or the model's labels or
-            provenance cannot be stored.
+        InputError: the path holds something else or cannot be written, or the model's labels or provenance cannot be
+            stored.
     """
     embeddings = _stack_labels(model)
     try:
@@ -107,7 +107,7 @@ def save_model(model: LfdmModel, folder: str | os.PathLike[str]) -> Path:
 
 
 def _fill(folder: Path, model: LfdmModel, embeddings: NDArray[np.float32] | None) -> None:
-    """Write a model's files."""
+    """Write the model's files."""
     safetensors.torch.save_file(_weights(model.lfae, ""), folder / LFAE)
     safetensors.torch.save_file(_weights(model.diffusion, "diffusion."), folder / DM)
     if embeddings is not None:
@@ -132,11 +132,11 @@ def load_model_folder(folder: str | os.PathLike[str]) -> LfdmModel:
         folder: its path.
 
     Returns:
-        The model, its provenance as it was saved (with the folder's own files where it named none).
+        The model, with its provenance as saved (the folder's own files where none was saved).
 
     Raises:
-        CheckpointError: there is no such folder, or it is incomplete, altered or of another version, or its
-            weights are not as `load_model` needs them.
+        CheckpointError: the folder is missing, incomplete, altered or of another version, or its weights are not valid
+            for `load_model`.
     """
     path = user_path(folder)
     give_back(path.resolve())
@@ -170,7 +170,7 @@ def load_model_folder(folder: str | os.PathLike[str]) -> LfdmModel:
 
 
 def _require_free(target: Path) -> None:
-    """That nothing but an older model would be replaced."""
+    """Check that only an older model would be replaced."""
     if not target.name:
         raise InputError(f"{target} is no place for a model; give the path of a new folder")
     if not target.exists():
@@ -183,7 +183,7 @@ def _require_free(target: Path) -> None:
 
 
 def _weights(network: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """A state dict as safetensors takes it: contiguous, and no memory shared between tensors."""
+    """A state dict for safetensors: contiguous tensors that share no memory."""
     weights: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, value in network.state_dict().items():
@@ -203,7 +203,7 @@ def _stack_labels(model: LfdmModel) -> NDArray[np.float32] | None:
     for label, embedding in model.label_embeddings.items():
         if embedding.shape != (width,) or not np.isfinite(embedding).all():
             raise InputError(
-                f"the embedding of label {label!r} is of shape {embedding.shape}, expected {width} finite numbers"
+                f"the embedding of label {label!r} has shape {embedding.shape}, expected {width} finite numbers"
             )
     return np.stack(list(model.label_embeddings.values())).astype(np.float32)
 
@@ -219,7 +219,7 @@ def _read_card(folder: Path) -> ModelCard:
     if not folder.exists():
         raise CheckpointError(f"there is no model folder {folder}; give the path of a folder with {CARD}")
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file, expected a model folder; give a pair of checkpoints as such")
+        raise CheckpointError(f"{folder} is a file, expected a model folder; give a pair of checkpoints as two files")
     path = folder / CARD
     if not path.is_file():
         raise CheckpointError(f"{folder} is no model folder: it has no {CARD}")

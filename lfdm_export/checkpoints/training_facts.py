@@ -1,4 +1,4 @@
-"""What checkpoints of `lfdm-train` say of themselves beside their weights; released ones say nothing."""
+"""What checkpoints of `lfdm-train` store beside their weights; released checkpoints store no such facts."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from numpy.typing import NDArray
 from lfdm_export.checkpoints.weight_files import Checkpoint
 from lfdm_export.errors import CheckpointError
 
-#: No clip is longer or larger.
+#: Upper limit; no clip is longer or larger.
 _LARGEST_SIZE = 1 << 16
 _TRAINING, _LABELS, _EMBEDDINGS = "training", "labels", "label_embeddings"
 
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """Facts that weights do not show; None or nothing where a checkpoint does not tell.
+    """Facts that weights do not show; None or empty where a checkpoint does not store them.
 
     Attributes:
-        residual_flow: see `LfdmConfig`.
-        region_pad: see `LfaeConfig`.
-        trained: that they were.
+        residual_flow: flow is an offset from the identity grid, as in `LfdmConfig`.
+        region_pad: as in `LfaeConfig`.
+        trained: True for a trained model.
         geometry: "frames" and "image_size" of the clips that the DM was trained with.
-        data: name of the data set that the DM was trained on, as of ``lfdm-train --data``.
-        label_embeddings: (text_width,) float32 of each label that the DM was trained with.
+        data: name of the DM's training data, as in ``lfdm-train --data``.
+        label_embeddings: (text_width,) float32 for each label that the DM was trained with.
     """
 
     residual_flow: bool | None = None
@@ -39,10 +39,10 @@ class TrainingFacts:
 
 
 def training_facts(lfae: Checkpoint, dm: Checkpoint) -> TrainingFacts:
-    """What a pair of checkpoints tells.
+    """Read the facts from a pair of checkpoints.
 
     Raises:
-        CheckpointError: a file tells something that cannot be.
+        CheckpointError: a stored fact has an invalid value.
     """
     training = _get(dm.top, _TRAINING)
     residual_flow = training.get("residual_flow")
@@ -55,7 +55,7 @@ def training_facts(lfae: Checkpoint, dm: Checkpoint) -> TrainingFacts:
             f"{dm.path}: residual_flow is a {type(residual_flow).__name__}, expected true or false; save it again"
         )
     if region_pad is not None and (type(region_pad) is not int or region_pad < 0):
-        raise CheckpointError(f"{lfae.path}: region_pad is no integer of 0 or more; save it again")
+        raise CheckpointError(f"{lfae.path}: region_pad is not an integer of 0 or more; save it again")
     return TrainingFacts(
         residual_flow,
         region_pad,

@@ -1,6 +1,6 @@
-"""A checkpoint file to named tensors, whatever wrote it; nothing in the file is ever run.
+"""Read a checkpoint file of any supported format as named tensors; nothing in the file is ever run.
 
-Keys come out flat, as ``generator.first.conv.weight`` or ``diffusion.betas``, without ``module.`` and ``_orig_mod.``.
+Keys are flat, such as ``generator.first.conv.weight`` or ``diffusion.betas``, without ``module.`` and ``_orig_mod.``.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ PARTS = ("generator", "region_predictor", "bg_predictor", "diffusion")
 
 Format = Literal["torch zip", "torch legacy", "safetensors"]
 
-# What wraps a network puts its own name into the keys.
+# Wrappers of networks (DataParallel, torch.compile) add their own name to the keys.
 _PREFIXES = ("module", "_orig_mod")
-# What trainers call the entry of their file that holds the networks.
+# Names that trainers give to the entry that holds the networks.
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 _MOST_WRAPPERS = 3
 _TENSOR_KINDS = (Tensor, StoredTensor, OddTensor)
@@ -55,12 +55,12 @@ _COPY_AGAIN = "fetch it again, it was not copied or downloaded whole"
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a checkpoint's file holds; its tensors are read when they are needed.
+    """The content of a checkpoint file; its tensors are read when they are needed.
 
     Attributes:
-        path: of the file.
-        top: its top level: plain values, and tensors as they are stored. Nothing where it holds no mapping.
-        size: of the file in bytes.
+        path: the file.
+        top: its top level: plain values, and tensors as stored. Empty if the file holds no mapping.
+        size: size of the file in bytes.
     """
 
     path: Path
@@ -75,7 +75,7 @@ class Checkpoint:
             Tensor by flat key. Entries that are neither a tensor nor one of `PARTS` are left out.
 
         Raises:
-            CheckpointError: an entry of the networks is no ordinary tensor, or the file is damaged.
+            CheckpointError: an entry of the networks is not an ordinary tensor, or the file is damaged.
         """
         stored: dict[str, object] = {}
         for key, value in _entries(_networks(self.top, self.path), self.path):
@@ -84,9 +84,9 @@ class Checkpoint:
                     f"{self.path}: {key} is there twice, with and without 'module.' or '_orig_mod.'; keep one of them"
                 )
             stored[key] = value
-        # Before anything is read: a few bytes can claim to be a tensor of any size.
+        # Check before reading: a few bytes can claim to be a tensor of any size.
         declared = sum(_declared(key, value, self.path) for key, value in stored.items())
-        if declared > 2 * self.size:  # not 1: a module that several others share is saved once
+        if declared > 2 * self.size:  # not 1: a shared module is saved once
             raise CheckpointError(
                 f"{self.path} declares {declared:,} bytes of weights but holds {self.size:,}; "
                 "it is damaged or not to be trusted"
@@ -94,10 +94,10 @@ class Checkpoint:
         return {key: self._tensor(value) for key, value in stored.items()}
 
     def table(self, value: object, name: str) -> Tensor | None:
-        """An entry of the top level as a tensor; None where it is none.
+        """An entry of the top level as a tensor; None if it is not a tensor.
 
         Raises:
-            CheckpointError: it is no ordinary tensor, or larger than the file.
+            CheckpointError: it is not an ordinary tensor, or is larger than the file.
         """
         if not isinstance(value, _TENSOR_KINDS):
             return None
@@ -112,20 +112,20 @@ class Checkpoint:
         if isinstance(value, Tensor):
             return value
         assert isinstance(value, StoredTensor), "checked by _declared"
-        assert self._file is not None, "only its values are stored ones"
+        assert self._file is not None, "only a TorchFile holds stored tensors"
         with _blaming(self.path):
             return self._file.tensor(value)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """What a checkpoint's file holds; nothing in it is run.
+    """Read the content of a checkpoint file; nothing in it is run.
 
     Args:
         path: a file of ``torch.save`` (zip or legacy) or safetensors; its content decides, not its name.
 
     Raises:
-        CheckpointError: there is no such file, it is no checkpoint, it is damaged, or it holds objects
-            that would have to be run.
+        CheckpointError: the file is missing, damaged or no checkpoint, or it holds objects that could be loaded only
+            by running code.
     """
     kind = _sniff(path)
     with _blaming(path):
@@ -146,7 +146,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 @contextlib.contextmanager
 def _blaming(path: Path) -> Iterator[None]:
-    """Whatever a reader raises becomes an error of this file."""
+    """Turn any exception of a reader into an error about this file."""
     try:
         yield
     except CheckpointError:
@@ -165,7 +165,7 @@ def _blaming(path: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except MemoryError as error:
         raise CheckpointError(f"{path} does not fit in memory, or is damaged") from error
-    except (RuntimeError, ValueError, TypeError) as error:  # torch, of numbers that it cannot view so
+    except (RuntimeError, ValueError, TypeError) as error:  # from torch, if it cannot view the bytes as this type
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} is truncated or damaged ({reason[:160]}); {_COPY_AGAIN}") from error
 
@@ -174,7 +174,7 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, hexadecimal.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the file cannot be read.
     """
     try:
         return sha256_and_size(path)[0]
@@ -183,7 +183,7 @@ def sha256(path: Path) -> str:
 
 
 def shorten(names: Iterable[str], shown: int = 3) -> str:
-    """The first few of some names, and how many more there are."""
+    """The first few names, and the number of the others."""
     names = list(names)
     more = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
@@ -216,7 +216,7 @@ def _sniff(path: Path) -> Format:
 
 
 def _guess(head: bytes) -> str:
-    """What a file is that is no checkpoint, and what to do."""
+    """The kind of a file that is not a checkpoint, and what to do."""
     for magic, name in _MEDIA.items():
         if head.startswith(magic):
             return f"{name}; give a checkpoint file (.pth or .safetensors)"
@@ -249,7 +249,7 @@ def _clean(key: str) -> str:
 
 
 def _networks(top: Mapping[Any, object], path: Path) -> Mapping[Any, object]:
-    """The level of a file that holds the networks: its top, or what a trainer wrapped them in."""
+    """The level of a file that holds the networks: its top, or the entry in which a trainer wrapped them."""
     level = top
     for _ in range(_MOST_WRAPPERS):
         if _holds_networks(level):
@@ -271,7 +271,7 @@ def _holds_networks(level: Mapping[Any, object]) -> bool:
 
 
 def _entries(level: Mapping[Any, object], path: Path) -> Iterator[tuple[str, object]]:
-    """Every tensor of a level by its flat key, as it is stored."""
+    """Every tensor of a level as stored, by its flat key."""
     for key, value in level.items():
         if not isinstance(key, str):
             continue
@@ -294,10 +294,10 @@ def _kind(value: object) -> str:
 
 
 def _declared(key: str, value: object, path: Path) -> int:
-    """Bytes that a tensor says it has.
+    """Bytes that a tensor claims to have.
 
     Raises:
-        CheckpointError: it is no ordinary dense tensor, or has no numbers.
+        CheckpointError: it is not an ordinary dense tensor, or is empty.
     """
     if isinstance(value, StoredTensor):
         shape, itemsize = value.shape, getattr(torch, value.dtype).itemsize

@@ -169,7 +169,7 @@ def _text_encoder(args: argparse.Namespace) -> Path | None:
 
 
 def _tell_sensitivity(args: argparse.Namespace, bundle: Bundle) -> None:
-    """Which layers of an 8-bit bundle are quantised, and which of them cost most."""
+    """Which layers of an 8-bit bundle are quantized, and which of them cost most."""
     if bundle.manifest.precision not in ("int8", "fp8"):
         return
     from lfdm_export.bundle.reader import PARITY_FOLDER

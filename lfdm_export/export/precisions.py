@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lfdm_export.errors import InputError
 from lfdm_export.graphs.typed import TYPES, lower
-from lfdm_export.quantize.graphs import quantised_graphs
+from lfdm_export.quantize.graphs import quantized_graphs
 from lfdm_export.quantize.ranges import FORMATS
 from lfdm_export.quantize.report import SensitivityReport
 from lfdm_export.quantize.states import Progress, Sources
@@ -53,7 +53,7 @@ class Lowered:
 
     Attributes:
         graphs: of every stage, by name.
-        sensitivity: what each layer costs, where layers were quantised.
+        sensitivity: what each layer costs, where layers were quantized.
     """
 
     graphs: dict[str, ir.Model]
@@ -86,7 +86,7 @@ def typed_graphs(traced: Traced, precision: str, progress: Progress | None = Non
         null = diffusion.denoise_fn.null_cond_emb.detach().numpy()[0]
         embeddings = tuple(traced.embeddings.values())
         sources = Sources(traced.graphs, traced.geometry, diffusion.schedule(), embeddings, null)
-        quantised = quantised_graphs(sources, precision, progress=progress)
-        return Lowered(quantised.graphs, quantised.report)
+        quantized = quantized_graphs(sources, precision, progress=progress)
+        return Lowered(quantized.graphs, quantized.report)
     # "fp32"; in TF32 an engine of the same graphs rounds the factors of products only.
     return Lowered(dict(traced.graphs))

@@ -1,1 +1,1 @@
-"""How this program writes files: whole or not at all, and never in place of something that is no file."""
+"""Reading and writing of files: a file is written completely or not at all, and only regular files are replaced."""

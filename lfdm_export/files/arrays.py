@@ -1,4 +1,4 @@
-"""NumPy archives from strangers, read with suspicion."""
+"""NumPy archives from untrusted sources, read with all checks."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from numpy.typing import NDArray
 
 from lfdm_export.errors import BundleError
 
-# What numpy and zipfile raise on a damaged archive, or on a lone array, which `with` cannot hold.
+# What numpy and zipfile raise on a damaged archive, or on a single array, which `with` cannot hold.
 _UNREADABLE = (
     ValueError, LookupError, EOFError, AttributeError, TypeError, RuntimeError, SyntaxError, ArithmeticError,
     MemoryError, struct.error, tokenize.TokenError, lzma.LZMAError, zipfile.BadZipFile, zlib.error, OSError,
 )  # fmt: skip
-# More than any header of an .npy file that this program writes.
+# Larger than any header of an .npy file that this program writes.
 _HEADER_BYTES = 4096
 
 
 def read_arrays(path: Path, expected: Mapping[str, tuple[str, tuple[int, ...]]], what: str) -> dict[str, NDArray[Any]]:
-    """Read the named arrays of an .npz file; others in it are left alone.
+    """Read the named arrays of an .npz file; other arrays in it are ignored.
 
     Args:
         path: the file.
         expected: dtype and shape of each array, by name.
-        what: the file is meant to be, for messages.
+        what: kind of file, for messages.
 
     Raises:
-        BundleError: it is no such archive, an array is missing or of another dtype or shape, or the file would
-            unpack to more than these arrays take.
+        BundleError: the file is no such archive, an array is missing or has another dtype or shape, or the file would
+            unpack to more than these arrays need.
     """
     largest = max(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in expected.values())
     try:
@@ -44,7 +44,7 @@ def read_arrays(path: Path, expected: Mapping[str, tuple[str, tuple[int, ...]]],
             for info in archive.zip.infolist():  # before anything is unpacked: a small file can claim to be huge
                 if info.file_size > largest + _HEADER_BYTES:
                     raise BundleError(f"{path}: {info.filename} is larger than a {what} needs; export again")
-            for name in expected:  # nor is memory taken for what an array's own header claims
+            for name in expected:  # nor is memory allocated by an array's own header
                 _check_header(archive.zip, name, expected[name], path)
             arrays = {name: archive[name] for name in expected}
     except _UNREADABLE as error:

@@ -1,8 +1,7 @@
-"""Files that come into being whole or not at all; the only place where this program replaces one.
+"""Files that are written completely or not at all; the only place where this program replaces a file.
 
-What is written goes to a hidden name beside its place, is made durable, and is renamed. The hidden name is locked as
-long as its writer lives, so that what a killed writer left behind is told from what another one is at, and removed by
-the next writer into the same folder.
+The content goes to a hidden name beside its place, is made durable, and is renamed. The hidden name stays locked while
+its writer lives. The next writer into the same folder removes unlocked hidden names: killed writers left them.
 """
 
 from __future__ import annotations
@@ -30,32 +29,32 @@ else:
 
 _MARK = ".lfdm-"
 _LEFTOVER = re.compile(r"^\..*\.lfdm-[0-9a-f]{12}\.part$", re.DOTALL)
-#: Of one component of a path, in bytes, where the file system does not say.
+#: Longest name of one component of a path, in bytes, where the file system does not report it.
 _LONGEST_NAME = 255
-# Names that a write looks at, on average, for what killed writers left.
+# Names that one write looks at, on average, to find what killed writers left.
 _NAMES_PER_WRITE = 100
-# Writes of this process into large folders until these are looked through again.
+# Writes of this process into a large folder until it is looked through again.
 _sweep_after: dict[Path, int] = {}
-#: What file systems answer that have no fsync for folders, or none at all.
+#: Error codes of file systems that have no fsync for folders, or none at all.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS)
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A stream whose content takes the place of a file once the context ends well; else nothing changes.
+    """A stream whose content replaces a file when the context ends without an error; otherwise nothing changes.
 
-    Missing folders are made. A link stays, and the file that it leads to is replaced, or made. A device or a pipe is
-    written to; the file's permissions stay.
+    Missing folders are created. A link stays, and its target is replaced or created. A device or a pipe is written to.
+    The file's permissions stay.
 
     Args:
         path: the file, as the user names it (``~`` is expanded).
 
     Yields:
-        A stream that can be written, read and positioned.
+        A stream that supports write, read and seek.
 
     Raises:
         OSError: the file cannot be written.
-        InputError: see `lfdm_export.files.places.user_path`.
+        InputError: the home folder is unknown, or the path has a null character.
     """
     place = destination(path)
     if place.direct:
@@ -77,22 +76,22 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def write_file(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file, whole or not at all; see `replacing`.
+    """Write a file completely or not at all, as `replacing` does.
 
     Raises:
         OSError: it cannot be written.
-        InputError: see `lfdm_export.files.places.user_path`.
+        InputError: the home folder is unknown, or the path has a null character.
     """
     with replacing(path) as stream:
         stream.write(content)
 
 
 def rehearse(path: str | os.PathLike[str], *, as_folder: bool = False) -> None:
-    """Find out whether `replacing` could write a file, or a folder could be made; what is there stays untouched.
+    """Check that `replacing` could write a file, or that a folder could be created; existing files stay untouched.
 
     Raises:
-        OSError: it could not: the folder cannot be written, for one, or the name is too long.
-        InputError: see `lfdm_export.files.names.user_path`.
+        OSError: it could not, for example because the folder is not writable or the name is too long.
+        InputError: the home folder is unknown, or the path has a null character.
     """
     place = destination(path)
     if place.direct:
@@ -108,10 +107,10 @@ def rehearse(path: str | os.PathLike[str], *, as_folder: bool = False) -> None:
 
 @contextlib.contextmanager
 def temporary_folder(place: Path) -> Iterator[Path]:
-    """An empty folder beside `place`, on its file system, with a name that fits; gone when the context ends.
+    """An empty folder beside `place`, on its file system, with a name that fits; removed when the context ends.
 
     Args:
-        place: a path behind all links (see `lfdm_export.files.places.destination`).
+        place: a path with all links resolved, as by `lfdm_export.files.places.destination`.
 
     Raises:
         OSError: it cannot be made.
@@ -122,7 +121,7 @@ def temporary_folder(place: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_made(folder: Path) -> Iterator[None]:
-    """A folder and its parents; those that were missing go again if the context fails and they are empty."""
+    """Create a folder and its missing parents; if the context fails, those that are empty are removed again."""
     missing: list[Path] = []
     at = folder
     while not at.exists() and at != at.parent:
@@ -139,7 +138,7 @@ def folder_made(folder: Path) -> Iterator[None]:
 
 
 class _RemovedByAnother(Exception):
-    """A new folder was gone before it could be opened."""
+    """Another process removed a new folder before it could be opened."""
 
 
 # --- Hidden names ---------------------------------------------------------------------------------
@@ -156,7 +155,7 @@ def hidden_name(place: Path, ending: str) -> Path:
 
 
 def part_name(place: Path) -> Path:
-    """A hidden name that nobody else has, and that is removed by later writers unless somebody holds it."""
+    """A unique hidden name, which later writers remove unless a process holds its lock."""
     return hidden_name(place, f"{secrets.token_hex(6)}.part")
 
 
@@ -166,7 +165,7 @@ def leftovers(folder: Path) -> Iterator[Path]:
 
 
 def _abandoned(found: Iterable[Path]) -> Iterator[Path]:
-    """Those of some hidden names whose writers are gone."""
+    """Those hidden names whose writers are gone."""
     for path in found:
         try:
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
@@ -180,7 +179,7 @@ def _abandoned(found: Iterable[Path]) -> Iterator[Path]:
 
 
 def _look_through(folder: Path) -> tuple[list[Path], int]:
-    """The hidden names in a folder, and how many names it has in all."""
+    """The hidden names in a folder, and the number of all its names."""
     names = 0
     found = []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
@@ -194,8 +193,8 @@ def _look_through(folder: Path) -> tuple[list[Path], int]:
 def _sweep(folder: Path) -> None:
     """Remove what killed writers left in a folder.
 
-    Looking through a folder of a hundred thousand clips takes longer than writing one: a large folder is looked through
-    by the first write of a process, and then by one of so many that each pays for some hundred names.
+    Looking through a folder of a hundred thousand clips takes longer than writing one. Therefore a process looks
+    through a large folder at its first write, and then only so often that each write pays for some hundred names.
     """
     waiting = _sweep_after.get(folder, 0)
     if waiting:
@@ -219,7 +218,7 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def _claimed(place: Path, make: Callable[[Path], int | None]) -> Iterator[tuple[Path, int | None]]:
-    """A hidden name that is ours, and its descriptor; what still has the name afterwards is removed."""
+    """A hidden name of this process, and its descriptor; what still has the name afterwards is removed."""
     _sweep(place.parent)
     part, descriptor = _claim(place, make)
     try:
@@ -233,7 +232,7 @@ def _claimed(place: Path, make: Callable[[Path], int | None]) -> Iterator[tuple[
 def _claim(place: Path, make: Callable[[Path], int | None]) -> tuple[Path, int | None]:
     while True:
         part = part_name(place)
-        # Another writer may take it for a leftover, and remove it, before it is locked.
+        # Before it is locked, another writer may take it for a leftover and remove it.
         try:
             descriptor = make(part)
         except _RemovedByAnother:
@@ -265,7 +264,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _keep_permissions(descriptor: int, path: Path) -> None:
-    """Give a new file the mode and owner of the one that it replaces, as far as that is allowed."""
+    """Give a new file the mode and owner of the file that it replaces, as far as the system permits."""
     with contextlib.suppress(OSError, AttributeError):
         old, new = path.stat(), os.fstat(descriptor)
         if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
@@ -293,7 +292,7 @@ def sync_path(path: Path) -> None:
     """Make a file, or a folder's entries, durable.
 
     Raises:
-        OSError: see `sync`.
+        OSError: what was written did not reach the disk.
     """
     if os.name != "posix" and path.is_dir():
         return
@@ -308,7 +307,7 @@ def sync_tree(folder: Path) -> None:
     """Make a folder and everything in it durable.
 
     Raises:
-        OSError: see `sync`.
+        OSError: what was written did not reach the disk.
     """
     for inside, _, names in os.walk(folder):
         for name in names:
@@ -320,7 +319,7 @@ def sync_tree(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep others who lock the same folder waiting, where the system can lock folders.
+    """Exclude other processes that lock the same folder, where the system can lock folders.
 
     Some network file systems cannot; renames are atomic there as well.
     """
@@ -339,7 +338,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def claimed(path: Path) -> BinaryIO:
-    """A file that is this process's alone until it is closed, or the process ends; made if it is missing.
+    """Open a file that only this process holds until it is closed or the process ends; created if missing.
 
     Raises:
         BlockingIOError: another process has it.
@@ -353,7 +352,7 @@ def claimed(path: Path) -> BinaryIO:
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Whether a lock was got: False where another holds it, None where there are no locks."""
+    """Whether a lock was acquired: False where another holds it, None where locks are not available."""
     if _flock is None:
         return None
     try:

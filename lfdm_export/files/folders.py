@@ -1,4 +1,4 @@
-"""Folders that take the place of older ones in one step, and what is left of steps that were cut off."""
+"""Folders that replace older ones in one step, and the repair of interrupted replacements."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def publish(
     check: Callable[[], None] | None = None,
     replace: bool = True,
 ) -> None:
-    """Make a folder durable and put it at `target`; an older one there is exchanged for it.
+    """Make a folder durable and move it to `target`; an older folder there is exchanged for it.
 
-    Whenever this is cut off, `target` is the old folder or the new one, or `give_back` makes it the old one.
+    If this is interrupted, `target` is the old folder or the new one, or `give_back` restores the old one.
 
     Args:
         folder: from `lfdm_export.files.atomic.temporary_folder`; afterwards the old folder, if there was one.
-        target: its place, behind all links.
-        carry: entries of the old folder that belong to the new one where it has none of its own.
-        check: raises if what is at the target must not be replaced; called when nobody else can change it.
-        replace: else what is at the target stays there, and `folder` where it is.
+        target: its place, with all links resolved.
+        carry: entries of the old folder that move to the new one where it has none of the same name.
+        check: raises if the folder at `target` must not be replaced; called while no other process can change it.
+        replace: False keeps an existing folder at `target`, and `folder` where it is.
 
     Raises:
-        OSError: it cannot be done; the target is as it was.
+        OSError: it failed; the target is as before.
     """
     sync_tree(folder)
     with locked(target.parent):
@@ -49,7 +49,7 @@ def publish(
             _rename(folder, target)
         elif replace:
             shutil.copymode(target, folder)
-            # The old one gets a leftover's name, which others would remove before its entries are carried over.
+            # The old one gets a leftover's name: without this lock, others would remove it before its entries move.
             with locked(target):
                 try:
                     if not _exchange(folder, target):
@@ -60,7 +60,7 @@ def publish(
 
 
 def give_back(target: Path) -> bool:
-    """Put a folder back whose exchange was cut off between two renames.
+    """Restore a folder whose exchange was interrupted between two renames.
 
     Returns:
         Whether something is at `target`.
@@ -77,7 +77,7 @@ def settle(target: Path, *, carry: Sequence[str] = ()) -> None:
 
     Args:
         target: its place.
-        carry: see `publish`.
+        carry: entries of an old folder that move to `target` where it has none of the same name.
     """
     aside = _aside(target)
     with contextlib.suppress(OSError):
@@ -91,12 +91,12 @@ def settle(target: Path, *, carry: Sequence[str] = ()) -> None:
 
 
 def _aside(target: Path) -> Path:
-    """Where the old folder is between the two renames; never removed under this name."""
+    """The place of the old folder between the two renames; never removed under this name."""
     return hidden_name(target, f"{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]}.old")
 
 
 def _take_turns(folder: Path, target: Path) -> None:
-    """The exchange in three renames, for systems that have none."""
+    """The exchange in three renames, for systems without an atomic exchange."""
     aside = _aside(target)
     try:
         _rename(target, aside)
@@ -110,7 +110,7 @@ def _take_turns(folder: Path, target: Path) -> None:
 
 def _carry(old: Path, new: Path, names: Sequence[str]) -> None:
     for name in names:
-        with contextlib.suppress(OSError):  # most often there is none
+        with contextlib.suppress(OSError):  # most often it is missing
             if not (new / name).exists():
                 _rename(old / name, new / name)
 
@@ -134,7 +134,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 @functools.cache
 def _renameat2() -> Callable[[int, bytes, int, bytes, int], int] | None:
-    """Linux's, through the C library (glibc 2.28, musl 1.2.4)."""
+    """Linux's `renameat2`, through the C library (glibc 2.28, musl 1.2.4)."""
     try:
         function = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):

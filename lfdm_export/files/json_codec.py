@@ -1,7 +1,7 @@
-"""Frozen dataclasses to plain JSON values and back, strictly: a field of the wrong type is an error.
+"""Frozen dataclasses to plain JSON values and back; a field of the wrong type is an error.
 
-What is read comes from strangers, so nothing is guessed or filled in: fields must be exactly those
-of the class, and the classes' own checks run because their constructors do.
+The input is untrusted, so nothing is guessed or filled in: the fields must be exactly those of the class, and the
+constructors run the classes' own checks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LARGEST_FLOAT = sys.float_info.max
 
 
 def to_plain(value: object) -> Any:
-    """What JSON can hold of `value`: dataclasses become objects, tuples become lists."""
+    """`value` in JSON's types: dataclasses become objects, tuples become lists."""
     if is_dataclass(value) and not isinstance(value, type):
         return to_plain(asdict(value))
     if isinstance(value, collections.abc.Mapping):
@@ -32,11 +32,11 @@ def from_plain(kind: type[T], value: object, where: str) -> T:
 
     Args:
         kind: a dataclass, possibly nested, of str, int, float, bool, None, Literal, unions, tuples and mappings.
-        value: what `json.loads` gave.
+        value: the result of `json.loads`.
         where: name of the value, for messages.
 
     Raises:
-        ValueError: a field is missing, unexpected or of the wrong type, or the class refuses it.
+        ValueError: a field is missing, unexpected or of the wrong type, or the class rejects a value.
     """
     return cast(T, _decode(kind, value, where))
 
@@ -70,7 +70,7 @@ def _decode(kind: Any, value: object, where: str) -> Any:
 def _decode_float(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _mismatch(where, value, "a number")
-    if not -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT:  # what JSON calls NaN and Infinity, and integers beyond both
+    if not -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT:  # NaN, Infinity, and integers too large for a float
         raise _mismatch(where, value, "a finite number")
     return float(value)
 

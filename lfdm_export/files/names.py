@@ -1,4 +1,4 @@
-"""Names of files as users write them and as they are shown."""
+"""File names as users write them, and as they are shown."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ from pathlib import Path
 
 from lfdm_export.errors import InputError
 
-#: Control characters, line and paragraph separators, directional overrides, and halves of surrogate pairs.
+#: Control characters, line and paragraph separators, directional overrides, and unpaired surrogates.
 _CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """A path as the user means it: ``~`` and ``~name`` stand for home folders.
+    """A path in which ``~`` and ``~name`` are replaced by home folders.
 
     Raises:
-        InputError: the home folder is not known, or the path has a null character.
+        InputError: the home folder is unknown, or the path has a null character.
     """
     return Path(user_name(path))
 
 
 def user_name(path: str | os.PathLike[str]) -> str:
-    """Like `user_path`, as a string that keeps a slash at its end.
+    """Like `user_path`, but a string, which keeps a slash at its end.
 
     Raises:
-        InputError: see `user_path`.
+        InputError: the home folder is unknown, or the path has a null character.
     """
     name = os.fsdecode(path)
     if "\0" in name:
         raise InputError(f"{name!r} is not a path: it has a null character")
     expanded = os.path.expanduser(name)  # noqa: PTH111  (leaves names of unknown users, and the slash, as they are)
     first, slash, _ = expanded.partition("/")
-    # Else a folder of that name would come into being, and invite `rm -r ~`.
+    # Otherwise a folder of that name would be created, and invite `rm -r ~`.
     if first.startswith("~") and (slash or first == "~") and not os.path.lexists(first):
         raise InputError(f"the home folder {first} of {name} is not known; give the path in full, or ./{name}")
     return expanded
 
 
 def require_utf8(path: str | os.PathLike[str], library: str) -> str:
-    """A path for a library that takes names in UTF-8 only.
+    """A path for a library that accepts only UTF-8 names.
 
     Raises:
-        InputError: the path is not UTF-8; the file may be sound.
+        InputError: the path is not UTF-8; the file itself may be valid.
     """
     name = os.fspath(path)
     try:
@@ -53,14 +53,14 @@ def require_utf8(path: str | os.PathLike[str], library: str) -> str:
 
 
 def visible(text: str, *, keep: str = "") -> str:
-    """Text whose control characters, and bytes that are not UTF-8, are written as escapes.
+    """Text with control characters, and bytes that are not UTF-8, written as escapes.
 
-    What a terminal obeys (escape sequences, turns of writing direction) never reaches it from names of files, their
-    content or servers.
+    Names and contents of files, and texts from servers, thus never control the terminal (escape sequences, changes of
+    writing direction).
 
     Args:
         text: of any origin.
-        keep: control characters to leave as they are, such as the end of a line.
+        keep: control characters to leave as they are, such as a line feed.
     """
     return _CONTROL.sub(lambda found: found[0] if found[0] in keep else _escaped(found[0]), text)
 

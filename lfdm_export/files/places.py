@@ -1,4 +1,4 @@
-"""Where a path leads: links, devices, and files that are one and the same."""
+"""Where a path leads: links, devices, and different names of the same file."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _MAX_LINKS = 40
 
 @dataclass(frozen=True)
 class Destination:
-    """Where bytes for a path go.
+    """Where bytes written to a path go.
 
     Attributes:
-        path: the file itself, behind all links; of a device or pipe, the path that was given.
-        direct: a device, a pipe or a socket: written to, never replaced.
+        path: the file itself, with all links resolved; for a device or pipe, the given path.
+        direct: a device, a pipe or a socket, which is written to and never replaced.
         descriptor: an open file of this process, such as that of /dev/stdout.
     """
 
@@ -31,7 +31,7 @@ class Destination:
     descriptor: int | None = None
 
     def open(self) -> BinaryIO:
-        """Open it for writing, as it is: for what is not to be replaced."""
+        """Open it for direct writing, without replacing it."""
         if self.descriptor is not None:
             return os.fdopen(os.dup(self.descriptor), "wb")
         return os.fdopen(os.open(self.path, os.O_WRONLY | getattr(os, "O_NOCTTY", 0)), "wb")
@@ -42,11 +42,11 @@ def destination(path: str | os.PathLike[str]) -> Destination:
 
     Raises:
         OSError: it cannot be followed: a loop of links, or a folder that must not be entered.
-        InputError: see `user_path`.
+        InputError: the home folder is unknown, or the path has a null character.
     """
     given = user_path(path)
     try:
-        # Asks the system, which refuses links that strangers put into shared folders.
+        # Ask the system first: it refuses links that other users put into shared folders.
         mode = given.stat().st_mode
     except FileNotFoundError:
         mode = None
@@ -70,12 +70,12 @@ def destination(path: str | os.PathLike[str]) -> Destination:
 
 
 def refuse_inputs(output: str | os.PathLike[str], inputs: Mapping[str, str | os.PathLike[str] | None]) -> None:
-    """Refuse an output that is one of the inputs, by whatever name: it would cost the user that file.
+    """Reject an output that is the same file as an input, under any name: the user would lose that file.
 
     Args:
         output: file to be written.
-        inputs: files or folders by what they are ("--image"); None for those that were not given. The files of a
-            folder are inputs too.
+        inputs: files or folders by option ("--image"); None for those not given. The files of a folder are inputs
+            too.
 
     Raises:
         InputError: the output is an input, or a file of a folder that is one.

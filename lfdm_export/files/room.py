@@ -1,4 +1,4 @@
-"""Folders that keep what can be made again, within a size: what was used longest ago goes first."""
+"""Folders of files that can be created again, kept within a size: the least recently used file is removed first."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 
 
 def used_now(path: Path) -> None:
-    """Note that a file was used, where its folder can be written."""
+    """Record that a file was used, where its folder is writable."""
     with contextlib.suppress(OSError):
         os.utime(path)
 
 
 def make_room(folder: Path, ending: str, needed: int, size: int, *, replaced: Path) -> None:
-    """Remove files until some bytes fit; for any number of processes.
+    """Remove files until `needed` bytes fit; safe for any number of processes.
 
     Args:
         folder: the folder.
-        ending: of the names of its files; others are left alone.
-        needed: bytes that are to be written.
-        size: bytes that all files may take.
-        replaced: the file that they are to be written to.
+        ending: of the names of its files; other files stay.
+        needed: bytes to be written.
+        size: bytes that all files together may take.
+        replaced: the file to be written.
 
     Raises:
         OSError: a file cannot be removed.

@@ -1,1 +1,1 @@
-"""Passes over exported graphs: bodies that suit a backend, and lower precisions."""
+"""Passes over exported graphs: operator bodies per backend, and lower precisions."""

@@ -1,8 +1,8 @@
-"""Operators of domain `lfdm` get the bodies that suit a backend; their nodes stay as they are.
+"""Give operators of domain `lfdm` the bodies for a backend; their nodes do not change.
 
-A stored graph's bodies suit ONNX Runtime. TensorRT has fused kernels for attention, group norm and small
-convolutions that it knows by their usual operators, and no opset 23 Attention in float32; OpenVINO reads neither local
-functions nor opsets beyond 20. Which body suits which backend, each operator says: see `lfdm_export.ops.operators`.
+A stored graph has the bodies for ONNX Runtime. TensorRT has fused kernels for attention, group norm and small
+convolutions that it recognizes by the standard operators, but no opset 23 Attention in float32. OpenVINO supports
+neither local functions nor opsets beyond 20. Each operator defines its bodies: see `lfdm_export.ops.operators`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from lfdm_export.ops.domain import DOMAIN
 from lfdm_export.ops.operator import Body, Nodes, Operator
 from lfdm_export.ops.operators import find_operator
 
-#: The last opset of which OpenVINO knows every operator that a stage uses.
+#: The last opset in which OpenVINO supports every operator that a stage uses.
 OPENVINO_OPSET = 20
-# Which body of an operator a target takes; None: the stored one.
+# The body of an operator for a target; None: the stored one.
 _BODIES: Mapping[str, Callable[[Operator], Body | None]] = {
     "onnxruntime": lambda _: None,
     "onnxruntime-gpu": lambda operator: operator.tensorrt,
@@ -31,21 +31,20 @@ _BODIES: Mapping[str, Callable[[Operator], Body | None]] = {
 
 
 def with_bodies(model: onnx.ModelProto, target: str) -> onnx.ModelProto:
-    """A stage's graph as a backend should read it.
+    """A stage's graph with the bodies for a backend.
 
     Args:
-        model: a stage's graph as it is stored, of any precision; external weights need not be loaded. It is left
-            as it is.
+        model: a stage's graph as stored, of any precision; external weights need not be loaded. It is not changed.
         target: "onnxruntime": the stored bodies. "tensorrt", "tensorrt-rtx", "onnxruntime-gpu": attention written out
-            around opset 23's RotaryEmbedding, GroupNormalization, Conv, a search of few rounds for the quantile.
-            "openvino": attention and rotation written out, Conv; everything inlined, opset 20; what is quantized
-            after a Concat is stored as uint8.
+            around opset 23's RotaryEmbedding, GroupNormalization, Conv, a search with few rounds for the quantile.
+            "openvino": attention and rotation written out, Conv; everything inlined, opset 20; values quantized after
+            a Concat are stored as uint8.
 
     Returns:
-        Another model with the same nodes (inlined for "openvino"), inputs, outputs and weights.
+        A new model with the same nodes (inlined for "openvino"), inputs, outputs and weights.
 
     Raises:
-        ExportError: the target or an operator is unknown, or nodes that share a body would need different ones.
+        ExportError: the target or an operator is unknown, or nodes that share a body need different ones.
     """
     if target not in _BODIES:
         raise ExportError(f"unknown target {target!r}; expected one of {', '.join(_BODIES)}")

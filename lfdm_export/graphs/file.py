@@ -1,7 +1,7 @@
-"""What a stored graph reads, takes and gives, told from its bytes before any engine sees it.
+"""The interface and external files of a stored graph, read from its bytes before any engine loads it.
 
-A graph comes from a stranger. Weights may lie outside of it: in every tensor of every graph, function and attribute
-that it holds, whichever of them an engine looks at. So all of them are found here.
+A graph is untrusted. Its weights may be in external files: in every tensor of every graph, function and attribute in
+it, no matter which of them an engine reads. This module finds them all.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 from lfdm_export.errors import EngineError
 from lfdm_export.stages import StageSpec, TensorSpec
 
-#: Large weights lie beside a graph; without them the published model's largest has a quarter of a megabyte.
+#: Maximum size of a graph. Large weights are stored beside it; without them, the published model's largest has 0.25 MB.
 LARGEST_GRAPH = 64 << 20
 _MOST_MESSAGES = 1_000_000
 _DEEPEST = 32
-#: Of `onnx.TensorProto.DataType`.
+#: Values of `onnx.TensorProto.DataType`.
 _ONNX_TYPES = {"float32": 1, "int64": 7}
 _TYPE_NAMES = {1: "tensor(float)", 7: "tensor(int64)", 10: "tensor(float16)", 11: "tensor(double)"}
 _EXTERNAL = 1
@@ -36,7 +36,7 @@ _MESSAGES: Mapping[str, Mapping[int, str]] = {
 
 @dataclass(frozen=True)
 class ExternalData:
-    """Where a tensor's numbers lie, as the graph says it."""
+    """The location of a tensor's data, as stored in the graph."""
 
     location: str
     offset: str = "0"
@@ -45,7 +45,7 @@ class ExternalData:
 
 @dataclass(frozen=True)
 class Value:
-    """An input or output of a graph; sizes are names where they are dynamic, "" where they are left open."""
+    """An input or output of a graph; sizes are names where dynamic, "" where unspecified."""
 
     name: str
     onnx_type: int
@@ -54,12 +54,12 @@ class Value:
 
 @dataclass
 class GraphFile:
-    """What a graph's file says.
+    """The content of a graph file.
 
     Attributes:
         inputs, outputs: of the graph itself.
-        external: of every tensor whose numbers lie elsewhere.
-        operators: names of all operators in it, and of the functions' own.
+        external: locations of all tensors with external data.
+        operators: names of all operators in it, those in functions included.
     """
 
     inputs: list[Value] = field(default_factory=list)
@@ -72,7 +72,7 @@ def read_graph(path: Path) -> GraphFile:
     """Read a graph's file.
 
     Raises:
-        EngineError: it cannot be read, or is no ONNX graph of a size that a stage has.
+        EngineError: the file cannot be read, or is no ONNX graph of a stage's size.
     """
     if not path.is_file():
         raise EngineError(f"there is no graph at {path}; export again")
@@ -90,10 +90,10 @@ def read_graph(path: Path) -> GraphFile:
 
 
 def check_interface(path: Path, spec: StageSpec) -> GraphFile:
-    """Compare a graph's inputs and outputs with the stage that it is meant to be.
+    """Compare a graph's inputs and outputs with those of the expected stage.
 
     Raises:
-        EngineError: it is another stage, or no graph.
+        EngineError: the file is another stage, or no graph.
     """
     graph = read_graph(path)
     if not graph.inputs and not graph.outputs:
@@ -111,10 +111,10 @@ def check_interface(path: Path, spec: StageSpec) -> GraphFile:
 
 
 def check_graph(path: Path, spec: StageSpec) -> GraphFile:
-    """`check_interface`, and that the graph reads nothing but whole files beside it.
+    """Run `check_interface`, and check that the graph reads only complete files beside it.
 
     Raises:
-        EngineError: it is another stage, no graph, or reads something else.
+        EngineError: the file is another stage or no graph, or reads other files.
     """
     graph = check_interface(path, spec)
     sizes = {}
@@ -127,15 +127,16 @@ def check_graph(path: Path, spec: StageSpec) -> GraphFile:
 
 
 def check_external(graph: GraphFile, path: Path, sizes: Mapping[str, int]) -> None:
-    """See that all that a graph reads beside itself is known.
+    """Check that every external file of a graph is known.
 
     Args:
-        graph: of `read_graph`.
+        graph: from `read_graph`.
         path: its file, for messages.
-        sizes: bytes of each file that it may read, by the name that it may call it.
+        sizes: bytes of each file that it may read, by the name in the graph.
 
     Raises:
-        EngineError: a tensor's numbers lie elsewhere, or beyond the end of their file; or the graph holds an engine.
+        EngineError: a tensor's data is in another file, or beyond the end of its file; or the graph contains an
+            engine.
     """
     if "EPContext" in graph.operators:
         raise EngineError(f"{path} holds an engine of another program (EPContext) that would be loaded; export again")
@@ -162,7 +163,7 @@ def _check_value(path: Path, spec: StageSpec, tensor: TensorSpec, found: Value) 
     if found.onnx_type != _ONNX_TYPES[tensor.dtype]:
         named = _TYPE_NAMES.get(found.onnx_type, f"tensor of ONNX's type {found.onnx_type}")
         raise EngineError(f"{where} is a {named}, expected {_TYPE_NAMES[_ONNX_TYPES[tensor.dtype]]}")
-    # A dynamic axis must be dynamic in the graph; a fixed one may also be left open (as outputs often are).
+    # A dynamic axis must be dynamic in the graph; a fixed one may be unspecified (as for many outputs).
     if len(found.shape) != len(tensor.shape) or not all(
         isinstance(size, str) or size == axis for size, axis in zip(found.shape, tensor.shape, strict=True)
     ):
@@ -170,12 +171,12 @@ def _check_value(path: Path, spec: StageSpec, tensor: TensorSpec, found: Value) 
 
 
 def walk(model: bytes) -> GraphFile:
-    """What a serialized model says.
+    """The content of a serialized model.
 
     Raises:
-        ValueError, IndexError: it is none.
+        ValueError, IndexError: the bytes are no model.
     """
-    # Without recursion: graphs of strangers nest as they like.
+    # Without recursion: untrusted graphs can be nested deeply.
     found = GraphFile()
     waiting: list[tuple[str, memoryview, int]] = [("model", memoryview(model), 0)]
     seen = 0
@@ -218,7 +219,7 @@ def _external(fields: list[tuple[int, memoryview | int]]) -> ExternalData | None
 
 
 def _value(message: memoryview) -> Value:
-    """A ValueInfoProto of a tensor."""
+    """Parse a tensor's ValueInfoProto."""
     fields = dict(_fields(message))
     tensor = dict(_fields(_message(dict(_fields(_message(fields.get(2)))).get(1))))
     shape = []
@@ -243,8 +244,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
     """The fields of a message in protobuf's wire format: number, and bytes or integer.
 
     Raises:
-        ValueError: it ends within a field, or has one of an obsolete kind.
-        IndexError: it ends within a number.
+        ValueError: the data ends within a field, or a field has an obsolete type.
+        IndexError: the data ends within a number.
     """
     position, end = 0, len(data)
     while position < end:

@@ -1,9 +1,9 @@
-"""Quantized activations as OpenVINO's CPU plugin computes with them correctly on every processor.
+"""Quantized activations in a form that OpenVINO's CPU plugin computes correctly on every processor.
 
-Where convolutions take no signed activations (a processor without AMX), the plugin shifts int8 to uint8, and moves a
-`QuantizeLinear` that follows a `Concat` onto the concatenated tensors. The zero point gets lost on that way: the
+Where convolutions do not support signed activations (a processor without AMX), the plugin shifts int8 to uint8, and
+moves a `QuantizeLinear` after a `Concat` to the concatenated tensors. This loses the zero point, so that the
 convolution's result is off by a sixth of its magnitude (OpenVINO 2026.4; clips of the shipped model: 24 dB, not 47).
-Stored as uint8 with a zero point of 128 the same values pass unharmed, and on AMX as fast.
+The same values stored as uint8 with a zero point of 128 are correct, and as fast with AMX.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
-# What the plugin moves a quantization over on its way to a Concat.
+# Operators across which the plugin moves a quantization toward a Concat.
 _TRANSPARENT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten")
 _ZERO = "zero_of_uint8"
 
 
 def unsigned_after_concat(graph: onnx.GraphProto) -> None:
-    """Store activations that were concatenated as uint8 around 128 in place of int8 around 0; values stay the same.
+    """Store concatenated activations as uint8 around 128 instead of int8 around 0; their values stay the same.
 
     Args:
         graph: without local functions; it is changed.

@@ -1,6 +1,6 @@
-"""What stays float32 in a graph of lower precision, by groups of nodes; docs/precision.md has the measurements.
+"""Groups of nodes that stay float32 in a graph of lower precision; docs/precision.md has the measurements.
 
-A node is known by its operator and by the module that it came from, which its name begins with (see `module_of`).
+A node is identified by its operator and by its module, whose path its name begins with (see `module_of`).
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-# The last part of a node's name is its own; what stands before it is the module.
+# The last part of a node's name is its own; the part before it is the module.
 _SEPARATOR = "/"
 
 
 @dataclass(frozen=True)
 class Group:
-    """Nodes that are kept or lowered together.
+    """Nodes that stay float32 or are lowered together.
 
     Attributes:
         meaning: what they compute, in words.
-        has: tells whether a node is one of them.
+        has: whether a node belongs to the group.
     """
 
     meaning: str
@@ -29,17 +29,17 @@ class Group:
 
 
 def module_of(node: ir.Node) -> str:
-    """Path of the module that a node came from, as in a state dict; "" for the stage's own."""
+    """Path of a node's module, as in a state dict; "" for the stage itself."""
     return (node.name or "").rpartition(_SEPARATOR)[0]
 
 
 def node_name(module: str, output: str) -> str:
-    """Name of the node of a module that makes an output."""
+    """Name of the node of a module that computes an output."""
     return f"{module}{_SEPARATOR}{output}"
 
 
 def _in(pattern: str, *operators: str) -> Callable[[ir.Node], bool]:
-    """Nodes whose whole module path matches, of these operators (all if none are given)."""
+    """Nodes whose whole module path matches, with these operators (default: all)."""
     path = re.compile(pattern)
     return lambda node: path.fullmatch(module_of(node)) is not None and (not operators or node.op_type in operators)
 
@@ -52,7 +52,7 @@ def _warps_image(node: ir.Node) -> bool:
 _DM = r"(denoise\.)?unet"
 _FLOW = r"lfae\.generator\.pixelwise_flow_predictor"
 
-#: Every group by name. The order is that of a clip's way.
+#: Every group by name, in the order in which a clip passes through them.
 GROUPS: Mapping[str, Group] = {
     "time": Group("embedding of the timestep", _in(rf"{_DM}\.time_mlp(\..*)?")),
     "guidance": Group("mixture of both predictions", _in(rf"{_DM}\.guidance")),
@@ -84,7 +84,7 @@ GROUPS: Mapping[str, Group] = {
     "pooling": Group("mean over the tokens", _in("", "ReduceSum")),
 }
 
-#: Groups that stay float32. What only comes from inputs, such as sampling coordinates, stays float32 by itself.
+#: Groups that stay float32. Values that depend on inputs only, such as sampling coordinates, always stay float32.
 KEPT: frozenset[str] = frozenset(
     ("time", "guidance", "sampler", "picture", "anti-aliasing", "regions", "background", "flow", "pooling")
 )

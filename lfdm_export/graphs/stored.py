@@ -1,4 +1,4 @@
-"""A stage's graph as it is stored, checked before anything takes it apart."""
+"""A stage's graph as stored, checked before it is processed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lfdm_export.stages import StageSpec
 
 
 def load_stage(path: Path, spec: StageSpec) -> onnx.ModelProto:
-    """Load a graph without its large weights, if it is valid ONNX and the stage that it is meant to be.
+    """Load a graph without its large weights, if it is valid ONNX and the expected stage.
 
     Args:
-        path: the .onnx file; external data lies beside it.
+        path: the .onnx file, with external data beside it.
         spec: the stage.
 
     Raises:
-        EngineError: it cannot be read, is not valid, is another stage, or reads something that is not beside it.
+        EngineError: the file cannot be read, is not valid, is another stage, or reads other files than those beside it.
     """
     check_graph(path, spec)
     try:
@@ -28,13 +28,13 @@ def load_stage(path: Path, spec: StageSpec) -> onnx.ModelProto:
         onnx.checker.check_model(_without_data(stored))
     except (DecodeError, onnx.checker.ValidationError, OSError, ValueError) as error:
         raise EngineError(
-            f"cannot load {path}, which is no valid ONNX: {' '.join(str(error).split())[:300]}; export again"
+            f"cannot load {path}, which is not valid ONNX: {' '.join(str(error).split())[:300]}; export again"
         ) from error
     return stored
 
 
 def _without_data(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its external weights as inputs: the checker refuses files that are links, as the hub's are."""
+    """The model with external weights as inputs: the checker rejects symbolic links, which the hub's cache uses."""
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
     external = [tensor for tensor in bare.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]

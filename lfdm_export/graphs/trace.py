@@ -1,4 +1,4 @@
-"""Stage modules -> ONNX graphs whose names are the StageSpecs' and whose large weights lie beside them."""
+"""Stage modules -> ONNX graphs with the names of the StageSpecs, and large weights in a file beside them."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 
 #: Weights of at least this many bytes go into the external data file.
 EXTERNAL_BYTES = 4096
-# External weights start on such boundaries, so that they can be mapped and read with wide accesses.
+# Alignment of external weights, so that they can be mapped and read with wide accesses.
 _ALIGNMENT = 64
-# Sizes of the dynamic axes while tracing: any but 0 and 1, which torch.export would take as constants.
+# Sizes of the dynamic axes while tracing: any but 0 and 1, which torch.export would treat as constants.
 _TRACED_SIZES = {BATCH: 2, TOKENS: 7}
-# Where the exporter says which modules a node came from.
+# Metadata in which the exporter stores a node's modules.
 _SCOPES = "pkg.torch.onnx.name_scopes"
-# How far the traced graph promises to go along a dynamic axis; BERT has 512 positions.
+# Maximum size of each dynamic axis in the traced graph; BERT has 512 positions.
 _LARGEST = {BATCH: 4096, TOKENS: 512}
 
 
@@ -43,15 +43,15 @@ def trace(module: nn.Module, inputs: Iterable[TensorSpec], outputs: Iterable[Ten
     """Export one module with a dynamic batch.
 
     Args:
-        module: takes `inputs` in order, gives `outputs` in order.
-        inputs: specifications of what it takes.
-        outputs: specifications of what it gives.
+        module: takes `inputs` and returns `outputs`, both in order.
+        inputs: specifications of its inputs.
+        outputs: specifications of its outputs.
 
     Returns:
-        The graph in memory, its weights shared with the module.
+        The graph in memory; it shares its weights with the module.
 
     Raises:
-        ExportError: the graph came out with a fixed size where a dynamic one is wanted.
+        ExportError: a dynamic size became fixed in the graph.
     """
     inputs, outputs = tuple(inputs), tuple(outputs)
     examples = tuple(example(spec, _TRACED_SIZES) for spec in inputs)
@@ -62,7 +62,7 @@ def trace(module: nn.Module, inputs: Iterable[TensorSpec], outputs: Iterable[Ten
     if module.forward.__code__.co_flags & inspect.CO_VARARGS:
         named = module.forward.__code__.co_argcount - 1
         shapes = (*shapes[:named], shapes[named:])
-    # The exporter warns of its own workings, and of torchvision where that is not installed.
+    # The exporter logs internal warnings, and warns if torchvision is not installed.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with torch.no_grad(), torch_threads(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -79,7 +79,7 @@ def trace(module: nn.Module, inputs: Iterable[TensorSpec], outputs: Iterable[Ten
     assert program is not None
     model = program.model
     for value, spec in zip(model.graph.inputs, inputs, strict=True):
-        # The exporter turns to other ways of tracing where one fails, and some forget the dynamic axes.
+        # If one way of tracing fails, the exporter uses others, and some lose the dynamic axes.
         if value.shape is None or any(
             isinstance(n, int) != isinstance(m, int) for n, m in zip(value.shape, spec.shape, strict=True)
         ):
@@ -94,11 +94,11 @@ def trace(module: nn.Module, inputs: Iterable[TensorSpec], outputs: Iterable[Ten
 
 
 def example(spec: TensorSpec, sizes: Mapping[str, int], generator: torch.Generator | None = None) -> Tensor:
-    """A random input of a specification: uniform in its range, else normal.
+    """A random input for a specification: uniform in its range, or normal without a range.
 
     Args:
         spec: the tensor.
-        sizes: of the dynamic axes, by name.
+        sizes: sizes of the dynamic axes, by name.
         generator: source of randomness.
     """
     shape = spec.concrete(**sizes)
@@ -112,10 +112,10 @@ def example(spec: TensorSpec, sizes: Mapping[str, int], generator: torch.Generat
 
 
 def select(model: ir.Model, spec: StageSpec) -> ir.Model:
-    """The part of a graph that gives a stage's outputs, with the stage's inputs.
+    """The part of a graph that computes a stage's outputs, with the stage's inputs.
 
     Args:
-        model: has all of the stage's inputs and outputs, and others; it is left as it is.
+        model: has all of the stage's inputs and outputs, and others; it is not changed.
         spec: the stage.
     """
     part = model.clone()
@@ -139,7 +139,7 @@ def save(models: Mapping[str, ir.Model], folder: Path, data_name: str) -> None:
 
     Args:
         models: by stage name; written to `folder`/NAME.onnx.
-        folder: exists.
+        folder: an existing folder.
         data_name: name of the weights' file in it.
     """
     offsets: dict[bytes, int] = {}
@@ -171,7 +171,7 @@ def save(models: Mapping[str, ir.Model], folder: Path, data_name: str) -> None:
 
 
 def _add_functions(model: ir.Model) -> None:
-    """Add the bodies of the domain's operators that the graph uses, and the domain itself."""
+    """Add the bodies of the domain's operators in the graph, and the domain itself."""
     nodes: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph:
         if node.domain == DOMAIN:
@@ -183,7 +183,7 @@ def _add_functions(model: ir.Model) -> None:
 
 
 def _name_nodes(model: ir.Model) -> None:
-    """Name each node by the module that it came from, and by its first output: see `graphs.policy`."""
+    """Name each node by its module and its first output, as `graphs.policy` expects."""
     for node in model.graph:
         # The path from the root, module by module; the last entry is the operation.
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
@@ -192,7 +192,7 @@ def _name_nodes(model: ir.Model) -> None:
 
 
 def _strip_metadata(model: ir.Model) -> None:
-    """Forget where in which program each node came from."""
+    """Remove the metadata about the program that each node came from."""
     for holder in (model, model.graph, *model.graph, *model.graph.inputs, *model.graph.initializers.values()):
         holder.metadata_props.clear()
         holder.doc_string = None

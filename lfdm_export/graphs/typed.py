@@ -1,8 +1,8 @@
-"""A float32 graph -> a strongly typed one, whose weights and activations are float16 or bfloat16.
+"""A float32 graph -> a strongly typed graph with float16 or bfloat16 weights and activations.
 
-A node is lowered where it multiplies with weights, or takes what a lowered node gives; what `policy` keeps stays
-float32, and so does what only comes from inputs. Casts stand between the two, one for each value; the stage's
-inputs and outputs stay what its `StageSpec` says.
+A node is lowered if it multiplies with weights, or takes the output of a lowered node. The groups kept by `policy` stay
+float32, and so do nodes that depend on inputs only. One cast per value connects the two types; the stage's inputs and
+outputs keep the types of its `StageSpec`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _NUMPY_TYPES: dict[LowPrecision, type] = {"fp16": np.float16, "bf16": ml_dtypes.
 _FLOAT32 = ir.DataType.FLOAT
 _FLOATS = (_FLOAT32, *TYPES.values())
 
-# What multiplies with weights. A MatMul or Gather without them follows its inputs.
+# Operators that multiply with weights. A MatMul or Gather without weights follows its inputs.
 _WEIGHTED = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather"))
-#: Operators that give what they take, in another place: a cast may stand on either side of them.
+#: Operators that only move values: a cast may be on either side of them.
 MOVING = frozenset(("Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Expand", "Tile", "Identity", "Split"))
-# Inputs that are not of the type of the first, by their positions; those of our own operators, each says itself.
+# Positions of inputs whose type differs from the first input's; each operator of this project defines its own.
 _FLOAT32_INPUTS: dict[str, tuple[int, ...]] = {"Resize": (1, 2)}
 
 
@@ -42,19 +42,19 @@ def lower(
     kept: Collection[str] = KEPT,
     keep_node: Callable[[ir.Node], bool] | None = None,
 ) -> ir.Model:
-    """A stage's graph in a lower precision.
+    """Convert a stage's graph to a lower precision.
 
     Args:
-        model: as `onnx_export.trace` gives it, of float32; it is left as it is.
-        precision: of weights and activations.
+        model: float32, as `graphs.trace` makes it; it is not changed.
+        precision: precision of weights and activations.
         kept: names of the groups of `policy.GROUPS` that stay float32.
-        keep_node: further nodes that stay float32.
+        keep_node: selects further nodes that stay float32.
 
     Returns:
-        Another model, with the same inputs and outputs.
+        A new model with the same inputs and outputs.
 
     Raises:
-        ExportError: a group is unknown, or a weight is beyond the precision's range.
+        ExportError: a group is unknown, or a weight is outside the precision's range.
     """
     unknown = sorted(set(kept) - set(GROUPS))
     if unknown:
@@ -78,7 +78,7 @@ def lower(
 
 
 def _write_out_norms(graph: ir.Graph) -> None:
-    """Batch norms as a product and a sum: rounded, their statistics could leave the range, and their types mix."""
+    """Write batch norms as a product and a sum: rounded, their statistics could overflow, and their types mix."""
     for node in [node for node in graph if node.op_type == "BatchNormalization"]:
         x, *constants = node.inputs
         scale, bias, mean, variance = (
@@ -105,7 +105,7 @@ def _constant(graph: ir.Graph, name: str, values: NDArray[np.float64]) -> ir.Val
 
 
 def _low_nodes(graph: ir.Graph, is_kept: Callable[[ir.Node], bool]) -> set[ir.Node]:
-    """The nodes that work in the lower precision, by the rule of this module's first paragraph."""
+    """The nodes that compute in the lower precision, by the rule in this module's docstring."""
     low: set[ir.Node] = set()
     for node in graph:
         if node.op_type == "Cast" or is_kept(node):
@@ -121,9 +121,9 @@ def _low_nodes(graph: ir.Graph, is_kept: Callable[[ir.Node], bool]) -> set[ir.No
 
 
 def _leave_moves(graph: ir.Graph, low: set[ir.Node]) -> None:
-    """Take nodes that only move values out of `low` where that saves casts.
+    """Remove nodes that only move values from `low` where that saves casts.
 
-    Where several such nodes share their input and float32 is all that comes of them, one cast before them does.
+    If several such nodes share their input and lead to float32 only, one cast before them is enough.
     """
     for node in reversed(graph):
         for value in node.outputs:
@@ -135,7 +135,7 @@ def _leave_moves(graph: ir.Graph, low: set[ir.Node]) -> None:
 
 
 def _moves_to_float32(node: ir.Node, low: set[ir.Node]) -> Iterator[ir.Node]:
-    """The moving nodes from `node` on to nodes of float32; none if `node` leads elsewhere."""
+    """The moving nodes from `node` up to float32 nodes; none if `node` leads elsewhere."""
     chain = []
     while node in low:
         users = [use.node for use in node.outputs[0].uses()]
@@ -149,7 +149,7 @@ def _moves_to_float32(node: ir.Node, low: set[ir.Node]) -> Iterator[ir.Node]:
 
 
 def _float_inputs(node: ir.Node) -> Iterator[tuple[int, ir.Value, bool]]:
-    """Floating inputs by position, and whether each has the type in which the node works; else it is float32."""
+    """Floating inputs by position, and whether each has the node's own type; otherwise it is float32."""
     own = find_operator(node.op_type) if node.domain == DOMAIN else None
     fixed = _FLOAT32_INPUTS.get(node.op_type, ()) if own is None else own.float32_inputs
     for index, value in enumerate(node.inputs):
@@ -158,14 +158,14 @@ def _float_inputs(node: ir.Node) -> Iterator[tuple[int, ir.Value, bool]]:
 
 
 class _Lowering:
-    """The work on one graph, which it changes."""
+    """Lowers one graph in place."""
 
     def __init__(self, graph: ir.Graph, precision: LowPrecision, low: set[ir.Node]) -> None:
         self.graph, self.precision, self.low = graph, precision, low
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def run(self) -> None:
-        """Set the types of values, lower the weights, cast where types meet."""
+        """Set the types of values, lower the weights, and cast between the types."""
         wanted = TYPES[self.precision]
         nodes = list(self.graph)
         for value in (value for node in nodes if node in self.low for value in node.outputs):
@@ -185,7 +185,7 @@ class _Lowering:
             del self.graph.initializers[name]
 
     def _as(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """The value in that type, made once."""
+        """The value in that type; each cast is made once."""
         if value.dtype == dtype:
             return value
         if (value, dtype) not in self.casts:
@@ -195,10 +195,10 @@ class _Lowering:
         return self.casts[value, dtype]
 
     def _weight(self, value: ir.Value) -> ir.Value:
-        """A float32 initializer's lowered copy."""
+        """The lowered copy of a float32 initializer."""
         assert value.const_value is not None
         exact = value.const_value.numpy()
-        with np.errstate(over="ignore"):  # found out below
+        with np.errstate(over="ignore"):  # checked below
             rounded = exact.astype(_NUMPY_TYPES[self.precision])
         if not np.isfinite(rounded.astype(np.float32)).all():
             largest = float(np.abs(exact).max())

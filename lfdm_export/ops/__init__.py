@@ -1,6 +1,5 @@
-"""Custom operators of domain `lfdm`: torch reference and ONNX function, one folder each.
+"""Custom operators of domain `lfdm`: torch reference and ONNX function, one folder per operator.
 
-In a graph such a node is a model-local function that ONNX Runtime inlines. It also carries the
-attribute `plugin_namespace`, by which TensorRT's parser replaces it with a plugin where one is
-registered.
+In a graph, such a node is a model-local function that ONNX Runtime inlines. Its attribute `plugin_namespace` makes
+TensorRT's parser replace it with a plugin where one is registered.
 """

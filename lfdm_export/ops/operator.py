@@ -1,4 +1,4 @@
-"""What the toolkit knows of one operator of domain `lfdm`: which body suits which target, which inputs are typed."""
+"""The description of one operator of domain `lfdm`: its body per target, and its typed inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Node:
-    """A node, as far as a body may depend on it.
+    """The parts of a node that a body may depend on.
 
     Attributes:
         proto: the node.
@@ -37,25 +37,25 @@ class Node:
         raise ExportError(f"a node of {self.proto.op_type} has no attribute {name!r}; export again")
 
     def constant(self, index: int) -> tuple[int, ...]:
-        """Shape of the constant that the node takes as that input.
+        """Shape of the constant at that input of the node.
 
         Raises:
-            ExportError: the input is no constant.
+            ExportError: the input is not a constant.
         """
         name = self.proto.input[index]
         if name not in self.constants:
             raise ExportError(
-                f"the weights {name!r} of {self.proto.op_type} are no constant of the graph; export again"
+                f"the weights {name!r} of {self.proto.op_type} are not a constant of the graph; export again"
             )
         return self.constants[name]
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """The nodes of a graph that share one body, which is made for what they have in common.
+    """The nodes of a graph that share one body; the body depends on what they have in common.
 
     Attributes:
-        name: of their operator, such as "TemporalAttentionIn4".
+        name: operator of the nodes, such as "TemporalAttentionIn4".
         nodes: at least one.
         constants: shapes of the graph's constants, by name.
     """
@@ -65,20 +65,20 @@ class Nodes:
     constants: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def same(self, read: Callable[[Node], _T]) -> _T:
-        """What `read` finds in every node.
+        """The result of `read`, if it is the same for every node.
 
         Raises:
-            ExportError: it differs, or `read` finds nothing.
+            ExportError: the results differ, or `read` fails.
         """
         found = [read(Node(node, self.constants)) for node in self.nodes]
         if any(value != found[0] for value in found):
             raise ExportError(
-                f"nodes of {self.name} have {found} of what their body is made for, expected one; export again"
+                f"nodes of {self.name} have the values {found} where their body needs one value; export again"
             )
         return found[0]
 
 
-#: Makes the body of an operator for those nodes.
+#: Makes the body of an operator for the given nodes.
 Body = Callable[[Nodes], onnx.FunctionProto]
 
 
@@ -87,16 +87,16 @@ class Operator:
     """One operator; `lfdm_export.ops.operators` lists them all.
 
     Attributes:
-        name: its ONNX name, or what the name begins with if it is `numbered`.
-        body: what is stored in a graph: it suits ONNX Runtime on a CPU.
-        openvino: the body for OpenVINO; None: the stored one.
-        tensorrt: the body for GPUs, that is both TensorRTs and ONNX Runtime's GPU providers; None: the stored one.
-        rounded: the body in a graph of lower precision; None: the stored one.
-        numbered: a number follows the name, on which the body depends.
-        has_weights: multiplies with constants, so that it works in the graph's precision whatever precedes it.
-        samples: samples a picture, and so works in the graph's precision too, whatever precedes it.
+        name: its ONNX name; the beginning of the name if it is `numbered`.
+        body: the body stored in a graph; made for ONNX Runtime on a CPU.
+        openvino: the body for OpenVINO; None for the stored one.
+        tensorrt: the body for GPUs (both TensorRTs and ONNX Runtime's GPU providers); None for the stored one.
+        rounded: the body in a graph of lower precision; None for the stored one.
+        numbered: the name ends with a number, on which the body depends.
+        has_weights: multiplies with constants, so it always computes in the graph's precision.
+        samples: samples a picture, so it always computes in the graph's precision too.
         float32_inputs: positions of the inputs that stay float32 in a graph of lower precision.
-        plugin: the module that registers a TensorRT plugin which can take over; "" if there is none.
+        plugin: module that registers the operator's TensorRT plugin; "" without one.
     """
 
     name: str
@@ -111,7 +111,7 @@ class Operator:
     plugin: str = ""
 
     def is_called(self, op_type: str) -> bool:
-        """Whether nodes of this operator have that name."""
+        """Whether nodes with this name belong to the operator."""
         if not self.numbered:
             return op_type == self.name
         return op_type.startswith(self.name) and op_type.removeprefix(self.name).isdecimal()

@@ -1,4 +1,4 @@
-"""All operators of domain `lfdm`: whoever adds one adds its folder, and its line here."""
+"""All operators of domain `lfdm`. To add one, add its folder and its line here."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ OPERATORS: tuple[Operator, ...] = (
 
 
 def find_operator(op_type: str) -> Operator:
-    """The operator whose nodes have that name.
+    """The operator of the nodes with this name.
 
     Raises:
-        ExportError: there is none.
+        ExportError: the name is unknown.
     """
     for operator in OPERATORS:
         if operator.is_called(op_type):

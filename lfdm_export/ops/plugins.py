@@ -9,16 +9,16 @@ from lfdm_export.ops.operators import OPERATORS
 
 
 def register_plugins() -> tuple[str, ...]:
-    """Make TensorRT's parser take the plugins in place of the operators' ONNX functions, in this process.
+    """Make TensorRT's parser use the plugins instead of the operators' ONNX functions, in this process.
 
-    Nothing is compiled yet: a kernel is when an engine that uses it is built.
+    Kernels are not compiled yet, but when an engine that uses them is built.
 
     Returns:
-        Names of the operators that plugins take over.
+        Names of the operators with plugins.
 
     Raises:
         MissingDependencyError: TensorRT's Python package is not installed (TensorRT for RTX has no such plugins).
-        EngineError: at build: NVRTC, which compiles the kernels, is not there.
+        EngineError: at build, if NVRTC, which compiles the kernels, is not available.
     """
     plugins = {operator.name: operator.plugin for operator in OPERATORS if operator.plugin}
     try:

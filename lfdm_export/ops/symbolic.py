@@ -1,4 +1,4 @@
-"""How a node of the custom operators' domain gets into an exported graph."""
+"""Add nodes of the custom operators' domain to an exported graph."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Attributes = dict[str, int | float | list[int]]
 
 
 def exporting() -> bool:
-    """Whether a graph is being exported, so that nodes are wanted instead of values."""
+    """Whether a graph is being exported, so that operators add nodes instead of computing values."""
     return torch.onnx.is_in_onnx_export()
 
 
 def node(
     op_type: str, inputs: Sequence[Tensor], attributes: Attributes, shapes: Sequence[Sequence[int]]
 ) -> list[Tensor]:
-    """Place one node of the domain; `shapes` are its outputs', all of the first input's dtype."""
+    """Add one node of the domain; `shapes` are those of its outputs, which all have the first input's dtype."""
     return list(
         torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{op_type}",

@@ -1,1 +1,1 @@
-"""Pictures and clips."""
+"""Pictures and clips: reading, preprocessing, display and files."""

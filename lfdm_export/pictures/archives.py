@@ -1,4 +1,4 @@
-"""Frames in a NumPy archive, read with suspicion."""
+"""Frames and latents in untrusted NumPy archives."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _WHAT = "a NumPy archive"
 
 
 def read_frames(stream: BinaryIO, name: str, most_pixels: int) -> Iterator[UInt8Array]:
-    """The frames in an archive's array ``frames``, (T,H,W,3) uint8, or one sample of them, (1,T,H,W,3).
+    """Yield the frames in an archive's array ``frames``: (T,H,W,3) uint8, or a single sample (1,T,H,W,3).
 
-    Nothing is unpacked before the array's header agrees with its size, and frames come one by one.
+    Nothing is unpacked before the array's header matches its size, and frames come one by one.
 
     Raises:
-        PictureError: it is no such archive, is damaged, or has too many pixels.
+        PictureError: the file is no such archive, is damaged, or has too many pixels.
     """
     with decoding(name, _WHAT), zipfile.ZipFile(stream) as archive:
         names = [member.removesuffix(".npy") for member in archive.namelist()]
@@ -40,20 +40,20 @@ def read_frames(stream: BinaryIO, name: str, most_pixels: int) -> Iterator[UInt8
                 raise PictureError(
                     f"{name} has more than {most_pixels:,} pixels in all; give a shorter or smaller clip"
                 )
-            # An array by columns has its frames side by side.
+            # A column-major array stores its frames interleaved.
             parts = [shape] if by_columns else [(1, *shape[1:])] * shape[0]
             for part in parts:
                 data = member.read(math.prod(part))
                 if len(data) < math.prod(part):
-                    raise PictureError(f"{name} cannot be read as {_WHAT}: it ends within the frames; save it anew")
+                    raise PictureError(f"{name} cannot be read as {_WHAT}: it ends within the frames; save it again")
                 yield from np.frombuffer(data, np.uint8).reshape(part, order="F" if by_columns else "C")
 
 
 def read_floats(stream: BinaryIO, name: str, array: str, most_values: int) -> npt.NDArray[np.float32]:
-    """An array of float32, of any shape; nothing is unpacked before its header agrees with its size.
+    """Read an array of float32, of any shape; nothing is unpacked before its header matches its size.
 
     Raises:
-        PictureError: it is no archive, is damaged, has no such array, or it is of another type or too large.
+        PictureError: the file is no archive or is damaged; the array is missing, of another type or too large.
     """
     with decoding(name, _WHAT), zipfile.ZipFile(stream) as archive:
         names = [member.removesuffix(".npy") for member in archive.namelist()]
@@ -67,15 +67,15 @@ def read_floats(stream: BinaryIO, name: str, array: str, most_values: int) -> np
                 raise PictureError(f"{array} in {name} has the shape {shape}, more than {most_values:,} values")
             data = member.read(4 * math.prod(shape))
             if len(data) < 4 * math.prod(shape):
-                raise PictureError(f"{name} cannot be read as {_WHAT}: it ends within {array}; save it anew")
+                raise PictureError(f"{name} cannot be read as {_WHAT}: it ends within {array}; save it again")
             return np.frombuffer(data, dtype).reshape(shape, order="F" if by_columns else "C").astype(np.float32)
 
 
 def read_text(stream: BinaryIO, name: str, array: str, most_characters: int) -> str | None:
-    """A text of an archive; None if there is no such array, or it is no text of that length.
+    """Read a text from an archive; None if the array is missing, or is not a text of at most that length.
 
     Raises:
-        PictureError: it is no archive, or is damaged.
+        PictureError: the file is no archive, or is damaged.
     """
     with decoding(name, _WHAT), zipfile.ZipFile(stream) as archive:
         if f"{array}.npy" not in archive.namelist():
@@ -88,9 +88,9 @@ def read_text(stream: BinaryIO, name: str, array: str, most_characters: int) -> 
 
 
 def _read_header(member: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether it is stored by columns, and type of an array."""
+    """Shape, whether the data is column-major, and dtype of an array."""
     version = npy.read_magic(member)
     if version not in _READERS:
-        raise PictureError(f"{name} holds an array of version {version}, expected 1.0 or 2.0; save it anew")
+        raise PictureError(f"{name} holds an array of version {version}, expected 1.0 or 2.0; save it again")
     shape, by_columns, dtype = _READERS[version](member)
     return shape, by_columns, dtype

@@ -1,4 +1,4 @@
-"""What a pipeline makes: frames, and all that they were made from."""
+"""The result of a pipeline: frames, and everything that they were made from."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ from lfdm_export.pictures.panels import with_titles
 from lfdm_export.wording import count, shortened
 
 DEFAULT_FPS = 10.0
-_NO_PANELS = "panels and enlarged pictures are what an npz archive does not hold, nor a motion; choose another format"
+_NO_PANELS = "npz and motion files hold neither panels nor enlarged pictures; choose another format"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Clip:
-    """One clip a sample.
+    """One clip per sample.
 
     Attributes:
         frames: (B, T, H, W, 3) uint8.
-        warped: (B, T, H, W, 3) uint8, the image moved by the flow alone; (B, 0, H, W, 3) where a server was not asked
-            for it.
+        warped: (B, T, H, W, 3) uint8, the image moved by the flow alone; (B, 0, H, W, 3) if not requested from the
+            server.
         latent: (B, 3, T, h, w) float32: backward sampling grid (x, y), or its offset from the identity
-            if `residual_flow`; then occlusion; each scaled to [-1, 1]; (B, 3, 0, h, w) where a server was not asked
-            for it.
+            if `residual_flow`; then occlusion; each scaled to [-1, 1]; (B, 3, 0, h, w) if not requested from the
+            server.
         source: (B, H, W, 3) uint8, the reference image after preprocessing.
-        residual_flow: what the latent's grid is.
+        residual_flow: the latent's grid is an offset from the identity.
         labels: label or text of each sample, if it had any.
-        seeds: seed of each sample, if its noise came from one.
-        timings: of each sample, from a server: see `lfdm_export.protocol.contract.TIMINGS`.
-        fps: frames per second that it is meant for, where it follows a driving clip; None: none in particular.
-        settings: how all samples were made, plain JSON values by name; see `lfdm_export.pictures.metadata`.
+        seeds: seed of each sample, if a seed made its noise.
+        timings: of each sample, from a server, by the names in `lfdm_export.protocol.contract.TIMINGS`.
+        fps: frames per second of the driving clip that it follows; None without one.
+        settings: how all samples were made, plain JSON values by name, as in `lfdm_export.pictures.metadata`.
     """
 
     frames: NDArray[np.uint8]
@@ -75,16 +75,16 @@ class Clip:
         fps: float | None = None,
         scale: int = 1,
     ) -> tuple[Path, ...]:
-        """Write one file a sample; see `lfdm_export.pictures.clip_files.save_clip` for endings and formats.
+        """Write one file per sample; `lfdm_export.pictures.clip_files.save_clip` lists endings and formats.
 
         The file carries `metadata`, which `lfdm_export.pictures.metadata.clip_metadata` reads.
 
         Args:
-            path: where to. Of several samples, sample i goes to ``NAME-i.ENDING``; an npz archive holds all. What is
-                saved as ``.motion`` moves other pictures, see `motion`.
+            path: the file. With several samples, sample i goes to ``NAME-i.ENDING``; an npz archive holds all. A
+                ``.motion`` file can move other pictures, see `motion`.
             format: overrides the ending.
             panels: show source | generated | warped | deformed grid | occlusion side by side, with titles.
-            fps: frames per second; None for the clip's own, 10 if it has none. A GIF of a quicker clip keeps its speed
+            fps: frames per second; default: the clip's own, 10 if it has none. A GIF of a faster clip keeps its speed
                 with fewer frames.
             scale: enlarges the pictures 1 to 8 times (Lanczos).
 
@@ -119,7 +119,7 @@ class Clip:
 
     @property
     def motion(self) -> Motion:
-        """How the clip moves, to be given to other pictures; see `lfdm_export.generate.pipeline.Pipeline.animate`.
+        """The clip's motion, for other pictures: see `lfdm_export.generate.pipeline.Pipeline.animate`.
 
         Raises:
             InputError: the clip has several samples, or no latent.
@@ -151,12 +151,12 @@ class Clip:
         )
 
     def _targets(self, name: str) -> list[tuple[int, str]]:
-        """Each sample and the file that it goes to."""
+        """The index and the file of each sample."""
         samples = range(len(self.frames))
         return [(index, name if len(samples) == 1 else _numbered(name, index)) for index in samples]
 
     def metadata(self, index: int | None = None) -> dict[str, object]:
-        """How a sample was made: `settings`, its label and its seed; lists of all samples' for None."""
+        """How a sample was made: `settings`, its label and its seed; None gives lists over all samples."""
         found = dict(self.settings)
         words = "text" if found.get("condition") == "text" else "label"
         for name, values in ((words, self.labels), ("seed", self.seeds)):
@@ -174,7 +174,7 @@ class Clip:
         """The clip of one sample, which shares memory with this one.
 
         Raises:
-            InputError: there is no such sample.
+            InputError: the index is out of range.
         """
         if not 0 <= index < len(self.frames):
             raise InputError(f"there is no sample {index}; the clip has {len(self.frames)}, counted from 0")
@@ -191,14 +191,14 @@ class Clip:
         )
 
     def _repr_html_(self) -> str:
-        """The clip, moving; what a notebook shows."""
+        """The animated clip, for notebooks."""
         labels = self.labels or ("",) * len(self.frames)
         seeds = ("",) * len(self.frames) if self.seeds is None else tuple(f"seed {seed}" for seed in self.seeds)
         captions = [", ".join(part for part in pair if part) for pair in zip(labels, seeds, strict=True)]
         return clips_html(self.frames, captions, fps=min(self.fps or DEFAULT_FPS, MAX_GIF_FPS))
 
     def _pictures(self, index: int, panels: bool, scale: int) -> NDArray[np.uint8]:
-        """(T, H, W, 3), or (T, H, 5W, 3) with panels and a little higher, times `scale`."""
+        """(T, H, W, 3), or with panels and their titles (T, H + title, 5W, 3), both axes times `scale`."""
         if not panels:
             return enlarge(self.frames[index], scale)
         if not (self.latent.size and self.warped.size):
@@ -221,7 +221,7 @@ def rehearse_saving(
     fps: float | None = None,
     scale: int = 1,
 ) -> None:
-    """Encode a tiny clip in memory, to learn before a long generation that a later `Clip.save` could not be.
+    """Encode a tiny clip in memory, so that `Clip.save` cannot fail on its arguments after a long generation.
 
     Raises:
         InputError: the ending, the format, fps, scale or the path cannot be used.

@@ -1,4 +1,4 @@
-"""Clips to files: GIF, WebP, MP4, PNG and NumPy archives. They are read by `lfdm_export.pictures.clips`."""
+"""Clips to files: GIF, WebP, MP4, PNG and NumPy archives. `lfdm_export.pictures.clips` reads them."""
 
 from __future__ import annotations
 
@@ -49,28 +49,28 @@ def save_clip(
     warped: UInt8Array | None = None,
     metadata: Mapping[str, object] | None = None,
 ) -> Path:
-    """Write a clip to a file that replaces an older one only once it is whole.
+    """Write a clip to a file, which replaces an older one only when it is complete.
 
-    A link stays, and what it leads to is replaced; devices and pipes are written to.
+    A link stays and its target is replaced; devices and pipes are written to.
 
     The format follows the file's ending:
 
     - ``.gif``: loops, one palette for the clip.
-    - ``.webp``: loops, true colour.
-    - ``.mp4``: H.264, yuv420p; a last row or column is repeated where a size is odd. Needs PyAV.
+    - ``.webp``: loops, true color.
+    - ``.mp4``: H.264, yuv420p; the last row or column of an odd size is repeated. Needs PyAV.
     - ``.png``: a contact sheet, frames in reading order.
     - a path that ends in ``/`` (or any path with ``format="png"`` that has no ending): a new folder
       of ``frame_000.png`` and so on.
-    - ``.npz``: ``frames`` and, if given, ``latent`` and ``warped``, all as they are.
+    - ``.npz``: ``frames`` and, if given, ``latent`` and ``warped``, unchanged.
     - ``.motion``: an archive of ``latent`` alone, see `lfdm_export.pictures.motion`.
 
     Args:
-        path: where to; missing folders are made, ``~`` is the home folder.
-        frames: (T,H,W,3); for npz also (B,T,H,W,3).
-        fps: frames a second, above 0 and at most 240 (GIF: 50).
+        path: the file; missing folders are created, ``~`` is the home folder.
+        frames: (T,H,W,3) uint8; for npz also (B,T,H,W,3).
+        fps: frames per second, above 0 and at most 240 (GIF: 50).
         format: overrides the ending.
         lossless: WebP without loss.
-        latent: (B,3,T,h,w), for npz, and (3,T,h,w), for motion; for these alone.
+        latent: (B,3,T,h,w) for npz, (3,T,h,w) for motion; other formats ignore it.
         warped: like `frames`, for npz only.
         metadata: how the clip was made, plain JSON values; see `lfdm_export.pictures.metadata`.
 
@@ -78,8 +78,8 @@ def save_clip(
         The path written.
 
     Raises:
-        InputError: an unknown ending, frames of another shape or type, fps out of range, a folder of
-            frames that is there already, or a path that cannot be written.
+        InputError: an unknown ending, frames of another shape or type, fps out of range, an existing folder of
+            frames, or a path that cannot be written.
         MissingDependencyError: MP4 without PyAV.
     """
     target, (chosen, as_folder) = user_path(path), check_output(path, format=format, fps=fps)
@@ -87,7 +87,7 @@ def save_clip(
     if chosen == "motion" and latent is None:
         raise InputError("a motion is a latent, found none; give the latent, or choose another format")
     text = to_text(metadata) if metadata else ""
-    with _told(target):
+    with _naming(target):
         if as_folder:
             _write_numbered(target, frames, text)
         else:
@@ -103,10 +103,10 @@ def check_output(
     format: ClipFormat | None = None,  # noqa: A002 (the word that users look for)
     fps: float = 10.0,
 ) -> tuple[str, bool]:
-    """The format that a path asks for, and whether it names a folder of numbered frames.
+    """The format of a path, and whether it names a folder of numbered frames.
 
     Raises:
-        InputError: an unknown ending, fps out of range, or a folder of frames that is there already.
+        InputError: an unknown ending, fps out of range, or an existing folder of frames.
     """
     target = user_path(path)
     as_folder = user_name(path).endswith(("/", os.sep)) or (format == "png" and not target.suffix)
@@ -118,20 +118,20 @@ def check_output(
         raise InputError(
             f"{user_name(path)} names a folder, which only numbered png frames can fill; give a file for {chosen}"
         )
-    with _told(target):
+    with _naming(target):
         if as_folder and target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise InputError(f"{target} exists and is not an empty folder; give a new one for the numbered frames")
     return chosen, as_folder
 
 
 def rehearse_output(path: str | os.PathLike[str], *, as_folder: bool) -> None:
-    """Find out whether a file, or a folder of frames, could be written; what is there stays untouched.
+    """Check that a file, or a folder of frames, could be written; existing files stay untouched.
 
     Raises:
         InputError: it could not.
     """
     target = user_path(path)
-    with _told(target):
+    with _naming(target):
         rehearse(target, as_folder=as_folder)
 
 
@@ -147,12 +147,12 @@ def encode_clip(
     """Write a clip to a stream.
 
     Args:
-        stream: need not be positioned.
+        stream: the output; it need not be seekable.
         chosen: the format.
-        arrays: ``frames`` (T,H,W,3) uint8; what else there is goes into archives alone.
+        arrays: ``frames`` (T,H,W,3) uint8; all others go into archives only.
         fps: frames per second.
         lossless: WebP without loss.
-        text: of `lfdm_export.pictures.metadata.to_text`; "" for none.
+        text: from `lfdm_export.pictures.metadata.to_text`; "" for none.
 
     Raises:
         InputError: the frames cannot be encoded.
@@ -174,7 +174,7 @@ def encode_clip(
 
 
 def _write_numbered(target: Path, frames: UInt8Array, text: str) -> None:
-    """A new folder of numbered frames, or an empty one that is filled."""
+    """Write numbered frames into a new or an empty folder."""
     place = destination(target).path
     with temporary_folder(place) as part:
         for index, frame in enumerate(frames):
@@ -186,7 +186,7 @@ def _output_format(target: Path, requested: str | None) -> str:
     found = target.suffix.lower().removeprefix(".") if requested is None else requested
     if found not in FORMATS:
         what = f"the ending of {target}" if requested is None else f"the format {requested!r}"
-        raise InputError(f"{what} is none that clips are written as; use one of {', '.join(FORMATS)}")
+        raise InputError(f"{what} is not a clip format; use one of {', '.join(FORMATS)}")
     return found
 
 
@@ -200,8 +200,8 @@ def _check_frames(frames: UInt8Array, chosen: str) -> None:
 
 
 @contextmanager
-def _told(target: Path) -> Iterator[None]:
-    """What writing raises, as an error that names the target."""
+def _naming(target: Path) -> Iterator[None]:
+    """Turn exceptions of writing into an error that names the target."""
     try:
         yield
     except LfdmExportError:
@@ -212,7 +212,7 @@ def _told(target: Path) -> Iterator[None]:
 
 
 def contact_sheet(frames: UInt8Array) -> UInt8Array:
-    """All frames (T,H,W,3) in reading order on one picture, white between them: (rows,columns,3) uint8."""
+    """All frames (T,H,W,3) in reading order in one picture, with white gaps: (rows,columns,3) uint8."""
     count, height, width = frames.shape[:3]
     columns = min(count, max(1, round(math.sqrt(count * _CONTACT_SHEET_ASPECT * height / width))))
     rows = math.ceil(count / columns)
@@ -253,11 +253,11 @@ def _write_mp4(target: BinaryIO, clip: UInt8Array, fps: float, text: str) -> Non
     if "libx264" not in av.codecs_available:
         raise InputError("this build of PyAV has no H.264 encoder (libx264); install PyAV's own wheel, or write webp")
     height, width = clip.shape[1:3]
-    even = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))  # yuv420p halves both sides of the colours
+    even = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))  # yuv420p halves both axes of the colors
     padded = np.pad(clip, even, mode="edge")
     buffer = io.BytesIO()
 
-    def written_so_far(*_: object) -> BinaryIO:  # to move the index to the front, it is read while it is written
+    def written_so_far(*_: object) -> BinaryIO:  # PyAV reads the file while it moves the index to the front
         return io.BytesIO(buffer.getvalue())
 
     try:

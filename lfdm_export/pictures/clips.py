@@ -1,4 +1,4 @@
-"""Clips that are read: GIF, WebP, APNG, videos, NumPy archives and folders of pictures, with their time base."""
+"""Reading clips: GIF, WebP, APNG, videos, NumPy archives and folders of pictures, with their time base."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from lfdm_models.pictures.formats import ANIMATED, PICTURE_ENDINGS, VIDEO_SIGNAT
 from lfdm_models.pictures.timed import TimedFrame, animation_frames, video_frames
 
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
-#: What is done to each frame as soon as it is read; it may have another size then.
+#: Applied to each frame when it is read; may change its size.
 Prepare: TypeAlias = Callable[[UInt8Array], UInt8Array]
 
-#: Where a file ends so and its content is of no picture format, it is taken for a video.
+#: Files with these endings are treated as videos, unless their content has a picture format.
 VIDEO_ENDINGS = (
     ".mp4",
     ".m4v",
@@ -41,12 +41,12 @@ VIDEO_ENDINGS = (
     ".wmv",
     ".ogv",
 )
-#: A clip may have at most so many frames, and so many pixels in all of them, as they are kept.
+#: Limits of a clip: frames, and pixels of all frames after `Prepare`.
 MAX_CLIP_FRAMES = 10_000
 MAX_CLIP_PIXELS = 200_000_000
 MAX_FPS = 240
 _ARCHIVE = b"PK\x03\x04"
-# Frames of a steady clip stay within this factor of each other: GIF counts in 1/100 s, cameras waver.
+# The longest frame of a steady clip lasts at most this many times the shortest: GIF counts in 1/100 s, cameras vary.
 _STEADY = 1.6
 
 
@@ -56,7 +56,7 @@ class Footage:
 
     Attributes:
         frames: (T,H,W,3) uint8, RGB.
-        fps: frames per second; None where the source has no times, as folders and archives have none.
+        fps: frames per second; None where the source has no times (folders and archives).
     """
 
     frames: UInt8Array = field(repr=False)
@@ -64,18 +64,18 @@ class Footage:
 
 
 def load_clip(path: str | os.PathLike[str], *, max_frames: int | None = None, fps: float | None = None) -> UInt8Array:
-    """Read a clip's frames; see `read_footage`, which gives their rate too.
+    """Read a clip's frames; `read_footage` returns their rate too.
 
     Args:
         path: file or folder.
-        max_frames: stop after so many frames.
-        fps: frames per second to resample to; None for the clip's own.
+        max_frames: maximum number of frames to read.
+        fps: frames per second to resample to; default: the clip's own.
 
     Returns:
         (T,H,W,3) uint8, RGB.
 
     Raises:
-        InputError: no such file, no clip, damaged, too large, or frames of different sizes.
+        InputError: the path does not exist, is no clip, is damaged or too large, or the frames differ in size.
         MissingDependencyError: a video file without PyAV.
     """
     return read_footage(path, max_frames=max_frames, fps=fps).frames
@@ -88,21 +88,21 @@ def read_footage(
     max_frames: int | None = None,
     prepare: Prepare | None = None,
 ) -> Footage:
-    """Read a clip, such as one that drives a motion transfer, at a constant rate.
+    """Read a clip, such as the driving clip of a motion transfer, at a constant rate.
 
-    Reads animated GIF, WebP and PNG, video files (needs PyAV), NumPy archives with ``frames``, and folders of equally
-    large pictures, in natural order of their names (``frame_2`` before ``frame_10``). A file's content decides what it
-    is. The clip keeps its speed: frames are repeated or left out so that each moment shows what it showed there.
+    Reads animated GIF, WebP and PNG, video files (needs PyAV), NumPy archives with ``frames``, and folders of pictures
+    of equal size, in natural order of their names (``frame_2`` before ``frame_10``). A file's content decides its
+    format. The clip keeps its speed: frames are repeated or dropped so that every moment shows the same picture.
 
     Args:
         path: file or folder.
-        fps: frames per second; None for the clip's own rate: that of a steady clip, else that of its quicker parts.
-            Sources without times have it as their rate.
-        max_frames: stop after so many frames.
-        prepare: is called with each frame as it is read; only what it returns is kept.
+        fps: frames per second; default: the clip's own rate, which is that of its faster parts if it is not steady.
+            A source without times takes this rate as its own.
+        max_frames: maximum number of frames to read.
+        prepare: called with each frame when it is read; only its result is kept.
 
     Raises:
-        InputError: no such file, no clip, damaged, too large, or frames of different sizes.
+        InputError: the path does not exist, is no clip, is damaged or too large, or the frames differ in size.
         MissingDependencyError: a video file without PyAV.
     """
     if max_frames is not None and max_frames < 1:
@@ -141,10 +141,10 @@ def _timed_frames(stream: BinaryIO, head: bytes, source: Path) -> Iterator[Timed
 
 
 def import_av(purpose: str) -> None:
-    """See whether PyAV is installed.
+    """Check that PyAV is installed.
 
     Raises:
-        MissingDependencyError: it is not.
+        MissingDependencyError: it is not installed.
     """
     try:
         import av  # noqa: F401
@@ -153,7 +153,7 @@ def import_av(purpose: str) -> None:
 
 
 class _Collector:
-    """Keeps frames as they come in, counted and measured."""
+    """Collects frames, and checks their number and sizes."""
 
     def __init__(self, name: str, max_frames: int | None, prepare: Prepare | None) -> None:
         self._name, self._max_frames, self._prepare = name, max_frames, prepare
@@ -195,7 +195,7 @@ class _Collector:
         return self.array()
 
     def array(self, choice: Sequence[int] | None = None) -> UInt8Array:
-        """All frames, or those of these places."""
+        """All frames, or those with the indices `choice`."""
         if not self._kept:
             raise InputError(f"{self._name} has no frames")
         if choice is None:
@@ -208,8 +208,8 @@ def _resampled(
     timed: Iterator[TimedFrame], collector: _Collector, fps: float | None, max_frames: int | None
 ) -> Footage:
     if fps is not None:
-        usual = 1.0 / fps
-        timed = (TimedFrame(pixels, usual if seconds is None else seconds) for pixels, seconds in timed)
+        default = 1.0 / fps
+        timed = (TimedFrame(pixels, default if seconds is None else seconds) for pixels, seconds in timed)
         frames = collector.collect(frame.pixels for frame, count in _counted(timed, fps) for _ in range(count))
         return Footage(frames, fps)
     durations: list[float | None] = []
@@ -235,7 +235,7 @@ _NOTHING = np.empty(0, np.uint8)
 
 
 def _counted(timed: Iterable[TimedFrame], fps: float) -> Iterator[tuple[TimedFrame, int]]:
-    """Each frame with how many samples at `fps` it is on: each sample is the frame in the middle of its time."""
+    """Each frame with its number of samples at `fps`; a sample shows the frame at the middle of its interval."""
     end, given, frame = 0.0, 0, None
     for frame in timed:
         end += frame.seconds or 0.0
@@ -247,20 +247,20 @@ def _counted(timed: Iterable[TimedFrame], fps: float) -> Iterator[tuple[TimedFra
 
 
 def own_rate(durations: Sequence[float]) -> float:
-    """Frames per second of frames that are shown for these seconds, 1 to `MAX_FPS`.
+    """The rate in frames per second, 1 to `MAX_FPS`, of frames with these durations in seconds.
 
-    A steady clip has its mean rate, so that each frame comes once. Where some frames stay much longer than others, a
-    quarter of the frames may be quicker than the rate, so that no motion is lost to a pause.
+    A steady clip gets its mean rate, so that each frame appears once. Where some frames last much longer than others,
+    a quarter of the frames may be faster than the rate, so that pauses lose no motion.
     """
     ordered = sorted(durations)
     steady = ordered[-1] <= _STEADY * ordered[0]
     seconds = sum(ordered) / len(ordered) if steady else ordered[(len(ordered) - 1) // 4]
-    # A nearby simple rate: sums of seconds in floating point leave 23.9999…
+    # The nearest simple rate: floating-point sums of seconds give 23.9999…
     return min(max(float(Fraction(1 / seconds).limit_denominator(1001)), 1.0), float(MAX_FPS))
 
 
 def resample(frames: UInt8Array, old: float, new: float) -> UInt8Array:
-    """Frames (T,H,W,3) at `old` per second as frames at `new` per second, of the same length in time."""
+    """Convert frames (T,H,W,3) from `old` to `new` frames per second, with the same duration."""
     count = max(1, round(len(frames) * new / old))
     chosen = ((np.arange(count) + 0.5) * old / new).astype(np.intp).clip(max=len(frames) - 1)
     return frames[chosen]

@@ -1,4 +1,4 @@
-"""What is cut out of a photograph before it is scaled."""
+"""The crop of a photograph before it is scaled."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Literal, TypeAlias
 from lfdm_export.errors import InputError
 from lfdm_models.pictures.raster import Box
 
-#: The largest square in the middle, or (x, y, width, height) in pixels of the upright picture.
+#: The largest centered square, or (x, y, width, height) in pixels of the upright picture.
 Crop: TypeAlias = Literal["center"] | tuple[int, int, int, int]
 
 
 def parse_crop(text: str) -> Crop:
-    """``center`` or ``X,Y,W,H``.
+    """Parse ``center`` or ``X,Y,W,H``.
 
     Raises:
         InputError: it is neither.
@@ -31,11 +31,11 @@ def crop_box(crop: Crop, full_size: tuple[int, int], size: tuple[int, int]) -> B
 
     Args:
         crop: in pixels of the picture in its file.
-        full_size: (width, height) of that.
-        size: (width, height) of the picture, which its decoder may have scaled.
+        full_size: (width, height) in the file.
+        size: (width, height) of the decoded picture, which the decoder may have scaled.
 
     Raises:
-        InputError: it is not within the picture, or is none.
+        InputError: the crop is invalid, or not within the picture.
     """
     width, height = full_size
     if crop == "center":

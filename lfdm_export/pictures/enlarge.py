@@ -1,4 +1,4 @@
-"""Pictures of a clip, larger."""
+"""Enlarge the pictures of a clip."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ MAX_SCALE = 8
 
 
 def check_scale(scale: int) -> None:
-    """See whether pictures can be enlarged so.
+    """Check the scale.
 
     Raises:
-        InputError: they cannot.
+        InputError: it is not a whole number from 1 to `MAX_SCALE`.
     """
     if isinstance(scale, bool) or not isinstance(scale, int) or not 1 <= scale <= MAX_SCALE:
         raise InputError(f"scale is {scale!r}, expected a whole number from 1 to {MAX_SCALE}")
 
 
 def enlarge(frames: UInt8Array, scale: int) -> UInt8Array:
-    """(T,H,W,3) uint8 -> (T,scale*H,scale*W,3), by Lanczos interpolation; scale 1 gives them as they are.
+    """(T,H,W,3) uint8 -> (T,scale*H,scale*W,3), by Lanczos interpolation; scale 1 returns `frames` itself.
 
     Raises:
         InputError: the scale is out of range.

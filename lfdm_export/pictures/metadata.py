@@ -1,7 +1,7 @@
-"""How a clip was made, written into its file and read back: seed, sampler, steps, label, bundle.
+"""How a clip was made, stored in its file: seed, sampler, steps, label, bundle.
 
-It is one JSON object in ASCII: in the comment of a GIF or an MP4, in the EXIF image description of a WebP, in the text
-chunk `KEY` of a PNG, and in the array ``metadata`` of an npz archive.
+The metadata are one JSON object in ASCII: in the comment of a GIF or an MP4, in the EXIF image description of a WebP,
+in the text chunk `KEY` of a PNG, and in the array ``metadata`` of an npz archive.
 """
 
 from __future__ import annotations
@@ -25,54 +25,53 @@ from lfdm_models.pictures.errors import PictureError, decoding
 from lfdm_models.pictures.formats import format_of, open_picture, open_stream
 from lfdm_models.pictures.timed import video_comment
 
-#: Of a PNG's text chunk.
+#: Keyword of a PNG's text chunk.
 KEY = "lfdm"
 PROGRAM = "lfdm-export"
 _DESCRIPTION = 0x010E
-#: What is read of it at most.
+#: Longest text that is read.
 MOST_CHARACTERS = 65_536
-#: Of an npz archive.
+#: Name of the array in an npz archive.
 ARRAY = "metadata"
 
 
 def to_text(metadata: Mapping[str, object]) -> str:
-    """Metadata as it goes into files; names of nothing are left out, and the program names itself."""
+    """Metadata as stored in files, with the program's name; None values are left out."""
     known = {name: value for name, value in metadata.items() if value is not None}
     return json.dumps({"program": PROGRAM, "version": __version__, **known})
 
 
 def png_text(text: str) -> PngInfo:
-    """For Pillow's ``pnginfo``."""
+    """Metadata as Pillow's ``pnginfo``."""
     info = PngInfo()
     info.add_text(KEY, text)
     return info
 
 
 def exif_text(text: str) -> bytes:
-    """An EXIF block with the text as the picture's description."""
+    """An EXIF block with the text as its image description."""
     exif = Image.Exif()
     exif[_DESCRIPTION] = text
     return exif.tobytes()
 
 
 def archive_text(text: str) -> np.ndarray[Any, np.dtype[np.str_]]:
-    """For an npz archive."""
+    """Metadata as an array of an npz archive."""
     return np.array(text)
 
 
 def clip_metadata(path: str | os.PathLike[str]) -> dict[str, object]:
-    """Read how a clip was made: what `lfdm_export.pictures.clip.Clip.save` wrote into its file.
+    """Read how a clip was made, as `lfdm_export.pictures.clip.Clip.save` stored it in the file.
 
     Args:
         path: a GIF, WebP, MP4, PNG, npz or motion file, or a folder of PNG frames.
 
     Returns:
-        ``program``, ``version``, and of the rest what was known: ``made_by`` ("generate", "transfer_motion" or
-        "animate"),
-        ``bundle`` (its name), ``bundle_id`` (`lfdm_export.bundle.manifest.Manifest.bundle_id`), ``precision``,
-        ``condition``, ``label``, ``text``, ``seed``, ``sampler``, ``steps``, ``eta``, ``guidance_scale``, ``fps``,
-        ``motion_bundle_id`` (of an animated picture: what made its motion), ``job`` (of a bulk run: which row it is).
-        Where an archive holds several samples, label and seed are lists.
+        ``program``, ``version``, and those of the following that are known: ``made_by`` ("generate", "transfer_motion"
+        or "animate"), ``bundle`` (its name), ``bundle_id`` (`lfdm_export.bundle.manifest.Manifest.bundle_id`),
+        ``precision``, ``condition``, ``label``, ``text``, ``seed``, ``sampler``, ``steps``, ``eta``,
+        ``guidance_scale``, ``fps``, ``motion_bundle_id`` (for an animated picture: the bundle that made its motion),
+        ``job`` (for a bulk run: the row). An archive of several samples has lists as label and seed.
 
     Raises:
         InputError: the file cannot be read, or carries no such metadata.
@@ -94,7 +93,7 @@ def clip_metadata(path: str | os.PathLike[str]) -> dict[str, object]:
 
 
 def parse(text: str | None) -> dict[str, object] | None:
-    """What `to_text` wrote; None if it is something else."""
+    """The metadata that `to_text` wrote; None for any other text."""
     try:
         found = json.loads(text[:MOST_CHARACTERS]) if text else None
     except (ValueError, RecursionError):

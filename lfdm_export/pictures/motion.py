@@ -1,4 +1,4 @@
-"""A motion: the latent of one clip, kept in a file so that it can move other pictures without sampling again."""
+"""A motion: the latent of one clip, in a file that can move other pictures without sampling again."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lfdm_export.wording import count
 from lfdm_models.pictures.errors import PictureError
 from lfdm_models.pictures.formats import open_stream
 
-#: What its metadata say of the grid, and of the sizes of the model that made it.
+#: Metadata keys of the kind of grid, and of the sizes of the model that made it.
 RESIDUAL_FLOW, GEOMETRY = "residual_flow", "geometry"
-#: Values of a latent: 10,000 frames of 64 x 64, more than any clip that this program reads or makes.
+#: Maximum number of values: 10,000 frames of 64 x 64, more than any clip that this program reads or makes.
 MAX_VALUES = 10_000 * 3 * 64 * 64
 _OF_THE_FILE = ("program", "version", "fps", RESIDUAL_FLOW, GEOMETRY)
 
@@ -32,9 +32,9 @@ class Motion:
 
     Attributes:
         latent: (3, T, h, w) float32, finite; see `lfdm_export.pictures.clip.Clip.latent`.
-        residual_flow: what the latent's grid is: offsets from the identity, or positions.
-        fps: frames per second that it is meant for, where it follows a driving clip.
-        settings: how it was made, plain JSON values by name, its label and seed among them; see
+        residual_flow: the latent's grid holds offsets from the identity, not positions.
+        fps: frames per second of the driving clip that it follows; None without one.
+        settings: how it was made, plain JSON values by name, with its label and seed; see
             `lfdm_export.pictures.metadata.clip_metadata`.
     """
 
@@ -61,16 +61,16 @@ class Motion:
         return f"<Motion: {count(frames, 'frame')} of {size}x{size}{made}>"
 
     def require_fit(self, latent_size: int, model_frames: int, *, residual_flow: bool) -> None:
-        """Refuse a motion that a model cannot decode.
+        """Reject a motion that a model cannot decode.
 
         Args:
             latent_size: rows and columns of the model's latents.
             model_frames: frames of the model's clips.
-            residual_flow: what the grid of the model's latents is.
+            residual_flow: the grid of the model's latents holds offsets.
 
         Raises:
-            InputError: the latent is of another size, its grid means another thing, or it was sampled by a model of
-                another number of frames. (A motion taken from a driving clip is as long as that clip.)
+            InputError: the latent has another size, its grid has another meaning, or a model with another number of
+                frames sampled it. (A motion from a driving clip has as many frames as that clip.)
         """
         frames, size = self.latent.shape[1:3]
         sampled = self.settings.get("sampler") is not None
@@ -89,15 +89,15 @@ class Motion:
 
 
 def load_motion(path: str | os.PathLike[str]) -> Motion:
-    """Read a motion: what `lfdm_export.pictures.clip.Clip.save` wrote as ``.motion``.
+    """Read a motion that `lfdm_export.pictures.clip.Clip.save` wrote as ``.motion``.
 
-    The file is a NumPy archive; no code that it may hold is run, and nothing is unpacked before its size is known.
+    The file is a NumPy archive; no code in it is run, and nothing is unpacked before its size is known.
 
     Args:
         path: the file.
 
     Raises:
-        InputError: it cannot be read, is no motion, or too large.
+        InputError: it cannot be read, is no motion, or is too large.
     """
     source = user_path(path)
     try:
@@ -108,10 +108,10 @@ def load_motion(path: str | os.PathLike[str]) -> Motion:
 
 
 def read_motion(stream: BinaryIO, name: str) -> Motion:
-    """Like `load_motion`, out of a stream that can be read at any place; `name` is for messages.
+    """Like `load_motion`, from a seekable stream; `name` is for messages.
 
     Raises:
-        InputError: see `load_motion`.
+        InputError: it cannot be read, is no motion, or is too large.
     """
     try:
         latent = read_floats(stream, name, "latent", MAX_VALUES)
@@ -129,10 +129,10 @@ def read_motion(stream: BinaryIO, name: str) -> Motion:
 
 
 def as_motion(motion: Motion | str | os.PathLike[str]) -> Motion:
-    """A motion, or that of a file.
+    """The motion itself, or the motion in a file.
 
     Raises:
-        InputError: it is neither, or see `load_motion`.
+        InputError: it is neither, or the file cannot be read, is no motion, or is too large.
     """
     if isinstance(motion, Motion):
         return motion

@@ -12,14 +12,14 @@ import numpy.typing as npt
 
 from lfdm_export.pictures.gif import encode_gif
 
-#: Pixels of all frames that are shown; in the worst case a GIF takes about a byte for each.
+#: Maximum pixels of all frames shown; a GIF takes at most about one byte per pixel.
 PIXELS = 3_000_000
 
 
 def clips_html(clips: npt.NDArray[np.uint8], captions: Sequence[str], *, fps: float = 10.0) -> str:
-    """Animated GIFs side by side, inside the HTML itself, as many as there is room for.
+    """Animated GIFs side by side, embedded in the HTML, for as many clips as `PIXELS` allows.
 
-    Frames of a clip that alone has more than `PIXELS` pixels are left out at equal distances.
+    Of a clip that alone has more than `PIXELS` pixels, frames are dropped at equal distances.
 
     Args:
         clips: (B, T, H, W, 3).

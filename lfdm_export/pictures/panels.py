@@ -1,4 +1,4 @@
-"""The five pictures that show how a frame came about, side by side as in the published demos."""
+"""The five pictures that show how a frame is made, side by side as in the published demos."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lfdm_export.errors import InputError
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
 
-#: Of the five pictures.
+#: Titles of the five pictures.
 TITLES = ("source", "generated", "warped", "grid", "occlusion")
 #: Lines across and down the grid picture.
 GRID_LINES = 17
@@ -27,8 +27,8 @@ def panels(
 ) -> UInt8Array:
     """Source | generated | warped source | deformed grid over the regular one | occlusion, for each frame.
 
-    The deformed grid shows where in the source each point of a regular grid on the frame is fetched
-    from. Occlusion is white where the warped source is kept, black where the decoder paints anew.
+    The deformed grid shows from where in the source each point of a regular grid on the frame is sampled. Occlusion is
+    white where the warped source is kept, black where the decoder paints new content.
 
     Args:
         source: (H,W,3), the reference image.
@@ -41,7 +41,7 @@ def panels(
         (T,H,5W,3) uint8.
 
     Raises:
-        InputError: the shapes do not belong together.
+        InputError: the shapes do not match.
     """
     length, height, width = frames.shape[:3]
     fits = source.shape == frames.shape[1:] and warped.shape == frames.shape and latent.shape[:2] == (3, length)
@@ -58,14 +58,14 @@ def panels(
             frames[index],
             warped[index],
             _grid_picture(flow + _identity(flow) if residual_flow else flow, width, height),
-            _grey_picture(occlusion, width, height),
+            _gray_picture(occlusion, width, height),
         )
         strip[index] = np.concatenate(parts, axis=1)
     return strip
 
 
 def with_titles(strip: UInt8Array) -> UInt8Array:
-    """Panels (T,H,5W,3), with the title of each above it: (T,H+h,5W,3), h even."""
+    """Panels (T,H,5W,3) with a title above each: (T,H+h,5W,3), h even."""
     width = strip.shape[2] // len(TITLES)
     font, size = ImageFont.load_default(), 11
     across = max(font.getbbox(title)[2] for title in TITLES)
@@ -86,22 +86,22 @@ def _identity(flow: Float32Array) -> Float32Array:
 
 
 def _grid_picture(flow: Float32Array, width: int, height: int) -> UInt8Array:
-    """A regular grid, faint, and the same lines as `flow` (2,h,w) displaces them: (height,width,3)."""
+    """A regular grid in a light color, and the same lines displaced by `flow` (2,h,w): (height,width,3)."""
     size = (width * _OVERSAMPLING, height * _OVERSAMPLING)
     canvas = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(canvas)
-    for grid, colour in ((_identity(flow), _REGULAR), (flow, _DEFORMED)):
-        # Flow far outside (or not finite) leaves the picture, but must stay drawable.
+    for grid, color in ((_identity(flow), _REGULAR), (flow, _DEFORMED)):
+        # Flow far outside (or not finite) leaves the picture, but the drawing must not fail.
         inside = np.nan_to_num(np.clip(grid, -4, 4), nan=4)
         points = (inside.transpose(1, 2, 0) + 1) / 2 * (np.array(size) - 1)
         down, across = _evenly(points, axis=0), _evenly(points, axis=1).transpose(1, 0, 2)
         for line in (*down, *across):
-            draw.line([(float(x), float(y)) for x, y in line], fill=colour, width=_OVERSAMPLING, joint="curve")
+            draw.line([(float(x), float(y)) for x, y in line], fill=color, width=_OVERSAMPLING, joint="curve")
     return np.asarray(canvas.resize((width, height), Image.Resampling.BOX))
 
 
 def _evenly(points: npt.NDArray[np.floating[Any]], axis: int) -> npt.NDArray[np.floating[Any]]:
-    """GRID_LINES rows or columns (or all, if fewer) of (h,w,2), evenly spaced between the first and the last."""
+    """GRID_LINES rows or columns (or all, if fewer) of (h,w,2), evenly spaced from the first to the last."""
     count = points.shape[axis]
     position = np.linspace(0, count - 1, min(count, GRID_LINES))
     before = np.minimum(position.astype(np.intp), max(count - 2, 0))
@@ -110,8 +110,8 @@ def _evenly(points: npt.NDArray[np.floating[Any]], axis: int) -> npt.NDArray[np.
     return np.take(points, before, axis) * (1 - weight) + np.take(points, after, axis) * weight
 
 
-def _grey_picture(values: Float32Array, width: int, height: int) -> UInt8Array:
-    """(h,w) in [0,1] as a smooth grey picture (height,width,3)."""
-    grey = np.nan_to_num(np.clip(values, 0, 1) * 255).round().astype(np.uint8)
-    scaled = Image.fromarray(grey).resize((width, height), Image.Resampling.BILINEAR)
+def _gray_picture(values: Float32Array, width: int, height: int) -> UInt8Array:
+    """(h,w) in [0,1] as a smooth gray picture (height,width,3)."""
+    gray = np.nan_to_num(np.clip(values, 0, 1) * 255).round().astype(np.uint8)
+    scaled = Image.fromarray(gray).resize((width, height), Image.Resampling.BILINEAR)
     return np.repeat(np.asarray(scaled)[:, :, None], 3, axis=2)

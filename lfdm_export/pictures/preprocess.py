@@ -1,7 +1,7 @@
-"""Photographs into the model's images, and the model's frames into 8-bit pictures.
+"""Photographs to the model's images, and the model's frames to 8-bit pictures.
 
-Source: the model's published way with pictures: scaled by area averaging so that the longer side
-fits, padded with black to a square, divided by 255; out: clamped, times 255, truncated.
+Source: the published program. In: scaled by area averaging so that the longer side fits, padded with black to a
+square, divided by 255. Out: clamped, times 255, truncated.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ Float32Array: TypeAlias = npt.NDArray[np.float32]
 #: A path, a PIL image, or an array (H,W), (H,W,1), (H,W,3) or (H,W,4) of uint8 or uint16.
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | npt.NDArray[Any]"
 
-#: Of the rules below; no camera's pictures are larger.
+#: Largest side in the rules below; no camera's pictures are larger.
 _LARGEST_SIDE = 1 << 14
-#: Of arrays and PIL images; files have the bounds of `lfdm_models.pictures.formats`.
+#: Maximum for arrays and PIL images; files have the limits of `lfdm_models.pictures.formats`.
 MAX_PIXELS = 80_000_000
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a data set does to its pictures before they are scaled to the model's size.
+    """A data set's rule for its pictures before they are scaled to the model's size.
 
     Attributes:
-        dataset: whose rule it is, for the reader; None for the plain one.
-        frame_size: (width, height) of the pictures that are cropped: the camera's. A crop is in that
-            camera's pixels and would cut anything out of another picture, so others stay whole.
-        crop_rows, crop_columns: half-open ranges of pixels that are kept; None keeps all.
-        resize_first: (width, height) that every picture is scaled to before all else, whatever its shape.
+        dataset: name of the data set, for information; None for the plain rule.
+        frame_size: (width, height) of the camera's pictures, to which the crop applies. The crop is in that camera's
+            pixels and has no meaning for other pictures, so they stay whole.
+        crop_rows, crop_columns: half-open ranges of pixels to keep; None keeps all.
+        resize_first: (width, height) that every picture is scaled to first, whatever its shape.
     """
 
     dataset: str | None = None
@@ -58,7 +58,7 @@ class Preprocessing:
         """Check ranges.
 
         Raises:
-            ValueError: a size is not positive, or a crop is empty, outside its picture or without one.
+            ValueError: a size is not positive, or a crop is empty, outside its picture or without a `frame_size`.
         """
         for name, pair in (("frame_size", self.frame_size), ("resize_first", self.resize_first)):
             if pair is not None and not 1 <= min(pair) <= max(pair) <= _LARGEST_SIDE:
@@ -77,7 +77,7 @@ class Preprocessing:
         """The rule of "mug", "mhad" or "natops"; the plain one for None.
 
         Raises:
-            InputError: another name.
+            InputError: the name is unknown.
         """
         if dataset is None:
             return cls()
@@ -92,7 +92,7 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, value: Mapping[str, object]) -> Preprocessing:
-        """What `to_json` gave.
+        """Read the result of `to_json`.
 
         Raises:
             InputError: a field is missing, unknown or of the wrong type, or its value is out of range.
@@ -113,13 +113,13 @@ _DATASETS = {
 def read_image(image: ImageLike) -> UInt8Array:
     """One picture as RGB.
 
-    Files may be JPEG, PNG, WebP, GIF, BMP or TIFF, which their content decides. A path or PIL image is turned upright
-    as its EXIF or XMP orientation says, colors are converted to RGB, 16- and 32-bit grey is scaled to 8 bits, and
-    transparency is composited on black. Of an animation it is the first frame; of an animated PNG the picture that
-    viewers without animation show.
+    Files may be JPEG, PNG, WebP, GIF, BMP or TIFF; their content decides. A path or PIL image is rotated upright by its
+    EXIF or XMP orientation, colors are converted to RGB, 16- and 32-bit gray is scaled to 8 bits, and transparency is
+    composited on black. An animation gives its first frame; an animated PNG gives the picture that viewers without
+    animation show.
 
     A JPEG of more than 40 million pixels (of several scans: about half as many) is scaled down by 2, 4 or 8 while it is
-    decoded. All others come as they are.
+    decoded. All other pictures keep their size.
 
     Returns:
         (H,W,3) uint8.
@@ -131,7 +131,7 @@ def read_image(image: ImageLike) -> UInt8Array:
 
 
 def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(width, height) of a picture file as it lies, without decoding it.
+    """(width, height) of a picture file as stored, without decoding it.
 
     Raises:
         InputError: not a readable picture.
@@ -142,12 +142,12 @@ def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def read_stream(stream: BinaryIO, name: str, *, most_pixels: int | None = None) -> Raster:
-    """The picture in a binary stream, for `prepare_image`; read as `read_image` reads files.
+    """The picture in a binary stream, for `prepare_image`, with the rules of `read_image`.
 
     Args:
         stream: of an encoded picture.
         name: for messages.
-        most_pixels: that it may have; None leaves it to the formats, which have bounds of their own.
+        most_pixels: maximum number of pixels; default: the limit of its format.
 
     Raises:
         InputError: not a readable picture, or too large.
@@ -184,7 +184,7 @@ def _as_input_error() -> Iterator[None]:
 
 
 def _array_to_rgb(array: npt.NDArray[Any]) -> UInt8Array:
-    """(H,W), (H,W,1), (H,W,3) or (H,W,4), uint8 or uint16, as (H,W,3) uint8 of its own."""
+    """(H,W), (H,W,1), (H,W,3) or (H,W,4), uint8 or uint16, as a new (H,W,3) uint8 array."""
     shape = array.shape
     if array.ndim == 2:
         array = array[:, :, None]
@@ -204,17 +204,17 @@ def _array_to_rgb(array: npt.NDArray[Any]) -> UInt8Array:
 def prepare_image(
     image: ImageLike | Raster, size: int, preprocessing: Preprocessing | None = None, *, crop: Crop | None = None
 ) -> UInt8Array:
-    """One picture as the model takes it.
+    """One picture in the model's input size.
 
     A picture that already has `size` rows and columns passes unchanged. Any other is scaled so that its longer side
-    fits, and padded with black to a square, as the published program does; `crop` avoids the padding.
+    fits, and padded with black to a square, as in the published program; `crop` avoids the padding.
 
     Args:
-        image: see `read_image`.
+        image: a picture in one of the forms that `read_image` accepts.
         size: rows and columns of the result.
-        preprocessing: the data set's rule; the plain one if None.
-        crop: what is cut out first, see `lfdm_export.pictures.crop`: "center" for the largest square in the middle, or
-            (x, y, width, height) in pixels of the upright picture. It takes the place of the data set's own rule.
+        preprocessing: the data set's rule; default: the plain one.
+        crop: cut out first: "center" for the largest centered square, or (x, y, width, height) in pixels of the upright
+            picture. It replaces the data set's own rule.
 
     Returns:
         (size,size,3) uint8, RGB.
@@ -256,7 +256,7 @@ def _cut(pixels: UInt8Array | Raster, box: Box) -> UInt8Array | Raster:
 def prepare_images(
     images: ImageLike, size: int, preprocessing: Preprocessing | None = None, *, crop: Crop | None = None
 ) -> UInt8Array:
-    """One picture or a batch of them, (B,H,W,3) uint8, as the model takes them; see `prepare_image`.
+    """One picture, or a batch (B,H,W,3) uint8, in the model's input size; each passes through `prepare_image`.
 
     Returns:
         (B,size,size,3) uint8, RGB; B is 1 for one picture.
@@ -272,15 +272,15 @@ def prepare_images(
 
 
 def to_float(images: UInt8Array) -> Float32Array:
-    """(B,H,W,3) uint8 to the networks' (B,3,H,W) float32 in [0,1]."""
+    """Convert (B,H,W,3) uint8 to the networks' (B,3,H,W) float32 in [0,1]."""
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).astype(np.float32) / np.float32(255)
 
 
 def to_uint8(frames: npt.NDArray[np.floating[Any]]) -> UInt8Array:
-    """The networks' frames as 8-bit pictures: clamped to [0,1], times 255, truncated.
+    """Convert the networks' frames to 8-bit pictures: clamped to [0,1], times 255, truncated.
 
     Args:
-        frames: (B,3,T,H,W) float, [0,1] but for rounding.
+        frames: (B,3,T,H,W) float, in [0,1] up to rounding.
 
     Returns:
         (B,T,H,W,3) uint8.

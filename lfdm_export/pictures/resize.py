@@ -1,6 +1,6 @@
-"""Scaling of 8-bit pictures by area averaging, to the last bit as OpenCV does it.
+"""Scale 8-bit pictures by area averaging, bit for bit as OpenCV does.
 
-The model's pictures were made with OpenCV; this keeps a large dependency out of the core.
+The model's training pictures were made with OpenCV; this module avoids that large dependency.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from lfdm_models.pictures.raster import Raster
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
 
-# Of a picture, at a time.
+# Pixels of a picture that are processed at a time.
 _STRIP_PIXELS = 1 << 20
 
 
 def area_resize(image: UInt8Array | Raster, size: tuple[int, int]) -> UInt8Array:
-    """Scale a picture as OpenCV's INTER_AREA does, to the last bit.
+    """Scale a picture bit for bit as OpenCV's INTER_AREA does.
 
-    Shrinking averages the area under each new pixel. Where an axis grows, both are interpolated
-    between two neighbours, in fixed point, with OpenCV's own weights for this mode. A picture that shrinks is gone
-    through in strips of rows, so that a large one takes little memory beside its own.
+    Shrinking averages the area under each new pixel. Where an axis grows, both axes are interpolated between two
+    neighbors, in fixed point, with OpenCV's own weights for this mode. A picture that shrinks is processed in strips of
+    rows, so that a large one needs little additional memory.
 
     Args:
         image: (H,W,C) uint8, or a decoded picture.
@@ -33,14 +33,14 @@ def area_resize(image: UInt8Array | Raster, size: tuple[int, int]) -> UInt8Array
     Returns:
         (height,width,C) uint8.
 
-    Source: the behaviour of OpenCV's `resize` with INTER_AREA on 8-bit pictures (versions 4 and 5).
+    Source: the behavior of OpenCV's `resize` with INTER_AREA on 8-bit pictures (versions 4 and 5).
     """
     height, width, channels = image.shape
     if (height, width) == size:
         return whole_array(image).copy()
     if size[0] > height or size[1] > width:
         return _enlarge(whole_array(image), size)
-    # The factors as OpenCV has them: one over the quotient, so that 7 can come out as 7.000000000000001.
+    # The factors as OpenCV computes them: one over the quotient, so that 7 can become 7.000000000000001.
     factors = 1.0 / (size[0] / height), 1.0 / (size[1] / width)
     whole = round(factors[0]), round(factors[1])
     strip = max(1, _STRIP_PIXELS // (width * whole[0])) * whole[0]  # of whole blocks
@@ -51,13 +51,13 @@ def area_resize(image: UInt8Array | Raster, size: tuple[int, int]) -> UInt8Array
         return _round(_weighted_sum(rows, *_area_weights(height, size[0]), axis=0))
     shape = (-1, whole[0], size[1], whole[1], channels)
     total = np.concatenate([part.reshape(shape).sum(axis=(1, 3), dtype=np.int32) for part in parts])
-    if whole == (2, 2):  # the one case that rounds a half up, not to even
+    if whole == (2, 2):  # the only case in which OpenCV rounds half up, not to even
         return ((total + 2) >> 2).astype(np.uint8)
     return _round(total.astype(np.float32) * np.float32(1.0 / (whole[0] * whole[1])))
 
 
 def whole_array(image: UInt8Array | Raster) -> UInt8Array:
-    """The picture as an array, which may be the one given: (H,W,C) uint8."""
+    """The picture as an array (H,W,C) uint8, which may be the input itself."""
     return image.array() if isinstance(image, Raster) else image
 
 
@@ -66,7 +66,7 @@ def _round(values: Float32Array) -> UInt8Array:
 
 
 def _area_weights(old: int, new: int) -> tuple[npt.NDArray[np.intp], Float32Array]:
-    """Per new pixel, the old pixels under it and their weights: (new, taps) each, unused taps weighing 0."""
+    """Per new pixel, the old pixels under it and their weights: (new, taps) each, unused taps with weight 0."""
     factor = 1.0 / (new / old)
     covered: list[list[tuple[int, float]]] = []
     for index in range(new):
@@ -75,7 +75,7 @@ def _area_weights(old: int, new: int) -> tuple[npt.NDArray[np.intp], Float32Arra
         last = min(int(np.floor(end)), old - 1)
         first = min(int(np.ceil(start)), last)
         taps = [(pixel, 1.0 / cell) for pixel in range(first, last)]
-        if first - start > 1e-3:  # slivers below a thousandth of a pixel are left out
+        if first - start > 1e-3:  # parts below a thousandth of a pixel are ignored
             taps.insert(0, (first - 1, (first - start) / cell))
         if end - last > 1e-3:
             taps.append((last, min(end - last, 1.0, cell) / cell))
@@ -101,7 +101,7 @@ def _weighted_sum(
 
 
 def _enlarge(image: UInt8Array, size: tuple[int, int]) -> UInt8Array:
-    """Two taps an axis with weights of 11 bits; sums are cut to OpenCV's fixed-point widths on the way."""
+    """Two taps per axis with weights of 11 bits; sums are truncated to OpenCV's fixed-point widths in between."""
     (top, bottom, row_weights), (left, right, column_weights) = map(_enlarging_weights, image.shape[:2], size)
 
     def across(rows: UInt8Array) -> npt.NDArray[np.int32]:
@@ -114,7 +114,7 @@ def _enlarge(image: UInt8Array, size: tuple[int, int]) -> UInt8Array:
 
 
 def _enlarging_weights(old: int, new: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.int32]]:
-    """Per new pixel: the two old pixels, and their weights out of 2048, (2, new)."""
+    """Per new pixel, the two old pixels and their weights in 1/2048, (2, new)."""
     ratio = new / old
     index = np.arange(new)
     first = np.floor(index * (1.0 / ratio)).astype(np.intp)

@@ -1,1 +1,1 @@
-"""Graphs of int8 and fp8 by explicit quantise and dequantise nodes, calibrated on real sampling trajectories."""
+"""int8 and fp8 graphs with explicit quantize and dequantize nodes, calibrated on real sampling trajectories."""

@@ -20,28 +20,28 @@ from lfdm_export.stages import stage_specs
 
 logger = logging.getLogger(__name__)
 
-#: How scales are found; compared in docs/precision.md.
+#: Method for scales; compared in docs/precision.md.
 METHOD: Mapping[Format, Method] = {"int8": "mse", "fp8": "max"}
-#: Seconds that an export spends on single layers of each stage, beyond what it must know.
+#: Seconds per stage for measuring single layers in an export, beyond the measurements that it needs.
 SECONDS = 30.0
-# The calibrated stage whose layers a stage has.
+# The calibrated stage with the same layers.
 _SAME_LAYERS = {"denoise_guided": "denoise", "step": "denoise", "step_guided": "denoise"}
 
 
 @dataclass(frozen=True, eq=False)
-class Quantised:
-    """What came of it.
+class Quantized:
+    """The result of `quantized_graphs`.
 
     Attributes:
-        graphs: of every stage, by name.
-        report: what it costs.
+        graphs: graphs of all stages, by name.
+        report: sensitivity of the layers.
     """
 
     graphs: dict[str, ir.Model]
     report: SensitivityReport
 
 
-def quantised_graphs(
+def quantized_graphs(
     sources: Sources,
     form: Format,
     *,
@@ -53,24 +53,24 @@ def quantised_graphs(
     each_way: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> Quantised:
-    """Calibrate, find what has to stay float, quantise the rest of every stage.
+) -> Quantized:
+    """Calibrate, find the layers that must stay float, and quantize the others in every stage.
 
     Args:
-        sources: the float32 graphs of every stage, and what states are drawn from.
+        sources: the float32 graphs of every stage, and the data for sampling states.
         form: "int8" or "fp8" (E4M3).
-        method: how scales are found; None for METHOD.
-        calibration: what is sampled; None for the default.
-        floor: see `measure_stage`.
-        together: see `measure_stage`.
-        seconds: for single layers of each stage in the report; None for all of them.
-        each_way: report also what would be gained by leaving each layer out.
-        threads: of ONNX Runtime; None takes all cores.
+        method: method for scales; default: METHOD.
+        calibration: what to sample; default: `Calibration()`.
+        floor: layers below this ratio of signal to error, in dB, stay float; see `measure_stage`.
+        together: smallest ratio of a whole quantized stage, in dB; see `measure_stage`.
+        seconds: time per stage for measuring single layers in the report; None for all layers.
+        each_way: also report the gain if each layer stayed float.
+        threads: threads of ONNX Runtime; None for all cores.
         progress: called as ``progress(what, done, total)``.
 
     Raises:
         EngineError: a graph cannot be run.
-        InputError: the calibration's samplers cannot be used.
+        InputError: a sampler of the calibration cannot be used.
     """
     begin = time.monotonic()
     method = METHOD[form] if method is None else method
@@ -104,4 +104,4 @@ def quantised_graphs(
         seconds=time.monotonic() - begin,
         stages=tuple(measured),
     )
-    return Quantised(graphs, report)
+    return Quantized(graphs, report)

@@ -1,4 +1,4 @@
-"""What of a stage's graph can be quantised: products of an activation with constant weights."""
+"""The layers of a stage's graph that can be quantized: products of an activation with constant weights."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from numpy.typing import NDArray
 from lfdm_export.graphs.policy import module_of
 from lfdm_export.stages import DRIVE_STAGE
 
-#: Modules whose layers stay float, as patterns of their whole names, with the reason. Measured on both golden variants
-#: (docs/precision.md): the first see three channels and the last give them, so that they cost next to nothing.
+#: Patterns of the full names of modules that stay float, with the reason. Measured on both golden variants
+#: (docs/precision.md): the first have three input channels and the last three output channels, so they cost almost
+#: nothing.
 KEPT: dict[str, str] = {
     r".*\.latent_conv": "first convolution of the noisy latent: 3 channels in",
     r".*\.final_convs\.\d+": "the predicted noise itself: 3 channels out",
     r"generator\.first\.conv": "first convolution of the image: 3 channels in",
     r"final": "the picture itself: 3 channels out",
-    r"context": "runs once a clip, and its error would be in every step",
+    r"context": "runs once per clip, and its error would affect every step",
 }
-#: Stages in which nothing is quantised: they run once a clip or never, and give coordinates or conditions.
+#: Stages without quantization: they run once per clip or never, and compute coordinates or conditions.
 KEPT_STAGES = (DRIVE_STAGE, "text")
 
-# Axis of the weights along which the outputs lie, by operator.
+# Axis of the weights' outputs, by operator.
 _OUTPUT_AXES = {"Conv": 0, "SmallConv": 0, "ConvTranspose": 1, "MatMul": 1}
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One product that can be quantised.
+    """One product that can be quantized.
 
     Attributes:
-        name: the module that it comes from, and which of it where it has several; the same in all graphs of a network.
-        node: in the graph.
+        name: its module, with an index if the module has several products; the same in all graphs of a network.
+        node: its node in the graph.
         weight: float32.
-        axis: of `weight`, along which its outputs lie.
+        axis: axis of the outputs in `weight`.
     """
 
     name: str
@@ -47,14 +48,14 @@ class Layer:
 
     @property
     def activation(self) -> ir.Value:
-        """What the weights are multiplied with."""
+        """The factor of the weights."""
         value = self.node.inputs[0]
         assert value is not None
         return value
 
     @property
     def group(self) -> str:
-        """The part of the network that it belongs to, such as a level: its name up to the first number."""
+        """The part of the network that contains it, such as a level: its name up to the first number."""
         parts = self.name.removeprefix("denoise.unet.").split(".")
         for count, part in enumerate(parts, start=1):
             if re.search(r"\d", part):
@@ -63,7 +64,7 @@ class Layer:
 
 
 def find_layers(model: ir.Model) -> list[Layer]:
-    """All layers of a float32 graph that can be quantised, those that are kept included, in the graph's order."""
+    """All layers of a float32 graph that can be quantized, including those that stay float, in the graph's order."""
     found = []
     for node in model.graph:
         if node.op_type not in _OUTPUT_AXES or len(node.inputs) < 2:
@@ -83,19 +84,19 @@ def find_layers(model: ir.Model) -> list[Layer]:
 
 
 def kept_reason(name: str) -> str | None:
-    """Why a layer stays float; None if it is quantised."""
+    """Why a layer stays float; None if it is quantized."""
     return next((reason for pattern, reason in KEPT.items() if re.fullmatch(pattern, name)), None)
 
 
 def _module(node: ir.Node) -> str:
-    """The node's module; the stage's own layers are called by their weights."""
+    """The node's module; for the stage's own layers, the name of their weights."""
     weight = node.inputs[1]
     assert weight is not None
     return module_of(node) or (weight.name or "")
 
 
 def _constant(value: ir.Value | None) -> NDArray[np.float32] | None:
-    """A float32 constant, or one that is taken out of a stack of them."""
+    """A float32 constant, or one selected from a stack of constants."""
     if value is None:
         return None
     if value.const_value is not None:

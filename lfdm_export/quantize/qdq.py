@@ -1,7 +1,7 @@
-"""Explicit quantisation: a quantise and a dequantise node before every activation, a dequantise node behind weights.
+"""Explicit quantization: a quantize and a dequantize node before every activation, a dequantize node after weights.
 
-Activations have one scale a tensor, weights one for each output; zero is stored as zero, which is what TensorRT and
-OpenVINO's matrix units take. Biases, and all that is not a layer, stay float32.
+Activations have one scale per tensor, weights have one per output. Zero is stored as zero, as TensorRT and OpenVINO's
+matrix units require. Biases, and everything that is not a layer, stay float32.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from numpy.typing import NDArray
 
 from lfdm_export.graphs.policy import module_of, node_name
 from lfdm_export.quantize.layers import find_layers
-from lfdm_export.quantize.ranges import Format, quantise, weight_scales
+from lfdm_export.quantize.ranges import Format, quantize, weight_scales
 
 _TYPES: Mapping[Format, ir.DataType] = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
 def insert_qdq(model: ir.Model, scales: Mapping[str, np.float32], form: Format) -> ir.Model:
-    """A graph whose layers are quantised.
+    """Quantize the layers of a graph.
 
     Args:
-        model: float32; it is left as it is.
-        scales: of each layer's activation, by the layer's name; layers without one stay float.
-        form: what activations and weights are stored in.
+        model: float32; it is not changed.
+        scales: scale of each layer's activation, by the layer's name; layers without one stay float.
+        form: storage format of activations and weights.
 
     Returns:
-        Another graph with the same inputs and outputs; small convolutions have become ordinary ones.
+        A new graph with the same inputs and outputs; small convolutions become ordinary ones.
     """
-    quantised = model.clone()
-    graph = quantised.graph
+    quantized = model.clone()
+    graph = quantized.graph
     activations: dict[tuple[ir.Value, float], ir.Value] = {}
-    for layer in find_layers(quantised):
+    for layer in find_layers(quantized):
         if layer.name not in scales:
             continue
         scale, node = scales[layer.name], layer.node
@@ -45,12 +45,12 @@ def insert_qdq(model: ir.Model, scales: Mapping[str, np.float32], form: Format) 
             node = _plain_convolution(graph, node)
         node.replace_input_with(0, activations[key])
         node.replace_input_with(1, weight)
-    _drop_unused(quantised)
-    return quantised
+    _drop_unused(quantized)
+    return quantized
 
 
 def _round_trip(graph: ir.Graph, value: ir.Value, scale: np.float32, form: Format, before: ir.Node) -> ir.Value:
-    """The value quantised and dequantised, right before a node."""
+    """The value quantized and dequantized, right before a node."""
     factor = initializer(graph, f"{value.name}_scale", np.array(scale, np.float32))
     zero = initializer(graph, f"{value.name}_zero", _zeros((), form))
     name = f"{value.name}_{form}"
@@ -65,13 +65,13 @@ def _round_trip(graph: ir.Graph, value: ir.Value, scale: np.float32, form: Forma
 
 
 def _stored(graph: ir.Graph, before: ir.Node, weight: NDArray[np.float32], axis: int, form: Format) -> ir.Value:
-    """The weights, stored in few bits and read right before a node."""
+    """The quantized weights, dequantized right before a node."""
     name = node_name(before.name or "", "weight").replace("/", ".")
     scales = weight_scales(weight, axis, form)
     shape = [1] * weight.ndim
     shape[axis] = -1
     inputs = [
-        initializer(graph, f"{name}_{form}", quantise(weight, scales.reshape(shape), form)),
+        initializer(graph, f"{name}_{form}", quantize(weight, scales.reshape(shape), form)),
         initializer(graph, f"{name}_scale", scales),
         initializer(graph, f"{name}_zero", _zeros(scales.shape, form)),
     ]
@@ -83,7 +83,7 @@ def _stored(graph: ir.Graph, before: ir.Node, weight: NDArray[np.float32], axis:
 
 
 def _plain_convolution(graph: ir.Graph, node: ir.Node) -> ir.Node:
-    """A SmallConv as the Conv that it is: Winograd's sums would be quantised on the way."""
+    """A SmallConv as a Conv: otherwise, Winograd's intermediate sums would be quantized."""
     convolution = ir.node(
         "Conv", node.inputs[:3], attributes={"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}, name=node.name
     )
@@ -94,11 +94,11 @@ def _plain_convolution(graph: ir.Graph, node: ir.Node) -> ir.Node:
 
 
 def _zeros(shape: tuple[int, ...], form: Format) -> NDArray[np.generic]:
-    return quantise(np.zeros(shape, np.float32), np.float32(1), form)
+    return quantize(np.zeros(shape, np.float32), np.float32(1), form)
 
 
 def initializer(graph: ir.Graph, name: str, values: NDArray[np.generic]) -> ir.Value:
-    """A constant of the graph, made or found by its name."""
+    """A constant of the graph, created or found by its name."""
     if name in graph.initializers:
         return graph.initializers[name]
     tensor = ir.tensor(values, name=name)
@@ -108,7 +108,7 @@ def initializer(graph: ir.Graph, name: str, values: NDArray[np.generic]) -> ir.V
 
 
 def _drop_unused(model: ir.Model) -> None:
-    """Forget weights that were replaced, what took them out of a stack, and bodies of operators that are gone."""
+    """Remove replaced weights, the nodes that selected them from a stack, and bodies of unused operators."""
     graph = model.graph
     kept = set(graph.outputs)
     for node in reversed(list(graph)):

@@ -1,4 +1,4 @@
-"""What values an activation takes, and from that its scale."""
+"""The observed values of an activation, and its scale."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 #: The largest magnitude of each format; fp8 is E4M3, whose largest finite value is 448.
 LARGEST: Mapping[Format, float] = {"int8": 127.0, "fp8": 448.0}
-#: Share of the magnitudes that "percentile" keeps within the range.
+#: Share of the magnitudes within the range of "percentile".
 PERCENTILE = 0.9999
-# Scales that "mse" and "entropy" try, as shares of the one that covers the largest value.
+# Scales that "mse" and "entropy" try, as shares of the scale that covers the largest value.
 _SHARES = np.linspace(0.3, 1.0, 29)
 _BINS = 2048
-# Values that a scale is searched on; more change it by less than a step of the search.
+# Maximum number of values for the search of a scale; more change it by less than a step of the search.
 _SEARCHED = 65_536
 
 
 @dataclass
 class Observed:
-    """Values of one tensor in the states that it was seen in.
+    """Observed values of one tensor.
 
     Attributes:
-        largest: magnitude.
-        states: how many.
-        samples: of the values, some from each state.
+        largest: largest magnitude.
+        states: number of states.
+        samples: some values from each state.
     """
 
     largest: float = 0.0
@@ -42,7 +42,7 @@ class Observed:
     samples: list[Float32] = field(default_factory=list, repr=False)
 
     def add(self, values: Float32, count: int, rng: np.random.Generator) -> None:
-        """Take note of a state, and keep `count` of its values."""
+        """Observe a state, and keep `count` of its values."""
         flat = values.reshape(-1)
         self.largest = max(self.largest, float(flat.max()), -float(flat.min()))
         self.samples.append(flat[rng.integers(0, flat.size, min(count, flat.size))])
@@ -50,13 +50,13 @@ class Observed:
 
 
 def activation_scale(observed: Observed, form: Format, method: Method = "max") -> np.float32:
-    """The scale of a tensor whose zero is zero: what a stored 1 stands for.
+    """The scale of a tensor with zero point 0: the value of a stored 1.
 
     Args:
-        observed: what it takes.
-        form: what it is stored in.
-        method: "max": the range covers every value seen. "percentile": all but one in ten thousand. "mse": the
-            smallest squared error. "entropy": the distribution that differs least from the one seen.
+        observed: the observed values.
+        form: storage format.
+        method: "max": the range covers every observed value. "percentile": all but one in ten thousand. "mse": the
+            smallest squared error. "entropy": the distribution that differs least from the observed one.
     """
     tiny = float(np.finfo(np.float32).tiny) * LARGEST[form]
     covering = max(observed.largest, tiny) / LARGEST[form]
@@ -71,15 +71,15 @@ def activation_scale(observed: Observed, form: Format, method: Method = "max") -
 
 
 def weight_scales(weight: Float32, axis: int, form: Format) -> Float32:
-    """One scale for each output, (outputs,), that covers its largest weight."""
+    """One scale per output, (outputs,), that covers its largest weight."""
     others = tuple(other for other in range(weight.ndim) if other != axis)
     largest = np.abs(weight).max(axis=others)
     scales: Float32 = np.where(largest > 0, largest / LARGEST[form], 1).astype(np.float32)
     return scales
 
 
-def quantise(values: Float32, scale: NDArray[np.float32] | np.float32, form: Format) -> NDArray[np.generic]:
-    """Values in units of their scale, as they are stored; beyond the range they saturate."""
+def quantize(values: Float32, scale: NDArray[np.float32] | np.float32, form: Format) -> NDArray[np.generic]:
+    """Values in units of their scale, in their storage type; values outside the range saturate."""
     units = values / scale
     if form == "int8":
         return np.clip(np.rint(units), -LARGEST[form], LARGEST[form]).astype(np.int8)
@@ -87,8 +87,8 @@ def quantise(values: Float32, scale: NDArray[np.float32] | np.float32, form: For
 
 
 def rounded(values: Float32, scale: NDArray[np.float32] | np.float32, form: Format) -> Float32:
-    """What is left of values when they were quantised."""
-    back: Float32 = quantise(values, scale, form).astype(np.float32) * scale
+    """Values after quantizing and dequantizing."""
+    back: Float32 = quantize(values, scale, form).astype(np.float32) * scale
     return back
 
 
@@ -97,10 +97,10 @@ def _squared_error(values: Float32, scale: np.float32, form: Format) -> float:
 
 
 def _divergence(values: Float32, scale: np.float32, form: Format) -> float:
-    """Kullback-Leibler divergence of the magnitudes seen from those that quantising leaves.
+    """Kullback-Leibler divergence of the observed magnitudes from those after quantizing.
 
-    Source: Migacz, 8-bit Inference with TensorRT (GTC 2017): counts beyond the range go to its last bin; a level's
-    count is spread over the bins that it stands for, in which something was seen.
+    Source: Migacz, 8-bit Inference with TensorRT (GTC 2017): counts outside the range go to its last bin; a level's
+    count is spread over its bins that have observed values.
     """
     magnitudes = np.abs(values)
     limit = float(scale) * LARGEST[form]
@@ -111,8 +111,8 @@ def _divergence(values: Float32, scale: np.float32, form: Format) -> float:
     if not inside or not seen.any():
         return float("inf")
     seen[-1] += counts[inside:].sum()
-    centres = ((edges[:-1] + edges[1:]) / 2)[:inside].astype(np.float32)
-    _, level = np.unique(quantise(centres, scale, form).astype(np.float32), return_inverse=True)
+    centers = ((edges[:-1] + edges[1:]) / 2)[:inside].astype(np.float32)
+    _, level = np.unique(quantize(centers, scale, form).astype(np.float32), return_inverse=True)
     occupied = counts[:inside] > 0
     totals = np.bincount(level, counts[:inside])
     bins = np.maximum(np.bincount(level, occupied), 1)

@@ -1,4 +1,4 @@
-"""What quantising costs, layer by layer: the report that a bundle carries beside its graphs."""
+"""The cost of quantizing, layer by layer: the report that a bundle stores beside its graphs."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from lfdm_export.files.atomic import write_file
 from lfdm_export.files.json_codec import from_plain, to_plain
 from lfdm_export.quantize.ranges import Format
 
-#: Files of a report in a bundle's parity folder.
+#: Files of the report in a bundle's parity folder.
 JSON_NAME, MARKDOWN_NAME = "sensitivity.json", "sensitivity.md"
-# What the names of all of the UNet's layers begin with.
+# Prefix of the names of the UNet's layers.
 _UNET = "denoise.unet."
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of one layer, or of a group of them.
+    """The sensitivity of one layer, or of a group of layers.
 
     Attributes:
-        name: of the layer or group.
-        layers: how many.
-        weights: how many values.
-        kept: why it stays float; None if the bundle quantises it.
-        alone: ratio of signal to error of the stage's output in dB when only it is quantised.
-        without: the same when all that the bundle quantises is quantised but it; None if it was not measured.
+        name: name of the layer or group.
+        layers: number of layers.
+        weights: number of weights.
+        kept: why it stays float; None if the bundle quantizes it.
+        alone: ratio of signal to error of the stage's output in dB when only it is quantized.
+        without: the same when everything that the bundle quantizes is quantized except it; None if not measured.
     """
 
     name: str
@@ -41,18 +41,18 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class StageSensitivity:
-    """Of one stage.
+    """The sensitivity of one stage.
 
     Attributes:
         stage: its name.
-        output: that the error was measured on.
-        states: that it was measured in.
-        together: ratio of signal to error in dB of the stage as the bundle has it.
-        everything: the same if what is kept were quantised too.
+        output: the output whose error was measured.
+        states: number of states measured.
+        together: ratio of signal to error of the stage in the bundle, in dB.
+        everything: the same if the kept layers were quantized too.
         groups: worst first.
-        layers: worst first; those that the time was enough for, of the worst groups first.
-        total_layers: how many there are.
-        kept: the layers that stay float, and why.
+        layers: worst first; only as many as the time allowed, from the worst groups first.
+        total_layers: number of all layers.
+        kept: the layers that stay float, with the reason.
     """
 
     stage: str
@@ -68,16 +68,16 @@ class StageSensitivity:
 
 @dataclass(frozen=True)
 class SensitivityReport:
-    """Of a model in a format.
+    """The sensitivity of a model in one format.
 
     Attributes:
         form: "int8" or "fp8".
-        method: that scales were found by.
-        evaluations: of the UNet that calibration took.
-        timesteps: smallest and largest that it saw, and how many.
-        labels: how many of the known ones it saw.
-        seconds: that the report took.
-        stages: what was measured.
+        method: method for scales.
+        evaluations: evaluations of the UNet for calibration.
+        timesteps: smallest and largest timestep of the calibration, and the number of timesteps.
+        labels: number of labels in the calibration.
+        seconds: time of calibration and measurement.
+        stages: measured stages.
     """
 
     form: Format
@@ -89,19 +89,19 @@ class SensitivityReport:
     stages: tuple[StageSensitivity, ...]
 
     def summary(self) -> str:
-        """How many layers are quantised, and which cost most, in a line."""
+        """One line: the number of quantized layers, and the most sensitive ones."""
         total = sum(stage.total_layers for stage in self.stages)
         kept = sum(len(stage.kept) for stage in self.stages)
         worst = ", ".join(f"{stage} {_short(layer.name)} {layer.alone:.1f} dB" for stage, layer in self.worst(3))
         return f"{total - kept} of {total} layers in {self.form}; most sensitive: {worst}"
 
     def worst(self, count: int = 5) -> list[tuple[str, Sensitivity]]:
-        """The layers that cost most, of all stages, with their stages; those that stay float included."""
+        """The most sensitive layers of all stages, with their stages; those that stay float included."""
         found = [(stage.stage, layer) for stage in self.stages for layer in stage.layers or stage.groups]
         return sorted(found, key=lambda one: one[1].alone)[:count]
 
     def write(self, folder: Path) -> Path:
-        """Write it as JSON and as Markdown; returns the latter's path."""
+        """Write the report as JSON and as Markdown; returns the path of the Markdown file."""
         text = json.dumps(to_plain(self), indent=1, allow_nan=False) + "\n"
         for name, content in ((JSON_NAME, text), (MARKDOWN_NAME, self.markdown())):
             write_file(folder / name, content.encode())
@@ -109,10 +109,10 @@ class SensitivityReport:
 
     @classmethod
     def read(cls, folder: Path) -> SensitivityReport:
-        """What `write` wrote.
+        """Read the result of `write`.
 
         Raises:
-            BundleError: there is none, or it is damaged.
+            BundleError: the file is missing or damaged.
         """
         path = folder / JSON_NAME
         try:
@@ -126,12 +126,12 @@ class SensitivityReport:
             f"# What {self.form} costs, layer by layer",
             "",
             "Ratio of signal to error of the stage's output in dB, on a chain that calibration did not see. *Alone*: "
-            "only this is quantised. *Without*: all that the bundle quantises is, but this. A low *alone*, or a "
+            "only this is quantized. *Without*: all that the bundle quantizes is, except this. A low *alone*, or a "
             "*without* far above *together*, is a sensitive layer.",
             "",
             f"Scales by {self.method}, from {self.evaluations} evaluations of the UNet along chains of {self.labels} "
             f"labels and {self.timesteps[2]} timesteps from {self.timesteps[0]} to {self.timesteps[1]}; "
-            f"{self.seconds:.0f} s in all.",
+            f"{self.seconds:.0f} s in total.",
             "",
             "Most sensitive:",
             "",
@@ -142,7 +142,7 @@ class SensitivityReport:
                 "",
                 f"## {stage.stage}: {stage.together:.1f} dB of {stage.output} together",
                 "",
-                f"{stage.states} states; with what stays float quantised too, it would be {stage.everything:.1f} dB.",
+                f"{stage.states} states; {stage.everything:.1f} dB if the layers that stay float were quantized too.",
             ]
             for title, rows in (("group", stage.groups), ("layer", stage.layers)):
                 if not rows:
@@ -150,7 +150,7 @@ class SensitivityReport:
                 lines += ["", f"| {title} | alone | without | layers | weights | |", "|---|---|---|---|---|---|"]
                 lines += [_row(row) for row in rows]
             if len(stage.layers) < stage.total_layers:
-                lines += ["", f"{len(stage.layers)} of {stage.total_layers} layers; time was up."]
+                lines += ["", f"{len(stage.layers)} of {stage.total_layers} layers; the time limit was reached."]
         return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,7 @@
-"""How much each layer's quantisation costs, and which layers therefore stay float.
+"""Measure the cost of quantizing each layer, and decide which layers stay float.
 
-A stage runs as one float32 graph in which every layer can be switched between its exact and its quantised self by a
-number of the input `quantised`, and whose scales are an input as well: so one session answers every question.
+A stage runs as one float32 graph. For each layer, an entry of the input `quantized` switches between exact and
+quantized values, and the scales are an input as well, so that one session makes all measurements.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from lfdm_export.graphs import trace
 from lfdm_export.quantize.layers import find_layers, kept_reason
 from lfdm_export.quantize.qdq import initializer
-from lfdm_export.quantize.ranges import Format, quantise, rounded, weight_scales
+from lfdm_export.quantize.ranges import Format, quantize, rounded, weight_scales
 from lfdm_export.quantize.report import Sensitivity, StageSensitivity
 from lfdm_export.quantize.states import Feeds
 from lfdm_export.stages import StageSpec, TensorSpec
 
 Float32: TypeAlias = NDArray[np.float32]
-_GATES, _SCALES = "quantised", "scales"
-# Stages by what their error is measured on; `encode` by what the UNet takes.
+_GATES, _SCALES = "quantized", "scales"
+# The output whose error is measured, by stage; for `encode`, the UNet's input.
 _MEASURED = {"encode": "context", "denoise": "predicted_noise", "decode": "frames"}
-#: A layer that leaves less than this many dB of its stage's output when only it is quantised stays float.
+#: A layer stays float if its stage's output has less than this many dB when only the layer is quantized.
 FLOOR = 35.0
-#: What a stage leaves at least with all that is quantised, in dB: groups stay float, worst first, until it does.
+#: Smallest dB of a whole quantized stage: groups stay float, worst first, until it is reached.
 TOGETHER: Mapping[Format, float] = {"int8": 32.0, "fp8": 26.0}
-# A ratio of signal to error beyond this is float32's own rounding.
+# A higher ratio of signal to error is float32's own rounding.
 _EXACT = 150.0
 
 
@@ -54,19 +54,19 @@ def measure_stage(
     threads: int | None = None,
     each_way: bool = False,
 ) -> StageSensitivity:
-    """Measure one stage, and find what has to stay float.
+    """Measure one stage, and decide which layers stay float.
 
     Args:
-        graph: float32; it is left as it is.
-        spec: of the stage.
-        scales: of every layer's activation, by the layer's name.
-        states: feeds, which calibration did not see.
+        graph: float32; it is not changed.
+        spec: specification of the stage.
+        scales: scale of every layer's activation, by the layer's name.
+        states: feeds that calibration did not use.
         form: "int8" or "fp8".
-        seconds: that single layers are measured for, after the groups and what `floor` asks for; None for all of them.
-        floor: layers that leave a lower ratio of signal to error when only they are quantised stay float, in dB.
-        together: what the stage leaves at least with all that is quantised, in dB; None for TOGETHER. Groups of layers
-            stay float until it does, those first that leave least alone.
-        threads: of ONNX Runtime; None takes all cores.
+        seconds: time for measuring single layers, after the groups and the layers that `floor` requires; None for all.
+        floor: layers with a lower ratio of signal to error when only they are quantized stay float, in dB.
+        together: smallest ratio of the whole quantized stage, in dB; default: TOGETHER. Groups of layers stay float
+            until it is reached, those with the lowest ratio first.
+        threads: threads of ONNX Runtime; None for all cores.
         each_way: measure layers and groups `without` too.
 
     Raises:
@@ -78,7 +78,7 @@ def measure_stage(
 
 
 class _Measurement:
-    """The work of `measure_stage`."""
+    """The measurements of `measure_stage`."""
 
     def __init__(self, switch: Switchable, spec: StageSpec, states: Sequence[Feeds], each_way: bool) -> None:
         self.switch, self.spec, self.states, self.each_way = switch, spec, states, each_way
@@ -89,7 +89,7 @@ class _Measurement:
         self.kept = {name: reason for name, reason in reasons.items() if reason is not None}
 
     def run(self, seconds: float | None, floor: float, wanted: float) -> StageSensitivity:
-        """Groups, the layers of those that fall below the floor, then layers until the time is up."""
+        """Measure groups, the layers of groups below the floor, then other layers until the time limit."""
         names = list(dict.fromkeys(self.switch.groups))
         groups = {name: (self._members(name), self._ratio(self._members(name))) for name in names}
         worst_first = sorted(groups, key=lambda name: groups[name][1])
@@ -119,32 +119,32 @@ class _Measurement:
         )
 
     def _keep_groups(self, worst_first: Sequence[tuple[str, NDArray[np.bool_]]], wanted: float) -> float:
-        """Let groups stay float until the stage leaves what is wanted; gives what it leaves then."""
-        together = self._ratio(self._quantised())
+        """Let groups stay float until the stage reaches `wanted` dB; returns the ratio reached."""
+        together = self._ratio(self._quantized())
         for group, members in worst_first:
             if together >= wanted:
                 break
             before = f"with {group} the stage leaves {together:.1f} dB, below {wanted:g}"
-            if (members & self._quantised()).any():
+            if (members & self._quantized()).any():
                 for index in _indices(members):
                     self.kept.setdefault(self.switch.names[index], before)
-                together = self._ratio(self._quantised())
+                together = self._ratio(self._quantized())
         return together
 
     def _row(self, name: str, members: NDArray[np.bool_], alone: float) -> Sensitivity:
         reasons = {self.kept.get(self.switch.names[index]) for index in _indices(members)}
-        quantised = self._quantised()
-        measured = self.each_way and bool((quantised & members).any())
+        quantized = self._quantized()
+        measured = self.each_way and bool((quantized & members).any())
         return Sensitivity(
             name=name,
             layers=int(members.sum()),
             weights=int(self.switch.weights[members].sum()),
             kept=reasons.pop() if len(reasons) == 1 else None,
             alone=alone,
-            without=self._ratio(quantised & ~members) if measured else None,
+            without=self._ratio(quantized & ~members) if measured else None,
         )
 
-    def _quantised(self) -> NDArray[np.bool_]:
+    def _quantized(self) -> NDArray[np.bool_]:
         return np.array([name not in self.kept for name in self.switch.names])
 
     def _members(self, group: str) -> NDArray[np.bool_]:
@@ -165,19 +165,19 @@ def _indices(members: NDArray[np.bool_]) -> list[int]:
 
 
 def ratio_of(exact: Sequence[Array], found: Sequence[Array]) -> float:
-    """Ratio of signal to error in dB, of arrays that belong together."""
+    """Ratio of signal to error in dB over all pairs of arrays."""
     signal = sum(float(np.square(one, dtype=np.float64).sum()) for one in exact)
     error = sum(float(np.square(np.subtract(a, b, dtype=np.float64)).sum()) for a, b in zip(found, exact, strict=True))
     return min(10 * math.log10(signal / error), _EXACT) if error > 0 and signal > 0 else _EXACT
 
 
 class Switchable:
-    """A loaded stage whose layers can be quantised one by one.
+    """A loaded stage whose layers can be quantized one by one.
 
     Attributes:
-        names: of the layers.
-        groups: of each layer.
-        weights: how many values each layer's weights are, (layers,).
+        names: names of the layers.
+        groups: group of each layer.
+        weights: number of weights of each layer, (layers,).
     """
 
     def __init__(
@@ -202,9 +202,9 @@ class Switchable:
         """Run it.
 
         Args:
-            feeds: the stage's own.
-            on: which layers are quantised, (layers,).
-            scales: of the layers' activations, (layers,); None for those that it was made with.
+            feeds: feeds of the stage.
+            on: the quantized layers, (layers,).
+            scales: scales of the layers' activations, (layers,); None for those of the constructor.
         """
         return self._engine.run(
             {**feeds, _GATES: on.astype(np.float32), _SCALES: self._scales if scales is None else scales}
@@ -235,8 +235,8 @@ def _with_switches(
     for index, layer in enumerate(layers):
         node = layer.node
         position = initializer(graph, f"{_GATES}_{index}", np.array(index, np.int64))
-        zero = initializer(graph, "zero_of_activations", quantise(np.zeros((), np.float32), np.float32(1), form))
-        # Weights are exact where their difference from what quantising leaves is left out.
+        zero = initializer(graph, "zero_of_activations", quantize(np.zeros((), np.float32), np.float32(1), form))
+        # Weights are exact when their change by quantizing is switched off.
         shape = [1] * layer.weight.ndim
         shape[layer.axis] = -1
         per_output = weight_scales(layer.weight, layer.axis, form).reshape(shape)

@@ -1,7 +1,7 @@
-"""States of the stages along real sampling trajectories: what activations are calibrated and compared on.
+"""States of the stages along real sampling trajectories, for calibrating and comparing activations.
 
-The float32 graphs run under ONNX Runtime, sampling whole chains of every sampler, with and without a label and with
-guidance. The last chain is held out: calibration does not see it, comparisons do.
+The float32 graphs run with ONNX Runtime and sample whole chains of every sampler, with and without a label and with
+guidance. The last chain is held out: only comparisons use it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lfdm_models.schedule import Schedule
 
 Float32: TypeAlias = NDArray[np.float32]
 Feeds: TypeAlias = dict[str, Array]
-#: Called with what is done, how much of it, and out of how much.
+#: Called with the current task, the finished part and the total.
 Progress: TypeAlias = Callable[[str, int, int], None]
 
 #: The stages that are calibrated; the UNet's other graphs have the same layers as `denoise`.
@@ -46,9 +46,9 @@ class Chain:
 
     Attributes:
         sampler: a name of `sampling.tables.SAMPLERS`.
-        steps: at most; fewer where the model's schedule is shorter.
-        eta: DDIM's share of fresh noise; None where the sampler has none.
-        guidance_scale: 1 for the label alone, 0 for none, above 1 for both.
+        steps: maximum; fewer if the model's schedule is shorter.
+        eta: DDIM's share of fresh noise; None for other samplers.
+        guidance_scale: 1 for the label alone, 0 for no label, above 1 for both.
     """
 
     sampler: str
@@ -59,16 +59,16 @@ class Chain:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is sampled to calibrate.
+    """The samples for calibration.
 
     Attributes:
-        chains: in turn with labels and pictures. Their numbers of steps differ, so that their timesteps do.
-        label_chain: one more for each label that `chains` are too few for.
-        held_out: the chain that only comparisons see.
-        values: of each activation that are kept of each state.
-        chunks: of frames that are decoded of each chain.
-        kept_states: of the held-out chain, by stage.
-        seed: of pictures, noise and the choice of values.
+        chains: sampled in turn with labels and pictures. They differ in their numbers of steps, and so in timesteps.
+        label_chain: an additional chain for each label beyond the number of `chains`.
+        held_out: the chain for comparisons only.
+        values: values of each activation kept per state.
+        chunks: decoded chunks of frames per chain.
+        kept_states: states of the held-out chain per stage.
+        seed: seed of pictures, noise and the choice of values.
     """
 
     chains: tuple[Chain, ...] = (
@@ -88,14 +88,14 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """What states are drawn from.
+    """The data for sampling states.
 
     Attributes:
-        graphs: float32, of every stage by name; they are not changed.
-        geometry: of the stages.
-        schedule: of the DM.
-        embeddings: text embeddings (text_width,) to draw from; where there are none, random ones stand for them.
-        null_embedding: (text_width,), that stands for "no label".
+        graphs: float32 graphs of every stage, by name; they are not changed.
+        geometry: sizes of the stages.
+        schedule: noise schedule of the DM.
+        embeddings: text embeddings (text_width,) to draw from; if empty, random ones are used.
+        null_embedding: (text_width,), for "no label".
     """
 
     graphs: Mapping[str, ir.Model]
@@ -107,14 +107,14 @@ class Sources:
 
 @dataclass(eq=False)
 class Calibrated:
-    """What was seen.
+    """The result of `calibrate`.
 
     Attributes:
-        observed: of each layer's activation, by stage and by the layer's name.
-        held_out: feeds of each stage, from the chain that calibration did not see.
-        evaluations: of the UNet, the held-out chain's included.
-        timesteps: that were calibrated on.
-        labels: how many of the known labels were.
+        observed: values of each layer's activation, by stage and by the layer's name.
+        held_out: feeds of each stage, from the held-out chain.
+        evaluations: evaluations of the UNet, those of the held-out chain included.
+        timesteps: timesteps of the calibration.
+        labels: number of the known labels in the calibration.
     """
 
     observed: dict[str, dict[str, Observed]] = field(default_factory=lambda: {stage: {} for stage in STAGES})
@@ -131,13 +131,13 @@ def calibrate(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Calibrated:
-    """Sample the chains and note what every layer's activation takes.
+    """Sample the chains and observe every layer's activation.
 
     Args:
         sources: graphs and conditions.
-        calibration: what to sample; None for the default.
-        threads: of ONNX Runtime; None takes all cores.
-        progress: called as ``progress("calibrate", evaluations of the UNet, all of them)``.
+        calibration: what to sample; default: `Calibration()`.
+        threads: threads of ONNX Runtime; None for all cores.
+        progress: called as ``progress("calibrate", done, total)``, in evaluations of the UNet.
 
     Raises:
         EngineError: a graph cannot be run.
@@ -149,12 +149,12 @@ def calibrate(
 
 
 class _Stage:
-    """A stage's float32 graph that also gives its layers' activations."""
+    """A stage's float32 graph with its layers' activations as additional outputs."""
 
     def __init__(self, graph: ir.Model, spec: StageSpec, folder: Path, threads: int | None) -> None:
         self.spec = spec
         observing = graph.clone()
-        # By the activation that they take, which has one scale for all of them.
+        # Layers by their activation; those that share it share its scale.
         self.layers: dict[str, list[str]] = {}
         extra = {}
         own = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
@@ -173,7 +173,7 @@ class _Stage:
     def run(
         self, feeds: Feeds, note: dict[str, Observed] | None, values: int, rng: np.random.Generator
     ) -> dict[str, Array]:
-        """Run it, and take note of the activations."""
+        """Run the stage, and observe the activations."""
         found = self._engine.run(feeds)
         if note is not None:
             tensors = {**feeds, **found}
@@ -191,7 +191,7 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
 
 
 class _Calibrator:
-    """The work of `calibrate`."""
+    """The sampling of `calibrate`."""
 
     def __init__(
         self,
@@ -211,7 +211,7 @@ class _Calibrator:
         self.total = sum(
             table.steps * len(_branches(chain)) for chain, table in zip(self.chains, self.tables, strict=True)
         )
-        self.labelled = 0
+        self.labeled = 0
 
     def run(self) -> Calibrated:
         """Sample and decode every chain."""
@@ -245,7 +245,7 @@ class _Calibrator:
         embedding = self._embedding(chain, held_out)
         if not held_out:
             self.result.timesteps.update(map(int, table.timesteps))
-        # Of the held-out chain: early, late, and evenly between.
+        # States of the held-out chain: early, late, and evenly between.
         wanted = (
             np.linspace(table.steps - 1, 0, self.settings.kept_states + 1)[:-1].round().astype(int) if held_out else ()
         )
@@ -253,8 +253,8 @@ class _Calibrator:
 
         def denoise(noisy_latent: Float32, timestep: NDArray[np.int64]) -> Float32:
             predicted = np.zeros_like(noisy_latent)
-            for weight, labelled in _branches(chain):
-                text = embedding if labelled else self.sources.null_embedding
+            for weight, labeled in _branches(chain):
+                text = embedding if labeled else self.sources.null_embedding
                 feeds: Feeds = {
                     "noisy_latent": noisy_latent,
                     "context": context,
@@ -274,19 +274,19 @@ class _Calibrator:
         return sample(step_from_denoiser(denoise), table, source(START), source)
 
     def _embedding(self, chain: Chain, held_out: bool) -> Float32:
-        """The next label's, where the chain sees a label and there are any."""
+        """The embedding of the next label, if the chain uses a label and there are any."""
         known = self.sources.embeddings
         if not known:
             return self.rng.standard_normal(self.sources.geometry.text_width, np.float32)
-        embedding = np.asarray(known[self.labelled % len(known)], np.float32)
+        embedding = np.asarray(known[self.labeled % len(known)], np.float32)
         if chain.guidance_scale != 0:
-            self.labelled += 1
+            self.labeled += 1
             if not held_out:
-                self.result.labels = min(self.labelled, len(known))
+                self.result.labels = min(self.labeled, len(known))
         return embedding
 
     def _parts(self, latent: Float32) -> Iterator[Float32]:
-        """Some chunks of a latent's frames, the first and the last among them."""
+        """Some chunks of a latent's frames, including the first and the last."""
         chunk = self.sources.geometry.chunk_frames
         last = latent.shape[2] - chunk
         for start in sorted({round(last * share) for share in np.linspace(0, 1, self.settings.chunks)}):
@@ -294,15 +294,15 @@ class _Calibrator:
 
 
 def _with_every_label(settings: Calibration, labels: int) -> tuple[Chain, ...]:
-    """The chains, those for the labels that they leave out, and last the one that is held out."""
+    """The chains, additional ones for the remaining labels, and last the held-out chain."""
     left = max(0, labels - sum(chain.guidance_scale != 0 for chain in settings.chains))
     return (*settings.chains, *(settings.label_chain for _ in range(left)), settings.held_out)
 
 
 def _branches(chain: Chain) -> list[tuple[float, bool]]:
-    """The evaluations of a step: the weight of each, and whether it sees the label."""
+    """The evaluations of a step: the weight of each, and whether it uses the label."""
     scale = chain.guidance_scale
-    return [(weight, labelled) for weight, labelled in ((scale, True), (1 - scale, False)) if weight]
+    return [(weight, labeled) for weight, labeled in ((scale, True), (1 - scale, False)) if weight]
 
 
 def calibration_pictures(rng: np.random.Generator, count: int, size: int) -> NDArray[np.uint8]:

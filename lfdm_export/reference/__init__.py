@@ -1,1 +1,1 @@
-"""What the untouched networks give, for parity."""
+"""Outputs of the untouched networks, for parity."""

@@ -1,10 +1,10 @@
-"""The inputs that stages are compared on, drawn from a seed. NumPy only, so that anybody can draw them again.
+"""The inputs for comparing stages, drawn from a seed. NumPy only, so that any program can draw them again.
 
-They are what a stage meets in earnest: smooth pictures and motions, latents as noisy as their timestep says,
-and half the batch early, half late in the schedule. Each tensor has a generator of its own,
-``default_rng([seed, crc32(name)])``, so that none depends on which others are drawn.
+They resemble a stage's real inputs: smooth pictures and motions, and latents with the noise of their timestep, with one
+half of the batch early and one half late in the schedule. Each tensor has its own generator,
+``default_rng([seed, crc32(name)])``, so that none depends on the others.
 
-Encoder outputs and tokens cannot be drawn: a `Reference` holds those.
+Encoder outputs and tokens cannot be drawn; a `Reference` stores them.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ UInt8: TypeAlias = NDArray[np.uint8]
 
 #: Samples of every drawn tensor.
 BATCH_SIZE = 2
-#: The stage inputs that `draw_inputs` gives.
+#: The stage inputs that `draw_inputs` returns.
 DRAWN = (
     "coefficients", "driving", "guidance_scale", "history", "image", "latent", "noise", "noisy_latent",
     "text_embedding", "timestep",
 )  # fmt: skip
-#: The chain's sampler; its steps are that sampler's default.
+#: The chain's sampler; the number of steps is its default.
 CHAIN_SAMPLER, CHAIN_ETA = "ddim", 1.0
 
-# Shares of the training steps between which the timestep of each sample lies.
+# Range of each sample's timestep, as shares of the training steps.
 _TIMES = ((0.02, 0.3), (0.5, 0.9))
-# Guidance scales of each sample lie between these.
+# Range of each sample's guidance scale.
 _GUIDANCE = ((0.0, 1.0), (1.0, 5.0))
-# The largest displacement of a drawn motion, in half widths of the image: some of it leads out of the image.
+# The largest displacement of a drawn motion, in half widths of the image: part of it leads out of the image.
 _MOTION = 0.3
 
 
@@ -50,7 +50,7 @@ def draw_inputs(config: LfdmConfig, geometry: Geometry, seed: int) -> dict[str, 
     Args:
         config: architecture of the networks.
         geometry: sizes of the stages.
-        seed: of all of them.
+        seed: seed of all inputs.
     """
     g, schedule = geometry, cosine_schedule(config.dm.training_steps)
     latent_shape = (BATCH_SIZE, 3, g.frames, g.latent_size, g.latent_size)
@@ -77,14 +77,14 @@ def draw_inputs(config: LfdmConfig, geometry: Geometry, seed: int) -> dict[str, 
 
 
 def draw_pictures(rng: np.random.Generator, count: int, size: int) -> UInt8:
-    """Smooth coloured pictures with some texture, (count, size, size, 3) uint8."""
+    """Smooth colored pictures with some texture, (count, size, size, 3) uint8."""
     shape = (count, 3, size, size)
     picture = 0.75 * _smooth(rng, shape, 4) + 0.2 * _smooth(rng, shape, 12) + 0.05 * _smooth(rng, shape, 40)
     return (picture.transpose(0, 2, 3, 1) * 255).astype(np.uint8)
 
 
 def chain_conditions(labels: Sequence[Float32], geometry: Geometry, seed: int) -> tuple[UInt8, Float32]:
-    """Picture (H, W, 3) uint8 and text embedding (text_width,) of the chain: the first label's, if there is one."""
+    """Picture (H, W, 3) uint8 and text embedding (text_width,) of the chain: of the first label, if any."""
     picture = draw_pictures(_generator(seed, "chain_image"), 1, geometry.image_size)[0]
     if len(labels):
         return picture, np.array(labels[0], np.float32)
@@ -92,7 +92,7 @@ def chain_conditions(labels: Sequence[Float32], geometry: Geometry, seed: int) -
 
 
 def chain_table(schedule: Schedule) -> SamplerTable:
-    """The steps of the chain: DDIM as the released program runs it, 10 of them on an ordinary schedule."""
+    """The steps of the chain: DDIM as in the released program, 10 of them on an ordinary schedule."""
     return sampler_table(CHAIN_SAMPLER, schedule, None, CHAIN_ETA)
 
 
@@ -130,7 +130,7 @@ def _interpolate(nodes: Float32, size: int, axis: int) -> Float32:
 
 
 def _moved(image: Float32, rng: np.random.Generator) -> Float32:
-    """The image a few pixels away and a little darker, as another frame of a clip would be."""
+    """The image shifted by a few pixels and a little darker, like another frame of a clip."""
     size = image.shape[-1]
     shift = rng.integers(1, max(2, size // 16), 2)
     return np.ascontiguousarray(np.roll(image, shift, axis=(2, 3)) * np.float32(0.9))
@@ -150,7 +150,7 @@ def _motion(rng: np.random.Generator, frames: int, size: int, residual_flow: boo
 def _noisy_latent(
     config: LfdmConfig, g: Geometry, schedule: Schedule, timestep: NDArray[np.int64], rng: np.random.Generator
 ) -> Float32:
-    """Motions with as much noise as belongs to their timesteps."""
+    """Motions with the noise level of their timesteps."""
     motion = _motion(rng, g.frames, g.latent_size, config.residual_flow)
     signal = schedule.sqrt_alphas_cumprod[timestep].reshape(-1, 1, 1, 1, 1)
     level = schedule.sqrt_one_minus_alphas_cumprod[timestep].reshape(-1, 1, 1, 1, 1)
@@ -158,7 +158,7 @@ def _noisy_latent(
 
 
 def _coefficients(rng: np.random.Generator, schedule: Schedule, timestep: NDArray[np.int64]) -> Float32:
-    """The x0 estimate as the schedule has it; everything else random, so that no column goes unused."""
+    """Coefficients of the schedule for the x0 estimate, random values elsewhere, so that every column matters."""
     rows = 2 * rng.random((BATCH_SIZE, COEFFICIENTS), np.float32) - 1
     rows[:, X0_FROM_LATENT] = schedule.sqrt_recip_alphas_cumprod[timestep]
     rows[:, X0_FROM_PREDICTED_NOISE] = -schedule.sqrt_recipm1_alphas_cumprod[timestep]

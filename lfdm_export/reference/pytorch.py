@@ -1,4 +1,4 @@
-"""What the untouched PyTorch networks give: the reference that exports are compared with."""
+"""Outputs of the untouched PyTorch networks: the reference for exports."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from lfdm_models.unet import LATENT_CHANNELS
 
 Float32: TypeAlias = NDArray[np.float32]
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
-#: Called with the stage at work, how much of it is done, and out of how much.
+#: Called with the current stage, the finished part and the total.
 Progress: TypeAlias = Callable[[str, int, int], None]
 
-# What the stage `text` is compared on: of different lengths, so that one is padded.
+# Inputs of the stage `text`, of different lengths, so that one is padded.
 _TEXTS = ("happiness", "a person waves with the right hand")
-# Steps between the values that an encoder output is rounded to.
+# Quantization steps of an encoder output.
 _LEVELS = 255
 
 
@@ -62,15 +62,15 @@ def make_reference(
     Args:
         model: both networks.
         geometry: sizes of the stages.
-        seed: of all inputs and of the chain's noise, 0 … 2^64-1.
-        text_encoder: for the stage `text`; None where the bundle has none.
-        drive: for the stage `estimate_motion`.
-        whole: keep every value of the stages' outputs, which a stored reference does not.
+        seed: seed of all inputs and of the chain's noise, 0 … 2^64-1.
+        text_encoder: for the stage `text`; None if the bundle has none.
+        drive: include the stage `estimate_motion`.
+        whole: keep every value of the stages' outputs; a stored reference keeps only some.
         progress: called as ``progress("reference", done, total)``.
 
     Raises:
         InputError: the seed is out of range.
-        ExportError: the networks' own clip is not finite.
+        ExportError: the networks' own clip has values that are not finite.
     """
     check_seeds([seed])
     stages = stage_specs(geometry, with_text=text_encoder is not None, with_drive=drive)
@@ -113,7 +113,7 @@ def make_reference(
 
 
 def _ticker(progress: Progress | None, total: int) -> Callable[[int], None]:
-    """A function that counts what was done."""
+    """A function that counts and reports finished work."""
     done = 0
 
     def tick(more: int) -> None:
@@ -131,20 +131,20 @@ def _array(tensor: Tensor) -> NDArray[Any]:
 
 
 def _encode(model: LfdmModel, image: Tensor) -> tuple[Tensor, ...]:
-    """What the stage `encode` gives: encoder outputs, then context."""
+    """Outputs of the stage `encode`: encoder outputs, then context."""
     outputs = model.lfae.generator.encode(image)
     return (*outputs, _context(model, outputs[-1]))
 
 
 def _context(model: LfdmModel, feature: Tensor) -> Tensor:
-    """The first convolution's response to the feature: that to a latent of zeros, at one frame."""
+    """The first convolution's response to the feature, with a latent of zeros, for one frame."""
     silent = F.pad(feature, (0, 0, 0, 0, LATENT_CHANNELS, 0))  # the latent's channels come first
     output: Tensor = model.diffusion.denoise_fn.init_conv(silent[:, :, None])
     return output[:, :, 0]
 
 
 def _round(output: Tensor) -> tuple[NDArray[np.uint8], np.float32]:
-    """An encoder output, which is not negative, as levels and the unit that they count."""
+    """A nonnegative encoder output as levels, and the unit of one level."""
     unit = np.float32(max(float(output.max()), 1e-6) / _LEVELS)
     return (_array(output) / unit).round().astype(np.uint8), unit
 
@@ -153,7 +153,7 @@ def _tokens(encoder: BertTextEncoder) -> tuple[NDArray[np.int64], NDArray[np.int
     """Ids and mask of the texts, (BATCH_SIZE, TOKEN_COUNT) int64 each."""
     ids, mask = (_array(tokens)[:, :TOKEN_COUNT] for tokens in encoder.tokenize(_TEXTS))
     missing = TOKEN_COUNT - ids.shape[1]
-    # An id that is masked does not count; 0 is one of every vocabulary.
+    # A masked ID is ignored; 0 is in every vocabulary.
     return np.pad(ids, ((0, 0), (0, missing))), np.pad(mask, ((0, 0), (0, missing)))
 
 
@@ -168,7 +168,7 @@ def _denoised(model: LfdmModel, inputs: Arrays, tick: Callable[[int], None]) -> 
     tick(BATCH_SIZE)
     unconditional = unet(latent, feature, unet.null_cond_emb.expand_as(embedding), timestep)
     tick(BATCH_SIZE)
-    # As `Unet3D.guided` does, which takes one scale for all samples.
+    # Like `Unet3D.guided`, which takes one scale for all samples.
     guided = unconditional + scale.view(-1, 1, 1, 1, 1) * (conditional - unconditional)
     rest = inputs["history"], inputs["noise"], inputs["coefficients"]
     plain, mixed = _array(conditional), _array(guided)
@@ -207,7 +207,7 @@ def _motion(model: LfdmModel, inputs: Arrays) -> Float32:
 
 
 def _chain(model: LfdmModel, geometry: Geometry, seed: int, tick: Callable[[int], None]) -> ChainReference:
-    """One whole clip."""
+    """The chain: one whole clip."""
     rows = list(model.label_embeddings.values())
     picture, embedding = chain_conditions(rows, geometry, seed)
     image = torch.from_numpy(to_float(picture[None]))
@@ -230,7 +230,7 @@ def _chain(model: LfdmModel, geometry: Geometry, seed: int, tick: Callable[[int]
     latent = sample(step_from_denoiser(denoise), table, source(START), source, on_step=keep)
     frames, warped = _decode_frames(model, image, skips, torch.from_numpy(latent), tick)
     if not np.isfinite(frames).all() or not np.isfinite(warped).all():
-        raise ExportError("the model itself gives frames that are not finite; its weights are at fault: check them")
+        raise ExportError("the model itself gives frames that are not finite; check its weights")
     kept = kept_frames(geometry.frames)
     return ChainReference(
         image=picture,

@@ -1,10 +1,9 @@
-"""What the untouched PyTorch networks give, kept in a bundle so that it can be verified without them.
+"""Outputs of the untouched PyTorch networks, stored in a bundle so that it can be verified without them.
 
-`lfdm_export.reference.pytorch` makes a `Reference`; here it is read and written. NumPy only.
+`lfdm_export.reference.pytorch` makes a `Reference`; this module reads and writes it. NumPy only.
 
-To keep the file small, an output of more than MAX_VALUES elements is thinned (see `positions`), and the
-encoder's outputs, as inputs of other stages, are rounded to 256 levels *before* PyTorch sees them: both sides
-get the rounded ones.
+To keep the file small, an output of more than MAX_VALUES elements is thinned by `positions`. The encoder's outputs, as
+inputs of other stages, are rounded to 256 levels *before* PyTorch receives them, so both sides use the rounded values.
 """
 
 from __future__ import annotations
@@ -31,25 +30,25 @@ Float32: TypeAlias = NDArray[np.float32]
 UInt8: TypeAlias = NDArray[np.uint8]
 Int64: TypeAlias = NDArray[np.int64]
 
-#: At most so many values of an output are kept in a stored reference.
+#: Maximum number of values per output in a stored reference.
 MAX_VALUES = 65_536
-#: Tokens of each text that the stage `text` is compared on; longer ones are cut, shorter ones padded.
+#: Tokens of each text for the stage `text`; longer texts are cut, shorter ones padded.
 TOKEN_COUNT = 8
-# Values of each drawn input that are kept, to notice a NumPy that draws others.
+# Values of each drawn input that are stored, to detect a NumPy that draws others.
 _PROBES = 16
 _WHAT = "reference of a bundle"
 
 
 @dataclass(frozen=True, eq=False)
 class ChainReference:
-    """One whole clip: DDIM, guidance 1, noise of `lfdm_export.sampling.noise.noise_for` the reference's seed.
+    """One whole clip: DDIM, guidance 1, noise from `lfdm_export.sampling.noise.noise_for` the reference's seed.
 
     Attributes:
         image: (H, W, 3) uint8, the reference image.
         embedding: (text_width,) float32.
         latents: (S, 3, T, h, w) float32, after each step.
         frames, warped: (T, H, W, 3) uint8, the whole clip.
-        kept: (K,) int64, the frames that are kept exactly as well.
+        kept: (K,) int64, indices of the frames that are also kept as float32.
         kept_frames, kept_warped: (K, 3, H, W) float32.
     """
 
@@ -65,16 +64,16 @@ class ChainReference:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Inputs, and what PyTorch makes of them.
+    """Inputs, and the outputs of PyTorch for them.
 
     Attributes:
-        seed: of the drawn inputs, of the choice of elements, and of the chain.
+        seed: seed of the drawn inputs, of the choice of elements, and of the chain.
         skips: encoder outputs by name, uint8, in units of `units`.
         units: (levels,) float32.
         stored: the other inputs that cannot be drawn: `context`, and tokens if there is a text encoder.
         outputs: by stage and output: values (n,) float32 at `positions`.
         probes: (inputs, 16) float32, some values of each drawn input, in the order of their names.
-        chain: a whole clip.
+        chain: one whole clip.
     """
 
     seed: int
@@ -89,13 +88,13 @@ class Reference:
         """Every stage input by tensor name, BATCH_SIZE samples each.
 
         Raises:
-            BundleError: this NumPy draws other numbers than the one that made the reference.
+            BundleError: this NumPy draws other numbers than the NumPy that made the reference.
         """
         drawn = draw_inputs(config, geometry, self.seed)
         if not np.allclose(probes(drawn), self.probes, rtol=1e-5, atol=1e-6):
             raise BundleError(
                 f"NumPy {np.__version__} draws other numbers than the NumPy that the reference was made with; "
-                "install that version (manifest.json tells it), or verify against the model itself"
+                "install that version (see manifest.json), or verify against the model itself"
             )
         skips = {
             name: from_levels(levels, unit) for (name, levels), unit in zip(self.skips.items(), self.units, strict=True)
@@ -109,13 +108,13 @@ class Reference:
 
     @classmethod
     def load(cls, path: Path, config: LfdmConfig, geometry: Geometry, stages: Mapping[str, StageSpec]) -> Reference:
-        """Read what `save` wrote.
+        """Read the result of `save`.
 
         Args:
             path: the archive.
             config: architecture of the bundle's networks.
             geometry: sizes of its stages.
-            stages: of the bundle.
+            stages: stages of the bundle.
 
         Raises:
             BundleError: the archive is damaged, or belongs to another bundle.
@@ -154,23 +153,24 @@ class Reference:
 
 
 def from_levels(levels: UInt8, unit: np.float32) -> Float32:
-    """A rounded encoder output as both sides get it."""
+    """A rounded encoder output in the form that both sides receive."""
     return levels.astype(np.float32) * unit
 
 
 def positions(seed: int, name: str, size: int, count: int) -> Int64:
-    """Which elements of a flattened tensor are kept: one at random of each of `count` equal stretches.
+    """The elements of a flattened tensor that are kept: a random one from each of `count` equal intervals.
 
-    The k-th lies in floor(k size / count) … floor((k + 1) size / count) - 1, at the k-th word of
-    ``Philox(key=[seed, crc32(name)])`` modulo the stretch's length; the same on every machine.
+    The k-th is in floor(k size / count) … floor((k + 1) size / count) - 1, at the k-th word of
+    ``Philox(key=[seed, crc32(name)])`` modulo the interval's length; the same on every machine.
 
     Args:
-        seed: of the reference.
-        name: of the tensor, "STAGE/OUTPUT".
+        seed: seed of the reference.
+        name: name of the tensor, "STAGE/OUTPUT".
         size: elements of the tensor.
-        count: elements kept, at most `size`; all of them if equal.
+        count: elements to keep, at most `size`; all if equal.
 
     Returns:
+        (count,) int64, increasing.
         (count,) int64, rising.
     """
     if count == size:
@@ -181,7 +181,7 @@ def positions(seed: int, name: str, size: int, count: int) -> Int64:
 
 
 def thin(seed: int, name: str, values: Float32, limit: int | None = MAX_VALUES) -> Float32:
-    """The values of a tensor at `positions`, at most `limit` of them if there is one; (n,) float32."""
+    """The values of a tensor at `positions`, at most `limit` (None: all); (n,) float32."""
     flat = values.reshape(-1)
     return flat[positions(seed, name, flat.size, flat.size if limit is None else min(flat.size, limit))]
 
@@ -196,7 +196,7 @@ def probes(drawn: Mapping[str, NDArray[Any]]) -> Float32:
 
 
 def kept_frames(frames: int) -> Int64:
-    """The frames of a chain that are kept as float32: first, middle and last."""
+    """Indices of a chain's frames that are kept as float32: first, middle and last."""
     return np.unique(np.array([0, frames // 2, frames - 1], np.int64))
 
 
@@ -227,7 +227,7 @@ def _expected(
 
 
 def skip_specs(stages: Mapping[str, StageSpec]) -> tuple[TensorSpec, ...]:
-    """The encoder's outputs that the decoder takes, full size first, `feature` last."""
+    """The encoder's outputs for the decoder, full size first, `feature` last."""
     *skips, _context = stages["encode"].outputs
     return tuple(skips)
 

@@ -1,1 +1,1 @@
-"""Faithful networks -> deployable stage modules; every rewrite is provable against the untouched network."""
+"""Faithful networks -> deployable stage modules; every rewrite is tested against the untouched network."""

@@ -1,4 +1,4 @@
-"""Attention blocks of the UNet rewritten for inference; activations are tokens-last, (B, T, P, C) with P = h·w."""
+"""The UNet's attention blocks rewritten for inference; activations are tokens-last, (B, T, P, C) with P = h·w."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lfdm_export.ops.temporal_attention.tables import lay_out_bias, lay_out_turn
 from lfdm_models.attention import Attention, Residual, SpatialLinearAttention
 
 _EPSILON = 1e-5
-#: Widest vectors that fused attention on a GPU takes.
+#: Widest vectors that fused attention on a GPU supports.
 FUSED_WIDTH = 256
 
 
@@ -31,13 +31,13 @@ def _gamma(block: Residual) -> Tensor:
 class FoldedLinearAttention(nn.Module):
     """x + spatial linear attention, with values and output projection folded around the small context.
 
-    With k softmaxed over the pixels, context = k (x Wv')' = (k x) Wv', so the (C-wide) input takes the place
-    of the values; and out = Wo context' q + b, so `Wo context'` is formed once a frame. Neither values nor
-    attention output are ever made, and nothing is permuted by heads. The norm's scale goes into the
-    projections, and q's factor into Wo.
+    With k softmaxed over the pixels, context = k (x Wv')' = (k x) Wv', so the (C-wide) input replaces the values; and
+    out = Wo context' q + b, so `Wo context'` is computed once per frame. Neither the values nor the attention output
+    are ever computed, and nothing is permuted by heads. The norm's scale is folded into the projections, and q's factor
+    into Wo.
 
-    k x, with k the softmax of Wk x', is attention itself: the rows of Wk are the queries, x keys and values. On a
-    GPU it is one fused kernel, and k, 4 times as large as x on the largest map, is never written.
+    k x, with k the softmax of Wk x', is an attention itself: the rows of Wk are the queries, x the keys and values. On
+    a GPU it is one fused kernel, and k, 4 times as large as x on the largest map, is never written.
     """
 
     query: Tensor
@@ -81,9 +81,9 @@ class FoldedLinearAttention(nn.Module):
 
 
 class FoldedTemporalAttention(nn.Module):
-    """x + attention over time for each pixel, its rotary and position-bias tables constants."""
+    """x + attention over time for each pixel, with constant rotary and position-bias tables."""
 
-    #: Buffers that are float32 in every precision.
+    #: Buffers that stay float32 in every precision.
     FLOAT32 = ("frame_turns", "frame_bias")
 
     frame_qkv: Tensor

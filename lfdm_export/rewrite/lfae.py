@@ -16,9 +16,9 @@ from lfdm_models.lfae import Lfae
 
 
 def fold_batch_norms(lfae: Lfae) -> Lfae:
-    """A copy of the LFAE whose batch norms behind a convolution are folded into it.
+    """A copy of the LFAE with batch norms after a convolution folded into it.
 
-    The first norm of a residual block stands behind an addition and stays.
+    The first norm of a residual block follows an addition and stays.
     """
     folded = copy.deepcopy(lfae)
     for block in folded.modules():
@@ -32,9 +32,9 @@ def fold_batch_norms(lfae: Lfae) -> Lfae:
 
 
 def dephase_kernel(weight: Tensor) -> Tensor:
-    """An odd, same-padded kernel (out, in, k, k) as one on the four phases of its input and output.
+    """An odd, same-padded kernel (out, in, k, k) as a kernel on the four phases of its input and output.
 
-    Input channels are (phase, channel), output channels (channel, phase) as `pixel_shuffle` reads them.
+    Input channels are (phase, channel), output channels are (channel, phase), as `pixel_shuffle` reads them.
     Full-size row 2i + q + d, d in -k // 2 .. k // 2, is row i + floor((q + d) / 2) of phase (q + d) mod 2.
     """
     out_channels, in_channels, size, _ = weight.shape
@@ -52,31 +52,31 @@ def dephase_kernel(weight: Tensor) -> Tensor:
 
 
 def conv_in_columns(phases: list[Tensor], dephased: Tensor, bias: Tensor, size: int) -> Tensor:
-    """`dephase_kernel`'s convolution by few, wide products: each column of the kernel gives outputs of its own.
+    """`dephase_kernel`'s convolution as few, wide products: each column of the kernel has its own outputs.
 
-    A kernel of few outputs starves a GPU's matrix units: the published decoder's 7x7 from 64 channels to 3 takes 135 us
-    this way and 321 us as one convolution of all phases (40 frames in float16, compiled, NVIDIA H200;
-    benchmarks/results/gpu/2026-11-27-h200-c). Here a convolution down the columns of the phases gives, for both rows of
-    phases, 2·out·size maps, of which column 2j + q of the result sums `size` that are shifted: column d of the kernel
-    meets the map's column 2j + q + d, which is column j + floor((q + d) / 2) of the phases (q + d) mod 2.
+    A kernel with few outputs does not fill a GPU's matrix units: the published decoder's 7x7 from 64 channels to 3
+    takes 135 us this way and 321 us as one convolution of all phases (40 frames in float16, compiled, NVIDIA H200;
+    benchmarks/results/gpu/2026-11-27-h200-c). Here, a convolution down the columns of the phases gives 2·out·size maps,
+    for both rows of phases. Column 2j + q of the result is the sum of `size` shifted maps: column d of the kernel is
+    applied to the map's column 2j + q + d, which is column j + floor((q + d) / 2) of the phases (q + d) mod 2.
 
     Args:
         phases: four (N, in, h, w).
-        dephased: of `dephase_kernel`, (4·out, 4·in, s, s).
+        dephased: from `dephase_kernel`, (4·out, 4·in, s, s).
         bias: (out,).
-        size: of the kernel that was dephased.
+        size: size of the kernel before `dephase_kernel`.
 
     Returns:
-        The whole map, (N, out, 2h, 2w) float32; float64 of float64.
+        The whole map, (N, out, 2h, 2w) float32; float64 for float64 inputs.
     """
     channels, (outputs, side) = phases[0].shape[1], (len(bias), dephased.shape[-1])
     reach, radius = size // 2, side // 2
     # As (out, row and column of the output's phase, row and column of the input's, in, row, column). Of the output's
-    # columns one is enough: it has every tap of the kernel, in order by column and column of the input's phase.
+    # column phases, one is enough: it has every tap of the kernel, in order by column and column of the input's phase.
     taps = dephased.reshape(outputs, 2, 2, 2, 2, channels, side, side)[:, :, 0]
     taps = taps.permute(1, 0, 6, 3, 2, 4, 5).flatten(2, 3)[:, :, 2 * radius - reach :][:, :, :size]
     kernel = taps.reshape(2 * outputs * size, 2 * channels, side, 1)
-    # To a multiple of 16 outputs, without which no fast kernel takes it.
+    # Padded to a multiple of 16 outputs; without it, no fast kernel is used.
     kernel = F.pad(kernel, (0, 0, 0, 0, 0, 0, 0, -len(kernel) % 16)).contiguous(memory_format=torch.channels_last)
     columns = [torch.cat([phases[column], phases[2 + column]], dim=1) for column in range(2)]
     parts = F.conv2d(torch.cat(columns), kernel, padding=(radius, 0))[:, : 2 * outputs * size]
@@ -96,7 +96,7 @@ def conv_in_columns(phases: list[Tensor], dephased: Tensor, bias: Tensor, size: 
 
 
 class PhasedUp(nn.Module):
-    """An Up block (its norm folded) as four low-resolution convolutions; gives the four phases."""
+    """An Up block (its norm folded) as four low-resolution convolutions; returns the four phases."""
 
     kernels: Tensor
     bias: Tensor
@@ -115,8 +115,8 @@ class PhasedUp(nn.Module):
 class Decode(nn.Module):
     """Skips and latents of a chunk of frames -> frames and warped images.
 
-    The last Up block's output stays de-interleaved: it is blended phase by phase, and the final
-    convolution reads and writes phases; only the picture itself is interleaved.
+    The last Up block's output stays de-interleaved: it is blended phase by phase, and the final convolution reads and
+    writes phases. Only the picture itself is interleaved.
     """
 
     final: Tensor
@@ -139,10 +139,10 @@ class Decode(nn.Module):
         Args:
             image: (B, 3, H, W) in [0, 1].
             skips_and_latent: encoder outputs, full size first, `feature` last; then the latent (B, 3, F, h, w).
-                In lower precision the encoder outputs have the weights' dtype; image and latent stay float32.
+                In lower precision, the encoder outputs have the weights' dtype; image and latent stay float32.
 
         Returns:
-            frames and warped images, (B, 3, F, H, W) each, in [0, 1], of the image's dtype.
+            frames and warped images, (B, 3, F, H, W) each, in [0, 1], with the image's dtype.
         """
         *skips, latent = skips_and_latent
         batch, _, frames, _, _ = latent.shape
@@ -159,7 +159,7 @@ class Decode(nn.Module):
         ]
         if on_gpu(blended[0]):
             final = conv_in_columns(blended, self.final, self.final_bias[::4], self.final_size)
-            # Three channels are blended fastest plane by plane, as the image lies.
+            # Three channels are blended fastest in planar layout, the layout of the image.
             picture = torch.sigmoid(final.to(image.dtype)).contiguous()
         else:
             final = F.conv2d(torch.cat(blended, dim=1), self.final, self.final_bias, padding=self.final.shape[-1] // 2)

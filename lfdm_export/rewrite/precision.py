@@ -1,4 +1,4 @@
-"""Deployable modules in lower precision, and in the layout that GPUs like."""
+"""Deployable modules in lower precision, and in the memory format that is fastest on GPUs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def in_precision(modules: Mapping[str, Module], dtype: torch.dtype) -> dict[str, Module]:
-    """Copies whose weights have that dtype, and share among one another what the originals share.
+    """Copies with weights of that dtype; they share among each other what the originals share.
 
-    What carries timesteps stays float32: they are no numbers of bfloat16. So do tables for kernels, and what is
-    computed on latents, coordinates and pictures, which the modules take and give as float32; see their own docstrings.
+    Layers that process timesteps stay float32: bfloat16 cannot represent all timesteps. So do tables for kernels.
+    Latents, coordinates and pictures also stay float32 as inputs and outputs of the modules.
 
     Args:
-        modules: of `stage_modules`, in float32.
+        modules: from `stage_modules`, in float32.
         dtype: float32, float16 or bfloat16.
     """
     copies = copy.deepcopy(dict(modules))
@@ -45,7 +45,7 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def channels_last(modules: Mapping[str, nn.Module]) -> None:
-    """Lay the convolutions' weights out channels last, in place; what they compute stays in that layout then."""
+    """Convert the convolutions' weights to channels last, in place; the activations then use that format too."""
     for module in modules.values():
         for part in module.modules():
             if isinstance(part, nn.Conv2d):
@@ -59,5 +59,5 @@ def channels_last(modules: Mapping[str, nn.Module]) -> None:
 
 
 def _each_channels_last(kernels: Tensor) -> Tensor:
-    """The four phases' kernels (4, out, in, k, k), each by itself channels last."""
+    """The four phases' kernels (4, out, in, k, k), each in channels-last format."""
     return kernels.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)

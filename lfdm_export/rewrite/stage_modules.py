@@ -53,7 +53,7 @@ class DenoiseGuided(nn.Module):
 
 
 class Step(nn.Module):
-    """One sampling step behind either evaluation: UNet, thresholding, sampler update."""
+    """One sampling step for either evaluation: UNet, thresholding, sampler update."""
 
     def __init__(self, denoise: Denoise | DenoiseGuided) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Step(nn.Module):
 
         Returns:
             Predicted noise and next latent, (B, 3, T, h, w) each, and next history (B, 2, 3, T, h, w). The
-            stage `step` is the last two; the stage `denoise` is what the first needs.
+            stage `step` is the last two; the stage `denoise` computes the first.
         """
         *condition, history, noise, coefficients = inputs
         predicted = self.denoise(noisy_latent, *condition)
@@ -76,7 +76,7 @@ class Step(nn.Module):
 
 
 class EstimateMotion(nn.Module):
-    """The LFAE's own path: two images -> the latent between them."""
+    """The LFAE's own motion estimation: two images -> the latent between them."""
 
     def __init__(self, folded: Lfae, *, residual_flow: bool) -> None:
         super().__init__()

@@ -1,8 +1,7 @@
 """The 3-D UNet rewritten for inference: 2-D convolutions over (B·T, C, h, w), folded tables, shared branches.
 
-Every convolution of the network has a kernel of 1 in time, so frames are folded into the batch; 2-D
-convolutions are what every backend does best. Each rewrite is exact up to rounding, and is tested
-against the untouched network in float64.
+Every convolution of the network has a kernel of 1 in time, so frames are folded into the batch; every backend runs 2-D
+convolutions best. Each rewrite is exact up to rounding, and is tested against the untouched network in float64.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from lfdm_models.unet import LATENT_CHANNELS, ConvBlock, Level, ResBlock, Unet3D
 class DoublingConv(nn.Module):
     """Doubles a map by four 2x2 convolutions at its own resolution, one for each phase of the result.
 
-    Of nearest x2 and a reflect-padded 3x3 convolution: a reflected border pixel of the upsampled map is a copy of the
-    border pixel of the low-resolution one, so there the padding is replication. Of a transposed convolution
-    4x4 of stride 2 it is zeros. (Transposed ones have no bfloat16 kernel in TensorRT for RTX 1.7, and few anywhere in
-    int8.)
+    It replaces nearest x2 with a reflect-padded 3x3 convolution: a reflected border pixel of the upsampled map is a
+    copy of the border pixel of the low-resolution map, so its padding becomes replication. It also replaces a
+    transposed 4x4 convolution of stride 2, with zero padding. (Transposed convolutions have no bfloat16 kernel in
+    TensorRT for RTX 1.7, and int8 kernels in few backends.)
     """
 
     weight: Tensor
@@ -49,7 +48,7 @@ class DoublingConv(nn.Module):
 
 
 class FoldedConvBlock(nn.Module):
-    """conv -> group norm over the clip -> scale and shift -> SiLU, the middle two as one affine map."""
+    """conv -> group norm over the clip -> scale and shift -> SiLU; norm, scale and shift are one affine map."""
 
     gamma: Tensor
     beta: Tensor
@@ -64,7 +63,7 @@ class FoldedConvBlock(nn.Module):
     def forward(
         self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        """(B·T, in, h, w), two (B, out) and what is added to the result, like it -> (B·T, out, h, w)."""
+        """(B·T, in, h, w), two (B, out) and a residual of the result's shape -> (B·T, out, h, w)."""
         if suits_small_conv(x, self.conv.weight):
             assert self.conv.bias is not None
             out = small_conv(x, self.conv.weight, self.conv.bias)
@@ -76,7 +75,7 @@ class FoldedConvBlock(nn.Module):
 
 
 class FoldedResBlock(nn.Module):
-    """Two conv blocks beside a (projected) identity."""
+    """Two conv blocks in parallel with a (projected) identity."""
 
     def __init__(self, block: ResBlock, frames: int) -> None:
         super().__init__()
@@ -87,7 +86,7 @@ class FoldedResBlock(nn.Module):
 
     def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """(B·T, in, h, w) and two (B, out) -> (B·T, out, h, w)."""
-        if on_gpu(x):  # where the addition is one with the norm
+        if on_gpu(x):  # where the norm's kernel also adds
             residual = x if self.res_conv is None else self.res_conv(x)
             return self.block2(self.block1(x, scale_shift), residual=residual)
         out = self.block2(self.block1(x, scale_shift))
@@ -106,7 +105,7 @@ class FoldedLevel(nn.Module):
         self.frames = frames
 
     def forward(self, x: Tensor, modulation: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """(B·T, in, h, w) -> (B·T, out, h, w); takes two entries off the modulation."""
+        """(B·T, in, h, w) -> (B·T, out, h, w); removes two entries from the modulation."""
         x = self.block2(self.block1(x, modulation.pop(0)), modulation.pop(0))
         height, width = x.shape[2:]
         tokens = self.spatial(x.flatten(2).transpose(1, 2))
@@ -117,20 +116,20 @@ def _over_time(temporal: FoldedTemporalAttention, tokens: Tensor, frames: int, h
     """Run temporal attention on (B·T, P, C) tokens -> (B·T, C, h, w)."""
     pixels, channels = tokens.shape[1:]
     clips = tokens.view(-1, frames, pixels, channels)
-    if goes_by_frame(tokens):  # tokens stay what they are to convolutions on channels last
+    if goes_by_frame(tokens):  # tokens stay in the channels-last layout of convolutions
         return temporal.by_frame(clips).reshape(-1, height, width, channels).permute(0, 3, 1, 2)
     out = temporal(clips.transpose(1, 2))
     return out.permute(0, 2, 3, 1).reshape(-1, channels, height, width)
 
 
 class DeployableUnet(nn.Module):
-    """The UNet behind `context`, with frames folded into the batch.
+    """The UNet after `context`, with frames folded into the batch.
 
     Args:
-        unet: the faithful network; its weights are shared, not copied, where no rewrite changes them.
-        frames: T, fixed from here on.
+        unet: the faithful network; weights that no rewrite changes are shared, not copied.
+        frames: T, fixed by this constructor.
         guided: evaluate with and without the text in one pass. Both branches share everything up to
-            `init_temporal_attn`, which does not see the text.
+            `init_temporal_attn`, which does not depend on the text.
     """
 
     null_embedding: Tensor
@@ -169,13 +168,13 @@ class DeployableUnet(nn.Module):
 
         Args:
             noisy_latent: (B, 3, T, h, w).
-            context: (B, width, h, w), `init_conv`'s response to the feature, of `encode`.
+            context: (B, width, h, w), `init_conv`'s response to the feature, from `encode`.
             text_embedding: (B, text_width).
             timestep: (B,) int64.
             guidance_scale: (B,), if `guided`.
 
         Returns:
-            The predicted noise, (B, 3, T, h, w), of the weights' dtype (float32 at least, if `guided`).
+            The predicted noise, (B, 3, T, h, w), with the weights' dtype (float32 at least, if `guided`).
         """
         batch, _, frames, height, width = noisy_latent.shape
         dtype = self.latent_conv.weight.dtype
@@ -185,7 +184,7 @@ class DeployableUnet(nn.Module):
         x = clip.view(-1, channels, height, width)
         first = x
         x = _over_time(self.init_temporal, x.flatten(2).transpose(1, 2), frames, height, width)
-        # In lower precision these layers stay float32: timesteps are not numbers of bfloat16.
+        # In lower precision these layers stay float32: bfloat16 cannot represent all timesteps.
         time = self.time_mlp(timestep.to(cast(nn.Linear, self.time_mlp[1]).weight.dtype))
         if self.guided:
             first, x, time = first.repeat(2, 1, 1, 1), x.repeat(2, 1, 1, 1), time.repeat(2, 1)
@@ -211,7 +210,7 @@ class DeployableUnet(nn.Module):
 
 
 class Guidance(nn.Module):
-    """Classifier-free guidance. A module of its own, so that its nodes can be told from the network's."""
+    """Classifier-free guidance. A separate module, so that its nodes can be distinguished from the network's."""
 
     def forward(self, noise: Tensor, scale: Tensor) -> Tensor:
         """Predictions with, then without the text (2·B, 3, T, h, w), and scales (B,) -> (B, 3, T, h, w)."""
@@ -220,7 +219,7 @@ class Guidance(nn.Module):
 
 
 class FoldedModulation(nn.Module):
-    """Every ResBlock's scale and shift from the condition in one product."""
+    """The scales and shifts of all ResBlocks from the condition, in one product."""
 
     weight: Tensor
     bias: Tensor
@@ -236,14 +235,14 @@ class FoldedModulation(nn.Module):
         self.widths = [linear.out_features // 2 for linear in linears]
 
     def forward(self, condition: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(B, condition_width) -> for each block in the order of use its scale and shift, (B, C) each."""
+        """(B, condition_width) -> scale and shift of each block in the order of use, (B, C) each."""
         halves = [width for width in self.widths for _ in range(2)]
         parts = F.linear(F.silu(condition).to(self.weight.dtype), self.weight, self.bias).split(halves, dim=1)
         return list(zip(parts[::2], parts[1::2], strict=True))
 
 
 def latent_half(init_conv: nn.Conv3d) -> nn.Conv2d:
-    """The part of `init_conv` that sees the noisy latent, without bias (that goes into `context`)."""
+    """The part of `init_conv` for the noisy latent, without bias (which is in `context`)."""
     weight = init_conv.weight.detach()[:, :LATENT_CHANNELS, 0]
     size = weight.shape[-1]
     conv = nn.Conv2d(LATENT_CHANNELS, weight.shape[0], size, padding=size // 2, bias=False, device="meta")
@@ -252,7 +251,7 @@ def latent_half(init_conv: nn.Conv3d) -> nn.Conv2d:
 
 
 def context_half(init_conv: nn.Conv3d) -> nn.Conv2d:
-    """The part of `init_conv` that sees the feature, with the bias: the same at every frame and step."""
+    """The part of `init_conv` for the feature, with the bias: the same for every frame and step."""
     weight = init_conv.weight.detach()[:, LATENT_CHANNELS:, 0]
     size = weight.shape[-1]
     conv = nn.Conv2d(weight.shape[1], weight.shape[0], size, padding=size // 2, device="meta")

@@ -1,7 +1,7 @@
 """Attention blocks of the diffusion model, on activations (B, C, T, H, W).
 
-Source: Ni et al., CVPR 2023 (arXiv 2303.13744), Sec. 3.3. Attribute names (nested `fn`) are those of
-released state dicts.
+Source: Ni et al., CVPR 2023 (arXiv 2303.13744), Sec. 3.3. Attribute names (nested `fn`) are those of the released
+state dicts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class ChannelLayerNorm(nn.Module):
-    """Layer norm over the channels of (B, C, T, H, W), scaled, not shifted."""
+    """Layer norm over the channels of (B, C, T, H, W), with scale, without shift."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class ChannelLayerNorm(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """A learned bias for each head and bucket of distances between frames."""
+    """A learned bias per head and bucket of distances between frames."""
 
     def __init__(self, buckets: int, heads: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class RelativePositionBias(nn.Module):
         self.relative_attention_bias = nn.Embedding(buckets, heads)
         half = buckets // 2
         exact = half // 2
-        # Parity: in float32, as released; distance 16 lands on 12 (of 0 .. 15).
+        # Parity: in float32, as released; distance 16 is in bucket 12 (of 0 .. 15).
         size = torch.arange(1, 4 * exact + 1, device="cpu")
         share = torch.log(size.float() / exact) / math.log(4) * (half - exact)
         self._far = [int(size[share >= step][0]) for step in range(1, half - exact)]
@@ -44,12 +44,12 @@ class RelativePositionBias(nn.Module):
     def bucket(self, frames: int) -> Tensor:
         """Bucket of each (query, key) pair, (T, T) int64.
 
-        With n = query - key, half of the buckets are for n < 0; within a half, one for each
-        distance below a quarter of all, then logarithmically up to 4 times that.
+        With n = query - key, half of the buckets are for n < 0. Each half has one bucket per distance below a quarter
+        of all buckets, then logarithmic buckets up to 4 times that.
         """
         half = self.buckets // 2
         exact = half // 2
-        # Where the weights are, and by numbers of the host: a CUDA graph cannot record copies from there.
+        # On the weights' device, with numbers from the host: a CUDA graph cannot record copies from the host.
         position = torch.arange(frames, device=self.relative_attention_bias.weight.device)
         distance = position[:, None] - position[None, :]
         size = distance.abs()
@@ -72,7 +72,7 @@ class Rotary(nn.Module):
         self.freqs = nn.Parameter(10000.0 ** (-torch.arange(0, width, 2).float() / width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., T, head_width) -> the same; channels beyond `width` pass unchanged."""
+        """(..., T, head_width) -> the same shape; channels beyond `width` pass unchanged."""
         width = 2 * self.freqs.shape[0]
         position = torch.arange(x.shape[-2], dtype=self.freqs.dtype, device=x.device)
         angle = (position[:, None] * self.freqs).repeat_interleave(2, dim=-1)
@@ -132,7 +132,7 @@ class SpatialLinearAttention(nn.Module):
 
 
 class AlongAxis(nn.Module):
-    """Runs `fn` over tokens taken along time (per pixel) or over the pixels of a frame."""
+    """Applies `fn` to tokens along time (per pixel) or over the pixels of a frame."""
 
     def __init__(self, fn: Attention, axis: str) -> None:
         super().__init__()

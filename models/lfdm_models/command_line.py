@@ -1,4 +1,4 @@
-"""The parser of every command: a usage error is one line, with a suggestion where a word is misspelt."""
+"""The parser of every command: a usage error is one line, with a suggestion for a misspelled word."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from typing import Any, NoReturn
 class Parser(argparse.ArgumentParser):
     """An `argparse.ArgumentParser` whose errors are one line on stderr; exit status 2.
 
-    Options are never abbreviated. An unknown option is reported before anything else, because it explains what is
-    missing.
+    Options are never abbreviated. An unknown option is reported before any other error, because it explains missing
+    ones.
     """
 
     def __init__(self, **settings: Any) -> None:
-        """As `argparse.ArgumentParser`."""
+        """Take the arguments of `argparse.ArgumentParser`."""
         super().__init__(**{"allow_abbrev": False, **settings})
 
     def parse_known_args(  # type: ignore[override]  # the base class has overloads by the namespace's type
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As the base class, once no unknown option is among the words."""
-        if args is not None and self._subparsers is None:  # what follows a subcommand is for its own parser
+        """Parse like the base class, but first reject unknown options."""
+        if args is not None and self._subparsers is None:  # a subcommand has its own parser
             self._refuse_unknown(args)
         return super().parse_known_args(args, namespace)
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """As the base class."""
+        """Parse like the base class."""
         return super().parse_args(sys.argv[1:] if args is None else args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The known word that is nearest, in parentheses; "" if none is near."""
+    """The most similar known word, in parentheses; "" if none is similar."""
     folded = {one.casefold(): one for one in known}
     near = difflib.get_close_matches(word.casefold(), folded, n=1)
     return f" (did you mean {folded[near[0]]}?)" if near else ""

@@ -1,7 +1,7 @@
 """Architecture of an LFDM checkpoint pair, as frozen dataclasses that check themselves.
 
-Defaults are the published model's values (MUG); every one of them can be recognised from a
-state dict but for ``region_pad`` and ``residual_flow``.
+Defaults are the published model's values (MUG). All of them can be recognized from a state dict except ``region_pad``
+and ``residual_flow``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ UpsampleMode = Literal["deconv", "upconv"]
 
 #: The longest noise schedule; the published one has 1000 steps.
 MOST_TRAINING_STEPS = 100_000
-#: More levels halve any picture to less than a pixel; wider layers exist nowhere. Sizes come from strangers' files.
+#: Limits for untrusted files: more levels would halve any picture to less than a pixel; no network has wider layers.
 _MOST_LEVELS, _MOST_BLOCKS, _WIDEST = 12, 256, 1 << 16
 
 
@@ -44,7 +44,7 @@ class HourglassConfig:
         )
 
     def channels(self, level: int) -> int:
-        """Channels after `level` Down blocks (level 0 is what an Up block of that size gives)."""
+        """Channels after `level` Down blocks (level 0: output of an Up block at that size)."""
         return min(self.max_width, self.width * 2**level)
 
 
@@ -56,12 +56,12 @@ class LfaeConfig:
         image_channels: channels of the image (3).
         regions: number of moving regions K.
         width: channels after the generator's first conv.
-        max_width: cap of the generator's channels.
-        down_blocks: how often the generator halves the image; the latent has H / 2^down_blocks rows.
+        max_width: upper limit of the generator's channels.
+        down_blocks: number of times the generator halves the image; the latent has H / 2^down_blocks rows.
         bottleneck_blocks: residual blocks at the deepest level.
         flow_predictor, region_predictor, bg_predictor: their hourglasses (the last has no Up blocks).
-        antialias_size: side of the Gaussian kernel in front of flow and region predictor; it
-            tells their scale (13 is 1/4).
+        antialias_size: side of the Gaussian kernel before flow and region predictor; it determines their scale (13 is
+            1/4).
         region_pad: padding of the region predictor's last 7x7 conv: 3 for MUG, 0 for MHAD and NATOPS.
         region_temperature: softmax temperature of the region heatmaps.
     """
@@ -83,7 +83,7 @@ class LfaeConfig:
         """Check ranges.
 
         Raises:
-            ValueError: a size is out of range, or the anti-alias kernel is of no known scale.
+            ValueError: a size is out of range, or the anti-alias kernel has no known scale.
         """
         _require(
             min(self.image_channels, self.regions, self.width, self.max_width) >= 1, f"sizes must be positive: {self}"
@@ -95,11 +95,11 @@ class LfaeConfig:
         )
         _require(0 <= self.region_pad <= 64, f"region_pad must be from 0 to 64, not {self.region_pad}")
         _require(self.region_temperature > 0, f"region_temperature must be above 0, not {self.region_temperature}")
-        _ = self.flow_stride  # raises where the kernel belongs to no stride
+        _ = self.flow_stride  # raises if the kernel belongs to no stride
 
     @property
     def flow_stride(self) -> int:
-        """Pixels of the image per pixel of the flow (4), told by the anti-alias kernel's size.
+        """Pixels of the image per pixel of the flow (4), from the anti-alias kernel's size.
 
         Source: a Gaussian of sigma (s - 1) / 2 for stride s, cut at 4 sigma: size 2 round(4 sigma) + 1.
         """
@@ -116,7 +116,7 @@ class LfaeConfig:
 
     @property
     def feature_channels(self) -> int:
-        """Channels of the deepest encoder output, the `feature` that the DM sees."""
+        """Channels of the deepest encoder output, the `feature`, which is an input of the DM."""
         return self.generator_channels(self.down_blocks)
 
 
@@ -128,7 +128,7 @@ class DmConfig:
         width: channels of the first level.
         multipliers: width multiplier of each level.
         heads, head_width: of every attention.
-        rotary_width: how many of a head's channels are rotated (all 32).
+        rotary_width: number of rotated channels per head (all 32).
         position_buckets: rows of the relative-position bias table.
         feature_channels: channels of the LFAE's `feature`.
         text_width: size of the text embedding.
@@ -153,7 +153,7 @@ class DmConfig:
         """Check ranges.
 
         Raises:
-            ValueError: a size is out of range or not divisible as the network needs it.
+            ValueError: a size is out of range, or not divisible as the network requires.
         """
         sizes = (self.width, self.heads, self.head_width, self.feature_channels, self.text_width, self.training_steps)
         _require(min(sizes) >= 1 and min(self.multipliers, default=0) >= 1, f"sizes must be positive: {self}")
@@ -177,7 +177,7 @@ class DmConfig:
 
     @property
     def latent_divisor(self) -> int:
-        """Height and width of a latent must be multiples of this."""
+        """Height and width of a latent must be multiples of this number."""
         return 2 ** (len(self.multipliers) - 1)
 
 
@@ -198,7 +198,7 @@ class LfdmConfig:
         """Check that LFAE and DM fit each other.
 
         Raises:
-            ValueError: the DM expects other features than the LFAE gives.
+            ValueError: the DM expects other features than those of the LFAE.
         """
         found, expected = self.lfae.feature_channels, self.dm.feature_channels
         _require(found == expected, f"the LFAE gives features of {found} channels, the DM expects {expected}")
@@ -210,10 +210,10 @@ class LfdmConfig:
         )
 
     def latent_size(self, image_size: int) -> int:
-        """Rows (and columns) of the latent for an image of `image_size` pixels a side.
+        """Rows (and columns) of the latent for an image with sides of `image_size` pixels.
 
         Raises:
-            ValueError: the networks cannot run on that size.
+            ValueError: the networks do not support that size.
         """
         divisor = 2**self.lfae.down_blocks * self.dm.latent_divisor
         hourglasses = (self.lfae.flow_predictor, self.lfae.region_predictor)

@@ -1,11 +1,11 @@
-"""The small models that come with the package.
+"""The small models in this package.
 
-`SHIPPED` is the folder of a trained one: procedural characters that smile, nod, wave, … as a label says; beside it lies
-its model card. `lfdm_export.checkpoints.model_folder.load_model_folder` loads it.
+`SHIPPED` is the folder of a trained model: procedural characters that smile, nod, wave, … as a label says. Its model
+card is in the same folder. `lfdm_export.checkpoints.model_folder.load_model_folder` loads it.
 
-`untrained_model` makes one with untrained weights, for tests and measurements. It shows nothing but that the machinery
-runs. So that one can see that it does, a few weights are set by hand: a clip is the photograph itself, softly moved by
-what the other, random weights make of label and noise.
+`untrained_model` makes a model with untrained weights, for tests and measurements, which shows only that everything
+runs. To make that visible, a few weights are set by hand: a clip is the photograph itself, moved slightly by the
+response of the other, random weights to label and noise.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lfdm_models.unet import LATENT_CHANNELS, ResBlock
 #: The trained model's folder.
 SHIPPED = Path(__file__).parent / "weights" / "characters64"
 
-#: For images of 64 pixels a side and more, in steps of 32.
+#: For images with sides of 64 pixels and more, in steps of 32.
 CONFIG = LfdmConfig(
     LfaeConfig(
         regions=4,
@@ -44,15 +44,15 @@ CONFIG = LfdmConfig(
     residual_flow=True,
 )
 
-# How much of the random weights' answer is mixed into the predicted noise.
+# Share of the random weights' response in the predicted noise.
 _WOBBLE = 0.25
 
 
 def untrained_model(seed: int = 0) -> LfdmModel:
-    """Make the small model; its labels are MUG's, with random embeddings in place of a text encoder's.
+    """Make the small untrained model; its labels are MUG's, with random embeddings instead of a text encoder's.
 
     Args:
-        seed: of all weights and embeddings; the global random state is left alone.
+        seed: seed of all weights and embeddings; the global random state does not change.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -71,41 +71,41 @@ def untrained_model(seed: int = 0) -> LfdmModel:
 
 
 def _calm_regions(lfae: Lfae) -> None:
-    """Broad regions and a background that stays: random ones would be points, whose covariance has no inverse."""
+    """Make regions broad and the background static: random regions would be points with a singular covariance."""
     lfae.region_predictor.regions.weight.mul_(0.1)
     lfae.bg_predictor.fc.weight.mul_(0.02)
     lfae.bg_predictor.fc.bias.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]))
 
 
 def _show_the_image(lfae: Lfae) -> None:
-    """Let the first channels carry the image's colours past the decoder.
+    """Pass the image's colors around the decoder in the first channels.
 
-    At an occlusion of 1/2 the last conv sees half of a colour x; sigmoid(8 (x/2 - 1/4)) is near x.
+    At an occlusion of 1/2, the last conv receives half of a color x; sigmoid(8 (x/2 - 1/4)) is near x.
     """
     generator = lfae.generator
-    colours = lfae.config.image_channels
-    for colour in range(colours):
-        _set_tap(generator.first.conv, colour, colour, 1.0)
-    # Elsewhere: what the decoder adds, faintly, and nothing in place of the colours.
+    colors = lfae.config.image_channels
+    for color in range(colors):
+        _set_tap(generator.first.conv, color, color, 1.0)
+    # Other channels: the decoder's output with a small weight, and nothing that replaces the colors.
     last_up = generator.up_blocks[-1]
     assert isinstance(last_up, UpBlock)
-    last_up.norm.weight[:colours] = 0.0
+    last_up.norm.weight[:colors] = 0.0
     final = generator.final.weight
     final *= 0.5
-    final[:, :colours] = 0.0
-    for colour in range(colours):
-        final[(colour, colour, *(size // 2 for size in final.shape[2:]))] = 8.0
+    final[:, :colors] = 0.0
+    for color in range(colors):
+        final[(color, color, *(size // 2 for size in final.shape[2:]))] = 8.0
     generator.final.bias.fill_(-2.0)  # type: ignore[union-attr]
 
 
 def _predict_the_noise(diffusion: Diffusion) -> None:
-    """Let the UNet predict noise that leaves an x0 near 0: the noisy latent over its own root mean square.
+    """Let the UNet predict noise that gives an x0 near 0: the noisy latent over its own root mean square.
 
-    Group norm does that for a pair of channels (x, -x), and SiLU keeps it: silu(y) - silu(-y) = y.
+    Group norm computes this for a pair of channels (x, -x), and SiLU keeps it: silu(y) - silu(-y) = y.
     """
     unet = diffusion.denoise_fn
     width = unet.config.width
-    for channel in range(LATENT_CHANNELS):  # passed through the first conv, whose output comes back at the end
+    for channel in range(LATENT_CHANNELS):  # through the first conv, whose output is concatenated at the end
         _set_tap(unet.init_conv, channel, channel, 1.0)
     for head, channels in ((unet.final_conv, (0, 1)), (unet.occlusion_map, (2,))):
         block, last = head
@@ -120,13 +120,13 @@ def _predict_the_noise(diffusion: Diffusion) -> None:
                 _set_tap(block.block2.proj, out, plus, sign)
                 block.block2.proj.weight[out, minus, 0, 1, 1] = -sign
                 _set_tap(block.res_conv, out, 0, 0.0)
-            # This output is the pair's difference; of the pair the other outputs take nothing.
+            # This output is the pair's difference; the other outputs do not use the pair.
             last.weight[:, [plus, minus]] = 0.0
             last.weight[index, plus], last.weight[index, minus] = 1.0, -1.0
 
 
 def _set_tap(conv: nn.Module, out: int, channel: int, value: float, *, bias: float = 0.0) -> None:
-    """Make output `out` nothing but `value` times one input channel, at the kernel's centre, plus `bias`."""
+    """Make output `out` equal to `value` times one input channel, at the kernel's center, plus `bias`."""
     assert isinstance(conv, nn.Conv2d | nn.Conv3d)
     assert conv.bias is not None
     conv.weight[out] = 0.0

@@ -16,7 +16,7 @@ from lfdm_models.unet import Unet3D
 
 
 class Diffusion(nn.Module):
-    """The UNet as `denoise_fn`, beside the schedule's buffers under their released names."""
+    """The UNet as `denoise_fn`, and the schedule's buffers under their released names."""
 
     def __init__(self, config: DmConfig) -> None:
         super().__init__()
@@ -27,6 +27,6 @@ class Diffusion(nn.Module):
         self.denoise_fn = Unet3D(config)
 
     def schedule(self) -> Schedule:
-        """The schedule that the buffers hold (a checkpoint's own, once loaded)."""
+        """The schedule in the buffers (after loading, the checkpoint's own)."""
         buffers = dict(self.named_buffers(recurse=False))
         return Schedule(**{f.name: buffers[f.name].float().cpu().numpy() for f in dataclasses.fields(Schedule)})

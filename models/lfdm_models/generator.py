@@ -27,7 +27,7 @@ from lfdm_models.regions import Regions
 
 
 class Flow(NamedTuple):
-    """How the source moves to a driving frame.
+    """The motion from the source to a driving frame.
 
     Attributes:
         grid: backward sampling grid (B, h, w, 2), x then y, in [-1, 1].
@@ -39,12 +39,12 @@ class Flow(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """The motions that a flow is mixed of, and how: the background's first, then one a region.
+    """The motions that a flow is a mixture of, and its weights: first the background's, then one per region.
 
     Attributes:
-        logits: of the mixture at each pixel (B, K + 1, h, w).
+        logits: logits of the mixture at each pixel (B, K + 1, h, w).
         motions: backward sampling grids (B, K + 1, h, w, 2).
-        deformed: the source, at the flow's size, moved by each (B, K + 1, 3, h, w).
+        deformed: the source at the flow's size, moved by each motion (B, K + 1, 3, h, w).
         visible: logits of the occlusion map (B, 1, h, w).
     """
 
@@ -75,15 +75,15 @@ class PixelwiseFlowPredictor(nn.Module):
         return self.candidates(image, source, driving, background).flow()
 
     def candidates(self, image: Tensor, source: Regions, driving: Regions, background: Tensor) -> Candidates:
-        """(B, 3, H, W), two Regions and (B, 3, 3) -> what the flow is mixed of."""
+        """(B, 3, H, W), two Regions and (B, 3, 3) -> the motions of the mixture."""
         return self.mixture(*self.motions(image, source, driving, background))
 
     def motions(
         self, image: Tensor, source: Regions, driving: Regions, background: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What needs no weights: (B, 3, H, W), two Regions and (B, 3, 3) -> heatmaps, motions, deformed.
+        """The part without weights: (B, 3, H, W), two Regions and (B, 3, 3) -> heatmaps, motions, deformed.
 
-        Heatmaps are differences, (B, K + 1, h, w), the background's zero; the others are those of `Candidates`.
+        Heatmaps are differences, (B, K + 1, h, w), zero for the background; the others are those of `Candidates`.
         """
         small = self.down(image)
         batch, channels, height, width = small.shape
@@ -97,7 +97,7 @@ class PixelwiseFlowPredictor(nn.Module):
         return heatmaps, motions, deformed.view(batch, maps, channels, height, width)
 
     def mixture(self, heatmaps: Tensor, motions: Tensor, deformed: Tensor) -> Candidates:
-        """What `motions` gives -> how the flow is mixed of it."""
+        """Outputs of `motions` -> the motions and weights of the mixture."""
         joined = torch.cat([heatmaps[:, :, None], deformed], dim=2)
         prediction = self.hourglass(joined.flatten(1, 2))
         return Candidates(self.mask(prediction), motions, deformed, self.occlusion(prediction))
@@ -111,7 +111,7 @@ def inverse_2x2(matrix: Tensor) -> Tensor:
 
 
 def gaussian_heatmaps(regions: Regions, grid: Tensor) -> Tensor:
-    """exp(-d' covar^-1 d / 2) around each centre: K regions on (h, w, 2) -> (B, K, h, w)."""
+    """exp(-d' covar^-1 d / 2) around each center: K regions on (h, w, 2) -> (B, K, h, w)."""
     offset = grid - regions.shift[:, :, None, None]
     scaled = offset @ inverse_2x2(regions.covar)[:, :, None]
     return torch.exp(-0.5 * (offset * scaled).sum(dim=-1))
@@ -124,7 +124,7 @@ def sparse_motions(source: Regions, driving: Regions, background: Tensor, grid: 
     moved = homogeneous @ background.transpose(1, 2)
     behind = (moved[..., :2] / moved[..., 2:]).view(-1, 1, height, width, 2)
     affine = source.affine @ inverse_2x2(driving.affine)
-    # Parity: a region's axes are known up to a sign; the one with a positive first entry is taken.
+    # Parity: a region's axes are known up to a sign; the one with a positive first entry is used.
     affine = affine * torch.sign(affine[..., :1, :1])
     offset = grid - driving.shift[:, :, None, None]
     regions = offset @ affine.transpose(2, 3)[:, :, None] + source.shift[:, :, None, None]
@@ -136,7 +136,7 @@ class Decoded(NamedTuple):
 
     Attributes:
         frame: (B, 3, H, W) in [0, 1].
-        warped: the source image, warped alone, (B, 3, H, W).
+        warped: the source image after warping alone, (B, 3, H, W).
     """
 
     frame: Tensor
@@ -144,7 +144,7 @@ class Decoded(NamedTuple):
 
 
 class Generator(nn.Module):
-    """Encodes an image once and decodes frames of it along flows."""
+    """Encodes an image once, and decodes its frames along flows."""
 
     def __init__(self, config: LfaeConfig) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class Generator(nn.Module):
 
         Args:
             image: (B, 3, H, W) in [0, 1].
-            skips: of `encode`.
+            skips: from `encode`.
             flow: grid (B, h, w, 2) and occlusion (B, 1, h, w).
         """
         out = warp(skips[-1], flow) * occlusion_at(skips[-1], flow)
@@ -184,7 +184,7 @@ class Generator(nn.Module):
 
 
 def warp(feature: Tensor, flow: Flow) -> Tensor:
-    """Sample (B, C, H, W) along the flow, resized to its size."""
+    """Sample (B, C, H, W) along the flow, which is resized to its size."""
     grid = resize(flow.grid.permute(0, 3, 1, 2), (feature.shape[2], feature.shape[3]))
     return sample(feature, grid.permute(0, 2, 3, 1))
 
@@ -195,6 +195,6 @@ def occlusion_at(feature: Tensor, flow: Flow) -> Tensor:
 
 
 def blend(feature: Tensor, out: Tensor, flow: Flow) -> Tensor:
-    """Where the source is visible its warped feature, elsewhere `out`."""
+    """The warped feature where the source is visible, `out` elsewhere."""
     occlusion = occlusion_at(feature, flow)
     return warp(feature, flow) * occlusion + out * (1 - occlusion)

@@ -1,4 +1,4 @@
-"""The label sets that the published models were trained on, and what else their dataset decides.
+"""The label sets of the published models, and other facts that their dataset determines.
 
 Source: Ni et al., CVPR 2023 (arXiv 2303.13744), Sec. 4.1, in the order of the released program.
 """
@@ -63,8 +63,8 @@ NATOPS = (
     "Cut Engine",
 )
 
-#: Labels by dataset, exactly as the text encoder was given them.
+#: Labels by dataset, exactly as given to the text encoder.
 DATASETS: dict[str, tuple[str, ...]] = {"mug": MUG, "mhad": MHAD, "natops": NATOPS}
 
-#: Padding of the region predictor's last conv by dataset; no weight tells it.
+#: Padding of the region predictor's last conv by dataset, which weights do not show.
 REGION_PAD: dict[str, int] = {"mug": 3, "mhad": 0, "natops": 0}

@@ -1,6 +1,6 @@
 """Building blocks of the LFAE, faithful to the published model.
 
-Source: Ni et al., CVPR 2023 (arXiv 2303.13744). Attribute names are those of released state dicts.
+Source: Ni et al., CVPR 2023 (arXiv 2303.13744). Attribute names are those of the released state dicts.
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ class HourglassEncoder(nn.Module):
 
 
 class HourglassDecoder(nn.Module):
-    """The Up half of an hourglass, each output joined with the activation of its size."""
+    """The Up half of an hourglass; each output is concatenated with the activation of its size."""
 
     def __init__(self, config: HourglassConfig) -> None:
         super().__init__()
         deepest = config.blocks - 1
         self.up_blocks = nn.ModuleList(
-            # Behind the first block the input is the output before it, joined with its twin.
+            # After the first block, the input is the previous output concatenated with its skip.
             UpBlock(config.channels(i + 1) * (1 if i == deepest else 2), config.channels(i))
             for i in reversed(range(config.blocks))
         )
@@ -137,7 +137,7 @@ class AntiAliasDownsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H / stride, W / stride).
 
-        Only the kept pixels are computed: a strided convolution is the blur, then the choice.
+        Only the kept pixels are computed: a strided convolution combines blur and subsampling.
         """
         channels, _, size, _ = self.weight.shape
         return F.conv2d(x, self.weight, stride=self.stride, padding=size // 2, groups=channels)
@@ -152,14 +152,14 @@ def coordinate_grid(height: int, width: int, like: Tensor) -> Tensor:
 def sample(feature: Tensor, grid: Tensor) -> Tensor:
     """Bilinear sampling of (B, C, H, W) at (B, h, w, 2) -> (B, C, h, w); zeros outside.
 
-    Parity: grids are corner-aligned and yet sampled with align_corners=False. The mismatch is
-    the model's own.
+    Parity: grids are corner-aligned, but sampled with align_corners=False. This mismatch is part of the published
+    model.
     """
     return F.grid_sample(feature, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resize of (B, C, h, w) to `size`, align_corners=False; the identity where sizes agree."""
+    """Bilinear resize of (B, C, h, w) to `size`, align_corners=False; the identity if the sizes are equal."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)

@@ -25,7 +25,7 @@ class Lfae(nn.Module):
         self.bg_predictor = BackgroundPredictor(config.bg_predictor, config.image_channels)
 
     def estimate_motion(self, source: Tensor, driving: Tensor) -> Flow:
-        """Two images (B, 3, H, W) in [0, 1] -> the flow that makes `driving` of `source`."""
+        """Two images (B, 3, H, W) in [0, 1] -> the flow from `source` to `driving`."""
         return self.generator.pixelwise_flow_predictor(
             source,
             self.region_predictor(source),

@@ -1,4 +1,4 @@
-"""A loaded LFAE and DM that belong together."""
+"""A loaded pair of LFAE and DM."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lfdm_models.lfae import Lfae
 
 @dataclass(repr=False)
 class LfdmModel:
-    """Both networks in eval mode, and what is known about them.
+    """Both networks in eval mode, and the facts known about them.
 
     Attributes:
         config: their architecture.
         lfae: autoencoder.
         diffusion: UNet and schedule.
-        provenance: where the weights come from (file names, hashes, whether they were trained).
+        provenance: origin of the weights (file names, hashes, whether they were trained).
         label_embeddings: text embedding (text_width,) float32 of each known label, if the weights
-            bring their own; else a text encoder gives them at export.
+            include them; otherwise a text encoder computes them at export.
     """
 
     config: LfdmConfig

@@ -1,4 +1,4 @@
-"""Waiting for strangers no longer than is sensible."""
+"""Waiting for remote services with a time limit."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 def within(seconds: float, ask: Callable[[], T]) -> T:
-    """What `ask` gives; it is left behind, in a thread that ends with the process, where it takes longer.
+    """The result of `ask`; if it takes longer, it continues in a daemon thread.
 
     Raises:
-        TimeoutError: it took longer.
+        TimeoutError: it took longer than `seconds`.
     """
     given: list[T] = []
     failed: list[Exception] = []
@@ -21,7 +21,7 @@ def within(seconds: float, ask: Callable[[], T]) -> T:
     def run() -> None:
         try:
             given.append(ask())
-        except Exception as error:  # noqa: BLE001  # raised where it is waited for
+        except Exception as error:  # noqa: BLE001  # raised in the waiting thread
             failed.append(error)
 
     thread = threading.Thread(target=run, name="lfdm-hub", daemon=True)

@@ -1,7 +1,7 @@
-"""A pickle of `torch.save` as plain values: nothing in it is imported, called or built, so it cannot run anything.
+"""Read a pickle of `torch.save` as plain values: nothing in it is imported, called or built, so no code can run.
 
-torch's own reader for weights builds what a pickle describes, before anything about it can be checked: a few bytes
-allocate terabytes, and a key that is nested deeply enough crashes the interpreter. Here a tensor stays a description.
+torch's own reader for weights builds what a pickle describes before anything can be checked: a few bytes allocate
+terabytes, and a deeply nested key crashes the interpreter. Here, a tensor stays a description.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from lfdm_models.stored_values import (
     known,
 )
 
-#: More than any checkpoint has: about 30 per tensor, one per number of a list. Reading as many takes a second.
+#: More than in any checkpoint: about 30 per tensor, one per number of a list. Reading that many takes a second.
 _MOST_OPERATIONS = 500_000
-#: Modules that Python 2 called otherwise.
+#: Modules with another name in Python 2.
 _PYTHON2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 _CONSTANTS = frozenset(
@@ -43,25 +43,25 @@ class PlainUnpickler:
     """Reads one pickle.
 
     Attributes:
-        storages: found while reading, by key.
+        storages: storages found while reading, by key.
     """
 
     def __init__(self) -> None:
-        """Begin with nothing."""
+        """Start with an empty stack."""
         self.storages: dict[str, Storage] = {}
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
 
     def load(self, file: BinaryIO) -> object:
-        """The value of the pickle at the file's position, which is left behind its end.
+        """Read the pickle at the file's position; afterwards the position is after its end.
 
         Args:
             file: of bounded size.
 
         Returns:
-            Dicts, lists, tuples, strings, bytes, numbers, None, `StoredTensor` and `Opaque`, of any depth and possibly
-            many times the same: whoever walks them bounds the walk. Keys of dicts are plain.
+            Dicts, lists, tuples, strings, bytes, numbers, None, `StoredTensor` and `Opaque`, nested to any depth and
+            possibly shared: a caller that traverses them must bound the traversal. Keys of dicts are plain.
 
         Raises:
             ForeignObjectError: it would import something that is not known to be plain.
@@ -144,7 +144,7 @@ class PlainUnpickler:
     def _persistent(self) -> None:
         saved = self._stack.pop()
         if not isinstance(saved, tuple) or saved[:1] not in (("storage",), (b"storage",)) or len(saved) not in (5, 6):
-            raise StoredFileError("its pickle refers to something that is no storage of numbers")
+            raise StoredFileError("its pickle refers to something other than a storage of numbers")
         _, kind, key, _, count = saved[:5]
         if not isinstance(kind, Global) or not kind.name.startswith("storage ") or not isinstance(key, str):
             raise DamagedFileError(ENDED)

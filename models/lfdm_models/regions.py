@@ -1,4 +1,4 @@
-"""Region and background predictors of the LFAE: how regions of an image move.
+"""Region and background predictors of the LFAE: the motion of an image's regions.
 
 Source: Ni et al., CVPR 2023 (arXiv 2303.13744), after the motion model of MRAA.
 """
@@ -16,10 +16,10 @@ from lfdm_models.layers import AntiAliasDownsample, Hourglass, HourglassEncoder,
 
 
 class Regions(NamedTuple):
-    """Where the K regions of an image are, and how they are stretched.
+    """Positions and shapes of the K regions of an image.
 
     Attributes:
-        shift: centres (B, K, 2), x then y, in [-1, 1].
+        shift: centers (B, K, 2), x then y, in [-1, 1].
         covar: covariances (B, K, 2, 2).
         affine: their square roots U diag(sqrt S) (B, K, 2, 2).
         heatmap: probabilities over pixels (B, K, h', w').
@@ -34,16 +34,15 @@ class Regions(NamedTuple):
 def covariance_root(covar: Tensor) -> Tensor:
     """U diag(sqrt S) of symmetric 2x2 matrices (..., 2, 2), with U a reflection.
 
-    Parity: LAPACK's SVD gives such a U for these matrices. A column flipped in one of two regions
-    would change the motion between them, so the signs are fixed here in closed form; the overall
-    sign is free.
+    Parity: LAPACK's SVD gives such a U for these matrices. A flipped column in one of two regions would change the
+    motion between them, so the signs are fixed here in closed form; the overall sign is arbitrary.
     """
     c00, c01, c11 = covar[..., 0, 0], covar[..., 0, 1], covar[..., 1, 1]
     mean, half_difference = (c00 + c11) / 2, (c00 - c11) / 2
     radius = torch.sqrt(half_difference**2 + c01**2)
     angle = torch.atan2(2 * c01, c00 - c11) / 2
     major = torch.sqrt(mean + radius)
-    # The smaller eigenvalue as determinant / larger one: mean - radius would cancel.
+    # The smaller eigenvalue is determinant / larger eigenvalue: mean - radius would lose precision by cancellation.
     minor = torch.sqrt(torch.clamp((c00 * c11 - c01 * c01) / (mean + radius), min=0))
     cos, sin = torch.cos(angle), torch.sin(angle)
     rows = torch.stack([cos * major, sin * minor], -1), torch.stack([sin * major, -cos * minor], -1)
@@ -68,8 +67,8 @@ class RegionPredictor(nn.Module):
         grid = coordinate_grid(height, width, logits).view(1, 1, height * width, 2)
         weight = heatmap.view(batch, regions, height * width, 1)
         shift = (weight * grid).sum(dim=2)
-        centred = grid - shift[:, :, None]
-        covar = (weight * centred).transpose(2, 3) @ centred
+        centered = grid - shift[:, :, None]
+        covar = (weight * centered).transpose(2, 3) @ centered
         return Regions(shift, covar, covariance_root(covar), heatmap)
 
 

@@ -1,4 +1,4 @@
-"""The noise schedule of the diffusion model, as the buffers that a released checkpoint holds. NumPy only."""
+"""The noise schedule of the diffusion model, as the buffers of a released checkpoint. NumPy only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Float32Array: TypeAlias = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """One float32 value a training step t = 0 … N-1 of each buffer; names are those of the state dict.
+    """One float32 value per training step t = 0 … N-1 in each buffer; names are those of the state dict.
 
     With beta the variance added at step t and a the product of (1 - beta) up to t, a noisy latent is
     sqrt(a) * latent + sqrt(1 - a) * noise.
@@ -22,16 +22,16 @@ class Schedule:
     Attributes:
         betas: beta, in (0, 1).
         alphas_cumprod: a, falling from almost 1 to almost 0.
-        alphas_cumprod_prev: p, which is a of the step before; p_0 = 1.
+        alphas_cumprod_prev: p, which is a of the previous step; p_0 = 1.
         sqrt_alphas_cumprod: sqrt(a).
         sqrt_one_minus_alphas_cumprod: sqrt(1 - a).
         log_one_minus_alphas_cumprod: log(1 - a).
         sqrt_recip_alphas_cumprod: sqrt(1 / a).
         sqrt_recipm1_alphas_cumprod: sqrt(1 / a - 1), the noise-to-signal ratio.
         posterior_variance: variance of q(x_{t-1} | x_t, x_0); 0 at t = 0.
-        posterior_log_variance_clipped: its log, of at least 1e-20.
+        posterior_log_variance_clipped: its log, with the variance clipped to at least 1e-20.
         posterior_mean_coef1: weight of x_0 in the mean of q(x_{t-1} | x_t, x_0).
-        posterior_mean_coef2: weight of x_t in it.
+        posterior_mean_coef2: weight of x_t in the same mean.
 
     Source: Ho et al., Denoising Diffusion Probabilistic Models, equations 4, 6 and 7.
     """
@@ -50,7 +50,7 @@ class Schedule:
     posterior_mean_coef2: Float32Array
 
     def __post_init__(self) -> None:
-        """Check that the buffers belong together.
+        """Check that the buffers match.
 
         Raises:
             ValueError: a buffer is not a finite float32 vector, or the lengths differ or are 0.
@@ -58,7 +58,7 @@ class Schedule:
         shape = (len(self.betas),) if np.ndim(self.betas) == 1 else ()
         if shape in ((), (0,)):
             raise ValueError(
-                f"schedule buffer 'betas' must be a vector with an entry a step, not {np.shape(self.betas)}"
+                f"schedule buffer 'betas' must be a vector with one entry per step, not {np.shape(self.betas)}"
             )
         for name, values in self.buffers().items():
             if values.dtype != np.float32 or values.shape != shape:
@@ -78,10 +78,10 @@ class Schedule:
 
     @classmethod
     def from_buffers(cls, buffers: Mapping[str, Float32Array]) -> Schedule:
-        """Take the schedule out of a mapping that may hold more, such as a checkpoint's arrays.
+        """Take the schedule from a mapping that may have other entries, such as a checkpoint's arrays.
 
         Raises:
-            ValueError: buffers are missing, or do not fit each other.
+            ValueError: buffers are missing, or do not match.
         """
         missing = [field.name for field in fields(cls) if field.name not in buffers]
         if missing:
@@ -90,7 +90,7 @@ class Schedule:
 
 
 def cosine_schedule(steps: int) -> Schedule:
-    """The cosine schedule: computed in float64, rounded to float32 once.
+    """The cosine schedule, computed in float64 and rounded to float32 once.
 
     Args:
         steps: training steps N, at least 1.

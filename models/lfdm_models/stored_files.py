@@ -1,4 +1,4 @@
-"""Files of weights, read with suspicion: `torch.save`'s, zip and legacy, and safetensors."""
+"""Files of weights from untrusted sources: those of `torch.save`, zip and legacy, and safetensors."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from torch import Tensor
 from lfdm_models.plain_pickle import PlainUnpickler
 from lfdm_models.stored_values import DamagedFileError, Storage, StoredFileError, StoredTensor
 
-#: With what every zip archive begins, and the number with which older files of torch.save do, as it is pickled.
+#: First bytes of every zip archive, and the pickled magic number of older torch.save files.
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-#: A real one has some hundred kilobytes.
+#: A real pickle has some hundred kilobytes.
 _LARGEST_PICKLE = 32 << 20
-#: The list of a zip archive's entries; one entry takes about 70 bytes.
+#: Maximum size of a zip archive's list of entries; one entry takes about 70 bytes.
 _LARGEST_DIRECTORY = 8 << 20
 _LOCAL_HEADER = 30
-#: That of a checkpoint has some hundred kilobytes, and every entry becomes an object in memory.
+#: A checkpoint's header has some hundred kilobytes, and every entry becomes an object in memory.
 LARGEST_SAFETENSORS_HEADER = 8 << 20
 
 
 class TorchFile:
-    """A file that `torch.save` wrote, whose content is known and whose tensors are not read yet.
+    """A file written by `torch.save`; its content is known, but its tensors are not read yet.
 
     Attributes:
-        top: what was saved: plain values, `StoredTensor` and `Opaque`; see `PlainUnpickler.load`.
-        size: of the file in bytes.
+        top: the saved value: plain values, `StoredTensor` and `Opaque`, as from `PlainUnpickler.load`.
+        size: size of the file in bytes.
     """
 
     def __init__(self, path: Path) -> None:
-        """Read what the file says; nothing in it is run, and its tensors stay on the disk.
+        """Read the file's structure; nothing in it is run, and its tensors stay on the disk.
 
         Raises:
-            ForeignObjectError: it holds an object that is no plain value.
-            StoredFileError: it is damaged, or no file of torch.save.
+            ForeignObjectError: it holds an object that is not a plain value.
+            StoredFileError: it is damaged, or not a torch.save file.
             OSError: it cannot be read.
         """
         with path.open("rb") as file:
@@ -53,7 +53,7 @@ class TorchFile:
             file.seek(0)
             if self.size == 0:
                 raise StoredFileError("it is empty")
-            # A copy of this process: who keeps a tensor may write to it, and the file does not change.
+            # Copy-on-write: callers may write to a tensor, and the file does not change.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             self.top, self._places = _read_zip(file) if head == ZIP_MAGIC else _read_legacy(file, self.size)
 
@@ -61,7 +61,7 @@ class TorchFile:
         """A stored tensor on the CPU, mapped from the file.
 
         Raises:
-            StoredFileError: it reaches beyond its storage, or beyond the file.
+            StoredFileError: it extends beyond its storage, or beyond the file.
         """
         dtype: torch.dtype = getattr(torch, stored.dtype)
         start, size = self._places.get(stored.storage.key, (0, 0))
@@ -77,7 +77,7 @@ class TorchFile:
 
 
 class _BoundedReads(io.FileIO):
-    """A file of which no single read takes more than `most` bytes: the list of entries is read at once."""
+    """A file in which no single read exceeds `most` bytes: zipfile reads the list of entries at once."""
 
     most = _LARGEST_DIRECTORY
 
@@ -92,7 +92,7 @@ class _BoundedReads(io.FileIO):
 
 
 def _read_zip(file: BinaryIO) -> tuple[object, Mapping[str, tuple[int, int]]]:
-    """The saved value, and where each storage lies: its first byte and its size."""
+    """The saved value, and the position and size in bytes of each storage."""
     with _BoundedReads(file.fileno(), closefd=False) as raw:
         return _read_archive(raw)
 
@@ -119,7 +119,7 @@ def _read_archive(file: _BoundedReads) -> tuple[object, Mapping[str, tuple[int, 
 
 
 def _pickle_name(entries: Mapping[str, zipfile.ZipInfo], size: int) -> str:
-    """Name of the entry that says what was saved, in an archive that is laid out as torch.save does it."""
+    """Name of the entry with the saved value, in an archive with the layout of torch.save."""
     name = next((name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")), None)
     if any(other.endswith("/constants.pkl") or "/code/" in other for other in entries):
         raise StoredFileError("it is a TorchScript program, expected state dicts saved with torch.save")
@@ -130,7 +130,7 @@ def _pickle_name(entries: Mapping[str, zipfile.ZipInfo], size: int) -> str:
             "unpack it and give the checkpoint file inside"
         )
     for other, entry in entries.items():
-        # Its bytes are mapped as they are.
+        # Its bytes are mapped without decompression.
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise StoredFileError(
                 f"{other} is compressed, which torch.save never does, or encrypted; save the checkpoint again"
@@ -148,7 +148,7 @@ def _check_byte_order(archive: zipfile.ZipFile, entry: zipfile.ZipInfo | None) -
 
 
 def _content_start(file: io.FileIO, entry: zipfile.ZipInfo) -> int:
-    """Where an entry's bytes begin: behind its local header, whose padding differs from the list's."""
+    """Position of an entry's bytes: after its local header, whose padding differs from that in the list."""
     file.seek(entry.header_offset)
     header = file.read(_LOCAL_HEADER)
     if len(header) < _LOCAL_HEADER or not header.startswith(ZIP_MAGIC):
@@ -160,7 +160,7 @@ def _content_start(file: io.FileIO, entry: zipfile.ZipInfo) -> int:
 
 
 def _read_legacy(file: BinaryIO, size: int) -> tuple[object, Mapping[str, tuple[int, int]]]:
-    """As `_read_zip`: five pickles, then each storage behind its count of numbers."""
+    """Like `_read_zip`: five pickles, then each storage after its number of elements."""
     pickles = io.BytesIO(file.read(_LARGEST_PICKLE))
     reader = PlainUnpickler()
     for _ in ("magic number", "version"):
@@ -187,7 +187,7 @@ def _read_legacy(file: BinaryIO, size: int) -> tuple[object, Mapping[str, tuple[
 
 
 def _bytes(storage: Storage) -> int:
-    # Of a type that no tensor here has (quantized numbers, for one), the tensors are not read either.
+    # For a type that no tensor here has (such as quantized numbers), the tensors are not read either.
     dtype = getattr(torch, storage.dtype, None)
     return storage.count * (dtype.itemsize if isinstance(dtype, torch.dtype) else 1)
 
@@ -196,7 +196,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, mapped, by name.
 
     Raises:
-        StoredFileError: it is truncated, or says what no such file does.
+        StoredFileError: it is truncated, or its header is invalid.
         OSError: it cannot be read.
     """
     size = path.stat().st_size
@@ -218,6 +218,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
     except (StoredFileError, OSError):
         raise
-    except Exception as error:  # json's, those of whatever the header is instead, and the library's own
+    except Exception as error:  # from json, from a header of another type, and from the library
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise DamagedFileError(f"its header is damaged ({reason[:160]})") from error

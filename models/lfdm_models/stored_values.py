@@ -1,4 +1,4 @@
-"""What a pickle of weights may say, as plain values: the types, and the functions that are known and never called."""
+"""The values that a pickle of weights may contain: plain types, and known functions that are never called."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ ENDED = "its pickle ends too early, or says what no pickle does"
 
 
 class StoredFileError(ValueError):
-    """A file of weights is damaged, or holds what it should not; the text says what, without the file's name."""
+    """A file of weights is damaged or invalid; the text states the problem, without the file's name."""
 
 
 class DamagedFileError(StoredFileError):
-    """A file of weights is not whole; another copy of it may be."""
+    """A file of weights is incomplete; another copy may be complete."""
 
 
 class ForeignObjectError(StoredFileError):
-    """A pickle names something that is no plain value.
+    """A pickle names something that is not a plain value.
 
     Attributes:
-        name: of what it would import.
+        name: name of what it would import.
     """
 
     def __init__(self, name: str) -> None:
@@ -36,10 +36,10 @@ class ForeignObjectError(StoredFileError):
 
 @dataclass(frozen=True)
 class Opaque:
-    """A value that is known to be there, and of which no more is kept.
+    """A value that exists in the file, but is not read.
 
     Attributes:
-        kind: what it is, for messages.
+        kind: its kind, for messages.
     """
 
     kind: str
@@ -47,18 +47,18 @@ class Opaque:
 
 @dataclass(frozen=True)
 class OddTensor(Opaque):
-    """A tensor that is no dense array of numbers in the file."""
+    """A tensor that is not a dense array of numbers in the file."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A flat run of numbers in the file.
+    """A contiguous range of numbers in the file.
 
     Attributes:
         key: its name in the file.
-        dtype: name of a torch dtype; "uint8" where the tensors say it.
-        count: how many numbers.
-        begin: index of the first, for a part of another storage.
+        dtype: name of a torch dtype; "uint8" where the tensors define the type.
+        count: number of elements.
+        begin: index of the first element, for a part of another storage.
     """
 
     key: str
@@ -72,7 +72,7 @@ class StoredTensor:
     """An ordinary dense tensor: a view of a storage.
 
     Attributes:
-        storage: where its numbers are.
+        storage: storage of its numbers.
         dtype: name of a torch dtype.
         offset: index of its first number in the storage.
         shape, strides: as in torch.
@@ -94,7 +94,7 @@ class Global:
 
 @dataclass
 class NumpyType:
-    """A numpy dtype, whose byte order comes after its name."""
+    """A NumPy dtype, whose byte order follows its name."""
 
     code: str
     order: str = "<"
@@ -108,7 +108,7 @@ _STORAGE_TYPES = {
 _DTYPES = frozenset(_STORAGE_TYPES.values()) | {
     "complex32", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "uint16", "uint32", "uint64",
 }  # fmt: skip
-#: Kinds of tensors that are no dense numbers in the file, by the function that would rebuild them.
+#: Kinds of tensors that are not dense numbers in the file, by the function that would rebuild them.
 _ODD_TENSORS = {
     "torch._utils._rebuild_meta_tensor_no_storage": "a tensor on device meta",
     "torch._utils._rebuild_nested_tensor": "a nested tensor",
@@ -118,7 +118,7 @@ _ODD_TENSORS = {
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": "a tensor of another device",
     "torch._utils._rebuild_device_tensor_from_numpy": "a tensor of another device",
 }
-#: Plain values that are beside the weights in many checkpoints, and are not needed: known, and left unread.
+#: Plain values beside the weights in many checkpoints that are not needed: known, but not read.
 _UNREAD = frozenset(
     {
         "argparse.Namespace", "builtins.bytearray", "builtins.complex", "builtins.frozenset", "builtins.set",
@@ -136,11 +136,11 @@ KEY_TYPES = (str, int, float, bytes, type(None))
 
 
 def called(name: str, arguments: tuple[Any, ...]) -> object:
-    """What a call of a known function stands for.
+    """The value that a call of a known function represents.
 
     Raises:
-        StoredFileError: it is called as it never is.
-        TypeError, ValueError: so as well.
+        StoredFileError: the arguments are invalid.
+        TypeError, ValueError: likewise.
     """
     if name in _ODD_TENSORS:
         return OddTensor(_ODD_TENSORS[name])
@@ -152,10 +152,10 @@ def called(name: str, arguments: tuple[Any, ...]) -> object:
 
 
 def as_size(value: object) -> int:
-    """A number of a tensor's shape.
+    """An entry of a tensor's shape.
 
     Raises:
-        StoredFileError: it is none.
+        StoredFileError: it is not a valid size.
     """
     if type(value) is not int or not 0 <= value <= _LARGEST_SIZE:
         raise StoredFileError("it declares a tensor of a size that no tensor has; it is damaged or not to be trusted")
@@ -169,7 +169,7 @@ def _sizes(values: object) -> tuple[int, ...]:
 
 
 def _tensor(storage: object, offset: object, shape: object, strides: object, *rest: Any) -> object:
-    """`torch._utils._rebuild_tensor_v2`, and the older one without what follows the strides."""
+    """`torch._utils._rebuild_tensor_v2`, and the older version without arguments after the strides."""
     if len(rest) > 2 and rest[2]:
         return OddTensor("a tensor that is conjugated or negated when read")
     return _tensor_of(storage, None, offset, shape, strides)
@@ -190,7 +190,7 @@ def _tensor_of(storage: object, dtype: object, offset: object, shape: object, st
     axes, steps = _sizes(shape), _sizes(strides)
     if len(axes) != len(steps):
         raise DamagedFileError(ENDED)
-    # What torch itself counts with 64 bits must not overflow.
+    # torch's own 64-bit counts must not overflow.
     count = 1
     for size in axes:
         count *= max(size, 1)
@@ -263,7 +263,7 @@ def known(module: str, name: str) -> Global:
     """A name that a pickle would import.
 
     Raises:
-        ForeignObjectError: it is none of those that are known to be plain.
+        ForeignObjectError: it is not known to be plain.
     """
     full = f"{module}.{name}"
     if name.endswith("Storage") and module in ("torch", "torch.cuda", "torch.storage"):

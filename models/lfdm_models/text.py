@@ -1,6 +1,6 @@
 """The text encoder: a pretrained BERT whose token states are averaged into one embedding.
 
-Its weights are the user's to bring: a local folder, or a name that the Hugging Face hub knows.
+The user provides its weights: a local folder, or a name on the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from lfdm_models.text_files import (
 
 __all__ = ["DEFAULT_ENCODER", "BertTextEncoder", "TextEncoderError"]
 
-#: What the published models were trained with.
+#: The text encoder of the published models.
 DEFAULT_ENCODER = "bert-base-cased"
-#: Keeps the mean of no tokens finite.
+#: Keeps the mean over no tokens finite.
 _EPSILON = 1e-8
 
 
@@ -40,7 +40,7 @@ class BertTextEncoder(nn.Module):
     """Token states of a BERT, averaged over the tokens after [CLS] that are not padding."""
 
     def __init__(self, bert: nn.Module, tokenizer: Any) -> None:
-        """Wrap a transformers model and its fast tokenizer; most callers want `load`."""
+        """Wrap a transformers model and its fast tokenizer; most callers use `load`."""
         super().__init__()
         self.bert = bert.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -50,23 +50,23 @@ class BertTextEncoder(nn.Module):
 
     @classmethod
     def load(cls, source: str | os.PathLike[str] = DEFAULT_ENCODER) -> BertTextEncoder:
-        """Load an encoder, strictly: its weights are exactly those that its architecture has.
+        """Load an encoder strictly: its weights must match its architecture exactly.
 
-        Nothing that comes with it is run; a name on the hub is looked up in the cache of this machine first.
+        No code in its files is run. A name on the hub is first looked up in this machine's cache.
 
         Args:
             source: a folder with config.json, weights and tokenizer files, or a name on the hub.
 
         Raises:
-            TextEncoderError: transformers is not installed, or the files are not available, or not those of an encoder.
+            TextEncoderError: transformers is not installed, or the files are not available or do not form an encoder.
         """
-        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the client is imported
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # the client reads it at import
         try:
             import transformers
             from transformers.utils import logging as transformers_logging
         except ImportError as error:
             raise TextEncoderError(missing_transformers()) from error
-        # The hub's client tells of each of its many attempts; the error says it once.
+        # The hub's client logs each of its many attempts; the error reports them once.
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         folder = find_folder(source)
         loud = transformers_logging.get_verbosity()
@@ -75,7 +75,7 @@ class BertTextEncoder(nn.Module):
             return cls(_strict_model(folder, transformers), _tokenizer(folder, transformers))
         except TextEncoderError:
             raise
-        # What transformers raises of files that are none of its own, the system's errors among it.
+        # transformers raises many types for invalid files, including the system's errors.
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
             raise TextEncoderError(
@@ -86,7 +86,7 @@ class BertTextEncoder(nn.Module):
             transformers_logging.set_verbosity(loud)
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Texts -> token ids and attention mask, both (B, L) int64, padded to the longest.
+        """Texts -> token IDs and attention mask, both (B, L) int64, padded to the longest.
 
         Raises:
             TextEncoderError: there is no text, or one has more tokens than the encoder has positions.
@@ -100,19 +100,19 @@ class BertTextEncoder(nn.Module):
         return tokens["input_ids"], tokens["attention_mask"]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Token ids and mask, both (B, L) int64 -> text embedding (B, width)."""
+        """Token IDs and mask, both (B, L) int64 -> text embedding (B, width)."""
         states = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 1:]
         mask = attention_mask[:, 1:, None].to(states.dtype)
         return (states * mask).sum(dim=1) / (mask.sum(dim=1) + _EPSILON)
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Texts -> text embeddings (B, width) float32; a text's embedding depends on nothing else.
+        """Texts -> text embeddings (B, width) float32; a text's embedding does not depend on the other texts.
 
         Raises:
-            TextEncoderError: see `tokenize`.
+            TextEncoderError: there is no text, or one has more tokens than the encoder has positions.
         """
-        # One at a time: padding would leave its trace in the last bits.
+        # One at a time: padding would change the last bits.
         rows = [self(*self.tokenize([text])) for text in texts]
         if not rows:
             raise TextEncoderError("there is no text to encode; give at least one")
@@ -121,8 +121,7 @@ class BertTextEncoder(nn.Module):
     def save_tokenizer(self, folder: str | os.PathLike[str]) -> Path:
         """Write tokenizer.json, which the light `tokenizers` package can read without transformers.
 
-        It pads to the longest text and cuts at the encoder's last position, so that who reads it knows
-        both. Returns its path.
+        It stores padding to the longest text, and truncation at the encoder's last position. Returns its path.
         """
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
         backend["padding"] = {
@@ -146,16 +145,16 @@ class BertTextEncoder(nn.Module):
 
 
 def _strict_model(folder: Path, transformers: Any) -> nn.Module:
-    """The network with the folder's weights; built without memory first, for its sizes come from a stranger."""
+    """The network with the folder's weights; built without memory first, because its sizes are untrusted."""
     plain = read_config(folder)
     config = transformers.AutoConfig.for_model(plain.pop("model_type"), **plain)
-    # The plain attention, as a graph of ordinary operators.
+    # Plain attention, which exports as ordinary operators.
     options = {"attn_implementation": "eager", "trust_remote_code": False}
     with torch.device("meta"):
         sketch: nn.Module = transformers.AutoModel.from_config(config, **options).float()
     stored = read_weights(folder)
     expected = sketch.state_dict()
-    # Its pooler serves the pretraining alone, and many files leave it out.
+    # The pooler is for pretraining only, and many files omit it.
     pooled = any(".pooler." in f".{key}" for key in stored)
     if not pooled:
         expected = {name: value for name, value in expected.items() if not name.startswith("pooler.")}
@@ -169,12 +168,12 @@ def _strict_model(folder: Path, transformers: Any) -> nn.Module:
 
 
 def _tokenizer(folder: Path, transformers: Any) -> Any:
-    """The folder's fast tokenizer, out of copies of the files that make one."""
+    """The folder's fast tokenizer, loaded from copies of its files."""
     with tempfile.TemporaryDirectory(prefix="lfdm-tokenizer-") as copies:
-        told = copy_tokenizer(folder, Path(copies))
+        options = copy_tokenizer(folder, Path(copies))
         (Path(copies) / "config.json").write_text(json.dumps(read_config(folder)), encoding="utf-8")
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            copies, local_files_only=True, trust_remote_code=False, use_fast=True, **told
+            copies, local_files_only=True, trust_remote_code=False, use_fast=True, **options
         )
     if not getattr(tokenizer, "is_fast", False):
         raise TextEncoderError(

@@ -1,4 +1,4 @@
-"""The files of a text encoder: found, bounded, and read strictly; no code that comes with them is ever run."""
+"""The files of a text encoder: found, bounded, and read strictly; no code in them is ever run."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from lfdm_models.stored_values import StoredFileError, StoredTensor
 CONFIG = "config.json"
 VOCABULARY = "vocab.txt"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-#: All that a tokenizer is read from; whatever else lies in the folder is left alone.
+#: All files that define a tokenizer; other files in the folder are ignored.
 _TOKENIZER_FILES = (
     "tokenizer.json", _TOKENIZER_CONFIG, VOCABULARY, "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
-#: Files of weights, in the order in which they are taken; the second of each pair lists the parts of a large one.
+#: Files of weights, in order of preference; the second of each pair lists the parts of a large model.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _LARGEST_JSON, _LARGEST_TOKENIZER, _MOST_PARTS = 1 << 20, 64 << 20, 64
-#: How long the hub may take to answer whether it is there.
+#: Time limit in seconds for the hub's first answer.
 _PATIENCE = 8.0
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
-#: What comes on top of an encoder in pretraining, and what old versions stored that is no weight.
+#: Layers on top of an encoder for pretraining, and buffers of old versions that are not weights.
 _HEADS = re.compile(
     r"^(?:cls|classifier|lm_head|qa_outputs|pre_classifier|vocab_(?:transform|layer_norm|projector)|predictions)\."
     r"|(?:^|\.)(?:position_ids|token_type_ids)$"
@@ -45,12 +45,12 @@ class TextEncoderError(RuntimeError):
 
 
 def find_folder(source: str | os.PathLike[str]) -> Path:
-    """The folder of an encoder's files: the one that is named, or a copy of what the hub has under that name.
+    """The folder of an encoder's files: the given folder, or a copy of the encoder with that name on the hub.
 
-    What the hub's cache on this machine holds is taken from there, without a question to the network.
+    Files in this machine's hub cache are used without a network request.
 
     Raises:
-        TextEncoderError: there is no such folder, and the hub does not give it.
+        TextEncoderError: there is no such folder, and the hub does not provide it.
     """
     folder = Path(source).expanduser()
     name = os.fspath(source)
@@ -61,7 +61,7 @@ def find_folder(source: str | os.PathLike[str]) -> Path:
             f"there is no folder {name!r}, and it is no name on the Hugging Face hub; give a folder with "
             "config.json, weights and tokenizer files"
         )
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the client is imported
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # the client reads it at import
     try:
         from huggingface_hub import HfApi, constants, snapshot_download
     except ImportError as error:
@@ -71,12 +71,12 @@ def find_folder(source: str | os.PathLike[str]) -> Path:
         found = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
         weights_file(found)
         return found
-    except Exception:  # noqa: BLE001  # not in the cache, or in part: the client has its own ways to say so
+    except Exception:  # noqa: BLE001  # not in the cache, or incomplete: the client raises many types
         pass
     reason = "HF_HUB_OFFLINE is set"
     if not constants.HF_HUB_OFFLINE:
         try:
-            # The download itself tries again for a minute where nobody answers.
+            # The download itself would retry for a minute without an answer.
             files = within(_PATIENCE, lambda: HfApi().model_info(name, timeout=_PATIENCE / 2).siblings or ())
             names = {file.rfilename for file in files}
             chosen = next((weights for weights in _WEIGHTS if weights in names), None)
@@ -85,17 +85,17 @@ def find_folder(source: str | os.PathLike[str]) -> Path:
                 stem, ending = chosen.removesuffix(".index.json").rsplit(".", 1)
                 wanted.append(f"{stem}-*.{ending}")
             return Path(snapshot_download(name, allow_patterns=wanted))
-        except Exception as error:  # noqa: BLE001  # the client raises errors of its own, of httpx and of the system
+        except Exception as error:  # noqa: BLE001  # the client raises its own errors, those of httpx and the system's
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     raise TextEncoderError(
         f"the text encoder {name!r} cannot be loaded ({reason}): it is not on this machine, and the Hugging Face hub "
-        "did not give it; try again with access to the hub, give the folder of its files (--text-encoder FOLDER), "
+        "did not provide it; try again with access to the hub, give the folder of its files (--text-encoder FOLDER), "
         "or export without labels and free text (--text-encoder none)"
     )
 
 
 def missing_transformers() -> str:
-    """What to do where the packages for text are not installed."""
+    """The message if the packages for text are not installed."""
     return (
         "a text encoder needs the package 'transformers', which is not installed; "
         "install it with: pip install 'lfdm-export[text]'"
@@ -103,10 +103,10 @@ def missing_transformers() -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object of a JSON file of bounded size; a byte-order mark does not matter.
+    """Read an object from a JSON file of bounded size; a byte-order mark is ignored.
 
     Raises:
-        TextEncoderError: it is missing, damaged, too large, or no object.
+        TextEncoderError: it is missing, damaged, too large, or not an object.
     """
     text = _read(path, _LARGEST_JSON)
     try:
@@ -135,10 +135,10 @@ def _read(path: Path, most: int) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The encoder's architecture, as plain values, without what would name code of the folder's.
+    """The encoder's architecture as plain values, without entries that name code in the folder.
 
     Raises:
-        TextEncoderError: it cannot be read, or names sizes that no encoder has.
+        TextEncoderError: it cannot be read, or has sizes that no encoder has.
     """
     path = folder / CONFIG
     config = read_json(path)
@@ -153,10 +153,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weights_file(folder: Path) -> Path:
-    """The file that holds the weights, or lists those that do.
+    """The file that holds the weights, or lists the files that hold them.
 
     Raises:
-        TextEncoderError: there is none.
+        TextEncoderError: it is missing.
     """
     for name in _WEIGHTS:
         if (folder / name).is_file():
@@ -171,7 +171,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """All weights by their names in the file, mapped.
 
     Raises:
-        TextEncoderError: they cannot be read, or are no named tensors.
+        TextEncoderError: they cannot be read, or are not named tensors.
     """
     path = weights_file(folder)
     if path.suffix != ".json":
@@ -204,7 +204,7 @@ def _read_part(path: Path) -> dict[str, Tensor]:
                 raise StoredFileError(f"its entry {str(key)[:80]!r} is no tensor, expected a state dict")
             weights[key] = file.tensor(value)
             declared += weights[key].numel() * weights[key].element_size()
-        if declared > 2 * file.size:  # not 1: a weight that several names share is saved once
+        if declared > 2 * file.size:  # not 1: a shared weight is saved once
             raise StoredFileError(f"it declares {declared:,} bytes of weights but holds {file.size:,}")
         return weights
     except (StoredFileError, RuntimeError) as error:
@@ -220,17 +220,17 @@ def _read_part(path: Path) -> dict[str, Tensor]:
 def fitted(
     weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], prefix: str, where: Path
 ) -> dict[str, Tensor]:
-    """Copies of exactly the weights of a network, in its names.
+    """Copies of exactly the weights of a network, under its names.
 
     Args:
-        weights: as stored; prefixes of wrappers and of the pretraining model are left out, old names of layer norms
-            and heads on top of the encoder are known.
-        expected: the network's own, of any device.
-        prefix: name of the encoder within the model that it was pretrained in, such as "bert".
+        weights: as stored. Prefixes of wrappers and of the pretraining model are removed; old names of layer norms, and
+            heads on top of the encoder, are recognized.
+        expected: the network's own weights, on any device.
+        prefix: name of the encoder within its pretraining model, such as "bert".
         where: the folder, for messages.
 
     Raises:
-        TextEncoderError: a weight is missing, unknown, of another shape, no float, or not finite.
+        TextEncoderError: a weight is missing, unknown, of another shape, not float, or not finite.
     """
     found: dict[str, Tensor] = {}
     unknown = []
@@ -265,7 +265,7 @@ def _renamed(key: str, prefix: str) -> str:
 
 def _copied(name: str, tensor: Tensor, dtype: torch.dtype, where: Path) -> Tensor:
     if tensor.layout is not torch.strided or tensor.is_floating_point() != dtype.is_floating_point:
-        raise TextEncoderError(f"the text encoder {where}: {name} is of {tensor.dtype}, expected {dtype}")
+        raise TextEncoderError(f"the text encoder {where}: {name} has dtype {tensor.dtype}, expected {dtype}")
     copy = torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
     if not torch.isfinite(copy).all():
         raise TextEncoderError(f"the text encoder {where}: {name} holds values that are NaN or infinite")
@@ -273,13 +273,13 @@ def _copied(name: str, tensor: Tensor, dtype: torch.dtype, where: Path) -> Tenso
 
 
 def copy_tokenizer(folder: Path, target: Path) -> dict[str, Any]:
-    """Copy what a tokenizer is read from into a folder of its own, as plain UTF-8 text with plain line ends.
+    """Copy a tokenizer's files into a separate folder, as UTF-8 text with plain line ends.
 
     Returns:
-        What to say to `AutoTokenizer` beside it: whether text is lowered, where only the vocabulary shows it.
+        Options for `AutoTokenizer`: whether text is lowercased, if only the vocabulary shows it.
 
     Raises:
-        TextEncoderError: there are no such files, or one is too large or no text.
+        TextEncoderError: there are no such files, or one is too large or not a text.
     """
     present = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     if not present:
@@ -294,15 +294,15 @@ def copy_tokenizer(folder: Path, target: Path) -> dict[str, Any]:
         if name == _TOKENIZER_CONFIG:
             text = json.dumps({key: value for key, value in read_json(folder / name).items() if key != "auto_map"})
         if name == VOCABULARY:
-            # Blank lines at the end are no tokens; within, they count as every line does.
+            # Blank lines at the end are not tokens; blank lines within the file count.
             text = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n") + "\n"
         (target / name).write_text(text, encoding="utf-8", newline="")
-    told = read_json(folder / _TOKENIZER_CONFIG) if _TOKENIZER_CONFIG in present else {}
-    if "tokenizer.json" in present or "do_lower_case" in told or VOCABULARY not in present:
+    options = read_json(folder / _TOKENIZER_CONFIG) if _TOKENIZER_CONFIG in present else {}
+    if "tokenizer.json" in present or "do_lower_case" in options or VOCABULARY not in present:
         return {}
     return {"do_lower_case": not _is_cased((target / VOCABULARY).read_text(encoding="utf-8").split("\n"))}
 
 
 def _is_cased(vocabulary: Iterable[str]) -> bool:
-    """Whether a vocabulary tells capitals from small letters; special tokens are in capitals everywhere."""
+    """Whether a vocabulary distinguishes capital from small letters; special tokens always use capitals."""
     return any(word != word.lower() and not re.fullmatch(r"[\[<].*[\]>]", word) for word in vocabulary)

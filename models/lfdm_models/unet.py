@@ -1,7 +1,6 @@
 """The 3-D UNet of the diffusion model.
 
-Source: Ni et al., CVPR 2023 (arXiv 2303.13744), Sec. 3.3. Attribute names are those of released state
-dicts.
+Source: Ni et al., CVPR 2023 (arXiv 2303.13744), Sec. 3.3. Attribute names are those of the released state dicts.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class ConvBlock(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two conv blocks beside a (projected) identity; the first is modulated by the condition if there is one."""
+    """Two conv blocks in parallel with a (projected) identity; a condition modulates the first, if there is one."""
 
     def __init__(self, in_channels: int, out_channels: int, condition_width: int | None = None) -> None:
         super().__init__()
@@ -72,7 +71,7 @@ class ResBlock(nn.Module):
 
 
 class Level(nn.ModuleList):
-    """One resolution: two ResBlocks, spatial linear attention, temporal attention, and what changes the size."""
+    """One resolution: two ResBlocks, spatial linear attention, temporal attention, and the resampling."""
 
     def __init__(
         self, block1: ResBlock, block2: ResBlock, spatial: Residual, temporal: Residual, resample: nn.Module
@@ -100,14 +99,14 @@ class Level(nn.ModuleList):
         return self[4]
 
     def forward(self, x: Tensor, condition: Tensor, bias: Tensor) -> Tensor:
-        """All but the change of size: (B, in, T, H, W), (B, condition_width), (heads, T, T) -> (B, out, T, H, W)."""
+        """All except resampling: (B, in, T, H, W), (B, condition_width), (heads, T, T) -> (B, out, T, H, W)."""
         for block in self.blocks:
             x = block(x, condition)
         return cast(Tensor, self.temporal(self.spatial(x), bias))
 
 
 class Head(nn.Sequential):
-    """ResBlock without condition, then a 1x1x1 conv."""
+    """A ResBlock without condition, then a 1x1x1 conv."""
 
     def __init__(self, in_channels: int, width: int, out_channels: int) -> None:
         super().__init__(ResBlock(in_channels, width), nn.Conv3d(width, out_channels, 1))
@@ -177,12 +176,12 @@ class Unet3D(nn.Module):
 
     @property
     def down_levels(self) -> list[Level]:
-        """Finest first."""
+        """Levels, finest first."""
         return cast(list[Level], list(self.downs))
 
     @property
     def up_levels(self) -> list[Level]:
-        """Coarsest first."""
+        """Levels, coarsest first."""
         return cast(list[Level], list(self.ups))
 
     def forward(self, noisy_latent: Tensor, feature: Tensor, text_embedding: Tensor, timestep: Tensor) -> Tensor:
@@ -221,7 +220,7 @@ class Unet3D(nn.Module):
     def guided(
         self, noisy_latent: Tensor, feature: Tensor, text_embedding: Tensor, timestep: Tensor, guidance_scale: float
     ) -> Tensor:
-        """Classifier-free guidance: 1 is the conditional prediction alone, 0 the unconditional alone."""
+        """Classifier-free guidance: 1 is the conditional prediction alone, 0 is the unconditional one alone."""
         null = self.null_cond_emb.expand_as(text_embedding)
         if guidance_scale == 0:
             return self(noisy_latent, feature, null, timestep)

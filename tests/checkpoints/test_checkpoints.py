@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lfdm_export.checkpoints.architecture import recognise_dm, recognise_lfae
+from lfdm_export.checkpoints.architecture import recognize_dm, recognize_lfae
 from lfdm_export.checkpoints.load import load_model
 from lfdm_export.checkpoints.weight_files import sha256
 from lfdm_export.errors import CheckpointError, InputError
@@ -143,7 +143,7 @@ def error_of(lfae: Path, dm: Path) -> str:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_architecture_is_recognised(name: str, tmp_path: Path):
+def test_architecture_is_recognized(name: str, tmp_path: Path):
     config = CONFIGS[name]
     states = random_states(config)
     lfae, dm = save(tmp_path, states)
@@ -255,7 +255,7 @@ def test_a_half_precision_schedule_of_1000_steps_is_restored(tmp_path: Path):
     model = load_model(*save(tmp_path, halved))
     torch.testing.assert_close(model.diffusion.get_buffer("alphas_cumprod"), exact["alphas_cumprod"], rtol=0, atol=0)
     halved["diffusion"]["betas"] = (exact["betas"] * 0.9).half()
-    assert "diffusion.betas is of torch.float16, too coarse" in error_of(*save(tmp_path, halved))
+    assert "diffusion.betas has dtype torch.float16, too coarse" in error_of(*save(tmp_path, halved))
 
 
 def test_the_checkpoints_own_schedule_is_kept(tmp_path: Path, states: dict[str, State]):
@@ -702,9 +702,9 @@ def test_recognition_takes_no_single_odd_tensor_for_the_truth(name: str):
                 yield key, tuple(size + (i == axis) for i, size in enumerate(shapes[key]))
 
     for key, shape in odd_ones(lfae):
-        assert recognise_lfae({**lfae, key: shape}, "x", region_pad=config.lfae.region_pad) == config.lfae, (key, shape)
+        assert recognize_lfae({**lfae, key: shape}, "x", region_pad=config.lfae.region_pad) == config.lfae, (key, shape)
     for key, shape in odd_ones(dm):
-        assert recognise_dm({**dm, key: shape}, "x") == config.dm, (key, shape)
+        assert recognize_dm({**dm, key: shape}, "x") == config.dm, (key, shape)
 
 
 def test_many_missing_and_unexpected_keys_are_counted(tmp_path: Path, states: dict[str, State]):
@@ -803,7 +803,7 @@ def test_a_double_too_large_for_float32(tmp_path: Path, states: dict[str, State]
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool])
 def test_types_that_are_no_weights(dtype: torch.dtype, tmp_path: Path, states: dict[str, State]):
     broken = edited(states, "diffusion", "denoise_fn.init_conv.bias", torch.ones(8, dtype=dtype))
-    assert f"init_conv.bias is of {dtype}, expected a floating-point type" in error_of(*save(tmp_path, broken))
+    assert f"init_conv.bias has dtype {dtype}, expected a floating-point type" in error_of(*save(tmp_path, broken))
 
 
 @pytest.mark.parametrize(

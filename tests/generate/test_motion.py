@@ -132,7 +132,7 @@ def test_a_clip_without_latent_has_no_motion(pipe: Pipeline, tmp_path: Path):
         replace(clip, latent=clip.latent[:, :, :0]).save(tmp_path / "none.motion")
     with pytest.raises(InputError, match="motion is a latent, found none"):
         save_clip(tmp_path / "none.motion", clip.frames[0])
-    with pytest.raises(InputError, match="npz archive does not hold, nor a motion"):
+    with pytest.raises(InputError, match="npz and motion files hold neither panels"):
         clip.save(tmp_path / "none.motion", scale=2)
     assert list(tmp_path.iterdir()) == []
 

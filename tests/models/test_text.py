@@ -231,7 +231,7 @@ _QUERY = "encoder.layer.0.attention.self.query.bias"
         (changed("teacher.weight", torch.ones(2)), "1 of 40 weights are unknown: teacher.weight"),
         (changed(_QUERY, torch.ones(7)), f"1 of 39 weights are of another shape: {_QUERY}"),
         (changed(_QUERY, torch.full((WIDTH,), float("nan"))), f"{_QUERY} holds values that are NaN"),
-        (changed(_QUERY, torch.ones(WIDTH, dtype=torch.int64)), f"{_QUERY} is of torch.int64"),
+        (changed(_QUERY, torch.ones(WIDTH, dtype=torch.int64)), f"{_QUERY} has dtype torch.int64"),
     ],
 )
 def test_weights_that_are_not_the_encoders(damage: Any, words: str, name: str, encoder_folder: Path, tmp_path: Path):

@@ -26,7 +26,7 @@ from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.lfae import LfaeStage, lfae_config, load_lfae, new_lfae, plain
 from lfdm_models.training.loop import STATE, Outcome, ReportProgress, no_report
 from lfdm_models.training.procedural import LABELS
-from lfdm_models.training.settings import DM_OPTIMISER, LFAE_OPTIMISER, SMALL, OptimiserSettings, RunSettings
+from lfdm_models.training.settings import DM_OPTIMIZER, LFAE_OPTIMIZER, SMALL, OptimizerSettings, RunSettings
 
 SIZE, FRAMES = 32, 4
 LFAE = LfaeConfig(
@@ -50,7 +50,7 @@ DM = DmConfig(
 )
 CONFIG = LfdmConfig(LFAE, DM, residual_flow=True)
 DATA = recipes.DataSettings(image_size=SIZE, frames=FRAMES)
-QUICK = OptimiserSettings(2e-3, (0.5, 0.999), milestones=(0.5,), warm_up=3, clip_norm=20.0)
+QUICK = OptimizerSettings(2e-3, (0.5, 0.999), milestones=(0.5,), warm_up=3, clip_norm=20.0)
 
 
 class Killed(Exception):
@@ -261,7 +261,7 @@ def test_a_checkpoint_tells_its_architecture(lfae_run: Path, tmp_path: Path):
     content = torch.load(lfae_run / "lfae.pth", weights_only=True)
     del content["training"]
     torch.save(content, tmp_path / "released.pth")
-    with pytest.raises(TrainingError, match="does not tell its architecture"):
+    with pytest.raises(TrainingError, match="does not store its architecture"):
         load_lfae(tmp_path / "released.pth")
     assert load_lfae(tmp_path / "released.pth", LFAE)[0].config == LFAE
     with pytest.raises(TrainingError, match="no LFAE of that architecture"):
@@ -341,15 +341,15 @@ def test_the_mean_of_weights_by_hand():
 
 
 def test_the_step_size_follows_the_published_milestones():
-    rates = [LFAE_OPTIMISER.rate(step, 100) for step in (0, 59, 60, 89, 90, 99)]
+    rates = [LFAE_OPTIMIZER.rate(step, 100) for step in (0, 59, 60, 89, 90, 99)]
     np.testing.assert_allclose(rates, [2e-4, 2e-4, 2e-5, 2e-5, 2e-6, 2e-6])
-    assert DM_OPTIMISER.rate(0, 100) == DM_OPTIMISER.rate(99, 100) == 1e-4
-    assert OptimiserSettings(1.0, (0.9, 0.99), warm_up=4).rate(1, 100) == 0.5
+    assert DM_OPTIMIZER.rate(0, 100) == DM_OPTIMIZER.rate(99, 100) == 1e-4
+    assert OptimizerSettings(1.0, (0.9, 0.99), warm_up=4).rate(1, 100) == 0.5
 
 
 def test_settings_check_themselves():
     with pytest.raises(ValueError, match="learning_rate must be above 0"):
-        OptimiserSettings(0.0, (0.9, 0.99))
+        OptimizerSettings(0.0, (0.9, 0.99))
     with pytest.raises(ValueError, match="steps, batch_size and accumulate must be 1 or more"):
         RunSettings(steps=0, batch_size=1)
 

@@ -14,7 +14,7 @@ from lfdm_models.training import layouts
 from lfdm_models.training.conditions import label_table
 from lfdm_models.training.data import (
     NO_LABEL,
-    ColourJitter,
+    ColorJitter,
     DiskClips,
     FramePairs,
     ProceduralClips,
@@ -84,12 +84,12 @@ def test_short_clips_repeat_their_last_frame(choice: layouts.FrameChoice):
 def test_jitter_is_shared_by_a_clip_and_leaves_nothing_out_of_range():
     frame = np.random.default_rng(0).random((1, 8, 8, 3)).astype(np.float32)
     clip = np.repeat(frame, 3, axis=0)
-    changed = ColourJitter(0.4, 0.4, 0.4, 0.1).apply(clip, Draws(1, 0))
+    changed = ColorJitter(0.4, 0.4, 0.4, 0.1).apply(clip, Draws(1, 0))
     assert changed.dtype == np.float32
     assert 0 <= changed.min() <= changed.max() <= 1
     assert np.abs(changed - clip).max() > 0.02
     np.testing.assert_array_equal(changed[0], changed[2])
-    np.testing.assert_allclose(ColourJitter(0, 0, 0, 0).apply(clip, Draws(1, 0)), clip, atol=1e-5)
+    np.testing.assert_allclose(ColorJitter(0, 0, 0, 0).apply(clip, Draws(1, 0)), clip, atol=1e-5)
 
 
 # --- Pictures and clips ----------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_pairs_are_two_different_frames(disk: DiskClips):
 
 def test_an_example_is_a_function_of_seed_and_number():
     source = ProceduralClips(16, 4, seed=1)
-    clips = TrainingClips(source, 4, seed=1, jitter=ColourJitter())
+    clips = TrainingClips(source, 4, seed=1, jitter=ColorJitter())
     first, again, other = clips[12], clips[12], clips[13]
     assert first["frames"].shape == (3, 4, 16, 16)
     assert 0 <= first["label"] < len(LABELS)

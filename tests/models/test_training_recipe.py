@@ -30,7 +30,7 @@ from lfdm_models.training.loop import STATE
 from lfdm_models.training.losses import PyramidLoss
 from lfdm_models.training.procedural import LABELS, clip_parts, sample_clip
 from lfdm_models.training.processes import Processes
-from lfdm_models.training.settings import COSINE_END, LFAE_OPTIMISER, SMALL, OptimiserSettings
+from lfdm_models.training.settings import COSINE_END, LFAE_OPTIMIZER, SMALL, OptimizerSettings
 from tests.models.test_training import CONFIG, FRAMES, QUICK, SIZE, Killed, assert_same_bits, killed_after, run_settings
 
 MANY = LfaeConfig(
@@ -89,7 +89,7 @@ def test_latents_of_a_pool_are_encoded_once(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_pool_is_of_procedural_clips():
-    with pytest.raises(TrainingError, match="a pool is of the procedural clips"):
+    with pytest.raises(TrainingError, match="a pool is for procedural clips"):
         recipes.DataSettings("plain", Path("anywhere"), pool=3).open(0)
 
 
@@ -146,7 +146,7 @@ def test_the_loss_of_landmarks_is_a_divergence():
 
 
 def test_landmarks_need_procedural_clips_and_regions_enough(tmp_path: Path):
-    with pytest.raises(TrainingError, match="landmarks are of the procedural data set, for 11 regions or more"):
+    with pytest.raises(TrainingError, match="landmarks are for the procedural data set, with 11 regions or more"):
         recipes.train_lfae(CONFIG.lfae, POOL, QUICK, run_settings(1), tmp_path, landmarks=1.0)
 
 
@@ -205,7 +205,7 @@ def test_the_statistics_of_batch_norm_are_kept_where_that_is_asked_for(tmp_path:
 
 
 def test_a_new_lfae_has_no_statistics_to_keep(tmp_path: Path):
-    with pytest.raises(TrainingError, match="no statistics to keep; name the checkpoint to begin with"):
+    with pytest.raises(TrainingError, match="no statistics to keep; give an initial checkpoint"):
         recipes.train_lfae(MANY, POOL, QUICK, run_settings(1), tmp_path, freeze_norm=True)
 
 
@@ -266,7 +266,7 @@ def test_stages_of_an_lfae_follow_each_other(tmp_path: Path):
 def test_a_dm_goes_on_from_another(tmp_path: Path):
     lfae = recipes.train_lfae(CONFIG.lfae, POOL, QUICK, run_settings(1), tmp_path / "lfae").checkpoint
     first = recipes.train_dm(CONFIG, lfae, POOL, QUICK, run_settings(1), tmp_path / "first").checkpoint
-    still = OptimiserSettings(1e-12, (0.5, 0.999))
+    still = OptimizerSettings(1e-12, (0.5, 0.999))
     settings = run_settings(1, ema=0.0)
     second = recipes.train_dm(CONFIG, lfae, POOL, still, settings, tmp_path / "second", start=first).checkpoint
     started, ended = (torch.load(path, weights_only=True)["diffusion"] for path in (first, second))
@@ -323,11 +323,11 @@ def test_a_new_lfae_copies_its_source():
 
 
 def test_a_rate_can_fall_along_a_cosine():
-    rates = OptimiserSettings(1.0, (0.9, 0.99), cosine=True)
+    rates = OptimizerSettings(1.0, (0.9, 0.99), cosine=True)
     assert rates.rate(0, 100) == 1
     assert rates.rate(50, 100) == pytest.approx((1 + COSINE_END) / 2)
     assert rates.rate(100, 100) == pytest.approx(COSINE_END)
-    assert dataclasses.replace(LFAE_OPTIMISER).rate(99, 100) == pytest.approx(2e-6)
+    assert dataclasses.replace(LFAE_OPTIMIZER).rate(99, 100) == pytest.approx(2e-6)
 
 
 def test_errors_are_weighed_by_noise_level():

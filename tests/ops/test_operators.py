@@ -79,7 +79,7 @@ def test_a_number_belongs_to_a_numbered_operator_only():
 
 
 def test_nodes_that_share_a_body_must_agree(toy: Operator):
-    with pytest.raises(ExportError, match=r"nodes of Double have \[2, 3\] of what their body is made for"):
+    with pytest.raises(ExportError, match=r"nodes of Double have the values \[2, 3\] where their body needs one value"):
         with_stored_bodies(graph_with("Double", 2, 3))
 
 
@@ -87,7 +87,7 @@ def test_what_a_body_is_made_for_must_be_there():
     nodes = Nodes("Double", graph_with("Double", 2).graph.node)
     with pytest.raises(ExportError, match="a node of Double has no attribute 'heads'"):
         nodes.same(lambda node: node.attribute("heads"))
-    with pytest.raises(ExportError, match="the weights 'x' of Double are no constant of the graph"):
+    with pytest.raises(ExportError, match="the weights 'x' of Double are not a constant of the graph"):
         nodes.same(lambda node: node.constant(0))
 
 

@@ -93,7 +93,7 @@ def test_matrix_products_are_the_matrix_units() -> None:
 
 
 def test_text_that_is_no_kernel_is_told_with_the_compilers_words() -> None:
-    with pytest.raises(EngineError, match=r"(?s)does not take nothing.*LFDM_NO_SUCH_KERNEL"):
+    with pytest.raises(EngineError, match=r"(?s)cannot compile nothing.*LFDM_NO_SUCH_KERNEL"):
         nvrtc.compile_ptx(Kernel("nothing", "warp/kernel.cuh", "LFDM_NO_SUCH_KERNEL(nothing)", 1, (0, 0), 0))
 
 
@@ -126,7 +126,7 @@ def test_without_a_driver_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(launcher, "_LIBRARY", "libnothing.so.0")
     launcher._driver.cache_clear()
     try:
-        with pytest.raises(EngineError, match=r"NVIDIA's driver, which is not there"):
+        with pytest.raises(EngineError, match=r"NVIDIA's driver, which is not available"):
             launcher._driver()
     finally:
         launcher._driver.cache_clear()

@@ -1,4 +1,4 @@
-"""Quantising: arithmetic, scales, inserted nodes, calibration, sensitivity."""
+"""Quantizing: arithmetic, scales, inserted nodes, calibration, sensitivity."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lfdm_export.quantize.ranges import (
     Method,
     Observed,
     activation_scale,
-    quantise,
+    quantize,
     rounded,
     weight_scales,
 )
@@ -135,7 +135,7 @@ def seen(sources: Sources) -> tuple[states.Calibrated, list[tuple[str, dict[str,
 
 def test_int8_is_rounded_to_even_and_saturates():
     values = np.array([0, 0.24, 0.25, 0.75, -0.25, -0.75, 63.4, 63.6, 1e9, -1e9], np.float32)
-    stored = quantise(values, np.float32(0.5), "int8")
+    stored = quantize(values, np.float32(0.5), "int8")
     assert stored.dtype == np.int8
     np.testing.assert_array_equal(stored, [0, 0, 0, 2, 0, -2, 127, 127, 127, -127])
 
@@ -143,7 +143,7 @@ def test_int8_is_rounded_to_even_and_saturates():
 def test_fp8_is_the_nearest_value_of_e4m3_and_saturates():
     rng = np.random.default_rng(1)
     values = (rng.standard_normal(4096) * 10 ** rng.uniform(-3, 3, 4096)).astype(np.float32)
-    found = quantise(values, np.float32(1), "fp8").astype(np.float64)
+    found = quantize(values, np.float32(1), "fp8").astype(np.float64)
     nearest = E4M3[np.abs(np.abs(values)[:, None] - E4M3).argmin(axis=1)]
     assert E4M3.max() == LARGEST["fp8"]
     np.testing.assert_array_equal(found, np.copysign(nearest, values))
@@ -200,9 +200,9 @@ def test_a_tensor_that_is_always_zero_has_a_scale():
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_quantised_graph_computes_what_its_nodes_say(form: Format, tmp_path: Path):
+def test_a_quantized_graph_computes_what_its_nodes_say(form: Format, tmp_path: Path):
     model = tiny_graph()
-    quantised = insert_qdq(model, TINY_SCALES, form)
+    quantized = insert_qdq(model, TINY_SCALES, form)
     x = np.random.default_rng(6).standard_normal((2, 3, 6, 6)).astype(np.float32)
     weights = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
 
@@ -220,7 +220,7 @@ def test_a_quantised_graph_computes_what_its_nodes_say(form: Format, tmp_path: P
     positive = functional.relu(left + functional.conv2d(low(x, "net.right"), weight("second", 0)))
     larger = functional.conv_transpose2d(low(positive, "net.larger"), weight("up", 1), stride=2)
     expected = low(larger.mean((2, 3)), "net.y") @ weight("out", 1)
-    found = OnnxRuntimeEngine(written(quantised, tmp_path), TINY, threads=1).run({"x": x})["y"]
+    found = OnnxRuntimeEngine(written(quantized, tmp_path), TINY, threads=1).run({"x": x})["y"]
     np.testing.assert_allclose(found.astype(np.float32), expected, atol=2e-5)
     # The float32 graph would give something else.
     exact = OnnxRuntimeEngine(written(model, tmp_path), TINY, threads=1).run({"x": x})["y"]
@@ -239,15 +239,15 @@ def test_nodes_are_shared_and_nothing_is_left_over():
     model = tiny_graph()
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     scales = {name: scale for name, scale in TINY_SCALES.items() if name != "net.y"}
-    quantised = insert_qdq(model, scales, "int8")
+    quantized = insert_qdq(model, scales, "int8")
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
-    kinds = [node.op_type for node in quantised.graph]
+    kinds = [node.op_type for node in quantized.graph]
     assert kinds.count("QuantizeLinear") == 2
     assert kinds.count("DequantizeLinear") == 2 + 3
-    names = [node.name for node in quantised.graph]
+    names = [node.name for node in quantized.graph]
     assert len(set(names)) == len(names)
-    assert "out" in quantised.graph.initializers
-    assert not {"first", "second", "up", "unused"} & set(quantised.graph.initializers)
+    assert "out" in quantized.graph.initializers
+    assert not {"first", "second", "up", "unused"} & set(quantized.graph.initializers)
 
 
 def test_layers_of_the_stages(sources: Sources):

@@ -22,7 +22,7 @@ from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.parity.chain import check_chain
 from lfdm_export.parity.report.model import Check
 from lfdm_export.parity.verify import verify_bundle
-from lfdm_export.quantize.graphs import quantised_graphs
+from lfdm_export.quantize.graphs import quantized_graphs
 from lfdm_export.quantize.ranges import FORMATS, Format
 from lfdm_export.quantize.report import SensitivityReport
 from lfdm_export.quantize.states import Calibration, Chain
@@ -42,9 +42,9 @@ STORED = {"int8": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}
 @pytest.fixture(scope="module", autouse=True)
 def quick(traced_already: None) -> Iterator[None]:
     """Calibrate on less, and take the graphs that were traced already."""
-    less = functools.partial(quantised_graphs, calibration=FEW, seconds=0.0, threads=1)
+    less = functools.partial(quantized_graphs, calibration=FEW, seconds=0.0, threads=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(precisions, "quantised_graphs", less)
+        patch.setattr(precisions, "quantized_graphs", less)
         yield
 
 
@@ -101,7 +101,7 @@ def assert_parity(checks: Sequence[Check]) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_what_sensitivity_keeps_is_not_quantised(bundles: dict[Format, Bundle], form: Format):
+def test_what_sensitivity_keeps_is_not_quantized(bundles: dict[Format, Bundle], form: Format):
     report = SensitivityReport.read(bundles[form].path / PARITY_FOLDER)
     assert report.form == form
     assert report.labels == len(bundles[form].labels)
@@ -109,12 +109,12 @@ def test_what_sensitivity_keeps_is_not_quantised(bundles: dict[Format, Bundle], 
         assert stage.together >= stage.everything
         kept = {name for name in stage.kept if "dB, below" in stage.kept[name]}
         graph = onnx.load(bundles[form].stage_path(stage.stage), load_external_data=False).graph
-        quantised = {
+        quantized = {
             (node.name.rpartition("/")[0]) for node in graph.node if any(i.endswith("_read") for i in node.input[1:2])
         }
-        assert quantised
-        assert not kept & quantised
-        assert len(quantised) <= stage.total_layers - len(stage.kept)
+        assert quantized
+        assert not kept & quantized
+        assert len(quantized) <= stage.total_layers - len(stage.kept)
 
 
 def test_targets_of_8_bits(bundles: dict[Format, Bundle]):

@@ -1,1 +1,1 @@
-"""Kernels as text, and what builds and runs them: NVRTC and the driver for a GPU, a C++ compiler for the host."""
+"""Kernels as text, with tools to build and run them: NVRTC and the driver for a GPU, a C++ compiler for the host."""

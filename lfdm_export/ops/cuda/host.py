@@ -1,6 +1,6 @@
-"""The host build: the same kernels through a C++ compiler, so that their arithmetic can be tested without a GPU.
+"""The host build: the same kernels through a C++ compiler, to test their arithmetic without a GPU.
 
-A grid's blocks run one after the other, and so do a block's threads between barriers. It is no way to compute.
+Blocks of a grid run one after the other, and so do threads of a block between barriers. It is too slow for real work.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from lfdm_export.errors import EngineError
 from lfdm_export.ops.cuda.source import ROOT, Kernel, Launch, program
 
-#: As on the GPU: nothing is contracted. Unrolling is asked for in CUDA's own words.
+#: As on the GPU, multiplications and additions are not contracted. Unrolling uses CUDA's own pragmas.
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
-#: Orders in which a block's threads can run; see `shim.cuh`.
+#: Orders in which a block's threads can run, defined in `shim.cuh`.
 THREAD_ORDERS = (0, 1, 2)
 
 _LAUNCH = """
@@ -29,10 +29,10 @@ extern "C" void lfdm_launch(int x, int y, int z, int blocks_x, int order) {
 
 
 class HostKernels:
-    """Kernels that were built for the host."""
+    """Kernels that are built for the host."""
 
     def __init__(self, library: Path, kernels: Sequence[Kernel]) -> None:
-        """Load what `build` made of these kernels."""
+        """Load the library that `build` made of these kernels."""
         self._library = ctypes.CDLL(str(library))
         self._kernels = {kernel.name: kernel for kernel in kernels}
 
@@ -42,14 +42,14 @@ class HostKernels:
         """Run a kernel's whole grid.
 
         Args:
-            name: of the kernel.
+            name: name of the kernel.
             launch: its grid and scalars.
-            inputs: addresses of what it reads.
-            outputs: addresses of what it writes.
-            order: of a block's threads, one of `THREAD_ORDERS`.
+            inputs: addresses of the inputs.
+            outputs: addresses of the outputs.
+            order: order of a block's threads, one of `THREAD_ORDERS`.
 
         Raises:
-            KeyError: it was not built.
+            KeyError: the kernel was not built.
         """
         kernel = self._kernels[name]
         assert (len(inputs), len(outputs)) == kernel.pointers
@@ -70,16 +70,16 @@ def build(kernels: Sequence[Kernel], library: Path, *, flags: Sequence[str] = ()
     """Compile kernels for the host.
 
     Args:
-        kernels: what to build.
-        library: the file to write: a shared library, or a program if there is a `main`.
+        kernels: kernels to build.
+        library: output file: a shared library, or a program if `main` is given.
         flags: further compiler flags.
-        main: C++ text that goes after the kernels.
+        main: C++ text appended to the kernels.
 
     Returns:
         `library`.
 
     Raises:
-        EngineError: there is no C++ compiler, or it does not take the text.
+        EngineError: no C++ compiler is available, or it fails.
     """
     compiler = find_compiler()
     source = library.with_suffix(".cpp")
@@ -88,15 +88,15 @@ def build(kernels: Sequence[Kernel], library: Path, *, flags: Sequence[str] = ()
     command = [compiler, *FLAGS, *flags, *kind, f"-I{ROOT}", str(source), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise EngineError(f"{compiler} does not take the kernels: {done.stderr.strip()}")
+        raise EngineError(f"{compiler} cannot compile the kernels: {done.stderr.strip()}")
     return library
 
 
 def find_compiler() -> str:
-    """A C++17 compiler: what the variable CXX names, else g++, clang++ or c++.
+    """Find a C++17 compiler: the one in the variable CXX, else g++, clang++ or c++.
 
     Raises:
-        EngineError: there is none.
+        EngineError: none is available.
     """
     named = os.environ.get("CXX")
     for name in (named,) if named else ("g++", "clang++", "c++"):

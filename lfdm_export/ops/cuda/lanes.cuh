@@ -1,12 +1,13 @@
-// Warps: 32 lanes that compute together, on registers alone. A kernel in terms of warps is built twice, as `shim.cuh`
-// describes it for blocks.
+// Warps: 32 lanes that compute together, with registers only. A kernel that uses warps is built twice, as `shim.cuh`
+// describes for blocks.
 //
-// What each lane has lies in a PerLane<T>: on a GPU one T in the lane's registers, on the host all 32 of them.
-// each_lane(f) runs f(lane) for each; f touches its own lane's values alone. What lanes do together (matrix products,
-// transposition, maxima and sums over four lanes) are functions between them, written once for the GPU, as
-// instructions, and once for the host, from the layouts that the PTX ISA gives for those instructions.
+// A PerLane<T> holds one value per lane: on a GPU one T in each lane's registers, on the host all 32 of them.
+// each_lane(f) runs f(lane) for each lane; f accesses only its own lane's values. Operations across lanes (matrix
+// products, transposition, maxima and sums over four lanes) are functions between these calls, written once for the GPU
+// as instructions, and once for the host, from the layouts that the PTX ISA defines for those instructions.
 //
-// A matrix product rounds alike in both builds but for the order of its sums, and exp2 and reciprocals are approximate on a GPU.
+// A matrix product rounds alike in both builds except for the order of its sums; exp2 and reciprocals are approximate
+// on a GPU.
 //
 // Needs compute capability 8.0. Source: PTX ISA 8.0, sections on mma.sync, movmatrix, shfl.sync, ld.global.nc.
 #pragma once
@@ -36,7 +37,7 @@ LFDM_INLINE void each_warp(const Block<THREADS>&, Function function) {
     function(int(threadIdx.x) / LANES);
 }
 
-// That many blocks fit on a multiprocessor together: it bounds the registers of a thread.
+// Number of blocks that must fit on a multiprocessor together: it limits the registers per thread.
 #define LFDM_LANES_KERNEL(name, threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks) name
 
 #else
@@ -64,7 +65,7 @@ void each_warp(const Block<THREADS>& block, Function function) {
 
 #endif
 
-// -- two 16-bit values in one register
+// -- two 16-bit values per register
 
 struct Two {
     float first, second;
@@ -100,7 +101,7 @@ uint32 pack(float first, float second) {
 
 // -- memory
 
-// COUNT registers that no other warp will read: they leave the L1 cache to what is read again.
+// COUNT registers that no other warp reads: this leaves the L1 cache to data that is read again.
 template <int COUNT>
 LFDM_INLINE Pack<uint32, COUNT> read_once(const uint32* LFDM_RESTRICT at) {
     static_assert(COUNT == 2 || COUNT == 4, "8 or 16 bytes");
@@ -151,16 +152,16 @@ LFDM_INLINE float reciprocal(float value) {
 #endif
 }
 
-// -- what lanes do together
+// -- operations across lanes
 
-// Lane 4 g + t has of a 16x8 product the elements (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1).
+// Lane 4 g + t holds the elements (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1) of a 16x8 product.
 struct Quad {
     float values[4];
 };
 
 #if defined(__CUDACC__)
 
-// All lanes must take part: `volatile` keeps the compiler from moving these into a branch that only some of them take.
+// All lanes must take part: `volatile` keeps the compiler from moving these into a branch that only some lanes take.
 
 LFDM_INLINE float from_lane_across(float value, int distance) {
     return __shfl_xor_sync(0xffffffffu, value, distance);
@@ -214,7 +215,7 @@ LFDM_INLINE void multiply_add_8(PerLane<Quad>& c, const PerLane<uint32> (&a)[2],
 
 #else
 
-// combine over the lanes 4 g … 4 g + 3; each of the four gets the result.
+// combine over the lanes 4 g … 4 g + 3; each of the four receives the result.
 template <class Combine>
 void over_four_lanes(PerLane<float>& values, Combine combine) {
     for (int distance = 1; distance < 4; distance *= 2) {
@@ -225,7 +226,7 @@ void over_four_lanes(PerLane<float>& values, Combine combine) {
 
 inline uint16 half_of(uint32 bits, int which) { return uint16(bits >> 16 * which); }
 
-// An 8x8 matrix of 16-bit values, of which lane 4 i + j has elements (i, 2 j) and (i, 2 j + 1), becomes its transpose.
+// Transposes an 8x8 matrix of 16-bit values, of which lane 4 i + j holds the elements (i, 2 j) and (i, 2 j + 1).
 inline void transpose(PerLane<uint32>& rows) {
     const PerLane<uint32> before = rows;
     const auto element = [&](int row, int column) {
@@ -237,8 +238,8 @@ inline void transpose(PerLane<uint32>& rows) {
     }
 }
 
-// c (16x8) += a (16 x 8 STEPS) · b (8 STEPS x 8). Lane 4 g + t has of a, for each step of 8 columns, two registers: row
-// g and row g + 8, columns 2 t and 2 t + 1; of b one for each step: rows 2 t and 2 t + 1 of column g.
+// c (16x8) += a (16 x 8 STEPS) · b (8 STEPS x 8). For each step of 8 columns, lane 4 g + t holds two registers of a
+// (row g and row g + 8, columns 2 t and 2 t + 1) and one register of b (rows 2 t and 2 t + 1 of column g).
 template <class T, int STEPS>
 void multiply_add_steps(PerLane<Quad>& c, const PerLane<uint32> (&a)[2 * STEPS],
                         const PerLane<uint32>* const (&b)[STEPS]) {

@@ -1,7 +1,6 @@
-"""Runs kernels on a GPU, on tensors of torch and on its current stream, through the CUDA driver's own interface.
+"""Runs kernels on a GPU, on torch tensors and torch's current stream, through the CUDA driver API.
 
-Launches are recorded in a CUDA graph like any other work; a kernel is loaded at its first launch, which must therefore
-come before a capture.
+A CUDA graph records launches like any other work. The first launch loads the kernel, so it must come before a capture.
 """
 
 from __future__ import annotations
@@ -27,24 +26,24 @@ STORAGES: dict[torch.dtype, Storage] = {
 }
 
 _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-# Bytes; of the widest access of a kernel.
+# Alignment in bytes, of the widest access of a kernel.
 _ALIGNMENT = 16
-# Of cuModuleLoadDataEx. Source: CUDA driver API, CUjit_option.
+# Options of cuModuleLoadDataEx. Source: CUDA driver API, CUjit_option.
 _ERROR_LOG, _ERROR_LOG_SIZE = 5, 6
 _LOG_BYTES = 8192
 
 
 def launch(kernel: Kernel, plan: Launch[int], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    """Queue a kernel on the current stream of its tensors' GPU; on a host, have the stand-in run it.
+    """Launch a kernel on the current stream of its tensors' GPU; for host tensors, the stand-in runs it.
 
     Args:
-        kernel: what to run.
+        kernel: kernel to run.
         plan: its grid and scalars.
-        inputs: tensors on one GPU that lie as the kernel expects, each at a multiple of 16 bytes.
+        inputs: tensors on one GPU with the memory layout that the kernel expects, aligned to 16 bytes.
         outputs: likewise; they are written.
 
     Raises:
-        EngineError: NVRTC or the driver fail, or the tensors are on the host and nothing stands in.
+        EngineError: NVRTC or the driver fails, or the tensors are on the host without a stand-in.
     """
     tensors = (*inputs, *outputs)
     assert (len(inputs), len(outputs)) == kernel.pointers
@@ -70,12 +69,12 @@ def launch(kernel: Kernel, plan: Launch[int], inputs: Sequence[Tensor], outputs:
 
 
 def is_aligned(tensor: Tensor) -> bool:
-    """Whether a tensor begins where `launch` needs it to."""
+    """Whether a tensor's address has the alignment that `launch` needs."""
     return tensor.data_ptr() % _ALIGNMENT == 0
 
 
 def dense(tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """The tensor in that layout, at a multiple of 16 bytes, which a part of another need not be."""
+    """The tensor in that memory format, aligned to 16 bytes, which a view of another tensor may not be."""
     laid_out = tensor.contiguous(memory_format=memory_format)
     return laid_out if is_aligned(laid_out) else laid_out.clone(memory_format=memory_format)
 
@@ -85,14 +84,14 @@ def _run_on_host(kernel: Kernel, plan: Launch[int], inputs: Sequence[Tensor], ou
     if kernels is None:
         raise EngineError(
             f"the kernel {kernel.name} was given tensors on {inputs[0].device}, expected a GPU's; "
-            "move them to one, or call the operator, which needs no kernel there"
+            "move them to one, or call the operator, which needs no kernel on the host"
         )
     kernels.run(kernel.name, plan, [t.data_ptr() for t in inputs], [t.data_ptr() for t in outputs])
 
 
 @functools.cache
 def _load(kernel: Kernel, device: int) -> ctypes.c_void_p:
-    """The kernel in the primary context of a GPU, which torch has made the current one."""
+    """Load the kernel into the primary context of a GPU, which torch has made current."""
     log = ctypes.create_string_buffer(_LOG_BYTES)
     options = (ctypes.c_int * 2)(_ERROR_LOG, _ERROR_LOG_SIZE)
     values = (ctypes.c_void_p * 2)(ctypes.addressof(log), _LOG_BYTES)
@@ -122,4 +121,4 @@ def _driver() -> Any:
     try:
         return ctypes.CDLL(_LIBRARY)
     except OSError as error:
-        raise EngineError(f"CUDA kernels need NVIDIA's driver, which is not there: {error}") from error
+        raise EngineError(f"CUDA kernels need NVIDIA's driver, which is not available: {error}") from error

@@ -1,8 +1,8 @@
-"""CUDA C++ to PTX with NVRTC, NVIDIA's run-time compiler: no GPU, no CUDA toolkit.
+"""CUDA C++ to PTX with NVRTC, NVIDIA's run-time compiler; needs neither a GPU nor a CUDA toolkit.
 
-The library comes from the pip package `nvidia-cuda-nvrtc-cu12` (extra `kernels`), from the one that torch's CUDA builds
-bring, or from an installed toolkit. Old compilers are preferred: PTX of a newer version than TensorRT or the driver
-know is refused, and kernels here need nothing new.
+The library comes from the pip package `nvidia-cuda-nvrtc-cu12` (extra `kernels`), from the package that torch's CUDA
+builds install, or from an installed toolkit. Older compilers are preferred: TensorRT and the driver reject PTX that is
+newer than they are, and these kernels need no new features.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ def compile_ptx(kernel: Kernel) -> str:
     """The kernel's PTX, for its architecture and every later one.
 
     Args:
-        kernel: what to build.
+        kernel: kernel to compile.
 
     Raises:
-        EngineError: NVRTC is not there, or does not take the text.
+        EngineError: NVRTC is not available, or fails.
     """
     ptx = _compile(kernel, kernel.architecture, "PTX")
     return ptx.rstrip(b"\0").decode()
 
 
 def compile_cubin(kernel: Kernel, architecture: str) -> bytes:
-    """The kernel's machine code for a real architecture, such as "sm_90"; shows that the assembler takes it.
+    """The kernel's machine code for a real architecture, such as "sm_90"; shows that the assembler accepts the PTX.
 
     Raises:
-        EngineError: NVRTC is not there, or does not take the text.
+        EngineError: NVRTC is not available, or fails.
     """
     return _compile(kernel, architecture, "CUBIN")
 
@@ -58,7 +58,7 @@ def version() -> tuple[int, int]:
     """Major and minor version of the compiler.
 
     Raises:
-        EngineError: NVRTC is not there.
+        EngineError: NVRTC is not available.
     """
     major, minor = ctypes.c_int(), ctypes.c_int()
     _check("nvrtcVersion", _library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
@@ -66,7 +66,7 @@ def version() -> tuple[int, int]:
 
 
 def _compile(kernel: Kernel, architecture: str, form: str) -> bytes:
-    # NVRTC 12.4 leaves the locale of the thread that calls it at "C", in which open() reads ASCII: it gets its own.
+    # NVRTC 12.4 leaves its calling thread's locale at "C", in which open() reads ASCII, so it runs in its own thread.
     with ThreadPoolExecutor(1) as compiler:
         return compiler.submit(_compile_here, kernel, architecture, form).result()
 
@@ -82,7 +82,7 @@ def _compile_here(kernel: Kernel, architecture: str, form: str) -> bytes:
         options = (f"--gpu-architecture={architecture}", *OPTIONS)
         if library.nvrtcCompileProgram(program, len(options), _strings(options)):
             log = _get(library, program, "ProgramLog").rstrip(b"\0").decode(errors="replace").strip()
-            raise EngineError(f"NVRTC {'.'.join(map(str, version()))} does not take {kernel.name}: {log}")
+            raise EngineError(f"NVRTC {'.'.join(map(str, version()))} cannot compile {kernel.name}: {log}")
         return _get(library, program, form)
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
@@ -116,7 +116,7 @@ def _library() -> Any:
         except OSError as error:
             errors.append(str(error))
     raise EngineError(
-        f"CUDA kernels need NVRTC, which is not there ({'; '.join(errors)}); "
+        f"CUDA kernels need NVRTC, which is not available ({'; '.join(errors)}); "
         "install it with: pip install 'lfdm-export[kernels]'"
     )
 

@@ -1,15 +1,15 @@
-// What one kernel body needs to be built twice: by nvcc or NVRTC for a GPU, by a C++17 compiler for the host.
+// Definitions with which one kernel body is built twice: by nvcc or NVRTC for a GPU, by a C++17 compiler for the host.
 //
 // A kernel is written as a function of a Block. Threads work together in phases: block.phase(f) runs f(thread) for
-// every thread of the block and ends with a barrier. On a GPU each thread runs f once; on the host one thread runs f
-// for all of them in turn, in an order that can be changed, so that a result that depends on the order shows a race.
-// What phases hand to one another lies in a struct of shared memory. Code between phases is run by all threads
-// alike; it reads shared memory through block.read, which keeps the next phase from writing before all have read.
+// every thread of the block and ends with a barrier. On a GPU each thread runs f once. On the host one thread runs f
+// for all of them in turn, in a configurable order, so that a result that depends on the order reveals a race.
+// Phases pass data through a struct in shared memory. All threads run the code between phases alike; it reads shared
+// memory through block.read, which keeps the next phase from writing before all have read.
 //
-// No header is included on the GPU side, so that NVRTC needs nothing but this text. Both builds round every
-// operation alike (no contraction, no flush to zero; fused multiply-adds are written out as multiply_add), so that a
-// result got on the host is the GPU's, bit for bit, but for the libraries' exponential, logarithm, sine and cosine, and
-// for quick_quotient.
+// The GPU build includes no other header, so that NVRTC needs only this text. Both builds round every operation alike
+// (no contraction, no flush to zero; fused multiply-adds are written out as multiply_add). Results on the host are
+// therefore equal to the GPU's bit for bit, except for the libraries' exponential, logarithm, sine and cosine, and for
+// quick_quotient.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -91,7 +91,7 @@ LFDM_INLINE float load(float16 value) {
 #else
     const uint32 sign = uint32(value.bits & 0x8000u) << 16, magnitude = value.bits & 0x7fffu;
     if (magnitude >= 0x7c00u) return float_of(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-    // Exact for subnormal numbers too: the exponent's bias is changed by a product.
+    // Exact for subnormal numbers too: a product changes the exponent's bias.
     return float_of(sign | bits_of(float_of(magnitude << 13) * float_of(0x77800000u)));
 #endif
 }
@@ -131,7 +131,7 @@ LFDM_INLINE float16 store<float16>(float value) {
 #endif
 }
 
-// COUNT neighbouring values of 16 bytes at most, moved in one access: they lie at a multiple of their size.
+// COUNT neighboring values of at most 16 bytes, moved in one access: they are aligned to their size.
 template <class T, int COUNT>
 struct alignas(sizeof(T) * COUNT) Pack {
     T values[COUNT];
@@ -156,7 +156,7 @@ template <>
 struct Word<16> {
     using type = uint4;
 };
-// A struct of eight 16-bit values would be moved in halves: the compiler's vectors end at four elements.
+// A struct of eight 16-bit values would be moved in halves: the compiler's vectors have at most four elements.
 template <class T, int COUNT>
 union Moved {
     Pack<T, COUNT> pack;
@@ -212,18 +212,18 @@ struct Block {
     }
 };
 
-// Shared memory holds whatever the block before left in it.
+// Shared memory still contains the data of the previous block.
 template <class T>
 LFDM_INLINE void spoil(T&) {}
 
 #define LFDM_KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads) name
-// For a multiprocessor that holds at least so many blocks: registers are given out by that.
+// For a multiprocessor that holds at least that many blocks: this determines the registers per thread.
 #define LFDM_KERNEL_OF(name, threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks) name
 
 #else
 
-// Which block a call of a kernel is, and in which order its threads run. 0: first thread first; 1: last thread
-// first; 2: in strides, so that threads follow one another that are far apart.
+// The block that a call of a kernel runs, and the order of its threads. 0: first thread first; 1: last thread first; 2:
+// in strides, so that consecutive threads are far apart.
 struct Launch {
     int x = 0, y = 0, z = 0, blocks_x = 1, order = 0;
 };
@@ -243,7 +243,7 @@ struct Block {
     template <class Function>
     void phase(Function function) const {
         for (int i = 0; i < THREADS; ++i) {
-            // A stride that is odd visits every thread once.
+            // An odd stride visits every thread once.
             const int orders[] = {i, THREADS - 1 - i, int(uint32(i) * 0x9e37u % THREADS)};
             function(orders[launch().order]);
         }
@@ -260,7 +260,7 @@ void spoil(T& shared) {
     std::memset(static_cast<void*>(&shared), 0xa5, sizeof shared);
 }
 
-// Runs one block, the one that `launch` says.
+// Runs the one block that `launch` selects.
 #define LFDM_KERNEL(name, threads) extern "C" void name
 #define LFDM_KERNEL_OF(name, threads, blocks) extern "C" void name
 

@@ -1,7 +1,7 @@
-"""What a kernel is: a name, the text that defines it, and how it is launched.
+"""The description of a kernel: its name, the text that defines it, and its launch.
 
-Kernels lie in `.cuh` files, as templates with macros that define one entry each. A `Kernel` names one such entry;
-NVRTC, the host build and the TensorRT plugins all start from it, so that they cannot mean different things by it.
+Kernels are templates in `.cuh` files, with macros that define one entry each. A `Kernel` names one such entry. NVRTC,
+the host build and the TensorRT plugins all use it, so they cannot differ in what they build.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-#: Folder that includes in kernel files are relative to.
+#: Folder of the kernel files; their includes are relative to it.
 ROOT = Path(__file__).resolve().parents[1]
 #: Storage of a tensor's values; arithmetic is float32.
 Storage = Literal["float32", "float16", "bfloat16"]
 SHORT_NAMES: dict[Storage, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 ITEM_SIZES: dict[Storage, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-#: The oldest architecture that TensorRT 11 and CUDA 13 still serve; drivers compile its PTX for every later one.
+#: The oldest architecture that TensorRT 11 and CUDA 13 support; drivers compile its PTX for every later one.
 OLDEST = "compute_75"
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One entry.
+    """One kernel entry.
 
     Attributes:
-        name: of the `extern "C"` function.
-        header: the file that its macro is in, below `ROOT`.
+        name: name of the `extern "C"` function.
+        header: file of its macro, relative to `ROOT`.
         definition: use of the macro.
-        threads: of a block.
-        pointers: how many inputs and outputs it takes; the int32 scalars stand between them.
-        scalars: how many int32 scalars.
-        architecture: the oldest virtual one that has its instructions.
+        threads: threads per block.
+        pointers: number of inputs and of outputs; the int32 scalars are between them.
+        scalars: number of int32 scalars.
+        architecture: the oldest virtual architecture that has its instructions.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Kernel:
 
     @property
     def text(self) -> str:
-        """The whole program for a compiler that finds `headers`."""
+        """The whole program, for a compiler that finds `headers`."""
         return program([self])
 
 
@@ -56,7 +56,7 @@ Size = TypeVar("Size")
 
 @dataclass(frozen=True)
 class Launch(Generic[Size]):
-    """One run of a kernel; sizes are integers, or a TensorRT plugin's symbolic ones.
+    """One launch of a kernel; sizes are integers, or symbolic in a TensorRT plugin.
 
     Attributes:
         grid: blocks along x, y and z.
@@ -76,7 +76,7 @@ def program(kernels: Sequence[Kernel]) -> str:
 
 
 def headers(kernel: Kernel) -> dict[str, str]:
-    """Texts of the files that a kernel includes, by the names by which it does."""
+    """Texts of all files that a kernel includes, by their names in the includes."""
     texts: dict[str, str] = {}
     names = [kernel.header]
     while names:

@@ -1,5 +1,5 @@
-"""GroupNormSilu on tensors of a GPU whose channels lie together: an operator of torch around the kernels."""
-# An operator's shape function has its operator's arguments.
+"""GroupNormSilu on GPU tensors in channels-last format: a torch operator around the kernels."""
+# An operator's shape function takes the same arguments as the operator.
 # ruff: noqa: ARG001
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def group_norm_silu_on_gpu(
     frames: int,
     groups: int,
 ) -> Tensor:
-    """See `reference.group_norm_silu`; `x` must lie channels last, and so does the result."""
+    """`reference.group_norm_silu` on a GPU; `x` must be channels last, and so is the result."""
     parameters = [gamma, beta, *(scale_shift or ())]
     if (STORAGES[x.dtype], STORAGES.get(gamma.dtype)) not in kernels.STORAGES or len({p.dtype for p in parameters}) > 1:
         parameters = [parameter.to(torch.float32) for parameter in parameters]
@@ -56,7 +56,7 @@ def _group_norm_silu(
     x, gamma, beta = dense(x, torch.channels_last), dense(gamma), dense(beta)
     partials = x.new_empty((plan.clips, plan.slabs, groups, 2), dtype=torch.float32)
     launch(kernels.statistics_kernel(storage), plan.statistics(), [x], [partials])
-    # Pointers to what is not there are not followed.
+    # The kernel does not read through pointers of absent inputs.
     row_stride, rows = 0, [gamma, gamma]
     if scale is not None and shift is not None:
         row_stride, rows = _rows_alike(scale, shift)
@@ -85,7 +85,7 @@ def _group_norm_silu_result(
 
 
 def _rows_alike(scale: Tensor, shift: Tensor) -> tuple[int, list[Tensor]]:
-    """Scale and shift (B, C), and the elements from row to row; parts of one product are taken where they lie."""
+    """Scale and shift (B, C), and the elements from row to row; views of one product are used without a copy."""
     alike = scale.stride() == shift.stride() and scale.stride(1) == 1
     step = scale.stride(0) * scale.element_size()
     if alike and (len(scale) == 1 or step % 16 == 0) and is_aligned(scale) and is_aligned(shift):

@@ -1,29 +1,29 @@
-// GroupNormSilu: group norm over a clip, modulation, SiLU and an addition behind it, on channels that lie together.
+// GroupNormSilu: group norm over a clip, modulation, SiLU and an addition after it, for channels-last activations.
 //
-// THE FLOOR. The statistics read an activation once, what is applied reads it again and writes the result; if the
-// identity of a residual block is added, that is read too: 3 or 4 times the activation's bytes, at most what a copy
-// moves at 4.2 TB/s on an H200; all of it was just written and lies in the L2 cache (computed, not measured):
+// LOWER BOUND. The statistics kernel reads the activation once; the second kernel reads it again and writes the result,
+// and reads the identity of a residual block if one is added: 3 or 4 times the activation's bytes. The bound is at most
+// that of a copy at 4.2 TB/s on an H200; all of it was just written and is in the L2 cache (computed, not measured):
 //
-//     map of the UNet        values     40 frames in float16     the floor, with the addition
+//     map of the UNet        values     40 frames in float16     the bound, with the addition
 //     32x32 x  64            2.62 M     5.2 MB                   3.7 us    5.0 us
 //     16x16 x 128            1.31 M     2.6 MB                   1.9 us    2.5 us
 //       8x8 x 256            0.66 M     1.3 MB                   0.9 us    1.2 us
 //       4x4 x 512            0.33 M     0.7 MB                   0.5 us    0.6 us
 //
-// A launch in a graph costs some 2 us by itself, so small maps are bound by the two launches, not by bytes.
+// A launch in a graph takes about 2 us by itself, so small maps are bound by the two launches, not by bytes.
 //
-// THE DESIGN. No value can be normalized before all of its group were seen, and blocks cannot wait for one another:
-// two kernels. The first makes mean and squared deviation (M2) of each group in each slab of rows; a row is a pixel
-// of a frame, and the rows of a clip follow one another. The second merges the slabs' (Chan et al., "Updating formulae
-// and a pairwise algorithm for computing sample variances", 1979), forms a factor and an offset per channel and applies
-// them. Each of its blocks merges for itself: some hundred pairs a group.
-//  - A block handles a slice of the channels, as many whole groups as make a line of 128 bytes: every access is 16
-//    bytes a thread and coalesced, and a map of few rows and many channels still fills the GPU.
-//  - A thread keeps to the same channels and walks over rows. Its deviations are from its first value, so that
+// DESIGN. No value can be normalized before its whole group is read, and blocks cannot wait for one another, so there
+// are two kernels. The first computes mean and squared deviation (M2) of each group in each slab of rows; a row is a
+// pixel of a frame, and the rows of a clip are consecutive. The second merges the slabs' results (Chan et al.,
+// "Updating formulae and a pairwise algorithm for computing sample variances", 1979), forms one factor and one offset
+// per channel and applies them. Each of its blocks merges for itself: some hundred pairs per group.
+//  - A block handles a slice of the channels: as many whole groups as fill a line of 128 bytes. Every access is
+//    coalesced, with 16 bytes per thread, and a map with few rows and many channels still fills the GPU.
+//  - A thread keeps the same channels and iterates over rows. Its deviations are relative to its first value, so that
 //    the mean, large or not, cancels before squares are summed.
-//  - Sums are taken in an order that only the sizes decide, not the batch: the same bits in every run, and for a clip
-//    alone or among others.
-// Groups whose channels are no multiple of 16 bytes are read one value at a time.
+//  - Sums have an order that depends on the sizes only, not on the batch: the same bits in every run, and for a clip
+//    alone or in a batch.
+// Groups whose channels are not a multiple of 16 bytes are read one value at a time.
 //
 // Arithmetic is float32 for every storage type.
 #include "cuda/shim.cuh"
@@ -39,16 +39,16 @@ namespace lfdm {
 constexpr int NORM_THREADS = 512;
 
 struct NormShape {
-    int rows;             // of a clip: frames · height · width
+    int rows;             // per clip: frames · height · width
     int channels;
     int groups;
-    int slice_groups;     // of a block
-    int slab_rows;        // that one partial result is of
+    int slice_groups;     // per block
+    int slab_rows;        // per partial result
     int row_stride;       // of scale and shift, from one clip to the next
-    int modulated, added; // there are a scale and a shift; there is a residual
+    int modulated, added; // apply scale and shift; add the residual
 };
 
-// Of some values: how many, their mean, the sum of their squared deviations from it.
+// Number of some values, their mean, and the sum of their squared deviations from it.
 struct Moments {
     float count, mean, deviation;
 };
@@ -68,7 +68,7 @@ LFDM_INLINE Moments merged(const Moments& a, const Moments& b) {
     return {count, multiply_add(apart, share, a.mean), a.deviation + b.deviation + apart * apart * (a.count * share)};
 }
 
-// Merges shared.moments[member · groups + group] over the members, into the first of each group.
+// Merges shared.moments[member · groups + group] over the members, into the first member of each group.
 LFDM_INLINE void merge_members(const Block<NORM_THREADS>& block, NormShared& shared, int groups, int members) {
     while (members > 1) {
         const int half = (members + 1) / 2, pairs = (members - half) * groups, offset = half * groups;
@@ -80,8 +80,8 @@ LFDM_INLINE void merge_members(const Block<NORM_THREADS>& block, NormShared& sha
     }
 }
 
-// How the threads of a block lie over its slice: `lanes` threads side by side over packs of COUNT channels, and as
-// many rows at a time as there are threads left.
+// Assignment of a block's threads to its slice: `lanes` threads side by side over packs of COUNT channels, and as many
+// rows at a time as the remaining threads allow.
 template <int COUNT>
 struct Lanes {
     int group_packs, packs, lanes, rows;
@@ -92,7 +92,7 @@ struct Lanes {
         lanes = packs < NORM_THREADS ? packs : NORM_THREADS;  // a slice of more packs is a single group
         rows = NORM_THREADS / lanes;
     }
-    // Threads that share a group.
+    // Threads per group.
     LFDM_INLINE int members(const NormShape& shape) const { return rows * (lanes / shape.slice_groups); }
 };
 
@@ -113,7 +113,7 @@ LFDM_INLINE void norm_statistics_of(const Block<NORM_THREADS>& block, NormShared
             const float origin = load(x[int64(first + row) * shape.channels + lane * COUNT]);
             float sum = 0.0f, squares = 0.0f;
             for (int pack = lane; pack < lanes.packs; pack += lanes.lanes) {
-                constexpr int IN_FLIGHT = 4;  // reads that wait for none of each other
+                constexpr int IN_FLIGHT = 4;  // independent reads
                 for (int at = first + row; at < end; at += IN_FLIGHT * lanes.rows) {
                     Pack<T, COUNT> values[IN_FLIGHT];
 #pragma unroll
@@ -167,9 +167,9 @@ LFDM_INLINE void norm_statistics(const Block<NORM_THREADS>& block, NormShared& s
     }
 }
 
-// -- what they are for
+// -- normalization
 
-// COUNT neighbours of a parameter, in accesses of 16 bytes at most.
+// COUNT neighboring values of a parameter, in accesses of at most 16 bytes.
 template <int COUNT, class P>
 LFDM_INLINE void read_values(const P* LFDM_RESTRICT at, float (&values)[COUNT]) {
     constexpr int EACH = COUNT < int(16 / sizeof(P)) ? COUNT : int(16 / sizeof(P));
@@ -181,7 +181,7 @@ LFDM_INLINE void read_values(const P* LFDM_RESTRICT at, float (&values)[COUNT]) 
     }
 }
 
-// For results of 16 bits the GPU's approximations, good to some 2^-21, cost an eighth of what the exact ones do.
+// For 16-bit results, the GPU's approximations, accurate to about 2^-21, cost an eighth of the exact functions.
 template <class T>
 LFDM_INLINE float silu(float value) {
 #if defined(__CUDACC__)
@@ -258,7 +258,7 @@ LFDM_INLINE void norm_apply_to(const Block<NORM_THREADS>& block, NormShared& sha
                     Pack<T, COUNT> after;
 #pragma unroll
                     for (int i = 0; i < COUNT; ++i) {
-                        // The mean apart from the offset, so that of a large one no rounding is left.
+                        // The mean is subtracted separately from the offset, so that a large mean adds no rounding.
                         const float apart = load(values[j].values[i]) - all.mean;
                         const float active = silu<T>(multiply_add(apart, factor[i], offset[i]));
                         after.values[i] = store<T>(active + load(identity[j].values[i]));

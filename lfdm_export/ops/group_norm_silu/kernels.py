@@ -1,4 +1,4 @@
-"""The kernels of `kernel.cuh` by storage type, and how they are launched."""
+"""The kernels of `kernel.cuh` by storage type, and their launches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lfdm_export.ops.cuda.source import ITEM_SIZES, SHORT_NAMES, Kernel, Launch, Storage
 from lfdm_export.ops.domain import EPSILON
 
-#: Types of the activation and of the parameters (gamma, beta, scale, shift) that go together.
+#: Supported pairs of types: activation, and parameters (gamma, beta, scale, shift).
 STORAGES: tuple[tuple[Storage, Storage], ...] = (
     ("float32", "float32"),
     ("float16", "float16"),
@@ -19,10 +19,10 @@ STORAGES: tuple[tuple[Storage, Storage], ...] = (
 _HEADER = "group_norm_silu/kernel.cuh"
 # As in kernel.cuh.
 _THREADS, _PACK_BYTES = 512, 16
-#: What neighbouring threads read at once.
+#: Bytes that neighboring threads read at once.
 _LINE_BYTES = 128
-#: Blocks that a clip's kernels have at most: some one and two for each multiprocessor of a large GPU. More of the
-#: first kind would be more partial results for each of the second to merge.
+#: Maximum blocks per clip of both kernels: about one and two per multiprocessor of a large GPU. More blocks of the
+#: first kernel would give each block of the second more partial results to merge.
 _STATISTICS_BLOCKS, _APPLY_BLOCKS = 132, 264
 
 
@@ -34,7 +34,7 @@ def statistics_kernel(storage: Storage) -> Kernel:
 
 
 def apply_kernel(storage: Storage, parameters: Storage) -> Kernel:
-    """Activation, slabs' statistics, gamma, beta, scale, shift and residual into the result.
+    """Activation, statistics of the slabs, gamma, beta, scale, shift and residual into the result.
 
     Args:
         storage: of activation, residual and result.
@@ -49,16 +49,16 @@ def apply_kernel(storage: Storage, parameters: Storage) -> Kernel:
 
 @dataclass(frozen=True)
 class NormPlan:
-    """How both kernels are launched.
+    """The launches of both kernels.
 
     Attributes:
         clips: B.
-        rows: of a clip: T·h·w.
+        rows: rows per clip: T·h·w.
         channels: C.
-        groups: that share statistics.
-        slice_groups: groups of a block.
-        slab_rows: rows of a block of the statistics.
-        apply_rows: rows of a block of the other kernel.
+        groups: groups that share statistics.
+        slice_groups: groups per block.
+        slab_rows: rows per block of the statistics kernel.
+        apply_rows: rows per block of the other kernel.
     """
 
     clips: int
@@ -71,7 +71,7 @@ class NormPlan:
 
     @staticmethod
     def of(storage: Storage, clips: int, rows: int, channels: int, groups: int) -> NormPlan:
-        """The plan for an activation (clips, rows, channels); all but the grid is independent of the clips."""
+        """The plan for an activation (clips, rows, channels); only the grid depends on the clips."""
         each, size = channels // groups, ITEM_SIZES[storage]
         pack = _PACK_BYTES // size
         group_packs = each // pack if each % pack == 0 else each
@@ -89,21 +89,21 @@ class NormPlan:
 
     @property
     def slabs(self) -> int:
-        """Partial results of a group."""
+        """Partial results per group."""
         return -(-self.rows // self.slab_rows)
 
     def statistics(self) -> Launch[int]:
-        """Of `statistics_kernel`."""
+        """The launch of `statistics_kernel`."""
         grid = (self.slabs, self.groups // self.slice_groups, self.clips)
         return Launch(grid, (self.rows, self.channels, self.groups, self.slice_groups, self.slab_rows))
 
     def apply(self, *, row_stride: int, modulated: bool, added: bool) -> Launch[int]:
-        """Of `apply_kernel`.
+        """The launch of `apply_kernel`.
 
         Args:
             row_stride: elements from one clip's scale and shift to the next one's.
-            modulated: scale and shift count; else they are not read.
-            added: the residual counts; else it is not read.
+            modulated: apply scale and shift; otherwise they are not read.
+            added: add the residual; otherwise it is not read.
         """
         shares = -(-self.rows // self.apply_rows)
         sizes = (self.rows, self.channels, self.groups, self.slice_groups, self.slab_rows)

@@ -1,7 +1,7 @@
 """GroupNormSilu and ModulatedGroupNormSilu as model-local ONNX functions.
 
-Bodies hold for any floating type of `x`; statistics, norm, modulation and activation are float32 in all of
-them, and only the result is rounded to the type of `x`.
+The bodies accept any floating type of `x`. Statistics, norm, modulation and activation are float32 in all of them; only
+the result is rounded to the type of `x`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from lfdm_export.ops.domain import DOMAIN, EPSILON, OPSET
 
 _FLOAT32 = onnx.TensorProto.FLOAT
 
-#: Groups' means and mean squares to a factor and an offset a channel; wants `last`, `epsilon` and the shapes.
+#: Groups' means and mean squares to one factor and one offset per channel; needs `last`, `epsilon` and the shapes.
 NORM = """
     mean_squared = Mul (mean, mean)
     variance = Sub (square, mean_squared)
@@ -31,8 +31,8 @@ NORM = """
     norm_offset = Reshape (norm_offset_grouped, per_channel_shape)
 """
 
-# Statistics are taken a frame at a time and then averaged over the frames, so that (B·T, C, h, w) need not be
-# permuted; norm and modulation are one product and one sum a value.
+# Statistics are computed per frame and then averaged over the frames, so that (B·T, C, h, w) need not be permuted. Norm
+# and modulation are one product and one sum per value.
 _REDUCED = f"""
     last = Constant <value_ints = [-1]> ()
     one = Constant <value_ints = [1]> ()
@@ -74,14 +74,14 @@ _REDUCED_MODULATION = f"""
     offset = Add (gained, shift_channels)
 """
 
-#: No modulation.
+#: Without modulation.
 PLAIN = """
     factor = Identity (norm_factor)
     offset = Identity (norm_offset)
 """
 
-# One layer of TensorRT's, behind a permutation to (B, C, T, h, w); it takes its statistics in float32 whatever
-# the type of `x` (attribute `stash_type`).
+# One TensorRT layer, after a permutation to (B, C, T, h, w); it computes its statistics in float32 whatever the type of
+# `x` (attribute `stash_type`).
 _WHOLE = f"""
     unit = Constant <value_floats = [1.0]> ()
     clip_shape = Constant <value_ints: ints = @clip> ()
@@ -113,7 +113,7 @@ _WHOLE_MODULATION = """
 _WHOLE_PLAIN = "normed = Identity (x_normed)"
 
 
-#: The operators' names, and what each takes.
+#: The operators' names and inputs.
 _INPUTS = {"GroupNormSilu": "x, gamma, beta", "ModulatedGroupNormSilu": "x, gamma, beta, scale, shift"}
 
 
@@ -123,7 +123,7 @@ def group_norm_silu_function(name: str) -> onnx.FunctionProto:
 
 
 def whole_group_norm_silu_function(name: str, groups: int) -> onnx.FunctionProto:
-    """The same on GroupNormalization, for that number of groups."""
+    """The same with GroupNormalization, for that number of groups."""
     modulation = {"GroupNormSilu": _WHOLE_PLAIN, "ModulatedGroupNormSilu": _WHOLE_MODULATION}[name]
     return _function(name, _WHOLE % (groups, modulation))
 

@@ -1,7 +1,7 @@
-"""GroupNormSilu and ModulatedGroupNormSilu as OpenVINO's CPU plugin runs them best.
+"""GroupNormSilu and ModulatedGroupNormSilu in the fastest form for OpenVINO's CPU plugin.
 
-Statistics are taken with ReduceL2, whose squares never leave float32, and on whole maps, which keep the layout that
-convolutions give them. Chosen by measurement on the published UNet, in float32 and under the bf16 hint.
+Statistics use ReduceL2, whose squares stay in float32, on whole maps, which keep the layout of the convolutions. Chosen
+by measurement on the published UNet, in float32 and with the bf16 hint.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def openvino_group_norm_silu(name: str, frames: int, groups: int) -> onnx.Functi
     """GroupNormSilu(x, gamma, beta) or ModulatedGroupNormSilu(x, gamma, beta, scale, shift).
 
     Args:
-        name: which of the two.
+        name: name of the operator.
         frames: T.
-        groups: of channels, that share statistics.
+        groups: groups of channels that share statistics.
     """
     modulated = name == "ModulatedGroupNormSilu"
     return onnx.parser.parse_function(

@@ -1,4 +1,4 @@
-"""GroupNormSilu and ModulatedGroupNormSilu among the operators."""
+"""The operators GroupNormSilu and ModulatedGroupNormSilu."""
 
 import onnx
 

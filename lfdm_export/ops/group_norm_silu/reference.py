@@ -1,4 +1,4 @@
-"""GroupNormSilu in torch; inside an ONNX export it places a node of domain `lfdm` instead.
+"""GroupNormSilu in torch; inside an ONNX export it adds a node of domain `lfdm` instead.
 
 Source: Wu & He (arXiv 1803.08494); its modulation as in Ni et al., CVPR 2023 (arXiv 2303.13744), Sec. 3.3.
 """
@@ -26,19 +26,19 @@ def group_norm_silu(
 ) -> Tensor:
     """SiLU(norm(x)·(scale + 1) + shift) + residual, with statistics over all frames of a clip.
 
-    On a GPU, if channels lie together, these are the kernels of `kernel.cuh`.
+    On a GPU, for channels-last tensors, these are the kernels of `kernel.cuh`.
 
     Args:
-        x: (B·T, C, h, w); frames of one clip are neighbours.
+        x: (B·T, C, h, w); frames of one clip are neighbors.
         gamma: scale of the norm, (C,).
         beta: shift of the norm, (C,).
         scale_shift: modulation, (B, C) each.
-        residual: what is added to the result, like `x`; not in an export, where it is a node of its own.
+        residual: added to the result, like `x`; not in an export, where it is a separate node.
         frames: T.
-        groups: of channels, that share statistics.
+        groups: groups of channels that share statistics.
 
     Returns:
-        Like `x`.
+        A tensor like `x`.
     """
     if exporting():
         assert residual is None
@@ -70,7 +70,7 @@ def group_norm_silu_in_torch(
     frames: int,
     groups: int,
 ) -> Tensor:
-    """`group_norm_silu` by PyTorch's operators, on any device."""
+    """`group_norm_silu` with PyTorch's operators, on any device."""
     if on_gpu(x):
         return folded_group_norm_silu(x, gamma, beta, scale_shift, frames=frames, groups=groups)
     clip = x.unflatten(0, (-1, frames)).transpose(1, 2)
@@ -90,9 +90,9 @@ def folded_group_norm_silu(
     frames: int,
     groups: int,
 ) -> Tensor:
-    """`group_norm_silu` as one product and one sum a value, without permuting anything, for either layout in memory.
+    """`group_norm_silu` as one product and one sum per value, without permutations, for either memory format.
 
-    A compiler makes two passes of it, one for the statistics. Arithmetic is float32 or wider.
+    A compiler fuses it into two passes, one of them for the statistics. Arithmetic is float32 or wider.
     """
     channels, height, width = x.shape[1:]
     wide = torch.promote_types(x.dtype, torch.float32)

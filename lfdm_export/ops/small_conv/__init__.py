@@ -1,1 +1,1 @@
-"""SmallConv: 3x3 convolution of maps of a few pixels, where blocked convolutions run far below peak."""
+"""SmallConv: 3x3 convolution of maps of a few pixels, for which blocked convolutions run far below peak speed."""

@@ -1,8 +1,8 @@
-"""SmallConv as a model-local ONNX function: Winograd's F(2x2, 3x3) in matrix products, or one Conv.
+"""SmallConv as a model-local ONNX function: Winograd's F(2x2, 3x3) with matrix products, or one Conv.
 
-In Winograd's form the transforms of pixels are two products with small constant matrices, the convolution itself
-one batched product with 2.25 times fewer multiplications. Kernels are transformed inside the graph, so that
-weights are stored once and engines fold their transform when they load it.
+In Winograd's form, the pixels' transforms are two products with small constant matrices; the convolution itself is one
+batched product with 2.25 times fewer multiplications. Kernels are transformed inside the graph, so that weights are
+stored once and engines fold the transform at load time.
 
 Source: Lavin & Gray, Fast Algorithms for Convolutional Neural Networks (arXiv 1509.09308), Sec. 4.1.
 """
@@ -60,7 +60,7 @@ SmallConv <height, width> (x, weight, bias, kernel, spread, gather) => (y) {{
 
 
 def plain_small_conv_function() -> onnx.FunctionProto:
-    """The same as one Conv, for backends whose own handles small maps well; the transforms go unused."""
+    """The same as one Conv, for backends that run it well on small maps; the transforms are unused."""
     text = f"""
 <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
 SmallConv <height, width> (x, weight, bias, kernel, spread, gather) => (y) {{

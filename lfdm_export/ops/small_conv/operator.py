@@ -1,4 +1,4 @@
-"""SmallConv among the operators."""
+"""The operator SmallConv."""
 
 from lfdm_export.ops.operator import Operator
 from lfdm_export.ops.small_conv.onnx_function import plain_small_conv_function, small_conv_function
@@ -8,6 +8,6 @@ SMALL_CONV = Operator(
     body=lambda _: small_conv_function(),
     openvino=lambda _: plain_small_conv_function(),
     tensorrt=lambda _: plain_small_conv_function(),
-    rounded=lambda _: plain_small_conv_function(),  # Winograd's sums would be rounded on the way
+    rounded=lambda _: plain_small_conv_function(),  # Winograd's intermediate sums would be rounded
     has_weights=True,
 )

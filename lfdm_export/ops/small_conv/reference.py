@@ -1,4 +1,4 @@
-"""SmallConv in torch; inside an ONNX export it places a node of domain `lfdm` instead."""
+"""SmallConv in torch; inside an ONNX export it adds a node of domain `lfdm` instead."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lfdm_export.ops.symbolic import exporting, node
 
-#: Largest side of a map for which the operator's body is faster than a convolution under ONNX Runtime. Measured
-#: on 2 cores of a Xeon with AVX-512: a whole step of the published UNet, whose coarsest maps are 4 x 4, took
-#: 737 ms in place of 776; at 8 x 8 it gained nothing. Loading takes 0.5 s longer.
+#: Largest side of a map for which the operator's body is faster than a convolution in ONNX Runtime. Measured on 2 cores
+#: of a Xeon with AVX-512: a whole step of the published UNet, whose coarsest maps are 4 x 4, took 737 ms instead of
+#: 776; at 8 x 8 it gained nothing. Loading takes 0.5 s longer.
 LARGEST_SIDE = 4
 # Winograd's F(2, 3) along one axis: a tile of 4 inputs -> 4 values, 3 taps -> 4 values, 4 products -> 2 outputs.
 _INPUT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
@@ -19,7 +19,7 @@ _OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
 
 
 def suits_small_conv(x: Tensor, weight: Tensor) -> bool:
-    """Whether a same-padded convolution of `x` with `weight` can and should be this operator."""
+    """Whether a same-padded convolution of `x` with `weight` can and should use this operator."""
     height, width = x.shape[2:]
     return weight.shape[2:] == (3, 3) and max(height, width) <= LARGEST_SIDE and height % 2 == width % 2 == 0
 
@@ -60,7 +60,7 @@ def transforms(height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _line_transforms(size: int) -> tuple[Tensor, Tensor]:
-    """Of one axis: (4, tiles, size) from pixels to values of tiles, and (size, 4, tiles) back."""
+    """For one axis: (4, tiles, size) from pixels to values of tiles, and (size, 4, tiles) back."""
     tiles = size // 2
     forward = torch.zeros(4, tiles, size, dtype=torch.float64)
     backward = torch.zeros(size, 4, tiles, dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""SpatialAttention as a model-local ONNX function: on opset 23's Attention, or written out.
+"""SpatialAttention as a model-local ONNX function: with opset 23's Attention, or written out.
 
-Bodies hold for any floating type of `x` and its weights.
+The bodies accept any floating type of `x` and its weights.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def spatial_attention_function() -> onnx.FunctionProto:
 
 
 def explicit_spatial_attention_function(heads: int, head_width: int) -> onnx.FunctionProto:
-    """The same, written out: for H heads of D channels."""
+    """The same function with attention written out, for H heads of D channels."""
     return onnx.parser.parse_function(
         _TEXT % (head_shapes(heads, head_width) + _HEADS + explicit_attention(head_width))
     )
@@ -50,14 +50,14 @@ def head_shapes(heads: int, head_width: int) -> str:
 
 
 def explicit_attention(head_width: int, *, bias: str = "") -> str:
-    """ONNX text of softmax attention: `attended` (N, P, H·D) of `q_heads`, `k_heads` (N, P, H, D), `v` (N, P, H·D).
+    """ONNX text of softmax attention: `attended` (N, P, H·D) from `q_heads`, `k_heads` (N, P, H, D), `v` (N, P, H·D).
 
-    The query is scaled before the first product, softmax and the second product follow: the pattern that
-    TensorRT and OpenVINO know as one fused attention.
+    The query is scaled before the first product; softmax and the second product follow. TensorRT and OpenVINO recognize
+    this pattern and fuse it.
 
     Args:
         head_width: D.
-        bias: name of a tensor (1, H, P, P) that is added to the logits; "" for none.
+        bias: name of a tensor (1, H, P, P) to add to the logits; "" for none.
     """
     biased = f"bias_like = CastLike ({bias}, product)\n    logits = Add (product, bias_like)"
     return f"""

@@ -1,4 +1,4 @@
-"""SpatialAttention among the operators."""
+"""The operator SpatialAttention."""
 
 import onnx
 
@@ -16,7 +16,7 @@ def _explicit(nodes: Nodes) -> onnx.FunctionProto:
 
 
 def heads_of(nodes: Nodes) -> tuple[int, int]:
-    """Number of heads of attention nodes and their width, which the weights of the queries tell: (C, H·D)."""
+    """Number and width of the heads of attention nodes, from the queries' weights (C, H·D)."""
 
     def of_one(node: Node) -> tuple[int, int]:
         heads = int(node.attribute("heads"))

@@ -1,4 +1,4 @@
-"""SpatialAttention in torch; inside an ONNX export it places a node of domain `lfdm` instead.
+"""SpatialAttention in torch; inside an ONNX export it adds a node of domain `lfdm` instead.
 
 Source: Ni et al., CVPR 2023 (arXiv 2303.13744), Sec. 3.3; attention of Vaswani et al. (arXiv 1706.03762).
 """

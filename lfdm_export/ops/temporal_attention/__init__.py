@@ -1,9 +1,9 @@
 """TemporalAttention: norm, projections, rotary embedding, biased softmax attention and residual in one operator."""
 
-#: What an operator's name begins with; the number of its chunks follows.
+#: Prefix of the operators' names; the number of chunks follows.
 TEMPORAL_PREFIX = "TemporalAttentionIn"
 
 
 def operator_name(chunks: int) -> str:
-    """Name of the operator that works in that many chunks; a function's body has a fixed number of them."""
+    """Name of the operator with that many chunks; the number is fixed in a function's body."""
     return f"{TEMPORAL_PREFIX}{chunks}"

@@ -1,5 +1,5 @@
-"""Temporal attention's core on a GPU's tensors: an operator of torch around the kernel, eager, compiled or captured."""
-# An operator's shape function has its operator's arguments.
+"""The core of temporal attention on GPU tensors: a torch operator around the kernel, eager, compiled or captured."""
+# An operator's shape function takes the same arguments as the operator.
 # ruff: noqa: ARG001
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from lfdm_export.ops.cuda.launcher import STORAGES, dense, launch
 from lfdm_export.ops.temporal_attention import kernels
 from lfdm_export.ops.temporal_attention.kernels import core_kernel, core_launch, covers
 
-#: Major number of the first compute capability that has the kernel's instructions.
+#: Major number of the oldest compute capability that has the kernel's instructions.
 _FIRST_CAPABILITY = 8
 
 
 def suits_core(qkv: Tensor, heads: int) -> bool:
-    """Whether there is a kernel for `core_on_gpu` of this tensor.
+    """Whether a kernel for `core_on_gpu` supports this tensor.
 
     Args:
         qkv: (B, T, P, 3·H·D).
@@ -37,13 +37,13 @@ def core_on_gpu(qkv: Tensor, turns: Tensor, bias: Tensor, *, heads: int) -> Tens
     """Rotary embedding, softmax attention over the frames of each pixel, and the product with the values.
 
     Args:
-        qkv: (B, T, P, 3·H·D) of 16-bit floats: queries, keys and values, of each the heads in order.
-        turns: of `tables.lay_out_turns`.
-        bias: of `tables.lay_out_bias`.
+        qkv: (B, T, P, 3·H·D) of 16-bit floats: queries, keys and values, each with its heads in order.
+        turns: from `tables.lay_out_turns`.
+        bias: from `tables.lay_out_bias`.
         heads: H.
 
     Returns:
-        (B, T, P, H·D), of the dtype of `qkv`; logits, softmax and sums are float32.
+        (B, T, P, H·D), with the dtype of `qkv`; logits, softmax and sums are float32.
     """
     return _core(qkv, turns, bias, heads)
 

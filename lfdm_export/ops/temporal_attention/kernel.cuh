@@ -1,33 +1,34 @@
 // The core of temporal attention: rotary embedding, position bias, softmax over the frames and the product with the
-// values, for every pixel and head, from the one product that gives queries, keys and values.
+// values, for every pixel and head, from one tensor of queries, keys and values.
 //
-//     qkv (B, T, P, 3·H·D), channels [queries | keys | values], of each the heads in order  ->  (B, T, P, H·D)
+//     qkv (B, T, P, 3·H·D), channels [queries | keys | values], each with its heads in order  ->  (B, T, P, H·D)
 //
-// THE FLOOR. Memory must give qkv and take the result: 4·B·T·P·H·D values. For T = 40, H = 8, D = 32 in 16 bits, at the
-// 4.2 TB/s that a device copy reaches on an H200 (measured; the times are computed):
+// LOWER BOUND. Memory must provide qkv and receive the result: 4·B·T·P·H·D values. For T = 40, H = 8, D = 32 in 16
+// bits, at the 4.2 TB/s that a device copy reaches on an H200 (measured; the times are computed):
 //
 //     pixels     1024            256             64              16
 //     bytes      84 MB  20 us    21 MB  5.0 us   5.2 MB  1.2 us  1.3 MB  0.3 us
 //
-// The products are 2·2·T²·D operations a head and pixel, 3.4 GFLOP at 1024 pixels: 5 us at the 650 TFLOP/s of large
-// products. Of each lane's instructions, about a thousand, most are softmax and rotation.
+// The products are 2·2·T²·D operations per head and pixel, 3.4 GFLOP at 1024 pixels: 5 us at the 650 TFLOP/s of large
+// products. Each lane runs about a thousand instructions, mostly for softmax and rotation.
 //
-// THE DESIGN. A warp makes all frames of one pixel and head, in registers: no shared memory, no barrier, nothing
-// transposed in memory. All its rows of queries, keys and values are requested before the first is used.
-//  - A lane reads 16 bytes of a row (8 where D = 16): lane 4 g + t the channels t of row g of a tile of 8 rows, so that
-//    a pixel's heads, whose warps follow one another, read contiguous memory. That is not the order of channels in
-//    which a matrix product takes its operands; but a sum over channels may take them in any order, as long as queries
-//    and keys agree, and both lie alike. Pairs that rotate together lie in one register.
-//  - Logits of 16 queries and all keys come out of the products in the layout in which weights go into the product
-//    with the values. Values need two rows in a register instead of two channels: movmatrix transposes them between
-//    the lanes. Which column of the result is which channel then agrees with how the lane read them, so that a lane
-//    writes what it would read.
-//  - Rotary tables and bias lie in memory as the lanes take them (`tables.py` of this folder), so that each access of
-//    a warp is 512 contiguous bytes. The bias of keys beyond T is -infinity; rows beyond T are zeros, not stored.
-//  - Where tiles are odd in number, 8 queries are left; only their products are as large as those of 16.
+// DESIGN. A warp computes all frames of one pixel and head, in registers: no shared memory, no barrier, no
+// transposition in memory. All its rows of queries, keys and values are requested before the first is used.
+//  - A lane reads 16 bytes of a row (8 where D = 16): lane 4 g + t reads channels t of row g of a tile of 8 rows, so
+//    that the heads of a pixel, whose warps are consecutive, read contiguous memory. This is not the order of channels
+//    in which a matrix product takes its operands. But a sum over channels may have any order, as long as queries and
+//    keys use the same one, which they do. Pairs that rotate together are in one register.
+//  - Products give the logits of 16 queries and all keys in the layout in which weights enter the product with the
+//    values. Values need two rows per register instead of two channels: movmatrix transposes them between the lanes.
+//    The order of the result's columns then matches the order in which the lanes read channels, so that a lane writes
+//    the same positions that it reads.
+//  - Rotary tables and bias are in memory in the order of the lanes (`tables.py` of this folder), so that each access
+//    of a warp is 512 contiguous bytes. The bias of keys beyond T is -infinity; rows beyond T are zeros, and not
+//    stored.
+//  - If the number of tiles is odd, 8 queries remain; only their products are as large as those of 16.
 //
-// Rotation, logits, softmax and sums are float32; rotated queries and keys, and weights before they are divided by
-// their sum (the largest is 1), are rounded to the storage type, as the products demand.
+// Rotation, logits, softmax and sums are float32. Rotated queries and keys, and weights before the division by their
+// sum (the largest is 1), are rounded to the storage type, as the products require.
 #include "cuda/lanes.cuh"
 
 namespace lfdm {
@@ -35,7 +36,7 @@ namespace lfdm {
 constexpr int TEMPORAL_WARPS = 4;
 constexpr int TEMPORAL_THREADS = TEMPORAL_WARPS * LANES;
 
-// Blocks that a multiprocessor holds together: as many as its registers can without one going to memory.
+// Blocks that a multiprocessor holds together: as many as its registers allow without spilling.
 template <int WIDTH, int TILES>
 constexpr int temporal_blocks = WIDTH * TILES <= 192 ? 4 : WIDTH * TILES <= 256 ? 3 : 2;
 
@@ -43,18 +44,18 @@ struct TemporalShape {
     int frames, pixels, heads;
 };
 
-// TILES tiles of 8 rows, two channels in a register; WIDTH channels are WIDTH / 8 registers of a lane.
+// TILES tiles of 8 rows, two channels per register; WIDTH channels are WIDTH / 8 registers per lane.
 template <class T, int WIDTH, int TILES>
 struct Rows {
     static constexpr int REGISTERS = WIDTH / 8;
-    static constexpr int MOVED = REGISTERS < 4 ? REGISTERS : 4;  // by one access
+    static constexpr int MOVED = REGISTERS < 4 ? REGISTERS : 4;  // per access
 
     PerLane<uint32> tiles[TILES][REGISTERS];
 
-    // The channel at which access `part` of a lane begins.
+    // The first channel of access `part` of a lane.
     LFDM_INLINE static int channel(int lane, int part) { return (4 * part + lane % 4) * 2 * MOVED; }
 
-    // Reads `rows` rows; only in the last tile, and if it is PARTIAL, may there be fewer than 8, and zeros follow.
+    // Reads `rows` rows; only the last tile, if it is PARTIAL, may have fewer than 8, and is filled with zeros.
     template <bool PARTIAL>
     LFDM_INLINE void read(const T* LFDM_RESTRICT from, int64 stride, int rows) {
 #pragma unroll
@@ -74,7 +75,7 @@ struct Rows {
         }
     }
 
-    // Rotates pairs; `table` has for each tile, two registers and lane two cosines and sines.
+    // Rotates pairs; `table` has two cosines and sines per tile, pair of registers and lane.
     LFDM_INLINE void rotate(const float* LFDM_RESTRICT table) {
         constexpr int PARTS = REGISTERS / 2;
 #pragma unroll
@@ -94,8 +95,8 @@ struct Rows {
     }
 };
 
-// Logits of 8 · HALVES queries by all keys: in tile n, lane 4 g + t has those of query g, and of g + 8, by keys
-// 8 n + 2 t and 8 n + 2 t + 1. They become weights, which are still to be divided by their sums.
+// Logits of 8 · HALVES queries by all keys: in tile n, lane 4 g + t holds those of query g, and of g + 8, by keys
+// 8 n + 2 t and 8 n + 2 t + 1. They become weights that are not yet divided by their sums.
 template <class T, int WIDTH, int TILES, int HALVES>
 struct Weights {
     PerLane<Quad> tiles[TILES];
@@ -117,7 +118,7 @@ struct Weights {
         }
     }
 
-    // Powers of 2 of logits times `scale`, plus bias, minus a row's largest.
+    // Powers of 2 of logits times `scale`, plus bias, minus the largest of the row.
     LFDM_INLINE void soften(float scale, const float* LFDM_RESTRICT bias) {
         PerLane<float> largest[HALVES];
         each_lane([&](int lane) {
@@ -154,7 +155,7 @@ struct Weights {
         }
     }
 
-    // Sums of values by weights; values are transposed, so that register r of a tile gives the lane's register r.
+    // Weighted sums of values; values are transposed, so that register r of a tile gives the lane's register r.
     LFDM_INLINE void average(PerLane<Quad> (&found)[WIDTH / 8], const Rows<T, WIDTH, TILES>& values) const {
         PerLane<uint32> packed[TILES][2];
         each_lane([&](int lane) {
@@ -179,13 +180,13 @@ struct Weights {
     }
 };
 
-// 8 · HALVES queries, from their logits to the result. `rows` of them are written, all of them unless PARTIAL.
+// 8 · HALVES queries, from their logits to the result. `rows` of them are written; all of them unless PARTIAL.
 template <bool PARTIAL, class T, int WIDTH, int TILES, int HALVES>
 LFDM_INLINE void attend(const Rows<T, WIDTH, HALVES>& queries, const Rows<T, WIDTH, TILES>& keys,
                         const Rows<T, WIDTH, TILES>& values, const float* LFDM_RESTRICT bias, T* LFDM_RESTRICT to,
                         int64 stride, int rows) {
     using Own = Rows<T, WIDTH, HALVES>;
-    // Of logits, and of the logarithm to base 2 in which the bias is given.
+    // Scale of the logits, and the logarithm to base 2 of the bias.
     constexpr float SCALE = 1.4426950408889634f / (WIDTH == 16 ? 4.0f : WIDTH == 32 ? 5.656854249492381f : 8.0f);
     Weights<T, WIDTH, TILES, HALVES> weights;
     PerLane<Quad> found[Own::REGISTERS];
@@ -213,12 +214,12 @@ LFDM_INLINE void attend(const Rows<T, WIDTH, HALVES>& queries, const Rows<T, WID
     });
 }
 
-// Grid: groups of warps over pixels and heads, samples. `turns` and `bias`: see `tables.py`.
+// Grid: groups of warps over pixels and heads, samples. `tables.py` makes `turns` and `bias`.
 template <class T, int WIDTH, int TILES>
 LFDM_INLINE void temporal_core(const Block<TEMPORAL_THREADS>& block, const TemporalShape& shape,
                                const T* LFDM_RESTRICT qkv, const float* LFDM_RESTRICT turns,
                                const float* LFDM_RESTRICT bias, T* LFDM_RESTRICT result) {
-    constexpr int PAIRS = TILES / 2, TURNS = WIDTH / 16 * LANES * 4, BIAS = TILES * LANES * 4;  // of a tile, of 16 rows
+    constexpr int PAIRS = TILES / 2, TURNS = WIDTH / 16 * LANES * 4, BIAS = TILES * LANES * 4;  // per tile, per 16 rows
     constexpr bool EVEN = TILES % 2 == 0;
     each_warp(block, [&](int warp) {
         const int item = block.x * TEMPORAL_WARPS + warp;
@@ -244,7 +245,7 @@ LFDM_INLINE void temporal_core(const Block<TEMPORAL_THREADS>& block, const Tempo
 #pragma unroll
             for (int r = 0; r < WIDTH / 8; ++r) transpose(values.tiles[tile][r]);
         }
-        // Not unrolled: in one long text the compiler would take three times as many registers.
+        // Not unrolled: otherwise the compiler would use three times as many registers.
 #pragma unroll 1
         for (int pair = 0; pair < PAIRS; ++pair) {
             Rows<T, WIDTH, 2> queries = next;
@@ -265,8 +266,8 @@ LFDM_INLINE void temporal_core(const Block<TEMPORAL_THREADS>& block, const Tempo
 
 }  // namespace lfdm
 
-// A kernel by name, storage type, channels of a head and tiles of 8 frames. Parameters are what a TensorRT plugin
-// passes: inputs, int32 scalars, outputs.
+// A kernel by name, storage type, channels per head and tiles of 8 frames. Its parameters are those that a TensorRT
+// plugin passes: inputs, int32 scalars, outputs.
 #define LFDM_TEMPORAL_CORE_KERNEL(name, T, width, tiles)                                                             \
     LFDM_LANES_KERNEL(name, lfdm::TEMPORAL_THREADS, (lfdm::temporal_blocks<width, tiles>))                           \
     (const lfdm::T* LFDM_RESTRICT qkv, const float* LFDM_RESTRICT turns, const float* LFDM_RESTRICT bias, int frames, \

@@ -1,4 +1,4 @@
-"""The kernels of `kernel.cuh` by storage type, head width and frames, and how they are launched."""
+"""The kernels of `kernel.cuh` by storage type, head width and frames, and their launches."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import TypeVar
 
 from lfdm_export.ops.cuda.source import SHORT_NAMES, Kernel, Launch, Storage
 
-#: Channels of a head, frames and storage types that there are kernels for; none goes to memory for want of registers.
+#: Supported channels per head, frames and storage types; no supported kernel spills registers to memory.
 WIDTHS = (16, 32, 64)
 MOST_FRAMES = 64
 STORAGES: tuple[Storage, ...] = ("float16", "bfloat16")
-#: Rows of a tile.
+#: Rows per tile.
 TILE = 8
 
 _WARPS, _LANES = 4, 32  # as in kernel.cuh
@@ -19,7 +19,7 @@ Size = TypeVar("Size")
 
 
 def covers(head_width: int, frames: int) -> bool:
-    """Whether there is a kernel for heads of that many channels and so many frames, in 16-bit floats."""
+    """Whether a kernel for 16-bit floats supports heads of that many channels and that many frames."""
     return head_width in WIDTHS and 0 < frames <= MOST_FRAMES
 
 
@@ -29,7 +29,7 @@ def core_kernel(storage: Storage, head_width: int, frames: int) -> Kernel:
     Args:
         storage: of qkv and result, one of `STORAGES`.
         head_width: D, one of `WIDTHS`.
-        frames: T, at most `MOST_FRAMES`; kernels for 8 n - 7 to 8 n frames are one.
+        frames: T, at most `MOST_FRAMES`; 8 n - 7 to 8 n frames share one kernel.
     """
     assert storage in STORAGES
     assert covers(head_width, frames)
@@ -42,5 +42,5 @@ def core_kernel(storage: Storage, head_width: int, frames: int) -> Kernel:
 
 
 def core_launch(frames: int, pixels: int, heads: int, batch: Size) -> Launch[Size]:
-    """How a kernel is launched."""
+    """The launch of a kernel."""
     return Launch((-(-pixels * heads // _WARPS), batch, 1), (frames, pixels, heads))

@@ -1,6 +1,6 @@
-"""TemporalAttention as a model-local ONNX function: on opset 23's operators in chunks, or written out.
+"""TemporalAttention as a model-local ONNX function: with opset 23's operators in chunks, or written out.
 
-Bodies hold for any floating type of `x` and its weights; tables and bias are cast where theirs is another.
+The bodies accept any floating type of `x` and its weights; tables and bias are cast to it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _TURN_BY_OPERATOR = f"""
     k_heads = Reshape (k_turned, split_heads)
 """
 
-# Each table's value stands for both members of its pair: (1, T, 1, R).
+# Each value of a table applies to both members of its pair: (1, T, 1, R).
 _PAIRED_TABLE = """
     {t}_like = CastLike ({t}, x)
     {t}_column = Unsqueeze ({t}_like, last)
@@ -78,7 +78,7 @@ _TURN = """
 
 
 def temporal_attention_function(chunks: int) -> onnx.FunctionProto:
-    """The function that works in `chunks` equal parts of the pixels, so that a part stays in a core's cache."""
+    """The function that processes the pixels in `chunks` equal parts, so that one part fits in a core's cache."""
     parts = range(chunks)
     xs, ys = (", ".join(f"{name}_{i}" for i in parts) for name in "xy")
     return _function(
@@ -101,11 +101,11 @@ def explicit_temporal_attention_function(
     """The function with attention written out, all pixels together.
 
     Args:
-        chunks: of the operator's name; the body has but one.
+        chunks: number in the operator's name; the body has only one chunk.
         heads: H.
         head_width: D.
-        rotary_width: R, channels of a head that are rotated.
-        rotary_operator: use opset 23's RotaryEmbedding; else the rotation is written out as well.
+        rotary_width: R, rotated channels per head.
+        rotary_operator: use opset 23's RotaryEmbedding; False writes out the rotation too.
     """
     body = _EXPLICIT.format(
         epsilon=EPSILON,

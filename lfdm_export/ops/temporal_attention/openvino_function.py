@@ -1,8 +1,8 @@
-"""TemporalAttention as OpenVINO's CPU plugin runs it fastest, in float32 and under the bf16 hint.
+"""TemporalAttention in the fastest form for OpenVINO's CPU plugin, in float32 and with the bf16 hint.
 
-Rotation is written on half-split channels, to which the columns of queries' and keys' weights are permuted (products
-of queries and keys do not change): the plugin then runs it as one operation instead of six. Chosen by measurement on
-the published UNet.
+The rotation is written for half-split channels, so the columns of the query and key weights are permuted (products of
+queries and keys do not change). The plugin then runs it as one operation instead of six. Chosen by measurement on the
+published UNet.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _TABLE = """
     {t}_table = Unsqueeze ({t}_like, leading)
 """
 
-# The axes' signs and the order of the operands are part of the pattern that the plugin knows.
+# The axes' signs and the order of the operands are part of the pattern that the plugin recognizes.
 _TURN = """
     {t}_heads = Reshape ({t}, split_heads)
     {t}_first = Transpose <perm = [0, 2, 1, 3]> ({t}_heads)
@@ -78,10 +78,10 @@ def openvino_temporal_attention(name: str, heads: int, head_width: int, rotary_w
     """TemporalAttention… (x, gamma, query, key, value, out, cos, sin, bias, position), all pixels together.
 
     Args:
-        name: of the operator.
+        name: name of the operator.
         heads: H.
         head_width: D.
-        rotary_width: R, channels of a head that are rotated.
+        rotary_width: R, rotated channels per head.
     """
     within = (*range(0, rotary_width, 2), *range(1, rotary_width, 2), *range(rotary_width, head_width))
     whole = rotary_width == head_width

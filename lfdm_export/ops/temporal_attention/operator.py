@@ -1,4 +1,4 @@
-"""TemporalAttention among the operators."""
+"""The operator TemporalAttention."""
 
 import onnx
 

@@ -1,4 +1,4 @@
-"""TemporalAttention in torch; inside an ONNX export it places a node of domain `lfdm` instead.
+"""TemporalAttention in torch; inside an ONNX export it adds a node of domain `lfdm` instead.
 
 Source: Ni et al., CVPR 2023 (arXiv 2303.13744), Sec. 3.3; rotary embedding of Su et al. (arXiv 2104.09864).
 """
@@ -17,8 +17,8 @@ from lfdm_export.ops.domain import EPSILON
 from lfdm_export.ops.symbolic import Attributes, exporting, node
 from lfdm_export.ops.temporal_attention import operator_name
 
-#: Tokens (pixels x frames) of one sample whose queries, keys and values are in flight together, so that they
-#: stay in a core's cache. Measured: 8 to 32 pixels at 40 frames are equally good.
+#: Tokens (pixels x frames) of one sample whose queries, keys and values are processed together, so that they stay in a
+#: core's cache. Measured: 8 to 32 pixels at 40 frames are equally fast.
 CHUNK_TOKENS = 1280
 
 
@@ -46,12 +46,12 @@ class TemporalWeights(NamedTuple):
 
 
 class FrameWeights(NamedTuple):
-    """The same block's constants as `temporal_attention_by_frame` takes them.
+    """The same block's constants for `temporal_attention_by_frame`.
 
     Attributes:
-        qkv: queries', keys' and values' weights side by side, (C, 3·H·D).
-        turns: cos and sin, as `tables.lay_out_turns` gives them; float32. Empty where there is no kernel.
-        bias: as `tables.lay_out_bias` gives it; float32. Likewise.
+        qkv: weights of queries, keys and values side by side, (C, 3·H·D).
+        turns: cos and sin from `tables.lay_out_turns`, float32; empty where no kernel supports them.
+        bias: from `tables.lay_out_bias`, float32; empty in the same cases.
     """
 
     qkv: Tensor
@@ -60,7 +60,7 @@ class FrameWeights(NamedTuple):
 
 
 def goes_by_frame(x: Tensor) -> bool:
-    """Whether `temporal_attention_by_frame` is to be used: on a GPU."""
+    """Whether to use `temporal_attention_by_frame`: on a GPU, except in an export."""
     return on_gpu(x) and not exporting()
 
 
@@ -71,7 +71,7 @@ def temporal_attention(x: Tensor, weights: TemporalWeights, *, heads: int, pixel
         x: (B·P, T, C).
         weights: the block's constants.
         heads: H.
-        pixels: P, from which the number of chunks follows.
+        pixels: P, which determines the number of chunks.
 
     Returns:
         (B·P, T, C).
@@ -90,12 +90,12 @@ def temporal_attention(x: Tensor, weights: TemporalWeights, *, heads: int, pixel
 
 
 def temporal_attention_by_frame(x: Tensor, weights: TemporalWeights, by_frame: FrameWeights, *, heads: int) -> Tensor:
-    """The same on frames as convolutions on channels last leave them; nothing is transposed where there is a kernel.
+    """The same for frames in the layout of channels-last convolutions; with a kernel, nothing is transposed.
 
     Args:
         x: (B, T, P, C).
         weights: the block's constants.
-        by_frame: the same, made for this.
+        by_frame: the same constants in the layout for this function.
         heads: H.
 
     Returns:
@@ -112,13 +112,13 @@ def temporal_attention_by_frame(x: Tensor, weights: TemporalWeights, by_frame: F
 
 
 def core_in_torch(qkv: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, *, heads: int) -> Tensor:
-    """Rotary embedding and attention by torch's own operators, for any type, width and number of frames.
+    """Rotary embedding and attention with torch's own operators, for any type, width and number of frames.
 
     Args:
-        qkv: (B, T, P, 3·H·D): queries, keys and values, of each the heads in order.
-        cos: see `TemporalWeights`, as for the next two.
-        sin: see there.
-        bias: see there.
+        qkv: (B, T, P, 3·H·D): queries, keys and values, each with its heads in order.
+        cos: rotary table (T, R / 2), for interleaved pairs.
+        sin: rotary table (T, R / 2).
+        bias: relative position bias (1, H, T, T), [query, key].
         heads: H.
 
     Returns:
@@ -126,14 +126,14 @@ def core_in_torch(qkv: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, *, heads:
     """
     batch, _, pixels, _ = qkv.shape
     q, k, v = (part.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1) for part in qkv.chunk(3, dim=-1))
-    # For so few tokens torch's first choice, cuDNN, takes 1.9 times as long (measured on an H200, 40 frames, float16).
+    # For so few tokens, torch's first choice, cuDNN, takes 1.9 times as long (measured on an H200, 40 frames, float16).
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         attended = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, attn_mask=bias)
     return attended.unflatten(0, (batch, pixels)).permute(0, 3, 1, 2, 4).flatten(3)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate interleaved pairs of (…, T, D) by the angles of the tables; channels beyond them pass."""
+    """Rotate interleaved pairs of (…, T, D) by the tables' angles; channels beyond the tables pass unchanged."""
     rotated, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
     even, odd = rotated[..., 0::2], rotated[..., 1::2]
     pairs = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)

@@ -1,4 +1,4 @@
-"""Rotary tables and position bias as the kernel's lanes take them: in memory, what a warp reads lies together.
+"""Rotary tables and position bias in the memory layout of the kernel: a warp reads contiguous values.
 
 Lane 4 g + t of a warp has row g of a tile of 8 rows. Source: `kernel.cuh`; layouts of mma.m16n8k16 in the PTX ISA.
 """
@@ -17,10 +17,10 @@ _LANES = 32
 
 
 def lay_out_turns(cos: Tensor, sin: Tensor, head_width: int) -> Tensor:
-    """What each lane turns its pairs of channels by.
+    """The cosines and sines by which each lane rotates its pairs of channels.
 
     Args:
-        cos: rotary table (T, R / 2), for interleaved pairs; channels from R on pass.
+        cos: rotary table (T, R / 2), for interleaved pairs; channels from R on pass unchanged.
         sin: likewise.
         head_width: D, a multiple of 16.
 
@@ -41,7 +41,7 @@ def lay_out_turns(cos: Tensor, sin: Tensor, head_width: int) -> Tensor:
 
 
 def lay_out_bias(bias: Tensor) -> Tensor:
-    """What each lane adds to its logits, to base 2; -infinity for keys that do not exist.
+    """The bias that each lane adds to its logits, to base 2; -infinity for keys that do not exist.
 
     Args:
         bias: (H, T, T), [query, key].

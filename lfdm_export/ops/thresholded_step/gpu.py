@@ -1,5 +1,5 @@
-"""ThresholdedStep and its noise on tensors of a GPU: operators of torch around the kernels."""
-# An operator's shape function has its operator's arguments.
+"""ThresholdedStep and its noise on GPU tensors: torch operators around the kernels."""
+# An operator's shape function takes the same arguments as the operator.
 # ruff: noqa: ARG001
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from lfdm_export.sampling.loop import quantile_rank
 def thresholded_step_on_gpu(
     latent: Tensor, predicted_noise: Tensor, history: Tensor, noise: Tensor, coefficients: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.thresholded_step`; the predicted noise may be narrower than the others."""
+    """`reference.thresholded_step` on a GPU; the predicted noise may have a narrower dtype than the others."""
     return _step(latent, predicted_noise, history, noise, coefficients)
 
 
 def noise_on_gpu(seeds: Tensor, step: Tensor, shape: Sequence[int]) -> Tensor:
-    """Standard normal noise: the values of `lfdm_export.sampling.noise.noise_for`, drawn where they are needed.
+    """Standard normal noise, generated on the GPU: the same values as `lfdm_export.sampling.noise.noise_for`.
 
-    The step lies in the GPU's memory, so that a captured graph can be replayed for every step.
+    The step is in the GPU's memory, so that a captured graph can be replayed for every step.
 
     Args:
-        seeds: (B,) int64, whose bits are the seeds'.
+        seeds: (B,) int64 with the bits of the unsigned seeds.
         step: (1,) int64, from 0; -1 for the start of a chain.
-        shape: of one sample.
+        shape: shape of one sample.
 
     Returns:
         (B, *shape) float32.
@@ -63,7 +63,7 @@ def _step(
         alone = kernels.step_launch(elements, lower, float(weight), batch)
         launch(kernels.step_kernel(*storages), alone, inputs, results)
         return results
-    # Bits of uint32, a type of which torch can do little.
+    # Bits of uint32, a type for which torch has few operators.
     counts = latent.new_zeros((batch, kernels.COUNTS), dtype=torch.int32)
     counted, plan = [inputs[0], inputs[1], inputs[4]], kernels.count_launch(elements, lower, batch)
     for number in range(kernels.PASSES):

@@ -1,25 +1,26 @@
-// ThresholdedStep: x0 estimate, exact 0.9 quantile of its magnitudes, clamp, sampler update. And the noise.
+// ThresholdedStep: x0 estimate, exact 0.9 quantile of its magnitudes, clamp, sampler update.
 //
-// THE FLOOR. A sample of the published model has n = 3·40·32·32 = 122,880 values. The update reads latent,
-// prediction, noise and two halves of the history, and writes the latent and two halves: 8·4·n = 3.9 MB a sample in
-// float32, 0.9 us at 4.3 TB/s; all of it was just written by the step before, and lies in the L2 cache. Some 20
-// operations an element are nothing. What takes time is the quantile: no element can be clamped before all are seen.
+// LOWER BOUND. A sample of the published model has n = 3·40·32·32 = 122,880 values. The update reads latent,
+// prediction, noise and two halves of the history, and writes the latent and two halves: 8·4·n = 3.9 MB per sample in
+// float32, 0.9 us at 4.3 TB/s; all of it was just written by the previous step, and is in the L2 cache. About 20
+// operations per element are negligible. The quantile takes the time: no element can be clamped before all are read.
 //
-// THE DESIGN, where one kernel must do (passes.cuh has a faster way). A plugin has one kernel, no workspace, and no way
-// to make blocks wait for one another. A sample's values fit neither one multiprocessor's registers (256 KB) nor its
-// shared memory (228 KB at most). So each of SPLITS blocks of a sample finds the quantile by itself, reading latent and
-// prediction again in each pass, and then updates its own share. A multiprocessor reads some 64 bytes a clock from L2,
-// about 110 GB/s: by that a pass over 2·4·n bytes should take 9 us, a share of 1/8 some 5 us (computed). What is
-// redundant runs on multiprocessors that would be idle. Measured on an H200: 57 us, or 24 us where pass 1 was all.
+// DESIGN of the single kernel (passes.cuh has a faster design). A plugin has one kernel, no workspace, and no way to
+// make blocks wait for one another. A sample's values fit neither in one multiprocessor's registers (256 KB) nor in its
+// shared memory (228 KB at most). So each of the SPLITS blocks of a sample finds the quantile by itself, reads latent
+// and prediction again in each pass, and then updates its own share. A multiprocessor reads about 64 bytes per clock
+// from L2, about 110 GB/s: at this rate a pass over 2·4·n bytes should take 9 us, a share of 1/8 about 5 us (computed).
+// The redundant work runs on multiprocessors that would be idle. Measured on an H200: 57 us, or 24 us if pass 1 is
+// enough.
 //
-// The quantile is a radix select on the bits of |x0|, whose order as integers is that of the values. Since the
-// bound is at least 1, values below 1 are only counted: pass 1 counts them, and 8 bins an octave for the others
-// (1032 bins). If both order statistics are below 1 that was all, as in most steps of a trained model. Else passes 2
-// and 3 narrow the bin by 11 and 9 bits down to a single value; pass 3 also sees the smallest value above.
-// Everything is exact: order statistics are bits, and estimate, interpolation and update are the same float32
-// operations, in the same order and without contraction, as in `lfdm_export.sampling.loop`.
+// The quantile is a radix select on the bits of |x0|, whose order as integers is the order of the values. The bound is
+// at least 1, so values below 1 are only counted: pass 1 counts them, and 8 bins per octave for the others (1032 bins).
+// If both order statistics are below 1, pass 1 is enough, as in most steps of a trained model. Otherwise passes 2 and 3
+// narrow the bin by 11 and 9 bits down to a single value; pass 3 also finds the smallest value above. Everything is
+// exact: order statistics are bits, and estimate, interpolation and update are the same float32 operations, in the same
+// order and without contraction, as in `lfdm_export.sampling.loop`.
 //
-// NaN: its bits are above all numbers', as torch sorts it; a bound or an estimate that is NaN gives NaN.
+// NaN: its bits are above those of all numbers, as torch sorts it; a bound or an estimate of NaN gives NaN.
 #pragma once
 
 #include "cuda/shim.cuh"
@@ -53,11 +54,11 @@ struct StepShared {
     uint32 bins[STEP_BINS];
     uint32 sums[2][STEP_THREADS];
     uint32 most[STEP_THREADS];   // largest bits below ONE_BITS
-    uint32 least[STEP_THREADS];  // smallest bits above what is looked at
+    uint32 least[STEP_THREADS];  // smallest bits above the examined range
     uint32 found_bin, found_before;
 };
 
-// What one block works on: S stores latents, history and noise, P the prediction.
+// The data of one block: S stores latents, history and noise, P the prediction.
 template <class S, class P>
 struct StepSample {
     const S* LFDM_RESTRICT latent;
@@ -76,7 +77,7 @@ struct StepSample {
     }
 };
 
-// Calls function(bits of |estimate|) for every `threads`-th pack of the sample from `thread` on.
+// Calls function(bits of |estimate|) for every `threads`-th pack of the sample, starting at `thread`.
 template <int COUNT, class S, class P, class Function>
 LFDM_INLINE void each_magnitude(const StepSample<S, P>& sample, int thread, int threads, Function function) {
 #pragma unroll 2
@@ -98,7 +99,7 @@ LFDM_INLINE void reduce(const Block<STEP_THREADS>& block, Function function) {
     }
 }
 
-// Finds the bin that holds the value of this rank among the counted ones, and how many lie in bins before it.
+// Finds the bin that holds the value of this rank among the counted values, and the number of values in bins before it.
 LFDM_INLINE void find_bin(const Block<STEP_THREADS>& block, StepShared& shared, uint32 rank) {
     constexpr int EACH = STEP_BINS / STEP_THREADS;
     block.phase([&](int thread) {
@@ -106,7 +107,7 @@ LFDM_INLINE void find_bin(const Block<STEP_THREADS>& block, StepShared& shared, 
         for (int i = 0; i < EACH; ++i) sum += shared.bins[thread * EACH + i];
         shared.sums[0][thread] = sum;
     });
-    int now = 0;  // running sums, doubling the reach; one buffer is read while the other is written
+    int now = 0;  // running sums of doubling reach; one buffer is read while the other is written
     for (int reach = 1; reach < STEP_THREADS; reach *= 2, now ^= 1) {
         block.phase([&](int thread) {
             const uint32 before = thread >= reach ? shared.sums[now][thread - reach] : 0u;
@@ -128,7 +129,7 @@ LFDM_INLINE void find_bin(const Block<STEP_THREADS>& block, StepShared& shared, 
     });
 }
 
-// Counts the values in [base, base + 2^width) by their bits from `shift` on, and notes the smallest value above.
+// Counts the values in [base, base + 2^width) by their bits from `shift` on, and records the smallest value above.
 template <int COUNT, class S, class P>
 LFDM_INLINE void count_bins(const Block<STEP_THREADS>& block, StepShared& shared, const StepSample<S, P>& sample,
                             uint32 base, int width, int shift) {
@@ -150,9 +151,9 @@ LFDM_INLINE void count_bins(const Block<STEP_THREADS>& block, StepShared& shared
     });
 }
 
-// The order statistic behind the one found last, in bins that are single values: that value itself, the next one
-// there, or the smallest of those above, which shared.least knows.
-LFDM_INLINE uint32 upper_neighbour(const Block<STEP_THREADS>& block, StepShared& shared, uint32 base, uint32 before,
+// The order statistic after the one just found, where each bin is a single value: the same value, the next one in the
+// bins, or the smallest value above them, in shared.least.
+LFDM_INLINE uint32 upper_neighbor(const Block<STEP_THREADS>& block, StepShared& shared, uint32 base, uint32 before,
                                    uint32 next_rank) {
     block.phase([&](int thread) {
         const uint32 first = shared.found_bin;
@@ -173,7 +174,7 @@ LFDM_INLINE float bound_between(uint32 lower, uint32 upper, float weight) {
     return quantile < 1.0f ? 1.0f : quantile;
 }
 
-// max(quantile, 1), the quantile between the order statistics `rank` and its upper neighbour.
+// max(quantile, 1), with the quantile between the order statistic `rank` and its upper neighbor.
 template <int COUNT, class S, class P>
 LFDM_INLINE float find_bound(const Block<STEP_THREADS>& block, StepShared& shared, const StepSample<S, P>& sample,
                              uint32 rank, float weight) {
@@ -216,7 +217,7 @@ LFDM_INLINE float find_bound(const Block<STEP_THREADS>& block, StepShared& share
             count_bins<COUNT>(block, shared, sample, base, width, shift);
         }
         lower = base;
-        upper = next_rank == rank ? lower : upper_neighbour(block, shared, base, before, next_rank);
+        upper = next_rank == rank ? lower : upper_neighbor(block, shared, base, before, next_rank);
     }
     return bound_between(lower, upper, weight);
 }
@@ -299,8 +300,8 @@ LFDM_INLINE void thresholded_step(const Block<STEP_THREADS>& block, StepShared& 
 
 }  // namespace lfdm
 
-// A kernel, by name and by the types of state (latents, history, noise) and prediction. Parameters are what a TensorRT
-// plugin passes: inputs, int32 scalars (the weight as its bits), outputs.
+// A kernel, by name and by the types of state (latents, history, noise) and prediction. Its parameters are those that a
+// TensorRT plugin passes: inputs, int32 scalars (the weight as its bits), outputs.
 #define LFDM_STEP_KERNEL(name, S, P)                                                                                 \
     LFDM_KERNEL(name, lfdm::STEP_THREADS)                                                                            \
     (const lfdm::S* LFDM_RESTRICT latent, const lfdm::P* LFDM_RESTRICT predicted,                                    \

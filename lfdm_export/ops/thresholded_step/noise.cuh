@@ -1,12 +1,12 @@
 // Standard normal noise from seed, step and element: the stream of lfdm_export.sampling.noise, on the GPU.
 //
-// Philox4x64-10 with key (seed, 0); block j, of counter (j + 1, 0, step + 1, 0), gives four words; two words make two
-// normal values by Box and Muller in float64, rounded to float32. The words are NumPy's, bit for bit; logarithm and
-// cosine are the GPU's, within 1 ulp of float64, so values differ from the host's in about one of 10^8, by 1 ulp.
+// Philox4x64-10 with key (seed, 0); block j, with counter (j + 1, 0, step + 1, 0), gives four words; two words give two
+// normal values by Box and Muller in float64, rounded to float32. The words are equal to NumPy's bit for bit. Logarithm
+// and cosine are the GPU's, within 1 ulp of float64, so about one value in 10^8 differs from the host's, by 1 ulp.
 //
-// A sample of the published model costs 30,720 Philox blocks of 40 wide products, and as many logarithms, roots and
-// sine-cosine pairs twice in float64: some 12 M operations, microseconds even where float64 runs at 1/64 of float32's
-// rate; it saves the host's draws and their copy, 0.5 MB a step.
+// A sample of the published model needs 30,720 Philox blocks of 40 wide products, and twice as many logarithms, roots
+// and sine-cosine pairs in float64: about 12 M operations, microseconds even where float64 runs at 1/64 of float32's
+// rate. It saves the host's generation and copy, 0.5 MB per step.
 #include "cuda/shim.cuh"
 
 #if !defined(__CUDACC__)

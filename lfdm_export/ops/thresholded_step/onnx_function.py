@@ -1,11 +1,10 @@
-"""ThresholdedStep as a model-local ONNX function, with an exact quantile that needs no TopK.
+"""ThresholdedStep as a model-local ONNX function, with an exact quantile without TopK.
 
-TensorRT's TopK stops at 3840; the 0.9 quantile of a latent's 122,880 values would need 12,289. So
-the lower order statistic is bracketed by counting, then picked exactly as the smallest value
-above the bracket's lower end; its upper neighbour is itself if enough values equal it, else the
-smallest value above it. Bisection counts least, which suits a CPU; a search with many pivots at once has few rounds,
-which suits a GPU, and TensorRT's builder, whose time for latents of some thousand values grows exponentially
-with the rounds.
+TensorRT's TopK is limited to 3840; the 0.9 quantile of a latent's 122,880 values would need 12,289. Instead, the lower
+order statistic is bracketed by counting, then picked exactly as the smallest value above the bracket's lower end. Its
+upper neighbor is the same value if enough values equal it, else the smallest value above it. Bisection counts least,
+which suits a CPU. A search with many pivots at once has few rounds, which suits a GPU and TensorRT's builder: its time
+for latents of some thousand values grows exponentially with the rounds.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ import onnx.parser
 from lfdm_export.ops.domain import DOMAIN, OPSET
 from lfdm_export.sampling import rows
 
-#: From 2^-126 .. 2^128, 8 halvings of the exponent's range leave a factor of 2, and 24 halvings of
-#: that neighbouring floats; two to spare.
+#: From 2^-126 .. 2^128, 8 bisections of the exponent range leave a factor of 2, and 24 more leave neighboring floats;
+#: plus two in reserve.
 BISECTIONS = 34
-#: Intervals that a round of the search with many pivots divides the bracket into.
+#: Intervals into which one round of the search with many pivots divides the bracket.
 LANES = 64
-#: Rounds of it with pivots in geometric and in arithmetic progression: two leave a factor of 2^(254 / 64^2), a gap of
-#: 2^-4.5 of the lower end; four times 6 bits less is below half of the distance between neighbouring floats.
+#: Its rounds with pivots in geometric and in arithmetic progression: two leave a factor of 2^(254 / 64^2), a gap of
+#: 2^-4.5 of the lower end; four rounds of 6 bits each reduce it below half the distance between neighboring floats.
 GEOMETRIC_ROUNDS, ARITHMETIC_ROUNDS = 2, 4
 
 # Values at or below the smallest normal float count as zero: where the quantile is below 1 the bound is 1.
@@ -108,7 +107,7 @@ _SELECT = """
     upper = Where (repeated, lower, next_value)
 """
 
-# torch.lerp: from the nearer end.
+# As in torch.lerp: from the nearer end.
 _LERP_BELOW_HALF = """
     spread = Sub (upper, lower)
     part = Mul (spread, weight)
@@ -123,7 +122,7 @@ _LERP_FROM_HALF = """
 
 
 def _combine(result: str, terms: list[tuple[int, str]]) -> str:
-    """ONNX text for result = sum of coefficient column x flat tensor."""
+    """ONNX text of result = sum of coefficient column x flat tensor."""
     lines = []
     for position, (column, tensor) in enumerate(terms):
         product = f"{result}_term_{position}"
@@ -146,10 +145,10 @@ def _search(pivots_at_once: bool) -> tuple[str, int]:
 
 
 def thresholded_step_function(weight: float, *, pivots_at_once: bool = False) -> onnx.FunctionProto:
-    """The function, for latents whose quantile has that interpolation weight.
+    """The function for latents whose quantile has that interpolation weight.
 
     Args:
-        weight: of `sampling.loop.quantile_rank`; it decides from which end the interpolation is done.
+        weight: from `sampling.loop.quantile_rank`; decides from which end the interpolation starts.
         pivots_at_once: search with many pivots in few rounds, instead of bisection.
     """
     search, rounds = _search(pivots_at_once)

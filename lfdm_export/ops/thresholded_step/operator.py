@@ -1,4 +1,4 @@
-"""ThresholdedStep among the operators."""
+"""The operator ThresholdedStep."""
 
 from lfdm_export.ops.operator import Nodes, Operator
 from lfdm_export.ops.thresholded_step.onnx_function import thresholded_step_function

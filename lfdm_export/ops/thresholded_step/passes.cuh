@@ -1,25 +1,25 @@
-// ThresholdedStep as four kernels, where there may be more than one: each pass of the radix select is shared.
+// ThresholdedStep as four kernels, where several kernels are possible: blocks share each pass of the radix select.
 //
-// kernel.cuh has the arithmetic and the passes; what is here is how blocks share them. Every block counts the values
-// of its own part of a sample, and adds its counts to those of the others in memory: whole numbers, whose sum does not
-// depend on the order. The kernel that follows finds the bin in what all have counted, each block for itself, and goes
-// on from there; the last one updates. The results are those of the one kernel, bit for bit.
+// kernel.cuh has the arithmetic and the passes; this file defines how blocks share them. Every block counts the values
+// of its own part of a sample, and adds its counts to those of the others in memory: integers, whose sum does not
+// depend on the order. Each block of the next kernel finds the bin from the total counts for itself, and continues from
+// there; the last kernel updates. The results are equal to those of the single kernel bit for bit.
 //
-// A pass reads some 24 KB a block, and a launch in a graph costs about 2 us: 10 us together should do, in place of the
-// 57 us that one kernel takes on an H200 (computed, not measured).
+// A pass reads about 24 KB per block, and a launch in a graph takes about 2 us: in total, 10 us should be enough,
+// instead of the 57 us of the single kernel on an H200 (computed, not measured).
 #include "thresholded_step/kernel.cuh"
 
 namespace lfdm {
 
 constexpr int STEP_PASSES = 3;
 
-// Of one sample. All start at 0, so smallest values are kept as complements, of which the largest counts.
+// Counts of one sample. All start at 0, so smallest values are stored as complements, of which the largest counts.
 struct StepCounts {
     uint32 bins[STEP_PASSES][STEP_BINS];
-    uint32 below;        // values below 1
-    uint32 most;         // the largest of them
-    uint32 least;        // complement of the smallest other one
-    uint32 least_above;  // complement of the smallest one above the bins of the last pass
+    uint32 below;        // number of values below 1
+    uint32 most;         // largest of them
+    uint32 least;        // complement of the smallest other value
+    uint32 least_above;  // complement of the smallest value above the bins of the last pass
 };
 
 struct Located {
@@ -29,7 +29,7 @@ struct Located {
 
 LFDM_INLINE int shift_of(int pass) { return pass == 0 ? FIRST_SHIFT : pass == 1 ? SECOND_SHIFT : 0; }
 
-// The bin that holds the value of this rank, after so many passes; shared.bins are those of the last.
+// The bin that holds the value of this rank, after that many passes; shared.bins are those of the last pass.
 LFDM_INLINE Located locate(const Block<STEP_THREADS>& block, StepShared& shared, const StepCounts& counts, uint32 rank,
                            int passes) {
     Located found = {ONE_BITS, counts.below};
@@ -44,13 +44,13 @@ LFDM_INLINE Located locate(const Block<STEP_THREADS>& block, StepShared& shared,
     return found;
 }
 
-// Pass 0 counts all values, the others those in the bin that the pass before leads to.
+// Pass 0 counts all values, the others those in the bin that the previous pass selects.
 template <int PASS, int COUNT, class S, class P>
 LFDM_INLINE void count_share(const Block<STEP_THREADS>& block, StepShared& shared, StepCounts& counts,
                              const StepSample<S, P>& sample, uint32 rank) {
     uint32 base = ONE_BITS;
     if (PASS > 0) {
-        if (rank < counts.below) return;  // the bound is 1, or lies between what pass 0 has found
+        if (rank < counts.below) return;  // the bound is 1, or is between the values that pass 0 found
         base = locate(block, shared, counts, rank, PASS).base;
     }
     block.phase([&](int thread) {
@@ -93,7 +93,7 @@ LFDM_INLINE void count_share(const Block<STEP_THREADS>& block, StepShared& share
     });
 }
 
-// Grid: blocks that share a sample, samples. Counts: of the samples, 0 before the first pass.
+// Grid: blocks that share a sample, samples. Counts: one per sample, 0 before the first pass.
 template <int PASS, class S, class P>
 LFDM_INLINE void count_step(const Block<STEP_THREADS>& block, StepShared& shared, const S* LFDM_RESTRICT latent,
                             const P* LFDM_RESTRICT predicted, const float* LFDM_RESTRICT coefficients, int elements,
@@ -108,7 +108,7 @@ LFDM_INLINE void count_step(const Block<STEP_THREADS>& block, StepShared& shared
     }
 }
 
-// max(quantile, 1), from what all blocks have counted.
+// max(quantile, 1), from the counts of all blocks.
 LFDM_INLINE float counted_bound(const Block<STEP_THREADS>& block, StepShared& shared, const StepCounts& counts,
                                 uint32 rank, uint32 elements, float weight) {
     const uint32 next_rank = smaller(rank + 1, elements - 1);
@@ -118,7 +118,7 @@ LFDM_INLINE float counted_bound(const Block<STEP_THREADS>& block, StepShared& sh
         const Located found = locate(block, shared, counts, rank, STEP_PASSES);
         block.phase([&](int thread) { shared.least[thread] = ~counts.least_above; });
         lower = found.base;
-        upper = next_rank == rank ? lower : upper_neighbour(block, shared, found.base, found.before, next_rank);
+        upper = next_rank == rank ? lower : upper_neighbor(block, shared, found.base, found.before, next_rank);
     }
     return bound_between(lower, upper, weight);
 }
@@ -142,7 +142,8 @@ LFDM_INLINE void update_step(const Block<STEP_THREADS>& block, StepShared& share
 
 }  // namespace lfdm
 
-// Kernels, by name and by the types of state (latents, history, noise) and prediction. Counts: a StepCounts per sample.
+// Kernels, by name and by the types of state (latents, history, noise) and prediction. Counts: one StepCounts per
+// sample.
 #define LFDM_STEP_COUNT_KERNEL(name, S, P, pass)                                                                     \
     LFDM_KERNEL(name, lfdm::STEP_THREADS)                                                                            \
     (const lfdm::S* LFDM_RESTRICT latent, const lfdm::P* LFDM_RESTRICT predicted,                                    \

@@ -1,11 +1,11 @@
-"""ThresholdedStep as a TensorRT plugin whose kernel goes into the engine, as PTX. Importing this registers it.
+"""ThresholdedStep as a TensorRT plugin, whose kernel is part of the engine as PTX. Importing this registers it.
 
-`lfdm_export.ops.plugins` is the way in.
+Register it through `lfdm_export.ops.plugins`.
 
 Source: TensorRT documentation, Quickly Deployable Plugins; contract in `tensorrt.plugin` of 10.9 and newer.
 """
-# TensorRT reads the annotations as types: no `from __future__ import annotations` here, and none may be missing.
-# All functions of an operator have its arguments.
+# TensorRT reads the annotations as types: `from __future__ import annotations` breaks this, and none may be missing.
+# All functions of an operator take the same arguments.
 # ruff: noqa: ARG001
 
 import math
@@ -28,7 +28,7 @@ def thresholded_step(
     lower_rank: int,
     weight: float,
 ) -> tuple[trtp.TensorDesc, trtp.TensorDesc]:
-    """See `reference.thresholded_step`."""
+    """Outputs of `reference.thresholded_step`."""
     return latent.like(), history.like()
 
 

@@ -1,4 +1,4 @@
-"""ThresholdedStep in torch; inside an ONNX export it places a node of domain `lfdm` instead.
+"""ThresholdedStep in torch; inside an ONNX export it adds a node of domain `lfdm` instead.
 
 Source: dynamic thresholding of Saharia et al. (arXiv 2205.11487), Sec. 2.3, as the published LFDM applies it.
 """
@@ -19,13 +19,13 @@ from lfdm_export.sampling.loop import quantile_rank
 def thresholded_step(
     latent: Tensor, predicted_noise: Tensor, history: Tensor, noise: Tensor, coefficients: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One update of any sampler; the meaning of the coefficients is `lfdm_export.sampling.loop`'s.
+    """One update of any sampler; `lfdm_export.sampling.loop` defines the coefficients.
 
     On a GPU this is the kernel of `kernel.cuh`.
 
     Args:
         latent: the noisy latent x, (B, 3, T, h, w).
-        predicted_noise: the same shape; of the same dtype, or narrower.
+        predicted_noise: the same shape; the same dtype, or a narrower one.
         history: carry and previous x0 estimate, (B, 2, 3, T, h, w).
         noise: like `latent`.
         coefficients: (B, 11).
@@ -51,7 +51,7 @@ def thresholded_step(
 def thresholded_step_in_torch(
     latent: Tensor, predicted_noise: Tensor, history: Tensor, noise: Tensor, coefficients: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`thresholded_step` by torch's own operators, on any device."""
+    """`thresholded_step` with torch's own operators, on any device."""
     c = coefficients.view(*coefficients.shape, *[1] * (latent.ndim - 1)).unbind(dim=1)
     carry, previous = history.unbind(dim=1)
     estimate = c[rows.X0_FROM_LATENT] * latent + c[rows.X0_FROM_PREDICTED_NOISE] * predicted_noise

@@ -1,5 +1,5 @@
-"""Warp and WarpBlend on tensors of a GPU: operators of torch around the kernels, eager, compiled or captured."""
-# An operator's shape function has its operator's arguments.
+"""Warp and WarpBlend on GPU tensors: torch operators around the kernels, eager, compiled or captured."""
+# An operator's shape function takes the same arguments as the operator.
 # ruff: noqa: ARG001
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from lfdm_export.ops.warp.kernels import Layout, warp_kernel, warp_launch
 
 
 def warp_on_gpu(source: Tensor, motion: Tensor) -> Tensor:
-    """See `reference.warp`; the result's layout in memory is that of `source`."""
+    """`reference.warp` on a GPU; the result has the memory format of `source`."""
     return _warp(source, motion)
 
 
 def warp_blend_on_gpu(
     source: Tensor, motion: Tensor, previous: Tensor, *, stride: int, phase: tuple[int, int]
 ) -> Tensor:
-    """See `reference.warp_blend`; the result's layout in memory is that of `previous`."""
+    """`reference.warp_blend` on a GPU; the result has the memory format of `previous`."""
     return _warp_blend(source, motion, previous.to(source.dtype), stride, *phase).to(previous.dtype)
 
 

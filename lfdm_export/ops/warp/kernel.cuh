@@ -1,57 +1,58 @@
 // Warp and WarpBlend: resize the motion, sample one source for all its frames, blend with an activation.
 //
-// THE FLOOR. Of a blend over N frames, C channels and P pixels, device memory must give `previous` and take the
-// result: 2·N·C·P values; source and motion are read once for all frames and stay in the L2 cache. An element costs
-// 4 fused multiply-adds and the blend, some 16 instructions with conversions, far below what the bytes cost. In
+// LOWER BOUND. For a blend over N frames, C channels and P pixels, device memory must provide `previous` and receive
+// the result: 2·N·C·P values. Source and motion are read once for all frames and stay in the L2 cache. An element costs
+// 4 fused multiply-adds and the blend, about 16 instructions with conversions, far less time than the bytes. In
 // float16, at the 4.3 TB/s that a device copy reaches on an H200 (reads plus writes; times are computed, not measured):
 //
-//     decoder level      values a frame    40 frames            8 frames
+//     decoder level      values per frame  40 frames            8 frames
 //     128x128 x  64      1.05 M            168 MB   39 us       34 MB   7.8 us
 //      64x64  x 128      0.52 M             84 MB   20 us       17 MB   3.9 us
 //      32x32  x 256      0.26 M             42 MB   10 us        8 MB   2.0 us
 //
 // A source is at most 2 MB. float32 doubles all of these.
 //
-// THE DESIGN. A block makes a tile of pixels of one frame, for a slice of the channels. Phase 1: one thread a pixel
-// resizes the motion and computes where to sample, once for all channels of the slice: the first corner, four
-// weights, which corners lie inside, and both blend factors. Phase 2: all threads walk over the tile.
+// DESIGN. A block computes a tile of pixels of one frame, for a slice of the channels. Phase 1: one thread per pixel
+// resizes the motion and computes the sampling position, once for all channels of the slice: the first corner, four
+// weights, which corners are inside, and both blend factors. Phase 2: all threads iterate over the tile.
 //  - Channels last (N, H, W, C): a thread owns 16 bytes of channels of a pixel; each corner is one 16-byte read.
-//    Neighbouring threads read neighbouring channels, so every access is coalesced whatever the flow. The tile is
-//    8x8: of the source it pulls (9·9)/(8·8) = 1.27 times its share from L2 into L1, where a row of 64 pixels
-//    would pull 2 times; L2's bandwidth, little above the memory's, is what the reads of the source cost. A phase
-//    (stride 2) shares no corner between neighbours: it reads the whole source for a quarter of the pixels.
-//    Instructions bound it in 16-bit types: 8 elements need some 115 for their arithmetic, conversions included. So
-//    what is done per block or per pixel is kept small: few threads a block, which all make taps and then walk over
-//    many items; places by pointer and stride in bytes; all corners read without conditions where all lie inside.
-//  - Planar (N, C, H, W): a thread owns 4 bytes of pixels, keeps their corners in registers and walks over the
-//    channels. Corners are read one value at a time (the flow decides where), so reads of L1, not bytes, bound it:
-//    with 4 bytes a thread the 32 threads of a warp read corners within one line of 128 bytes, 10 accesses for 2
-//    elements in float16; with 16 bytes they would be spread over four lines, and take four times as long.
-// Channels or planes that are no multiple of that fall back to single values.
+//    Neighboring threads read neighboring channels, so every access is coalesced whatever the flow. The tile is 8x8: it
+//    reads (9·9)/(8·8) = 1.27 times its share of the source from L2 into L1, where a row of 64 pixels would read 2
+//    times. Reads of the source are limited by L2's bandwidth, which is little higher than the memory's. A phase
+//    (stride 2) shares no corner between neighbors: it reads the whole source for a quarter of the pixels. 16-bit types
+//    are bound by instructions: 8 elements need about 115 for their arithmetic, conversions included. So the work per
+//    block and per pixel is kept small: few threads per block, which all compute taps and then iterate over many items;
+//    positions by pointer and stride in bytes; all corners read without conditions where all are inside.
+//  - Planar (N, C, H, W): a thread owns 4 bytes of pixels, keeps their corners in registers and iterates over the
+//    channels. Corners are read one value at a time (the flow decides where), so the kernel is bound by the number of
+//    L1 reads, not by bytes: with 4 bytes per thread, the 32 threads of a warp read corners within one line of 128
+//    bytes, 10 accesses for 2 elements in float16; with 16 bytes they would be spread over four lines, and take four
+//    times as long.
+// Channels or planes that are not a multiple of that use single values.
 //
-// Coordinates, weights and sums are float32 for every storage type. A coordinate that is NaN, infinite or far away
-// has no corner inside: nothing is read and the sample is 0, as outside the picture. Corners outside are not read.
+// Coordinates, weights and sums are float32 for every storage type. A coordinate that is NaN, infinite or far away has
+// no corner inside: nothing is read and the sample is 0, as outside the picture. Corners outside are not read.
 #include "cuda/shim.cuh"
 
 namespace lfdm {
 
 struct WarpShape {
-    int frames;         // of each source
+    int frames;         // per source
     int channels;
     int height, width;  // of a source
     int motion_height, motion_width;
-    int stride, phase_y, phase_x;  // rows and columns of the source's size that the result has
+    int stride, phase_y, phase_x;  // rows and columns of the full-size map that the result has
 };
 
-// Where one pixel samples.
+// The sampling position of one pixel.
 struct Taps {
     float weight[4];  // corners (0, 0), (0, 1), (1, 0), (1, 1)
     float visible, hidden;  // factors of the sample and of `previous`
-    int corner;  // row · width + column of corner (0, 0); may lie outside
-    uint32 inside;  // bit c: corner c lies inside
+    int corner;  // row · width + column of corner (0, 0); may be outside
+    uint32 inside;  // bit c: corner c is inside
 };
 
-// The resized motion at (row, column) of the source's size: half-pixel bilinear, as torch's interpolate does it.
+// The resized motion at (row, column) of the full-size map: half-pixel bilinear, like torch's interpolate.
 struct Resized {
     int first_row, second_row, first_column, second_column;
     float top, bottom, left, right;  // weights
@@ -63,7 +64,7 @@ struct Resized {
         axis(shape.motion_width, shape.width, column, first_column, second_column, left, right);
     }
 
-    // The values of PLANES planes around the place: read all at once, so that none waits for another.
+    // The values of PLANES planes around the position: read all at once, so that the reads are independent.
     template <int PLANES>
     LFDM_INLINE void at(const float* LFDM_RESTRICT motion, int plane, int width, float (&values)[PLANES]) const {
         float around[PLANES][4] = {};
@@ -118,7 +119,7 @@ LFDM_INLINE Taps make_taps(const WarpShape& shape, const float* LFDM_RESTRICT mo
         taps.visible = at[BLEND ? 2 : 0];
         taps.hidden = 1.0f - taps.visible;
     }
-    // False for NaN, so that what follows converts only small numbers to integers.
+    // False for NaN, so that the code below converts only small numbers to integers.
     if (x >= -1.0f && x < width && y >= -1.0f && y < height) {
         const int left = floor_of(x), top = floor_of(y);
         const float right_part = x - float(left), lower_part = y - float(top);
@@ -144,12 +145,12 @@ LFDM_INLINE float mix(const Taps& taps, float sampled, float previous) {
 constexpr int TILE_SIDE = 8;
 constexpr int TILE_PIXELS = TILE_SIDE * TILE_SIDE;
 
-constexpr int SLICE_PACKS = 8;  // channels of a block, in packs of 16 bytes: a line
+constexpr int SLICE_PACKS = 8;  // channels per block, in packs of 16 bytes: one line
 
 template <class T>
 constexpr int warp_channels_last_pixels = TILE_PIXELS;
 
-// A pointer moved by so many strides of bytes: one instruction, where an index and a size would be three.
+// A pointer moved by that many strides in bytes: one instruction, where an index and a size would take three.
 template <class T>
 LFDM_INLINE const T* moved(const T* base, int strides, int bytes) {
     return reinterpret_cast<const T*>(reinterpret_cast<const char*>(base) + int64(strides) * bytes);
@@ -160,7 +161,7 @@ LFDM_INLINE T* moved(T* base, int strides, int bytes) {
     return reinterpret_cast<T*>(reinterpret_cast<char*>(base) + int64(strides) * bytes);
 }
 
-// COUNT channels of the four corners; one outside counts as 0, which adds nothing.
+// COUNT channels of the four corners; a corner outside counts as 0, which adds nothing.
 template <int COUNT, class T>
 LFDM_INLINE void read_corners(const Taps& tap, int width, int pixel_bytes, const T* LFDM_RESTRICT source,
                               Pack<T, COUNT> (&corners)[4]) {
@@ -180,7 +181,7 @@ LFDM_INLINE void read_corners(const Taps& tap, int width, int pixel_bytes, const
     }
 }
 
-// COUNT channels of one pixel of a frame: pointers are at the first of them, `at` is the pixel's place.
+// COUNT channels of one pixel of a frame: pointers point to the first of them, `at` is the pixel's index.
 template <class T, bool BLEND, int COUNT>
 LFDM_INLINE void warp_item(const Taps& shared_tap, const WarpShape& shape, const T* LFDM_RESTRICT source,
                            const T* LFDM_RESTRICT previous, T* LFDM_RESTRICT result, int at) {
@@ -204,7 +205,7 @@ LFDM_INLINE void warp_item(const Taps& shared_tap, const WarpShape& shape, const
     write_pack<COUNT>(moved(result, at, pixel_bytes), after);
 }
 
-// A tile of a frame, a whole slice of packs of COUNT channels: a thread keeps to the same channels.
+// A tile of a frame, a whole slice of packs of COUNT channels: each thread keeps the same channels.
 template <class T, bool BLEND, int COUNT, int THREADS>
 LFDM_INLINE void warp_slice(const Taps* taps, const WarpShape& shape, const T* LFDM_RESTRICT source,
                             const T* LFDM_RESTRICT previous, T* LFDM_RESTRICT result, int thread, int first_row,
@@ -275,10 +276,10 @@ LFDM_INLINE void warp_channels_last(const Block<THREADS>& block, Taps* taps, con
 
 // -- planar
 
-constexpr int STRIP_PACKS = 128;    // of a block, each 4 bytes of pixels
-constexpr int SLICE_CHANNELS = 32;  // of a block
+constexpr int STRIP_PACKS = 128;    // per block, each 4 bytes of pixels
+constexpr int SLICE_CHANNELS = 32;  // per block
 
-// COUNT pixels, neighbours in memory, for every `step`-th channel from `channel` on.
+// COUNT pixels, contiguous in memory, for every `step`-th channel, starting at `channel`.
 template <class T, bool BLEND, int COUNT>
 LFDM_INLINE void warp_pixels(const Taps* shared_taps, const WarpShape& shape, const T* LFDM_RESTRICT source,
                              const T* LFDM_RESTRICT previous, T* LFDM_RESTRICT result, int64 at, int64 plane,
@@ -315,7 +316,7 @@ LFDM_INLINE void warp_pixels(const Taps* shared_taps, const WarpShape& shape, co
 template <class T>
 constexpr int warp_planar_pixels = STRIP_PACKS * (4 / int(sizeof(T)));
 
-// Grid: strips of pixels (rows follow one another), frames, slices of channels.
+// Grid: strips of pixels (rows are consecutive), frames, slices of channels.
 template <class T, bool BLEND, int THREADS>
 LFDM_INLINE void warp_planar(const Block<THREADS>& block, Taps* taps, const WarpShape& shape,
                              const T* LFDM_RESTRICT source, const float* LFDM_RESTRICT motion,
@@ -349,8 +350,8 @@ LFDM_INLINE void warp_planar(const Block<THREADS>& block, Taps* taps, const Warp
 
 }  // namespace lfdm
 
-// Kernels, by name, storage type and layout (warp_planar or warp_channels_last). Parameters are what a TensorRT plugin
-// passes: inputs, int32 scalars, outputs.
+// Kernels, by name, storage type and layout (warp_planar or warp_channels_last). Their parameters are those that a
+// TensorRT plugin passes: inputs, int32 scalars, outputs.
 #define LFDM_WARP_SCALARS \
     int frames, int channels, int height, int width, int motion_height, int motion_width, int stride, int phase_y, \
         int phase_x

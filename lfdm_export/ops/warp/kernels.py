@@ -1,4 +1,4 @@
-"""The kernels of `kernel.cuh` by storage type and layout, and how they are launched."""
+"""The kernels of `kernel.cuh` by storage type and layout, and their launches."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Literal, TypeVar
 
 from lfdm_export.ops.cuda.source import ITEM_SIZES, SHORT_NAMES, Kernel, Launch, Storage
 
-#: Of source, activation and result: (N, C, H, W) or (N, H, W, C) in memory. The motion is always planar.
+#: Layout of source, activation and result: (N, C, H, W) or (N, H, W, C) in memory. The motion is always planar.
 Layout = Literal["planar", "channels_last"]
 
 _HEADER = "warp/kernel.cuh"
-# Of a block, by layout. Of 64, 128 and 256 the second is the fastest but for the largest map, channels last in float16
-# (NVIDIA H200; benchmarks/results/gpu/2026-11-27-h200-c).
+# Threads per block, by layout. Of 64, 128 and 256, this is the fastest except for the largest map, channels last in
+# float16 (NVIDIA H200; benchmarks/results/gpu/2026-11-27-h200-c).
 _THREADS: dict[Layout, int] = {"planar": 256, "channels_last": 128}
 # As in kernel.cuh.
 _TILE_SIDE, _SLICE_PACKS, _PACK_BYTES = 8, 8, 16
@@ -25,8 +25,8 @@ def warp_kernel(storage: Storage, layout: Layout, *, blend: bool) -> Kernel:
 
     Args:
         storage: of source, previous activation and result; the motion is float32.
-        layout: of the same.
-        blend: there is a previous activation.
+        layout: of the same tensors.
+        blend: take a previous activation.
     """
     name = f"lfdm_warp_{'blend_' if blend else ''}{layout}_{SHORT_NAMES[storage]}"
     threads = _THREADS[layout]
@@ -46,16 +46,16 @@ def warp_launch(
     stride: int = 1,
     phase: tuple[int, int] = (0, 0),
 ) -> Launch[Size]:
-    """How a kernel is launched.
+    """The launch of a kernel.
 
     Args:
-        storage: see `warp_kernel`.
-        layout: see `warp_kernel`.
+        storage: storage type of `warp_kernel`.
+        layout: layout of `warp_kernel`.
         source: (C, H, W).
         motion: (h, w).
-        frames: of the result, all samples together.
-        frames_of_each: of one sample.
-        stride: see `reference.warp_blend`.
+        frames: frames of the result, all samples together.
+        frames_of_each: frames per sample.
+        stride: 1, or 2 for one phase of a de-interleaved activation.
         phase: first row and column.
     """
     channels, height, width = source

@@ -1,7 +1,7 @@
 """Warp and WarpBlend as model-local ONNX functions.
 
-Bodies hold for any floating type of `source` and `previous`; coordinates, sampling and blending are float32, and
-only the result is rounded to the type of `source`.
+The bodies accept any floating type of `source` and `previous`. Coordinates, sampling and blending are float32; only the
+result is rounded to the type of `source`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _RESIZE = f"""
     full = Resize <mode = "linear", coordinate_transformation_mode = "half_pixel"> (motion_32, , , full_shape)
 """
 
-#: Of the resized map, the pixels that one phase of a transposed convolution makes; wants `zero` and `full_size`.
+#: The pixels of the resized map for one phase of a transposed convolution; needs `zero` and `full_size`.
 PHASE = """
     first_row = Constant <value_int: int = @phase_y> ()
     first_column = Constant <value_int: int = @phase_x> ()
@@ -40,7 +40,7 @@ PHASE = """
     resized = Slice (full, starts, full_size, image_axes, steps)
 """
 
-#: The map's coordinates, and how many frames each source has; wants `zero`, `one` and `two`.
+#: The map's coordinates, and the number of frames per source; needs `zero`, `one` and `two`.
 GRID = """
     grid_planes = Slice (resized, zero, two, one)
     grid = Transpose <perm = [0, 2, 3, 1]> (grid_planes)
@@ -49,7 +49,7 @@ GRID = """
     frames = Div (all_frames, batch)
 """
 
-# GridSample wants one source a grid, so the source is repeated; a plugin needs no copies.
+# GridSample takes one source per grid, so the source is repeated; a plugin needs no copies.
 _SAMPLE = f"""
     source_32 = Cast <to = {_FLOAT32}> (source)
     {GRID}

@@ -1,8 +1,8 @@
-"""Warp and WarpBlend as OpenVINO's CPU plugin runs them exactly.
+"""Warp and WarpBlend in a form that OpenVINO's CPU plugin computes exactly.
 
-Motion is resized by sampling it at constant points, and one source is sampled for all frames at once. The plugin
-rounds whatever leads to a Resize to bf16, coordinates included; nothing else that leads to them is rounded if they
-are outputs of the model, as `lfdm_export.engines.openvino.engine` makes them.
+Motion is resized by sampling it at constant points, and one source is sampled for all frames at once. The plugin rounds
+every input of a Resize to bf16, coordinates included. Everything else that leads to the coordinates stays unrounded if
+they are outputs of the model, as `lfdm_export.engines.openvino.engine` declares them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lfdm_export.ops.warp.onnx_function import GRID, PHASE
 
 _HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
 
-# Pixel i of n lies at (2 i + 1) / n - 1; sampling with border padding is ONNX's half_pixel Resize there.
+# Pixel i of n is at (2 i + 1) / n - 1; sampling there with border padding equals ONNX's half_pixel Resize.
 _LINE = f"""
     {{t}}_count = Squeeze ({{t}}_size, zero)
     {{t}}_index = Range (first, {{t}}_count, next)
@@ -58,7 +58,7 @@ _FULL = f"""
     full = Reshape (sampled, full_shape)
 """
 
-# Frames below each other are one tall grid for their common source.
+# Frames stacked vertically form one tall grid for their common source.
 _SAMPLE = f"""
     {GRID}
     source_channels = Shape <start = 1, end = 2> (source)
@@ -104,5 +104,5 @@ WarpBlend <stride, phase_y, phase_x> (source, motion, previous) => (blended) {{
 
 
 def openvino_warp_function(name: str) -> onnx.FunctionProto:
-    """Warp(source, motion) or WarpBlend(source, motion, previous)."""
+    """Warp(source, motion) or WarpBlend(source, motion, previous), for OpenVINO."""
     return onnx.parser.parse_function({"Warp": _WARP, "WarpBlend": _WARP_BLEND}[name])

@@ -1,10 +1,10 @@
-"""Warp and WarpBlend among the operators."""
+"""The operators Warp and WarpBlend."""
 
 from lfdm_export.ops.operator import Operator
 from lfdm_export.ops.warp.onnx_function import warp_function
 from lfdm_export.ops.warp.openvino_function import openvino_warp_function
 
-#: The motion, of which the sampling coordinates are made.
+#: Index of the motion, which determines the sampling coordinates.
 _MOTION = 1
 
 WARPS = tuple(

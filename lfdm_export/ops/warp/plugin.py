@@ -1,11 +1,11 @@
-"""Warp and WarpBlend as TensorRT plugins whose kernels go into the engine, as PTX. Importing this registers them.
+"""Warp and WarpBlend as TensorRT plugins, whose kernels are part of the engine as PTX. Importing this registers them.
 
-Without any Python an engine then runs them, from C++ and in Triton too. `lfdm_export.ops.plugins` is the way in.
+The engine then runs them without Python, in C++ and in Triton too. Register them through `lfdm_export.ops.plugins`.
 
 Source: TensorRT documentation, Quickly Deployable Plugins; contract in `tensorrt.plugin` of 10.9 and newer.
 """
-# TensorRT reads the annotations as types: no `from __future__ import annotations` here, and none may be missing.
-# All functions of an operator have its arguments.
+# TensorRT reads the annotations as types: `from __future__ import annotations` breaks this, and none may be missing.
+# All functions of an operator take the same arguments.
 # ruff: noqa: ARG001
 
 import tensorrt as trt
@@ -27,7 +27,7 @@ _LAYOUTS: dict[trt.TensorFormat, Layout] = {
 
 @trtp.register("lfdm::Warp")
 def warp(source: trtp.TensorDesc, motion: trtp.TensorDesc) -> trtp.TensorDesc:
-    """See `reference.warp`."""
+    """Output of `reference.warp`."""
     result = source.like()
     result.shape_expr[0] = motion.shape_expr[0]
     return result
@@ -61,7 +61,7 @@ def warp_blend(
     phase_y: int,
     phase_x: int,
 ) -> trtp.TensorDesc:
-    """See `reference.warp_blend`."""
+    """Output of `reference.warp_blend`."""
     return previous.like()
 
 
@@ -95,7 +95,7 @@ def warp_blend_kernel_of(
 
 
 def _combinations(channels: int) -> list[tuple[str, str]]:
-    """Types and layout that go together; channels last where packs of 16 bytes fill it without padding."""
+    """Supported pairs of types and layout; channels last only where packs of 16 bytes fill it without padding."""
     found = [("FP32|FP16|BF16", "LINEAR")]
     if channels % (_PACK_BYTES // ITEM_SIZES["float16"]) == 0:
         found.append(("FP16|BF16", "HWC8"))

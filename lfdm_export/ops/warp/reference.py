@@ -1,4 +1,4 @@
-"""Warp and WarpBlend in torch; inside an ONNX export they place a node of domain `lfdm` instead.
+"""Warp and WarpBlend in torch; inside an ONNX export they add a node of domain `lfdm` instead.
 
 Source: Ni et al., CVPR 2023 (arXiv 2303.13744), Sec. 3.2: out = warp(f)·o + out·(1 - o).
 """
@@ -12,7 +12,7 @@ from lfdm_export.ops.cuda.dispatch import has_kernel
 from lfdm_export.ops.symbolic import Attributes, exporting, node
 from lfdm_models.layers import resize, sample
 
-#: A coordinate beyond any picture's zero padding, as is every one of larger magnitude.
+#: A coordinate in the zero padding outside of any picture, like all coordinates of larger magnitude.
 _OUTSIDE = 100.0
 
 
@@ -24,10 +24,10 @@ def warp(source: Tensor, motion: Tensor) -> Tensor:
     Args:
         source: (B, C, H, W).
         motion: (B·F, 3, h, w): sampling grid x and y in [-1, 1], occlusion in [0, 1]; frames of one
-            source are neighbours. A coordinate that is not finite lies outside the picture.
+            source are neighbors. A coordinate that is not finite is outside the picture.
 
     Returns:
-        (B·F, C, H, W), of the dtype of `source`; coordinates and sums are float32 or wider.
+        (B·F, C, H, W), with the dtype of `source`; coordinates and sums are float32 or wider.
     """
     if exporting():
         shape = (motion.shape[0], source.shape[1], source.shape[2], source.shape[3])
@@ -49,12 +49,12 @@ def warp_blend(
     Args:
         source: (B, C, H, W).
         motion: (B·F, 3, h, w), as for `warp`.
-        previous: (B·F, C, H / stride, W / stride), of the dtype of `source`.
-        stride: 1, or 2 for one of the four phases of an activation that is kept de-interleaved.
+        previous: (B·F, C, H / stride, W / stride), with the dtype of `source`.
+        stride: 1, or 2 for one of the four phases of a de-interleaved activation.
         phase: first row and column.
 
     Returns:
-        Like `previous`.
+        A tensor like `previous`.
     """
     if exporting():
         attributes: Attributes = {"stride": stride, "phase_y": phase[0], "phase_x": phase[1]}
@@ -67,7 +67,7 @@ def warp_blend(
 
 
 def warp_in_torch(source: Tensor, motion: Tensor) -> Tensor:
-    """`warp` by torch's own operators, on any device."""
+    """`warp` with torch's own operators, on any device."""
     resized = resize(_wide(motion), (source.shape[2], source.shape[3]))
     return _sample_frames(source, resized[:, :2]).to(source.dtype)
 
@@ -75,7 +75,7 @@ def warp_in_torch(source: Tensor, motion: Tensor) -> Tensor:
 def warp_blend_in_torch(
     source: Tensor, motion: Tensor, previous: Tensor, *, stride: int = 1, phase: tuple[int, int] = (0, 0)
 ) -> Tensor:
-    """`warp_blend` by torch's own operators, on any device."""
+    """`warp_blend` with torch's own operators, on any device."""
     resized = resize(_wide(motion), (source.shape[2], source.shape[3]))[:, :, phase[0] :: stride, phase[1] :: stride]
     occlusion = resized[:, 2:3]
     blended = _sample_frames(source, resized[:, :2]) * occlusion + previous * (1 - occlusion)
@@ -89,6 +89,6 @@ def _wide(motion: Tensor) -> Tensor:
 def _sample_frames(source: Tensor, grid: Tensor) -> Tensor:
     frames = grid.shape[0] // source.shape[0]
     repeated = source.to(grid.dtype)[:, None].expand(-1, frames, -1, -1, -1).flatten(0, 1)
-    # Where pixels are not finite torch samples NaN on a CPU, zeros on a GPU.
+    # Where coordinates are not finite, torch samples NaN on a CPU and zeros on a GPU.
     within = torch.where(grid.abs() < _OUTSIDE, grid, _OUTSIDE)
     return sample(repeated, within.permute(0, 2, 3, 1))

@@ -1,5 +1,5 @@
-"""Pictures and clips as people have them: which formats are read, within which bounds, which way up, and when.
+"""Reading of common picture and clip files: formats, size limits, orientation and times.
 
-Training and the toolkit read through this package alone, so that both refuse and accept the same files. It needs NumPy
-and Pillow; videos need PyAV.
+Training and the toolkit read only through this package, so that both accept the same files. It needs NumPy and Pillow;
+videos need PyAV.
 """

@@ -1,4 +1,4 @@
-"""Why a picture or clip is not read."""
+"""Errors of reading pictures and clips."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ class PictureError(Exception):
 
 @contextmanager
 def decoding(name: str, what: str) -> Iterator[None]:
-    """Turn whatever a decoder raises into a `PictureError`.
+    """Turn any exception of a decoder into a `PictureError`.
 
     Args:
-        name: of the file, for the message.
-        what: it is read as, such as "an image".
+        name: name of the file, for the message.
+        what: kind of content, such as "an image".
 
     Raises:
-        PictureError: anything was raised.
+        PictureError: the decoder raised an exception.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""The picture formats that are read, and a picture opened within its bounds.
+"""The supported picture formats, and opening a picture within its limits.
 
 The list is closed, and a file's content decides, not its name: Pillow would also try formats that start programs
-(PostScript) or that are rarely met and little tested.
+(PostScript), or that are rare and little tested.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from PIL.WebPImagePlugin import WebPImageFile
 from lfdm_models.pictures.errors import PictureError, decoding
 from lfdm_models.pictures.headers import MAX_SCANS, gif_facts, jpeg_facts
 
-#: Of a file, or an open binary stream.
+#: A file, or an open binary stream.
 Source: TypeAlias = "str | os.PathLike[str] | BinaryIO"
 
 
 @dataclass(frozen=True)
 class PictureFormat:
-    """A format that is read.
+    """A supported format.
 
     Attributes:
-        name: as people and Pillow call it.
-        signature: what its files begin with.
-        endings: of its files' names.
+        name: its common name, which Pillow uses too.
+        signature: pattern of its files' first bytes.
+        endings: endings of its files' names.
         reader: Pillow's class.
-        most_pixels: of a picture; decoding it then stays below 300 MB.
+        most_pixels: maximum pixels of a picture; decoding it then needs less than 300 MB.
     """
 
     name: str
@@ -49,9 +49,9 @@ class PictureFormat:
     most_pixels: int
 
 
-#: JPEGs of more pixels (of several scans: of more than fit into memory) are scaled down while they are decoded.
+#: JPEGs of more pixels (of several scans: of more than fit into memory) are scaled down during decoding.
 MAX_WHOLE_PIXELS = 40_000_000
-#: Of a frame of an animation: several copies of it are held at once.
+#: Maximum for a frame of an animation: several copies of it are in memory at once.
 MAX_ANIMATED_PIXELS = 10_000_000
 FORMATS = (
     PictureFormat("JPEG", re.compile(rb"\xff\xd8\xff"), (".jpg", ".jpeg"), JpegImageFile, 250_000_000),
@@ -62,24 +62,24 @@ FORMATS = (
     PictureFormat("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), (".tif", ".tiff"), TiffImageFile, 30_000_000),
 )
 FORMAT_NAMES = ", ".join(known.name for known in FORMATS)
-#: What animations are: formats that may hold several frames with times. (Pages of a TIFF have none.)
+#: Animation formats: they may hold several frames with times. (Pages of a TIFF have no times.)
 ANIMATED = ("GIF", "WebP", "PNG")
-#: Names of pictures in a folder of frames.
+#: Endings of pictures in a folder of frames.
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-#: Of the commonest videos.
+#: Signatures of the most common videos.
 VIDEO_SIGNATURE = re.compile(rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", re.DOTALL)
-# For one that is not read, so that the message can say what it is.
+# Formats that are not supported, for a message that names them.
 _OTHERS = (
     (re.compile(rb"%!PS|\xc5\xd0\xd3\xc6"), "PostScript"),
     (re.compile(rb"%PDF"), "a PDF"),
     (re.compile(rb"....ftyp(heic|heix|hevc|heim|mif1|msf1|avif|avis)", re.DOTALL), "HEIF or AVIF"),
     (VIDEO_SIGNATURE, "a video"),
 )
-# While a picture is decoded: its coefficients and its pixels.
+# Memory for decoding one picture: its coefficients and its pixels.
 _DECODER_BYTES = 240 << 20
-# Pillow unpacks these in Python.
+# Maximum bytes: Pillow unpacks these in Python.
 _MAX_BMP_RUNS = 4 << 20
-# A pipe is read whole.
+# Maximum bytes: a pipe is read completely into memory.
 _MAX_PIPE_BYTES = 256 << 20
 
 
@@ -87,8 +87,8 @@ class Opened(NamedTuple):
     """A picture that is not decoded yet.
 
     Attributes:
-        image: Pillow's, perhaps at a half, a quarter or an eighth of the file's own size.
-        full_size: (width, height) in the file, before any turn.
+        image: Pillow's image, possibly at a half, a quarter or an eighth of the file's own size.
+        full_size: (width, height) in the file, before any rotation.
     """
 
     image: ImageFile
@@ -96,13 +96,13 @@ class Opened(NamedTuple):
 
 
 def format_of(head: bytes) -> PictureFormat | None:
-    """The format whose signature the first bytes of a file bear."""
+    """The format whose signature matches the first bytes of a file."""
     return next((known for known in FORMATS if known.signature.match(head)), None)
 
 
 @contextmanager
 def open_stream(source: Source, name: str) -> Iterator[BinaryIO]:
-    """A file, or a stream from its beginning, that can be read at any place.
+    """Open a file, or rewind a stream, for seekable reading.
 
     Raises:
         PictureError: it does not exist, is a folder, or cannot be opened.
@@ -117,7 +117,7 @@ def open_stream(source: Source, name: str) -> Iterator[BinaryIO]:
         opened = open(source, "rb")  # noqa: PTH123, SIM115 (closed below)
     except FileNotFoundError:
         raise PictureError(f"{name} does not exist; check the path") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise PictureError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     with opened:
         if opened.seekable():
@@ -134,22 +134,22 @@ def _from_pipe(pipe: BinaryIO, name: str) -> BinaryIO:
 
 
 def open_picture(stream: BinaryIO, name: str, *, most_pixels: int | None = None) -> Opened:
-    """Open a picture of one of `FORMATS`, whose bounds are checked before any pixel is decoded.
+    """Open a picture in one of `FORMATS`; its size limits are checked before any pixel is decoded.
 
-    Of an animation or a file of several pages it is the first picture: of a GIF or WebP the first frame, of an animated
-    PNG the one that viewers without animation show, which may be no frame of the animation.
+    An animation or a file of several pages gives the first picture: a GIF or WebP its first frame, an animated PNG the
+    picture that viewers without animation show, which may not be a frame of the animation.
 
     Args:
-        stream: which must stay open until the picture is loaded.
+        stream: it must stay open until the picture is loaded.
         name: for messages.
-        most_pixels: a lower bound than the format's own.
+        most_pixels: a smaller limit than the format's own.
 
     Returns:
         The picture. JPEGs of more than `MAX_WHOLE_PIXELS` pixels (of several scans: of more than about half as many)
-        are scaled while they are decoded.
+        are scaled during decoding.
 
     Raises:
-        PictureError: it is none of these, damaged, or too large.
+        PictureError: the format is not supported, or the picture is damaged or too large.
     """
     stream.seek(0)
     head = stream.read(16)
@@ -165,7 +165,7 @@ def open_picture(stream: BinaryIO, name: str, *, most_pixels: int | None = None)
         if found.name == "GIF":
             _check_pixels(gif_facts(stream, 0).first_size, limit, found, name, least=0)
         stream.seek(0)
-        image = found.reader(stream)  # Pillow's own bound is a global of the process, and above ours
+        image = found.reader(stream)  # Pillow's own limit is global to the process, and higher
         full_size = image.size
         _check_pixels(full_size, limit, found, name)
         if isinstance(image, JpegImageFile):
@@ -208,11 +208,11 @@ def _check_bmp(image: BmpImageFile, stream: BinaryIO, name: str) -> None:
 
 
 def _check_tiff(image: TiffImageFile, stream: BinaryIO, limit: int, name: str) -> None:
-    """A tile may be larger than the picture, and a strip may hold a JPEG of thousands of scans."""
+    """Check tiles and strips: a tile may be larger than the picture, a strip may hold a JPEG of thousands of scans."""
     tags = image.tag_v2
     across, down = (tags.get(tag, 1) for tag in (322, 323))
     if not isinstance(across, int) or not isinstance(down, int) or across * down > limit:
-        raise PictureError(f"{name} is a TIFF whose tiles have {across}x{down} pixels; save it anew, as PNG")
+        raise PictureError(f"{name} is a TIFF whose tiles have {across}x{down} pixels; save it again, as PNG")
     if tags.get(259) in (6, 7):
         parts = max(len(tags.get(tag, ())) for tag in (273, 324))
         stream.seek(0)
@@ -221,4 +221,4 @@ def _check_tiff(image: TiffImageFile, stream: BinaryIO, limit: int, name: str) -
             scans += (rest + chunk).count(b"\xff\xda")
             rest = chunk[-1:]
         if scans > parts + MAX_SCANS:
-            raise PictureError(f"{name} is a TIFF of JPEGs of more than {MAX_SCANS} scans; save it anew, as PNG")
+            raise PictureError(f"{name} is a TIFF of JPEGs of more than {MAX_SCANS} scans; save it again, as PNG")

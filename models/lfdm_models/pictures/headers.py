@@ -1,4 +1,4 @@
-"""What JPEG and GIF files will cost to decode, read from their structure alone: no pixel is decoded here."""
+"""The cost of decoding JPEG and GIF files, read from their structure; no pixel is decoded here."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import BinaryIO
 
 from lfdm_models.pictures.errors import PictureError
 
-#: Each scan of a JPEG walks over the whole picture, however little it holds. Encoders write 1 to about 15.
+#: Each scan of a JPEG covers the whole picture, however little data it has. Encoders write 1 to about 15.
 MAX_SCANS = 100
-# Of a JPEG; a photograph has tens, with a colour profile and long XMP hundreds.
+# Segments of a JPEG; a photograph has tens, with a color profile and long XMP hundreds.
 _MAX_SEGMENTS = 20_000
-# Not the zero that follows an FF among the coefficients, nor restart markers, nor fill bytes.
+# Excludes the zero after an FF among the coefficients, restart markers, and fill bytes.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _START, _END, _SCAN = 0xD8, 0xD9, 0xDA
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
@@ -25,8 +25,8 @@ class JpegFacts:
     """A JPEG file's structure.
 
     Attributes:
-        scans: that are in it.
-        coefficient_bytes: that the decoder must hold at once: all of them if there are several scans, else none.
+        scans: number of scans.
+        coefficient_bytes: bytes of coefficients that the decoder must hold at once: all for several scans, else 0.
     """
 
     scans: int
@@ -34,7 +34,7 @@ class JpegFacts:
 
 
 def jpeg_facts(stream: BinaryIO, name: str) -> JpegFacts:
-    """Walk over the segments of a JPEG file.
+    """Read the segments of a JPEG file.
 
     Raises:
         PictureError: it has more scans or segments than any encoder writes.
@@ -57,9 +57,11 @@ def jpeg_facts(stream: BinaryIO, name: str) -> JpegFacts:
             several = several or (len(body) > 0 and body[0] < components)
             if scans > MAX_SCANS:
                 raise PictureError(
-                    f"{name} is a JPEG of more than {MAX_SCANS} scans, which stalls decoders; save it anew"
+                    f"{name} is a JPEG of more than {MAX_SCANS} scans, which stalls decoders; save it again"
                 )
-    raise PictureError(f"{name} is a JPEG of more than {_MAX_SEGMENTS:,} segments, which stalls decoders; save it anew")
+    raise PictureError(
+        f"{name} is a JPEG of more than {_MAX_SEGMENTS:,} segments, which stalls decoders; save it again"
+    )
 
 
 def _next_marker(stream: BinaryIO) -> int | None:
@@ -83,7 +85,7 @@ def _segment(stream: BinaryIO, *, keep: bool) -> bytes:
 
 
 def _coefficient_bytes(frame: bytes) -> int:
-    """Bytes of all coefficients of a frame header's picture, 2 each."""
+    """Bytes of all coefficients of the picture with this frame header, 2 per coefficient."""
     height, width = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
     factors = [(max(1, byte >> 4), max(1, byte & 15)) for byte in frame[7::3]]
     if not factors:
@@ -98,9 +100,9 @@ class GifFacts:
     """A GIF file's structure.
 
     Attributes:
-        first_size: (width, height) of the screen with its first frame, which may reach beyond it.
+        first_size: (width, height) of the screen with its first frame, which may extend beyond it.
         size: the same with all frames.
-        frames: how many there are.
+        frames: number of frames.
     """
 
     first_size: tuple[int, int]
@@ -109,7 +111,7 @@ class GifFacts:
 
 
 def gif_facts(stream: BinaryIO, most_frames: int) -> GifFacts:
-    """Walk over the blocks of a GIF file, which may be cut short; stops after `most_frames` + 1 frames."""
+    """Read the blocks of a GIF file, which may be truncated; stops after `most_frames` + 1 frames."""
     stream.seek(6)
     head = stream.read(7).ljust(7, b"\0")
     width, height = int.from_bytes(head[:2], "little"), int.from_bytes(head[2:4], "little")
@@ -132,7 +134,7 @@ def gif_facts(stream: BinaryIO, most_frames: int) -> GifFacts:
             _skip_blocks(stream)
         elif not kind or kind == b";":
             break
-        # Pillow, too, goes on behind bytes that have no meaning.
+        # Like Pillow, continue after unknown bytes.
     return GifFacts(first, (width, height), frames)
 
 

@@ -1,6 +1,6 @@
-"""A decoded picture as upright RGB, converted a part at a time.
+"""A decoded picture as upright RGB, converted part by part.
 
-A whole picture of another mode, type and orientation would be a second and a third copy of it.
+Converting a whole picture's mode, type and orientation at once would make a second and a third copy of it.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _MOST_16_BITS = 2**16 - 1
 
 
 def read_picture(source: Source, name: str, *, most_pixels: int | None = None) -> Raster:
-    """Open and decode a picture file; see `open_picture` for what is read.
+    """Open and decode a picture file, with the formats and limits of `open_picture`.
 
     Args:
         source: a path, or a binary stream.
         name: for messages.
-        most_pixels: a lower bound than the format's own.
+        most_pixels: a smaller limit than the format's own.
 
     Raises:
         PictureError: it cannot be read, or is too large.
@@ -51,15 +51,15 @@ def read_picture(source: Source, name: str, *, most_pixels: int | None = None) -
 
 
 class Raster:
-    """A decoded picture, upright, of 8-bit RGB, whose rows are made when they are asked for.
+    """A decoded picture, upright, as 8-bit RGB; its rows are converted when they are read.
 
-    It is turned as EXIF or XMP say; damaged or odd EXIF leaves it as it lies. Colors are converted to RGB, transparency
-    is composited on black. 16-bit grey is scaled to 8 bits; so is 32-bit grey, whose values count as 16-bit ones if
-    none is larger.
+    EXIF or XMP define its orientation; with damaged or unusual EXIF it stays as stored. Colors are converted to RGB,
+    transparency is composited on black. 16-bit gray is scaled to 8 bits; so is 32-bit gray, whose values count as
+    16-bit if none is larger.
 
     Attributes:
-        full_size: (width, height) of the upright picture before it was scaled by its decoder, and of which `crop` is a
-            part.
+        full_size: (width, height) of the upright picture before its decoder scaled it; for a `crop`, those of the whole
+            picture.
     """
 
     def __init__(self, image: Image.Image, name: str, full_size: tuple[int, int] | None = None) -> None:
@@ -68,18 +68,18 @@ class Raster:
         Args:
             image: a picture's current frame.
             name: for messages.
-            full_size: (width, height) before it was scaled by its decoder, if it was; before any turn.
+            full_size: (width, height) before its decoder scaled it, if it did; before any rotation.
 
         Raises:
-            PictureError: it is damaged, or of float values, whose range is not known.
+            PictureError: it is damaged, or has float values, whose range is unknown.
         """
         if image.mode == "F":
-            raise PictureError(f"{name} holds float values, whose range is not known; save it with 8 or 16 bits")
+            raise PictureError(f"{name} holds float values, whose range is unknown; save it with 8 or 16 bits")
         with decoding(name, "an image"):
             image.load()
-            # Only now: of PNG the tag may follow the pixels, and TIFF's are turned by Pillow.
+            # After loading: in a PNG, the tag may follow the pixels, and Pillow rotates TIFF itself.
             self._turn = _turn(image)
-            self._grey_range = _grey_range(image)
+            self._gray_range = _gray_range(image)
         self._image, self._name = image, name
         width, height = image.size
         across, down = full_size or image.size
@@ -95,7 +95,7 @@ class Raster:
         return bottom - top, right - left, 3
 
     def crop(self, box: Box) -> Raster:
-        """A part of the picture, which is not copied; `box` is within it."""
+        """A part of the picture, without a copy; `box` must be within it."""
         part = object.__new__(Raster)
         part.__dict__.update(self.__dict__)
         left, top = self._box[:2]
@@ -103,7 +103,7 @@ class Raster:
         return part
 
     def __getitem__(self, rows: slice) -> UInt8Array:
-        """Some rows, (n, W, 3) uint8, of their own."""
+        """Some rows, (n, W, 3) uint8, as a new array."""
         left, top, right, _ = self._box
         start, stop, _ = rows.indices(self.shape[0])
         upright = (left, top + start, right, top + stop)
@@ -120,7 +120,7 @@ class Raster:
         return np.ascontiguousarray(pixels.transpose(1, 0, 2) if swap else pixels)
 
     def array(self) -> UInt8Array:
-        """All of it, (H, W, 3) uint8."""
+        """The whole picture, (H, W, 3) uint8."""
         height, width, _ = self.shape
         whole = np.empty(self.shape, np.uint8)
         step = max(1, (1 << 20) // width)
@@ -129,16 +129,16 @@ class Raster:
         return whole
 
     def _rgb(self, part: Image.Image) -> UInt8Array:
-        """A part as it lies, (h, w, 3) uint8."""
+        """A part in its stored orientation, (h, w, 3) uint8."""
         if part.mode.startswith("I"):
-            return np.repeat(self._grey(np.asarray(part))[:, :, None], 3, axis=2)
+            return np.repeat(self._gray(np.asarray(part))[:, :, None], 3, axis=2)
         has_alpha = part.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in part.info
         if not has_alpha:
             return np.asarray(part.convert("RGB"))
         return on_black(np.asarray(part.convert("RGBA")))
 
-    def _grey(self, values: npt.NDArray[Any]) -> UInt8Array:
-        unsigned, most = self._grey_range
+    def _gray(self, values: npt.NDArray[Any]) -> UInt8Array:
+        unsigned, most = self._gray_range
         if unsigned:
             values = np.ascontiguousarray(values, np.int32).view(np.uint32)
         if most == _MOST_16_BITS:
@@ -147,18 +147,18 @@ class Raster:
 
 
 def _turn(image: Image.Image) -> tuple[bool, bool, bool]:
-    """How a picture is to be turned: what its orientation tag says, of which nothing else is read."""
+    """The rotation of a picture by its orientation tag; no other tag is read."""
     try:
         value: Any = image.getexif().get(_ORIENTATION)
         if isinstance(value, tuple | bytes) and value:
             value = value[0]
         return _TURNS.get(value, _UPRIGHT)
-    except Exception:  # noqa: BLE001 (Pillow raises anything on damaged EXIF, which is no reason to refuse the picture)
+    except Exception:  # noqa: BLE001 (Pillow raises anything on damaged EXIF, which must not reject the picture)
         return _UPRIGHT
 
 
-def _grey_range(image: Image.Image) -> tuple[bool, int]:
-    """Of 16- and 32-bit grey: whether Pillow's signed values stand for unsigned ones, and the value that is white."""
+def _gray_range(image: Image.Image) -> tuple[bool, int]:
+    """For 16- and 32-bit gray: whether Pillow's signed values are really unsigned, and the value of white."""
     if image.mode != "I":
         return False, _MOST_16_BITS
     lowest, highest = image.getextrema()
@@ -174,11 +174,11 @@ def _grey_range(image: Image.Image) -> tuple[bool, int]:
 
 
 def on_black(pixels: UInt8Array) -> UInt8Array:
-    """(h, w, 4) uint8, RGB with alpha -> (h, w, 3), composited on black."""
+    """Composite (h, w, 4) uint8, RGB with alpha, on black: (h, w, 3)."""
     product = pixels[:, :, :3].astype(np.uint16) * pixels[:, :, 3:]
     return ((product + 127) // 255).astype(np.uint8)
 
 
 def to_8_bits(values: npt.NDArray[np.uint16]) -> UInt8Array:
-    """16 bits -> the nearest of 8, of any shape."""
+    """Round 16-bit values to 8 bits, of any shape."""
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Frames with the times that they are shown for, of animations and videos, one by one."""
+"""Frames of animations and videos with their durations, one by one."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from lfdm_models.pictures.formats import ANIMATED, MAX_ANIMATED_PIXELS, format_o
 from lfdm_models.pictures.headers import gif_facts
 from lfdm_models.pictures.raster import Raster, UInt8Array
 
-#: A clip that is read may have so many frames at most, whatever becomes of them,
+#: Maximum frames of a clip that are read, whatever is done with them.
 MAX_SOURCE_FRAMES = 40_000
-#: so many pixels in all frames of an animation, of which each is put together by Pillow,
+#: Maximum pixels in all frames of an animation, each of which Pillow composes.
 MAX_ANIMATION_PIXELS = 2_000_000_000
-#: or of a video (10,000 frames of 1920 x 1080 have 20.7 billion), and in each.
+#: Maximum pixels of a video (10,000 frames of 1920 x 1080 have 20.7 billion), and of each of its frames.
 MAX_VIDEO_PIXELS = 25_000_000_000
 MAX_VIDEO_FRAME_PIXELS = 4096 * 4096
-# FFmpeg's names. The list is closed: playlists, for one, name other files.
+# FFmpeg's names. The list is closed: playlists, for example, name other files.
 _CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg"
-# Browsers show a frame of so many ms or less for 100.
+# Browsers show a frame of at most `_SHORTEST_MS` for `_DEFAULT_MS` milliseconds.
 _SHORTEST_MS = 10
-_USUAL_MS = 100
+_DEFAULT_MS = 100
 
 
 class TimedFrame(NamedTuple):
-    """A frame and how long it is shown.
+    """A frame and its duration.
 
     Attributes:
         pixels: (H, W, 3) uint8, RGB, upright.
-        seconds: above 0; None where the file does not say.
+        seconds: above 0; None where the file does not state it.
     """
 
     pixels: UInt8Array
@@ -40,10 +40,10 @@ class TimedFrame(NamedTuple):
 
 
 def animation_frames(stream: BinaryIO, name: str) -> Iterator[TimedFrame]:
-    """Frames of a GIF, WebP or PNG. An APNG's default image counts only where it is part of the animation.
+    """Frames of a GIF, WebP or PNG. An APNG's default image counts only if it is part of the animation.
 
     Raises:
-        PictureError: it is none, a single PNG, damaged, or too large.
+        PictureError: the file is no animation, a single PNG, damaged, or too large.
     """
     stream.seek(0)
     found = format_of(stream.read(16))
@@ -67,7 +67,7 @@ def animation_frames(stream: BinaryIO, name: str) -> Iterator[TimedFrame]:
             _check_work(index + 1, image.size, name)
             frame = Raster(image, name).array()
             milliseconds = float(image.info.get("duration") or 0)
-        yield TimedFrame(frame, (milliseconds if milliseconds > _SHORTEST_MS else _USUAL_MS) / 1000)
+        yield TimedFrame(frame, (milliseconds if milliseconds > _SHORTEST_MS else _DEFAULT_MS) / 1000)
 
 
 def _check_canvas(size: tuple[int, int], name: str) -> None:
@@ -87,20 +87,20 @@ def _check_work(frames: int, size: tuple[int, int], name: str, most_pixels: int 
 
 
 def video_frames(stream: BinaryIO, name: str) -> Iterator[TimedFrame]:
-    """Frames of a video, turned as it says, decoded by PyAV.
+    """Frames of a video, rotated by its metadata, decoded by PyAV.
 
-    A frame is shown until the next one comes, whatever rate the file claims.
+    A frame is shown until the next one, whatever rate the file states.
 
     Raises:
         ImportError: PyAV is not installed.
-        PictureError: it is no video of the usual containers, damaged, or too large.
+        PictureError: the file is no video in a supported container, damaged, or too large.
     """
     import av
 
     library: Any = av
     stream.seek(0)
     waiting: tuple[UInt8Array, float | None, float | None] | None = None
-    # A stream, so that no name is taken for the address of a protocol; titles may be in any encoding.
+    # A stream, so that no name is interpreted as a protocol address; titles may have any encoding.
     with (
         decoding(name, "a video"),
         library.open(stream, metadata_errors="replace", options={"format_whitelist": _CONTAINERS}) as container,
@@ -110,25 +110,25 @@ def video_frames(stream: BinaryIO, name: str) -> Iterator[TimedFrame]:
             raise PictureError(f"{name} has no video; give a clip with pictures")
         _check_frame(pictures.codec_context.width, pictures.codec_context.height, name)
         rate = pictures.average_rate or pictures.guessed_rate
-        usual = 1 / float(rate) if rate else None
+        default = 1 / float(rate) if rate else None
         for index, frame in enumerate(container.decode(pictures)):
             _check_frame(frame.width, frame.height, name)
             _check_work(index + 1, (frame.width, frame.height), name, MAX_VIDEO_PIXELS)
-            # Cameras held upright store lying pictures and the turn, counter-clockwise, beside them.
+            # Cameras held upright store rotated pictures, with the counter-clockwise rotation as metadata.
             pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
             if waiting is not None:
-                yield _shown(waiting, frame.time, usual)
+                yield _shown(waiting, frame.time, default)
             waiting = np.ascontiguousarray(pixels), frame.time, _own_seconds(frame)
     if waiting is not None:
-        yield TimedFrame(waiting[0], waiting[2] or usual)
+        yield TimedFrame(waiting[0], waiting[2] or default)
 
 
 def video_comment(stream: BinaryIO, name: str) -> str | None:
-    """The comment that a video carries.
+    """The comment in a video's metadata.
 
     Raises:
         ImportError: PyAV is not installed.
-        PictureError: it is no video of the usual containers.
+        PictureError: the file is no video in a supported container.
     """
     import av
 
@@ -141,16 +141,16 @@ def video_comment(stream: BinaryIO, name: str) -> str | None:
 
 
 def _shown(
-    waiting: tuple[UInt8Array, float | None, float | None], until: float | None, usual: float | None
+    waiting: tuple[UInt8Array, float | None, float | None], until: float | None, default: float | None
 ) -> TimedFrame:
     pixels, since, _ = waiting
     if since is None or until is None:
-        return TimedFrame(pixels, usual)
+        return TimedFrame(pixels, default)
     return TimedFrame(pixels, max(0.0, until - since))
 
 
 def _own_seconds(frame: Any) -> float | None:
-    """How long a frame says that it is shown, which only the last one is asked."""
+    """The duration stored in a frame, which is used for the last frame only."""
     duration = getattr(frame, "duration", None)
     return float(duration * frame.time_base) if duration and frame.time_base else None
 

@@ -1,11 +1,11 @@
-"""The procedural characters: everything that tells one from another, drawn from a seed."""
+"""The procedural characters: all properties of a character, drawn from a seed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lfdm_models.training.drawing import Colour
+from lfdm_models.training.drawing import Color
 from lfdm_models.training.draws import Draws
 
 Hair = Literal["cap", "long", "afro", "bun", "spikes", "beanie", "bob", "none"]
@@ -14,7 +14,7 @@ Backdrop = Literal["plain", "discs", "hills", "stripes"]
 Clothes = Literal["plain", "collar", "stripe"]
 
 
-def _rgb(*codes: int) -> tuple[Colour, ...]:
+def _rgb(*codes: int) -> tuple[Color, ...]:
     return tuple(((code >> 16) / 255, (code >> 8 & 255) / 255, (code & 255) / 255) for code in codes)
 
 
@@ -31,38 +31,38 @@ _IRIS = _rgb(0x4A2C1A, 0x2F5D8A, 0x3F7D4F, 0x6E5A2E, 0x39424E, 0x7A3E8E)
 class Character:
     """How a character and its surroundings look.
 
-    Lengths are in half widths of the picture; colours are red, green, blue in [0, 1].
+    Lengths are in half widths of the picture; colors are red, green, blue in [0, 1].
 
     Attributes:
-        skin, hair_colour, iris, clothes_colour, trim, sky, ground, accent: colours.
-        head_x, head_y: centre of the head in the neutral pose.
-        head_width, crown, chin: half width; height above and below the centre.
-        taper: how much the face narrows towards the chin.
-        squareness: 0 an ellipse, 1 a rounded square.
-        eye_x, eye_y, eye_width, eye_height: place in radii of the head, and radii.
+        skin, hair_color, iris, clothes_color, trim, sky, ground, accent: colors.
+        head_x, head_y: center of the head in the neutral pose.
+        head_width, crown, chin: half width; height above and below the center.
+        taper: how much the face narrows toward the chin.
+        squareness: 0 for an ellipse, 1 for a rounded square.
+        eye_x, eye_y, eye_width, eye_height: position in radii of the head, and radii.
         pupil: radius of the iris.
-        brow_tilt: radians. brow_width: half thickness.
+        brow_tilt: angle in radians. brow_width: half thickness.
         nose: half width.
-        mouth_y, mouth_width: place in radii of the head, and half width.
-        mood: curve of the mouth in the neutral pose.
-        blush: opacity of the cheeks' colour.
-        glasses, freckles: whether there are any.
+        mouth_y, mouth_width: position in radii of the head, and half width.
+        mood: curvature of the mouth in the neutral pose.
+        blush: opacity of the cheeks' color.
+        glasses, freckles: whether the character has them.
         hair, ears, clothes, backdrop: kinds.
-        hairline: height of the hair above the centre, in radii of the head. parting: its slant.
+        hairline: height of the hair above the center, in radii of the head. parting: its slant.
         shoulders: half width of the body.
-        hand_side: -1 or 1, where the visible hand is.
+        hand_side: side of the visible hand, -1 or 1.
         light_x, light_y: direction of the light, of length about 1. light: its strength.
         backdrop_draws: positions of the backdrop's parts in [0, 1].
     """
 
-    skin: Colour
-    hair_colour: Colour
-    iris: Colour
-    clothes_colour: Colour
-    trim: Colour
-    sky: Colour
-    ground: Colour
-    accent: Colour
+    skin: Color
+    hair_color: Color
+    iris: Color
+    clothes_color: Color
+    trim: Color
+    sky: Color
+    ground: Color
+    accent: Color
     head_x: float
     head_y: float
     head_width: float
@@ -99,7 +99,7 @@ class Character:
 
 
 def sample_character(draws: Draws) -> Character:
-    """Draw a character."""
+    """Draw a random character."""
     fantasy = draws.chance(0.14)
     dark = draws.chance(0.2)
     sky = draws.pick(_DUSK if dark else _PASTEL)
@@ -107,9 +107,9 @@ def sample_character(draws: Draws) -> Character:
     eye_width = draws.uniform(0.09, 0.12)
     return Character(
         skin=_vary(draws, draws.pick(_FANTASY_SKIN if fantasy else _SKIN)),
-        hair_colour=_vary(draws, draws.pick(_BRIGHT if fantasy or draws.chance(0.15) else _HAIR)),
+        hair_color=_vary(draws, draws.pick(_BRIGHT if fantasy or draws.chance(0.15) else _HAIR)),
         iris=draws.pick(_IRIS),
-        clothes_colour=_vary(draws, draws.pick(_BRIGHT)),
+        clothes_color=_vary(draws, draws.pick(_BRIGHT)),
         trim=draws.pick(_BRIGHT),
         sky=_vary(draws, sky),
         ground=_vary(draws, _mix(sky, draws.pick(_DUSK if dark else _PASTEL), 0.75)),
@@ -150,18 +150,18 @@ def sample_character(draws: Draws) -> Character:
     )
 
 
-def _vary(draws: Draws, colour: Colour) -> Colour:
+def _vary(draws: Draws, color: Color) -> Color:
     factor = draws.uniform(0.92, 1.06)
-    red, green, blue = (min(channel * factor + draws.uniform(-0.02, 0.02), 1.0) for channel in colour)
+    red, green, blue = (min(channel * factor + draws.uniform(-0.02, 0.02), 1.0) for channel in color)
     return red, green, blue
 
 
-def _mix(first: Colour, second: Colour, share: float) -> Colour:
+def _mix(first: Color, second: Color, share: float) -> Color:
     red, green, blue = (a + (b - a) * share for a, b in zip(first, second, strict=True))
     return red, green, blue
 
 
-def darker(colour: Colour, factor: float) -> Colour:
-    """The colour times a factor, at most white."""
-    red, green, blue = (min(channel * factor, 1.0) for channel in colour)
+def darker(color: Color, factor: float) -> Color:
+    """The color times a factor, at most white."""
+    red, green, blue = (min(channel * factor, 1.0) for channel in color)
     return red, green, blue

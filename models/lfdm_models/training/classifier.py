@@ -1,7 +1,7 @@
-"""A small network that tells the labelled motions of the procedural characters apart; it judges generated clips.
+"""A small network that recognizes the labeled motions of the procedural characters, to judge generated clips.
 
-It sees how eight moments of a clip differ from its first frame, at 32x32 pixels, and so nothing of who moves but
-what moving shows. It is shipped (see `shipped_classifier`) and made anew by ``lfdm-train classifier``.
+Its input is the difference of eight moments of a clip from its first frame, at 32x32 pixels, so it sees of the
+character only what moves. It is shipped (see `shipped_classifier`) and can be trained by ``lfdm-train classifier``.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from lfdm_models.training.procedural import LABELS, TRAINING_SEEDS, sample_clip
 
 SIZE, MOMENTS, FEATURES = 32, 8, 32
 SHIPPED = Path(__file__).parents[1] / "weights" / "motion_classifier.safetensors"
-# Stream of draws that tells its clips from those of other trainings.
+# Stream of draws that separates its clips from those of other trainings.
 _CLIPS = 2**50
 _BATCH = 32
 _MIRRORED = {"look left": "look right", "look right": "look left"}
 
 
 def differences(frames: UInt8Array | NDArray[np.float32]) -> Tensor:
-    """What the classifier sees of clips.
+    """The classifier's input for clips.
 
     Args:
         frames: (B, T, H, W, 3) uint8, or float32 in [0, 1]; T at least 2.
 
     Returns:
-        (B, 3 * 8, 32, 32) float32: each moment less the first frame, moment slowest.
+        (B, 3 * 8, 32, 32) float32: each moment minus the first frame, moments on the slowest axis.
     """
     count = frames.shape[1]
     moments = np.rint(np.linspace(1, count - 1, MOMENTS)).astype(np.int64)
@@ -55,7 +55,7 @@ def differences(frames: UInt8Array | NDArray[np.float32]) -> Tensor:
 
 
 class MotionClassifier(nn.Module):
-    """Differences of frames -> logits of labels, and the features in front of them."""
+    """Differences of frames -> logits of labels, and the features before them."""
 
     def __init__(self, labels: tuple[str, ...] = LABELS) -> None:
         super().__init__()
@@ -74,20 +74,20 @@ class MotionClassifier(nn.Module):
 
     @torch.no_grad()
     def judge(self, frames: UInt8Array | NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Clips (B, T, H, W, 3), see `differences` -> features (B, 32) float32, and the likeliest labels' numbers."""
+        """Clips (B, T, H, W, 3), as for `differences` -> features (B, 32) float32, and the best labels' indices."""
         features, logits = self(differences(frames))
         return features.numpy(), logits.argmax(dim=1).numpy()
 
 
 @dataclass(frozen=True)
 class ClassifierSettings:
-    """How a classifier is trained.
+    """Settings for training a classifier.
 
     Attributes:
-        clips: of the training split, mirrored ones not counted.
-        steps: of the optimiser, with 32 clips each.
-        seed: of everything.
-        image_size, frames: of the clips.
+        clips: clips of the training split, not counting mirrored ones.
+        steps: steps of the optimizer, with 32 clips each.
+        seed: seed of the whole training.
+        image_size, frames: size of the clips.
     """
 
     clips: int = 1600
@@ -109,11 +109,11 @@ class ClassifierSettings:
 def train_classifier(
     settings: ClassifierSettings, progress: Callable[[int, int], None] | None = None
 ) -> MotionClassifier:
-    """Train from nothing, on the CPU; the same bits under the same seed and number of threads.
+    """Train from scratch, on the CPU; the result is bit-identical for the same seed and number of threads.
 
     Args:
-        settings: how.
-        progress: told of clips drawn and steps done, and of how many there are of both together.
+        settings: settings of the training.
+        progress: called with the finished clips and steps, and the total of both.
     """
     total = settings.clips + settings.steps
     parts, labels = [], []
@@ -150,7 +150,7 @@ def _report(progress: Callable[[int, int], None] | None, done: int, total: int) 
 
 
 def _worsen(seen: Tensor) -> Tensor:
-    """Blur some, make all noisy and some weaker, so that what a generator may leave is nothing new."""
+    """Blur some, add noise to all and weaken some, so that typical errors of a generator are not new to the network."""
     count = len(seen)
     blurred = F.avg_pool2d(seen, 3, 1, 1, count_include_pad=False)
     seen = torch.where(torch.rand(count, 1, 1, 1) < 0.5, blurred, seen)
@@ -169,10 +169,10 @@ def save_classifier(network: MotionClassifier, path: Path) -> None:
 
 
 def load_classifier(path: Path) -> MotionClassifier:
-    """Read what `save_classifier` wrote.
+    """Read the result of `save_classifier`.
 
     Raises:
-        TrainingError: it cannot be read, or is no such file.
+        TrainingError: the file cannot be read, or holds something else.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -186,5 +186,5 @@ def load_classifier(path: Path) -> MotionClassifier:
 
 
 def shipped_classifier() -> MotionClassifier:
-    """The one that comes with the package, made by ``lfdm-train classifier --seed 0``."""
+    """The classifier in this package, made by ``lfdm-train classifier --seed 0``."""
     return load_classifier(SHIPPED)

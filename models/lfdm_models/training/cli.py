@@ -1,7 +1,7 @@
 """``lfdm-train``: the two stages of training as commands.
 
-Exit status: 0 done; 1 an error, told in one line; 2 wrong usage; 130 stopped by Ctrl-C, with a checkpoint (128 and
-the number of any signal that stops it: 143, 129).
+Exit status: 0 success; 1 an error, reported in one line; 2 a usage error; 130 stopped by Ctrl-C, with a checkpoint (128
+plus the signal number for other signals: 143, 129).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.settings import (
     DATA,
     DEVICES,
-    DM_OPTIMISER,
+    DM_OPTIMIZER,
     LEARN,
-    LFAE_OPTIMISER,
+    LFAE_OPTIMIZER,
     PRECISIONS,
     SIZES,
-    OptimiserSettings,
+    OptimizerSettings,
     RunSettings,
 )
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from lfdm_models.training.recipes import DataSettings
 
 PROGRAM = "lfdm-train"
-#: All but the end of a line; bytes of names that are not UTF-8.
+#: Control characters except the line feed, and bytes of names that are not UTF-8.
 _CONTROL = re.compile("[\\x00-\\x09\\x0b-\\x1f\\x7f-\\x9f\\udc80-\\udcff]")
 OK, FAILED, STOPPED = 0, 1, 130
 _PATHS = ("out", "root", "vgg", "start", "lfae")
@@ -62,11 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in _PATHS:
         if getattr(args, name, None) is not None:
             setattr(args, name, Path(os.path.expanduser(getattr(args, name))))  # noqa: PTH111  (no error for ~unknown)
-    if args.stage in ("evaluate", "schedule"):  # the toolkit's command answers before it comes to this
+    if args.stage in ("evaluate", "schedule"):  # the toolkit's own command handles these
         _complain(f"error: {args.stage} is for exported bundles, and comes with lfdm_export: run lfdm-train")
         return FAILED
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a path that the terminal cannot spell is no fault of the run
+        sys.stdout.reconfigure(errors="replace")  # the terminal may not support a path's characters
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter(f"{PROGRAM}: %(levelname)s: %(message)s"))
     logger = logging.getLogger("lfdm_models")
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcome = _train(args)
     except KeyboardInterrupt as error:
         _complain("interrupted")
-        return int(getattr(error, "status", STOPPED))  # the toolkit's handlers raise one that knows its signal
+        return int(getattr(error, "status", STOPPED))  # the toolkit's handlers store the signal in it
     except Exception as error:
         if args.debug:
             raise
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.quiet:
         Console(soft_wrap=True).print(f"step {outcome.step}: {losses}\ncheckpoint  {outcome.checkpoint}", markup=False)
     if not outcome.finished:
-        _complain(f"stopped after step {outcome.step} of {args.steps}; go on with --resume")
+        _complain(f"stopped after step {outcome.step} of {args.steps}; continue with --resume")
         return 128 + outcome.signal if outcome.signal else STOPPED
     return OK
 
@@ -97,37 +97,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=PROGRAM,
-        description="Train the latent flow autoencoder (lfae), then the diffusion model (dm); measure what they make.",
+        description="Train the latent flow autoencoder (lfae), then the diffusion model (dm); measure the results.",
         epilog="examples:\n" + _EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     version = importlib.metadata.version("lfdm-export")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version}")
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    lfae = stages.add_parser("lfae", help="the autoencoder: how images move")
-    dm = stages.add_parser("dm", help="the diffusion model: which motion a label asks for")
+    lfae = stages.add_parser("lfae", help="the autoencoder: motion of images")
+    dm = stages.add_parser("dm", help="the diffusion model: motion for a label")
     lfae.add_argument("--vgg", type=Path, metavar="FILE", help="torchvision's weights of VGG-19, for the loss")
-    lfae.add_argument("--learn", choices=LEARN, default="all", help="what is trained; go on with --start (%(default)s)")
-    lfae.add_argument("--equivariance", type=float, default=10.0, metavar="X", help="weight (%(default)s)")
-    lfae.add_argument("--landmarks", type=float, default=0.0, metavar="X", help="weight; procedural data (%(default)s)")
-    lfae.add_argument("--mixture", type=float, default=0.0, metavar="X", help="weight (%(default)s)")
+    lfae.add_argument("--learn", choices=LEARN, default="all", help="trained parts; then --start (%(default)s)")
+    lfae.add_argument("--equivariance", type=float, default=10.0, metavar="X", help="loss weight (%(default)s)")
+    lfae.add_argument(
+        "--landmarks", type=float, default=0.0, metavar="X", help="loss weight; procedural data (%(default)s)"
+    )
+    lfae.add_argument("--mixture", type=float, default=0.0, metavar="X", help="loss weight (%(default)s)")
     lfae.add_argument("--from-first", action="store_true", help="the source is always a clip's first frame")
-    lfae.add_argument("--camera-still", action="store_true", help="backgrounds do not move; that is not learned")
-    lfae.add_argument("--freeze-norm", action="store_true", help="keep batch norm's statistics, as inference does")
-    lfae.add_argument("--start", type=Path, metavar="FILE", help="an LFAE checkpoint to begin with")
+    lfae.add_argument("--camera-still", action="store_true", help="keep the background static, without learning")
+    lfae.add_argument("--freeze-norm", action="store_true", help="do not update batch norm's statistics")
+    lfae.add_argument("--start", type=Path, metavar="FILE", help="initial LFAE checkpoint")
     dm.add_argument("--lfae", type=Path, required=True, metavar="FILE", help="the trained autoencoder")
-    dm.add_argument("--released-lfae", action="store_true", help="it is a released one, of the published size")
-    dm.add_argument("--signal-std", type=float, default=0.0, metavar="X", help="weigh errors by noise level; 0: do not")
-    dm.add_argument("--start", type=Path, metavar="FILE", help="a DM checkpoint to begin with")
+    dm.add_argument("--released-lfae", action="store_true", help="a released autoencoder, of the published size")
+    dm.add_argument("--signal-std", type=float, default=0.0, metavar="X", help="weight errors by noise level; 0: off")
+    dm.add_argument("--start", type=Path, metavar="FILE", help="initial DM checkpoint")
     dm.add_argument("--text-encoder", metavar="FOLDER|NAME", help="a BERT that embeds the labels (fixed vectors)")
     dm.add_argument(
         "--residual-flow",
         action=argparse.BooleanOptionalAction,
-        help="train on offsets from the identity (small: yes; published: no)",
+        help="train on offsets from the identity (default: small yes, published no)",
     )
-    _add_classifier(stages.add_parser("classifier", help="what judges clips in evaluate"))
+    _add_classifier(stages.add_parser("classifier", help="the network that judges clips in evaluate"))
     stages.add_parser("evaluate", help="measure an exported bundle: lfdm-train evaluate --help", add_help=False)
-    stages.add_parser("schedule", help="learn a sampler of few steps: lfdm-train schedule --help", add_help=False)
+    stages.add_parser("schedule", help="learn a sampler with few steps: lfdm-train schedule --help", add_help=False)
     _add_options(lfae, batch_size=16)
     _add_options(dm, batch_size=8)
     return parser
@@ -135,45 +137,47 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_options(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="go on where the run in that folder ended")
-    parser.add_argument("--size", choices=SIZES, default="small", help="of the networks")
+    parser.add_argument("--resume", action="store_true", help="continue the run in that folder")
+    parser.add_argument("--size", choices=SIZES, default="small", help="size of the networks (%(default)s)")
     data = parser.add_argument_group("data")
     data.add_argument("--data", choices=DATA, default="procedural", help="the data set (%(default)s)")
-    data.add_argument("--root", type=Path, metavar="DIR", help="its folder")
-    data.add_argument("--image-size", type=int, default=64, metavar="N", help="pixels a side (%(default)s)")
-    data.add_argument("--frames", type=int, default=16, metavar="T", help="frames of a clip (%(default)s)")
-    data.add_argument("--subjects", metavar="1,3,5", help="who is trained on (mhad, natops)")
-    data.add_argument("--pool", type=int, default=0, metavar="N", help="procedural clips, kept in memory")
-    data.add_argument("--no-jitter", action="store_true", help="leave colours as they are")
-    data.add_argument("--workers", type=int, default=0, metavar="N", help="processes that make examples")
+    data.add_argument("--root", type=Path, metavar="DIR", help="folder of the data set")
+    data.add_argument("--image-size", type=int, default=64, metavar="N", help="pixels per side (%(default)s)")
+    data.add_argument("--frames", type=int, default=16, metavar="T", help="frames per clip (%(default)s)")
+    data.add_argument("--subjects", metavar="1,3,5", help="subjects to train on (mhad, natops)")
+    data.add_argument("--pool", type=int, default=0, metavar="N", help="procedural clips, kept in memory; 0: unlimited")
+    data.add_argument("--no-jitter", action="store_true", help="do not change colors")
+    data.add_argument("--workers", type=int, default=0, metavar="N", help="processes that make examples (%(default)s)")
     run = parser.add_argument_group("run")
-    run.add_argument("--steps", type=int, required=True, metavar="N", help="steps of the optimiser")
-    run.add_argument("--batch-size", type=int, default=batch_size, metavar="N", help="examples a pass (%(default)s)")
-    run.add_argument("--accumulate", type=int, default=1, metavar="N", help="passes a step (%(default)s)")
-    run.add_argument("--learning-rate", type=float, metavar="RATE", help="(the published one)")
-    run.add_argument("--beta1", type=float, metavar="X", help="of Adam (the published one)")
-    run.add_argument("--warm-up", type=int, default=0, metavar="N", help="steps in which the rate rises (%(default)s)")
-    run.add_argument("--cosine", action="store_true", help="let the rate fall along half a cosine")
-    run.add_argument("--clip-norm", type=float, default=0.0, metavar="X", help="longest gradient; 0: any (%(default)s)")
-    run.add_argument("--ema", type=float, default=0.999, metavar="X", help="decay of the mean weights (%(default)s)")
-    run.add_argument("--seed", type=int, default=0, metavar="N", help="of everything (%(default)s)")
+    run.add_argument("--steps", type=int, required=True, metavar="N", help="steps of the optimizer")
+    run.add_argument("--batch-size", type=int, default=batch_size, metavar="N", help="examples per pass (%(default)s)")
+    run.add_argument("--accumulate", type=int, default=1, metavar="N", help="passes per step (%(default)s)")
+    run.add_argument("--learning-rate", type=float, metavar="RATE", help="(default: as published)")
+    run.add_argument("--beta1", type=float, metavar="X", help="Adam's first beta (default: as published)")
+    run.add_argument("--warm-up", type=int, default=0, metavar="N", help="steps of rising rate (%(default)s)")
+    run.add_argument("--cosine", action="store_true", help="lower the rate along half a cosine")
+    run.add_argument(
+        "--clip-norm", type=float, default=0.0, metavar="X", help="max gradient norm; 0: any (%(default)s)"
+    )
+    run.add_argument("--ema", type=float, default=0.999, metavar="X", help="decay of averaged weights (%(default)s)")
+    run.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the run (%(default)s)")
     run.add_argument("--device", choices=DEVICES, default="auto")
     run.add_argument("--precision", choices=PRECISIONS, default="auto")
-    run.add_argument("--threads", type=int, metavar="N", help="threads on the CPU (all cores)")
-    run.add_argument("--checkpoint-every", type=int, default=500, metavar="N", help="steps (%(default)s)")
-    run.add_argument("--preview-every", type=int, default=0, metavar="N", help="steps; 0: never (%(default)s)")
-    run.add_argument("--log-every", type=int, default=50, metavar="N", help="steps (%(default)s)")
-    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    run.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    run.add_argument("--checkpoint-every", type=int, default=500, metavar="N", help="steps between (%(default)s)")
+    run.add_argument("--preview-every", type=int, default=0, metavar="N", help="steps between; 0: never (%(default)s)")
+    run.add_argument("--log-every", type=int, default=50, metavar="N", help="steps between (%(default)s)")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print only errors")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _add_classifier(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="a .safetensors file")
     parser.add_argument("--clips", type=int, default=1600, metavar="N", help="procedural clips (%(default)s)")
-    parser.add_argument("--steps", type=int, default=1500, metavar="N", help="steps of the optimiser (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything (%(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads on the CPU (all cores)")
-    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument("--steps", type=int, default=1500, metavar="N", help="steps of the optimizer (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the training (%(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print only errors")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -210,7 +214,7 @@ def _train(args: argparse.Namespace) -> Outcome:
             return recipes.train_lfae(
                 config.lfae,
                 data,
-                _optimiser(args, LFAE_OPTIMISER),
+                _optimizer(args, LFAE_OPTIMIZER),
                 run,
                 args.out,
                 vgg=args.vgg,
@@ -231,7 +235,7 @@ def _train(args: argparse.Namespace) -> Outcome:
             config,
             args.lfae,
             data,
-            _optimiser(args, DM_OPTIMISER),
+            _optimizer(args, DM_OPTIMIZER),
             run,
             args.out,
             lfae_tells_config=not args.released_lfae,
@@ -271,7 +275,7 @@ def _run(args: argparse.Namespace) -> RunSettings:
     )
 
 
-def _optimiser(args: argparse.Namespace, published: OptimiserSettings) -> OptimiserSettings:
+def _optimizer(args: argparse.Namespace, published: OptimizerSettings) -> OptimizerSettings:
     rate = published.learning_rate if args.learning_rate is None else args.learning_rate
     published = dataclasses.replace(
         published, cosine=args.cosine, milestones=() if args.cosine else published.milestones
@@ -303,7 +307,7 @@ def _complain(message: str) -> None:
 
 
 def _visible(text: str) -> str:
-    """Control characters as escapes: a terminal shall not obey names of files."""
+    """Control characters as escapes, so that names of files cannot control the terminal."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", text)
 
 
@@ -313,7 +317,7 @@ class _Formatter(logging.Formatter):
 
 
 class _Bar:
-    """Progress on stderr: a bar on a terminal, a line now and then in a log file."""
+    """Progress on stderr: a bar on a terminal, occasional lines in a log file."""
 
     def __init__(self, *, quiet: bool, log_every: int) -> None:
         self._console = Console(stderr=True, soft_wrap=True)

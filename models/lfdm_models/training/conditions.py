@@ -1,4 +1,4 @@
-"""Embeddings of labels where no text encoder gives them."""
+"""Embeddings of labels without a text encoder."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Float32Array: TypeAlias = NDArray[np.float32]
 
 
 def label_table(labels: Sequence[str], width: int) -> dict[str, Float32Array]:
-    """One row of a Hadamard matrix a label: entries of 1 and -1, rows orthogonal to each other.
+    """One row of a Hadamard matrix per label: entries of 1 and -1, rows orthogonal to each other.
 
-    No label begins nearer to another, or to the null embedding (zeros), than all others do; there is nothing random,
-    and nothing to train: the first layer that sees an embedding is linear and makes of it what it needs.
+    All labels are equally far from each other, and from the null embedding (zeros). Nothing is random, and nothing is
+    trained: the first layer that takes an embedding is linear and can learn what it needs.
 
     Args:
         labels: at most width - 1, all different.
@@ -25,7 +25,7 @@ def label_table(labels: Sequence[str], width: int) -> dict[str, Float32Array]:
         By label, (width,) float32.
 
     Raises:
-        ValueError: the width is no power of two, or has too few rows, or a label is there twice.
+        ValueError: the width is not a power of two or has too few rows, or a label appears twice.
     """
     if width < 2 or width & (width - 1):
         raise ValueError(f"text_width is {width}, expected a power of two where no text encoder is used")
@@ -34,5 +34,5 @@ def label_table(labels: Sequence[str], width: int) -> dict[str, Float32Array]:
     matrix = np.ones((1, 1), np.float32)
     while len(matrix) < width:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    # The first row is all ones, which a bias can imitate.
+    # The first row is all ones, which equals a bias.
     return {label: matrix[row + 1].copy() for row, label in enumerate(labels)}

@@ -1,7 +1,7 @@
-"""Training examples by number: the n-th example is a function of the seed and n alone.
+"""Training examples by number: the n-th example depends only on the seed and n.
 
-So a run that is resumed at example n goes on with the bits that it would have had, whatever the number
-of worker processes.
+A run resumed at example n therefore continues bit for bit as it would have without the interruption, with any number of
+worker processes.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Label number of a clip without one.
+#: Label index of a clip without a label.
 NO_LABEL = -1
-#: Number of a clip that will not come again.
+#: Index of a clip that does not repeat.
 NO_CLIP = -1
-# Purposes of streams of draws. A stream a clip is below; examples begin here.
+# Purposes of streams of draws. Streams per clip are below; examples begin here.
 _EXAMPLES = 2**32
 _SHUFFLE = 2**48
-# After so many unreadable clips in a row there is something else wrong.
+# After this many unreadable clips in a row, the cause is another one.
 _PATIENCE = 100
 
 
 class Pair(TypedDict):
     """Two frames of a clip: `source` and `driving`, (3, H, W) float32 in [0, 1] ((B, 3, H, W) in a batch).
 
-    With landmarks, also theirs, (N, 5) float32: see `lfdm_models.training.landmarks`.
+    With landmarks, also theirs, (N, 5) float32, from `lfdm_models.training.landmarks`.
     """
 
     source: Tensor
@@ -58,10 +58,10 @@ class Pair(TypedDict):
     driving_landmarks: NotRequired[Tensor]
 
 
-class LabelledClip(TypedDict):
-    """`frames` (3, T, H, W) float32 in [0, 1] and the number of the `label`, int64; a batch adds B in front.
+class LabeledClip(TypedDict):
+    """`frames` (3, T, H, W) float32 in [0, 1] and the index of the `label`, int64; a batch adds a leading B.
 
-    `clip` is the place in a pool, int64, where the same frames come again under the same number; else `NO_CLIP`.
+    `clip` is the index in a pool, int64, where the same frames repeat under the same index; otherwise `NO_CLIP`.
     """
 
     frames: Tensor
@@ -69,7 +69,7 @@ class LabelledClip(TypedDict):
     clip: Tensor
 
 
-#: (frames of the clip) -> frames that are taken.
+#: (frames of the clip) -> indices of the chosen frames.
 Choose = Callable[[int], Sequence[int]]
 
 
@@ -83,24 +83,24 @@ class ClipSource(Protocol):
 
     @property
     def choice(self) -> FrameChoice:
-        """How T frames are chosen."""
+        """Method for choosing T frames."""
         ...
 
     def read(self, number: int, choose: Choose) -> tuple[UInt8Array, int]:
-        """Chosen frames (n, H, W, 3) uint8 of the clip for example `number`, and its label's number."""
+        """Chosen frames (n, H, W, 3) uint8 of the clip for example `number`, and the index of its label."""
         ...
 
 
 @dataclass(frozen=True)
 class ProceduralClips:
-    """Drawn characters: without end, or a pool of them that is kept in memory and shuffled anew in every epoch.
+    """Drawn characters: unlimited, or a pool of clips in memory that is shuffled in every epoch.
 
     Attributes:
-        size: pixels a side.
-        frames: of every clip.
-        seed: of the order; clips come from `procedural.TRAINING_SEEDS`.
-        pool: how many clips there are; 0: without end. A pool costs frames * size^2 * 3 bytes a clip, and a clip is
-            drawn once only.
+        size: pixels per side.
+        frames: frames per clip.
+        seed: seed of the order; clips come from `procedural.TRAINING_SEEDS`.
+        pool: number of clips; 0 for unlimited clips. A pool takes frames * size^2 * 3 bytes per clip, and draws each
+            clip only once.
     """
 
     size: int
@@ -112,16 +112,16 @@ class ProceduralClips:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """See `ClipSource`."""
+        """All labels, in the order of their embeddings."""
         return procedural.LABELS
 
     @property
     def choice(self) -> FrameChoice:
-        """See `ClipSource`."""
+        """Method for choosing T frames."""
         return "spread"
 
     def read(self, number: int, choose: Choose) -> tuple[UInt8Array, int]:
-        """See `ClipSource`; without a pool, only the chosen frames are drawn."""
+        """Chosen frames and label index of example `number`; without a pool, only the chosen frames are drawn."""
         clip, chosen = self.clip_of(number), list(choose(self.frames))
         who, motion = self._parts_of(clip)
         label = self.labels.index(motion.label)
@@ -132,7 +132,7 @@ class ProceduralClips:
         return self._drawn[clip][chosen], label
 
     def landmarks(self, number: int, frames: Sequence[int]) -> Float32Array:
-        """Landmarks of frames of example `number`: (n, N, 3), see `lfdm_models.training.landmarks`."""
+        """Landmarks of frames of example `number`, (n, N, 5), from `lfdm_models.training.landmarks`."""
         who, motion = self._parts_of(self.clip_of(number))
         return landmarks(who, motion.pose(self._moments(frames)))
 
@@ -140,7 +140,7 @@ class ProceduralClips:
         return np.asarray(frames) / (self.frames - 1)
 
     def clip_of(self, number: int) -> int:
-        """Which clip example `number` is taken from: its place in the pool, or `number` without one."""
+        """Index in the pool of the clip for example `number`; `number` itself without a pool."""
         if not self.pool:
             return number
         epoch, place = divmod(number, self.pool)
@@ -157,25 +157,25 @@ class ProceduralClips:
 
 
 class DiskClips:
-    """Clips of a folder, shuffled anew in every epoch; those that cannot be used are reported once and skipped."""
+    """Clips of a folder, shuffled in every epoch; unusable clips are reported once and skipped."""
 
     def __init__(self, clips: DiskSet, size: int, seed: int) -> None:
-        """Serve clips of `clips` with `size` pixels a side, in an order that `seed` decides."""
+        """Provide clips of `clips` with `size` pixels per side, in an order that depends on `seed`."""
         self.clips, self.size, self.seed = clips, size, seed
         self._reported: set[int] = set()
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """See `ClipSource`."""
+        """All labels, in the order of their embeddings."""
         return self.clips.labels
 
     @property
     def choice(self) -> FrameChoice:
-        """See `ClipSource`."""
+        """Method for choosing T frames."""
         return self.clips.choice
 
     def read(self, number: int, choose: Choose) -> tuple[UInt8Array, int]:
-        """See `ClipSource`; in place of a clip that cannot be used comes the one after it on the list.
+        """Chosen frames and label index of example `number`; an unusable clip is replaced by the next one in the list.
 
         Raises:
             TrainingError: many clips in a row cannot be used.
@@ -212,13 +212,13 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray[tuple[int], np
 
 
 def choose_frames(count: int, frames: int, choice: FrameChoice, draws: Draws) -> list[int]:
-    """Which of a clip's frames are taken: sorted, and the last repeated where the clip is too short.
+    """The chosen indices of a clip's frames: sorted, with the last one repeated if the clip is too short.
 
     Args:
         count: frames of the clip.
         frames: T.
-        choice: "random": the first, then any others; "spread": one from each of T equal spans.
-        draws: what decides.
+        choice: "random": the first, then any others; "spread": one from each of T equal intervals.
+        draws: source of randomness.
     """
     if count <= frames:
         return [min(index, count - 1) for index in range(frames)]
@@ -230,12 +230,12 @@ def choose_frames(count: int, frames: int, choice: FrameChoice, draws: Draws) ->
 
 
 @dataclass(frozen=True)
-class ColourJitter:
-    """The largest changes of colour; one change serves a whole clip.
+class ColorJitter:
+    """The largest changes of color; all frames of a clip are changed alike.
 
     Attributes:
         brightness, contrast, saturation: factors are drawn from 1 - value … 1 + value.
-        hue: turn of the hue, as a share of the circle, drawn from -value … value.
+        hue: rotation of the hue, as a share of the circle, drawn from -value … value.
     """
 
     brightness: float = 0.1
@@ -244,7 +244,7 @@ class ColourJitter:
     hue: float = 0.05
 
     def apply(self, frames: Float32Array, draws: Draws) -> Float32Array:
-        """(n, H, W, 3) float32 in [0, 1] -> the same, all frames changed alike."""
+        """(n, H, W, 3) float32 in [0, 1] -> the same shape, all frames changed alike."""
         factors = [draws.uniform(1 - v, 1 + v) for v in (self.brightness, self.contrast, self.saturation)]
         brightness, contrast, saturation = (np.float32(factor) for factor in factors)
         angle = 2 * np.pi * draws.uniform(-self.hue, self.hue)
@@ -271,15 +271,15 @@ class FramePairs(Dataset[Pair]):
 
     Attributes:
         source: the clips.
-        seed: of the choice of frames and colours.
-        jitter: change of colours; None leaves them.
-        from_first: whether the source is always the first frame, as it is where the LFAE is tested and used.
-        landmarks: whether examples tell where the landmarks are; of procedural clips only.
+        seed: seed of the choice of frames and colors.
+        jitter: change of colors; None for none.
+        from_first: the source is always the first frame, as in tests and use of the LFAE.
+        landmarks: examples include landmarks; for procedural clips only.
     """
 
     source: ClipSource
     seed: int
-    jitter: ColourJitter | None = None
+    jitter: ColorJitter | None = None
     from_first: bool = False
     landmarks: bool = False
 
@@ -302,22 +302,22 @@ class FramePairs(Dataset[Pair]):
 
 
 @dataclass(frozen=True)
-class TrainingClips(Dataset[LabelledClip]):
+class TrainingClips(Dataset[LabeledClip]):
     """Examples for the DM: T frames of a clip, and its label.
 
     Attributes:
         source: the clips.
         frames: T.
-        seed: of the choice of frames and colours.
-        jitter: change of colours; None leaves them.
+        seed: seed of the choice of frames and colors.
+        jitter: change of colors; None for none.
     """
 
     source: ClipSource
     frames: int
     seed: int
-    jitter: ColourJitter | None = None
+    jitter: ColorJitter | None = None
 
-    def __getitem__(self, number: int) -> LabelledClip:
+    def __getitem__(self, number: int) -> LabeledClip:
         draws = Draws(self.seed, _EXAMPLES + number)
         choice = self.source.choice
         frames, label = self.source.read(number, lambda count: choose_frames(count, self.frames, choice, draws))
@@ -328,7 +328,7 @@ class TrainingClips(Dataset[LabelledClip]):
         return {"frames": tensor, "label": torch.tensor(label), "clip": torch.tensor(clip)}
 
 
-def _to_tensor(frames: UInt8Array, jitter: ColourJitter | None, draws: Draws) -> Tensor:
+def _to_tensor(frames: UInt8Array, jitter: ColorJitter | None, draws: Draws) -> Tensor:
     """(n, H, W, 3) uint8 -> (3, n, H, W) float32 in [0, 1]."""
     values = frames.astype(np.float32) / np.float32(255)
     if jitter is not None:
@@ -337,7 +337,7 @@ def _to_tensor(frames: UInt8Array, jitter: ColourJitter | None, draws: Draws) ->
 
 
 class _From(Sampler[int]):
-    """Example numbers from `start` on, without end: of every `parts` batches the one at place `part`."""
+    """Unlimited example numbers from `start` on: of every `parts` batches, the one with index `part`."""
 
     def __init__(self, start: int, batch_size: int, part: int, parts: int) -> None:
         self.start, self.batch_size = start + part * batch_size, batch_size
@@ -349,11 +349,11 @@ class _From(Sampler[int]):
 
 
 def _leave_interrupts(_: int) -> None:
-    """Ctrl-C, or the end of the terminal, reaches all its processes; the one that trains decides when to stop."""
+    """Ignore Ctrl-C and hangup, which reach all processes of a terminal; the training process decides when to stop."""
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the one that trains ends them
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the training process ends the workers
 
 
 def batches(
@@ -366,15 +366,15 @@ def batches(
     parts: int = 1,
     pin_memory: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of examples without end.
+    """Unlimited batches of examples.
 
     Args:
-        examples: where they come from.
-        batch_size: examples in a batch.
-        start: number of the first example, of all parts.
-        workers: processes that make them; 0: this one. It does not change what comes.
-        part: which of every `parts` batches is given; the others are for other processes.
-        parts: see `part`.
+        examples: the examples.
+        batch_size: examples per batch.
+        start: number of the first example of all parts.
+        workers: processes that make examples; 0 for this process. The examples do not depend on it.
+        part: index, among every `parts` batches, of the one for this process.
+        parts: number of processes that share the batches.
         pin_memory: for copies to a GPU.
     """
     loader: DataLoader[dict[str, Tensor]] = DataLoader(
@@ -383,7 +383,7 @@ def batches(
         sampler=_From(start, batch_size, part, parts),
         num_workers=workers,
         pin_memory=pin_memory,
-        # Nothing in the examples draws from torch's global state; the loader itself shall not either.
+        # The examples do not use torch's global random state; this keeps the loader from using it.
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=_leave_interrupts,
     )

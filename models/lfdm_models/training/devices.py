@@ -1,4 +1,4 @@
-"""Where a training run computes, and with how many bits."""
+"""Device and precision of a training run."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from lfdm_models.training.settings import Precision
 
 
 def choose_device(device: str) -> torch.device:
-    """The device that "auto", "cpu" or "cuda" means here.
+    """The device for "auto", "cpu" or "cuda".
 
     Raises:
-        TrainingError: a GPU is asked for and there is none.
+        TrainingError: a GPU is requested and none is available.
     """
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
-        raise TrainingError("a GPU was asked for, but torch sees none; use --device cpu, or install torch for CUDA")
+        raise TrainingError("a GPU is requested, but torch finds none; use --device cpu, or install torch for CUDA")
     return torch.device("cuda" if available and device != "cpu" else "cpu")
 
 
 def choose_precision(precision: Precision, gpu_default: Precision, device: torch.device) -> Precision:
-    """What "auto" means on a device; anything else is kept.
+    """The precision for "auto" on a device; other values are kept.
 
     Raises:
-        TrainingError: the device cannot do what is asked for.
+        TrainingError: the device does not support the requested precision.
     """
     if precision == "auto":
         return gpu_default if device.type == "cuda" else "fp32"
@@ -38,7 +38,7 @@ def choose_precision(precision: Precision, gpu_default: Precision, device: torch
 
 @contextmanager
 def matmul_precision(precision: Precision) -> Iterator[None]:
-    """TF32 for products and convolutions where it is wanted, and only there."""
+    """Use TF32 for products and convolutions inside the context if, and only if, requested."""
     before = torch.get_float32_matmul_precision()
     cudnn = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")

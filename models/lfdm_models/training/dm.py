@@ -1,4 +1,4 @@
-"""The second stage: the DM learns to denoise flow, given the first frame and a label.
+"""The second stage: the DM learns to denoise flow, conditioned on the first frame and a label.
 
 Source: Ni et al., CVPR 2023 (arXiv 2303.13744), Sec. 3.3; Ho and Salimans, Classifier-Free Diffusion
 Guidance (arXiv 2207.12598).
@@ -26,33 +26,33 @@ from lfdm_models.training.lfae import plain
 from lfdm_models.training.previews import save_gif
 from lfdm_models.training.settings import Precision
 
-#: How often an example's embedding is replaced by the null one.
+#: Probability that an example's embedding is replaced by the null embedding.
 NULL_PROBABILITY = 0.1
-#: See `noise_weight`.
+#: Limit of the weight in `noise_weight`.
 MOST_WEIGHT = 25.0
 _PREVIEW_STEPS = 25
 
 
 def new_diffusion(config: LfdmConfig, seed: int) -> Diffusion:
-    """A DM to be trained from nothing; the global random state is left alone."""
+    """A new DM for training from scratch; the global random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         diffusion = Diffusion(config.dm)
     for module in diffusion.modules():
         if isinstance(module, Rotary):
-            module.freqs.requires_grad_(False)  # frequencies of positions are given, not learned
+            module.freqs.requires_grad_(False)  # position frequencies are fixed, not learned
     return diffusion
 
 
 def load_diffusion(diffusion: Diffusion, path: Path) -> None:
-    """Put a checkpoint's weights into a DM.
+    """Load a checkpoint's weights into a DM.
 
     Args:
-        diffusion: of the checkpoint's architecture.
+        diffusion: a DM with the checkpoint's architecture.
         path: written by this stage, or released.
 
     Raises:
-        TrainingError: it cannot be read, or is of another architecture.
+        TrainingError: it cannot be read, or has another architecture.
     """
     content = load(path, "a DM checkpoint")
     weights = {key.removeprefix("module."): value for key, value in content.get("diffusion", {}).items()}
@@ -63,17 +63,17 @@ def load_diffusion(diffusion: Diffusion, path: Path) -> None:
 
 
 def noise_weight(signal: Tensor, spread: Tensor, signal_std: float) -> Tensor:
-    """What an error of the predicted noise counts, 0 … 1, at a noise level.
+    """Weight, 0 … 1, of an error of the predicted noise at a noise level.
 
-    A latent of a standard deviation s far below 1, as residual flow is, decides little of the noise that has to be
-    predicted: only where the noise is as small as s does it show, and there its unforeseeable details cost the most.
-    Errors are therefore weighed as those of the estimated latent, over its variance given the noisy one:
-    1 + (noise / s)^2, cut at `MOST_WEIGHT` and divided by it.
+    A latent with a standard deviation s far below 1, such as residual flow, hardly affects the noise to predict: it is
+    visible only where the noise is as small as s, and there the noise's unpredictable details dominate the error.
+    Errors are therefore weighted like those of the estimated latent, over its variance given the noisy latent:
+    1 + (noise / s)^2, limited to `MOST_WEIGHT` and divided by it.
 
     Args:
-        signal: share of the latent in the noisy one, sqrt of the cumulative alpha.
+        signal: share of the latent in the noisy latent, sqrt of the cumulative alpha.
         spread: share of the noise.
-        signal_std: s; 0 for 1 everywhere.
+        signal_std: s; 0 gives weight 1 everywhere.
 
     Source: the weighting of Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models
     (arXiv 2206.00364), Table 1, for a network that predicts noise.
@@ -84,7 +84,7 @@ def noise_weight(signal: Tensor, spread: Tensor, signal_std: float) -> Tensor:
 
 
 class DmStage:
-    """Training of a DM; see `lfdm_models.training.loop.Stage`."""
+    """Training of a DM, as a `lfdm_models.training.loop.Stage`."""
 
     name = "dm"
     gpu_precision: Precision = "bf16"
@@ -106,12 +106,12 @@ class DmStage:
         Args:
             config: of both networks.
             lfae: trained; it is not changed.
-            diffusion: see `new_diffusion`.
-            embeddings: (text_width,) of each label, in the order of the examples' label numbers.
-            examples: what the examples are, in plain values: a resumed run must have the same.
-            null_probability: see `NULL_PROBABILITY`.
-            signal_std: how far latents usually are from their mean; weighs errors, see `noise_weight`. 0: all count
-                the same, as published.
+            diffusion: the DM, such as from `new_diffusion`.
+            embeddings: (text_width,) of each label, in the order of the examples' label indices.
+            examples: description of the examples in plain values, which must be the same for a resumed run.
+            null_probability: probability that an example's embedding is replaced by the null embedding.
+            signal_std: typical standard deviation of the latents, with which `noise_weight` weights errors. 0 weights
+                all alike, as published.
             preview_clips: (N, 3, T, H, W) in [0, 1], for previews: their first frames, with label 0, 1, ….
         """
         self.config, self.diffusion = config, diffusion
@@ -144,7 +144,7 @@ class DmStage:
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Clips -> what the DM learns to make, and what it is shown.
+        """Clips -> the latents that the DM learns, and their condition.
 
         Args:
             frames: (B, 3, T, H, W) in [0, 1]; the first is the reference.
@@ -156,19 +156,19 @@ class DmStage:
         lfae = self.lfae
         source = frames[:, :, 0]
         driving = frames.transpose(1, 2).reshape(batch * length, channels, height, width)
-        # Autocast would leave the flow with 8 bits; it is the target.
+        # Autocast would reduce the flow, which is the target, to 8 bits.
         with torch.autocast(frames.device.type, enabled=False):
             repeated = source[:, None].expand(-1, length, -1, -1, -1).reshape_as(driving)
             latent = flow_to_latent(lfae.estimate_motion(repeated, driving), residual_flow=self.config.residual_flow)
             feature = lfae.generator.encode(source)[-1]
-        # Contiguous: convolutions of the UNet would be three times as slow.
+        # Contiguous: otherwise, the UNet's convolutions would be three times as slow.
         return latent.unflatten(0, (batch, length)).transpose(1, 2).contiguous(), feature
 
     def _encode_once(self, frames: Tensor, clips: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """`encode`, kept in memory for clips that come again.
+        """`encode`, with a cache for clips that repeat.
 
-        They are encoded one by one: a batch of another size may give other last bits, and what a clip comes in a batch
-        with depends on where a run was resumed.
+        Clips are encoded one by one: another batch size may change the last bits, and the batch of a clip depends on
+        where a run was resumed.
         """
         if min(clips) < 0:
             return self.encode(frames)
@@ -179,7 +179,7 @@ class DmStage:
         return torch.cat(latents), torch.cat(features)
 
     def losses(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Mean squared error of the predicted noise, at a random step of the schedule each."""
+        """Mean squared error of the predicted noise, each at a random step of the schedule."""
         frames = batch["frames"]
         clips = batch["clip"].tolist() if "clip" in batch else [NO_CLIP] * len(frames)
         latent, feature = self._encode_once(frames, clips)
@@ -202,7 +202,7 @@ class DmStage:
         return {"noise": (noise_weight(signal, spread, self.signal_std).flatten() * error).mean()}
 
     def checkpoint(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The released layout, the labels with their embeddings, and what it was trained with under "training"."""
+        """The released layout, the labels with their embeddings, and the training's facts under "training"."""
         buffers = {key: value.detach().cpu() for key, value in self.diffusion.named_buffers(recurse=False)}
         unet = {f"denoise_fn.{key}": value for key, value in weights.items()}
         return {
@@ -214,7 +214,7 @@ class DmStage:
 
     @torch.no_grad()
     def preview(self, weights: Mapping[str, Tensor], folder: Path, step: int) -> None:
-        """Rows of a real clip, and a clip made of its first frame by a few steps of DDIM (eta 0)."""
+        """Rows of a real clip, and a clip generated from its first frame by a few steps of DDIM (eta 0)."""
         if self.preview_clips is None:
             return
         device = self.table.device

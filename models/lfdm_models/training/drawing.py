@@ -1,8 +1,8 @@
-"""A small rasteriser: shapes as signed distances, drawn on all frames of a clip at once.
+"""A small rasterizer: shapes as signed distances, drawn on all frames of a clip at once.
 
-A pixel is covered by 0.5 - distance, in pixels, between 0 and 1: smooth edges without a larger
-canvas. Only additions, products, quotients, square roots and comparisons are used per pixel; IEEE 754
-fixes their results, so a picture has the same bits on every machine.
+A pixel's coverage is 0.5 - distance, in pixels, limited to 0 … 1, which gives smooth edges without a larger canvas. Per
+pixel, only additions, products, quotients, square roots and comparisons are used. IEEE 754 defines their results, so a
+picture has the same bits on every machine.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from numpy.typing import NDArray
 
 Float32Array: TypeAlias = NDArray[np.float32]
 UInt8Array: TypeAlias = NDArray[np.uint8]
-#: A number, or one a frame (T,).
+#: A number, or one per frame (T,).
 PerFrame: TypeAlias = "float | NDArray[np.float64]"
 #: Red, green, blue in [0, 1].
-Colour: TypeAlias = "tuple[float, float, float]"
+Color: TypeAlias = "tuple[float, float, float]"
 
 _TINY = np.float32(1e-6)
 
 
 class Patch(NamedTuple):
-    """The part of the canvas that a shape may cover, with coordinates of its own.
+    """The part of the canvas that a shape may cover, with its own coordinates.
 
     Attributes:
-        rows, columns: of the canvas.
-        u, v: coordinates from the shape's centre, to its right and down, broadcastable to (T, h, w), in half
+        rows, columns: range on the canvas.
+        u, v: coordinates from the shape's center, to its right and down, broadcastable to (T, h, w), in half
             widths of the picture.
     """
 
@@ -44,7 +44,7 @@ def per_frame(value: PerFrame) -> Float32Array:
 
 
 class Canvas:
-    """T square pictures of float32 colours. Coordinates run from -1 (left, top) to 1 (right, bottom)."""
+    """T square pictures of float32 colors. Coordinates range from -1 (left, top) to 1 (right, bottom)."""
 
     def __init__(self, frames: int, size: int) -> None:
         self.size = size
@@ -52,7 +52,7 @@ class Canvas:
         self._axis = ((2 * np.arange(size) + 1) / size - 1).astype(np.float32)
 
     def repeat(self, frames: int) -> Canvas:
-        """A canvas of `frames` copies of this one's only picture."""
+        """A canvas with `frames` copies of this canvas's only picture."""
         canvas = Canvas(0, self.size)
         canvas.pixels = np.repeat(self.pixels, frames, axis=1)
         return canvas
@@ -66,14 +66,14 @@ class Canvas:
         cos: PerFrame = 1.0,
         sin: PerFrame = 0.0,
     ) -> Patch:
-        """The surroundings of a centre in all frames.
+        """The area around a center in all frames.
 
         Args:
-            x: of the centre.
-            y: of the centre.
-            reach: half width and half height that the shape needs around it, as it lies on the canvas.
-            cos: of the angle by which the shape is turned, clockwise.
-            sin: of that angle.
+            x: x of the center.
+            y: y of the center.
+            reach: half width and half height of the area around it, along the canvas's axes.
+            cos: cosine of the shape's clockwise rotation.
+            sin: sine of that rotation.
         """
         columns = self._span(x, reach[0])
         rows = self._span(y, reach[1])
@@ -84,17 +84,17 @@ class Canvas:
             u, v = u * c + v * s, v * c - u * s
         return Patch(rows, columns, u, v)
 
-    def _span(self, centre: PerFrame, reach: float) -> slice:
+    def _span(self, center: PerFrame, reach: float) -> slice:
         margin = reach + 2.0 / self.size
-        first = int((float(np.min(centre)) - margin + 1) * self.size / 2)
-        last = int((float(np.max(centre)) + margin + 1) * self.size / 2) + 1
+        first = int((float(np.min(center)) - margin + 1) * self.size / 2)
+        last = int((float(np.max(center)) + margin + 1) * self.size / 2) + 1
         return slice(min(max(first, 0), self.size), min(max(last, 0), self.size))
 
     def fill(
         self,
         patch: Patch,
         distance: Float32Array,
-        colour: Colour,
+        color: Color,
         *,
         alpha: PerFrame = 1.0,
         tone: Float32Array | None = None,
@@ -103,12 +103,12 @@ class Canvas:
         """Draw where `distance` is negative.
 
         Args:
-            patch: where.
+            patch: area to draw in.
             distance: signed, negative inside, broadcastable to (T, h, w).
-            colour: what is drawn.
-            alpha: how opaque, 0 … 1.
-            tone: factor of the colour at each pixel.
-            blur: width of the edge in half widths of the picture, if more than a pixel's.
+            color: color of the shape.
+            alpha: opacity, 0 … 1.
+            tone: factor of the color at each pixel.
+            blur: width of the edge in half widths of the picture, if wider than a pixel.
         """
         width = np.float32(max(2.0 / self.size, blur))
         cover = np.float32(0.5) - distance / width
@@ -117,7 +117,7 @@ class Canvas:
             cover = cover * per_frame(alpha)
         for channel in range(3):
             part = self.pixels[channel, :, patch.rows, patch.columns]
-            value = np.float32(colour[channel])
+            value = np.float32(color[channel])
             part += ((value if tone is None else value * tone) - part) * cover
 
     def to_uint8(self) -> UInt8Array:
@@ -127,7 +127,7 @@ class Canvas:
 
 
 def ellipse(u: Float32Array, v: Float32Array, a: PerFrame, b: PerFrame) -> Float32Array:
-    """Distance to an ellipse of radii a and b, to first order: (k - 1) k / |grad k|, k the scaled radius."""
+    """First-order distance to an ellipse of radii a and b: (k - 1) k / |grad k|, with k the scaled radius."""
     ra, rb = per_frame(a), per_frame(b)
     p, q = u / ra, v / rb
     p2, q2 = p * p, q * q
@@ -144,7 +144,7 @@ def ellipse(u: Float32Array, v: Float32Array, a: PerFrame, b: PerFrame) -> Float
 
 
 def segment(u: Float32Array, v: Float32Array, half_length: PerFrame, radius: PerFrame) -> Float32Array:
-    """Distance to a bar with round ends, lying along u."""
+    """Distance to a bar with round ends along u."""
     over = np.maximum(np.abs(u) - per_frame(half_length), 0)
     return np.sqrt(over * over + v * v) - per_frame(radius)
 
@@ -157,10 +157,10 @@ def bowl(
     Args:
         u: coordinate to the right.
         v: coordinate down.
-        half_width: where the parabolas meet.
-        upper: height of one at u = 0, down being positive.
-        lower: height of the other, at least `upper`.
-        margin: added all around.
+        half_width: u at which the parabolas meet.
+        upper: v of one parabola at u = 0; positive is down.
+        lower: v of the other, at least `upper`.
+        margin: added on all sides.
     """
     w, top, bottom, grown = (per_frame(value) for value in (half_width, upper, lower, margin))
     scaled = u / w

@@ -1,7 +1,7 @@
 """Random numbers that are the same on every machine and with every version of NumPy.
 
-NumPy promises stable streams of its bit generators, not of the distributions built on them; so only
-raw bits are taken from it.
+NumPy guarantees stable streams of its bit generators, but not of the distributions built on them, so only raw bits are
+used.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import numpy as np
 
 T = TypeVar("T")
 
-#: Seeds are whole numbers below this.
+#: Seeds are integers below this number.
 SEEDS = 2**64
 
 
 class Draws:
-    """A stream of random numbers, told apart by seed and purpose."""
+    """A stream of random numbers, identified by seed and purpose."""
 
     def __init__(self, seed: int, purpose: int) -> None:
-        """Begin a stream.
+        """Start a stream.
 
         Args:
             seed: 0 … 2^64 - 1.
-            purpose: number of the stream among those of the seed, 0 … 2^64 - 1.
+            purpose: index of the stream among those of the seed, 0 … 2^64 - 1.
 
         Raises:
             ValueError: a number is out of range.
@@ -39,11 +39,11 @@ class Draws:
         return low + (high - low) * (int(self._bits.random_raw()) >> 11) * 2.0**-53
 
     def integer(self, count: int) -> int:
-        """A whole number in 0 … count - 1."""
+        """An integer in 0 … count - 1."""
         return int(self.uniform(0.0, float(count)))
 
     def chance(self, probability: float) -> bool:
-        """True with a probability."""
+        """True with the given probability."""
         return self.uniform() < probability
 
     def sign(self) -> float:
@@ -51,5 +51,5 @@ class Draws:
         return 1.0 if self.chance(0.5) else -1.0
 
     def pick(self, choices: Sequence[T]) -> T:
-        """One of several, all equally likely."""
+        """One of the choices, all equally likely."""
         return choices[self.integer(len(choices))]

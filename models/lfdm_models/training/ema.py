@@ -1,4 +1,4 @@
-"""A running mean of a network's weights."""
+"""A moving average of a network's weights."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Exponential moving average of everything in a state dict; whole numbers are taken as they are.
+    """Exponential moving average of everything in a state dict; integers are copied.
 
-    The statistics of batch norm are averaged as well, so that they belong to the averaged weights.
+    The statistics of batch norm are averaged too, so that they match the averaged weights.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -18,7 +18,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """Take in the weights after step `step` (from 0); early on the mean is shorter, or it would hold the start."""
+        """Add the weights after step `step` (from 0); early averages are shorter, so that the initial weights fade."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for key, value in network.state_dict().items():
             mean = self.weights[key]

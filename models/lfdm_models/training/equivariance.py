@@ -1,6 +1,6 @@
-"""Equivariance of the region predictor: an image that is bent must give regions bent alike.
+"""Equivariance of the region predictor: a deformed image must give regions deformed alike.
 
-With T a smooth map of the plane and D'(z) = D(T(z)), what is at T(z) in D is at z in D'. So for regions
+With T a smooth map of the plane and D'(z) = D(T(z)), the content at T(z) in D is at z in D'. So for regions
 (shift, affine) of D and (shift', affine') of D', with J the Jacobian of T:
 
     shift = T(shift')        affine = J(shift') affine'   (up to the sign of a region's axes)
@@ -22,7 +22,7 @@ from lfdm_models.layers import coordinate_grid
 from lfdm_models.regions import Regions
 
 AFFINE_SIGMA, SPLINE_SIGMA, CONTROL_POINTS = 0.05, 0.005, 5
-# Keeps the logarithm finite at a control point.
+# Keeps the logarithm finite at control points.
 _TINY = 1e-12
 
 
@@ -52,7 +52,7 @@ class PlaneMap:
         spline_sigma: float = SPLINE_SIGMA,
         control_points: int = CONTROL_POINTS,
     ) -> PlaneMap:
-        """Near the identity, one map an image, on the generator's device."""
+        """Random maps near the identity, one per image, on the generator's device."""
         device = generator.device
 
         def normal(*shape: int) -> Tensor:
@@ -69,7 +69,7 @@ class PlaneMap:
         return z @ self.linear.transpose(1, 2) + self.offset[:, None] + bend @ self.weights
 
     def jacobian(self, z: Tensor) -> Tensor:
-        """Derivatives (B, N, 2, 2) at points (B, N, 2); row: component of T."""
+        """Derivatives (B, N, 2, 2) at points (B, N, 2); rows are components of T."""
         offsets = self._offsets(z)
         squared = offsets.square().sum(dim=-1)
         # d/dz of s log(s + tiny), s = |z - point|^2
@@ -78,7 +78,7 @@ class PlaneMap:
         return self.linear[:, None] + bend
 
     def bend(self, image: Tensor) -> Tensor:
-        """D'(z) = D(T(z)) for D (B, C, H, W); beyond the border comes its reflection."""
+        """D'(z) = D(T(z)) for D (B, C, H, W), with reflection beyond the border."""
         batch, _, height, width = image.shape
         grid = coordinate_grid(height, width, image).reshape(1, -1, 2).expand(batch, -1, -1)
         moved = self(grid).view(batch, height, width, 2)
@@ -89,12 +89,12 @@ class PlaneMap:
 
 
 def shift_loss(regions: Regions, bent: Regions, plane_map: PlaneMap) -> Tensor:
-    """Mean absolute difference of the regions' centres and of the mapped centres of the bent image's regions."""
+    """Mean absolute difference between the regions' centers and the mapped centers of the deformed image's regions."""
     return (regions.shift - plane_map(bent.shift)).abs().mean()
 
 
 def affine_loss(regions: Regions, bent: Regions, plane_map: PlaneMap) -> Tensor:
-    """Mean absolute difference from the identity of affine^-1 J affine', with the sign of the axes left free."""
+    """Mean absolute difference between affine^-1 J affine' and the identity; the sign of the axes is free."""
     value = inverse_2x2(regions.affine) @ plane_map.jacobian(bent.shift) @ bent.affine
     value = value * torch.sign(value[..., :1, :1])
     return (torch.eye(2, dtype=value.dtype, device=value.device) - value).abs().mean()

@@ -1,5 +1,5 @@
-"""The error that training raises on purpose."""
+"""The exception that training raises on purpose."""
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on as asked; the text is one sentence for the user: what, found, expected, what to do."""
+    """Training cannot proceed as requested; the text is one sentence: what, found, expected, what to do."""

@@ -16,7 +16,7 @@ _TONGUE = (0.87, 0.42, 0.43)
 
 
 def draw_face(canvas: Canvas, who: Character, pose: Pose, head: Head) -> None:
-    """Cheeks, eyes, brows, nose and mouth."""
+    """Draw cheeks, eyes, brows, nose and mouth."""
     for side in (-1.0, 1.0):
         _draw_cheek(canvas, who, pose, head, side)
     for side in (-1.0, 1.0):
@@ -68,8 +68,8 @@ def _draw_brow(canvas: Canvas, who: Character, pose: Pose, head: Head, side: flo
         cos=head.cos * cos - head.sin * sin,
         sin=head.sin * cos + head.cos * sin,
     )
-    colour = darker(who.hair_colour if who.hair not in ("none", "beanie") else who.skin, 0.55)
-    canvas.fill(brow, segment(brow.u, brow.v, 0.95 * who.eye_width * spot.narrow - 0.02, who.brow_width), colour)
+    color = darker(who.hair_color if who.hair not in ("none", "beanie") else who.skin, 0.55)
+    canvas.fill(brow, segment(brow.u, brow.v, 0.95 * who.eye_width * spot.narrow - 0.02, who.brow_width), color)
 
 
 def _draw_lens(canvas: Canvas, who: Character, head: Head, spot: Spot, side: float) -> None:
@@ -98,7 +98,7 @@ def _draw_mouth(canvas: Canvas, who: Character, pose: Pose, head: Head) -> None:
     bend = who.mood + 0.13 * pose.smile
     upper = (1 - 0.75 * np.clip(pose.smile, 0, 1)) * bend - 0.11 * round_
     lower = bend + 0.16 * pose.mouth_open * (1 + 0.35 * pose.smile)
-    # Corners rise as the middle falls.
+    # Corners rise when the middle falls.
     v = mouth.v + per_frame(0.45 * bend)
     lips = bowl(mouth.u, v, half, upper, lower, 0.02)
     canvas.fill(mouth, lips, darker((0.66, 0.25, 0.24), 0.55 + 0.45 * max(who.skin)))

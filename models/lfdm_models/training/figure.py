@@ -1,4 +1,4 @@
-"""Draws a character in its poses."""
+"""Drawing a character in its poses."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def draw(character: Character, pose: Pose, size: int) -> UInt8Array:
     """Draw a character in T poses.
 
     Args:
-        character: who.
+        character: the character.
         pose: T poses.
-        size: pixels a side.
+        size: pixels per side.
 
     Returns:
         (T, size, size, 3) uint8.
@@ -67,7 +67,7 @@ def _draw_body(canvas: Canvas, who: Character) -> None:
     body = canvas.patch(who.head_x, 1.25, (who.shoulders, 0.9))
     shape = ellipse(body.u, body.v, who.shoulders, 1.25 - top - 0.06)
     tone = 1 + np.float32(0.5 * who.light) * (np.float32(who.light_x) * body.u)
-    canvas.fill(body, shape, who.clothes_colour, tone=tone)
+    canvas.fill(body, shape, who.clothes_color, tone=tone)
     if who.clothes == "stripe":
         band = np.maximum(shape, np.abs(body.v + np.float32(1.25 - 0.84)) - np.float32(0.05))
         canvas.fill(body, band, who.trim, tone=tone)
@@ -79,20 +79,20 @@ def _draw_body(canvas: Canvas, who: Character) -> None:
 
 
 def hand_at(who: Character, pose: Pose, distance: float) -> tuple[Float64Array, Float64Array]:
-    """A point of the forearm by its distance from the elbow; the hand's centre is at 0.58."""
+    """A point of the forearm by its distance from the elbow; the hand's center is at 0.58."""
     cos, sin = _forearm(who, pose)
     elbow_x, elbow_y = who.hand_side * 0.66, 1.2 - 0.42 * pose.arm_raise
     return elbow_x + distance * sin, elbow_y - distance * cos
 
 
 def _forearm(who: Character, pose: Pose) -> tuple[Float64Array, Float64Array]:
-    """Cosine and sine of its angle."""
+    """Cosine and sine of the forearm's angle."""
     angle = pose.arm_swing + who.hand_side * 0.06
     return exact(np.cos(angle)), exact(np.sin(angle))
 
 
 def _draw_arm(canvas: Canvas, who: Character, pose: Pose) -> None:
-    """A sleeve and a mitten, turned about the elbow, which is below the picture."""
+    """Draw a sleeve and a mitten, rotated about the elbow, which is below the picture."""
     cos, sin = _forearm(who, pose)
 
     def along(distance: float, reach: float) -> Patch:
@@ -100,7 +100,7 @@ def _draw_arm(canvas: Canvas, who: Character, pose: Pose) -> None:
         return canvas.patch(x, y, (reach, reach), cos=cos, sin=sin)
 
     sleeve = along(-0.05, 0.58)
-    dark = darker(who.clothes_colour, 0.88)
+    dark = darker(who.clothes_color, 0.88)
     canvas.fill(sleeve, segment(sleeve.v, sleeve.u, 0.42, 0.125), dark)
     cuff = along(0.43, 0.2)
     canvas.fill(cuff, segment(cuff.u, cuff.v, 0.09, 0.055), who.trim)

@@ -1,4 +1,4 @@
-"""Files of a training run: written whole or not at all; read without running anything in them."""
+"""Files of a training run: written completely or not at all; read without running any code in them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _LONGEST_NAME = 255
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, which then takes its place.
+    """Let `write` fill a file beside `path`, which then replaces it.
 
-    A link stays, and what it leads to is replaced; a device or a pipe is written to. What killed runs left in the
-    folder is removed. (`lfdm_export.files.atomic` does the same for the toolkit.)
+    A link stays, and its target is replaced; a device or a pipe is written to. Leftovers of killed runs in the folder
+    are removed. (`lfdm_export.files.atomic` does the same for the toolkit.)
 
     Args:
-        path: the file; missing folders are made.
-        write: fills the file that it is given.
+        path: the file; missing folders are created.
+        write: fills the given file.
 
     Raises:
-        TrainingError: it cannot be written.
+        TrainingError: the file cannot be written.
     """
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
@@ -42,22 +42,22 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         _remove_leftovers(target.parent)
         with _part(target) as part:
             write(part)
-            _sync(part)  # else a machine that goes down may leave the new name without the new bytes
+            _sync(part)  # else a crash of the machine may leave the new name without the new bytes
             part.replace(target)
             _sync(target.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError where the disk is full
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError if the disk is full
         raise TrainingError(f"{path} cannot be written: {error}; free some space or choose another folder") from error
 
 
 def refuse_input(output: Path, inputs: Mapping[str, Path | None]) -> None:
-    """Refuse to replace a file that is read.
+    """Reject an output that would replace an input.
 
     Args:
-        output: what will be written.
-        inputs: files by the option that names them.
+        output: file to be written.
+        inputs: files by option.
 
     Raises:
-        TrainingError: they are one and the same file, by whatever names.
+        TrainingError: the output is the same file as an input, under any name.
     """
     for option, path in inputs.items():
         if path is not None and path.is_file() and output.exists() and path.samefile(output):
@@ -69,7 +69,7 @@ def refuse_input(output: Path, inputs: Mapping[str, Path | None]) -> None:
 
 @contextmanager
 def _part(target: Path) -> Iterator[Path]:
-    """A name beside `target`, locked as long as its writer lives; gone afterwards."""
+    """A temporary name beside `target`, locked while its writer lives, and removed afterwards."""
     ending = f".lfdm-{secrets.token_hex(6)}.part"
     kept = os.fsencode(target.name)[: _LONGEST_NAME - len(ending) - 1].decode("utf-8", "ignore")
     part = target.with_name(f".{kept}{ending}")
@@ -82,7 +82,7 @@ def _part(target: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed runs left: files of our names that nobody has locked."""
+    """Remove leftovers of killed runs: files with such names that no process has locked."""
     for path in folder.glob(".*.lfdm-*.part"):
         if path.is_file() and not path.is_symlink():
             with suppress(OSError), path.open("rb") as file:
@@ -91,7 +91,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _lock(descriptor: int) -> bool:
-    """Whether a file was locked: not where another process holds it, or where there are no locks."""
+    """Whether a file was locked; False if another process holds the lock, or locks are not available."""
     try:
         import fcntl
 
@@ -102,7 +102,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Make a file, or a folder's entries, durable, where the file system can."""
+    """Make a file, or a folder's entries, durable, where the file system supports it."""
     if os.name != "posix" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -116,7 +116,7 @@ def _sync(path: Path) -> None:
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """`torch.save`, whole or not at all.
+    """`torch.save`, completely or not at all.
 
     Raises:
         TrainingError: it cannot be written.
@@ -125,17 +125,17 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def load(path: Path, what: str) -> dict[str, Any]:
-    """What `save` wrote, on the CPU.
+    """Read the result of `save`, on the CPU.
 
     Args:
         path: the file.
-        what: what it is meant to be, for messages.
+        what: expected kind of file, for messages.
 
     Raises:
-        TrainingError: it cannot be read, or is no such file.
+        TrainingError: the file cannot be read, or is of another kind.
     """
     try:
-        TorchFile(path)  # torch's own reader builds what a damaged or hostile file claims, before it can be checked
+        TorchFile(path)  # torch's own reader allocates whatever an invalid file claims, before any check
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise TrainingError(f"{path} does not exist; give the path of {what}") from None

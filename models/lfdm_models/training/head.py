@@ -1,4 +1,4 @@
-"""The head of a procedural character as a turning ellipsoid, with hair and ears."""
+"""The head of a procedural character as a rotating ellipsoid, with hair and ears."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CUT = 2.0**20
 
 
 def exact(values: Float64Array) -> Float64Array:
-    """Values cut to multiples of 2^-20: what differs in the last bit between machines becomes equal."""
+    """Values rounded to multiples of 2^-20, which removes differences in the last bit between machines."""
     cut: Float64Array = np.rint(values * _CUT) / _CUT
     return cut
 
@@ -25,9 +25,9 @@ class Spot(NamedTuple):
     """A point on the face, seen from the front. Every attribute is (T,).
 
     Attributes:
-        x, y: on the canvas.
-        narrow, flat: foreshortening across and along, 1 seen straight.
-        visible: 0 where it has turned to the back.
+        x, y: position on the canvas.
+        narrow, flat: foreshortening across and along, 1 from the front.
+        visible: 0 where it is turned to the back.
     """
 
     x: Float64Array
@@ -38,21 +38,21 @@ class Spot(NamedTuple):
 
 
 class Skull(NamedTuple):
-    """Where the skull is: its patch of the canvas, and the distance to its outline there."""
+    """The skull's patch of the canvas, and the distance to its outline there."""
 
     patch: Patch
     outline: Float32Array
 
 
 class Head:
-    """Where the head is in T poses, and what of it is no feature of the face."""
+    """Position of the head in T poses, and drawing of everything except the face's features."""
 
     def __init__(self, who: Character, pose: Pose) -> None:
         self.who = who
         self.sin_yaw, self.cos_yaw = exact(np.sin(pose.yaw)), exact(np.cos(pose.yaw))
         self.sin_pitch, self.cos_pitch = exact(np.sin(pose.pitch)), exact(np.cos(pose.pitch))
         self.sin, self.cos = exact(np.sin(pose.roll)), exact(np.cos(pose.roll))
-        # Rolled about the neck; turning the head also shifts it a little.
+        # Rolls about the neck; turning the head also shifts it a little.
         pivot = 0.85 * who.chin
         lean = 0.1 * self.sin_yaw
         self.x = who.head_x + lean + pivot * self.sin
@@ -60,20 +60,20 @@ class Head:
         self.height = (who.crown + who.chin) / 2
 
     def patch(self, canvas: Canvas, x: Float64Array, y: Float64Array, reach: float) -> Patch:
-        """Surroundings of a point on the canvas, turned with the head."""
+        """The area around a point on the canvas, rotated with the head."""
         return canvas.patch(x, y, (reach, reach), cos=self.cos, sin=self.sin)
 
     def place(self, x: Float64Array, y: Float64Array) -> tuple[Float64Array, Float64Array]:
-        """Offsets from the head's centre, before roll -> canvas."""
+        """Offsets from the head's center, before roll -> canvas."""
         return self.x + x * self.cos - y * self.sin, self.y + x * self.sin + y * self.cos
 
     def spot(self, across: float, down: float, depth: float = 1.0) -> Spot:
         """A point of the face.
 
         Args:
-            across: place in the neutral pose, in radii of the head.
+            across: position in the neutral pose, in radii of the head.
             down: likewise.
-            depth: how far out it is, 1 on the surface.
+            depth: distance from the center, 1 on the surface.
         """
         front = float(np.sqrt(max(1 - across * across - down * down, 0.05))) * depth
         x = across * self.cos_yaw + front * self.sin_yaw
@@ -82,15 +82,15 @@ class Head:
         z = z * self.cos_pitch - down * self.sin_pitch
         radius = self.who.chin if down > 0 else self.who.crown
         canvas_x, canvas_y = self.place(self.who.head_width * x, radius * y)
-        # Half of what a sphere would do: features lie flatter than its edge.
+        # Half the effect of a sphere: features are flatter than its edge.
         narrow = np.clip(0.5 + 0.5 * z / front, 0.3, 1.05)
         flat = np.clip(0.5 + 0.5 * self.cos_pitch, 0.3, 1.0)
         return Spot(canvas_x, canvas_y, narrow, flat, np.clip(z * 6, 0.0, 1.0))
 
     def draw_behind(self, canvas: Canvas) -> None:
-        """Hair that the body and the skull cover."""
+        """Draw the hair behind body and skull."""
         who = self.who
-        hair = darker(who.hair_colour, 0.8)
+        hair = darker(who.hair_color, 0.8)
         sway = -0.08 * self.sin_yaw
         width = who.head_width
         if who.hair in ("long", "bob"):
@@ -114,7 +114,7 @@ class Head:
                 canvas.fill(spike, ellipse(slanted, spike.v, 0.1, 0.24), hair)
 
     def draw_ears(self, canvas: Canvas) -> None:
-        """Ears, which the skull covers in part."""
+        """Draw the ears, partly behind the skull."""
         who = self.who
         for side in (-1.0, 1.0):
             if who.ears == "human":
@@ -148,7 +148,7 @@ class Head:
         return distance
 
     def draw_skull(self, canvas: Canvas) -> Skull:
-        """The face without features, shaded; what `draw_front` needs of it."""
+        """Draw the shaded face without features; returns the skull for `draw_front`."""
         who = self.who
         patch = self.patch(canvas, self.x, self.y, 0.72)
         light = np.float32(who.light * 0.9)
@@ -160,33 +160,33 @@ class Head:
         return Skull(patch, outline)
 
     def draw_front(self, canvas: Canvas, skull: Skull) -> None:
-        """Hair or a hat on the skull, over the forehead."""
+        """Draw hair or a hat on the skull, over the forehead."""
         who = self.who
         if who.hair == "none":
             return
         patch = skull.patch
         cap = skull.outline - np.float32(0.045)
         hat = who.hair == "beanie"
-        # The hairline is a curve on the turning skull, higher in the middle.
+        # The hairline is a curve on the rotating skull, higher in the middle.
         across = patch.u - per_frame(0.5 * who.head_width * self.sin_yaw)
         middle = -who.hairline * who.crown + 0.3 * self.sin_pitch
         bend = 0.0 if hat else 1.05
         line = patch.v - per_frame(middle) - np.float32(bend) * across * across
         if not hat:
             line = line - np.float32(who.parting) * across
-        colour = who.trim if hat else who.hair_colour
+        color = who.trim if hat else who.hair_color
         light = np.float32(who.light)
         tone = 1 + light * (
             np.float32(who.light_x) * patch.u * 2 + np.float32(who.light_y) * (patch.v + np.float32(0.4))
         )
-        canvas.fill(patch, np.maximum(cap, line), colour, tone=tone)
+        canvas.fill(patch, np.maximum(cap, line), color, tone=tone)
         if hat:
             rim = np.maximum(cap - np.float32(0.02), np.abs(line + np.float32(0.02)) - np.float32(0.07))
             canvas.fill(patch, rim, darker(who.trim, 0.78))
 
 
 def _boxy(u: Float32Array, v: Float32Array, a: float, b: float, squareness: float) -> Float32Array:
-    """Distance to something between an ellipse and a rounded box."""
+    """Distance to a shape between an ellipse and a rounded box."""
     p, q = u / np.float32(a), v / np.float32(b)
     p2, q2 = p * p, q * q
     round_ = p2 + q2

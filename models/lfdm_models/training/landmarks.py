@@ -1,4 +1,4 @@
-"""Points of a procedural character that regions of an LFAE can be shown."""
+"""Points of a procedural character for training an LFAE's regions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lfdm_models.training.figure import hand_at
 from lfdm_models.training.head import Float64Array, Head
 from lfdm_models.training.motions import Pose
 
-#: In the order of the points. Left and right are the picture's.
+#: In the order of the points. Left and right are as in the picture.
 LANDMARKS = (
     "left eye",
     "right eye",
@@ -25,12 +25,12 @@ LANDMARKS = (
     "forearm",
 )
 
-# Unequal, or a region would have no direction. Lips part by less than what surrounds them is wide.
+# Unequal, because a round region would have no direction. Lips part by less than the width of their surroundings.
 _BROAD, _TIGHT = (0.15, 0.22), (0.09, 0.07)
 
 
 def landmarks(who: Character, pose: Pose) -> Float32Array:
-    """Where the points of `LANDMARKS` are in T poses, and how what is around them is turned.
+    """Positions of the points of `LANDMARKS` in T poses, with the rotation and size of a region around each.
 
     Args:
         who: the character.
@@ -38,7 +38,7 @@ def landmarks(who: Character, pose: Pose) -> Float32Array:
 
     Returns:
         (T, 11, 5) float32: x, y from -1 (left, top) to 1 (right, bottom), the picture's edges; angle in radians,
-        clockwise, 0 upright; standard deviations across and along it of a region there, in half widths.
+        clockwise, 0 upright; standard deviations of a region there, across and along it, in half widths.
     """
     head = Head(who, pose)
     eyes = [head.spot(side * who.eye_x, who.eye_y) for side in (-1.0, 1.0)]

@@ -1,4 +1,4 @@
-"""Where the published data sets, and one's own, have their clips on disk, and who is in which split."""
+"""Layout on disk, and splits, of the published data sets and of the user's own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MUG_TRAIN = (8, 17, 21, 28, 30, 31, 34, 36, 37, 38, 39, 42, 43, 44, 45, 55, 60,
 _MUG_TEST = (1, 2, 6, 7, 10, 13, 14, 20, 27, 32, 33, 40, 46, 48, 49, 52, 64, 65, 66, 70, 72, 73, 74, 78, 79, 82)
 _MHAD_NAME = re.compile(r"a(\d+)_s(\d+)_t(\d+)", re.IGNORECASE)
 _NATOPS_NAME = re.compile(r"g(\d+)_?s(\d+)", re.IGNORECASE)
-# UTD-MHAD has 27 actions; the published model knows all but this one ("sit to stand").
+# UTD-MHAD has 27 actions; the published model has labels for all except this one ("sit to stand").
 _MHAD_ABSENT = 24
 
 
@@ -44,11 +44,11 @@ class DiskSet:
     """The clips of one split of a data set.
 
     Attributes:
-        name: of the data set.
+        name: name of the data set.
         entries: its clips, in order of their paths.
         labels: all labels, in the order of their embeddings.
-        framing: what is done to pictures before they are scaled.
-        choice: how frames are chosen: sorted at random, the first fixed, or one from each of T equal spans.
+        framing: applied to pictures before they are scaled.
+        choice: how frames are chosen: at random and sorted, the first fixed, or one from each of T equal intervals.
     """
 
     name: str
@@ -61,11 +61,10 @@ class DiskSet:
 def mug(root: Path, split: Split) -> DiskSet:
     """MUG: folders of pictures, somewhere below a folder named by subject and one named by label.
 
-    The usual ``subjects3/SUBJECT/LABEL/takeNNN/*.jpg`` as well as ``SUBJECT/LABEL/*.jpg``; the split is the published
-    one.
+    Both ``subjects3/SUBJECT/LABEL/takeNNN/*.jpg`` and ``SUBJECT/LABEL/*.jpg`` work; the split is the published one.
 
     Raises:
-        TrainingError: there is no such folder, or no clip of the split in it.
+        TrainingError: the folder is missing, or has no clip of the split.
     """
     subjects = {f"{number:03d}" for number in (_MUG_TRAIN if split == "train" else _MUG_TEST)}
     entries = []
@@ -82,13 +81,12 @@ def mhad(root: Path, split: Split, subjects: Sequence[int] | None = None) -> Dis
     """UTD-MHAD: videos (or folders of pictures) named ``aACTION_sSUBJECT_tTRIAL…``.
 
     Args:
-        root: the folder, at any depth of which the clips are.
-        split: which half of the people; unless `subjects` says otherwise those with odd numbers train, as in the data
-            set's own protocol.
-        subjects: who is in this split.
+        root: folder of the clips, at any depth.
+        split: part of the subjects; by default, odd numbers are for training, as in the data set's own protocol.
+        subjects: the subjects in this split, instead of the default.
 
     Raises:
-        TrainingError: there is no such folder, or no clip of the split in it.
+        TrainingError: the folder is missing, or has no clip of the split.
     """
     chosen = set(subjects) if subjects is not None else {n for n in range(1, 9) if (n % 2 == 1) == (split == "train")}
     entries, odd = [], 0
@@ -107,16 +105,16 @@ def mhad(root: Path, split: Split, subjects: Sequence[int] | None = None) -> Dis
 
 
 def natops(root: Path, split: Split, subjects: Sequence[int] | None = None) -> DiskSet:
-    """NATOPS: videos (or folders of pictures), one a gesture, named ``gGESTUREsSUBJECT…``.
+    """NATOPS: videos (or folders of pictures), one per gesture, named ``gGESTUREsSUBJECT…``.
 
     Args:
-        root: the folder, at any depth of which the clips are.
-        split: which half of the people; unless `subjects` says otherwise 1 to 10 train and 11 to 20 test, which is
-            this project's choice: check it against the protocol that you compare with.
-        subjects: who is in this split.
+        root: folder of the clips, at any depth.
+        split: part of the subjects; by default 1 to 10 are for training and 11 to 20 for tests, which is this project's
+            choice: check it against the protocol that you compare with.
+        subjects: the subjects in this split, instead of the default.
 
     Raises:
-        TrainingError: there is no such folder, or no clip of the split in it.
+        TrainingError: the folder is missing, or has no clip of the split.
     """
     chosen = set(subjects if subjects is not None else range(1, 11) if split == "train" else range(11, 21))
     entries, odd = [], 0
@@ -135,13 +133,13 @@ def natops(root: Path, split: Split, subjects: Sequence[int] | None = None) -> D
 
 
 def plain(root: Path, split: Split) -> DiskSet:
-    """One's own clips: ``LABEL/CLIP``, a clip being a video, a GIF or a folder of pictures.
+    """The user's own clips: ``LABEL/CLIP``, where a clip is a video, a GIF or a folder of pictures.
 
-    Where there are folders ``train`` and ``test``, those are the splits; else all clips train. Clips in a folder
-    ``None`` have no label.
+    Folders ``train`` and ``test``, if both exist, are the splits; otherwise all clips are for training. Clips in a
+    folder ``None`` have no label.
 
     Raises:
-        TrainingError: there is no such folder, or no clip of the split in it.
+        TrainingError: the folder is missing, or has no clip of the split.
     """
     if (root / "train").is_dir() and (root / "test").is_dir():
         base = root / split
@@ -162,7 +160,7 @@ def plain(root: Path, split: Split) -> DiskSet:
 
 
 def _clips_below(root: Path) -> Iterator[Path]:
-    """Every video, and every folder that holds pictures, in the order of their paths."""
+    """Every video, and every folder with pictures, in the order of their paths."""
     if not root.is_dir():
         raise TrainingError(f"there is no folder {root}; give the folder of the data set")
     for path in sorted(root.rglob("*")):

@@ -1,4 +1,4 @@
-"""The first stage: the LFAE learns to rebuild one frame of a clip from another.
+"""The first stage: the LFAE learns to reconstruct one frame of a clip from another.
 
 Source: Ni et al., CVPR 2023 (arXiv 2303.13744), Sec. 3.2.
 """
@@ -29,29 +29,30 @@ from lfdm_models.training.settings import Learn, Precision
 
 #: Top-level entries of a checkpoint that hold weights.
 PARTS = ("generator", "region_predictor", "bg_predictor")
-# Logits of a new LFAE: of occlusion; of a region's motion where its heatmap has risen by 1; of the background's,
-# above all regions together.
+# Initial logits of a new LFAE: of occlusion; of a region's motion where its heatmap rises by 1; of the background's,
+# relative to all regions together.
 _VISIBLE, _HEATMAP_TAP, _STILL = 3.0, 8.0, 2.0
 _TINY = 1e-8
-# How far colours may be off where a motion is right.
+# Typical color error where a motion is right.
 _MIXTURE_SPREAD = 0.02
-# How far what is decoded is taken to be.
+# Assumed error of decoded content.
 _DECODED_ERROR = 0.04
 _HOURGLASSES = ("flow_predictor", "region_predictor", "bg_predictor")
 
 
 def new_lfae(config: LfaeConfig, seed: int, image_size: int) -> Lfae:
-    """An LFAE to be trained from nothing; the global random state is left alone.
+    """A new LFAE for training from scratch; the global random state does not change.
 
-    The regions begin broad: as points, their covariances would have no inverse. The background begins still: as
-    grids are corner-aligned and yet sampled by pixel centres, a picture stays where it is under a grid of n points
-    times (n - 1) / n. A flow begins as the background's but where a region has come to, and everything as visible: the
-    start is a copy of the source, and no pixel is so sure of the background that it could not learn of a region.
+    Regions are initially broad, because points have singular covariances. The background is initially static: grids
+    are corner-aligned, but sampled by pixel centers, so a picture stays in place under a grid of n points times
+    (n - 1) / n. The flow is initially the background's, except where a region has arrived, and everything is visible.
+    The first output is thus a copy of the source, and no pixel is so certain of the background that it could not
+    learn a region.
 
     Args:
         config: its architecture.
-        seed: of its weights.
-        image_size: pixels a side that it will see.
+        seed: seed of its weights.
+        image_size: pixels per side of its inputs.
     """
     maps = config.regions + 1
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -72,11 +73,11 @@ def new_lfae(config: LfaeConfig, seed: int, image_size: int) -> Lfae:
 
 
 def still_background(lfae: Lfae, image_size: int) -> None:
-    """Have the background stay exactly where it is; see `new_lfae`.
+    """Make the background exactly static, with the grid factor that `new_lfae` describes.
 
     Args:
-        lfae: what is changed.
-        image_size: pixels a side that it sees.
+        lfae: the LFAE, which is changed.
+        image_size: pixels per side of its inputs.
     """
     still = 1 - lfae.config.flow_stride / image_size
     with torch.no_grad():
@@ -85,10 +86,10 @@ def still_background(lfae: Lfae, image_size: int) -> None:
 
 
 class LfaeStage:
-    """Training of an LFAE; see `lfdm_models.training.loop.Stage`."""
+    """Training of an LFAE, as a `lfdm_models.training.loop.Stage`."""
 
     name = "lfae"
-    #: Regions are found by a softmax of logits times 10: bfloat16's 8 bits are too few for them.
+    #: Regions come from a softmax of logits times 10, for which bfloat16's 8 bits are too few.
     gpu_precision: Precision = "tf32"
 
     def __init__(
@@ -107,16 +108,16 @@ class LfaeStage:
         """Train `lfae`.
 
         Args:
-            lfae: see `new_lfae`.
-            similarity: how a rebuilt frame is compared with the real one.
+            lfae: the LFAE, such as from `new_lfae`.
+            similarity: loss between a reconstructed frame and the real one.
             equivariance: weight of both equivariance losses.
-            landmarks: weight of the loss that draws the first regions to the examples' landmarks, if they have any.
+            landmarks: weight of the loss that pulls the first regions to the examples' landmarks, if they have any.
             mixture: weight of `mixture_loss`.
-            learn: "motion" compares the warped source and trains nothing that decodes: most of the work is there, and
-                motion is found without it. "regions" trains these alone. A run that trains more can start from the
+            learn: "motion" compares the warped source and does not train the decoding, which takes most of the time and
+                is not needed to learn motion. "regions" trains only these. A run that trains more can start from the
                 result.
-            freeze_norm: normalise with the statistics that the networks have, as inference does, and keep them.
-            examples: what the examples are, in plain values: a resumed run must have the same.
+            freeze_norm: normalize with the networks' stored statistics, as in inference, and do not update them.
+            examples: description of the examples in plain values, which must be the same for a resumed run.
             preview_clips: (N, 3, T, H, W) in [0, 1], for previews.
         """
         self.lfae, self.similarity, self.weight = lfae, similarity, equivariance
@@ -146,13 +147,13 @@ class LfaeStage:
         self.similarity.to(device)
 
     def losses(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Of rebuilding `driving` from `source`, and of regions that do not follow a bent image."""
+        """Losses of reconstructing `driving` from `source`, and of the regions' equivariance."""
         source, driving = batch["source"], batch["driving"]
         lfae, network = self.lfae, self.lfae.generator
         if self.freeze_norm:
-            lfae.eval()  # of all that is in it, batch norm alone behaves otherwise in training
+            lfae.eval()  # only batch norm differs between training and inference
         plane_map = PlaneMap.random(len(driving), generator)
-        # Cheap, and in need of all bits: regions are found by a softmax of logits times 10.
+        # Cheap, but needs full precision: regions come from a softmax of logits times 10.
         with torch.autocast(driving.device.type, enabled=False):
             before, after, bent = regions_of(lfae.region_predictor, source, driving, plane_map.bend(driving))
         losses = {
@@ -165,7 +166,7 @@ class LfaeStage:
             losses["landmarks"] = self.landmarks * total
         if self.learn == "regions":
             return losses
-        # 8 bits of a coordinate are an eighth of a pixel at this size.
+        # With 8 bits, a coordinate's error is an eighth of a pixel at this size.
         with torch.autocast(driving.device.type, enabled=False):
             background = lfae.bg_predictor(source, driving)
             motions = network.pixelwise_flow_predictor.motions(source, before, after, background)
@@ -180,7 +181,7 @@ class LfaeStage:
         return {"similarity": self.similarity(frame.float(), driving), **losses}
 
     def checkpoint(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The released layout, and what it was trained with under "training"."""
+        """The released layout, and the training's facts under "training"."""
         parts = {
             part: {key[len(part) + 1 :]: value for key, value in weights.items() if key.startswith(f"{part}.")}
             for part in PARTS
@@ -189,7 +190,7 @@ class LfaeStage:
 
     @torch.no_grad()
     def preview(self, weights: Mapping[str, Tensor], folder: Path, step: int) -> None:
-        """Rows of real clip, rebuilt clip and warped first frame."""
+        """Rows of real clip, reconstructed clip and warped first frame."""
         if self.preview_clips is None:
             return
         device = next(self.lfae.parameters()).device
@@ -206,12 +207,12 @@ class LfaeStage:
 def regions_of(predictor: RegionPredictor, *images: Tensor) -> list[Regions]:
     """Regions of several batches of images, found in one pass.
 
-    In training, all are normalised by what they have in common, as all are in inference. Were each batch normalised
-    by itself, neutral poses would be seen otherwise than moving ones, and what is learned of the motion between them
-    would not hold in inference.
+    In training, common statistics normalize all of them, as in inference. If each batch were normalized separately, the
+    network would see neutral poses differently from moving ones, and the learned motion between them would not hold in
+    inference.
 
     Args:
-        predictor: what finds them.
+        predictor: the region predictor.
         images: each (B, 3, H, W) in [0, 1].
     """
     together = predictor(torch.cat(images))
@@ -220,17 +221,17 @@ def regions_of(predictor: RegionPredictor, *images: Tensor) -> list[Regions]:
 
 
 def landmark_loss(regions: Regions, landmarks: Tensor) -> Tensor:
-    """How far heatmaps are from a Gaussian about each landmark, which lies as the landmark does: a mean divergence.
+    """Mean divergence of heatmaps from a Gaussian around each landmark, with the landmark's rotation.
 
-    The smaller a region shall be, the more it counts.
+    Smaller regions count more.
 
     Args:
         regions: at least as many as landmarks; the first of them are compared.
-        landmarks: (B, N, 5): x, y, angle, two sizes; see `lfdm_models.training.landmarks`.
+        landmarks: (B, N, 5): x, y, angle, two sizes, from `lfdm_models.training.landmarks`.
     """
     heatmap = regions.heatmap[:, : landmarks.shape[1]]
     height, width = heatmap.shape[2:]
-    # Pixels of a heatmap are counted from corner to corner, those of a picture by their centres.
+    # Heatmap coordinates are relative to corner pixels, those of a picture to its edges.
     scale = landmarks.new_tensor([width / (width - 1), height / (height - 1)])
     grid = coordinate_grid(height, width, heatmap).view(1, 1, height * width, 2)
     offset = grid - (landmarks[:, :, :2] * scale)[:, :, None]
@@ -246,15 +247,15 @@ def landmark_loss(regions: Regions, landmarks: Tensor) -> Tensor:
 
 
 def mixture_loss(candidates: Candidates, driving: Tensor) -> Tensor:
-    """How badly the motions explain the driving frame, if each of them is as likely as it counts in the flow.
+    """How badly the motions explain the driving frame, with each motion as likely as its weight in the flow.
 
-    Minus the logarithm of a sum over motions of probability times exp(-error / 0.02), and of what is occluded: the
-    decoder has to make that, at an error of its own. Unlike the error of the rebuilt frame, this has a gradient
-    wherever another motion, or none, explains a pixel better, however sure the flow is; else the flow stays with the
-    background, and occlusion with what is visible, because both begin better than what has not learned yet.
+    Minus the logarithm of a sum over motions of probability times exp(-error / 0.02), and over occlusion, where the
+    decoder paints with its own error. Unlike the error of the reconstructed frame, this loss has a gradient wherever
+    another motion, or none, explains a pixel better, however certain the flow is. Otherwise the flow would stay at the
+    background, and occlusion at fully visible, because both are better initially than untrained alternatives.
 
     Args:
-        candidates: of the flow.
+        candidates: the motions of the flow.
         driving: the driving frame at the flow's size (B, 3, h, w).
     """
     error = (candidates.deformed.float() - driving[:, None]).abs().mean(dim=2)
@@ -265,20 +266,20 @@ def mixture_loss(candidates: Candidates, driving: Tensor) -> Tensor:
 
 
 def load_lfae(path: Path, config: LfaeConfig | None = None) -> tuple[Lfae, dict[str, Any]]:
-    """An LFAE checkpoint, in eval mode, and what it says of its training.
+    """Load an LFAE checkpoint, in eval mode, with its training's facts.
 
     Args:
         path: written by this stage, or released.
-        config: its architecture, if the checkpoint does not tell (a released one does not).
+        config: its architecture, if the checkpoint does not store it (a released one does not).
 
     Raises:
-        TrainingError: it cannot be read, does not tell its architecture, or is not of it.
+        TrainingError: it cannot be read, does not store its architecture, or has another one.
     """
     content = load(path, "an LFAE checkpoint")
     training = content.get("training") or {}
     if config is None:
         if "config" not in training:
-            raise TrainingError(f"{path} does not tell its architecture; was it released? then give --released-lfae")
+            raise TrainingError(f"{path} does not store its architecture; for a released one, give --released-lfae")
         config = lfae_config(training["config"])
     lfae = Lfae(config)
     weights = {
@@ -292,7 +293,7 @@ def load_lfae(path: Path, config: LfaeConfig | None = None) -> tuple[Lfae, dict[
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """A configuration as plain values, as a checkpoint can hold them."""
+    """A configuration as plain values, for a checkpoint."""
     values = dataclasses.asdict(config)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 

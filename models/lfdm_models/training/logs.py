@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard, where it is installed; a JSON line a time in any case."""
+"""Logs as JSON lines, and as scalars for TensorBoard where it is installed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Logs:
     """Appends to ``losses.jsonl``, and to event files if tensorboard can be imported."""
 
     def __init__(self, folder: Path, *, events: bool = True) -> None:
-        """Write into `folder`, which is made when there is something to write; event files only if asked for."""
+        """Write into `folder`, which is created with the first entry; event files only if `events`."""
         self._folder, self._events = folder, events
         self._writer: Any = None
 
     def __enter__(self) -> Logs:
-        """Look for tensorboard."""
+        """Open the event file, if tensorboard is installed."""
         if not self._events:
             return self
         try:

@@ -1,14 +1,14 @@
-"""The loop that both stages are trained with.
+"""The training loop of both stages.
 
-All that is random in step n is a function of the seed and n: there is no random state to be saved, and
-a run that was killed goes on, from its last checkpoint, with the bits that it would have had.
+All randomness in step n depends only on the seed and n. No random state has to be saved, and a killed run continues
+from its last checkpoint bit for bit as it would have without the interruption.
 
     RUN/training.pt     everything that the next step needs
     RUN/lfae.pth        or dm.pth: the checkpoint in the released layout, written after it
-    RUN/previews/       a GIF now and then
+    RUN/previews/       occasional GIFs
     RUN/logs/           for TensorBoard, where it is installed
 
-Several processes train together where ``accelerate launch`` starts them: see `lfdm_models.training.processes`.
+``accelerate launch`` starts several processes that train together: see `lfdm_models.training.processes`.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.files import load, save
 from lfdm_models.training.logs import Logs
 from lfdm_models.training.processes import Processes
-from lfdm_models.training.settings import OptimiserSettings, Precision, RunSettings
+from lfdm_models.training.settings import OptimizerSettings, Precision, RunSettings
 
 logger = logging.getLogger(__name__)
 
 STATE = "training.pt"
 _FORMAT = {"format": "lfdm-training", "version": 1}
-#: (steps done, steps in all, losses by name) after every step.
+#: (steps done, all steps, losses by name) after every step.
 ReportProgress = Callable[[int, int, Mapping[str, float]], None]
 
 
 class Stage(Protocol):
-    """What is trained: the LFAE, or the DM."""
+    """The LFAE or the DM in training."""
 
     @property
     def name(self) -> str:
@@ -53,17 +53,17 @@ class Stage(Protocol):
 
     @property
     def gpu_precision(self) -> Precision:
-        """What "auto" means on a GPU."""
+        """The precision for "auto" on a GPU."""
         ...
 
     @property
     def network(self) -> nn.Module:
-        """What the optimiser changes."""
+        """The network with the weights that the optimizer changes."""
         ...
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed; plain values."""
+        """Facts that must be the same when a run is resumed, in plain values."""
         ...
 
     def to(self, device: torch.device) -> None:
@@ -71,7 +71,7 @@ class Stage(Protocol):
         ...
 
     def losses(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """By name; their sum is made smaller."""
+        """Losses by name; the optimizer minimizes their sum."""
         ...
 
     def checkpoint(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -79,20 +79,20 @@ class Stage(Protocol):
         ...
 
     def preview(self, weights: Mapping[str, Tensor], folder: Path, step: int) -> None:
-        """Write a picture of what the network can do by now."""
+        """Write a picture of the network's current results."""
         ...
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """The result of a run.
 
     Attributes:
         checkpoint: the file in the released layout.
-        step: steps done.
-        finished: all steps are done; else the run was asked to stop.
-        losses: of the last step.
-        signal: number of the signal that asked; 0: none did.
+        step: number of steps done.
+        finished: all steps are done; False if the run was stopped by a signal.
+        losses: losses of the last step.
+        signal: number of the signal that stopped the run; 0 for none.
     """
 
     checkpoint: Path
@@ -103,14 +103,14 @@ class Outcome:
 
 
 class _State:
-    """What changes while training."""
+    """The state that changes in training."""
 
-    def __init__(self, stage: Stage, optimiser: OptimiserSettings, run: RunSettings, device: torch.device) -> None:
+    def __init__(self, stage: Stage, optimizer: OptimizerSettings, run: RunSettings, device: torch.device) -> None:
         self.step = 0
         self.network = stage.network
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        # foreach: one formula for all tensors, whatever the device; its bits are those of any other run.
-        self.adam = torch.optim.Adam(parameters, lr=optimiser.learning_rate, betas=optimiser.betas, foreach=True)
+        # foreach: the same formula for all tensors on any device, so the bits do not depend on the choice.
+        self.adam = torch.optim.Adam(parameters, lr=optimizer.learning_rate, betas=optimizer.betas, foreach=True)
         self.ema = Ema(self.network, run.ema)
         self.device = device
 
@@ -143,41 +143,40 @@ class _State:
 
 
 def no_report(done: int, total: int, losses: Mapping[str, float]) -> None:
-    """Tell nobody."""
+    """Report nothing."""
 
 
 def train(
     stage: Stage,
     examples: FramePairs | TrainingClips,
-    optimiser: OptimiserSettings,
+    optimizer: OptimizerSettings,
     run: RunSettings,
     folder: Path,
     *,
     resume: bool = False,
     progress: ReportProgress = no_report,
 ) -> Outcome:
-    """Train until all steps are done, or SIGINT, SIGTERM or SIGHUP asks for an end after the current step.
+    """Train until all steps are done, or until the step in which SIGINT, SIGTERM or SIGHUP arrives.
 
     Args:
-        stage: what is trained.
-        examples: with what.
-        optimiser: how.
-        run: how long, and with what.
-        folder: of the run, see the module.
-        resume: go on from the folder's state, if there is one. The number of steps may be another; step sizes then
-            follow it.
-        progress: told of every step.
+        stage: the LFAE or the DM.
+        examples: training examples.
+        optimizer: settings of the optimizer.
+        run: settings of the run.
+        folder: folder of the run, with the files in this module's docstring.
+        resume: continue from the folder's state, if there is one. The number of steps may differ; step sizes follow it.
+        progress: called after every step.
 
     Raises:
-        TrainingError: the folder has a run already and is not to be resumed, or cannot be, or the loss is no number.
+        TrainingError: the folder has a run and `resume` is False, or it cannot be resumed, or the loss is not finite.
     """
     processes = Processes(run.device)
     device = processes.device
-    facts = {**stage.facts, **_facts(optimiser, run, processes.count)}
+    facts = {**stage.facts, **_facts(optimizer, run, processes.count)}
     if (folder / STATE).exists() and not resume:
         raise TrainingError(f"{folder} holds a training run already; resume it, or choose another folder")
     stage.to(device)
-    state = _State(stage, optimiser, run, device)
+    state = _State(stage, optimizer, run, device)
     if (folder / STATE).exists():
         state.restore(folder / STATE, facts)
         logger.info("resuming %s after step %d", folder, state.step)
@@ -192,14 +191,18 @@ def train(
         parts=processes.count,
         pin_memory=device.type == "cuda",
     )
-    with _stop_requests() as asked, Logs(folder / "logs", events=processes.first) as logs, matmul_precision(precision):
-        while state.step < run.steps and not processes.any(bool(asked)):
-            losses = _step(stage, state, data, optimiser, run, precision, processes)
+    with (
+        _stop_requests() as received,
+        Logs(folder / "logs", events=processes.first) as logs,
+        matmul_precision(precision),
+    ):
+        while state.step < run.steps and not processes.any(bool(received)):
+            losses = _step(stage, state, data, optimizer, run, precision, processes)
             done = state.step
             if not processes.first:
                 continue
             if run.log_every and done % run.log_every == 0:
-                logs.write(done, {**losses, "learning rate": optimiser.rate(done - 1, run.steps)})
+                logs.write(done, {**losses, "learning rate": optimizer.rate(done - 1, run.steps)})
             if run.checkpoint_every and done % run.checkpoint_every == 0 and done < run.steps:
                 _write(stage, state, facts, folder)
             if run.preview_every and done % run.preview_every == 0:
@@ -208,20 +211,20 @@ def train(
         path = folder / f"{stage.name}.pth"
         if processes.first:
             _write(stage, state, facts, folder)
-        processes.wait()  # until the files are there
-    return Outcome(path, state.step, state.step >= run.steps, losses, asked[0] if asked else 0)
+        processes.wait()  # until the files are written
+    return Outcome(path, state.step, state.step >= run.steps, losses, received[0] if received else 0)
 
 
 def _step(
     stage: Stage,
     state: _State,
     data: Iterator[dict[str, Tensor]],
-    optimiser: OptimiserSettings,
+    optimizer: OptimizerSettings,
     run: RunSettings,
     precision: Precision,
     processes: Processes,
 ) -> dict[str, float]:
-    """One step of the optimiser; the mean losses of its forward passes, in all processes."""
+    """Run one step of the optimizer; returns the mean losses of its forward passes over all processes."""
     device = state.device
     stage.network.train()
     state.adam.zero_grad(set_to_none=True)
@@ -244,22 +247,22 @@ def _step(
             sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float() / run.accumulate
     parameters = state.adam.param_groups[0]["params"]
     processes.average([parameter.grad for parameter in parameters if parameter.grad is not None])
-    # What batch norm has seen: weights are the same everywhere, and this shall be.
+    # Batch norm's statistics: like the weights, they must be the same in all processes.
     processes.average([buffer for buffer in stage.network.buffers() if buffer.is_floating_point()])
     processes.average(list(sums.values()))
-    norm = nn.utils.clip_grad_norm_(parameters, optimiser.clip_norm or float("inf"), foreach=True)
+    norm = nn.utils.clip_grad_norm_(parameters, optimizer.clip_norm or float("inf"), foreach=True)
     if torch.isfinite(norm):
-        state.adam.param_groups[0]["lr"] = optimiser.rate(state.step, run.steps)
+        state.adam.param_groups[0]["lr"] = optimizer.rate(state.step, run.steps)
         state.adam.step()
         state.ema.update(state.network, state.step)
     else:
-        logger.warning("step %d: the gradient is not finite; the step is left out", state.step + 1)
+        logger.warning("step %d: the gradient is not finite; the step is skipped", state.step + 1)
     state.step += 1
     return {name: value.item() for name, value in sums.items()} | {"gradient norm": float(norm)}
 
 
 def _write(stage: Stage, state: _State, facts: Mapping[str, Any], folder: Path) -> Path:
-    """The state first: whoever is killed between the two resumes from it and writes the other anew."""
+    """Write the state first: a run killed between the two files resumes from it and writes the other again."""
     save(folder / STATE, state.capture(facts))
     path = folder / f"{stage.name}.pth"
     on_cpu = {key: value.detach().cpu() for key, value in state.ema.weights.items()}
@@ -268,30 +271,30 @@ def _write(stage: Stage, state: _State, facts: Mapping[str, Any], folder: Path) 
     return path
 
 
-def _facts(optimiser: OptimiserSettings, run: RunSettings, processes: int) -> dict[str, Any]:
-    """Settings that decide the weights, as plain values."""
+def _facts(optimizer: OptimizerSettings, run: RunSettings, processes: int) -> dict[str, Any]:
+    """Settings that affect the weights, as plain values."""
     return {
         "batch size": run.batch_size * run.accumulate * processes,
         **({"processes": processes} if processes > 1 else {}),
         "accumulate": run.accumulate,
         "seed": run.seed,
         "ema": run.ema,
-        "optimiser": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(optimiser).items()},
+        "optimiser": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(optimizer).items()},
     }
 
 
 @contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """The numbers of the signals that asked for an end; a second one does what it always does.
+    """Collect the numbers of stop signals; a second one has its default effect.
 
-    SIGINT, SIGTERM and SIGHUP ask for it; those that are ignored (nohup) stay so.
+    The signals are SIGINT, SIGTERM and SIGHUP; ignored ones (nohup) stay ignored.
     """
-    asked: list[int] = []
+    received: list[int] = []
     before: dict[signal.Signals, Any] = {}
 
     def ask(number: int, _: FrameType | None) -> None:
-        logger.warning("asked to stop: finishing the current step")
-        asked.append(number)
+        logger.warning("stop requested: finishing the current step")
+        received.append(number)
         signal.signal(number, before[signal.Signals(number)])
 
     if threading.current_thread() is threading.main_thread():
@@ -300,7 +303,7 @@ def _stop_requests() -> Iterator[list[int]]:
             if found is not None and signal.getsignal(found) != signal.SIG_IGN:
                 before[found] = signal.signal(found, ask)
     try:
-        yield asked
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Losses of the LFAE: how alike two images look, at several scales.
+"""Losses of the LFAE: similarity of two images at several scales.
 
 Source: Ni et al., CVPR 2023 (arXiv 2303.13744), Sec. 3.2, after Johnson et al., Perceptual Losses for
 Real-Time Style Transfer (arXiv 1603.08155).
@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from lfdm_models.layers import AntiAliasDownsample
 from lfdm_models.training.vgg import Vgg19
 
-#: Sides of the scaled images, as fractions 1/n of the original.
+#: Scales 1/n of the original size.
 SCALES = (1, 2, 4, 8)
 
 
 class Pyramid(nn.Module):
-    """An image at several scales, each blurred before it is thinned out."""
+    """An image at several scales, each blurred before subsampling."""
 
     def __init__(self, scales: Sequence[int] = SCALES, channels: int = 3) -> None:
         super().__init__()
-        # The kernel's size for stride s, as the networks' own anti-aliasing has it.
+        # Kernel size for stride s, as in the networks' own anti-aliasing.
         self.downs = nn.ModuleList(AntiAliasDownsample(channels, 4 * (s - 1) + 1, s) for s in scales)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """(B, C, H, W) -> one (B, C, H / s, W / s) a scale."""
+        """(B, C, H, W) -> (B, C, H / s, W / s) per scale."""
         return [down(image) for down in self.downs]
 
 
@@ -36,7 +36,7 @@ class PerceptualLoss(nn.Module):
     """Mean absolute difference of VGG-19's activations, summed over its five blocks and the scales."""
 
     def __init__(self, vgg: Vgg19, *, weight: float = 10.0, scales: Sequence[int] = SCALES) -> None:
-        """Compare by `vgg`, every activation at every scale counting `weight`."""
+        """Compare with `vgg`; every activation at every scale has the weight `weight`."""
         super().__init__()
         self.vgg, self.weight = vgg, weight
         self.pyramid = Pyramid(scales)
@@ -53,14 +53,15 @@ class PerceptualLoss(nn.Module):
 
 
 class PyramidLoss(nn.Module):
-    """Needs no trained network: absolute difference of colours and of their differences, at several scales.
+    """A loss without a trained network: absolute differences of colors and of their gradients, at several scales.
 
-    The substitute where VGG-19's weights are not at hand. Coarse scales carry the gradient where things moved
-    further than their own size; differences between neighbours keep edges sharp, which colours alone would blur.
+    It replaces the perceptual loss if VGG-19's weights are not available. Coarse scales carry the gradient where
+    objects moved further than their own size; differences between neighbors keep edges sharp, which colors alone would
+    blur.
     """
 
     def __init__(self, *, weight: float = 25.0, edge: float = 1.0, scales: Sequence[int] = SCALES) -> None:
-        """Count every scale `weight`, and differences between neighbours `edge` times as much as colours."""
+        """Every scale has the weight `weight`; differences between neighbors count `edge` times as much as colors."""
         super().__init__()
         self.weight, self.edge = weight, edge
         self.pyramid = Pyramid(scales)
@@ -75,7 +76,7 @@ class PyramidLoss(nn.Module):
 
 
 def _edges(difference: Tensor) -> Tensor:
-    """Mean absolute difference between neighbours, along both axes, of (B, C, H, W)."""
+    """Mean absolute difference between neighbors along both axes of (B, C, H, W)."""
     down = F.l1_loss(difference[..., 1:, :], difference[..., :-1, :])
     across = F.l1_loss(difference[..., 1:], difference[..., :-1])
     return (down + across) / 2

@@ -1,4 +1,4 @@
-"""The labelled motions of the procedural characters, as poses over time."""
+"""The labeled motions of the procedural characters, as poses over time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lfdm_models.training.draws import Draws
 Float64Array: TypeAlias = NDArray[np.float64]
 
 _MAX_YAW, _MAX_PITCH, _MAX_ROLL = 0.52, 0.42, 0.34
-# Sines may differ in the last bit between machines; a pose is cut to this many parts of 1.
+# Sines may differ in the last bit between machines, so poses are rounded to multiples of 1 / _QUANTUM.
 _QUANTUM = 2.0**20
 
 
@@ -23,13 +23,13 @@ class Pose:
     """A character at T moments; the neutral pose is all zeros. Every attribute is (T,) float64.
 
     Attributes:
-        yaw, pitch, roll: of the head in radians: to the right of the picture, down, clockwise.
+        yaw, pitch, roll: rotation of the head in radians: to the picture's right, down, clockwise.
         smile: 0 … 1, corners of the mouth up.
         mouth_open: 0 … 1.
-        eyes: above 0 widened, below 0 narrowed; -1 is shut.
+        eyes: above 0 wider, below 0 narrower; -1 is closed.
         brows: 0 … 1, raised.
         gaze: -1 … 1, pupils to the left or right of the picture.
-        lift: of the head, in half heights of the picture.
+        lift: rise of the head, in half heights of the picture.
         arm_raise: 0 … 1, from beside the chest to beside the face.
         arm_swing: rotation of the forearm in radians, clockwise.
     """
@@ -53,12 +53,12 @@ class Motion:
 
     Attributes:
         label: one of `LABELS`.
-        amplitude: 1 is usual.
-        onset: when it begins, as a share of the clip.
-        duration: until the pose is neutral again, as a share of the clip.
+        amplitude: 1 is normal.
+        onset: start of the motion, as a share of the clip.
+        duration: time until the pose is neutral again, as a share of the clip.
         rise: share of the duration after which the pose is held; the way back takes as long.
-        cycles: repetitions, of motions to and fro.
-        side: -1 or 1, the side that a motion to and fro, or a tilt, takes first.
+        cycles: repetitions of a motion to and fro.
+        side: -1 or 1, the first side of a motion to and fro, or the side of a tilt.
     """
 
     label: str
@@ -80,7 +80,7 @@ class Motion:
 
 @dataclass(frozen=True)
 class _Beat:
-    """The time within a motion, and the curves that motions are made of, each (T,)."""
+    """The time within a motion, and the basic curves of motions, each (T,)."""
 
     phase: Float64Array
     motion: Motion
@@ -92,7 +92,7 @@ class _Beat:
 
     @property
     def swing(self) -> Float64Array:
-        """To and fro, -1 … 1, first to the motion's side."""
+        """To and fro, -1 … 1, to the motion's side first."""
         envelope = np.clip(np.minimum(self.phase, 1 - self.phase) / 0.15, 0.0, 1.0)
         return self.motion.side * envelope * np.sin(2 * np.pi * self.motion.cycles * self.phase)
 
@@ -142,18 +142,18 @@ _MOTIONS: dict[str, Callable[[_Beat], dict[str, Float64Array]]] = {
     "tilt head": _tilt_head,
     "wave": _wave,
 }
-#: In the order of their embeddings. Left and right are the picture's.
+#: In the order of their embeddings. Left and right are as in the picture.
 LABELS: tuple[str, ...] = tuple(_MOTIONS)
 _TO_AND_FRO = {"nod": (2.0, 2.0), "shake head": (1.5, 2.0), "wave": (2.0, 2.5)}
 
 
 def sample_motion(draws: Draws, label: str | None) -> Motion:
-    """Draw a performance of `label`, or of a label that is drawn as well.
+    """Draw a random performance of `label`, or of a random label if None.
 
     Raises:
-        ValueError: there is no such label.
+        ValueError: the label is unknown.
     """
-    drawn = draws.pick(LABELS)  # drawn in any case, so that the rest does not depend on `label`
+    drawn = draws.pick(LABELS)  # always drawn, so that the other draws do not depend on `label`
     label = drawn if label is None else label
     if label not in _MOTIONS:
         raise ValueError(f"unknown label {label!r}; expected one of {', '.join(LABELS)}")

@@ -1,7 +1,7 @@
-"""Clips on disk -> frames of the model's size.
+"""Clips on disk -> frames in the model's size.
 
-Source: the published model's way with pictures: scaled by area averaging so that the longer side fits,
-padded with black to a square, the smaller half of the padding first.
+Source: the published program: scaled by area averaging so that the longer side fits, padded with black to a square,
+the smaller half of the padding first.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class ClipError(Exception):
 
 @dataclass(frozen=True)
 class Framing:
-    """What a data set does to its pictures before they are scaled.
+    """A data set's rule for its pictures before they are scaled.
 
     Attributes:
-        resize_first: (width, height) that every picture is scaled to before all else.
-        frame_size: (width, height) of the pictures that are cropped; others stay whole.
-        crop: (left, top, right, bottom) that is kept of them.
+        resize_first: (width, height) that every picture is scaled to first.
+        frame_size: (width, height) of the pictures to crop; others stay whole.
+        crop: (left, top, right, bottom) of the part that is kept.
     """
 
     resize_first: tuple[int, int] | None = None
@@ -50,7 +50,7 @@ class Framing:
             picture = picture.crop(self.crop)
         longer = max(picture.size)
         width, height = (max(side * size // longer, 1) for side in picture.size)
-        # A box averages areas; where a picture grows it would only repeat pixels.
+        # A box filter averages areas; where a picture grows, it would only repeat pixels.
         way = Image.Resampling.BOX if longer >= size else Image.Resampling.BILINEAR
         fitted = picture.resize((width, height), way)
         square = np.zeros((size, size, 3), np.uint8)
@@ -60,22 +60,22 @@ class Framing:
 
 
 def is_clip(path: Path) -> bool:
-    """A video or animation by its ending, or a folder with pictures."""
+    """Whether a path is a video or animation by its ending, or a folder with pictures."""
     if path.is_dir():
         return any(entry.suffix.lower() in PICTURE_ENDINGS for entry in path.iterdir())
     return path.suffix.lower() in (*VIDEO_ENDINGS, *ANIMATION_ENDINGS)
 
 
 class DiskClip:
-    """A clip that was opened: how many frames it has, and some of them on demand."""
+    """An opened clip: its number of frames, and frames by index."""
 
     def __init__(self, path: Path, framing: Framing, size: int) -> None:
-        """Open a clip: pictures are only listed, a video is decoded, frame by frame, and scaled.
+        """Open a clip: pictures are only listed; a video is decoded and scaled frame by frame.
 
         Args:
             path: a folder of pictures, in natural order of their names, or a video or GIF.
-            framing: how frames are cropped.
-            size: to which they are scaled.
+            framing: the data set's rule.
+            size: size of the scaled frames.
 
         Raises:
             ClipError: it cannot be read.
@@ -120,7 +120,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 
 def _frames(path: Path) -> Iterator[TimedFrame]:
-    """Frames of an animation or a video, which its content decides."""
+    """Frames of an animation or a video; the content decides which."""
     with open_stream(path, path.name) as stream:
         found = format_of(stream.read(16))
         if found is not None and found.name in ANIMATED:

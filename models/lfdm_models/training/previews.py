@@ -26,13 +26,13 @@ def save_gif(path: Path, rows: list[list[Tensor]]) -> None:
 
     Args:
         path: the file.
-        rows: of clips (3, T, H, W) in [0, 1].
+        rows: rows of clips (3, T, H, W) in [0, 1].
 
     Raises:
         TrainingError: it cannot be written.
     """
     table = np.concatenate([np.concatenate([to_pixels(clip) for clip in row], axis=2) for row in rows], axis=1)
-    # One palette for all frames: palettes that change make still parts flicker.
+    # One palette for all frames: changing palettes make still parts flicker.
     tall = Image.fromarray(table.reshape(-1, *table.shape[2:]))
     palette = tall.quantize(255, method=Image.Quantize.MEDIANCUT)
     images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in table]

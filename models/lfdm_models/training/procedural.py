@@ -1,7 +1,7 @@
-"""The procedural data set: drawn characters that perform labelled motions, without end, from a seed.
+"""The procedural data set: unlimited drawn characters that perform labeled motions, from a seed.
 
-A clip is fully told by its seed and label: the same on every machine. Training takes seeds of
-`TRAINING_SEEDS`; those of `HELD_OUT_SEEDS` are characters that no training has seen.
+Seed and label define a clip completely, on every machine. Training uses `TRAINING_SEEDS`; the characters of
+`HELD_OUT_SEEDS` appear in no training.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class Clip(NamedTuple):
 
 
 def clip_parts(seed: int, label: str | None = None) -> tuple[Character, Motion]:
-    """Who a seed's clip shows, and what they do.
+    """The character and the motion of a seed's clip.
 
     Args:
-        seed: of everything: 0 … 2^32 - 1.
-        label: what they do; drawn from the seed if None. It does not change who they are.
+        seed: seed of both, 0 … 2^32 - 1.
+        label: the motion's label; default: drawn from the seed. The character does not depend on it.
 
     Raises:
-        ValueError: there is no such label, or the seed is out of range.
+        ValueError: the label is unknown, or the seed is out of range.
     """
     return sample_character(Draws(seed, _CHARACTER)), sample_motion(Draws(seed, _MOTION), label)
 
@@ -54,10 +54,10 @@ def render(character: Character, motion: Motion, moments: NDArray[np.float64], s
     """Draw moments of a clip.
 
     Args:
-        character: see `clip_parts`.
-        motion: likewise.
+        character: the character, such as from `clip_parts`.
+        motion: the motion, likewise.
         moments: (T,), shares of the clip from 0 to 1.
-        size: pixels a side, at least 16.
+        size: pixels per side, at least 16.
 
     Returns:
         (T, size, size, 3) uint8.
@@ -66,7 +66,7 @@ def render(character: Character, motion: Motion, moments: NDArray[np.float64], s
         ValueError: the size is too small.
     """
     if size < 16:
-        raise ValueError(f"size is {size}, expected at least 16 pixels a side")
+        raise ValueError(f"size is {size}, expected at least 16 pixels per side")
     return draw(character, motion.pose(moments), size)
 
 
@@ -74,10 +74,10 @@ def sample_clip(seed: int, *, size: int = 64, frames: int = 16, label: str | Non
     """The clip of a seed.
 
     Args:
-        seed: see `TRAINING_SEEDS` and `HELD_OUT_SEEDS`.
-        size: pixels a side, at least 16.
+        seed: one of `TRAINING_SEEDS` or `HELD_OUT_SEEDS`.
+        size: pixels per side, at least 16.
         frames: T, at least 2.
-        label: one of `LABELS`; drawn from the seed if None.
+        label: one of `LABELS`; default: drawn from the seed.
 
     Raises:
         ValueError: an argument is out of range.

@@ -1,6 +1,6 @@
-"""Processes that train together, each with examples of its own: as many as ``accelerate launch`` starts.
+"""Processes that train together, each with its own examples: as many as ``accelerate launch`` starts.
 
-Gradients are averaged over them after every backward pass; all keep the same weights, and the first one writes.
+Gradients are averaged over them in every step; all keep the same weights, and the first process writes files.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ class Processes:
     """This process among those of a run.
 
     Attributes:
-        count: how many there are.
-        rank: which one this is, from 0.
-        device: that it computes on.
+        count: number of processes.
+        rank: index of this process, from 0.
+        device: its device.
     """
 
     def __init__(self, device: str) -> None:
-        """Find the others, if a launcher started this one.
+        """Connect to the other processes, if a launcher started this one.
 
         Args:
-            device: "auto", "cpu" or "cuda"; with several processes each takes a GPU of its own.
+            device: "auto", "cpu" or "cuda"; each of several processes takes its own GPU.
 
         Raises:
-            TrainingError: the device cannot be had, or there are others and accelerate is not installed.
+            TrainingError: the device is not available, or there are several processes and accelerate is not installed.
         """
         self._accelerator: Any = None
         self.count, self.rank, self.device = 1, 0, choose_device(device)
@@ -44,7 +44,7 @@ class Processes:
             raise TrainingError(
                 "several processes were launched, which needs accelerate: pip install 'lfdm-export[multi-gpu]'"
             ) from None
-        # Mixed precision is the loop's own.
+        # The loop itself handles mixed precision.
         self._accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision="no")
         self.count, self.rank = self._accelerator.num_processes, self._accelerator.process_index
         self.device = self._accelerator.device
@@ -56,7 +56,7 @@ class Processes:
 
     @torch.no_grad()
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace floating-point tensors of one device by their means over all processes."""
+        """Replace floating-point tensors on one device by their means over all processes."""
         if self._accelerator is None or not tensors:
             return
         flat = self._accelerator.reduce(torch.cat([tensor.flatten().float() for tensor in tensors]), reduction="mean")
@@ -64,13 +64,13 @@ class Processes:
             tensor.copy_(mean.view_as(tensor))
 
     def any(self, here: bool) -> bool:
-        """Whether it is so in any process."""
+        """Whether `here` is true in any process."""
         if self._accelerator is None:
             return here
         flag = torch.tensor([float(here)], device=self.device)
         return bool(self._accelerator.reduce(flag, reduction="sum").item() > 0)
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Wait for all processes."""
         if self._accelerator is not None:
             self._accelerator.wait_for_everyone()

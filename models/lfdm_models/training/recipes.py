@@ -1,4 +1,4 @@
-"""What `lfdm-train` does: data, networks and settings put together into a run."""
+"""The recipes of `lfdm-train`: data, networks and settings combined into a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lfdm_models.training import layouts
 from lfdm_models.training.conditions import Float32Array, label_table
 from lfdm_models.training.data import (
     ClipSource,
-    ColourJitter,
+    ColorJitter,
     DiskClips,
     FramePairs,
     ProceduralClips,
@@ -31,7 +31,7 @@ from lfdm_models.training.lfae import LfaeStage, load_lfae, new_lfae, still_back
 from lfdm_models.training.loop import Outcome, ReportProgress, no_report, train
 from lfdm_models.training.losses import PerceptualLoss, PyramidLoss
 from lfdm_models.training.procedural import HELD_OUT_SEEDS, LABELS, sample_clip
-from lfdm_models.training.settings import SMALL, DataName, Learn, OptimiserSettings, RunSettings, Size
+from lfdm_models.training.settings import SMALL, DataName, Learn, OptimizerSettings, RunSettings, Size
 from lfdm_models.training.vgg import Vgg19
 
 _PREVIEWS = 4
@@ -40,16 +40,16 @@ _OWN_TEXT_WIDTH = 64
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which clips.
+    """The clips to train on.
 
     Attributes:
-        name: of the data set.
+        name: name of the data set.
         root: its folder; None for the procedural one.
-        image_size: pixels a side.
-        frames: of a clip.
-        subjects: of the training split, where it is not the usual one (MHAD, NATOPS).
-        pool: of the procedural set: how many clips there are, all kept in memory, or 0 for clips without end.
-        jitter: whether colours are changed; they never are for the procedural set, whose colours vary by themselves.
+        image_size: pixels per side.
+        frames: frames per clip.
+        subjects: subjects of the training split, instead of the default (MHAD, NATOPS).
+        pool: for the procedural set: number of clips, all kept in memory; 0 for unlimited clips.
+        jitter: change colors; the procedural set ignores it, because its colors vary by themselves.
     """
 
     name: DataName = "procedural"
@@ -61,21 +61,21 @@ class DataSettings:
     pool: int = 0
 
     def open(self, seed: int) -> ClipSource:
-        """The clips.
+        """Open the clips.
 
         Raises:
-            TrainingError: the folder is missing, is not wanted, or has no clips.
+            TrainingError: the folder is missing, is not needed, or has no clips.
         """
         if self.name == "procedural":
             if self.root is not None:
                 raise TrainingError(f"the procedural data set needs no folder, but {self.root} is given; name its data")
             return ProceduralClips(self.image_size, self.frames, seed, self.pool)
         if self.pool:
-            raise TrainingError(f"a pool is of the procedural clips, but the data set is {self.name!r}; leave it out")
+            raise TrainingError(f"a pool is for procedural clips, but the data set is {self.name!r}; leave it out")
         if self.root is None:
             raise TrainingError(f"the data set {self.name!r} needs its folder; give it with --root")
         if self.subjects is not None and self.name not in ("mhad", "natops"):
-            raise TrainingError(f"the data set {self.name!r} takes no choice of subjects; leave it out")
+            raise TrainingError(f"the data set {self.name!r} does not support a choice of subjects; leave it out")
         if self.name == "mug":
             found = layouts.mug(self.root, "train")
         elif self.name == "plain":
@@ -86,24 +86,24 @@ class DataSettings:
         return DiskClips(found, self.image_size, seed)
 
     @property
-    def colours(self) -> ColourJitter | None:
-        """The change of colours."""
-        return ColourJitter() if self.jitter and self.name != "procedural" else None
+    def colors(self) -> ColorJitter | None:
+        """The change of colors; None for none."""
+        return ColorJitter() if self.jitter and self.name != "procedural" else None
 
     def facts(self, source: ClipSource) -> dict[str, Any]:
-        """What a resumed run must have the same."""
+        """Facts that must be the same for a resumed run."""
         return {
             "data": self.name,
             "image size": self.image_size,
             "frames": self.frames,
-            "jitter": self.colours is not None,
+            "jitter": self.colors is not None,
             "labels": list(source.labels),
             "clips": len(source.clips.entries) if isinstance(source, DiskClips) else self.pool or None,
         }
 
 
 def network_config(size: Size, data: DataName) -> LfdmConfig:
-    """The architecture: a small one, or the published one as it is for a data set."""
+    """The architecture: a small one, or the published one for a data set."""
     if size == "small":
         return SMALL
     return LfdmConfig(LfaeConfig(region_pad=REGION_PAD.get(data, LfaeConfig.region_pad)))
@@ -112,7 +112,7 @@ def network_config(size: Size, data: DataName) -> LfdmConfig:
 def train_lfae(
     config: LfaeConfig,
     data: DataSettings,
-    optimiser: OptimiserSettings,
+    optimizer: OptimizerSettings,
     run: RunSettings,
     folder: Path,
     *,
@@ -128,37 +128,37 @@ def train_lfae(
     resume: bool = False,
     progress: ReportProgress = no_report,
 ) -> Outcome:
-    """Train an LFAE; see `loop.train`.
+    """Train an LFAE with `loop.train`.
 
     Args:
         config: its architecture.
-        data: which clips.
-        optimiser: see there.
-        run: see there.
-        folder: see there.
-        progress: see there.
-        vgg: weights of VGG-19 for the perceptual loss; without them the pyramid loss serves.
-        start: an LFAE checkpoint of that architecture to begin with.
-        learn: see `LfaeStage`.
-        equivariance: see there.
-        landmarks: see there.
-        mixture: see there.
-        from_first: see `FramePairs`.
-        camera_still: the background does not move, and its motion is not learned: one that is learned ends some
-            hundredths of a pixel off, which blurs every edge.
-        freeze_norm: see `LfaeStage`; for a run that goes on from `start`.
-        resume: see there.
+        data: the clips.
+        optimizer: settings of the optimizer.
+        run: settings of the run.
+        folder: folder of the run.
+        progress: called after every step.
+        vgg: weights of VGG-19 for the perceptual loss; without them, the pyramid loss is used.
+        start: initial LFAE checkpoint, with that architecture.
+        learn: trained parts, as in `LfaeStage`.
+        equivariance: weight of both equivariance losses.
+        landmarks: weight of the loss that pulls the first regions to the landmarks.
+        mixture: weight of `mixture_loss`.
+        from_first: the source is always a clip's first frame.
+        camera_still: keep the background static instead of learning its motion: a learned motion is off by some
+            hundredths of a pixel, which blurs every edge.
+        freeze_norm: do not update the statistics of batch norm; for a run that continues from `start`.
+        resume: continue the run in `folder`, if there is one.
 
     Raises:
-        TrainingError: see `loop.train`; or data or weights cannot be had.
+        TrainingError: data or weights are not available, or the run fails as in `loop.train`.
     """
     if landmarks and (data.name != "procedural" or config.regions < len(LANDMARKS)):
         raise TrainingError(
-            f"landmarks are of the procedural data set, for {len(LANDMARKS)} regions or more; "
+            f"landmarks are for the procedural data set, with {len(LANDMARKS)} regions or more; "
             f"the data set is {data.name!r} and regions are {config.regions}; set their weight to 0"
         )
     if freeze_norm and start is None:
-        raise TrainingError("a new LFAE has no statistics to keep; name the checkpoint to begin with, or let them be")
+        raise TrainingError("a new LFAE has no statistics to keep; give an initial checkpoint, or omit freeze_norm")
     source = data.open(run.seed)
     lfae = new_lfae(config, run.seed, data.image_size)
     if start is not None:
@@ -177,15 +177,15 @@ def train_lfae(
         examples={**data.facts(source), "from first": from_first, "camera still": camera_still},
         preview_clips=_preview_clips(source, data) if run.preview_every else None,
     )
-    examples = FramePairs(source, run.seed, data.colours, from_first, landmarks > 0)
-    return train(stage, examples, optimiser, run, folder, resume=resume, progress=progress)
+    examples = FramePairs(source, run.seed, data.colors, from_first, landmarks > 0)
+    return train(stage, examples, optimizer, run, folder, resume=resume, progress=progress)
 
 
 def train_dm(
     config: LfdmConfig,
     lfae: Path,
     data: DataSettings,
-    optimiser: OptimiserSettings,
+    optimizer: OptimizerSettings,
     run: RunSettings,
     folder: Path,
     *,
@@ -196,27 +196,27 @@ def train_dm(
     resume: bool = False,
     progress: ReportProgress = no_report,
 ) -> Outcome:
-    """Train a DM on flow that an LFAE sees in the clips; see `loop.train`.
+    """Train a DM with `loop.train`, on the flow that an LFAE estimates in the clips.
 
     Args:
-        config: of the DM; that of the LFAE is replaced by what its checkpoint tells, and the width of the text
-            embedding by what the embeddings have.
-        lfae: its checkpoint.
-        data: which clips.
-        optimiser: see there.
-        run: see there.
-        folder: see there.
-        progress: see there.
-        lfae_tells_config: whether the checkpoint tells its architecture, as those of `train_lfae` do; else it is
-            that of `config`.
-        text_encoder: folder or name of a BERT that embeds the labels; without one they get fixed vectors.
-        start: a DM checkpoint of that architecture to begin with.
-        signal_std: see `DmStage`.
-        resume: see there.
+        config: config of the DM. The LFAE's config is replaced by that of its checkpoint, and the width of the text
+            embedding by that of the embeddings.
+        lfae: checkpoint of the LFAE.
+        data: the clips.
+        optimizer: settings of the optimizer.
+        run: settings of the run.
+        folder: folder of the run.
+        progress: called after every step.
+        lfae_tells_config: the checkpoint stores its architecture, as those of `train_lfae` do; if False, it is that of
+            `config`.
+        text_encoder: folder or name of a BERT that embeds the labels; without one, they get fixed vectors.
+        start: initial DM checkpoint, with that architecture.
+        signal_std: typical standard deviation of the latents, with which errors are weighted; 0 weights all alike.
+        resume: continue the run in `folder`, if there is one.
 
     Raises:
-        TrainingError: see `loop.train`; or data or weights cannot be had, or do not fit each other.
-        lfdm_models.text.TextEncoderError: the text encoder cannot be had.
+        TrainingError: data or weights are not available or do not fit each other, or the run fails as in `loop.train`.
+        lfdm_models.text.TextEncoderError: the text encoder is not available.
     """
     source = data.open(run.seed)
     network, _ = load_lfae(lfae, None if lfae_tells_config else config.lfae)
@@ -244,12 +244,12 @@ def train_dm(
         examples={**data.facts(source), "lfae": _fingerprint(network.state_dict())},
         preview_clips=_preview_clips(source, data) if run.preview_every else None,
     )
-    examples = TrainingClips(source, data.frames, run.seed, data.colours)
-    return train(stage, examples, optimiser, run, folder, resume=resume, progress=progress)
+    examples = TrainingClips(source, data.frames, run.seed, data.colors)
+    return train(stage, examples, optimizer, run, folder, resume=resume, progress=progress)
 
 
 def label_embeddings(labels: Sequence[str], text_encoder: str | None) -> dict[str, Float32Array]:
-    """Of each label, from a text encoder or else from `label_table`."""
+    """The embedding of each label, from a text encoder, or from `label_table` without one."""
     if text_encoder is not None:
         from lfdm_models.text import BertTextEncoder
 
@@ -261,7 +261,7 @@ def label_embeddings(labels: Sequence[str], text_encoder: str | None) -> dict[st
 
 
 def _preview_clips(source: ClipSource, data: DataSettings) -> Tensor:
-    """(N, 3, T, H, W) in [0, 1]: held-out characters, or the first clips that training sees."""
+    """(N, 3, T, H, W) in [0, 1]: held-out characters, or the first training clips."""
     if data.name == "procedural":
         clips = [
             sample_clip(HELD_OUT_SEEDS[i], size=data.image_size, frames=data.frames, label=LABELS[i]).frames

@@ -1,4 +1,4 @@
-"""What a training run is told, as frozen dataclasses that check themselves."""
+"""Settings of a training run, as frozen dataclasses that check themselves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
 DataName = Literal["procedural", "mug", "mhad", "natops", "plain"]
 Size = Literal["small", "published"]
-#: What of an LFAE is trained: regions from landmarks; also the flow, by the warped source; all of it.
+#: Trained parts of an LFAE: regions from landmarks; also the flow, by the warped source; all of it.
 Learn = Literal["regions", "motion", "all"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DEVICES: tuple[Device, ...] = get_args(Device)
@@ -40,12 +40,12 @@ SMALL = LfdmConfig(
         feature_channels=64,
         text_width=64,
     ),
-    # An offset is 0 where nothing moves: the mean of what the DM has to learn.
+    # An offset is 0 where nothing moves, which is the mean that the DM has to learn.
     residual_flow=True,
 )
 
 
-#: What a step size that falls along a cosine ends at, as a share of its first value.
+#: Final step size along a cosine, as a share of the initial one.
 COSINE_END = 0.02
 
 
@@ -55,17 +55,17 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True)
-class OptimiserSettings:
-    """Adam, and what becomes of its step size.
+class OptimizerSettings:
+    """Adam, and the schedule of its step size.
 
     Attributes:
-        learning_rate: at the start.
-        betas: of Adam.
+        learning_rate: initial step size.
+        betas: Adam's betas.
         milestones: shares of the run after each of which the step size is multiplied by `factor`.
-        factor: see `milestones`.
+        factor: factor of the step size at each milestone.
         warm_up: steps in which the step size rises from 0.
-        cosine: whether the step size falls along half a cosine, to `COSINE_END` of its value at the end.
-        clip_norm: gradients longer than this are shortened to it; 0: never.
+        cosine: reduce the step size along half a cosine, to `COSINE_END` of its initial value.
+        clip_norm: maximum norm of the gradients; 0 for no limit.
     """
 
     learning_rate: float
@@ -88,7 +88,7 @@ class OptimiserSettings:
         _require(self.factor > 0 and self.warm_up >= 0 and self.clip_norm >= 0, f"values out of range: {self}")
 
     def rate(self, step: int, steps: int) -> float:
-        """Step size of step `step` (from 0) of `steps`."""
+        """Step size of step `step` (from 0) out of `steps`."""
         passed = sum(step >= share * steps for share in self.milestones)
         ramp = min((step + 1) / self.warm_up, 1.0) if self.warm_up else 1.0
         if self.cosine:
@@ -97,23 +97,23 @@ class OptimiserSettings:
 
 
 #: Spec: the published settings; its milestones are epochs 60 and 90 of 100.
-LFAE_OPTIMISER = OptimiserSettings(2e-4, (0.5, 0.999), milestones=(0.6, 0.9))
-DM_OPTIMISER = OptimiserSettings(1e-4, (0.9, 0.99))
+LFAE_OPTIMIZER = OptimizerSettings(2e-4, (0.5, 0.999), milestones=(0.6, 0.9))
+DM_OPTIMIZER = OptimizerSettings(1e-4, (0.9, 0.99))
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How a run goes.
+    """Settings of a run.
 
     Attributes:
-        steps: steps of the optimiser.
-        batch_size: examples of one forward pass.
-        accumulate: forward passes a step.
-        seed: of everything.
-        ema: decay of the running mean of weights that becomes the checkpoint; 0: the weights themselves.
+        steps: steps of the optimizer.
+        batch_size: examples per forward pass.
+        accumulate: forward passes per step.
+        seed: seed of the run.
+        ema: decay of the averaged weights, which become the checkpoint; 0 for the weights themselves.
         checkpoint_every, preview_every, log_every: steps between them; 0: only at the end (previews, logs: never).
         workers: processes that make examples.
-        device: "auto" takes a GPU where there is one.
+        device: "auto" uses a GPU if one is available.
         precision: "auto" is the stage's own choice on a GPU, and fp32 on a CPU.
     """
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lfdm_models.stored_files import TorchFile
 from lfdm_models.training.errors import TrainingError
 
-# Convolutions of each block; blocks are 2x2 max-pooled apart.
+# Convolutions per block; 2x2 max-pooling separates the blocks.
 _BLOCKS = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
 # ImageNet's mean and standard deviation of red, green and blue, with which the weights were trained.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -32,7 +32,7 @@ class Vgg19(nn.Module):
         self.taps: list[int] = []
         channels = 3
         for index, (width, convolutions) in enumerate(_BLOCKS):
-            # Of the last block only the first convolution is needed.
+            # Only the first convolution of the last block is needed.
             for conv in range(convolutions if index < len(_BLOCKS) - 1 else 1):
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
                 channels = width
@@ -46,21 +46,21 @@ class Vgg19(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Vgg19:
-        """Load torchvision's weights (``vgg19-….pth``); the classifier in them is left out.
+        """Load torchvision's weights (``vgg19-….pth``) without the classifier in them.
 
         Args:
-            path: a state dict that torch.save wrote. Nothing in it is run.
+            path: a state dict of torch.save. No code in it is run.
 
         Raises:
-            TrainingError: the file cannot be read, or is no VGG-19.
+            TrainingError: the file cannot be read, or is not a VGG-19.
         """
         network = cls()
         try:
-            TorchFile(Path(path))  # see `files.load`
+            TorchFile(Path(path))  # bounds the file's claims before torch allocates memory
             state = torch.load(Path(path), map_location="cpu", weights_only=True)
         except OSError as error:
             raise TrainingError(f"the weights of VGG-19 cannot be read: {path}: {error.strerror or error}") from error
-        except Exception as error:  # torch raises anything for a file that is none of its own
+        except Exception as error:  # torch raises many types for other files
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise TrainingError(
                 f"{path} is no state dict of VGG-19 ({reason}); give torchvision's vgg19.pth"
@@ -77,7 +77,7 @@ class Vgg19(nn.Module):
         return network.eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) in [0, 1] -> five activations, or fewer where the image is too small to be halved so often."""
+        """(B, 3, H, W) in [0, 1] -> five activations, or fewer if the image is too small for all poolings."""
         x = (image - self.mean) / self.std
         found = []
         for index, layer in enumerate(self.features):
