@@ -15,7 +15,7 @@ from lfdm_export import __version__
 from lfdm_export.bundle.manifest import TEXT_STAGE
 from lfdm_export.bundle.reader import TOKENIZER_FOLDER, Bundle
 from lfdm_export.engines.interface import ClipRequest
-from lfdm_export.engines.onnxruntime.engine import Device
+from lfdm_export.engines.onnxruntime.target import Device
 from lfdm_export.engines.targets import AUTO
 from lfdm_export.errors import EngineError, InputError
 from lfdm_export.generate.arguments import (

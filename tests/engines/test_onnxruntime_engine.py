@@ -14,8 +14,9 @@ import pytest
 
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.engines.onnxruntime import engine as engine_module
-from lfdm_export.engines.onnxruntime.engine import Device, OnnxRuntimeEngine
+from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from lfdm_export.engines.onnxruntime.gpu import require_on_gpu
+from lfdm_export.engines.onnxruntime.target import Device
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.stages import StageSpec
 from tests.closeness import assert_same_floats

@@ -17,7 +17,7 @@ from lfdm_export import Pipeline
 from lfdm_export.bundle.reader import Bundle, fingerprint
 from lfdm_export.engines.cuda_driver import CudaDriver, Gpu
 from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from lfdm_export.engines.targets import Target
+from lfdm_export.engines.target_spec import Target
 from lfdm_export.engines.tensorrt import device_loop, gpu_session
 from lfdm_export.engines.tensorrt import engine as tensorrt_run
 from lfdm_export.engines.tensorrt.engine import TensorRtEngine

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.engines.checks import Array, check_feeds
-from lfdm_export.engines.onnxruntime.engine import MEMORY, Device, OnnxRuntimeEngine
+from lfdm_export.engines.onnxruntime.engine import MEMORY, OnnxRuntimeEngine
+from lfdm_export.engines.onnxruntime.target import Device
 from lfdm_export.errors import EngineError
 from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.stages import BATCH, COEFFICIENTS, StageSpec

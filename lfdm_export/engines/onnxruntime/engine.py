@@ -5,32 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 
 from lfdm_export.engines.checks import Array, check_feeds, check_outputs
 from lfdm_export.engines.onnxruntime.gpu import gpu_graph, require_on_gpu
+from lfdm_export.engines.onnxruntime.target import PROVIDERS, Device
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.files.names import require_utf8
 from lfdm_export.graphs.file import check_graph
 from lfdm_export.machine import available_cores
-from lfdm_export.stages import StageSpec, TensorSpec
+from lfdm_export.stages import StageSpec
 from lfdm_export.wording import one_line
 
-Device = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
-#: Execution providers by device; the first has to be there, the next takes what it cannot run. TensorRT keeps no engine
-#: from one load to the next: the provider's own cache would not notice other weights in the same graph.
-_PROVIDERS: dict[str, tuple[str, ...]] = {
-    "cpu": ("CPUExecutionProvider",),
-    "cuda": ("CUDAExecutionProvider",),
-    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
-    "tensorrt-rtx": ("NvTensorRTRTXExecutionProvider", "CUDAExecutionProvider"),
-}
-DEVICES = tuple(_PROVIDERS)
 #: Where a device's tensors lie, as ONNX Runtime calls it.
-MEMORY = {device: "cpu" if device == "cpu" else "cuda" for device in DEVICES}
-_ONNX_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}
+MEMORY = {device: "cpu" if device == "cpu" else "cuda" for device in PROVIDERS}
 _ERRORS_ONLY = 3
 
 
@@ -50,7 +40,7 @@ class OnnxRuntimeEngine:
         device: Device = "cpu",
         allow_spinning: bool = True,
     ) -> None:
-        """Load a graph and compare its interface with the stage's.
+        """Load a graph whose interface is the stage's.
 
         Args:
             path: the .onnx file; external data lies beside it.
@@ -68,8 +58,6 @@ class OnnxRuntimeEngine:
         self.path, self.spec = Path(path), spec
         check_graph(self.path, spec)
         self._session = open_session(self.path, threads=threads, device=device, allow_spinning=allow_spinning)
-        _check_interface(self.path, spec, "inputs", spec.inputs, self._session.get_inputs())
-        _check_interface(self.path, spec, "outputs", spec.outputs, self._session.get_outputs())
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run the stage once.
@@ -128,9 +116,9 @@ def _options(threads: int, allow_spinning: bool) -> Any:
 
 
 def _providers(device: Device) -> tuple[str, ...]:
-    if device not in _PROVIDERS:
-        raise EngineError(f"unknown device {device!r}; expected {' or '.join(map(repr, _PROVIDERS))}")
-    first, *rest = _PROVIDERS[device]
+    if device not in PROVIDERS:
+        raise EngineError(f"unknown device {device!r}; expected {' or '.join(map(repr, PROVIDERS))}")
+    first, *rest = PROVIDERS[device]
     available = _onnxruntime().get_available_providers()
     if first not in available:
         remedy = (
@@ -159,27 +147,6 @@ def _load(path: Path, options: Any, providers: Sequence[str], *, on_gpu: bool) -
     if on_gpu:
         require_on_gpu(session, path)
     return session
-
-
-def _check_interface(
-    path: Path, spec: StageSpec, kind: str, tensors: Sequence[TensorSpec], nodes: Sequence[Any]
-) -> None:
-    names, expected = [node.name for node in nodes], [tensor.name for tensor in tensors]
-    if names != expected:
-        raise EngineError(
-            f"{path} is not the stage {spec.name!r}: its {kind} are {', '.join(names)}, expected {', '.join(expected)}"
-        )
-    for tensor, node in zip(tensors, nodes, strict=True):
-        where = f"{path} is not the stage {spec.name!r}: {tensor.name}"
-        if node.type != _ONNX_TYPES[tensor.dtype]:
-            raise EngineError(f"{where} is a {node.type}, expected {_ONNX_TYPES[tensor.dtype]}")
-        if len(node.shape) != len(tensor.shape) or not all(map(_axis_fits, node.shape, tensor.shape)):
-            raise EngineError(f"{where} has shape {tuple(node.shape)}, expected {tensor.shape}")
-
-
-def _axis_fits(found: object, expected: int | str) -> bool:
-    """A dynamic axis must be dynamic in the graph; a fixed one may also be left open (as outputs often are)."""
-    return not isinstance(found, int) or found == expected
 
 
 def _onnxruntime() -> Any:
