@@ -86,9 +86,10 @@ class StageRunner:
 
     def _able(self) -> tuple[Choice, ...]:
         """What can run the bundle, the preferred one first."""
-        if self._device != "cpu" and self._asked == AUTO:
+        if self._device != "cpu":
             spec = device_target(self._device)
-            return (Choice(spec.name, f"the device {self._device!r} is {spec.title}'s"),)
+            if self._asked in (AUTO, spec.name):  # whatever it lacks on a CPU
+                return (Choice(spec.name, f"the device {self._device!r} is {spec.title}'s"),)
         return find_targets(self._asked, "run", self.bundle.manifest.precision, plans=held_targets(self.bundle))
 
     def _unchecked(self, target: Target) -> StageRunner:

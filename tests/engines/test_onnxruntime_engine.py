@@ -187,17 +187,22 @@ def test_a_device_is_its_execution_providers(
     path: Path, device: Device, providers: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     asked: list[list[str]] = []
+    told: list[dict[str, str]] = []
     real = onnxruntime.InferenceSession
 
-    def session(graph: bytes, options: Any, providers: list[str]) -> Any:
+    def session(graph: bytes, options: Any, providers: list[str], provider_options: list[dict[str, str]]) -> Any:
         asked.append(providers)
+        told.append(dict(zip(providers, provider_options, strict=True))["CUDAExecutionProvider"])
         return real(graph, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [*providers, "CPUExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     with pytest.raises(EngineError, match=f"could not start {providers[0]}"):  # what came is the CPU
         OnnxRuntimeEngine(path, DENOISE, device=device)
-    assert asked == [providers]
+    with pytest.raises(EngineError, match="could not start"):
+        OnnxRuntimeEngine(path, DENOISE, device=device, tf32=True)
+    assert asked == [providers] * 2
+    assert told == [{"use_tf32": "0"}, {"use_tf32": "1"}]
 
 
 # ------------------------------------------------------------------------------------------- on a GPU
@@ -212,7 +217,7 @@ class Placed:
     def __init__(self, kept: Collection[str]) -> None:
         self.kept, self.nodes = kept, 0
 
-    def __call__(self, graph: Any, options: Any, providers: list[str]) -> Any:
+    def __call__(self, graph: Any, options: Any, providers: list[str], provider_options: Any) -> Any:
         session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         nodes = [node for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()]
         self.nodes = len(nodes)

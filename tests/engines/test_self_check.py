@@ -271,6 +271,9 @@ def test_a_device_is_checked_too(small_bundle: Bundle, cache: Path, monkeypatch:
     monkeypatch.setitem(PROVIDERS, "cuda", ("CPUExecutionProvider",))
     monkeypatch.setitem(ort_engine.MEMORY, "cuda", "cpu")
     monkeypatch.setattr(ort_engine, "require_on_gpu", lambda *_: None)
+    for target in ("auto", "onnxruntime"):  # what it lacks on a CPU does not count
+        bf16 = with_precision(small_bundle, "bf16")
+        assert StageRunner(bf16, device="cuda", target=target, self_check=False).target == "onnxruntime"
     SelfCheck(small_bundle, threads=1).check("onnxruntime", FakeTarget(small_bundle), whole=True)
     runner = StageRunner(small_bundle, threads=1, device="cuda")
     assert runner.target == "onnxruntime"

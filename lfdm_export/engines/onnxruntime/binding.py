@@ -36,6 +36,7 @@ class BoundOnnxRuntimeEngine(OnnxRuntimeEngine):
         *,
         threads: int | None = None,
         device: Device = "cuda",
+        tf32: bool = False,
     ) -> None:
         """Load a graph; see `OnnxRuntimeEngine`.
 
@@ -43,7 +44,7 @@ class BoundOnnxRuntimeEngine(OnnxRuntimeEngine):
             EngineError: see `OnnxRuntimeEngine`.
             MissingDependencyError: onnxruntime is not installed.
         """
-        super().__init__(path, spec, threads=threads, device=device)
+        super().__init__(path, spec, threads=threads, device=device, tf32=tf32)
         self.device: Device = device
 
     def denoise_loop(self, batch: int) -> BoundLoop:

@@ -21,6 +21,7 @@ from lfdm_export.wording import one_line
 
 #: Where a device's tensors lie, as ONNX Runtime calls it.
 MEMORY = {device: "cpu" if device == "cpu" else "cuda" for device in PROVIDERS}
+_CUDA = "CUDAExecutionProvider"
 _ERRORS_ONLY = 3
 
 
@@ -39,6 +40,7 @@ class OnnxRuntimeEngine:
         threads: int | None = None,
         device: Device = "cpu",
         allow_spinning: bool = True,
+        tf32: bool = False,
     ) -> None:
         """Load a graph whose interface is the stage's.
 
@@ -50,6 +52,7 @@ class OnnxRuntimeEngine:
                 get the bodies that suit it, and none may be left to the CPU.
             allow_spinning: let idle threads wait busily, which is faster as long as this engine alone uses the
                 cores; threads that outnumber the cores never do.
+            tf32: let CUDA take products in TF32, which it does by default.
 
         Raises:
             EngineError: the file cannot be loaded, is another stage, or the device cannot be had or not run all of it.
@@ -57,7 +60,9 @@ class OnnxRuntimeEngine:
         """
         self.path, self.spec = Path(path), spec
         check_graph(self.path, spec)
-        self._session = open_session(self.path, threads=threads, device=device, allow_spinning=allow_spinning)
+        self._session = open_session(
+            self.path, threads=threads, device=device, allow_spinning=allow_spinning, tf32=tf32
+        )
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run the stage once.
@@ -83,7 +88,14 @@ class OnnxRuntimeEngine:
         return outputs
 
 
-def open_session(path: Path, *, threads: int | None = None, device: Device = "cpu", allow_spinning: bool = True) -> Any:
+def open_session(
+    path: Path,
+    *,
+    threads: int | None = None,
+    device: Device = "cpu",
+    allow_spinning: bool = True,
+    tf32: bool = False,
+) -> Any:
     """An `onnxruntime.InferenceSession` as every graph of a bundle is run; for the arguments see `OnnxRuntimeEngine`.
 
     Raises:
@@ -93,7 +105,7 @@ def open_session(path: Path, *, threads: int | None = None, device: Device = "cp
     if threads is not None and threads < 1:
         raise EngineError(f"threads is {threads}, expected 1 or more, or None for all cores")
     options = _options(available_cores() if threads is None else threads, allow_spinning)
-    return _load(path, options, _providers(device), on_gpu=device != "cpu")
+    return _load(path, options, _providers(device), on_gpu=device != "cpu", tf32=tf32)
 
 
 def _options(threads: int, allow_spinning: bool) -> Any:
@@ -130,13 +142,15 @@ def _providers(device: Device) -> tuple[str, ...]:
     return (first, *(provider for provider in rest if provider in available))
 
 
-def _load(path: Path, options: Any, providers: Sequence[str], *, on_gpu: bool) -> Any:
+def _load(path: Path, options: Any, providers: Sequence[str], *, on_gpu: bool, tf32: bool) -> Any:
     if not path.is_file():
         raise EngineError(f"there is no graph at {path}; export again")
     name = require_utf8(path, "ONNX Runtime")
     graph = gpu_graph(path, options) if on_gpu else name
+    # Source: ONNX Runtime's options of the CUDA provider.
+    told = [{"use_tf32": str(int(tf32))} if provider == _CUDA else {} for provider in providers]
     try:
-        session = _onnxruntime().InferenceSession(graph, options, providers=list(providers))
+        session = _onnxruntime().InferenceSession(graph, options, providers=list(providers), provider_options=told)
     except Exception as error:  # onnxruntime's exceptions share no other base
         raise EngineError(f"ONNX Runtime cannot load {path}: {one_line(error)}; export again") from error
     if session.get_providers()[0] != providers[0]:  # it falls back to the CPU with no more than a log line

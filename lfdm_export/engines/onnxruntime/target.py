@@ -30,7 +30,8 @@ def _load(bundle: Bundle, stage: str, threads: int | None, device: str) -> Engin
     # On a CPU a chain whose values are not finite is better stopped at once than kept where it is.
     on_gpu = device != "cpu" and set(STATE) <= {tensor.name for tensor in spec.outputs}
     kind = BoundOnnxRuntimeEngine if on_gpu else OnnxRuntimeEngine
-    return kind(path, spec, threads=threads, device=cast(Device, device))
+    tf32 = bundle.manifest.precision == "tf32"
+    return kind(path, spec, threads=threads, device=cast(Device, device), tf32=tf32)
 
 
 ONNXRUNTIME = TargetSpec(
