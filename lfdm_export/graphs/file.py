@@ -46,7 +46,7 @@ class ExternalData:
 
 @dataclass(frozen=True)
 class Value:
-    """An input or output of a graph or engine; sizes are names where they are dynamic, "" where they are left open."""
+    """An input or output of a graph or engine; sizes are names where they are dynamic, "" or -1 where left open."""
 
     name: str
     type: str
@@ -173,7 +173,7 @@ def _check_value(path: Path, spec: StageSpec, tensor: TensorSpec, found: Value) 
         raise EngineError(f"{where} is a {found.type}, expected {TYPES[tensor.dtype]}")
     # A dynamic axis must be dynamic in the graph; a fixed one may also be left open (as outputs often are).
     if len(found.shape) != len(tensor.shape) or not all(
-        isinstance(size, str) or size == axis for size, axis in zip(found.shape, tensor.shape, strict=True)
+        isinstance(size, str) or size in (-1, axis) for size, axis in zip(found.shape, tensor.shape, strict=True)
     ):
         raise EngineError(f"{where} has shape {found.shape}, expected {tensor.shape}")
 

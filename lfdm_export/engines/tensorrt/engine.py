@@ -162,6 +162,6 @@ def _check_interface(trt: Any, engine: Any, path: Path, spec: StageSpec) -> None
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     for name in sorted(names, key=lambda name: order.get(name, len(order))):
         dtype = engine.get_tensor_dtype(name)
-        shape = tuple("" if size == -1 else size for size in engine.get_tensor_shape(name))
-        values[engine.get_tensor_mode(name)].append(Value(name, types.get(dtype, str(dtype)), shape))
+        value = Value(name, types.get(dtype, str(dtype)), tuple(engine.get_tensor_shape(name)))
+        values[engine.get_tensor_mode(name)].append(value)
     compare_interface(path, spec, values[trt.TensorIOMode.INPUT], values[trt.TensorIOMode.OUTPUT])
