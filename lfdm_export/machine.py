@@ -9,9 +9,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_PACKAGES = (
-    "lfdm-export", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13-bindings",
-)  # fmt: skip
 #: NumPy's and PyTorch's math libraries read these when they are loaded.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 #: Name of this project's folder inside the user's cache folder.
@@ -23,16 +20,16 @@ _CPUS = Path("/sys/devices/system/cpu")
 _LIMITS = ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA")
 
 
-def environment(threads: int | None, *, with_torch: bool) -> dict[str, str]:
-    """The machine and its programs, by name.
+def environment(threads: int | None, packages: Iterable[str]) -> dict[str, str]:
+    """This machine and its programs, by name.
 
     Args:
         threads: threads of each engine; None for all cores.
-        with_torch: include the version of PyTorch.
+        packages: distributions that took part; those that are not installed are left out.
     """
     return {
         "python": platform.python_version(),
-        **package_versions((*_PACKAGES, *["torch"] * with_torch)),
+        **package_versions(("lfdm-export", "numpy", *packages)),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": processor_name(),
         "threads": str(threads) if threads is not None else f"all of {available_cores()} cores",

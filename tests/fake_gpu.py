@@ -24,7 +24,7 @@ import numpy as np
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.engines.cuda_driver import SIGNATURES, CudaDriver
 from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-from lfdm_export.engines.targets import Target
+from lfdm_export.engines.target_spec import Target
 from lfdm_export.engines.tensorrt.api import Api
 from lfdm_export.engines.tensorrt.gpu_session import GpuSession
 from lfdm_export.stages import StageSpec

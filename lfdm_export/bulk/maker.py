@@ -19,7 +19,7 @@ from lfdm_export.bulk.job import Job
 from lfdm_export.bulk.records import FAILED, MADE, Record, content_of
 from lfdm_export.bulk.sources import InTable, Stamp
 from lfdm_export.bundle.reader import Bundle
-from lfdm_export.engines.onnxruntime.engine import Device
+from lfdm_export.engines.onnxruntime.target import Device
 from lfdm_export.engines.targets import AUTO
 from lfdm_export.errors import InputError
 from lfdm_export.generate.arguments import embedding_rows, read_embedding

@@ -18,7 +18,7 @@ from lfdm_export.bulk.summary import Summary, summarize, table_name, table_rows,
 from lfdm_export.bulk.table import read_jobs
 from lfdm_export.bulk.workers import Unit, make_in_processes
 from lfdm_export.bundle.reader import Bundle
-from lfdm_export.engines.onnxruntime.engine import Device
+from lfdm_export.engines.onnxruntime.target import Device
 from lfdm_export.engines.targets import AUTO
 from lfdm_export.errors import InputError
 from lfdm_export.files.names import user_path

@@ -14,6 +14,8 @@ from lfdm_export.cli.ending import orderly
 from lfdm_export.cli.models import SHIPPED, add_model_options, check_model_options, open_model
 from lfdm_export.cli.plans import add_plan_options, check_plan_options, choose_target, make_bundle_plans
 from lfdm_export.cli.verify import verify_and_report
+from lfdm_export.engines.target_table import as_text
+from lfdm_export.engines.targets import target_names
 from lfdm_export.errors import InputError
 from lfdm_export.files.names import user_path
 from lfdm_export.stages import PRECISIONS
@@ -47,7 +49,9 @@ def export_main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(
-        PROGRAM, "Turn a latent flow diffusion model into a bundle of ONNX graphs, and verify it.", _EXAMPLES
+        PROGRAM,
+        "Turn a latent flow diffusion model into a bundle of ONNX graphs, and verify it.",
+        f"{_EXAMPLES}\ntargets:\n{as_text()}",
     )
     add_model_options(parser, "Both checkpoints, or a model folder; none means the small trained one that is shipped.")
     group = parser.add_argument_group("bundle")
@@ -121,7 +125,7 @@ def _export(args: argparse.Namespace) -> int:
             labels=labels,
             drive=not args.without_drive,
             reference=not args.no_verify,
-            torch_weights=choice is not None and choice.target == "torch",
+            torch_weights=choice is not None and choice.target in target_names("weights"),
             tuned=tuned,
             progress=progress,
         )

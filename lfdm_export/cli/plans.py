@@ -6,15 +6,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 from lfdm_export.cli.console import OneBar, say
-from lfdm_export.engines.targets import (
-    AUTO,
-    HELD_TARGETS,
-    PLAN_TARGETS,
-    RTX_ARCHITECTURES,
-    TARGETS,
-    Choice,
-    find_target,
-)
+from lfdm_export.engines.targets import AUTO, Choice, find_target, spec_of, target_names, target_titles
+from lfdm_export.engines.tensorrt.target import RTX_ARCHITECTURES
 
 if TYPE_CHECKING:
     from lfdm_export.bundle.reader import Bundle
@@ -31,10 +24,10 @@ def add_target_option(parser: argparse._ActionsContainer) -> None:
     """Add --target of a command that runs a bundle."""
     parser.add_argument(
         "--target",
-        choices=(AUTO, *TARGETS),
+        choices=(AUTO, *target_names()),
         default=AUTO,
-        help="what runs the stages; auto: TensorRT, TensorRT for RTX or PyTorch, where the bundle holds plans or "
-        "weights for it and a GPU is there, else ONNX Runtime or OpenVINO, whichever is faster",
+        help=f"what runs the stages; auto: {target_titles('plans', 'weights')}, where the bundle holds plans or "
+        f"weights for it and a GPU is there, else {target_titles('graphs')}, whichever is faster",
     )
 
 
@@ -42,14 +35,13 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     """Add --target, --plans and how plans are built."""
     group = parser.add_argument_group(
         "plans",
-        "What TensorRT runs; built for a GPU. PyTorch takes weights beside the graphs, and compiles where it runs. "
-        "ONNX Runtime and OpenVINO take the graphs, which are always there.",
+        "Built for a GPU, beside the graphs, which are always there; which target takes which is listed below.",
     )
     group.add_argument(
         "--target",
-        choices=(AUTO, *TARGETS, NO_TARGET),
-        help="make plans for it, or add weights (torch); auto (the default below fp32): TensorRT if it and a GPU are "
-        "there, else TensorRT for RTX, which needs no GPU; none (the default of fp32)",
+        choices=(AUTO, *target_names(), NO_TARGET),
+        help=f"make plans for it, or add weights ({', '.join(target_names('weights'))}); auto (the default below "
+        f"fp32): plans of {target_titles('plans')}, the first that can make them here; none (the default of fp32)",
     )
     group.add_argument("--plans", metavar="BUNDLE", help="make the plans of a bundle that is there; export nothing")
     group.add_argument(
@@ -75,9 +67,10 @@ def check_plan_options(parser: argparse.ArgumentParser, args: argparse.Namespace
     if args.plans is not None and args.target == NO_TARGET:
         parser.error("--plans makes plans: leave out --target none")
     given = [name for name in _BUILDING if getattr(args, name)]
-    if args.plans is not None and args.target == "torch":
-        parser.error("PyTorch runs no plans: export the bundle again from its checkpoints with --target torch")
-    if given and args.target not in (None, AUTO, *PLAN_TARGETS):
+    if args.plans is not None and args.target in target_names("weights"):
+        title = spec_of(args.target).title
+        parser.error(f"{title} runs no plans: export the bundle again from its checkpoints with --target {args.target}")
+    if given and args.target not in (None, AUTO, *target_names("plans")):
         parser.error(f"--{given[0].replace('_', '-')} is for plans; --target {args.target} has none")
 
 
@@ -93,7 +86,7 @@ def choose_target(args: argparse.Namespace, precision: str) -> Choice | None:
         name = AUTO if asked or precision != "fp32" else NO_TARGET
     if name == NO_TARGET:
         return None
-    return find_target(name, "export" if name in (AUTO, *HELD_TARGETS) else "run", precision, gpus=args.gpus)
+    return find_target(name, "run" if name in target_names("graphs") else "export", precision, gpus=args.gpus)
 
 
 def make_bundle_plans(args: argparse.Namespace, bundle: Bundle, choice: Choice | None) -> tuple[str, ...]:
@@ -104,9 +97,9 @@ def make_bundle_plans(args: argparse.Namespace, bundle: Bundle, choice: Choice |
         say(args, f"plans   none, graphs only: {choice.reason}")
         return (AUTO,)
     say(args, f"target  {choice.target}: {choice.reason}")
-    if choice.target not in PLAN_TARGETS:
+    if choice.target not in target_names("plans"):
         return (choice.target,)
-    from lfdm_export.engines.targets import lacking, this_machine
+    from lfdm_export.engines.targets import this_machine
     from lfdm_export.engines.tensorrt.plans import PlanFolder
     from lfdm_export.export.plans import make_plans
 
@@ -121,7 +114,7 @@ def make_bundle_plans(args: argparse.Namespace, bundle: Bundle, choice: Choice |
         f"plans   {PlanFolder(bundle.path, choice.target).path} ({len(made)} stages, {megabytes:.1f} MB; "
         f"{len(built)} built, {len(made) - len(built)} kept{took}{peak})",
     )
-    runs = not lacking(choice.target, "run", bundle.manifest.precision, this_machine())
+    runs = not spec_of(choice.target).lacking("run", bundle.manifest.precision, this_machine())
     return (AUTO, choice.target) if runs else (AUTO,)
 
 

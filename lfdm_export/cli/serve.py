@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, cast
 from lfdm_export.batching.order import POLICIES, Policy
 from lfdm_export.cli.console import OK, add_common_options, make_parser, run, say
 from lfdm_export.cli.ending import orderly
-from lfdm_export.engines.onnxruntime.engine import DEVICES, Device
-from lfdm_export.engines.targets import AUTO, TARGETS, Choice
+from lfdm_export.engines.onnxruntime.target import Device
+from lfdm_export.engines.targets import AUTO, Choice, device_names, target_names
 from lfdm_export.errors import InputError
 from lfdm_export.files.names import user_name
 from lfdm_export.generate.tokenizer import tokenizer_installed
@@ -113,9 +113,11 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="a clip has the same bits in any company, at the price of full batches",
     )
     sampler.add_argument(
-        "--target", choices=(AUTO, *TARGETS), default=settings.target, help="what runs it (%(default)s)"
+        "--target", choices=(AUTO, *target_names()), default=settings.target, help="what runs it (%(default)s)"
     )
-    sampler.add_argument("--device", choices=DEVICES, default=settings.device, help="of ONNX Runtime (%(default)s)")
+    sampler.add_argument(
+        "--device", choices=device_names(), default=settings.device, help="of ONNX Runtime (%(default)s)"
+    )
     sampler.add_argument("--threads", type=int, default=0, metavar="N", help="of each engine (all cores)")
     bounds = parser.add_argument_group("limits of a request")
     bounds.add_argument("--max-image-bytes", type=int, default=limits.image_bytes, metavar="N", help="(%(default)s)")

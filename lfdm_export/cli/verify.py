@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lfdm_export.cli.console import OK, PARITY_FAILED, Bars, add_common_options, complain, make_parser, run, say
 from lfdm_export.cli.ending import orderly
 from lfdm_export.cli.models import add_model_options, check_model_options, open_model
-from lfdm_export.engines.targets import EVERY_TARGET, SIMULATION, TARGETS
+from lfdm_export.engines.targets import EVERY_TARGET, SIMULATION, target_names
 from lfdm_export.errors import BundleError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def verify_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--target",
         action="append",
-        choices=(EVERY_TARGET, *TARGETS, SIMULATION),
+        choices=(EVERY_TARGET, *target_names(), SIMULATION),
         help="what runs the stages; may be given several times (all that run this bundle on this machine); "
         f"{SIMULATION}: on the CPU, rounded as a GPU does in fp16 or bf16",
     )
@@ -82,10 +82,10 @@ def verify_and_report(
     args: argparse.Namespace,
     bundle: Bundle,
     *,
+    targets: Sequence[str],
     model: LfdmModel | None = None,
     threads: int | None = None,
     text_encoder: str | None = None,
-    targets: Sequence[str] = ("onnxruntime",),
     polygraphy: bool = False,
 ) -> int:
     """Verify a bundle, print the table, write the report into the bundle; returns the exit status."""

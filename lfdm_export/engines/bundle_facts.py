@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.engines.held import held_targets, why_not_held
-from lfdm_export.engines.targets import AUTO, TARGETS, find_target, lacking, this_machine
+from lfdm_export.engines.targets import AUTO, find_target, spec_of, target_names, this_machine
 from lfdm_export.errors import EngineError
 from lfdm_export.files.json_codec import to_plain
 from lfdm_export.sampling.tables import SAMPLERS
@@ -76,9 +76,9 @@ def bundle_facts(bundle: Bundle) -> BundleFacts:
     manifest, machine = bundle.manifest, this_machine()
     held = held_targets(bundle)
     targets: dict[str, TargetFact] = {}
-    for target in TARGETS:
-        reason = lacking(target, "run", manifest.precision, machine) or why_not_held(bundle, target)
-        targets[target] = TargetFact(not reason, reason)
+    for spec in map(spec_of, target_names()):
+        reason = spec.lacking("run", manifest.precision, machine) or why_not_held(bundle, spec.name)
+        targets[spec.name] = TargetFact(not reason, reason)
     auto = None
     try:
         choice = find_target(AUTO, "run", manifest.precision, plans=held, machine=machine)

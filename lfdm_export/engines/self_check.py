@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from lfdm_export.bundle.reader import MANIFEST, Bundle
 from lfdm_export.engines.cuda_driver import find_gpus
-from lfdm_export.engines.targets import HELD_TARGETS, PLAN_TARGETS, Target
+from lfdm_export.engines.target_spec import Target
+from lfdm_export.engines.targets import spec_of
 from lfdm_export.engines.tensorrt.plans import PlanFolder
 from lfdm_export.files.atomic import write_file
 from lfdm_export.files.json_codec import from_plain, to_plain
@@ -85,9 +86,9 @@ def is_enabled() -> bool:
 class SelfCheck:
     """The check of one bundle. Findings are kept in the user's cache folder, where there is one that can be written."""
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
-        """Check a bundle that holds a reference, with that many threads an engine; nothing is run yet."""
-        self._bundle, self._threads = bundle, threads
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, device: str = "cpu") -> None:
+        """Check a bundle that holds a reference, with that many threads per engine, on a device; nothing is run yet."""
+        self._bundle, self._threads, self.device = bundle, threads, device
         # The program's own tolerances: those of the manifest come from whoever made the bundle.
         manifest = bundle.manifest
         self._specs = stage_specs(manifest.geometry, with_text=manifest.has_text, with_drive=manifest.has_drive)
@@ -199,17 +200,19 @@ class SelfCheck:
 
     def _key(self, target: Target) -> dict[str, Any]:
         """Everything that decides what is found."""
+        spec = spec_of(target)
         facts: dict[str, Any] = {
             "bundle": hashlib.sha256((self._bundle.path / MANIFEST).read_bytes()).hexdigest(),
             "target": target,
+            "device": self.device,
             "processor": processor_facts(),
-            "environment": environment(self._threads, with_torch=target == "torch"),
+            "environment": environment(self._threads, spec.distributions),
         }
-        if target in PLAN_TARGETS:
+        if spec.takes == "plans":
             folder = PlanFolder(self._bundle.path, target)
             records = {stage: folder.record(stage) for stage in _STAGES}
             facts["plans"] = {stage: record.plan.sha256 for stage, record in records.items() if record is not None}
-        if target in HELD_TARGETS:
+        if spec.gpu_precisions or self.device != "cpu":
             facts["gpus"] = [f"{gpu}" for gpu in find_gpus()[0]]
         return facts
 

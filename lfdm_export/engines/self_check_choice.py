@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.engines.self_check import VARIABLE, Finding, Runner, SelfCheck
-from lfdm_export.engines.targets import CPU_TARGETS, HELD_TARGETS, TITLES, Choice, Target
+from lfdm_export.engines.target_spec import Target
+from lfdm_export.engines.targets import Choice, spec_of, target_names
 from lfdm_export.errors import BundleError, EngineError, MissingDependencyError
 from lfdm_export.machine import processor_name
 from lfdm_export.stages import CHAIN_TOLERANCES
@@ -27,6 +28,7 @@ def choose_checked(
     *,
     named: bool,
     threads: int | None = None,
+    device: str = "cpu",
 ) -> tuple[Choice, Runner | None]:
     """Check targets where this machine has not, and choose.
 
@@ -40,6 +42,7 @@ def choose_checked(
         make: gives what runs the bundle's stages with a target.
         named: the target was requested by its name.
         threads: of each engine; None takes all cores.
+        device: where the target runs, if it can be told.
 
     Returns:
         The choice, and what runs it if the check loaded its engines.
@@ -53,7 +56,8 @@ def choose_checked(
         why_not = "the bundle holds no reference to compare with"
     else:
         try:
-            return _Choosing(bundle, able, make, named=named, threads=threads).choose()
+            check = SelfCheck(bundle, threads=threads, device=device)
+            return _Choosing(bundle, able, make, check, named=named).choose()
         except BundleError as error:  # of the reference
             why_not = str(error)
     return _unchecked(bundle, able, why_not, named=named), None
@@ -62,18 +66,14 @@ def choose_checked(
 def _unchecked(bundle: Bundle, able: Sequence[Choice], why: str, *, named: bool) -> Choice:
     precision = bundle.manifest.precision
     choice = able[0]
-    if not named and choice.target in CPU_TARGETS:
-        choice = min(able, key=lambda one: _place(one.target))
+    if not named and spec_of(_target(choice)).takes == "graphs":
+        choice = min(able, key=lambda one: target_names().index(_target(one)))
     if precision in _DELICATE:
         logger.warning(
             "%s in %s is not checked on this machine: %s; compare it with the model: lfdm-verify %s",
-            TITLES[_target(choice)], precision, why, bundle.path,
+            spec_of(_target(choice)).title, precision, why, bundle.path,
         )  # fmt: skip
     return Choice(choice.target, f"{choice.reason}; not checked on this machine: {why}")
-
-
-def _place(target: Target | None) -> int:
-    return CPU_TARGETS.index(target) if target in CPU_TARGETS else len(CPU_TARGETS)
 
 
 def _target(choice: Choice) -> Target:
@@ -89,19 +89,18 @@ class _Choosing:
         bundle: Bundle,
         able: Sequence[Choice],
         make: Callable[[Target], Runner],
+        check: SelfCheck,
         *,
         named: bool,
-        threads: int | None,
     ) -> None:
-        self._bundle, self._able, self._make, self._named = bundle, able, make, named
-        self._check = SelfCheck(bundle, threads=threads)
+        self._bundle, self._able, self._make, self._check, self._named = bundle, able, make, check, named
         self._runners: dict[Target, Runner] = {}
         self._against: dict[Target, str] = {}
 
     def choose(self) -> tuple[Choice, Runner | None]:
         reasons = {_target(choice): choice.reason for choice in self._able}
-        held = [[target] for target in reasons if target in HELD_TARGETS]
-        for group in (*held, [target for target in reasons if target in CPU_TARGETS]):
+        graphs = [target for target in reasons if spec_of(target).takes == "graphs"]
+        for group in (*([target] for target in reasons if target not in graphs), graphs):
             for target, seconds in self._by_speed(group):
                 if self._find(target, whole=True) is not None:
                     reason = reasons[target] + self._why(target, seconds)
@@ -137,25 +136,28 @@ class _Choosing:
         if finding.wrong:
             self._against[target] = "; ".join(finding.wrong)
             if not self._named:
-                logger.warning("%s is wrong on this machine and not used: %s", TITLES[target], self._against[target])
+                title = spec_of(target).title
+                logger.warning("%s is wrong on this machine and not used: %s", title, self._against[target])
             return None
         return finding
 
     def _why(self, target: Target, seconds: dict[Target, float]) -> str:
         others = [
-            f"{TITLES[other]} takes {needed:.2g} s"
+            f"{spec_of(other).title} takes {needed:.2g} s"
             for other, needed in seconds.items()
             if other != target and other not in self._against
         ]
-        wrong = [f"not {TITLES[other]}, which is wrong here: {why}" for other, why in self._against.items()]
+        wrong = [f"not {spec_of(other).title}, which is wrong here: {why}" for other, why in self._against.items()]
         passed = f"passed the self-check on this machine, {seconds[target]:.2g} s for its clip"
         return "; ".join(["", passed, *others, *wrong])
 
     def _message(self) -> str:
         precision = self._bundle.manifest.precision
-        listed = " | ".join(f"{TITLES[target]}: {why}" for target, why in self._against.items())
+        listed = " | ".join(f"{spec_of(target).title}: {why}" for target, why in self._against.items())
         remedy = "export another precision" if not self._named else "use another --target, or export another precision"
+        device = self._check.device
+        place = f"processor ({processor_name()})" if device == "cpu" else f"machine's device {device!r}"
         return (
-            f"{self._bundle.path} in {precision} comes out wrong on this processor ({processor_name()}): {listed}; "
+            f"{self._bundle.path} in {precision} comes out wrong on this {place}: {listed}; "
             f"{remedy}, or take it as it is with {VARIABLE}=0 (self_check=False)"
         )

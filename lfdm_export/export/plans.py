@@ -11,20 +11,14 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from lfdm_export.bundle.reader import ONNX_FOLDER, Bundle, fingerprint, onnx_path
-from lfdm_export.engines.targets import (
-    PLAN_TARGETS,
-    TITLES,
-    Machine,
-    Target,
-    find_target,
-    rtx_architectures,
-    this_machine,
-)
+from lfdm_export.engines.target_spec import Machine, Target
+from lfdm_export.engines.targets import find_target, spec_of, target_names, this_machine
 from lfdm_export.engines.tensorrt.api import load_api
 from lfdm_export.engines.tensorrt.build import LAYERS, PLAN, BuildRequest, build_in_child, profile_of
 from lfdm_export.engines.tensorrt.grid_samples import GRID_SAMPLING
 from lfdm_export.engines.tensorrt.plan_graph import builder_graph
 from lfdm_export.engines.tensorrt.plans import BuildOptions, Fingerprint, PlanFolder, PlanRecord, gpus_of
+from lfdm_export.engines.tensorrt.target import TENSORRT, TENSORRT_RTX, rtx_architectures
 from lfdm_export.errors import EngineError, InputError
 
 logger = logging.getLogger(__name__)
@@ -72,8 +66,8 @@ def make_plans(
         target: "tensorrt" or "tensorrt-rtx".
         stages: names; None for all.
         options: of the builder; None for the defaults.
-        gpus: architectures that TensorRT for RTX shall build for; None for those that `targets.RTX_DEFAULT` names
-            and that have the bundle's precision.
+        gpus: architectures that TensorRT for RTX shall build for; None for those of `RTX_DEFAULT`
+            that have the bundle's precision.
         machine: None for this one.
         progress: called as ``progress(stage, done, total)``.
 
@@ -91,7 +85,7 @@ def make_plans(
     _check(opened, target, stages, options, gpus)
     precision = opened.manifest.precision
     find_target(target, "export", precision, machine=here, gpus=gpus)
-    architectures = rtx_architectures(precision, gpus) if target == "tensorrt-rtx" else ()
+    architectures = rtx_architectures(precision, gpus) if target == TENSORRT_RTX.name else ()
     built_for = gpus_of(target, architectures, here.gpus[0] if here.gpus else None)
     chosen = list(opened.stages) if stages is None else list(stages)
     folder = PlanFolder(opened.path, target)
@@ -110,18 +104,19 @@ def make_plans(
 def _check(
     bundle: Bundle, target: Target, stages: Sequence[str] | None, options: BuildOptions, gpus: Collection[str] | None
 ) -> None:
-    if target not in PLAN_TARGETS:
-        raise InputError(f"the target {target!r} takes the graphs as they are; plans are for {', '.join(PLAN_TARGETS)}")
+    takers = target_names("plans")
+    if target not in takers:
+        raise InputError(f"the target {target!r} takes the graphs as they are; plans are for {', '.join(takers)}")
     for stage in stages or ():
         bundle.stage_path(stage)
     if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
         raise InputError(f"the optimization level is {options.optimization_level}, expected 0 to 5")
-    if target == "tensorrt-rtx" and BuildOptions(options.optimization_level) != options:
+    if target == TENSORRT_RTX.name and BuildOptions(options.optimization_level) != options:
         raise InputError(
             "TensorRT for RTX builds for a list of GPUs and cannot strip weights without one (tried with 1.7.1); "
             "leave out hardware and version compatibility and stripping, or take --target tensorrt"
         )
-    if target == "tensorrt" and gpus:
+    if target == TENSORRT.name and gpus:
         raise InputError("TensorRT builds for the GPU that is here; leave out --gpus, or take --target tensorrt-rtx")
 
 
@@ -163,7 +158,7 @@ def _make(
         gpus=architectures,
         options=wanted.options,
         # RTX measures nothing when it builds.
-        timing_cache=str(folder.path.resolve() / "timing.cache") if wanted.target == "tensorrt" else "",
+        timing_cache=str(folder.path.resolve() / "timing.cache") if wanted.target == TENSORRT.name else "",
     )
     try:
         work.mkdir()
@@ -173,7 +168,7 @@ def _make(
         folder.install(record, plan, layers if layers.is_file() else None, work)
     except OSError as error:
         raise EngineError(
-            f"the {TITLES[wanted.target]} plan of stage {stage!r} cannot be written: {error.strerror or error}"
+            f"the {spec_of(wanted.target).title} plan of stage {stage!r} cannot be written: {error.strerror or error}"
         ) from error
     shutil.rmtree(work, ignore_errors=True)
     megabytes, peak = record.plan.bytes / 1e6, record.peak_bytes / 1e9

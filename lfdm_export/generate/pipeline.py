@@ -15,7 +15,7 @@ from lfdm_export import __version__
 from lfdm_export.bundle.manifest import TEXT_STAGE
 from lfdm_export.bundle.reader import TOKENIZER_FOLDER, Bundle
 from lfdm_export.engines.interface import ClipRequest
-from lfdm_export.engines.onnxruntime.engine import Device
+from lfdm_export.engines.onnxruntime.target import Device
 from lfdm_export.engines.targets import AUTO
 from lfdm_export.errors import EngineError, InputError
 from lfdm_export.generate.arguments import (
@@ -99,8 +99,8 @@ class Pipeline:
             bundle: a bundle or its folder.
             threads: threads of each engine on a CPU; None takes all cores.
             device: where ONNX Runtime runs: "cpu", "cuda", "tensorrt" or "tensorrt-rtx".
-            target: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or "auto": the first of the two TensorRTs
-                that the bundle has plans for and that runs here, else the faster of ONNX Runtime and OpenVINO.
+            target: a name of `lfdm_export.engines.targets.TARGETS`, or "auto": the first that the bundle holds plans or
+                weights for and that runs here, else the faster of those that run its graphs on the CPU.
             self_check: before a target is used on this machine for the first time, compare it with the reference in
                 the bundle (seconds); "auto" takes only what passes. Findings are kept in the user's cache folder.
             cache: a folder of clips, 4 GB at most: what was made before, by the same bundle and engine from the same

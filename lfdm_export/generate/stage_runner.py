@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.engines.held import held_targets
 from lfdm_export.engines.interface import ClipMaker, Engine, KeepsState, StateLoop
-from lfdm_export.engines.onnxruntime.binding import STATE, BoundOnnxRuntimeEngine
-from lfdm_export.engines.onnxruntime.engine import Device, OnnxRuntimeEngine
+from lfdm_export.engines.onnxruntime.target import Device
 from lfdm_export.engines.self_check import is_enabled
 from lfdm_export.engines.self_check_choice import choose_checked
-from lfdm_export.engines.targets import AUTO, Choice, Target, check_target_name, find_targets
+from lfdm_export.engines.target_spec import Target
+from lfdm_export.engines.targets import AUTO, Choice, check_target_name, device_target, find_targets, spec_of
 from lfdm_export.errors import EngineError
 from lfdm_export.machine import available_cores, package_versions, processor_facts
 from lfdm_export.sampling.loop import sample as run_loop
@@ -73,19 +73,24 @@ class StageRunner:
             EngineError: the requested target is not available here or gives wrong results here, or no target runs
                 the bundle.
         """
-        if self._device != "cpu" and self._asked == AUTO:
-            return Choice("onnxruntime", f"the device {self._device!r} is ONNX Runtime's")
-        held = held_targets(self.bundle)
-        able = find_targets(self._asked, "run", self.bundle.manifest.precision, plans=held)
+        able, named = self._able(), self._asked != AUTO or self._device != "cpu"
         choice = able[0]
-        if self._self_check and self._device == "cpu" and is_enabled():
+        if self._self_check and is_enabled():
             choice, runner = choose_checked(
-                self.bundle, able, self._unchecked, named=self._asked != AUTO, threads=self._threads
+                self.bundle, able, self._unchecked, named=named, threads=self._threads, device=self._device
             )
             if isinstance(runner, StageRunner):  # what was loaded for the check is not loaded again
                 self._engines, self._loops, self._makers = runner._engines, runner._loops, runner._makers
         logger.info("target %s: %s", choice.target, choice.reason)
         return choice
+
+    def _able(self) -> tuple[Choice, ...]:
+        """What can run the bundle, the preferred one first."""
+        if self._device != "cpu":
+            spec = device_target(self._device)
+            if self._asked in (AUTO, spec.name):  # whatever it lacks on a CPU
+                return (Choice(spec.name, f"the device {self._device!r} is {spec.title}'s"),)
+        return find_targets(self._asked, "run", self.bundle.manifest.precision, plans=held_targets(self.bundle))
 
     def _unchecked(self, target: Target) -> StageRunner:
         """The same with one target, taken as it is."""
@@ -104,13 +109,11 @@ class StageRunner:
         Raises:
             EngineError: see `choice`.
         """
-        packages = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}
-        versions = package_versions(packages.get(self.target, ()))
         return {
             "target": self.target,
             "device": self._device,
             "threads": self._threads or available_cores(),
-            "versions": versions,
+            "versions": package_versions(spec_of(self.target).distributions),
             "processor": processor_facts(),
         }
 
@@ -230,13 +233,12 @@ class StageRunner:
         Raises:
             EngineError: it cannot be loaded.
         """
-        if self.target != "torch" or batch > self._specs[stage].batch[2]:
+        prepare = spec_of(self.target).clip_maker
+        if prepare is None or batch > self._specs[stage].batch[2]:
             return None
         key = stage, batch
         if key not in self._makers:
-            from lfdm_export.engines.pytorch.clips import clip_maker
-
-            self._makers[key] = clip_maker(self.bundle, stage, batch, threads=self._threads)
+            self._makers[key] = prepare(self.bundle, stage, batch, self._threads)
         return self._makers[key]
 
     def state(self) -> str:
@@ -281,25 +283,8 @@ def load_engine(
         EngineError: the engine cannot be loaded.
         MissingDependencyError: the target's package is not installed.
     """
-    path, spec = bundle.stage_path(stage), bundle.stages[stage]
-    if target == "onnxruntime":
-        # On a CPU a chain whose values are not finite is better stopped at once than kept where it is.
-        if device != "cpu" and set(STATE) <= {tensor.name for tensor in spec.outputs}:
-            return BoundOnnxRuntimeEngine(path, spec, threads=threads, device=device)
-        return OnnxRuntimeEngine(path, spec, threads=threads, device=device)
-    if target == "openvino":
-        from lfdm_export.engines.compiled_cache import user_compiled_cache
-        from lfdm_export.engines.openvino.engine import OpenVinoEngine
-
-        cache = user_compiled_cache("openvino")
-        return OpenVinoEngine(path, spec, threads=threads, precision=bundle.manifest.precision, cache=cache)
-    if target == "torch":
-        from lfdm_export.engines.pytorch.engine import open_engine as open_torch_engine
-
-        return open_torch_engine(bundle, stage, threads=threads)
-    from lfdm_export.engines.tensorrt.engine import open_engine
-
-    return open_engine(bundle, stage, target)
+    bundle.stage_path(stage)
+    return spec_of(target).load(bundle, stage, threads, device)
 
 
 def _parts(batch: int, largest: int) -> list[slice]:

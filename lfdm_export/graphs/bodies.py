@@ -20,44 +20,42 @@ from lfdm_export.ops.operators import find_operator
 
 #: The last opset in which OpenVINO supports every operator that a stage uses.
 OPENVINO_OPSET = 20
-# The body of an operator for a target; None: the stored one.
-_BODIES: Mapping[str, Callable[[Operator], Body | None]] = {
-    "onnxruntime": lambda _: None,
-    "onnxruntime-gpu": lambda operator: operator.tensorrt,
+#: The kinds of bodies, and which one of an operator each means; None: the stored one.
+BODIES: Mapping[str, Callable[[Operator], Body | None]] = {
+    "stored": lambda _: None,
     "openvino": lambda operator: operator.openvino,
     "tensorrt": lambda operator: operator.tensorrt,
-    "tensorrt-rtx": lambda operator: operator.tensorrt,
 }
 
 
-def with_bodies(model: onnx.ModelProto, target: str) -> onnx.ModelProto:
+def with_bodies(model: onnx.ModelProto, bodies: str) -> onnx.ModelProto:
     """A stage's graph with the bodies for a backend.
 
     Args:
         model: a stage's graph as stored, of any precision; external weights need not be loaded. It is not changed.
-        target: "onnxruntime": the stored bodies. "tensorrt", "tensorrt-rtx", "onnxruntime-gpu": attention written out
-            around opset 23's RotaryEmbedding, GroupNormalization, Conv, a search with few rounds for the quantile.
-            "openvino": attention and rotation written out, Conv; everything inlined, opset 20; values quantized after
-            a Concat are stored as uint8.
+        bodies: "stored": those of the file. "tensorrt", for every program on a GPU: attention written out around opset
+            23's RotaryEmbedding, GroupNormalization, Conv, a search with few rounds for the quantile. "openvino":
+            attention and rotation written out, Conv; everything inlined, opset 20; values quantized after a Concat are
+            stored as uint8.
 
     Returns:
         A new model with the same nodes (inlined for "openvino"), inputs, outputs and weights.
 
     Raises:
-        ExportError: the target or an operator is unknown, or nodes that share a body need different ones.
+        ExportError: the kind of bodies or an operator is unknown, or nodes that share a body need different ones.
     """
-    if target not in _BODIES:
-        raise ExportError(f"unknown target {target!r}; expected one of {', '.join(_BODIES)}")
+    if bodies not in BODIES:
+        raise ExportError(f"unknown bodies {bodies!r}; expected one of {', '.join(BODIES)}")
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     constants = {tensor.name: tuple(tensor.dims) for tensor in changed.graph.initializer}
     for function in changed.functions:
         if function.domain == DOMAIN:
-            body = _BODIES[target](find_operator(function.name))
+            body = BODIES[bodies](find_operator(function.name))
             nodes = [node for node in changed.graph.node if (node.domain, node.op_type) == (DOMAIN, function.name)]
             if body is not None and nodes:
                 function.CopyFrom(body(Nodes(function.name, nodes, constants)))
-    return _for_openvino(changed) if target == "openvino" else changed
+    return _for_openvino(changed) if bodies == "openvino" else changed
 
 
 def _for_openvino(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -6,7 +6,7 @@ it, no matter which of them an engine reads. This module finds them all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from lfdm_export.stages import StageSpec, TensorSpec
 LARGEST_GRAPH = 64 << 20
 _MOST_MESSAGES = 1_000_000
 _DEEPEST = 32
-#: Values of `onnx.TensorProto.DataType`.
-_ONNX_TYPES = {"float32": 1, "int64": 7}
-_TYPE_NAMES = {1: "tensor(float)", 7: "tensor(int64)", 10: "tensor(float16)", 11: "tensor(double)"}
+#: A stage's dtypes in a graph, as ONNX Runtime names them.
+TYPES: Mapping[str, str] = {"float32": "tensor(float)", "int64": "tensor(int64)"}
+#: Of `onnx.TensorProto.DataType`.
+_TYPE_NAMES = {1: TYPES["float32"], 7: TYPES["int64"], 10: "tensor(float16)", 11: "tensor(double)"}
 _EXTERNAL = 1
 
 #: Fields that hold messages, by kind of message. Source: onnx.proto of ONNX 1.18 to 1.23.
@@ -45,10 +46,10 @@ class ExternalData:
 
 @dataclass(frozen=True)
 class Value:
-    """An input or output of a graph; sizes are names where dynamic, "" where unspecified."""
+    """An input or output of a graph or engine; sizes are names where dynamic, "" or -1 where unspecified."""
 
     name: str
-    onnx_type: int
+    type: str
     shape: tuple[int | str, ...]
 
 
@@ -98,7 +99,17 @@ def check_interface(path: Path, spec: StageSpec) -> GraphFile:
     graph = read_graph(path)
     if not graph.inputs and not graph.outputs:
         raise EngineError(f"cannot load {path}: it holds no graph; export again")
-    for kind, tensors, values in (("inputs", spec.inputs, graph.inputs), ("outputs", spec.outputs, graph.outputs)):
+    compare_interface(path, spec, graph.inputs, graph.outputs)
+    return graph
+
+
+def compare_interface(path: Path, spec: StageSpec, inputs: Sequence[Value], outputs: Sequence[Value]) -> None:
+    """Compare what a file takes and gives, in order, with the stage that it is meant to be.
+
+    Raises:
+        EngineError: it is another stage.
+    """
+    for kind, tensors, values in (("inputs", spec.inputs, inputs), ("outputs", spec.outputs, outputs)):
         names, expected = [value.name for value in values], [tensor.name for tensor in tensors]
         if names != expected:
             raise EngineError(
@@ -107,7 +118,6 @@ def check_interface(path: Path, spec: StageSpec) -> GraphFile:
             )
         for tensor, value in zip(tensors, values, strict=True):
             _check_value(path, spec, tensor, value)
-    return graph
 
 
 def check_graph(path: Path, spec: StageSpec) -> GraphFile:
@@ -160,12 +170,11 @@ def _number(text: str) -> int | None:
 
 def _check_value(path: Path, spec: StageSpec, tensor: TensorSpec, found: Value) -> None:
     where = f"{path} is not the stage {spec.name!r}: {tensor.name}"
-    if found.onnx_type != _ONNX_TYPES[tensor.dtype]:
-        named = _TYPE_NAMES.get(found.onnx_type, f"tensor of ONNX's type {found.onnx_type}")
-        raise EngineError(f"{where} is a {named}, expected {_TYPE_NAMES[_ONNX_TYPES[tensor.dtype]]}")
+    if found.type != TYPES[tensor.dtype]:
+        raise EngineError(f"{where} is a {found.type}, expected {TYPES[tensor.dtype]}")
     # A dynamic axis must be dynamic in the graph; a fixed one may be unspecified (as for many outputs).
     if len(found.shape) != len(tensor.shape) or not all(
-        isinstance(size, str) or size == axis for size, axis in zip(found.shape, tensor.shape, strict=True)
+        isinstance(size, str) or size in (-1, axis) for size, axis in zip(found.shape, tensor.shape, strict=True)
     ):
         raise EngineError(f"{where} has shape {found.shape}, expected {tensor.shape}")
 
@@ -228,8 +237,10 @@ def _value(message: memoryview) -> Value:
             size = dict(_fields(_message(dimension)))
             fixed, named = size.get(1), size.get(2)
             shape.append(fixed if isinstance(fixed, int) else _text(named) if isinstance(named, memoryview) else "")
-    kind = tensor.get(1, 0)
-    return Value(_text(_message(fields.get(1))), kind if isinstance(kind, int) else 0, tuple(shape))
+    kind = tensor.get(1)
+    element = kind if isinstance(kind, int) else 0
+    type_name = _TYPE_NAMES.get(element, f"tensor of ONNX's type {element}")
+    return Value(_text(_message(fields.get(1))), type_name, tuple(shape))
 
 
 def _message(value: memoryview | int | None) -> memoryview:

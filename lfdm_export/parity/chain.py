@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.bundle.reader import Bundle
-from lfdm_export.engines.targets import Target
+from lfdm_export.engines.onnxruntime.target import ONNXRUNTIME
+from lfdm_export.engines.target_spec import Target
 from lfdm_export.errors import EngineError
 from lfdm_export.generate.encoded import Encoded
 from lfdm_export.generate.pipeline import Pipeline
@@ -49,7 +50,7 @@ def check_chain(
     seed: int,
     threads: int | None,
     progress: Progress | None,
-    target: Target = "onnxruntime",
+    target: Target = ONNXRUNTIME.name,
     precision: str | None = None,
 ) -> ChainResult:
     """Sample and decode the reference's clip, and compare.

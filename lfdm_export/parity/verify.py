@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
@@ -25,19 +25,10 @@ from lfdm_export.bundle.reader import PARITY_FOLDER, Bundle
 from lfdm_export.engines.cuda_driver import find_gpus
 from lfdm_export.engines.held import why_not_held
 from lfdm_export.engines.interface import Engine
-from lfdm_export.engines.targets import (
-    AUTO,
-    EVERY_TARGET,
-    HELD_TARGETS,
-    PLAN_TARGETS,
-    SIMULATION,
-    TARGETS,
-    TITLES,
-    Target,
-    find_target,
-    lacking,
-    this_machine,
-)
+from lfdm_export.engines.onnxruntime.target import ONNXRUNTIME
+from lfdm_export.engines.pytorch.target import PYTORCH
+from lfdm_export.engines.target_spec import Target
+from lfdm_export.engines.targets import AUTO, EVERY_TARGET, SIMULATION, find_target, spec_of, target_names, this_machine
 from lfdm_export.errors import BundleError, EngineError, InputError
 from lfdm_export.files.json_codec import to_plain
 from lfdm_export.generate.progress import Progress
@@ -52,11 +43,6 @@ from lfdm_export.reference.stored import Reference
 from lfdm_export.stages import CHAIN_TOLERANCES, StageSpec, stage_specs
 
 _SIMULATED = ("fp16", "bf16")
-# What is less than it seems on a CPU.
-_PLACES: Mapping[tuple[str, str], str] = {
-    ("onnxruntime", "int8"): "CPU (rounded to int8, convolved in float32)",
-    ("onnxruntime", "fp8"): "CPU (rounded to fp8, multiplied in float32)",
-}
 _SIMULATION_TITLE = "a GPU's rounding, simulated by ONNX Runtime, CPU"
 
 if TYPE_CHECKING:
@@ -71,7 +57,7 @@ def verify_bundle(
     seed: int | None = None,
     threads: int | None = None,
     text_encoder: BertTextEncoder | str | os.PathLike[str] | None = None,
-    targets: Sequence[str] = ("onnxruntime",),
+    targets: Sequence[str] = (ONNXRUNTIME.name,),
     polygraphy: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -124,15 +110,13 @@ def verify_bundle(
     runs, absent = _choose(opened, targets)
     with_all = specs, inputs, reference, threads, progress
     outcomes = [
-        _simulate(opened, *with_all)
-        if target == SIMULATION
-        else _run(opened, cast(Target, target), *with_all, manifest.precision)
+        _simulate(opened, *with_all) if target == SIMULATION else _run(opened, target, *with_all, manifest.precision)
         for target in runs
     ]
     first = outcomes[0]
     others = [outcome.engine for outcome in outcomes[1:]]
     if polygraphy:
-        engines = [cast(Target, target) for target in runs if target != SIMULATION]
+        engines = [target for target in runs if target != SIMULATION]
         others += [_by_polygraphy(opened, target, specs, inputs, threads) for target in engines]
     return Report(
         bundle=opened.name,
@@ -144,7 +128,7 @@ def verify_bundle(
         sampler=f"{CHAIN_SAMPLER}, {len(reference.chain.latents)} steps, eta {CHAIN_ETA:g}, guidance 1",
         checks=first.engine.checks,
         steps=first.chain.steps,
-        environment=environment(threads, with_torch=model is not None),
+        environment=environment(threads, _took_part(runs, model is not None)),
         exported_with=manifest.versions,
         provenance=_plain(manifest.provenance),
         labels=manifest.labels,
@@ -152,6 +136,13 @@ def verify_bundle(
         others=(*others, *absent),
         pictures=first.chain.pictures,
     )
+
+
+def _took_part(runs: Sequence[str], with_torch: bool) -> tuple[str, ...]:
+    """The distributions of what ran."""
+    specs = (ONNXRUNTIME if name == SIMULATION else spec_of(name) for name in runs)
+    found = [name for spec in specs for name in spec.distributions]
+    return tuple(dict.fromkeys([*found, *PYTORCH.packages["torch"] * with_torch]))
 
 
 @dataclass(frozen=True)
@@ -175,7 +166,7 @@ def _choose(bundle: Bundle, names: Sequence[str]) -> tuple[list[str], list[Other
                 raise InputError(f"fp16 and bf16 can be simulated, {bundle.path} is {precision}; take another target")
         elif name == AUTO:
             taken = _first(bundle)
-        elif name != "onnxruntime":  # what that lacks is told when it is loaded, by its package's name
+        elif name != ONNXRUNTIME.name:  # what that lacks is told when it is loaded, by its package's name
             find_target(name, "run", precision, machine=this_machine())
         chosen.append(taken)
     return list(dict.fromkeys(chosen)), []
@@ -186,7 +177,7 @@ def _first(bundle: Bundle) -> str:
     precision = bundle.manifest.precision
     with contextlib.suppress(EngineError):
         target = StageRunner(bundle).target
-        if target not in HELD_TARGETS:
+        if spec_of(target).takes == "graphs":
             return target
     try:
         return str(find_target(AUTO, "run", precision, machine=this_machine()).target)
@@ -200,13 +191,13 @@ def _every(bundle: Bundle) -> tuple[list[str], list[OtherEngine]]:
     machine, precision = this_machine(), bundle.manifest.precision
     runs: list[str] = []
     absent: list[OtherEngine] = []
-    for target in TARGETS:
-        reason = lacking(target, "run", precision, machine) or why_not_held(bundle, target)
+    for spec in map(spec_of, target_names()):
+        reason = spec.lacking("run", precision, machine) or why_not_held(bundle, spec.name)
         if reason:
-            absent.append(OtherEngine(TITLES[target], lacking=reason))
+            absent.append(OtherEngine(spec.title, lacking=reason))
         else:
-            runs.append(target)
-    if precision in _SIMULATED and not set(runs) & set(PLAN_TARGETS):
+            runs.append(spec.name)
+    if precision in _SIMULATED and not any(spec_of(target).takes == "plans" for target in runs):
         missing = [name for name in ("onnx", "onnxruntime", "torch") if importlib.util.find_spec(name) is None]
         if missing:
             reason = f"{' and '.join(missing)} not installed: pip install 'lfdm-export[export]'"
@@ -232,7 +223,9 @@ def _simulate(
 
     with tempfile.TemporaryDirectory() as folder:
         simulated = simulate_bundle(bundle, Path(folder) / "bundle")
-        outcome = _run(simulated, "onnxruntime", specs, inputs, reference, threads, progress, bundle.manifest.precision)
+        outcome = _run(
+            simulated, ONNXRUNTIME.name, specs, inputs, reference, threads, progress, bundle.manifest.precision
+        )
     return dataclasses.replace(outcome, engine=dataclasses.replace(outcome.engine, name=_SIMULATION_TITLE))
 
 
@@ -252,16 +245,18 @@ def _run(
         return load_engine(bundle, stage, target, threads=threads)
 
     checks: list[Check] = []
-    for done, spec in enumerate(specs.values()):
+    for done, stage in enumerate(specs.values()):
         if progress is not None:
             progress("stages", done, len(specs))
-        checks += check_stage(load, spec, spec.tolerance[precision], inputs, reference)
+        checks += check_stage(load, stage, stage.tolerance[precision], inputs, reference)
     if progress is not None:
         progress("stages", len(specs), len(specs))
     chain = check_chain(bundle, reference.chain, reference.seed, threads, progress, target, precision)
     gpus, _ = find_gpus()
-    place = gpus[0].name if target in HELD_TARGETS and gpus else _PLACES.get((target, precision), "CPU")
-    return _Outcome(OtherEngine(f"{TITLES[target]}, {place}", (*checks, *chain.checks)), chain)
+    spec = spec_of(target)
+    note = f" ({spec.cpu_notes[precision]})" if precision in spec.cpu_notes else ""
+    place = gpus[0].name if spec.gpu_precisions and gpus else f"CPU{note}"
+    return _Outcome(OtherEngine(f"{spec.title}, {place}", (*checks, *chain.checks)), chain)
 
 
 def _by_polygraphy(
@@ -277,14 +272,15 @@ def _by_polygraphy(
         return load_engine(bundle, stage, target, threads=threads)
 
     checks: list[Check] = []
+    title = spec_of(target).title
     for spec in specs.values():
         tolerance = spec.tolerance[bundle.manifest.precision]
         save = bundle.path / PARITY_FOLDER / "polygraphy"
         try:
-            checks += compare_stage(bundle, spec, load, TITLES[target], tolerance, inputs, save=save)
+            checks += compare_stage(bundle, spec, load, title, tolerance, inputs, save=save)
         except EngineError as error:
             checks.append(Check(spec.name, "interface", "Polygraphy", passed=False, meaning=str(error)))
-    return OtherEngine(f"{TITLES[target]} against ONNX Runtime, by Polygraphy", tuple(checks))
+    return OtherEngine(f"{title} against ONNX Runtime, by Polygraphy", tuple(checks))
 
 
 def _stored(bundle: Bundle, specs: Mapping[str, StageSpec], seed: int | None) -> Reference:

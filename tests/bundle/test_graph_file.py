@@ -94,7 +94,7 @@ def written(made: onnx.ModelProto, folder: Path) -> Path:
 def test_external_data_is_found_wherever_it_is(place: Callable[[TensorProto], onnx.ModelProto], tmp_path: Path):
     graph = read_graph(written(place(external("w.data")), tmp_path))
     assert {(data.location, data.offset, data.length) for data in graph.external} == {("w.data", "0", "16")}
-    assert [(value.name, value.onnx_type, value.shape) for value in graph.inputs] == [("x", 1, ("batch", 4))]
+    assert [(value.name, value.type, value.shape) for value in graph.inputs] == [("x", "tensor(float)", ("batch", 4))]
     assert [value.name for value in graph.outputs] == ["y"]
 
 

@@ -13,7 +13,7 @@ import pytest
 from lfdm_export.cli import info_main
 from lfdm_export.engines import targets
 from lfdm_export.engines.bundle_facts import bundle_facts
-from lfdm_export.engines.targets import Machine
+from lfdm_export.engines.target_spec import Machine
 from tests.fake_bundle import FRAMES, SIZE, fake_manifest, write_fake_bundle
 from tests.test_imports import BLOCKER, OPTIONAL, ROOT
 
@@ -70,7 +70,7 @@ def test_what_runs_nowhere_says_why(bundle: Path, tmp_path: Path, monkeypatch: p
     assert "pip install 'lfdm-export[run]'" in facts.targets["onnxruntime"].reason
     monkeypatch.setattr(module, "this_machine", lambda: Machine((), "there is no GPU", {"onnxruntime": "1.32.0"}))
     assert bundle_facts(Bundle.open(bundle)).auto == "onnxruntime"
-    assert set(facts.targets) == set(targets.TARGETS)
+    assert set(facts.targets) == set(targets.target_names())
 
 
 def test_a_bundle_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -14,8 +14,9 @@ import pytest
 
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.engines.onnxruntime import engine as engine_module
-from lfdm_export.engines.onnxruntime.engine import Device, OnnxRuntimeEngine
+from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from lfdm_export.engines.onnxruntime.gpu import require_on_gpu
+from lfdm_export.engines.onnxruntime.target import Device
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.stages import StageSpec
 from tests.closeness import assert_same_floats
@@ -186,17 +187,22 @@ def test_a_device_is_its_execution_providers(
     path: Path, device: Device, providers: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     asked: list[list[str]] = []
+    told: list[dict[str, str]] = []
     real = onnxruntime.InferenceSession
 
-    def session(graph: bytes, options: Any, providers: list[str]) -> Any:
+    def session(graph: bytes, options: Any, providers: list[str], provider_options: list[dict[str, str]]) -> Any:
         asked.append(providers)
+        told.append(dict(zip(providers, provider_options, strict=True))["CUDAExecutionProvider"])
         return real(graph, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [*providers, "CPUExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     with pytest.raises(EngineError, match=f"could not start {providers[0]}"):  # what came is the CPU
         OnnxRuntimeEngine(path, DENOISE, device=device)
-    assert asked == [providers]
+    with pytest.raises(EngineError, match="could not start"):
+        OnnxRuntimeEngine(path, DENOISE, device=device, tf32=True)
+    assert asked == [providers] * 2
+    assert told == [{"use_tf32": "0"}, {"use_tf32": "1"}]
 
 
 # ------------------------------------------------------------------------------------------- on a GPU
@@ -211,7 +217,7 @@ class Placed:
     def __init__(self, kept: Collection[str]) -> None:
         self.kept, self.nodes = kept, 0
 
-    def __call__(self, graph: Any, options: Any, providers: list[str]) -> Any:
+    def __call__(self, graph: Any, options: Any, providers: list[str], provider_options: Any) -> Any:
         session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         nodes = [node for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()]
         self.nodes = len(nodes)

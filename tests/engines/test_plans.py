@@ -22,24 +22,25 @@ import pytest
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.bundle.writer import BundleWriter
 from lfdm_export.engines.cuda_driver import Gpu
-from lfdm_export.engines.targets import Machine
+from lfdm_export.engines.held import held_targets
+from lfdm_export.engines.target_spec import Machine
 from lfdm_export.engines.tensorrt import build as tensorrt_build
 from lfdm_export.engines.tensorrt import plans
 from lfdm_export.engines.tensorrt.build import BuildRequest, BuildResult
 from lfdm_export.engines.tensorrt.plan_checks import plan_to_run
-from lfdm_export.engines.tensorrt.plans import BuildOptions, PlanFolder, PlanRecord, targets_with_plans
+from lfdm_export.engines.tensorrt.plans import BuildOptions, PlanFolder, PlanRecord
 from lfdm_export.errors import EngineError, InputError
 from lfdm_export.export import plans as plan_making
 from lfdm_export.export.plans import PlanMade, make_plans
 from lfdm_export.files.json_codec import from_plain, to_plain
-from tests.engines.test_targets import RTX, TENSORRT
+from tests.engines.test_targets import RTX, TENSORRT_11
 from tests.fake_bundle import EMBEDDINGS, NULL, fake_manifest, write_fake_bundle, write_graphs
 
 L4 = Gpu("NVIDIA L4", (8, 9), 24 << 30, "13.0")
 H200 = Gpu("NVIDIA H200", (9, 0), 140 << 30, "13.0")
 RTX_TITLE = "TensorRT for RTX 1.7.1.116"
 HERE = Machine((), "the NVIDIA driver sees no GPU", RTX)
-WITH_GPU = Machine((L4,), "", TENSORRT)
+WITH_GPU = Machine((L4,), "", TENSORRT_11)
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def test_every_stage_gets_a_plan_and_a_record(bundle: Bundle, builder: Builder):
     assert (made_of.library, made_of.precision, made_of.batch) == (RTX_TITLE, "fp32", (1, 1, 32))
     assert made_of.gpus == ("SM80", "SM86", "SM89", "SM120", "SM121")
     assert record.seconds == 1.5
-    assert targets_with_plans(bundle) == ("tensorrt-rtx",)
+    assert held_targets(bundle) == ("tensorrt-rtx",)
     assert seen[0] == ("encode", 0, 7)
     assert seen[-1] == ("done", 7, 7)
 
@@ -229,7 +230,7 @@ def test_tensorrt_builds_for_the_gpu_that_is_there(bundle: Bundle, builder: Buil
     assert made.record.fingerprint.gpus == ("SM89", "NVIDIA L4")
     (request,) = builder.requests
     assert Path(request.timing_cache) == bundle.path / "plans" / "tensorrt" / "timing.cache"
-    elsewhere = Machine((H200,), "", TENSORRT)
+    elsewhere = Machine((H200,), "", TENSORRT_11)
     (made,) = make_plans(bundle, "tensorrt", stages=["encode"], machine=elsewhere)
     assert made.how == "built"
     with pytest.raises(InputError, match="builds for the GPU that is here; leave out --gpus"):
@@ -489,7 +490,7 @@ def test_no_plan(bundle: Bundle):
     again = rf"make it with: lfdm-export --plans {bundle.path} --target tensorrt-rtx"
     with pytest.raises(EngineError, match=f"no whole TensorRT for RTX plan of stage 'step'; {again}"):
         plan_to_run(bundle, "step", "tensorrt-rtx", RTX_TITLE, L4)
-    assert targets_with_plans(bundle) == ()
+    assert held_targets(bundle) == ()
 
 
 @pytest.mark.parametrize(
@@ -583,7 +584,7 @@ def test_a_failed_export_leaves_the_plans(bundle: Bundle, builder: Builder):
     make(bundle)
     with pytest.raises(RuntimeError), BundleWriter(bundle.path):
         raise RuntimeError
-    assert targets_with_plans(bundle) == ("tensorrt-rtx",)
+    assert held_targets(bundle) == ("tensorrt-rtx",)
 
 
 def test_a_record_is_read_as_it_was_written(bundle: Bundle, builder: Builder):

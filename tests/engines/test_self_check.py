@@ -16,9 +16,12 @@ import pytest
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.cli.serve import settle_target
 from lfdm_export.engines import self_check
+from lfdm_export.engines.onnxruntime import engine as ort_engine
+from lfdm_export.engines.onnxruntime.target import PROVIDERS
 from lfdm_export.engines.self_check import VARIABLE, Finding, SelfCheck
 from lfdm_export.engines.self_check_choice import choose_checked
-from lfdm_export.engines.targets import Choice, Target
+from lfdm_export.engines.target_spec import Target
+from lfdm_export.engines.targets import Choice
 from lfdm_export.errors import EngineError
 from lfdm_export.generate.stage_runner import StageRunner
 from lfdm_export.machine import environment
@@ -261,6 +264,28 @@ def test_the_runner_checks_and_keeps_what_it_loaded(small_bundle: Bundle, monkey
         monkeypatch.setenv(VARIABLE, "0" if off._self_check else "1")
         assert off.choice == Choice("onnxruntime", "as asked")
         assert off.loaded == ()
+
+
+def test_a_device_is_checked_too(small_bundle: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    """What runs is the CPU under a GPU's name; what was found of the CPU itself does not count."""
+    monkeypatch.setitem(PROVIDERS, "cuda", ("CPUExecutionProvider",))
+    monkeypatch.setitem(ort_engine.MEMORY, "cuda", "cpu")
+    monkeypatch.setattr(ort_engine, "require_on_gpu", lambda *_: None)
+    for target in ("auto", "onnxruntime"):  # what it lacks on a CPU does not count
+        bf16 = with_precision(small_bundle, "bf16")
+        assert StageRunner(bf16, device="cuda", target=target, self_check=False).target == "onnxruntime"
+    SelfCheck(small_bundle, threads=1).check("onnxruntime", FakeTarget(small_bundle), whole=True)
+    runner = StageRunner(small_bundle, threads=1, device="cuda")
+    assert runner.target == "onnxruntime"
+    assert runner.choice.reason.startswith("the device 'cuda' is ONNX Runtime's; passed the self-check on this machine")
+    assert set(runner.loaded) == {"encode", "step", "decode"}
+    found = [json.loads(path.read_text())["key"] for path in cache.iterdir()]
+    assert sorted((key["device"], "gpus" in key) for key in found) == [("cpu", False), ("cuda", True)]
+    monkeypatch.setattr(SelfCheck, "check", lambda *_args, **_options: Finding(1.0, ("frames: PSNR 24.3 dB",), True))
+    with pytest.raises(
+        EngineError, match=r"comes out wrong on this machine's device 'cuda': ONNX Runtime: frames: PSNR"
+    ):
+        _ = StageRunner(small_bundle, threads=1, device="cuda").choice
 
 
 def test_a_server_is_started_on_what_was_checked(small_bundle: Bundle, monkeypatch: pytest.MonkeyPatch):

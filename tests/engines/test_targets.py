@@ -9,24 +9,17 @@ import pytest
 
 from lfdm_export.engines import targets
 from lfdm_export.engines.cuda_driver import Gpu, find_gpus
-from lfdm_export.engines.targets import (
-    Choice,
-    Machine,
-    Target,
-    find_target,
-    find_targets,
-    lacking,
-    precisions,
-    rtx_architectures,
-)
+from lfdm_export.engines.target_spec import FIRST_CAPABILITY, Machine, Purpose, Target, TargetSpec
+from lfdm_export.engines.targets import Choice, find_target, find_targets
+from lfdm_export.engines.tensorrt.target import TENSORRT, TENSORRT_RTX, rtx_architectures
 from lfdm_export.errors import EngineError, InputError
 from tests.test_imports import BLOCKER
 
 RTX = {"tensorrt_rtx_bindings": "1.7.1.116", "onnxruntime_ep_nv_tensorrt_rtx": "0.5.0"}
 OPENVINO = {"openvino": "2026.4.1", "onnx": "1.23.2"}
 CPU = {"onnxruntime": "1.32.0", **OPENVINO}
-TENSORRT = {"tensorrt": "11.4.0.106"}
-EVERYTHING = {**RTX, **CPU, **TENSORRT}
+TENSORRT_11 = {"tensorrt": "11.4.0.106"}
+EVERYTHING = {**RTX, **CPU, **TENSORRT_11}
 
 
 def gpu(architecture: tuple[int, int] = (8, 9), name: str = "NVIDIA L4") -> Gpu:
@@ -35,6 +28,10 @@ def gpu(architecture: tuple[int, int] = (8, 9), name: str = "NVIDIA L4") -> Gpu:
 
 def machine(packages: Mapping[str, str], *gpus: Gpu) -> Machine:
     return Machine(gpus, "" if gpus else "the NVIDIA driver sees no GPU", packages)
+
+
+def precisions(spec: TargetSpec, purpose: Purpose, machine: Machine) -> tuple[str, ...]:
+    return tuple(one for one in FIRST_CAPABILITY if not spec.lacking(purpose, one, machine))
 
 
 # ------------------------------------------------------------------------------------- making plans
@@ -130,18 +127,18 @@ def test_an_explicit_target_is_taken_whatever_plans_there_are():
     ],
 )
 def test_precisions_of_a_gpu(architecture: tuple[int, int], expected: tuple[str, ...]):
-    assert precisions("tensorrt", "run", machine(EVERYTHING, gpu(architecture))) == expected
-    reason = lacking("tensorrt", "export", "fp8", machine(EVERYTHING, gpu((8, 6), "NVIDIA A10")))
+    assert precisions(TENSORRT, "run", machine(EVERYTHING, gpu(architecture))) == expected
+    reason = TENSORRT.lacking("export", "fp8", machine(EVERYTHING, gpu((8, 6), "NVIDIA A10")))
     assert reason == "NVIDIA A10 (SM86) has no fp8: export another precision"
 
 
 def test_rtx_builds_every_precision_without_a_gpu_and_runs_none():
-    assert set(precisions("tensorrt-rtx", "export", machine(RTX))) == {"fp32", "tf32", "fp16", "bf16", "int8", "fp8"}
-    assert precisions("tensorrt-rtx", "run", machine(RTX)) == ()
+    assert set(precisions(TENSORRT_RTX, "export", machine(RTX))) == {"fp32", "tf32", "fp16", "bf16", "int8", "fp8"}
+    assert precisions(TENSORRT_RTX, "run", machine(RTX)) == ()
 
 
 def test_rtx_does_not_know_every_gpu():
-    reason = lacking("tensorrt-rtx", "run", "fp16", machine(RTX, gpu((9, 0), "NVIDIA H200")))
+    reason = TENSORRT_RTX.lacking("run", "fp16", machine(RTX, gpu((9, 0), "NVIDIA H200")))
     assert reason == "it knows SM75, SM80, SM86, SM89, SM120, SM121, not NVIDIA H200 (SM90): use --target tensorrt"
 
 

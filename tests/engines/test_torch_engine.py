@@ -25,8 +25,10 @@ from lfdm_export.engines.pytorch.compiled import VARIABLE, Program, make_program
 from lfdm_export.engines.pytorch.engine import open_engine
 from lfdm_export.engines.pytorch.loop import TorchLoop
 from lfdm_export.engines.pytorch.session import TorchSession, find_device, torch_session
+from lfdm_export.engines.pytorch.target import PYTORCH
 from lfdm_export.engines.pytorch.weights import DTYPES, load_modules, write_weights
-from lfdm_export.engines.targets import Machine, find_target, find_targets, lacking
+from lfdm_export.engines.target_spec import Machine
+from lfdm_export.engines.targets import find_target, find_targets
 from lfdm_export.errors import EngineError, InputError
 from lfdm_export.export.bundle_export import export_bundle
 from lfdm_export.generate.pipeline import Pipeline
@@ -319,12 +321,12 @@ def test_auto_takes_it_on_a_gpu_alone() -> None:
 
 
 def test_what_it_lacks_is_said() -> None:
-    assert lacking("torch", "run", "fp16", WITHOUT).startswith("PyTorch runs fp16 on a GPU, and the NVIDIA driver sees")
-    assert lacking("torch", "export", "fp16", WITHOUT) == ""
-    assert lacking("torch", "export", "int8", WITH_GPU).startswith("PyTorch has no int8 here")
-    assert "pip install 'lfdm-export[torch]'" in lacking("torch", "run", "fp32", Machine((), "no GPU", {}))
+    assert PYTORCH.lacking("run", "fp16", WITHOUT).startswith("PyTorch runs fp16 on a GPU, and the NVIDIA driver sees")
+    assert PYTORCH.lacking("export", "fp16", WITHOUT) == ""
+    assert PYTORCH.lacking("export", "int8", WITH_GPU).startswith("PyTorch has no int8 here")
+    assert "pip install 'lfdm-export[torch]'" in PYTORCH.lacking("run", "fp32", Machine((), "no GPU", {}))
     old = Machine((Gpu("Tesla T4", (7, 5), 1 << 34, "12.4"),), "", PACKAGES)
-    assert lacking("torch", "run", "bf16", old).startswith("Tesla T4 (SM75) has no bf16")
+    assert PYTORCH.lacking("run", "bf16", old).startswith("Tesla T4 (SM75) has no bf16")
 
 
 def test_how_it_compiles_depends_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from lfdm_export.bundle.reader import Bundle
 from lfdm_export.bundle.writer import BundleWriter
 from lfdm_export.engines.interface import KeepsState
 from lfdm_export.engines.onnxruntime import engine as ort_engine
+from lfdm_export.engines.onnxruntime.target import PROVIDERS
 from lfdm_export.errors import BundleError, EngineError, InputError
 from lfdm_export.pictures.clip_files import save_clip
 from lfdm_export.pictures.preprocess import to_float
@@ -460,7 +461,7 @@ def test_values_that_are_not_finite_stop_at_once(tmp_path: Path):
 
 def test_on_a_gpu_the_state_stays_there(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
     """What runs is the CPU under another device's name: the same clip, by loops of the engine."""
-    monkeypatch.setitem(ort_engine._PROVIDERS, "cuda", ("CPUExecutionProvider",))
+    monkeypatch.setitem(PROVIDERS, "cuda", ("CPUExecutionProvider",))
     monkeypatch.setitem(ort_engine.MEMORY, "cuda", "cpu")
     monkeypatch.setattr(ort_engine, "require_on_gpu", lambda *_: None)
     arguments: dict[str, Any] = {"label": ["Anger", "happiness"], "eta": 1.0, "seed": 3}

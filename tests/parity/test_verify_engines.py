@@ -17,7 +17,7 @@ from lfdm_export.cli import verify_main
 from lfdm_export.engines.cuda_driver import Gpu
 from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from lfdm_export.engines.openvino.engine import OpenVinoEngine
-from lfdm_export.engines.targets import Machine
+from lfdm_export.engines.target_spec import Machine
 from lfdm_export.errors import EngineError, InputError, MissingDependencyError
 from lfdm_export.parity import verify
 from lfdm_export.parity.chain import ChainResult

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.engines.checks import Array, check_feeds
-from lfdm_export.engines.onnxruntime.engine import MEMORY, Device, OnnxRuntimeEngine
+from lfdm_export.engines.onnxruntime.engine import MEMORY, OnnxRuntimeEngine
+from lfdm_export.engines.onnxruntime.target import Device
 from lfdm_export.errors import EngineError
 from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.stages import BATCH, COEFFICIENTS, StageSpec
@@ -35,6 +36,7 @@ class BoundOnnxRuntimeEngine(OnnxRuntimeEngine):
         *,
         threads: int | None = None,
         device: Device = "cuda",
+        tf32: bool = False,
     ) -> None:
         """Load a graph; see `OnnxRuntimeEngine`.
 
@@ -42,7 +44,7 @@ class BoundOnnxRuntimeEngine(OnnxRuntimeEngine):
             EngineError: see `OnnxRuntimeEngine`.
             MissingDependencyError: onnxruntime is not installed.
         """
-        super().__init__(path, spec, threads=threads, device=device)
+        super().__init__(path, spec, threads=threads, device=device, tf32=tf32)
         self.device: Device = device
 
     def denoise_loop(self, batch: int) -> BoundLoop:

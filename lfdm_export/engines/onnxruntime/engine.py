@@ -5,32 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 
 from lfdm_export.engines.checks import Array, check_feeds, check_outputs
 from lfdm_export.engines.onnxruntime.gpu import gpu_graph, require_on_gpu
+from lfdm_export.engines.onnxruntime.target import PROVIDERS, Device
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.files.names import require_utf8
 from lfdm_export.graphs.file import check_graph
 from lfdm_export.machine import available_cores
-from lfdm_export.stages import StageSpec, TensorSpec
+from lfdm_export.stages import StageSpec
 from lfdm_export.wording import one_line
 
-Device = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
-#: Execution providers by device; the first has to be there, the next takes what it cannot run. TensorRT keeps no engine
-#: from one load to the next: the provider's own cache would not notice other weights in the same graph.
-_PROVIDERS: dict[str, tuple[str, ...]] = {
-    "cpu": ("CPUExecutionProvider",),
-    "cuda": ("CUDAExecutionProvider",),
-    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
-    "tensorrt-rtx": ("NvTensorRTRTXExecutionProvider", "CUDAExecutionProvider"),
-}
-DEVICES = tuple(_PROVIDERS)
 #: Where a device's tensors lie, as ONNX Runtime calls it.
-MEMORY = {device: "cpu" if device == "cpu" else "cuda" for device in DEVICES}
-_ONNX_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}
+MEMORY = {device: "cpu" if device == "cpu" else "cuda" for device in PROVIDERS}
+_CUDA = "CUDAExecutionProvider"
 _ERRORS_ONLY = 3
 
 
@@ -49,8 +40,9 @@ class OnnxRuntimeEngine:
         threads: int | None = None,
         device: Device = "cpu",
         allow_spinning: bool = True,
+        tf32: bool = False,
     ) -> None:
-        """Load a graph and compare its interface with the stage's.
+        """Load a graph whose interface is the stage's.
 
         Args:
             path: the .onnx file; external data lies beside it.
@@ -60,6 +52,7 @@ class OnnxRuntimeEngine:
                 get the bodies that suit it, and none may be left to the CPU.
             allow_spinning: let idle threads wait busily, which is faster as long as this engine alone uses the
                 cores; threads that outnumber the cores never do.
+            tf32: let CUDA take products in TF32, which it does by default.
 
         Raises:
             EngineError: the file cannot be loaded, is another stage, or the device cannot be had or not run all of it.
@@ -67,9 +60,9 @@ class OnnxRuntimeEngine:
         """
         self.path, self.spec = Path(path), spec
         check_graph(self.path, spec)
-        self._session = open_session(self.path, threads=threads, device=device, allow_spinning=allow_spinning)
-        _check_interface(self.path, spec, "inputs", spec.inputs, self._session.get_inputs())
-        _check_interface(self.path, spec, "outputs", spec.outputs, self._session.get_outputs())
+        self._session = open_session(
+            self.path, threads=threads, device=device, allow_spinning=allow_spinning, tf32=tf32
+        )
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run the stage once.
@@ -95,7 +88,14 @@ class OnnxRuntimeEngine:
         return outputs
 
 
-def open_session(path: Path, *, threads: int | None = None, device: Device = "cpu", allow_spinning: bool = True) -> Any:
+def open_session(
+    path: Path,
+    *,
+    threads: int | None = None,
+    device: Device = "cpu",
+    allow_spinning: bool = True,
+    tf32: bool = False,
+) -> Any:
     """An `onnxruntime.InferenceSession` as every graph of a bundle is run; for the arguments see `OnnxRuntimeEngine`.
 
     Raises:
@@ -105,7 +105,7 @@ def open_session(path: Path, *, threads: int | None = None, device: Device = "cp
     if threads is not None and threads < 1:
         raise EngineError(f"threads is {threads}, expected 1 or more, or None for all cores")
     options = _options(available_cores() if threads is None else threads, allow_spinning)
-    return _load(path, options, _providers(device), on_gpu=device != "cpu")
+    return _load(path, options, _providers(device), on_gpu=device != "cpu", tf32=tf32)
 
 
 def _options(threads: int, allow_spinning: bool) -> Any:
@@ -128,9 +128,9 @@ def _options(threads: int, allow_spinning: bool) -> Any:
 
 
 def _providers(device: Device) -> tuple[str, ...]:
-    if device not in _PROVIDERS:
-        raise EngineError(f"unknown device {device!r}; expected {' or '.join(map(repr, _PROVIDERS))}")
-    first, *rest = _PROVIDERS[device]
+    if device not in PROVIDERS:
+        raise EngineError(f"unknown device {device!r}; expected {' or '.join(map(repr, PROVIDERS))}")
+    first, *rest = PROVIDERS[device]
     available = _onnxruntime().get_available_providers()
     if first not in available:
         remedy = (
@@ -142,13 +142,15 @@ def _providers(device: Device) -> tuple[str, ...]:
     return (first, *(provider for provider in rest if provider in available))
 
 
-def _load(path: Path, options: Any, providers: Sequence[str], *, on_gpu: bool) -> Any:
+def _load(path: Path, options: Any, providers: Sequence[str], *, on_gpu: bool, tf32: bool) -> Any:
     if not path.is_file():
         raise EngineError(f"there is no graph at {path}; export again")
     name = require_utf8(path, "ONNX Runtime")
     graph = gpu_graph(path, options) if on_gpu else name
+    # Source: ONNX Runtime's options of the CUDA provider.
+    told = [{"use_tf32": str(int(tf32))} if provider == _CUDA else {} for provider in providers]
     try:
-        session = _onnxruntime().InferenceSession(graph, options, providers=list(providers))
+        session = _onnxruntime().InferenceSession(graph, options, providers=list(providers), provider_options=told)
     except Exception as error:  # onnxruntime's exceptions share no other base
         raise EngineError(f"ONNX Runtime cannot load {path}: {one_line(error)}; export again") from error
     if session.get_providers()[0] != providers[0]:  # it falls back to the CPU with no more than a log line
@@ -159,27 +161,6 @@ def _load(path: Path, options: Any, providers: Sequence[str], *, on_gpu: bool) -
     if on_gpu:
         require_on_gpu(session, path)
     return session
-
-
-def _check_interface(
-    path: Path, spec: StageSpec, kind: str, tensors: Sequence[TensorSpec], nodes: Sequence[Any]
-) -> None:
-    names, expected = [node.name for node in nodes], [tensor.name for tensor in tensors]
-    if names != expected:
-        raise EngineError(
-            f"{path} is not the stage {spec.name!r}: its {kind} are {', '.join(names)}, expected {', '.join(expected)}"
-        )
-    for tensor, node in zip(tensors, nodes, strict=True):
-        where = f"{path} is not the stage {spec.name!r}: {tensor.name}"
-        if node.type != _ONNX_TYPES[tensor.dtype]:
-            raise EngineError(f"{where} is a {node.type}, expected {_ONNX_TYPES[tensor.dtype]}")
-        if len(node.shape) != len(tensor.shape) or not all(map(_axis_fits, node.shape, tensor.shape)):
-            raise EngineError(f"{where} has shape {tuple(node.shape)}, expected {tensor.shape}")
-
-
-def _axis_fits(found: object, expected: int | str) -> bool:
-    """A dynamic axis must be dynamic in the graph; a fixed one may also be left open (as outputs often are)."""
-    return not isinstance(found, int) or found == expected
 
 
 def _onnxruntime() -> Any:

@@ -51,7 +51,7 @@ def gpu_graph(path: Path, options: Any) -> bytes:
     folder = require_utf8(path.parent.resolve(), "ONNX Runtime")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    return with_bodies(stored, "onnxruntime-gpu").SerializeToString(deterministic=True)
+    return with_bodies(stored, "tensorrt").SerializeToString(deterministic=True)
 
 
 def require_on_gpu(session: Any, path: Path) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lfdm_export.engines.checks import Array, check_feeds, check_outputs
 from lfdm_export.engines.compiled_cache import CompiledCache
 from lfdm_export.engines.openvino.cache import cache_key
+from lfdm_export.engines.openvino.target import OPENVINO
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.graphs.file import walk
 from lfdm_export.machine import available_cores
@@ -23,8 +24,8 @@ from lfdm_export.stages import BATCH, StageSpec
 from lfdm_export.telemetry import import_openvino
 from lfdm_export.wording import one_line
 
-# What the plugin computes in where the graph says float32. A graph of fp16 says by itself what is rounded.
-_HINTS: Mapping[str, str] = {"fp32": "f32", "tf32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "bf16"}
+# Precisions in which the plugin may compute in bf16 where the graph says float32; a graph of fp16 says what is rounded.
+_HINTED = ("bf16", "int8")
 _DEVICE = "CPU"
 # How a graph says that its weights lie in this process's memory, where this module has mapped their file.
 _MAPPED = "*/_ORT_MEM_ADDR_/*"
@@ -153,9 +154,10 @@ def keep_coordinates(model: Any) -> None:
 
 
 def _options(core: Any, threads: int, precision: str) -> dict[str, Any]:
-    if precision not in _HINTS:
-        raise EngineError(f"unknown precision {precision!r} for OpenVINO; expected one of {', '.join(_HINTS)}")
-    hint = _HINTS[precision]
+    known = OPENVINO.cpu_precisions
+    if precision not in known:
+        raise EngineError(f"unknown precision {precision!r} for OpenVINO; expected one of {', '.join(known)}")
+    hint = "bf16" if precision in _HINTED else "f32"
     if hint == "bf16" and "BF16" not in core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"):
         if precision == "bf16":
             raise EngineError("this processor has no bf16 for OpenVINO (AVX-512 BF16 or AMX); export fp32 and use that")
@@ -180,9 +182,9 @@ def _graph_and_weights(path: Path, spec: StageSpec) -> tuple[bytes, dict[str, ND
         from lfdm_export.graphs.bodies import with_bodies
         from lfdm_export.graphs.stored import load_stage
     except ImportError as error:
-        raise MissingDependencyError(error.name or "onnx", "preparing a graph for OpenVINO", "openvino") from error
+        raise MissingDependencyError(error.name or "onnx", "preparing a graph for OpenVINO", OPENVINO.extra) from error
     stored = load_stage(path, spec)
-    model = with_bodies(stored, "openvino")
+    model = with_bodies(stored, OPENVINO.bodies)
     identity = hashlib.sha256(model.SerializeToString(deterministic=True)).digest()
     weights: dict[str, NDArray[np.uint8]] = {}
     mapped = 0
@@ -229,4 +231,4 @@ def shared_core() -> Any:
     try:
         return import_openvino().Core()
     except ImportError as error:
-        raise MissingDependencyError("openvino", "running a bundle with OpenVINO", "openvino") from error
+        raise MissingDependencyError("openvino", "running a bundle with OpenVINO", OPENVINO.extra) from error

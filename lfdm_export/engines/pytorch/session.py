@@ -15,6 +15,7 @@ from lfdm_export.bundle.reader import TORCH_WEIGHTS, Bundle
 from lfdm_export.engines.compiled_cache import user_compiled_cache
 from lfdm_export.engines.cuda_driver import find_gpus
 from lfdm_export.engines.pytorch.compiled import Program, make_program
+from lfdm_export.engines.pytorch.target import PYTORCH
 from lfdm_export.engines.pytorch.weights import load_modules
 from lfdm_export.errors import EngineError
 from lfdm_export.machine import available_cores
@@ -108,7 +109,7 @@ class TorchSession:
         """
         key = (name, *((tensor.dtype, tuple(tensor.shape)) for tensor in examples))
         if key not in self._programs:
-            cache = user_compiled_cache("torch")
+            cache = user_compiled_cache(PYTORCH.name)
             self._programs[key] = make_program(module, examples, name=name, identity=self._identity, cache=cache)
         return self._programs[key]
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from lfdm_export.bundle.reader import TORCH_WEIGHTS, Bundle
 from lfdm_export.engines.held import why_not_held
+from lfdm_export.engines.pytorch.target import PYTORCH
 from lfdm_export.errors import EngineError, InputError
 from lfdm_export.rewrite.precision import in_precision
 from lfdm_export.rewrite.stage_modules import stage_modules
@@ -23,13 +24,9 @@ from lfdm_models.diffusion import Diffusion
 from lfdm_models.lfae import Lfae
 from lfdm_models.model import LfdmModel
 
+_NARROW = {"fp16": torch.float16, "bf16": torch.bfloat16}
 #: Of weights and activations, by a bundle's precision.
-DTYPES: Mapping[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
+DTYPES: Mapping[str, torch.dtype] = {name: _NARROW.get(name, torch.float32) for name in PYTORCH.precisions}
 #: Stages that have a module of their own; `denoise` and `denoise_guided` are parts of two of them.
 _STAGES = ("encode", "step", "step_guided", "decode", DRIVE_STAGE)
 
@@ -76,7 +73,7 @@ def load_modules(bundle: Bundle, device: torch.device) -> dict[str, nn.Module]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    lacking = why_not_held(bundle, "torch")
+    lacking = why_not_held(bundle, PYTORCH.name)
     if lacking:
         raise EngineError(f"{bundle.path} does not run with the target 'torch': {lacking}")
     manifest = bundle.manifest

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lfdm_export.engines.targets import OLDEST_TENSORRT, RTX_BINDINGS, RTX_LIBRARIES, TITLES, Target
+from lfdm_export.engines.target_spec import Target
+from lfdm_export.engines.targets import spec_of
+from lfdm_export.engines.tensorrt.target import OLDEST_TENSORRT, RTX_BINDINGS, RTX_LIBRARIES, TENSORRT, TENSORRT_RTX
 from lfdm_export.errors import EngineError, MissingDependencyError
 
 _log = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ class Api:
     @property
     def title(self) -> str:
         """Name and version, for messages and fingerprints."""
-        return f"{TITLES[self.target]} {self.version}"
+        return f"{spec_of(self.target).title} {self.version}"
 
     def take_errors(self) -> str:
         """The errors logged since the last call, in one line."""
@@ -56,16 +58,16 @@ def load_api(target: Target) -> Api:
         MissingDependencyError: a package is missing.
         EngineError: the packages do not fit together, or a library cannot be loaded.
     """
+    spec = spec_of(target)
     try:
-        module = _load_rtx() if target == "tensorrt-rtx" else importlib.import_module("tensorrt")
+        module = _load_rtx() if target == TENSORRT_RTX.name else importlib.import_module("tensorrt")
     except ImportError as error:
-        packages = (RTX_BINDINGS, RTX_LIBRARIES) if target == "tensorrt-rtx" else ("tensorrt",)
-        missing = next((name for name in packages if importlib.util.find_spec(name) is None), None)
+        missing = next((name for name in spec.packages if importlib.util.find_spec(name) is None), None)
         if missing is not None:
-            raise MissingDependencyError(missing, TITLES[target], target) from error
-        raise EngineError(f"{TITLES[target]} is installed but cannot be loaded: {error}") from error
+            raise MissingDependencyError(missing, spec.title, spec.extra) from error
+        raise EngineError(f"{spec.title} is installed but cannot be loaded: {error}") from error
     version = str(module.__version__)
-    if target == "tensorrt" and tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TENSORRT:
+    if target == TENSORRT.name and tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TENSORRT:
         raise EngineError(
             f"TensorRT {version} is too old, expected {'.'.join(map(str, OLDEST_TENSORRT))} or newer; "
             "run: pip install --upgrade tensorrt"

@@ -21,10 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lfdm_export.engines.targets import TITLES, Target
+from lfdm_export.engines.target_spec import Target
+from lfdm_export.engines.targets import spec_of
 from lfdm_export.engines.tensorrt.api import Api, load_api, refit_engine
 from lfdm_export.engines.tensorrt.grid_samples import set_grid_sampling
 from lfdm_export.engines.tensorrt.plans import BuildOptions
+from lfdm_export.engines.tensorrt.target import TENSORRT, TENSORRT_RTX
 from lfdm_export.errors import EngineError, LfdmExportError
 from lfdm_export.files.atomic import write_file
 from lfdm_export.files.json_codec import from_plain, to_plain
@@ -103,7 +105,7 @@ def build_in_child(folder: Path, request: BuildRequest, graph: bytes) -> BuildRe
     """
     (folder / GRAPH).write_bytes(graph)
     (folder / REQUEST).write_text(json.dumps(to_plain(request)), encoding="utf-8")
-    what = f"{TITLES[request.target]} could not build stage {request.stage!r}"
+    what = f"{spec_of(request.target).title} could not build stage {request.stage!r}"
     process = subprocess.Popen(
         [sys.executable, "-m", "lfdm_export.engines.tensorrt.build", str(folder)],
         stdin=subprocess.DEVNULL,
@@ -201,7 +203,7 @@ def _built(api: Api, request: BuildRequest, graph: bytes) -> tuple[Any, dict[str
 def _network_flags(api: Api) -> int:
     flags = api.module.NetworkDefinitionCreationFlag
     chosen = 1 << int(flags.STRONGLY_TYPED)
-    if api.target == "tensorrt":
+    if api.target == TENSORRT.name:
         from lfdm_export.ops.plugins import register_plugins
 
         register_plugins()
@@ -215,7 +217,7 @@ def _configure(api: Api, config: Any, request: BuildRequest) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
-    if api.target == "tensorrt-rtx":
+    if api.target == TENSORRT_RTX.name:
         config.num_compute_capabilities = len(request.gpus)
         for index, gpu in enumerate(request.gpus):
             config.set_compute_capability(getattr(trt.ComputeCapability, gpu), index)

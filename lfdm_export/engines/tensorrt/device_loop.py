@@ -14,6 +14,7 @@ from lfdm_export.engines.cuda_driver import Handle
 from lfdm_export.engines.tensorrt.gpu_memory import DeviceBuffer, PinnedArray, PinnedRing, byte_count, quietly
 from lfdm_export.engines.tensorrt.gpu_session import GpuSession
 from lfdm_export.engines.tensorrt.plan_context import PlanContext
+from lfdm_export.engines.tensorrt.target import TENSORRT_RTX
 from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.stages import StageSpec
 
@@ -144,7 +145,7 @@ class DeviceLoop:
         if self._context.prepare(self._inputs):
             self._context.bind({name: memory.pointer for name, memory in self._memory.items()})
             self._graph, self._warm = None, False
-        if self._session.api.target == "tensorrt-rtx" or not self._warm:
+        if self._session.api.target == TENSORRT_RTX.name or not self._warm:
             # TensorRT does things in a first run that cannot be captured.
             self._queue()
             self._warm = True

@@ -9,7 +9,7 @@ from typing import Any
 
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.engines.checks import Array, check_feeds
-from lfdm_export.engines.targets import Target
+from lfdm_export.engines.target_spec import Target
 from lfdm_export.engines.tensorrt.api import refit_engine
 from lfdm_export.engines.tensorrt.device_loop import DeviceLoop
 from lfdm_export.engines.tensorrt.gpu_memory import DeviceBuffer, PinnedArray
@@ -18,6 +18,7 @@ from lfdm_export.engines.tensorrt.plan_checks import plan_to_run
 from lfdm_export.engines.tensorrt.plan_context import PlanContext
 from lfdm_export.engines.tensorrt.plans import remake
 from lfdm_export.errors import EngineError
+from lfdm_export.graphs.file import TYPES, Value, compare_interface
 from lfdm_export.stages import StageSpec, TensorSpec
 
 
@@ -154,26 +155,13 @@ def open_engine(bundle: Bundle, stage: str, target: Target) -> TensorRtEngine:
 
 
 def _check_interface(trt: Any, engine: Any, path: Path, spec: StageSpec) -> None:
+    """A plan lists its tensors in an order of its own."""
+    types = {trt.DataType.FLOAT: TYPES["float32"], trt.DataType.INT64: TYPES["int64"]}
+    order = {tensor.name: place for place, tensor in enumerate((*spec.inputs, *spec.outputs))}
+    values: dict[Any, list[Value]] = {trt.TensorIOMode.INPUT: [], trt.TensorIOMode.OUTPUT: []}
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    for kind, tensors, mode in (
-        ("inputs", spec.inputs, trt.TensorIOMode.INPUT),
-        ("outputs", spec.outputs, trt.TensorIOMode.OUTPUT),
-    ):
-        found = [name for name in names if engine.get_tensor_mode(name) == mode]
-        expected = [tensor.name for tensor in tensors]
-        if sorted(found) != sorted(expected):
-            raise EngineError(
-                f"{path} is not the stage {spec.name!r}: its {kind} are {', '.join(found)}, "
-                f"expected {', '.join(expected)}"
-            )
-        for tensor in tensors:
-            dtype = {"float32": trt.DataType.FLOAT, "int64": trt.DataType.INT64}[tensor.dtype]
-            shape = tuple(engine.get_tensor_shape(tensor.name))
-            where = f"{path} is not the stage {spec.name!r}: {tensor.name}"
-            if engine.get_tensor_dtype(tensor.name) != dtype:
-                raise EngineError(f"{where} is a {engine.get_tensor_dtype(tensor.name)}, expected {tensor.dtype}")
-            fits = len(shape) == len(tensor.shape) and all(
-                size in (-1, axis) for size, axis in zip(shape, tensor.shape, strict=True)
-            )
-            if not fits:
-                raise EngineError(f"{where} has shape {shape}, expected {tensor.shape}")
+    for name in sorted(names, key=lambda name: order.get(name, len(order))):
+        dtype = engine.get_tensor_dtype(name)
+        value = Value(name, types.get(dtype, str(dtype)), tuple(engine.get_tensor_shape(name)))
+        values[engine.get_tensor_mode(name)].append(value)
+    compare_interface(path, spec, values[trt.TensorIOMode.INPUT], values[trt.TensorIOMode.OUTPUT])

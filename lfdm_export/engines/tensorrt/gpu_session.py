@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lfdm_export.engines.cuda_driver import CudaDriver, Gpu, load_driver
-from lfdm_export.engines.targets import Target
+from lfdm_export.engines.target_spec import Target
 from lfdm_export.engines.tensorrt.api import Api, load_api
 from lfdm_export.engines.tensorrt.gpu_memory import DeviceBuffer
+from lfdm_export.engines.tensorrt.target import TENSORRT_RTX
 from lfdm_export.errors import EngineError
 from lfdm_export.files.atomic import write_file
 
@@ -109,7 +110,7 @@ class GpuSession:
         trt = self.api.module
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if self.api.target == "tensorrt-rtx":
+        if self.api.target == TENSORRT_RTX.name:
             # RTX compiles kernels for a shape when it first comes: at once, so that the first run is as the others.
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE

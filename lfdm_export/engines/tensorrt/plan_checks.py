@@ -7,9 +7,11 @@ from pathlib import Path
 
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.engines.cuda_driver import Gpu
-from lfdm_export.engines.targets import TITLES, Target
+from lfdm_export.engines.target_spec import Target
+from lfdm_export.engines.targets import spec_of
 from lfdm_export.engines.tensorrt.grid_samples import GRID_SAMPLING
 from lfdm_export.engines.tensorrt.plans import Fingerprint, PlanFolder, PlanRecord, is_whole, read_record, remake
+from lfdm_export.engines.tensorrt.target import TENSORRT_RTX
 from lfdm_export.errors import EngineError
 
 _ALTERED = "is not what its record says: it was altered, or cut off"
@@ -81,7 +83,7 @@ def _record_of(bundle: Bundle, stage: str, target: Target, plan: Path, record_pa
     record = read_record(record_path)
     if record is None or not plan.is_file():
         raise EngineError(
-            f"{bundle.path} has no whole {TITLES[target]} plan of stage {stage!r}; "
+            f"{bundle.path} has no whole {spec_of(target).title} plan of stage {stage!r}; "
             f"make it with: {remake(bundle.path, target)}"
         )
     return record
@@ -130,7 +132,7 @@ def _later(made: Fingerprint, library: str) -> bool:
 
 
 def _runs_on(made: Fingerprint, gpu: Gpu) -> bool:
-    if made.target == "tensorrt-rtx" or made.options.hardware_compatible == "same-capability":
+    if made.target == TENSORRT_RTX.name or made.options.hardware_compatible == "same-capability":
         return gpu.architecture in made.gpus
     if made.options.hardware_compatible == "ampere+":
         return gpu.compute_capability >= (8, 0)

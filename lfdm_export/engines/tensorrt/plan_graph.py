@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 
 from lfdm_export.bundle.reader import Bundle
-from lfdm_export.engines.targets import Target
+from lfdm_export.engines.target_spec import Target
+from lfdm_export.engines.targets import spec_of
 from lfdm_export.engines.tensorrt.grid_samples import require_grid_sampling
 from lfdm_export.errors import MissingDependencyError
 
@@ -29,7 +30,7 @@ def builder_graph(bundle: Bundle, stage: str, target: Target) -> tuple[bytes, st
     from lfdm_export.graphs.bodies import with_bodies
     from lfdm_export.graphs.stored import load_stage
 
-    model = with_bodies(load_stage(bundle.stage_path(stage), bundle.stages[stage]), target)
+    model = with_bodies(load_stage(bundle.stage_path(stage), bundle.stages[stage]), spec_of(target).bodies)
     require_grid_sampling(model)
     graph = model.SerializeToString(deterministic=True)
     data_files: set[str] = set()

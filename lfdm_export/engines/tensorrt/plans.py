@@ -14,14 +14,15 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from lfdm_export.bundle.manifest import FileEntry
-from lfdm_export.bundle.reader import PLANS_FOLDER, Bundle, fingerprint
+from lfdm_export.bundle.reader import PLANS_FOLDER, fingerprint
 from lfdm_export.engines.cuda_driver import Gpu
-from lfdm_export.engines.targets import PLAN_TARGETS, Target
+from lfdm_export.engines.target_spec import Target
+from lfdm_export.engines.tensorrt.target import TENSORRT_RTX
 from lfdm_export.errors import EngineError
 from lfdm_export.files.atomic import folder_made, locked, sync_path, temporary_folder
 from lfdm_export.files.json_codec import from_plain, to_plain
@@ -195,21 +196,9 @@ def remake(bundle: Path, target: Target) -> str:
     return f"lfdm-export --plans {bundle} --target {target}"
 
 
-def targets_with_plans(bundle: Bundle) -> tuple[Target, ...]:
-    """The targets that the bundle has a plan of every stage for, fit or not."""
-    return tuple(
-        target for target in PLAN_TARGETS if set(bundle.stages) <= set(PlanFolder(bundle.path, target).stages())
-    )
-
-
 def gpus_of(target: Target, architectures: tuple[str, ...], gpu: Gpu | None) -> tuple[str, ...]:
     """What a plan built here is for, as its fingerprint says it."""
-    if target == "tensorrt-rtx":
+    if target == TENSORRT_RTX.name:
         return architectures
     assert gpu is not None, "TensorRT was chosen without a GPU"
     return (gpu.architecture, gpu.name)
-
-
-def option_names() -> tuple[str, ...]:
-    """Names of the build options."""
-    return tuple(field.name for field in fields(BuildOptions))

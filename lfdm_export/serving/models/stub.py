@@ -15,7 +15,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from lfdm_export.bundle.reader import Bundle
-from lfdm_export.engines.onnxruntime.engine import Device
+from lfdm_export.engines.onnxruntime.target import Device
 from lfdm_export.errors import EngineError, InputError, LfdmExportError
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.protocol.contract import Array, OverloadedError, RequestCancelledError

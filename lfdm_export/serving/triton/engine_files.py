@@ -10,6 +10,7 @@ from lfdm_export.bundle.reader import ONNX_FOLDER, Bundle, fingerprint, onnx_pat
 from lfdm_export.engines.cuda_driver import Gpu, find_gpus
 from lfdm_export.engines.tensorrt.plan_checks import check_plan_alone
 from lfdm_export.engines.tensorrt.plans import PlanFolder
+from lfdm_export.engines.tensorrt.target import TENSORRT
 from lfdm_export.errors import EngineError
 from lfdm_export.graphs.file import read_graph
 from lfdm_export.protocol.contract import ENCODE_MODEL
@@ -39,8 +40,8 @@ def place_engines(bundle: Bundle, engines: TritonEngine, repository: Path) -> No
     for model, stage in _STAGES.items():
         folder = repository / model / VERSION
         if engines == "tensorrt":
-            plans = PlanFolder(bundle.path, "tensorrt")
-            check_plan_alone(bundle, stage, "tensorrt", plans.plan(stage), plans.record_path(stage))
+            plans = PlanFolder(bundle.path, TENSORRT.name)
+            check_plan_alone(bundle, stage, TENSORRT.name, plans.plan(stage), plans.record_path(stage))
             files = {plans.plan(stage): ENGINE_FILES[engines], plans.record_path(stage): _RECORD}
         else:
             graph = bundle.stage_path(stage)
@@ -74,7 +75,7 @@ def _check(bundle: Bundle, stage: str, engines: TritonEngine, folder: Path, *, g
     """Compare copies with what they were copied from."""
     engine = folder / ENGINE_FILES[engines]
     if engines == "tensorrt":
-        check_plan_alone(bundle, stage, "tensorrt", engine, folder / _RECORD, gpus)
+        check_plan_alone(bundle, stage, TENSORRT.name, engine, folder / _RECORD, gpus)
         return
     files = bundle.manifest.files
     copies = {onnx_path(stage): engine} | {f"{ONNX_FOLDER}/{name}": folder / name for name in _weights(engine)}

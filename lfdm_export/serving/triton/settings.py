@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lfdm_export.batching.order import POLICIES, Policy
-from lfdm_export.engines.onnxruntime.engine import DEVICES
-from lfdm_export.engines.targets import AUTO, check_target_name
+from lfdm_export.engines.targets import AUTO, check_target_name, device_names
 from lfdm_export.errors import InputError
 from lfdm_export.protocol.requests import Limits
 
@@ -60,8 +59,8 @@ class ServingSettings:
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}, expected {least} or more")
         check_target_name(self.target, AUTO)
-        if self.device not in DEVICES:
-            raise InputError(f"device is {self.device!r}, expected {' or '.join(DEVICES)}")
+        if self.device not in device_names():
+            raise InputError(f"device is {self.device!r}, expected {' or '.join(device_names())}")
         if self.policy not in POLICIES:
             raise InputError(f"policy is {self.policy!r}, expected one of {', '.join(POLICIES)}")
 

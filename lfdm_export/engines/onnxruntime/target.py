@@ -1,0 +1,49 @@
+"""ONNX Runtime as a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, cast
+
+from lfdm_export.engines.target_spec import TargetSpec
+
+if TYPE_CHECKING:
+    from lfdm_export.bundle.reader import Bundle
+    from lfdm_export.engines.interface import Engine
+
+Device = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
+#: Execution providers by device; the first has to be there, the next takes what it cannot run. TensorRT keeps no engine
+#: from one load to the next: the provider's own cache would not notice other weights in the same graph.
+PROVIDERS: Mapping[Device, tuple[str, ...]] = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider",),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
+    "tensorrt-rtx": ("NvTensorRTRTXExecutionProvider", "CUDAExecutionProvider"),
+}
+
+
+def _load(bundle: Bundle, stage: str, threads: int | None, device: str) -> Engine:
+    from lfdm_export.engines.onnxruntime.binding import STATE, BoundOnnxRuntimeEngine
+    from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
+
+    path, spec = bundle.stage_path(stage), bundle.stages[stage]
+    # On a CPU a chain whose values are not finite is better stopped at once than kept where it is.
+    on_gpu = device != "cpu" and set(STATE) <= {tensor.name for tensor in spec.outputs}
+    kind = BoundOnnxRuntimeEngine if on_gpu else OnnxRuntimeEngine
+    tf32 = bundle.manifest.precision == "tf32"
+    return kind(path, spec, threads=threads, device=cast(Device, device), tf32=tf32)
+
+
+ONNXRUNTIME = TargetSpec(
+    name="onnxruntime",
+    title="ONNX Runtime",
+    extra="run",
+    packages={"onnxruntime": ("onnxruntime", "onnxruntime-gpu")},
+    takes="graphs",
+    load=_load,
+    # Tried with 1.32, which has no bf16 convolution there.
+    cpu_precisions=("fp32", "tf32", "fp16", "int8", "fp8"),
+    cpu_notes={"int8": "rounded to int8, convolved in float32", "fp8": "rounded to fp8, multiplied in float32"},
+    devices=tuple(PROVIDERS),
+    note="on a GPU with `onnxruntime-gpu` and `device=`: CUDA, or the execution provider of either TensorRT",
+)
