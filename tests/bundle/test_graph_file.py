@@ -237,8 +237,8 @@ def test_a_bundle_in_the_hubs_cache(bundle: Path, tmp_path: Path):
     ("edit", "words"),
     [
         (lambda m: m["sampler"].update(eta=10**400), "eta"),
-        (lambda m: m["sampler"].update(eta=2.0), "eta is 2.0, expected 0 to 1"),
-        (lambda m: m["sampler"].update(steps=10**9), "steps is 1000000000, expected 1 to"),
+        (lambda m: m["sampler"].update(eta=2.0), "eta: found 2.0, expected 0 to 1"),
+        (lambda m: m["sampler"].update(steps=10**9), "steps: found 1000000000, expected 1 to"),
         (lambda m: m["sampler"].update(guidance_scale=float("nan")), "guidance_scale"),
         (lambda m: m["config"]["lfae"].update(down_blocks=10**9), "block counts out of range"),
         (lambda m: m["config"]["lfae"]["flow_predictor"].update(blocks=10**9), "at most 12 blocks"),

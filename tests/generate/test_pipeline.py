@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lfdm_export import Clip, Pipeline
-from lfdm_export.bundle.manifest import SamplerDefaults
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.bundle.writer import BundleWriter
 from lfdm_export.engines.interface import KeepsState
@@ -20,6 +19,7 @@ from lfdm_export.pictures.clip_files import save_clip
 from lfdm_export.pictures.preprocess import to_float
 from lfdm_export.sampling import loop
 from lfdm_export.sampling.noise import START, seeded_noise
+from lfdm_export.sampling.options import SamplingOptions
 from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.sampling.tables import sampler_table
 from lfdm_models.schedule import cosine_schedule
@@ -115,7 +115,7 @@ def test_every_sampler_takes_its_own_defaults(pipe: Pipeline, sampler: str):
 
 
 def test_defaults_come_from_the_manifest(tmp_path: Path):
-    defaults = SamplerDefaults("unipc", steps=3, eta=None, guidance_scale=0.0)
+    defaults = SamplingOptions("unipc", steps=3, guidance_scale=0.0)
     pipe = Pipeline.open(write_fake_bundle(tmp_path / "x", fake_manifest(sampler=defaults)))
     expected = pipe.generate(photo(), label="Anger", sampler="unipc", steps=3, guidance_scale=0.0, seed=0)
     np.testing.assert_array_equal(pipe.generate(photo(), label="Anger").latent, expected.latent)

@@ -56,9 +56,9 @@ def test_a_request_is_read_whole():
     }
     request = parse_request(tensors, stream=True)
     assert request.image_bytes == JPEG
-    assert (request.label, request.text, request.eta) == (None, None, None)
-    assert (request.seed, request.steps, request.sampler) == (2**63 - 1, 5, "unipc")
-    assert (request.guidance_scale, request.preview_every, request.progress_every) == (1.5, 2, 0)
+    assert (request.label, request.text, request.options.eta) == (None, None, None)
+    assert (request.seed, request.options.steps, request.options.sampler) == (2**63 - 1, 5, "unipc")
+    assert (request.options.guidance_scale, request.preview_every, request.progress_every) == (1.5, 2, 0)
     with pytest.raises(InputError, match="unknown input 'preview_every'"):
         parse_request(tensors)  # which only the stream takes
 

@@ -277,7 +277,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "too many steps": ({"steps": 100_000}, "steps is 100000, expected 1 to 1000"),
     "steps that the sampler cannot do": ({"steps": 1000}, "expected 1 to 999 for sampler 'ddim'"),
     "unknown sampler": ({"sampler": "euler"}, "sampler: found 'euler', expected one of ddpm"),
-    "eta beyond 1": ({"eta": 1.5}, "eta is 1.5, expected 0 to 1"),
+    "eta beyond 1": ({"eta": 1.5}, "eta: found 1.5, expected 0 to 1"),
     "eta for a sampler without": ({"sampler": "unipc", "eta": 0.5}, "has no eta"),
     "guidance that is not a number": ({"guidance_scale": float("nan")}, "guidance_scale is nan, expected 0 to 20"),
     "negative guidance": ({"guidance_scale": -1.0}, "guidance_scale is -1.0, expected 0 to 20"),
