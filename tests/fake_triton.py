@@ -239,7 +239,8 @@ def stream_tensors(request: GenerationRequest) -> Iterator[dict[str, Array]]:
         indices = np.arange(start, start + 2, dtype=np.int32)
         yield tensors | {"kind": text("frames"), "frame_indices": indices, "frames": frames[indices]}
     timings = np.array([0.25, 1.5, total, 0.5], np.float32)
-    yield tensors | {"kind": text("done"), "frame_count": np.array([5], np.int32), "timings": timings}
+    used = {"used_seed": np.array([request.seed], np.int64)}
+    yield tensors | {"kind": text("done"), "frame_count": np.array([5], np.int32), "timings": timings} | used
 
 
 def text(value: str) -> Array:

@@ -24,6 +24,7 @@ from lfdm_export.cli import serve_main
 from lfdm_export.errors import InputError
 from lfdm_export.protocol.contract import STREAM_INPUTS, preview_indices
 from lfdm_export.protocol.requests import Limits, image_file, parse_priority, parse_request
+from lfdm_export.sampling.options import SamplingOptions
 from lfdm_export.serving.server import files as server_files
 from lfdm_export.serving.server.control import open_directly
 from lfdm_export.serving.server.files import ServerFiles, ServerFilesError, find_server, install_server
@@ -61,6 +62,11 @@ def test_a_request_is_read_whole():
     assert (request.options.guidance_scale, request.preview_every, request.progress_every) == (1.5, 2, 0)
     with pytest.raises(InputError, match="unknown input 'preview_every'"):
         parse_request(tensors)  # which only the stream takes
+
+
+def test_what_a_request_leaves_out_is_left_open():
+    request = parse_request({"image_bytes": np.array([JPEG], np.object_), "label": text("anger")})
+    assert (request.seed, request.options) == (None, SamplingOptions())
 
 
 def test_base64_is_undone_and_pictures_are_left_alone():

@@ -77,7 +77,9 @@ def test_grpc_gives_the_clip_of_the_pipeline(triton_server: RunningServer, clien
 def test_the_defaults_are_the_bundles(triton_server: RunningServer, client: Any, pipeline: Pipeline):
     values = {"image_bytes": REQUEST["image_bytes"], "label": "Happiness "}
     outputs = triton_server.infer(client, values)
-    assert_same_pictures(outputs["frames"], pipeline.generate(PHOTO, label="happiness").frames[0])
+    seed = int(outputs["used_seed"][0])
+    assert_same_pictures(outputs["frames"], pipeline.generate(PHOTO, label="happiness", seed=seed).frames[0])
+    assert triton_server.infer(client, values)["used_seed"][0] != seed, "drawn for each request"
 
 
 @pytest.mark.parametrize(
