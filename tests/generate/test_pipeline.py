@@ -187,9 +187,6 @@ def test_the_seed_decides(pipe: Pipeline):
     first, second, other = (pipe.generate(photo(), label="Anger", seed=seed).latent for seed in (3, 3, 4))
     np.testing.assert_array_equal(first, second)
     assert np.abs(first - other).max() > 0.1
-    np.testing.assert_array_equal(
-        pipe.generate(photo(), label="Anger").latent, pipe.generate(photo(), label="Anger", seed=0).latent
-    )
 
 
 # ------------------------------------------------------------------------------------------ batches

@@ -76,10 +76,10 @@ def test_grpc_gives_the_clip_of_the_pipeline(triton_server: RunningServer, clien
 
 def test_the_defaults_are_the_bundles(triton_server: RunningServer, client: Any, pipeline: Pipeline):
     values = {"image_bytes": REQUEST["image_bytes"], "label": "Happiness "}
-    outputs = triton_server.infer(client, values)
-    seed = int(outputs["used_seed"][0])
+    outputs, other = (triton_server.infer(client, values, ("frames", "used_seed")) for _ in range(2))
+    (seed,) = outputs["used_seed"].tolist()
+    assert other["used_seed"] != seed, "a seed that is not given is drawn for each request"
     assert_same_pictures(outputs["frames"], pipeline.generate(PHOTO, label="happiness", seed=seed).frames[0])
-    assert triton_server.infer(client, values)["used_seed"][0] != seed, "drawn for each request"
 
 
 @pytest.mark.parametrize(
@@ -208,6 +208,13 @@ def test_stream_gives_progress_previews_and_the_same_frames(
     assert_same_pictures(np.concatenate([chunk.as_numpy("frames") for chunk in chunks]), clip.frames[0])
     assert responses[-1].as_numpy("frame_count")[0] == geometry.frames
     assert responses[-1].as_numpy("timings")[2] == 4
+    assert responses[-1].as_numpy("used_seed").tolist() == [REQUEST["seed"]]
+
+
+def test_a_stream_draws_a_seed_and_tells_it(client: Any):
+    values = {name: value for name, value in REQUEST.items() if name != "seed"}
+    first, second = (stream(client, values)[-1].as_numpy("used_seed").tolist() for _ in range(2))
+    assert first != second
 
 
 def test_a_stream_tells_what_is_wrong(client: Any):
