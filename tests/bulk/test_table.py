@@ -119,6 +119,26 @@ def test_json_lines_keep_pictures_until_they_are_needed(tmp_path: Path):
     assert jobs[2].image.name == f"{path}, row 3, image_base64"
 
 
+def test_digests_are_those_of_runs_that_were_begun_before(tmp_path: Path):
+    """Else a run that goes on would make all its clips anew."""
+    row = {"id": "a", "image": "a.png", "label": "nod", "seed": 3, "sampler": "ddim", "steps": 5}
+    rows = [
+        {**row, "eta": 0.5, "guidance_scale": 1.5, "scale": 2},
+        {"id": "b", "image": "a.png", "label": "nod", "fps": 12},
+    ]
+    digests = [job.digest("x")[:24] for job in jobs_of(write_jsonl(tmp_path / "jobs.jsonl", rows))]
+    assert digests == ["df9f5c0d81f68e96e5303c56", "21e03a24e1dc3432110daf7b"]
+
+
+def test_an_interval_of_guidance_is_for_all_rows(tmp_path: Path):
+    inside = JobSettings(SamplingOptions(guidance_interval=(0.2, 0.8)))
+    rows = [{"image": "a.png", "label": "l", "steps": 4}]
+    (job,) = jobs_of(write_jsonl(tmp_path / "jobs.jsonl", rows), inside)
+    assert job.settings.options == SamplingOptions(steps=4, guidance_interval=(0.2, 0.8))
+    (plain,) = jobs_of(tmp_path / "jobs.jsonl")
+    assert job.digest("x") != plain.digest("x")
+
+
 def test_a_seed_comes_from_the_id(tmp_path: Path):
     rows = [{"id": "x", "image": "a.png", "label": "l"}, {"image": "a.png", "label": "l"}]
     first, second = jobs_of(write_jsonl(tmp_path / "jobs.jsonl", rows))
