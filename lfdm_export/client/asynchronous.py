@@ -214,22 +214,22 @@ class AsyncClient:
             ...     async for event in stream:
             ...         print(event)
         """
-        asked = Asked(
-            image=image,
-            crop=crop,
-            label=label,
-            text=text,
-            text_embedding=text_embedding,
-            options=SamplingOptions(sampler, steps, eta, guidance_scale),
-            seed=seed,
-            priority=priority,
-            deadline=deadline,
-            request_id=request_id,
-        )
         seconds = self._connection.settings.timeout if deadline is None else deadline
 
         async def begin() -> AsyncStream:
             facts = await self.facts()
+            asked = Asked(
+                image=image,
+                crop=crop,
+                label=label,
+                text=text,
+                text_embedding=text_embedding,
+                options=SamplingOptions(sampler, steps, eta, guidance_scale),
+                seed=seed,
+                priority=priority,
+                deadline=deadline,
+                request_id=request_id,
+            )
             plan, job = await asyncio.to_thread(
                 plan_stream, asked, facts, preview_every=preview_every, progress_every=progress_every
             )
