@@ -80,8 +80,8 @@ def test_what_is_given_are_keywords_of_every_public_method():
     assert SamplingOptions().given() == {}
     for method in (Pipeline.generate, Pipeline.sample):
         assert every.keys() <= inspect.signature(method).parameters.keys()
-    for method in (Client.generate, Client.stream, AsyncClient.generate, AsyncClient.stream):
-        assert set(OPTION_NAMES) <= inspect.signature(method).parameters.keys()
+    for remote in (Client.generate, Client.stream, AsyncClient.generate, AsyncClient.stream):
+        assert set(OPTION_NAMES) <= inspect.signature(remote).parameters.keys()
 
 
 def test_an_interval_is_written_only_where_there_is_one():
