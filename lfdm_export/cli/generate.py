@@ -206,14 +206,15 @@ def _clip(pipeline: Pipeline, args: argparse.Namespace, progress: Bars, part: Se
         from lfdm_export.generate.arguments import load_embedding
 
         embedding = load_embedding(args.embedding)
-    labels = [wish.label for wish in part]
+    labels, seeds = [wish.label for wish in part], [wish.seed for wish in part if wish.seed is not None]
+    one = len(part) == 1
     return pipeline.generate(
         args.image,
         crop=args.crop,
-        label=labels[0] if len(part) == 1 or labels[0] is None else [label for label in labels if label is not None],
+        label=labels[0] if one or labels[0] is None else [label for label in labels if label is not None],
         text=args.text,
         text_embedding=embedding,
-        seed=[wish.seed for wish in part if wish.seed is not None],
+        seed=seeds[0] if one else seeds,
         progress=progress,
         **options_of(args).given(),
     )
