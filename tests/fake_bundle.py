@@ -11,10 +11,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from lfdm_export.bundle.manifest import Manifest, SamplerDefaults
+from lfdm_export.bundle.manifest import Manifest
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.bundle.writer import BundleWriter
 from lfdm_export.pictures.preprocess import Preprocessing
+from lfdm_export.sampling.options import DEFAULTS, SamplingOptions
 from lfdm_export.stages import Geometry, StageSpec, TensorSpec, stage_specs
 from lfdm_models.config import DmConfig, HourglassConfig, LfaeConfig, LfdmConfig
 
@@ -191,7 +192,7 @@ def with_input(spec: StageSpec, change: Callable[[TensorSpec], TensorSpec]) -> S
 
 
 def fake_manifest(
-    *, with_text: bool = False, with_drive: bool = True, sampler: SamplerDefaults | None = None
+    *, with_text: bool = False, with_drive: bool = True, sampler: SamplingOptions | None = None
 ) -> Manifest:
     return Manifest(
         config=CONFIG,
@@ -200,7 +201,7 @@ def fake_manifest(
         stages=tuple(stage_specs(GEOMETRY, with_text=with_text, with_drive=with_drive).values()),
         labels=LABELS,
         preprocessing=Preprocessing(),
-        sampler=sampler or SamplerDefaults(steps=4),
+        sampler=sampler or replace(DEFAULTS, steps=4),
         provenance={"trained": False},
         versions={"onnx": onnx.__version__},
     )

@@ -6,14 +6,13 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from lfdm_export.bundle.manifest import SamplerDefaults
 from lfdm_export.client.wire import decode, encode
 from lfdm_export.errors import InputError
 from lfdm_export.pictures.preprocess import Preprocessing
@@ -32,6 +31,7 @@ from lfdm_export.protocol.contract import (
 )
 from lfdm_export.protocol.model_facts import FACTS_PARAMETER, ModelFacts
 from lfdm_export.protocol.requests import GenerationRequest, parse_request
+from lfdm_export.sampling.options import DEFAULTS
 
 FACTS = ModelFacts(
     labels=("Anger", "happiness"),
@@ -42,7 +42,7 @@ FACTS = ModelFacts(
     latent_size=4,
     residual_flow=False,
     preprocessing=Preprocessing(),
-    sampler=SamplerDefaults(steps=4),
+    sampler=replace(DEFAULTS, steps=4),
     precision="fp32",
     trained=False,
 )
@@ -63,8 +63,9 @@ def clip_of(request: GenerationRequest) -> Array:
     assert request.image is not None
     words = (request.label or request.text or "").encode()
     embedding = 0 if request.text_embedding is None else int(request.text_embedding.sum())
-    sampling = (request.steps or 0) + len(request.sampler or "") + int(10 * (request.eta or 0))
-    base = request.seed + sum(words) + embedding + sampling + int(10 * (request.guidance_scale or 0))
+    options = request.options
+    sampling = (options.steps or 0) + len(options.sampler or "") + int(10 * (options.eta or 0))
+    base = (request.seed or 0) + sum(words) + embedding + sampling + int(10 * (options.guidance_scale or 0))
     frames = np.arange(FACTS.frames, dtype=np.int64)[:, None, None, None] + base + request.image[None]
     return (frames % 256).astype(np.uint8)
 
@@ -164,7 +165,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             "frames": frames,
             "warped": 255 - frames,
             "latent": np.full(small, parsed.seed, np.float32),
-            "timings": np.array([0.25, 1.5, parsed.steps or 4, 0.5], np.float32),
+            "timings": np.array([0.25, 1.5, parsed.options.steps or 4, 0.5], np.float32),
         }
         response = answer(CLIP_MODEL, request.id, {name: tensors[name] for name in seen.outputs}, CLIP_OUTPUTS)
         if self.change is not None:
@@ -222,7 +223,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
 def stream_tensors(request: GenerationRequest) -> Iterator[dict[str, Array]]:
     """The responses of a stream: progress, previews, then frames by two, of which the last overlap."""
-    frames, total = clip_of(request), request.steps or 4
+    frames, total = clip_of(request), request.options.steps or 4
     for step in range(1, total + 1):
         tensors: dict[str, Array] = {
             "kind": text("progress"),
@@ -238,7 +239,8 @@ def stream_tensors(request: GenerationRequest) -> Iterator[dict[str, Array]]:
         indices = np.arange(start, start + 2, dtype=np.int32)
         yield tensors | {"kind": text("frames"), "frame_indices": indices, "frames": frames[indices]}
     timings = np.array([0.25, 1.5, total, 0.5], np.float32)
-    yield tensors | {"kind": text("done"), "frame_count": np.array([5], np.int32), "timings": timings}
+    used = {"used_seed": np.array([request.seed], np.int64)}
+    yield tensors | {"kind": text("done"), "frame_count": np.array([5], np.int32), "timings": timings} | used
 
 
 def text(value: str) -> Array:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.protocol.contract import OverloadedError
+from lfdm_export.sampling.options import AS_TRAINED, takes_both_branches
 from lfdm_export.sampling.rows import SamplerTable
 
 Float32: TypeAlias = NDArray[np.float32]
@@ -48,7 +49,7 @@ class SampleJob:
     context: Float32
     embedding: Float32
     table: SamplerTable
-    guidance_scale: float = 1.0
+    guidance_scale: float = AS_TRAINED
     seed: int = 0
     priority: int = 0
     deadline: float | None = None
@@ -58,7 +59,7 @@ class SampleJob:
     @property
     def guided(self) -> bool:
         """Whether a step needs both of guidance's branches."""
-        return self.guidance_scale not in (0.0, 1.0)
+        return takes_both_branches(self.guidance_scale)
 
 
 @dataclass(frozen=True)

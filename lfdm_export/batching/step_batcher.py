@@ -33,9 +33,9 @@ from lfdm_export.batching.order import POLICIES, Policy
 from lfdm_export.batching.rows import Rows, Stages
 from lfdm_export.batching.step_loop import Counts, StepLoop
 from lfdm_export.errors import EngineError, InputError
-from lfdm_export.generate.arguments import finite_number
 from lfdm_export.protocol.contract import DRAINING_MESSAGE, QUEUE_FULL_MESSAGE
 from lfdm_export.sampling.noise import check_seeds
+from lfdm_export.sampling.options import finite_number
 from lfdm_export.stages import Geometry, stage_specs
 
 logger = logging.getLogger(__name__)

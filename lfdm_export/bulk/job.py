@@ -15,7 +15,7 @@ from lfdm_export.pictures.clip import DEFAULT_FPS
 from lfdm_export.pictures.clip_files import ARCHIVES, FORMATS, check_output
 from lfdm_export.pictures.crop import Crop
 from lfdm_export.pictures.enlarge import check_scale
-from lfdm_export.sampling.tables import SAMPLERS
+from lfdm_export.sampling.options import SamplingOptions
 
 #: What says how the picture moves.
 Condition = Literal["label", "text", "embedding", "motion"]
@@ -29,16 +29,13 @@ class JobSettings:
     """How a clip is sampled and written; jobs that agree in them can be made together.
 
     Attributes:
-        sampler, steps, eta, guidance_scale: see `lfdm_export.generate.pipeline.Pipeline.generate`.
-        crop: see there.
+        options: how it is sampled.
+        crop: see `lfdm_export.generate.pipeline.Pipeline.generate`.
         format: one of `lfdm_export.pictures.clip_files.FORMATS`.
         fps, scale, panels: see `lfdm_export.pictures.clip.Clip.save`.
     """
 
-    sampler: str | None = None
-    steps: int | None = None
-    eta: float | None = None
-    guidance_scale: float | None = None
+    options: SamplingOptions = SamplingOptions()
     crop: Crop | None = None
     format: str = "gif"
     fps: float | None = None
@@ -51,8 +48,6 @@ class JobSettings:
         Raises:
             InputError: a value is out of range.
         """
-        if self.sampler is not None and self.sampler not in SAMPLERS:
-            raise InputError(f"sampler is {self.sampler!r}, expected one of {', '.join(SAMPLERS)}")
         if self.format not in FORMATS:
             raise InputError(f"format is {self.format!r}, expected one of {', '.join(FORMATS)}")
         check_output(f"clip.{self.format}", fps=DEFAULT_FPS if self.fps is None else self.fps)
@@ -107,13 +102,14 @@ class Job:
         Args:
             bundle_id: of the bundle that makes it.
         """
+        settings = to_plain(self.settings)
         facts = {
             "bundle_id": bundle_id,
             "condition": self.condition,
             "value": self.value,
             # Motions that lie elsewhere but hold the same are the same: their content counts.
             "seed": None if self.condition == "motion" else self.seed,
-            "settings": to_plain(self.settings),
+            "settings": {**settings.pop("options"), **settings},  # flat, as runs that were begun before know it
             "fault": self.fault,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -28,6 +28,7 @@ from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.metadata import clip_metadata
 from lfdm_export.pictures.motion import Motion, read_motion
 from lfdm_export.pictures.preprocess import prepare_image, read_stream
+from lfdm_export.sampling.options import takes_both_branches
 from lfdm_export.wording import describe_error
 
 #: In a clip's metadata: `job_key` of the job that it was made for.
@@ -130,12 +131,12 @@ class Maker:
 
     def _load_engines(self, jobs: Sequence[Job]) -> None:
         """Load what jobs need: what cannot be loaded ends the run, and is no job's own fault."""
-        default = self._pipeline.bundle.manifest.sampler.guidance_scale
+        defaults = self._pipeline.bundle.manifest.sampler
         stages = {"encode", "decode"} if jobs else set()
         for job in jobs:
             if job.condition != "motion":
-                scale = default if job.settings.guidance_scale is None else job.settings.guidance_scale
-                stages.add("step" if scale in (0.0, 1.0) else "step_guided")
+                guided = takes_both_branches(job.settings.options.over(defaults).scale)
+                stages.add("step_guided" if guided else "step")
         for stage in sorted(stages):
             self._pipeline.stages.engine(stage)
 
@@ -191,11 +192,8 @@ class Maker:
             label=values if first.condition == "label" else None,
             text=values if first.condition == "text" else None,
             text_embedding=np.stack([one.moved_by for one in ready]) if first.condition == "embedding" else None,  # type: ignore[misc]
-            sampler=first.settings.sampler,
-            steps=first.settings.steps,
-            eta=first.settings.eta,
-            guidance_scale=first.settings.guidance_scale,
             seed=[one.job.seed for one in ready],
+            **first.settings.options.given(),
         )
 
     def _write(self, ready: _Ready, clip: Clip) -> None:

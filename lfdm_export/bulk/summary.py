@@ -16,6 +16,7 @@ from lfdm_export.bulk.records import MADE, Record
 from lfdm_export.bulk.sources import import_parquet
 from lfdm_export.files.atomic import write_file
 from lfdm_export.pictures.metadata import PROGRAM
+from lfdm_export.sampling.options import OPTION_NAMES
 
 NAME = "summary"
 #: State of a job that has no record.
@@ -129,10 +130,7 @@ def table_rows(jobs: Sequence[Job], records: Mapping[str, Record]) -> list[dict[
                 "embedding": job.moved_by.name if job.moved_by is not None and not motion else None,
                 "motion": job.moved_by.name if job.moved_by is not None and motion else None,
                 "seed": None if motion else job.seed,
-                "sampler": job.settings.sampler,
-                "steps": job.settings.steps,
-                "eta": job.settings.eta,
-                "guidance_scale": job.settings.guidance_scale,
+                **{name: getattr(job.settings.options, name) for name in OPTION_NAMES},
                 "seconds": record.seconds if record is not None else None,
                 "worker": (record.worker or None) if record is not None else None,
             }

@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from lfdm_export.bulk.job import CONDITIONS, Condition, Job, JobSettings, check_id, nowhere, seed_of
 from lfdm_export.bulk.sources import BASE64, InFile, InTable, Source, import_parquet
@@ -23,11 +23,13 @@ from lfdm_export.errors import InputError
 from lfdm_export.files.names import user_path
 from lfdm_export.pictures.crop import Crop, parse_crop
 from lfdm_export.sampling.noise import check_seeds
+from lfdm_export.sampling.options import SamplingOptions
 
 #: By the endings of their files.
 KINDS = (".csv", ".jsonl", ".ndjson", ".parquet")
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
 _LONGEST_CELL = 64 << 20
+_Reader: TypeAlias = Callable[[object, str], object]
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def _present(cells: Mapping[str, object]) -> dict[str, object]:
 
 
 def _check_columns(names: Any, table: Path, line: int | None = None) -> None:
-    known = ("id", "image", BASE64, *CONDITIONS, "seed", *_OPTIONS)
+    known = ("id", "image", BASE64, *CONDITIONS, "seed", *_SAMPLING, *_WRITING)
     where = f"{table}" if line is None else f"{table}: row {line}"
     for name in names:
         if name not in known and not str(name).startswith("_"):
@@ -202,8 +204,9 @@ def _job(row: _Row, folder: Path, defaults: JobSettings) -> Job:
     job = Job(name, nowhere(), seed=seed_of(name), settings=defaults)
     try:
         seed = _whole(row.cells["seed"], "seed") if "seed" in row.cells else seed_of(name)
-        options = {column: read(row.cells[column], column) for column, read in _OPTIONS.items() if column in row.cells}
-        job = replace(job, seed=check_seeds([seed])[0], settings=replace(defaults, **options))  # type: ignore[arg-type]
+        options = replace(defaults.options, **_read(row, _SAMPLING))  # type: ignore[arg-type]
+        settings = replace(defaults, options=options, **_read(row, _WRITING))  # type: ignore[arg-type]
+        job = replace(job, seed=check_seeds([seed])[0], settings=settings)
         job = replace(job, image=_image(row, folder))
         return _conditioned(job, row, folder)
     except InputError as error:
@@ -235,7 +238,7 @@ def _conditioned(job: Job, row: _Row, folder: Path) -> Job:
         if "motion" in row.inside:
             raise InputError("motion is no path; save the motion as a file")
         # What the run gives to all rows is for those that sample.
-        settings = replace(job.settings, sampler=None, steps=None, eta=None, guidance_scale=None)
+        settings = replace(job.settings, options=SamplingOptions())
         return replace(job, condition=condition, moved_by=_source(row, condition, folder), settings=settings)
     return replace(job, condition=condition, moved_by=_source(row, condition, folder))
 
@@ -291,16 +294,23 @@ def _crop(value: object, name: str) -> Crop:
     return parse_crop(_word(value, name))
 
 
-#: Columns of `JobSettings`, and how their cells are read.
-_OPTIONS: Mapping[str, Callable[[object, str], object]] = {
+def _read(row: _Row, columns: Mapping[str, _Reader]) -> dict[str, object]:
+    """Those of the columns that the row has, by name."""
+    return {name: read(row.cells[name], name) for name, read in columns.items() if name in row.cells}
+
+
+#: Columns of `SamplingOptions`, and how their cells are read.
+_SAMPLING: Mapping[str, _Reader] = {
     "sampler": _word,
     "steps": _whole,
     "eta": _number,
     "guidance_scale": _number,
+}
+#: The others of `JobSettings`.
+_WRITING: Mapping[str, _Reader] = {
     "crop": _crop,
     "format": _word,
     "fps": _number,
     "scale": _whole,
     "panels": _flag,
 }
-_SAMPLING = ("sampler", "steps", "eta", "guidance_scale")

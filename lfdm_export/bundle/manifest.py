@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath, PureWindowsPath
 
 from lfdm_export.errors import BundleError
-from lfdm_export.files.json_codec import from_plain, to_plain
+from lfdm_export.files.json_codec import LATER, from_plain, to_plain
 from lfdm_export.pictures.preprocess import Preprocessing
-from lfdm_export.sampling.tables import SAMPLERS
-from lfdm_export.sampling.tuned import TUNED, TunedSampler
+from lfdm_export.sampling.options import DEFAULTS, WHOLE, SamplingOptions
+from lfdm_export.sampling.tuned import TunedSampler
 from lfdm_export.stages import DRIVE_STAGE, Geometry, StageSpec, stage_specs
 from lfdm_export.wording import count, shortened
-from lfdm_models.config import MOST_TRAINING_STEPS, LfdmConfig
+from lfdm_models.config import LfdmConfig
 
 #: Raised when a bundle's layout changes so that older programs cannot read it.
 FORMAT_VERSION = 1
@@ -45,44 +45,6 @@ class FileEntry:
     bytes: int
 
 
-@dataclass(frozen=True)
-class SamplerDefaults:
-    """What `Pipeline.generate` does unless told otherwise.
-
-    Attributes:
-        sampler: name of a sampler of `lfdm_export.sampling.loop`.
-        steps: number of sampling steps; None for the sampler's own default.
-        eta: DDIM's share of fresh noise, 0 … 1; None for the sampler's own default.
-        guidance_scale: classifier-free guidance; 1 is the conditional prediction alone.
-    """
-
-    sampler: str = "ddim"
-    steps: int | None = 10
-    eta: float | None = 1.0
-    guidance_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ValueError: a number is out of range.
-        """
-        if self.steps is not None and not 1 <= self.steps <= MOST_TRAINING_STEPS:
-            raise ValueError(f"sampler.steps is {self.steps}, expected 1 to {MOST_TRAINING_STEPS}")
-        if self.eta is not None and not 0 <= self.eta <= 1:
-            raise ValueError(f"sampler.eta is {self.eta}, expected 0 to 1")
-        if not abs(self.guidance_scale) <= _LARGEST_WIDTH:
-            raise ValueError(f"sampler.guidance_scale is {self.guidance_scale}, expected a small finite number")
-
-    def eta_of(self, sampler: str, eta: float | None) -> float | None:
-        """The eta that `sampler` runs with when `eta` is requested; None where it has none."""
-        if eta is None and sampler == self.sampler and self.eta is not None:
-            eta = self.eta
-        if sampler == TUNED:
-            return None
-        return SAMPLERS[sampler].default_eta if eta is None else float(eta)
-
-
 @dataclass(frozen=True, repr=False)
 class Manifest:
     """What a bundle is and holds.
@@ -95,8 +57,7 @@ class Manifest:
         labels: known labels, in the order of the rows of the embedding table.
         preprocessing: what happens to a photograph before it is an image for the model.
         sampler: defaults of generation.
-        tuned: tables of few steps that were learned for these weights, if any were. Where there are none it is not
-            written, so that older programs can read the bundle.
+        tuned: tables of few steps that were learned for these weights, if any were.
         provenance: where the weights come from; plain JSON values.
         versions: of the programs that made the bundle, by name.
         files: every file of the bundle but the manifest and the parity report, by relative POSIX path.
@@ -109,8 +70,8 @@ class Manifest:
     stages: tuple[StageSpec, ...]
     labels: tuple[str, ...]
     preprocessing: Preprocessing
-    sampler: SamplerDefaults = SamplerDefaults()
-    tuned: TunedSampler | None = None
+    sampler: SamplingOptions = DEFAULTS
+    tuned: TunedSampler | None = field(default=None, metadata=LATER)
     provenance: Mapping[str, object] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, FileEntry] = field(default_factory=dict)
@@ -126,6 +87,7 @@ class Manifest:
         _check_geometry(self.geometry, self.config)
         _check_stages(self.stages, self.geometry, self.precision)
         check_labels(self.labels)
+        _check_defaults(self.sampler)
         if self.tuned is not None:
             self.tuned.require_weights(self.dm_sha256)
         for name, entry in self.files.items():
@@ -171,10 +133,7 @@ class Manifest:
             BundleError: provenance or preprocessing hold what JSON cannot.
         """
         try:
-            plain = to_plain(self)
-            if self.tuned is None:
-                del plain["tuned"]
-            return json.dumps(plain, indent=2, allow_nan=False) + "\n"
+            return json.dumps(to_plain(self), indent=2, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
             raise BundleError(f"the manifest cannot be written as JSON: {error}") from error
 
@@ -197,7 +156,7 @@ class Manifest:
                 f"{FORMAT_VERSION}; export again, or use the lfdm-export that made it"
             )
         try:
-            return from_plain(cls, {"tuned": None, **plain}, "manifest")
+            return from_plain(cls, plain, "manifest")
         except ValueError as error:
             raise BundleError(f"the manifest is incomplete or wrong: {error}; export again") from error
 
@@ -207,6 +166,14 @@ def dm_sha256_of(provenance: Mapping[str, object]) -> str | None:
     found = provenance.get("dm")
     digest = found.get("sha256") if isinstance(found, Mapping) else None
     return digest if isinstance(digest, str) else None
+
+
+def _check_defaults(sampler: SamplingOptions) -> None:
+    """Steps and eta may be the sampler's own; a server knows no interval of guidance."""
+    if sampler.sampler is None or sampler.guidance_scale is None or sampler.guidance_interval != WHOLE:
+        raise ValueError("sampler names no sampler, no guidance_scale, or a guidance_interval")
+    if abs(sampler.guidance_scale) > _LARGEST_WIDTH:
+        raise ValueError(f"sampler.guidance_scale is {sampler.guidance_scale}, expected a small finite number")
 
 
 def _check_geometry(geometry: Geometry, config: LfdmConfig) -> None:

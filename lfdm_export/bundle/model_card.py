@@ -60,7 +60,7 @@ def model_card(manifest: Manifest, folder: Path, repository: str, *, clip: str |
         f"| labels | {', '.join(map(_plain, manifest.labels)) or 'none: it takes text embeddings'} |",
         f"| free text | {'yes' if manifest.has_text else 'no'} |",
         f"| motion transfer | {'yes' if manifest.has_drive else 'no'} |",
-        f"| sampling by default | {sampler.sampler}{_steps(sampler.steps)}, guidance {sampler.guidance_scale:g} |",
+        f"| sampling by default | {sampler.sampler}{_steps(sampler.steps)}, guidance {sampler.scale:g} |",
         f"| size | {size / 1e6:.1f} MB in {count(len(manifest.files), 'file')} |",
         f"| bundle | `{manifest.bundle_id}` |",
         *_verification(folder),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lfdm_export.cli.console import FAILED, OK, complain, make_console, say
+from lfdm_export.cli.wishes import options_of
 from lfdm_export.wording import count
 
 if TYPE_CHECKING:
@@ -68,10 +69,7 @@ def generate_in_bulk(args: argparse.Namespace) -> int:
     from lfdm_export.bulk.run import BulkOptions, Shard, run_jobs
 
     defaults = JobSettings(
-        sampler=args.sampler,
-        steps=args.steps,
-        eta=args.eta,
-        guidance_scale=args.guidance,
+        options=options_of(args),
         crop=args.crop,
         format=args.format or JobSettings.format,
         fps=args.fps,

@@ -14,10 +14,9 @@ from lfdm_export.cli.making import Making
 from lfdm_export.cli.photograph import crop_of, say_bars
 from lfdm_export.cli.plans import add_target_option
 from lfdm_export.cli.remote import add_remote_options, check_remote_options, generate_remotely
-from lfdm_export.cli.wishes import Wish, example_name, inputs_of, seeds_of, wants_many, wishes
+from lfdm_export.cli.wishes import Wish, example_name, inputs_of, options_of, seeds_of, wants_many, wishes
 from lfdm_export.errors import InputError
 from lfdm_export.files.places import refuse_inputs
-from lfdm_export.generate.arguments import WHOLE
 from lfdm_export.pictures.clip import Clip, rehearse_saving
 from lfdm_export.pictures.clip_files import FORMATS
 from lfdm_export.sampling.tuned import SAMPLER_NAMES
@@ -92,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     motion.add_argument("--labels-all", action="store_true", help="a clip for each label that the bundle knows")
     sampling = parser.add_argument_group("sampling (the bundle's defaults where not given)")
     seed = sampling.add_mutually_exclusive_group()
-    seed.add_argument("--seed", type=int, metavar="N", help="of the noise (0)")
+    seed.add_argument("--seed", type=int, metavar="N", help="of the noise (one is drawn)")
     seed.add_argument(
         "--seeds", type=seeds_of, nargs="+", action="extend", metavar="N|N-M", help="a clip for each, of each label"
     )
@@ -150,8 +149,8 @@ def _generate(args: argparse.Namespace) -> int:
             _make(pipeline, args, part, making, progress)
     facts: dict[str, object] = {}
     if args.drive is None and args.motion is None and making.made:
-        table = pipeline.sampler_table(args.sampler, args.steps, args.eta)
-        facts = {"sampler": table.name, "steps": table.steps}
+        options, _ = pipeline.resolve(options_of(args))
+        facts = {"sampler": options.sampler, "steps": options.steps}
     if making.made:
         facts["target"] = pipeline.stages.target
     status = making.finish(PROGRAM, facts)
@@ -207,7 +206,7 @@ def _clip(pipeline: Pipeline, args: argparse.Namespace, progress: Bars, part: Se
         from lfdm_export.generate.arguments import load_embedding
 
         embedding = load_embedding(args.embedding)
-    labels, seeds = [wish.label for wish in part], [wish.seed for wish in part]
+    labels, seeds = [wish.label for wish in part], [wish.seed for wish in part if wish.seed is not None]
     one = len(part) == 1
     return pipeline.generate(
         args.image,
@@ -215,11 +214,7 @@ def _clip(pipeline: Pipeline, args: argparse.Namespace, progress: Bars, part: Se
         label=labels[0] if one or labels[0] is None else [label for label in labels if label is not None],
         text=args.text,
         text_embedding=embedding,
-        sampler=args.sampler,
-        steps=args.steps,
-        eta=args.eta,
-        guidance_scale=args.guidance,
-        guidance_interval=WHOLE if args.guidance_interval is None else tuple(args.guidance_interval),
-        seed=seeds[0] if one else [seed or 0 for seed in seeds],
+        seed=seeds[0] if one else seeds,
         progress=progress,
+        **options_of(args).given(),
     )

@@ -50,7 +50,7 @@ def _info(args: argparse.Namespace) -> int:
 
 def _text(facts: BundleFacts) -> str:
     size = facts.image_size
-    sampling = " ".join(f"{key}={value}" for key, value in facts.sampling.items() if value is not None)
+    sampling = " ".join(f"{key}={value}" for key, value in facts.sampling.given().items())
     lines = [
         ("bundle", facts.path),
         ("clips", f"{count(facts.frames, 'frame')} of {size}x{size}"),

@@ -85,7 +85,7 @@ class Making:
             seconds = time.monotonic() - self._started
             summary = {"clips": len(made), "seconds": f"{seconds:.2f}", **facts}
             if "sampler" in facts:
-                summary["seed"] = ",".join(map(str, dict.fromkeys(wish.seed or 0 for wish in made)))
+                summary["seed"] = ",".join(map(str, dict.fromkeys(wish.seed for wish in made)))
             say(self.args, "made  " + " ".join(f"{key}={value}" for key, value in summary.items()))
         for message, wishes in _grouped(self.failures.items()).items():
             complain(program, f"error: {message} ({shortened(list(map(str, wishes)), 3)})")

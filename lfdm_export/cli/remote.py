@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lfdm_export.cli.console import Bars, say
 from lfdm_export.cli.making import Making
 from lfdm_export.cli.photograph import say_bars
-from lfdm_export.cli.wishes import Wish, wants_many, wishes
+from lfdm_export.cli.wishes import Wish, options_of, wants_many, wishes
 from lfdm_export.errors import AuthenticationError, ServerUnavailableError
 from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.clip_files import ARCHIVES
@@ -100,7 +100,7 @@ def generate_remotely(args: argparse.Namespace) -> int:
         if making.made:
             model = client.facts()
             if args.motion is None:
-                facts = {"sampler": args.sampler or model.sampler.sampler, "steps": making.steps, **facts}
+                facts = {"sampler": options_of(args).over(model.sampler).sampler, "steps": making.steps, **facts}
         status = making.finish(PROGRAM, facts)
         if making.made:
             say_bars(args, client.facts().preprocessing)
@@ -160,15 +160,12 @@ def _whole(client: Client, args: argparse.Namespace, wish: Wish, progress: Bars 
         label=wish.label,
         text=args.text,
         text_embedding=_embedding(args),
-        sampler=args.sampler,
-        steps=args.steps,
-        eta=args.eta,
-        guidance_scale=args.guidance,
-        seed=wish.seed or 0,
+        seed=wish.seed,
         warped=more,
         latent=more,
         priority=args.priority or 0,
         progress=progress,
+        **options_of(args).given(),
     )
 
 
@@ -187,13 +184,10 @@ def _streamed(client: Client, args: argparse.Namespace, wish: Wish, progress: Ba
         label=wish.label,
         text=args.text,
         text_embedding=_embedding(args),
-        sampler=args.sampler,
-        steps=args.steps,
-        eta=args.eta,
-        guidance_scale=args.guidance,
-        seed=wish.seed or 0,
+        seed=wish.seed,
         progress_every=1,
         priority=args.priority or 0,
+        **options_of(args).given(),
     ) as stream:
         for event in stream:
             if isinstance(event, Progress):

@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lfdm_export.cli.console import OK, Bars, add_common_options, complain, make_parser, run, say
 from lfdm_export.cli.ending import orderly
 from lfdm_export.errors import InputError, LfdmExportError
 from lfdm_export.files.atomic import rehearse
 from lfdm_export.files.names import user_path
+from lfdm_export.sampling.options import SamplingOptions
 from lfdm_export.sampling.tables import SAMPLERS
-
-if TYPE_CHECKING:
-    from lfdm_export.evaluation.evaluate import Setting
 
 PROGRAM = "lfdm-train evaluate"
 _EXAMPLES = """\
@@ -108,14 +105,14 @@ def _evaluate(args: argparse.Namespace) -> int:
     return OK
 
 
-def choose_settings(samplers: str, steps: str, eta: float | None, guidance_scale: float | None) -> tuple[Setting, ...]:
+def choose_settings(
+    samplers: str, steps: str, eta: float | None, guidance_scale: float | None
+) -> tuple[SamplingOptions, ...]:
     """Every sampler with every number of steps; "ddpm" once, for it takes every step of the schedule.
 
     Raises:
-        InputError: steps are no numbers.
+        InputError: a sampler is unknown, or steps are no numbers.
     """
-    from lfdm_export.evaluation.evaluate import Setting
-
     if samplers == _NONE:
         return ()
     try:
@@ -125,8 +122,8 @@ def choose_settings(samplers: str, steps: str, eta: float | None, guidance_scale
     settings = []
     for sampler in (part.strip() for part in samplers.split(",")):
         if sampler == "ddpm":
-            settings.append(Setting(sampler, None, None, guidance_scale))
+            settings.append(SamplingOptions(sampler, None, None, guidance_scale))
         else:
             takes_eta = sampler in SAMPLERS and SAMPLERS[sampler].default_eta is not None
-            settings += [Setting(sampler, n, eta if takes_eta else None, guidance_scale) for n in counts]
+            settings += [SamplingOptions(sampler, n, eta if takes_eta else None, guidance_scale) for n in counts]
     return tuple(settings)

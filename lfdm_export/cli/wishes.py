@@ -12,6 +12,8 @@ from pathlib import Path
 from lfdm_export.errors import InputError
 from lfdm_export.files.names import user_path
 from lfdm_export.files.places import refuse_inputs
+from lfdm_export.sampling.noise import draw_seed
+from lfdm_export.sampling.options import WHOLE, SamplingOptions
 
 #: Clips that one command makes at most; more are rather a slip than a wish.
 MAX_CLIPS = 1000
@@ -25,7 +27,7 @@ class Wish:
 
     Attributes:
         label: None where a text, an embedding or a clip says how it moves.
-        seed: None where none was given.
+        seed: None where nothing is sampled.
         out: where it goes.
     """
 
@@ -34,8 +36,9 @@ class Wish:
     out: str
 
     def __str__(self) -> str:
-        parts = ([] if self.label is None else [f"label {self.label!r}"]) + [f"seed {self.seed or 0}"]
-        return ", ".join(parts)
+        label = None if self.label is None else repr(self.label)
+        parts = [f"{name} {value}" for name, value in (("label", label), ("seed", self.seed)) if value is not None]
+        return ", ".join(parts) or self.out
 
 
 def seeds_of(word: str) -> range:
@@ -86,7 +89,7 @@ def wishes(args: argparse.Namespace, known: Sequence[str]) -> tuple[Wish, ...]:
         InputError: there are too many, none, one of them twice, a device would have to take them all, or one would
             replace an input.
     """
-    seeds = [args.seed] if args.seeds is None else [seed for part in args.seeds for seed in part]
+    seeds = _seeds(args)
     if not wants_many(args):
         return (Wish(args.label[0] if args.label else None, seeds[0], args.out),)
     canonical = {label.strip().casefold(): label for label in known}
@@ -99,7 +102,8 @@ def wishes(args: argparse.Namespace, known: Sequence[str]) -> tuple[Wish, ...]:
             f"found {len(labels)} labels times {len(seeds)} seeds, {len(labels) * len(seeds)} clips, expected at most "
             f"{MAX_CLIPS}; run the command several times"
         )
-    for noun, values in (("label", labels), ("seed", seeds)):
+    named: tuple[tuple[str, Sequence[object]], ...] = (("label", labels), ("seed", seeds))
+    for noun, values in named:
         twice = [value for value in values if values.count(value) > 1]
         if twice:
             raise InputError(f"the {noun} {twice[0]!r} is given twice; leave one out")
@@ -108,17 +112,36 @@ def wishes(args: argparse.Namespace, known: Sequence[str]) -> tuple[Wish, ...]:
     made: dict[str, Wish] = {}
     for seed in seeds:
         for label in labels:
-            name = _name(args.out, args.format, label, seed or 0)
+            name = _name(args.out, args.format, label, seed)
             number = 2
             while name.casefold() in made:  # two labels may differ in what no file name shows
-                name = _name(args.out, args.format, f"{_word(label or '')}-{number}", seed or 0)
+                name = _name(args.out, args.format, f"{_word(label or '')}-{number}", seed)
                 number += 1
             refuse_inputs(name, inputs_of(args))
             made[name.casefold()] = Wish(label, seed, name)
     return tuple(made.values())
 
 
-def _name(out: str | os.PathLike[str], ending: str | None, label: str | None, seed: int) -> str:
+def _seeds(args: argparse.Namespace) -> list[int | None]:
+    """Those that were given, else one that is drawn for all clips of the command; none where nothing is sampled."""
+    if args.seeds is not None:
+        return [seed for part in args.seeds for seed in part]
+    if args.seed is None and args.drive is None and args.motion is None:
+        return [draw_seed()]
+    return [args.seed]
+
+
+def options_of(args: argparse.Namespace) -> SamplingOptions:
+    """How the command's clips are sampled.
+
+    Raises:
+        InputError: an option is out of range.
+    """
+    interval = WHOLE if args.guidance_interval is None else tuple(args.guidance_interval)
+    return SamplingOptions(args.sampler, args.steps, args.eta, args.guidance, interval)
+
+
+def _name(out: str | os.PathLike[str], ending: str | None, label: str | None, seed: int | None) -> str:
     """``a.gif`` -> ``a-nod-seed3.gif``; ``folder/`` -> ``folder/nod-seed3.gif``, without ending a folder of frames."""
     given = os.fspath(out)
     words = "-".join([*([] if label is None else [_word(label)]), f"seed{seed}"])

@@ -24,6 +24,7 @@ from lfdm_export.pictures.motion import Motion, as_motion
 from lfdm_export.pictures.preprocess import ImageLike
 from lfdm_export.protocol.contract import CLIP_MODEL, Array, RequestCancelledError
 from lfdm_export.protocol.model_facts import ModelFacts
+from lfdm_export.sampling.options import SamplingOptions
 
 
 class AsyncClient:
@@ -129,10 +130,7 @@ class AsyncClient:
             label=label,
             text=text,
             text_embedding=text_embedding,
-            sampler=sampler,
-            steps=steps,
-            eta=eta,
-            guidance_scale=guidance_scale,
+            options=SamplingOptions(sampler, steps, eta, guidance_scale),
             seed=seed,
             warped=warped,
             latent=latent,
@@ -216,25 +214,22 @@ class AsyncClient:
             ...     async for event in stream:
             ...         print(event)
         """
-        asked = Asked(
-            image=image,
-            crop=crop,
-            label=label,
-            text=text,
-            text_embedding=text_embedding,
-            sampler=sampler,
-            steps=steps,
-            eta=eta,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            priority=priority,
-            deadline=deadline,
-            request_id=request_id,
-        )
         seconds = self._connection.settings.timeout if deadline is None else deadline
 
         async def begin() -> AsyncStream:
             facts = await self.facts()
+            asked = Asked(
+                image=image,
+                crop=crop,
+                label=label,
+                text=text,
+                text_embedding=text_embedding,
+                options=SamplingOptions(sampler, steps, eta, guidance_scale),
+                seed=seed,
+                priority=priority,
+                deadline=deadline,
+                request_id=request_id,
+            )
             plan, job = await asyncio.to_thread(
                 plan_stream, asked, facts, preview_every=preview_every, progress_every=progress_every
             )

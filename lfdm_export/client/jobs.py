@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,25 +11,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lfdm_export.errors import InputError, ServerError
-from lfdm_export.generate.arguments import (
-    common_batch,
-    embedding_rows,
-    finite_number,
-    per_sample,
-    sample_seeds,
-    seed_count,
-)
+from lfdm_export.files.json_codec import to_plain
+from lfdm_export.generate.arguments import common_batch, embedding_rows, per_sample, sample_seeds, seed_count
 from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.crop import Crop
 from lfdm_export.pictures.preprocess import ImageLike, prepare_images
-from lfdm_export.protocol.contract import CLIP_OUTPUTS, MAX_PRIORITY, TIMINGS, Array
+from lfdm_export.protocol.contract import CLIP_OUTPUTS, MAX_PRIORITY, MAX_SEED, SAMPLING_INPUTS, TIMINGS, Array
 from lfdm_export.protocol.model_facts import ModelFacts
-from lfdm_export.sampling.tuned import SAMPLER_NAMES
+from lfdm_export.sampling.options import SamplingOptions
 
 #: Called with what is counted, how much of it is done, and out of how much.
 Report: TypeAlias = Callable[[str, int, int], None]
-#: Seeds travel as signed 64-bit integers.
-MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +33,7 @@ class Asked:
     label: str | Sequence[str] | None = None
     text: str | Sequence[str] | None = None
     text_embedding: ArrayLike | None = None
-    sampler: str | None = None
-    steps: int | None = None
-    eta: float | None = None
-    guidance_scale: float | None = None
+    options: SamplingOptions = SamplingOptions()
     seed: int | Sequence[int] | None = None
     warped: bool = False
     latent: bool = False
@@ -100,17 +88,16 @@ def make_plan(asked: Asked, facts: ModelFacts) -> Plan:
     """
     source = prepare_images(asked.image, facts.image_size, facts.preprocessing, crop=asked.crop)
     name, words, conditions = _conditions(asked, facts)
+    batch = common_batch({"images": len(source), name + "s": len(conditions), "seeds": seed_count(asked.seed)})
     # Known before it is sent, so that a request that is sent again gives the same clip, and the caller can repeat it.
-    seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
-    batch = common_batch({"images": len(source), name + "s": len(conditions), "seeds": seed_count(seed)})
-    seeds = sample_seeds(seed, batch)
+    seeds = sample_seeds(asked.seed, batch)
     if max(seeds) > MAX_SEED:
         raise InputError(f"seed: found {max(seeds)}, expected 0 to 2^63 - 1; choose one in that range")
     if isinstance(asked.priority, bool) or not isinstance(asked.priority, int) or abs(asked.priority) > MAX_PRIORITY:
         raise InputError(f"priority is {asked.priority!r}, expected an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}")
     if asked.request_id == "" or (asked.request_id is not None and not asked.request_id.isprintable()):
         raise InputError(f"request_id is {asked.request_id!r}, expected printable characters, or none for a new one")
-    common, base_id = _sampling(asked), asked.request_id or uuid.uuid4().hex
+    common, base_id = _sampling(asked.options), asked.request_id or uuid.uuid4().hex
     jobs = tuple(
         Job(
             tensors={
@@ -126,7 +113,7 @@ def make_plan(asked: Asked, facts: ModelFacts) -> Plan:
     wanted = {"frames": True, "warped": asked.warped, "latent": asked.latent, "timings": True}
     return Plan(
         jobs=jobs,
-        outputs=tuple(spec.name for spec in CLIP_OUTPUTS if wanted[spec.name]),
+        outputs=tuple(spec.name for spec in CLIP_OUTPUTS if wanted.get(spec.name)),
         source=np.repeat(source, batch // len(source), axis=0),
         words=None if words is None else words * (batch // len(words)),
         seeds=seeds,
@@ -137,15 +124,11 @@ def make_plan(asked: Asked, facts: ModelFacts) -> Plan:
 
 def _settings(asked: Asked, facts: ModelFacts) -> dict[str, object]:
     """What a clip's metadata say of model and sampling; the steps come with the answer."""
-    defaults, sampler = facts.sampler, asked.sampler or facts.sampler.sampler
-    scale = defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
     return {
         "made_by": "generate",
         "bundle_id": facts.bundle_id,
         "precision": facts.precision,
-        "sampler": sampler,
-        "eta": defaults.eta_of(sampler, asked.eta),
-        "guidance_scale": float(scale),
+        **to_plain(asked.options.over(facts.sampler)),
         "condition": _condition_name(asked),
     }
 
@@ -180,26 +163,14 @@ def _conditions(asked: Asked, facts: ModelFacts) -> tuple[str, tuple[str, ...] |
     return "text", texts, [text_tensor(text) for text in texts]
 
 
-def _sampling(asked: Asked) -> dict[str, Array]:
+def _sampling(options: SamplingOptions) -> dict[str, Array]:
     """The inputs that all samples share; the server checks the ranges that depend on its model."""
-    tensors: dict[str, Array] = {}
-    if asked.sampler is not None:
-        if asked.sampler not in SAMPLER_NAMES:
-            known = ", ".join(SAMPLER_NAMES)
-            raise InputError(f"sampler: found {asked.sampler!r}, expected one of {known}; choose one of these")
-        tensors["sampler"] = text_tensor(asked.sampler)
-    if asked.steps is not None:
-        if (
-            isinstance(asked.steps, bool)
-            or not isinstance(asked.steps, int | np.integer)
-            or not 0 < asked.steps < 2**31
-        ):
-            raise InputError(f"steps: found {asked.steps!r}, expected an integer from 1; choose one in that range")
-        tensors["steps"] = np.array([asked.steps], np.int32)
-    for name, value in (("eta", asked.eta), ("guidance_scale", asked.guidance_scale)):
-        if value is not None:
-            tensors[name] = np.array([finite_number(value, name)], np.float32)
-    return tensors
+    given = options.given()
+    return {
+        spec.name: text_tensor(value) if isinstance(value := given[spec.name], str) else np.array([value], spec.dtype)
+        for spec in SAMPLING_INPUTS
+        if spec.name in given
+    }
 
 
 def check_answer(answer: Mapping[str, Array], plan: Plan, job: Job, facts: ModelFacts) -> None:

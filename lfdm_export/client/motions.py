@@ -30,7 +30,7 @@ _ENCODED = tuple(WireTensor(name, "FP32", _MAP) for name in (*(f"skip_{level}" f
 _LATENT = WireTensor("latent", "FP32", (3, "frames", "rows", "columns"))
 # Of sampling, of which there was none.
 _SAMPLE_TIMINGS = WireTensor("sample_timings", "FP32", (3,))
-_OUTPUTS = tuple(spec for spec in CLIP_OUTPUTS if spec.name != "latent")
+_OUTPUTS = tuple(spec for spec in CLIP_OUTPUTS if spec.name in ("frames", "warped", "timings"))
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,7 @@ from lfdm_export.pictures.motion import Motion, as_motion
 from lfdm_export.pictures.preprocess import ImageLike
 from lfdm_export.protocol.contract import CLIP_MODEL, Array
 from lfdm_export.protocol.model_facts import ModelFacts
+from lfdm_export.sampling.options import SamplingOptions
 
 
 class Client:
@@ -180,10 +181,7 @@ class Client:
             label=label,
             text=text,
             text_embedding=text_embedding,
-            sampler=sampler,
-            steps=steps,
-            eta=eta,
-            guidance_scale=guidance_scale,
+            options=SamplingOptions(sampler, steps, eta, guidance_scale),
             seed=seed,
             warped=warped,
             latent=latent,
@@ -279,10 +277,7 @@ class Client:
             label=label,
             text=text,
             text_embedding=text_embedding,
-            sampler=sampler,
-            steps=steps,
-            eta=eta,
-            guidance_scale=guidance_scale,
+            options=SamplingOptions(sampler, steps, eta, guidance_scale),
             seed=seed,
             priority=priority,
             deadline=deadline,

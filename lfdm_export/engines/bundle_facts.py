@@ -10,6 +10,7 @@ from lfdm_export.engines.held import held_targets, why_not_held
 from lfdm_export.engines.targets import AUTO, find_target, spec_of, target_names, this_machine
 from lfdm_export.errors import EngineError
 from lfdm_export.files.json_codec import to_plain
+from lfdm_export.sampling.options import SamplingOptions
 from lfdm_export.sampling.tables import SAMPLERS
 from lfdm_export.sampling.tuned import TUNED
 
@@ -40,7 +41,7 @@ class BundleFacts:
         image_size: rows and columns, in pixels.
         precision: of the graphs.
         dataset: whose preprocessing its pictures get; None for the plain rule.
-        sampling: the defaults: sampler, steps, eta, guidance_scale.
+        sampling: the defaults.
         samplers: names of all samplers; "tuned" where the bundle has it.
         targets: by name.
         auto: the target that is taken where none is named; None if nothing runs the bundle here.
@@ -57,7 +58,7 @@ class BundleFacts:
     image_size: int
     precision: str
     dataset: str | None
-    sampling: Mapping[str, object]
+    sampling: SamplingOptions
     samplers: tuple[str, ...]
     targets: Mapping[str, TargetFact]
     auto: str | None
@@ -96,7 +97,7 @@ def bundle_facts(bundle: Bundle) -> BundleFacts:
         image_size=manifest.geometry.image_size,
         precision=manifest.precision,
         dataset=manifest.preprocessing.dataset,
-        sampling=to_plain(manifest.sampler),
+        sampling=manifest.sampler,
         samplers=(*SAMPLERS, *([TUNED] if manifest.tuned is not None else [])),
         targets=targets,
         auto=auto,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from lfdm_export.evaluation.distance import frechet_distance
 from lfdm_export.evaluation.drawn import require_drawn_characters
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.pictures.preprocess import to_float
+from lfdm_export.sampling.options import SamplingOptions
 from lfdm_export.stages import DRIVE_STAGE
 from lfdm_models.training.classifier import MotionClassifier
 from lfdm_models.training.procedural import HELD_OUT_SEEDS, LABELS, sample_clip
@@ -65,28 +66,11 @@ class Reconstruction:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What clips are generated with.
-
-    Attributes:
-        sampler: see `lfdm_export.sampling.tables.SAMPLERS`.
-        steps: of it; None: its own number.
-        eta: see there.
-        guidance_scale: see `Pipeline.generate`; None for the bundle's default.
-    """
-
-    sampler: str
-    steps: int | None = None
-    eta: float | None = None
-    guidance_scale: float | None = None
-
-
-@dataclass(frozen=True)
 class Generation:
     """Clips of one setting.
 
     Attributes:
-        setting: what they were generated with; its number of steps is filled in.
+        setting: what they were generated with; sampler and number of steps are filled in.
         clips: how many there were, the same number of each label.
         accuracy: share in which the classifier sees the label asked for.
         by_label: the same for each label.
@@ -96,7 +80,7 @@ class Generation:
         seconds: of a clip, on average.
     """
 
-    setting: Setting
+    setting: SamplingOptions
     clips: int
     accuracy: float
     by_label: dict[str, float]
@@ -138,7 +122,7 @@ class Evaluation:
 def evaluate_bundle(
     pipeline: Pipeline,
     classifier: MotionClassifier,
-    settings: Sequence[Setting],
+    settings: Sequence[SamplingOptions],
     *,
     clips: int = 12,
     seed: int = 0,
@@ -249,18 +233,18 @@ def _reconstruct(pipeline: Pipeline, real: _Real, progress: Progress | None) -> 
 def _generate(
     pipeline: Pipeline,
     classifier: MotionClassifier,
-    setting: Setting,
+    setting: SamplingOptions,
     real: _Real,
     real_features: NDArray[np.float32],
     seed: int,
     progress: Progress | None,
 ) -> Generation:
-    table = pipeline.sampler_table(setting.sampler, setting.steps, setting.eta)
+    _, table = pipeline.resolve(setting)
     features: list[NDArray[np.float32]] = []
     seen: list[int] = []
     still: list[float] = []
     seconds = 0.0
-    name = f"{setting.sampler} {table.steps}"
+    name = f"{table.name} {table.steps}"
     for start in range(0, len(real.labels), _BATCH):
         _report(progress, name, start, len(real.labels))
         part = slice(start, start + _BATCH)
@@ -268,11 +252,8 @@ def _generate(
         made = pipeline.generate(
             np.ascontiguousarray(real.frames[part, 0]),
             label=list(real.labels[part]),
-            sampler=setting.sampler,
-            steps=setting.steps,
-            eta=setting.eta,
-            guidance_scale=setting.guidance_scale,
             seed=[seed * 10_000 + start + i for i in range(len(real.labels[part]))],
+            **setting.given(),
         )
         seconds += time.perf_counter() - before
         some_features, some_seen = classifier.judge(made.frames)
@@ -292,7 +273,7 @@ def _generate(
         for label, row in zip(labels, confusion, strict=True)
     }
     return Generation(
-        setting=Setting(setting.sampler, table.steps, setting.eta, setting.guidance_scale),
+        setting=replace(setting, sampler=table.name, steps=table.steps),
         clips=len(seen),
         accuracy=float(np.mean(list(right.values()))),
         by_label=right,

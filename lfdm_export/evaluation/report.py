@@ -82,7 +82,7 @@ def _row(one: Generation) -> list[str]:
     setting = one.setting
     options = ["default" if value is None else f"{value:g}" for value in (setting.eta, setting.guidance_scale)]
     values = [f"{one.accuracy:.1%}", f"{one.frechet:.3f}", f"{one.still:.5f}", f"{one.seconds:.2f}"]
-    return [setting.sampler, str(setting.steps), *options, str(one.clips), *values]
+    return [str(setting.sampler), str(setting.steps), *options, str(one.clips), *values]
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:

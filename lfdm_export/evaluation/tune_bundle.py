@@ -122,7 +122,7 @@ def tune_bundle(
 
     return TunedSampler(
         dm_sha256=manifest.dm_sha256,
-        guidance_scale=manifest.sampler.guidance_scale,
+        guidance_scale=manifest.sampler.scale,
         tables=tuple(found(steps) for steps in sorted(set(step_counts))),
         found=f"CMA-ES against {long.name} of {long.steps} steps on {conditions} conditions, {search.clips} clips a "
         f"candidate, {search.generations} generations of {search.candidates}, seed {search.seed}",

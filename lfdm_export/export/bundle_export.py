@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -26,6 +25,7 @@ from lfdm_export.machine import package_versions
 from lfdm_export.pictures.preprocess import Preprocessing
 from lfdm_export.reference.pytorch import make_reference
 from lfdm_export.rewrite.stage_modules import stage_modules
+from lfdm_export.sampling.noise import draw_seed
 from lfdm_export.sampling.tuned import TunedSampler
 from lfdm_export.stages import Geometry, StageSpec, stage_specs
 from lfdm_models.config import LfdmConfig
@@ -131,7 +131,7 @@ def export_bundle(
         if encoder is not None:
             encoder.save_tokenizer(writer.folder / TOKENIZER_FOLDER)
         if reference:
-            seed = secrets.randbits(32)
+            seed = draw_seed()
             writer.write_reference(
                 make_reference(model, geometry, seed=seed, text_encoder=encoder, drive=drive, progress=progress)
             )

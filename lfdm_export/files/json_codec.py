@@ -9,17 +9,24 @@ from __future__ import annotations
 import collections.abc
 import sys
 import types
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+#: Metadata of a dataclass's field that older programs do not know: it is not written where it has its default, so that
+#: they can read the rest, and may be absent.
+LATER = {"later": True}
 _LARGEST_FLOAT = sys.float_info.max
 
 
 def to_plain(value: object) -> Any:
     """`value` in JSON's types: dataclasses become objects, tuples become lists."""
     if is_dataclass(value) and not isinstance(value, type):
-        return to_plain(asdict(value))
+        return {
+            field.name: to_plain(getattr(value, field.name))
+            for field in fields(value)
+            if not (_is_later(field) and getattr(value, field.name) == field.default)
+        }
     if isinstance(value, collections.abc.Mapping):
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -79,14 +86,18 @@ def _decode_dataclass(kind: type, value: object, where: str) -> Any:
     if not isinstance(value, dict):
         raise _mismatch(where, value, "an object")
     names = [field.name for field in fields(kind)]
-    missing = [name for name in names if name not in value]
+    missing = [field.name for field in fields(kind) if field.name not in value and not _is_later(field)]
     unexpected = [name for name in value if name not in names]
     if missing or unexpected:
         problems = [f"lacks {', '.join(missing)}"] * bool(missing)
         problems += [f"has the unknown {', '.join(unexpected)}"] * bool(unexpected)
         raise ValueError(f"{where} {' and '.join(problems)}")
     hints = get_type_hints(kind)
-    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in names})
+    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in names if name in value})
+
+
+def _is_later(field: Field[Any]) -> bool:
+    return "later" in field.metadata
 
 
 def _decode_union(kind: Any, value: object, where: str) -> Any:

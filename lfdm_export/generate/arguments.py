@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import BinaryIO
@@ -12,10 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lfdm_export.errors import InputError
 from lfdm_export.files.names import user_path
-from lfdm_export.sampling.noise import check_seeds
-
-#: The interval in which guidance acts at every step.
-WHOLE = (0.0, 1.0)
+from lfdm_export.sampling.noise import check_seeds, draw_seed
 
 
 def common_batch(sizes: Mapping[str, int]) -> int:
@@ -96,57 +92,6 @@ def _embedding(load: Callable[[], object], name: str) -> NDArray[np.generic]:
     return loaded
 
 
-def finite_number(value: float, name: str) -> float:
-    """`value` as a float.
-
-    Raises:
-        InputError: it is no number, or not finite.
-    """
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise InputError(f"{name} is {value!r}, expected a number") from None
-    if not math.isfinite(number):
-        raise InputError(f"{name} is {number}, expected a finite number")
-    return number
-
-
-def guided_steps(timesteps: NDArray[np.int64], training_steps: int, interval: tuple[float, float]) -> NDArray[np.bool_]:
-    """Which steps guidance acts at: those whose time, as a share of the schedule, lies in the interval.
-
-    Args:
-        timesteps: (S,) int64.
-        training_steps: of the schedule; time t of N is the share t / (N - 1).
-        interval: (low, high), each 0 … 1, both counted in.
-
-    Returns:
-        (S,) bool.
-
-    Raises:
-        InputError: the interval is none.
-
-    Source: Kynkäänniemi et al., Applying Guidance in a Limited Interval (arXiv 2404.07724).
-    """
-    low, high = interval_ends(interval)
-    shares = timesteps / max(training_steps - 1, 1)
-    return (low <= shares) & (shares <= high)
-
-
-def interval_ends(interval: tuple[float, float]) -> tuple[float, float]:
-    """Low and high of an interval of guidance.
-
-    Raises:
-        InputError: it is none.
-    """
-    try:
-        low, high = (finite_number(end, "guidance_interval") for end in interval)
-    except (TypeError, ValueError):
-        raise InputError(f"guidance_interval is {interval!r}, expected two numbers, such as (0.2, 0.8)") from None
-    if not 0.0 <= low <= high <= 1.0:
-        raise InputError(f"guidance_interval is ({low:g}, {high:g}), expected 0 <= low <= high <= 1")
-    return low, high
-
-
 def seed_count(seed: int | Sequence[int] | None) -> int:
     """How many seeds were given; 1 for a single one, or none.
 
@@ -161,13 +106,14 @@ def seed_count(seed: int | Sequence[int] | None) -> int:
 
 
 def sample_seeds(seed: int | Sequence[int] | None, batch: int) -> tuple[int, ...]:
-    """The seed of each sample: as given, or ``seed + i`` for sample i; None is 0.
+    """The seed of each sample: as given, or ``seed + i`` for sample i; None draws one.
 
     Raises:
         InputError: a seed is no integer or out of range, or there are not as many as samples.
     """
-    if seed is None or isinstance(seed, int | np.integer):
-        return check_seeds([int(seed or 0) + index for index in range(batch)])
+    seed = draw_seed() if seed is None else seed
+    if isinstance(seed, int | np.integer):
+        return check_seeds([int(seed) + index for index in range(batch)])
     if seed_count(seed) != batch:
         raise InputError(f"found {seed_count(seed)} seeds for {batch} samples, expected one a sample or a single one")
     return check_seeds(seed)

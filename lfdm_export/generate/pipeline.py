@@ -18,21 +18,12 @@ from lfdm_export.engines.interface import ClipRequest
 from lfdm_export.engines.onnxruntime.target import Device
 from lfdm_export.engines.targets import AUTO
 from lfdm_export.errors import EngineError, InputError
-from lfdm_export.generate.arguments import (
-    WHOLE,
-    common_batch,
-    embedding_rows,
-    guided_steps,
-    interval_ends,
-    per_sample,
-    sample_seeds,
-    seed_count,
-)
+from lfdm_export.files.json_codec import to_plain
+from lfdm_export.generate.arguments import common_batch, embedding_rows, per_sample, sample_seeds, seed_count
 from lfdm_export.generate.clip_cache import ClipCache, clip_key
 from lfdm_export.generate.decoding import decode_chunks, decode_clip
 from lfdm_export.generate.encoded import Encoded
 from lfdm_export.generate.progress import Progress, report
-from lfdm_export.generate.sampling_options import SamplingOptions
 from lfdm_export.generate.stage_runner import StageRunner
 from lfdm_export.generate.tokenizer import tokenize
 from lfdm_export.pictures.clip import Clip
@@ -41,8 +32,10 @@ from lfdm_export.pictures.crop import Crop
 from lfdm_export.pictures.motion import Motion, as_motion
 from lfdm_export.pictures.preprocess import ImageLike, prepare_image, prepare_images, to_float
 from lfdm_export.sampling.noise import NoiseSource, handed_noise, seeded_noise
+from lfdm_export.sampling.options import WHOLE, SamplingOptions, guided_steps, takes_both_branches
 from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.stages import DRIVE_STAGE
+from lfdm_models.schedule import cosine_schedule
 
 Float32: TypeAlias = NDArray[np.float32]
 UInt8: TypeAlias = NDArray[np.uint8]
@@ -172,7 +165,7 @@ class Pipeline:
             guidance_interval: (low, high), shares of the schedule, 0 (no noise) … 1 (nothing but noise): where guidance
                 acts. Steps at other times run the conditional prediction alone, at half the cost.
             seed: one a sample; a single one gives sample i the seed ``seed + i``. A sample's noise depends
-                on nothing but its seed. None is 0.
+                on nothing but its seed. None draws one, which ``clip.seeds`` tells.
             noise: instead of a seed: float32 draws (B,3,T,h,w), first the start, then one for each step that
                 takes one.
             progress: called as ``progress(stage, done, total)``.
@@ -181,43 +174,30 @@ class Pipeline:
             InputError: an argument cannot be used.
             EngineError: an engine cannot be loaded or fails.
         """
+        options, table = self.resolve(SamplingOptions(sampler, steps, eta, guidance_scale, guidance_interval))
         prepared = self._prepare(image, crop)
         words, embeddings = self._conditions(label, text, text_embedding)
         batch = common_batch({"images": len(prepared), "labels": len(embeddings), "seeds": seed_count(seed)})
-        options, manifest = SamplingOptions(sampler, steps, eta, guidance_scale), self.bundle.manifest
-        interval = interval_ends(guidance_interval)
         settings = {
             **self._origin("generate"),
-            **options.settings(manifest),
-            **({} if interval == WHOLE else {"guidance_interval": list(interval)}),
+            **to_plain(options),
             "condition": "label" if label is not None else "text" if text is not None else "text_embedding",
         }
-        seeds = None if noise is not None else sample_seeds(seed, batch)
+        seeds, source = self._noise(seed, noise, batch)
 
         def make() -> Clip:
             rows = np.repeat(embeddings, batch // len(embeddings), axis=0)
-            if noise is None and interval == WHOLE:
-                whole = self._whole_clip(prepared, rows, options, seed, progress)
+            if seeds is not None and options.guidance_interval == WHOLE:
+                whole = self._whole_clip(prepared, rows, options.scale, table, seeds, progress)
                 if whole is not None:
                     return whole
             encoded = self._encode(prepared, progress).repeat(batch)
-            latent = self.sample(
-                encoded,
-                rows,
-                sampler=sampler,
-                steps=steps,
-                eta=eta,
-                guidance_scale=guidance_scale,
-                guidance_interval=guidance_interval,
-                seed=seed,
-                noise=noise,
-                progress=progress,
-            )
+            latent = self._denoise(encoded, rows, options, table, source, progress)
             return decode_clip(self.stages, prepared, encoded, latent, progress)
 
         made_from = {**settings, "seeds": seeds, "frames": self.bundle.manifest.geometry.frames, "batch": batch}
         return replace(
-            make() if noise is not None else self._remembered(made_from, (prepared, embeddings), make),
+            make() if seeds is None else self._remembered(made_from, (prepared, embeddings), make),
             labels=None if words is None else words * (batch // len(words)),
             seeds=seeds,
             settings=settings,
@@ -227,21 +207,21 @@ class Pipeline:
         self,
         prepared: UInt8,
         embeddings: Float32,
-        options: SamplingOptions,
-        seed: int | Sequence[int] | None,
+        scale: float,
+        table: SamplerTable,
+        seeds: tuple[int, ...],
         progress: Progress | None,
     ) -> Clip | None:
         """Clips of B embeddings made where the engine runs, in one go; None where it runs stages alone."""
         batch = len(embeddings)
-        stage, fixed = self._condition(embeddings, options.scale(self.bundle.manifest))
+        stage, fixed = self._condition(embeddings, scale)
         maker = self.stages.clip_maker(stage, batch)
         if maker is None:
             return None
-        table = options.table(self.bundle.manifest)
         image = np.repeat(to_float(prepared), batch // len(prepared), axis=0)
         report(progress, "denoise", 0, table.steps)
         made = maker.make(
-            ClipRequest(image, fixed, sample_seeds(seed, batch), table),
+            ClipRequest(image, fixed, seeds, table),
             on_step=lambda index: report(progress, "denoise", index + 1, table.steps),
         )
         return Clip(
@@ -410,7 +390,7 @@ class Pipeline:
             eta: DDIM's share of fresh noise.
             guidance_scale: of classifier-free guidance.
             guidance_interval: where it acts.
-            seed: one a sample, or a single one.
+            seed: one a sample, or a single one; None draws one, which nobody learns.
             noise: instead of a seed.
             progress: called as ``progress("denoise", steps done, steps)``.
 
@@ -421,25 +401,9 @@ class Pipeline:
             InputError: an argument cannot be used.
             EngineError: an engine cannot be loaded, fails, or gives values that are not finite.
         """
-        geometry, batch = self.bundle.manifest.geometry, len(encoded.image)
-        shape = (3, geometry.frames, geometry.latent_size, geometry.latent_size)
-        if noise is None:
-            source = seeded_noise(sample_seeds(seed, batch), shape)
-        elif seed is None:
-            source = handed_noise(iter(noise), (batch, *shape))
-        else:
-            raise InputError("both seed and noise were given, expected one of them; leave one out")
-
-        table = self.sampler_table(sampler, steps, eta)
-        return self.run_table(
-            encoded,
-            embedding,
-            table,
-            source,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            progress=progress,
-        )
+        options, table = self.resolve(SamplingOptions(sampler, steps, eta, guidance_scale, guidance_interval))
+        _, source = self._noise(seed, noise, len(encoded.image))
+        return self._denoise(encoded, embedding, options, table, source, progress)
 
     def run_table(
         self,
@@ -458,13 +422,24 @@ class Pipeline:
             InputError: an argument cannot be used.
             EngineError: an engine cannot be loaded, fails, or gives values that are not finite.
         """
-        manifest, batch = self.bundle.manifest, len(encoded.image)
+        options = SamplingOptions(guidance_scale=guidance_scale, guidance_interval=guidance_interval)
+        return self._denoise(encoded, embedding, options.over(self.bundle.manifest.sampler), table, source, progress)
+
+    def _denoise(
+        self,
+        encoded: Encoded,
+        embedding: ArrayLike,
+        options: SamplingOptions,
+        table: SamplerTable,
+        source: NoiseSource,
+        progress: Progress | None,
+    ) -> Float32:
+        """The latent (B, 3, T, h, w); of the options, guidance alone counts here."""
+        manifest, batch, scale = self.bundle.manifest, len(encoded.image), options.scale
         rows = embedding_rows(embedding, manifest.geometry.text_width)
         if len(rows) not in (1, batch):
             raise InputError(f"found {len(rows)} text embeddings for {batch} images, expected 1 or {batch}")
-        scale = SamplingOptions(guidance_scale=guidance_scale).scale(manifest)
-        guided = guided_steps(table.timesteps, manifest.config.dm.training_steps, guidance_interval)
-
+        guided = guided_steps(table.timesteps, manifest.config.dm.training_steps, options.guidance_interval)
         if scale == 0.0 and not guided.all():
             raise InputError("guidance_scale is 0, the unconditional prediction, which takes no guidance_interval")
 
@@ -488,7 +463,31 @@ class Pipeline:
         Raises:
             InputError: the sampler is unknown, or cannot do with these steps or this eta.
         """
-        return SamplingOptions(sampler, steps, eta).table(self.bundle.manifest)
+        return self.resolve(SamplingOptions(sampler, steps, eta))[1]
+
+    def resolve(self, options: SamplingOptions) -> tuple[SamplingOptions, SamplerTable]:
+        """The options with this bundle's defaults filled in, and the sampler that they mean.
+
+        Raises:
+            InputError: the bundle has no such sampler, or it cannot do with these steps or this eta.
+        """
+        manifest = self.bundle.manifest
+        meant = options.over(manifest.sampler)
+        table = meant.table(cosine_schedule(manifest.config.dm.training_steps), manifest.tuned)
+        return replace(meant, steps=table.steps), table
+
+    def _noise(
+        self, seed: int | Sequence[int] | None, noise: Iterator[Float32] | None, batch: int
+    ) -> tuple[tuple[int, ...] | None, NoiseSource]:
+        """The samples' seeds, if their noise comes from those, and the noise."""
+        geometry = self.bundle.manifest.geometry
+        shape = (3, geometry.frames, geometry.latent_size, geometry.latent_size)
+        if noise is None:
+            seeds = sample_seeds(seed, batch)
+            return seeds, seeded_noise(seeds, shape)
+        if seed is not None:
+            raise InputError("both seed and noise were given, expected one of them; leave one out")
+        return None, handed_noise(iter(noise), (batch, *shape))
 
     def decode(self, encoded: Encoded, latent: Float32, *, progress: Progress | None = None) -> tuple[Float32, Float32]:
         """Decode a latent.
@@ -577,9 +576,9 @@ class Pipeline:
         if scale == 0.0:
             embedding = np.repeat(self.bundle.null_embedding[None], batch, axis=0)
         fixed = {"text_embedding": embedding}
-        if scale in (0.0, 1.0):
-            return UNGUIDED_STAGE, fixed
-        return "step_guided", {**fixed, "guidance_scale": np.full(batch, scale, np.float32)}
+        if takes_both_branches(scale):
+            return "step_guided", {**fixed, "guidance_scale": np.full(batch, scale, np.float32)}
+        return UNGUIDED_STAGE, fixed
 
 
 def _require_finite(latent: Float32, index: int, steps: int) -> None:

@@ -21,7 +21,7 @@ from lfdm_export.generate.progress import Progress
 from lfdm_export.parity.report.model import CHAIN, Check, Pictures, StepError
 from lfdm_export.pictures.panels import panels
 from lfdm_export.pictures.preprocess import to_uint8
-from lfdm_export.reference.inputs import CHAIN_ETA, CHAIN_SAMPLER, chain_table
+from lfdm_export.reference.inputs import CHAIN_OPTIONS, chain_table
 from lfdm_export.reference.stored import ChainReference
 from lfdm_export.sampling.noise import seeded_noise
 from lfdm_export.stages import CHAIN_TOLERANCES, ChainTolerance
@@ -138,7 +138,7 @@ def _sample(
 
     fixed = {"context": encoded.context, "text_embedding": reference.embedding[None]}
     source = seeded_noise([seed], reference.latents.shape[1:])
-    table = pipe.sampler_table(CHAIN_SAMPLER, total, CHAIN_ETA)
+    _, table = pipe.resolve(dataclasses.replace(CHAIN_OPTIONS, steps=total))
     with contextlib.suppress(_NothingMoreError):
         pipe.stages.sample("step", fixed, table, source, on_step=on_step, every_latent=True)
     return latents

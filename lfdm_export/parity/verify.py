@@ -10,7 +10,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import secrets
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,8 +37,9 @@ from lfdm_export.parity.chain import ChainResult, check_chain
 from lfdm_export.parity.polygraphy import compare_stage
 from lfdm_export.parity.report.model import Check, OtherEngine, Report
 from lfdm_export.parity.stages import check_stage
-from lfdm_export.reference.inputs import CHAIN_ETA, CHAIN_SAMPLER
+from lfdm_export.reference.inputs import CHAIN_OPTIONS
 from lfdm_export.reference.stored import Reference
+from lfdm_export.sampling.noise import draw_seed
 from lfdm_export.stages import CHAIN_TOLERANCES, StageSpec, stage_specs
 
 _SIMULATED = ("fp16", "bf16")
@@ -113,7 +113,7 @@ def verify_bundle(
         _simulate(opened, *with_all) if target == SIMULATION else _run(opened, target, *with_all, manifest.precision)
         for target in runs
     ]
-    first = outcomes[0]
+    first, chain = outcomes[0], CHAIN_OPTIONS
     others = [outcome.engine for outcome in outcomes[1:]]
     if polygraphy:
         engines = [target for target in runs if target != SIMULATION]
@@ -125,7 +125,7 @@ def verify_bundle(
         engine=first.engine.name,
         reference=origin,
         seed=reference.seed,
-        sampler=f"{CHAIN_SAMPLER}, {len(reference.chain.latents)} steps, eta {CHAIN_ETA:g}, guidance 1",
+        sampler=f"{chain.sampler}, {len(reference.chain.latents)} steps, eta {chain.eta:g}, guidance {chain.scale:g}",
         checks=first.engine.checks,
         steps=first.chain.steps,
         environment=environment(threads, _took_part(runs, model is not None)),
@@ -319,7 +319,7 @@ def _fresh(
     return make_reference(
         model,
         manifest.geometry,
-        seed=secrets.randbits(32) if seed is None else seed,
+        seed=draw_seed() if seed is None else seed,
         text_encoder=load_text_encoder(text_encoder, manifest.geometry.text_width),
         drive=manifest.has_drive,
         whole=True,

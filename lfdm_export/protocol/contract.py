@@ -43,6 +43,8 @@ MOTION_MODELS = (ENCODE_MODEL, DECODE_MODEL)
 PRIORITY_PARAMETER = "lfdm_priority"
 #: Priorities beyond this, either way, are refused.
 MAX_PRIORITY = 1000
+#: Seeds travel as signed 64-bit integers.
+MAX_SEED = 2**63 - 1
 # The deadline is Triton's own `timeout` in microseconds, counted from the request's arrival at the sampler.
 
 # --- Answers --------------------------------------------------------------------------------------
@@ -122,7 +124,7 @@ CONDITION_INPUTS = (
     _option("text", "BYTES", "free text, UTF-8, for bundles with a text encoder"),
     WireTensor("text_embedding", "FP32", ("text_width",), optional=True, about="finite values"),
 )
-#: Each has a default: the bundle's own (seed: 0).
+#: Each has a default: the bundle's own. A seed is drawn, and `USED_SEED` tells it.
 SAMPLING_INPUTS = (
     _option("seed", "INT64", "0 to 2^63 - 1"),
     _option("steps", "INT32", "sampling steps, from 1"),
@@ -131,11 +133,14 @@ SAMPLING_INPUTS = (
     _option("guidance_scale", "FP32", "1: as trained; above 1: more of the label"),
 )
 CLIP_INPUTS = (*IMAGE_INPUTS, *CONDITION_INPUTS, *SAMPLING_INPUTS)
+#: The seed that the clip was sampled with; a name of its own, for an ensemble's inputs and outputs share theirs.
+USED_SEED = WireTensor("used_seed", "INT64", (1,), optional=True, about="the seed, given or drawn")
 CLIP_OUTPUTS = (
     WireTensor("frames", "UINT8", ("frames", "size", "size", 3), about="the clip, RGB"),
     WireTensor("warped", "UINT8", ("frames", "size", "size", 3), optional=True, about="the warped image, RGB"),
     WireTensor("latent", "FP32", (3, "frames", "latent_size", "latent_size"), optional=True, about="grid, occlusion"),
     WireTensor("timings", "FP32", (len(TIMINGS),), optional=True, about=", ".join(TIMINGS)),
+    USED_SEED,
 )
 STREAM_INPUTS = (
     *CLIP_INPUTS,
@@ -154,6 +159,7 @@ STREAM_OUTPUTS = (
     WireTensor("frames", "UINT8", ("n", "size", "size", 3), optional=True, about="RGB"),
     WireTensor("frame_count", "INT32", (1,), optional=True, about="frames of the clip"),
     WireTensor("timings", "FP32", (len(TIMINGS),), optional=True, about=", ".join(TIMINGS)),
+    USED_SEED,
 )
 #: A request to the sampler with this alone cancels another one: cancellation does not reach into a running ensemble.
 CANCEL_INPUT = _option("cancel_request_id", "BYTES", "id of the request to cancel")

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from lfdm_export.bundle.manifest import Manifest, SamplerDefaults
+from lfdm_export.bundle.manifest import Manifest
 from lfdm_export.errors import LfdmExportError
 from lfdm_export.files.json_codec import from_plain, to_plain
 from lfdm_export.pictures.preprocess import Preprocessing
+from lfdm_export.sampling.options import SamplingOptions
 from lfdm_export.wording import count, shortened
 
 #: Key among the `parameters` of the configurations of the clip's and the stream's models.
@@ -45,7 +46,7 @@ class ModelFacts:
     latent_size: int
     residual_flow: bool
     preprocessing: Preprocessing
-    sampler: SamplerDefaults
+    sampler: SamplingOptions
     precision: str
     trained: bool | None = None
     bundle_id: str | None = None

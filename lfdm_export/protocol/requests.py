@@ -17,12 +17,13 @@ from lfdm_export.protocol.contract import (
     CONDITION_INPUTS,
     IMAGE_INPUTS,
     MAX_PRIORITY,
+    MAX_SEED,
     PRIORITY_PARAMETER,
     STREAM_INPUTS,
     Array,
     WireTensor,
 )
-from lfdm_export.sampling.tuned import SAMPLER_NAMES
+from lfdm_export.sampling.options import SamplingOptions
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,14 @@ class Limits:
 
 @dataclass(frozen=True, eq=False)
 class GenerationRequest:
-    """What a request asks for; None where it leaves the choice to the bundle.
+    """What a request asks for; None where it leaves the choice to the bundle, or lets the seed be drawn.
 
     Attributes:
         image_bytes: an encoded picture (base64 already undone); else `image` is there.
         image: (H, W, 3) uint8.
         label, text, text_embedding: exactly one is there; the embedding is (text_width,) float32, finite.
         seed: 0 … 2^63 - 1.
-        steps, sampler, eta, guidance_scale: as `Pipeline.generate` takes them.
+        options: how it is sampled.
         preview_every, progress_every: in steps; 0 for none.
     """
 
@@ -72,11 +73,8 @@ class GenerationRequest:
     label: str | None = None
     text: str | None = None
     text_embedding: NDArray[np.float32] | None = None
-    seed: int = 0
-    steps: int | None = None
-    sampler: str | None = None
-    eta: float | None = None
-    guidance_scale: float | None = None
+    seed: int | None = None
+    options: SamplingOptions = SamplingOptions()
     preview_every: int = 0
     progress_every: int = 0
 
@@ -179,15 +177,15 @@ def parse_sampling(tensors: Mapping[str, Array], limits: Limits) -> GenerationRe
     Raises:
         InputError: a value is out of range.
     """
-    sampler = _text(tensors, "sampler", limits.text_bytes) if "sampler" in tensors else None
-    if sampler is not None and sampler not in SAMPLER_NAMES:
-        raise InputError(f"sampler: found {sampler!r}, expected one of {', '.join(SAMPLER_NAMES)}; choose one of these")
-    return GenerationRequest(
-        seed=_integer(tensors, "seed", 0, 2**63 - 1) or 0,
+    options = SamplingOptions(
+        sampler=_text(tensors, "sampler", limits.text_bytes) if "sampler" in tensors else None,
         steps=_integer(tensors, "steps", 1, limits.steps),
-        sampler=sampler,
-        eta=_number(tensors, "eta", 1.0),
+        eta=float(tensors["eta"][0]) if "eta" in tensors else None,
         guidance_scale=_number(tensors, "guidance_scale", limits.guidance_scale),
+    )
+    return GenerationRequest(
+        seed=_integer(tensors, "seed", 0, MAX_SEED),
+        options=options,
         preview_every=_integer(tensors, "preview_every", 0, limits.steps) or 0,
         progress_every=_integer(tensors, "progress_every", 0, limits.steps) or 0,
     )

@@ -26,8 +26,8 @@ from lfdm_export.quantize.ranges import Observed
 from lfdm_export.reference.inputs import draw_pictures
 from lfdm_export.sampling.loop import sample, step_from_denoiser
 from lfdm_export.sampling.noise import START, seeded_noise
+from lfdm_export.sampling.options import SamplingOptions
 from lfdm_export.sampling.rows import SamplerTable
-from lfdm_export.sampling.tables import sampler_table
 from lfdm_export.stages import Geometry, StageSpec, TensorSpec, stage_specs
 from lfdm_models.schedule import Schedule
 
@@ -41,28 +41,12 @@ STAGES = ("encode", "denoise", "decode")
 
 
 @dataclass(frozen=True)
-class Chain:
-    """One chain to sample.
-
-    Attributes:
-        sampler: a name of `sampling.tables.SAMPLERS`.
-        steps: maximum; fewer if the model's schedule is shorter.
-        eta: DDIM's share of fresh noise; None for other samplers.
-        guidance_scale: 1 for the label alone, 0 for no label, above 1 for both.
-    """
-
-    sampler: str
-    steps: int
-    eta: float | None = None
-    guidance_scale: float = 1.0
-
-
-@dataclass(frozen=True)
 class Calibration:
     """The samples for calibration.
 
     Attributes:
-        chains: sampled in turn with labels and pictures. They differ in their numbers of steps, and so in timesteps.
+        chains: sampled in turn with labels and pictures. Steps are a maximum: fewer if the schedule is shorter. They differ
+            in their numbers of steps, and so in timesteps.
         label_chain: an additional chain for each label beyond the number of `chains`.
         held_out: the chain for comparisons only.
         values: values of each activation kept per state.
@@ -71,15 +55,15 @@ class Calibration:
         seed: seed of pictures, noise and the choice of values.
     """
 
-    chains: tuple[Chain, ...] = (
-        Chain("ddim", 10, 1.0),
-        Chain("dpm++2m", 8),
-        Chain("unipc", 7),
-        Chain("ddim", 6, 0.0, guidance_scale=0.0),
-        Chain("ddim", 5, 1.0, guidance_scale=2.5),
+    chains: tuple[SamplingOptions, ...] = (
+        SamplingOptions("ddim", 10, 1.0),
+        SamplingOptions("dpm++2m", 8),
+        SamplingOptions("unipc", 7),
+        SamplingOptions("ddim", 6, 0.0, guidance_scale=0.0),
+        SamplingOptions("ddim", 5, 1.0, guidance_scale=2.5),
     )
-    label_chain: Chain = Chain("ddim", 4, 1.0)
-    held_out: Chain = Chain("ddim", 9, 1.0)
+    label_chain: SamplingOptions = SamplingOptions("ddim", 4, 1.0)
+    held_out: SamplingOptions = SamplingOptions("ddim", 9, 1.0)
     values: int = 4096
     chunks: int = 2
     kept_states: int = 2
@@ -226,9 +210,9 @@ class _Calibrator:
                 self._run("decode", {"image": image, **skips, "latent": part}, held_out)
         return self.result
 
-    def _table(self, chain: Chain) -> SamplerTable:
-        longest = sampler_table(chain.sampler, self.sources.schedule, None, chain.eta).steps
-        return sampler_table(chain.sampler, self.sources.schedule, min(chain.steps, longest), chain.eta)
+    def _table(self, chain: SamplingOptions) -> SamplerTable:
+        most = dataclasses.replace(chain, steps=None).table(self.sources.schedule)
+        return most if chain.steps is None or chain.steps >= most.steps else chain.table(self.sources.schedule)
 
     def _run(self, stage: str, feeds: Feeds, held_out: bool) -> dict[str, Array]:
         note = None if held_out else self.result.observed[stage]
@@ -240,7 +224,9 @@ class _Calibrator:
         if len(self.result.held_out[stage]) < self.settings.kept_states:
             self.result.held_out[stage].append(feeds)
 
-    def _sample(self, chain: Chain, table: SamplerTable, number: int, context: Array, held_out: bool) -> Float32:
+    def _sample(
+        self, chain: SamplingOptions, table: SamplerTable, number: int, context: Array, held_out: bool
+    ) -> Float32:
         g = self.sources.geometry
         embedding = self._embedding(chain, held_out)
         if not held_out:
@@ -273,13 +259,13 @@ class _Calibrator:
         source = seeded_noise([self.settings.seed + number], (3, g.frames, g.latent_size, g.latent_size))
         return sample(step_from_denoiser(denoise), table, source(START), source)
 
-    def _embedding(self, chain: Chain, held_out: bool) -> Float32:
+    def _embedding(self, chain: SamplingOptions, held_out: bool) -> Float32:
         """The embedding of the next label, if the chain uses a label and there are any."""
         known = self.sources.embeddings
         if not known:
             return self.rng.standard_normal(self.sources.geometry.text_width, np.float32)
         embedding = np.asarray(known[self.labeled % len(known)], np.float32)
-        if chain.guidance_scale != 0:
+        if chain.scale != 0:
             self.labeled += 1
             if not held_out:
                 self.result.labels = min(self.labeled, len(known))
@@ -293,15 +279,15 @@ class _Calibrator:
             yield np.ascontiguousarray(latent[:, :, start : start + chunk])
 
 
-def _with_every_label(settings: Calibration, labels: int) -> tuple[Chain, ...]:
+def _with_every_label(settings: Calibration, labels: int) -> tuple[SamplingOptions, ...]:
     """The chains, additional ones for the remaining labels, and last the held-out chain."""
-    left = max(0, labels - sum(chain.guidance_scale != 0 for chain in settings.chains))
+    left = max(0, labels - sum(chain.scale != 0 for chain in settings.chains))
     return (*settings.chains, *(settings.label_chain for _ in range(left)), settings.held_out)
 
 
-def _branches(chain: Chain) -> list[tuple[float, bool]]:
+def _branches(chain: SamplingOptions) -> list[tuple[float, bool]]:
     """The evaluations of a step: the weight of each, and whether it uses the label."""
-    scale = chain.guidance_scale
+    scale = chain.scale
     return [(weight, labeled) for weight, labeled in ((scale, True), (1 - scale, False)) if weight]
 
 

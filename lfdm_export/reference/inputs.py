@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.pictures.preprocess import to_float
+from lfdm_export.sampling.options import AS_TRAINED, SamplingOptions
 from lfdm_export.sampling.rows import X0_FROM_LATENT, X0_FROM_PREDICTED_NOISE, SamplerTable
-from lfdm_export.sampling.tables import sampler_table
 from lfdm_export.stages import COEFFICIENTS, Geometry
 from lfdm_models.config import LfdmConfig
 from lfdm_models.schedule import Schedule, cosine_schedule
@@ -33,8 +33,8 @@ DRAWN = (
     "coefficients", "driving", "guidance_scale", "history", "image", "latent", "noise", "noisy_latent",
     "text_embedding", "timestep",
 )  # fmt: skip
-#: The chain's sampler; the number of steps is its default.
-CHAIN_SAMPLER, CHAIN_ETA = "ddim", 1.0
+#: The chain's sampling options; the number of steps is the sampler's default.
+CHAIN_OPTIONS = SamplingOptions("ddim", eta=1.0, guidance_scale=AS_TRAINED)
 
 # Range of each sample's timestep, as shares of the training steps.
 _TIMES = ((0.02, 0.3), (0.5, 0.9))
@@ -93,7 +93,7 @@ def chain_conditions(labels: Sequence[Float32], geometry: Geometry, seed: int) -
 
 def chain_table(schedule: Schedule) -> SamplerTable:
     """The steps of the chain: DDIM as in the released program, 10 of them on an ordinary schedule."""
-    return sampler_table(CHAIN_SAMPLER, schedule, None, CHAIN_ETA)
+    return CHAIN_OPTIONS.table(schedule)
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:

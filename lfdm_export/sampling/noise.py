@@ -7,6 +7,7 @@ the noise of step i, each float32 (B, 3, T, h, w).
 from __future__ import annotations
 
 import operator
+import secrets
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
@@ -104,6 +105,11 @@ def handed_noise(draws: Iterable[Float32Array], shape: Sequence[int]) -> NoiseSo
         return draw
 
     return source
+
+
+def draw_seed() -> int:
+    """The seed of a clip for which nobody gave one: 32 bits, which people can type and every door takes."""
+    return secrets.randbits(32)
 
 
 def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:

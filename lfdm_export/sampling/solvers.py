@@ -89,14 +89,15 @@ def sde_dpmpp_table(schedule: Schedule, steps: int, eta: float = 1.0, *, order: 
     return make_table(f"sde-dpm++{order}{'m' * (order > 1)}", timesteps, rows, np.arange(steps) < steps - 1)
 
 
-def check_eta(eta: float) -> None:
-    """Refuse an eta out of range.
+def check_eta(eta: float) -> float:
+    """The eta as it is.
 
     Raises:
         InputError: it is.
     """
     if not 0.0 <= eta <= 1.0:
         raise InputError(f"eta: found {eta}, expected 0 to 1; choose a value in that range")
+    return eta
 
 
 def unipc_table(schedule: Schedule, steps: int) -> SamplerTable:

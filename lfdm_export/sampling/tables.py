@@ -5,7 +5,7 @@ Others are in `lfdm_export.sampling.solvers`; what a table is, in `lfdm_export.s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,9 +57,7 @@ def sampler_table(name: str, schedule: Schedule, steps: int | None = None, eta: 
         InputError: the name is unknown, the schedule does not allow so many steps, or eta is out of range
             or given to a sampler that has none.
     """
-    if name not in SAMPLERS:
-        raise InputError(f"sampler: found {name!r}, expected one of {', '.join(SAMPLERS)}; choose one of these")
-    sampler = SAMPLERS[name]
+    sampler = SAMPLERS[known_sampler(name, SAMPLERS)]
     if eta is not None and sampler.default_eta is None:
         with_eta = ", ".join(name for name, sampler in SAMPLERS.items() if sampler.default_eta is not None)
         raise InputError(f"eta: found {eta}, but sampler {name!r} has no eta; leave it out or choose one of {with_eta}")
@@ -69,7 +67,7 @@ def sampler_table(name: str, schedule: Schedule, steps: int | None = None, eta: 
             f"schedule: found {schedule.steps} training steps, too few for sampler {name!r}; choose 'ddpm'"
         )
     if sampler.default_steps is None:
-        if steps is not None and _integer(steps) != most:
+        if steps is not None and whole_steps(steps) != most:
             raise InputError(
                 f"steps: found {steps}, but {name!r} runs all {most} training steps; "
                 f"leave steps out or choose another sampler"
@@ -77,7 +75,7 @@ def sampler_table(name: str, schedule: Schedule, steps: int | None = None, eta: 
         steps = most
     elif steps is None:
         steps = min(sampler.default_steps, most)
-    elif not 1 <= _integer(steps) <= most:
+    elif not 1 <= whole_steps(steps) <= most:
         raise InputError(
             f"steps: found {steps}, expected 1 to {most} for sampler {name!r} "
             f"on a schedule of {schedule.steps} training steps; choose a number in that range"
@@ -147,7 +145,23 @@ def _ddim_times(training_steps: int, steps: int) -> Int64Array:
     return np.where(index < points // 2, from_start, from_end).astype(np.int64)[-2::-1]
 
 
-def _integer(steps: int) -> int:
+def known_sampler(name: str | None, known: Collection[str]) -> str:
+    """The name as it is.
+
+    Raises:
+        InputError: it is none of the known ones.
+    """
+    if name is None or name not in known:
+        raise InputError(f"sampler: found {name!r}, expected one of {', '.join(known)}; choose one of these")
+    return name
+
+
+def whole_steps(steps: int) -> int:
+    """A number of steps as a plain integer.
+
+    Raises:
+        InputError: it is none.
+    """
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
         raise InputError(f"steps: found {steps!r}, expected an integer; pass a whole number of steps")
     return int(steps)

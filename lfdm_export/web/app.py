@@ -221,6 +221,7 @@ async def _read_request(request: Request, most: int) -> tuple[dict[str, Any], by
 def _plain(video: Video) -> dict[str, object]:
     """A video as programs know it from other servers."""
     wish = Wish.of(video.wish)
+    options = wish.to_json()
     frames, size = (int(str(video.wish[name])) for name in ("frames", "size"))
     return {
         "id": video.id,
@@ -236,7 +237,7 @@ def _plain(video: Video) -> dict[str, object]:
         "seconds": f"{frames / wish.fps:g}",
         "size": f"{size}x{size}",
         "error": None if video.error is None else {"code": "failed", "message": video.error},
-        "extra": {name: getattr(wish, name) for name in OPTIONS},
+        "extra": {name: options[name] for name in OPTIONS},
     }
 
 

@@ -6,20 +6,22 @@ import base64
 import binascii
 import io
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.errors import InputError
+from lfdm_export.files.json_codec import to_plain
 from lfdm_export.files.names import visible
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.pictures.clip import DEFAULT_FPS
 from lfdm_export.pictures.crop import parse_crop
 from lfdm_export.pictures.gif import MAX_FPS
 from lfdm_export.pictures.preprocess import prepare_image, read_stream
-from lfdm_export.sampling.noise import check_seeds
+from lfdm_export.sampling.noise import check_seeds, draw_seed
+from lfdm_export.sampling.options import OPTION_NAMES, SamplingOptions
 
 _LONGEST_PROMPT = 4096
 
@@ -31,26 +33,24 @@ class Wish:
     Attributes:
         prompt: a label of the bundle, or free text where it has a text encoder.
         seed: of the noise.
-        steps, sampler, eta, guidance_scale: see `lfdm_export.generate.pipeline.Pipeline.generate`.
+        options: how it is sampled.
         fps: frames per second.
     """
 
     prompt: str
-    seed: int = 0
-    steps: int | None = None
-    sampler: str | None = None
-    eta: float | None = None
-    guidance_scale: float | None = None
+    seed: int
+    options: SamplingOptions = SamplingOptions()
     fps: float = DEFAULT_FPS
 
     def to_json(self) -> dict[str, object]:
-        """Plain JSON values."""
-        return asdict(self)
+        """Plain JSON values, the options among them."""
+        return {"prompt": self.prompt, "seed": self.seed, **to_plain(self.options), "fps": self.fps}
 
     @classmethod
     def of(cls, plain: Mapping[str, object]) -> Wish:
         """What `to_json` gave, among other values."""
-        return cls(**{field.name: plain[field.name] for field in fields(cls)})  # type: ignore[arg-type]
+        options = SamplingOptions(**{name: plain[name] for name in OPTION_NAMES})  # type: ignore[arg-type]
+        return cls(plain["prompt"], plain["seed"], options, plain["fps"])  # type: ignore[arg-type]
 
     def condition(self, bundle: Bundle) -> dict[str, str]:
         """The prompt as an argument of `Pipeline.generate`: a label if it is one, else a text.
@@ -67,7 +67,7 @@ class Wish:
 
 
 #: Fields of a request that are options of ours: beside the others, or in an object ``extra``.
-OPTIONS = tuple(field.name for field in fields(Wish) if field.name != "prompt")
+OPTIONS = ("seed", *OPTION_NAMES, "fps")
 #: Fields that others know.
 KNOWN = ("prompt", "model", "seconds", "size", "input_reference", "extra", "crop", *OPTIONS)
 _INTEGERS, _NUMBERS = ("seed", "steps"), ("eta", "guidance_scale", "fps")
@@ -96,14 +96,15 @@ def read_wish(given: Mapping[str, Any], pipeline: Pipeline) -> Wish:
         raise InputError(f"prompt must be text of 1 to {_LONGEST_PROMPT} characters; labels are {labels or 'none'}")
     if visible(prompt) != prompt:
         raise InputError(f"prompt has characters that cannot be printed: {prompt[:80]!a}")
-    options: dict[str, Any] = {name: _integer(plain[name], name) for name in _INTEGERS if name in plain}
-    options |= {name: _number(plain[name], name) for name in _NUMBERS if name in plain}
+    found: dict[str, Any] = {name: _integer(plain[name], name) for name in _INTEGERS if name in plain}
+    found |= {name: _number(plain[name], name) for name in _NUMBERS if name in plain}
     if "sampler" in plain:
-        options["sampler"] = str(plain["sampler"])
-    wish = Wish(prompt, **options)
+        found["sampler"] = str(plain["sampler"])
+    seed, fps = found.pop("seed", None), found.pop("fps", DEFAULT_FPS)
+    wish = Wish(prompt, draw_seed() if seed is None else seed, SamplingOptions(**found), fps)
     wish.condition(pipeline.bundle)
     check_seeds([wish.seed])
-    pipeline.sampler_table(wish.sampler, wish.steps, wish.eta)
+    pipeline.resolve(wish.options)
     if not 1 <= wish.fps <= MAX_FPS:
         raise InputError(f"fps is {wish.fps:g}, expected 1 to {MAX_FPS}")
     _check_shape(plain, wish, pipeline)

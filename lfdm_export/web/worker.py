@@ -75,12 +75,9 @@ class Worker:
             clip = self._pipeline.generate(
                 self._store.photo(video.id),
                 **wish.condition(self._pipeline.bundle),  # type: ignore[arg-type]
-                sampler=wish.sampler,
-                steps=wish.steps,
-                eta=wish.eta,
-                guidance_scale=wish.guidance_scale,
                 seed=wish.seed,
                 progress=self._reporter(video.id),
+                **wish.options.given(),
             )
             for ending in ("mp4", "gif"):
                 clip.save(self._store.clip(video.id, ending), fps=wish.fps)

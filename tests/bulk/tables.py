@@ -17,11 +17,12 @@ from lfdm_export.bulk.run import BulkOptions, run_jobs
 from lfdm_export.bulk.summary import Summary
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.generate.pipeline import Pipeline
+from lfdm_export.sampling.options import SamplingOptions
 from tests.fake_bundle import SIZE
 
 LABELS = ("Anger", "happiness", "turn left")
 #: Clips of the tests hold all that is made, as it is.
-NPZ = JobSettings(format="npz", steps=2)
+NPZ = JobSettings(SamplingOptions(steps=2), format="npz")
 
 
 def write_picture(path: Path, seed: int = 0, size: int = SIZE) -> Path:

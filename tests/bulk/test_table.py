@@ -12,6 +12,7 @@ from lfdm_export.bulk.sources import InFile, InTable
 from lfdm_export.bulk.table import read_jobs
 from lfdm_export.errors import InputError, MissingDependencyError
 from lfdm_export.files.json_codec import from_plain, to_plain
+from lfdm_export.sampling.options import SamplingOptions
 from tests.bulk.tables import write_csv, write_jsonl, write_picture
 
 
@@ -37,10 +38,13 @@ def expected(folder: Path) -> list[Job]:
         return InFile(str(folder / name))
 
     return [
-        Job("first", file("a.png"), value="nod", seed=7, settings=JobSettings(steps=5, crop=(1, 2, 3, 4), panels=True)),
+        Job(
+            "first", file("a.png"), value="nod", seed=7,
+            settings=JobSettings(SamplingOptions(steps=5), crop=(1, 2, 3, 4), panels=True),
+        ),
         Job(
             "b/second", file("/abs/b.png"), "text", "hello", seed=seed_of("b/second"),
-            settings=JobSettings(sampler="unipc", steps=9, guidance_scale=1.5, fps=12.5),
+            settings=JobSettings(SamplingOptions("unipc", steps=9, guidance_scale=1.5), fps=12.5),
         ),
         Job(
             "third", file("c.png"), "motion", moved_by=file("m/wave.motion"), seed=seed_of("third"),
@@ -48,13 +52,13 @@ def expected(folder: Path) -> list[Job]:
         ),
         Job(
             "fourth", file("d.png"), "embedding", moved_by=file("e.npy"), seed=seed_of("fourth"),
-            settings=JobSettings(steps=9, eta=0.5, format="webp"),
+            settings=JobSettings(SamplingOptions(steps=9, eta=0.5), format="webp"),
         ),
     ]  # fmt: skip
 
 
 def test_csv_and_json_lines_say_the_same(tmp_path: Path):
-    defaults = JobSettings(steps=9)
+    defaults = JobSettings(SamplingOptions(steps=9))
     assert list(jobs_of(write_csv(tmp_path / "jobs.csv", ROWS), defaults)) == expected(tmp_path)
     assert list(jobs_of(write_jsonl(tmp_path / "jobs.jsonl", ROWS), defaults)) == expected(tmp_path)
 
@@ -64,7 +68,7 @@ def test_parquet_says_the_same(tmp_path: Path):
     names = list(dict.fromkeys(name for row in ROWS for name in row))
     table = pa.table({name: [row.get(name) for row in ROWS] for name in names})
     parquet.write_table(table, tmp_path / "jobs.parquet", row_group_size=3)
-    assert list(jobs_of(tmp_path / "jobs.parquet", JobSettings(steps=9))) == expected(tmp_path)
+    assert list(jobs_of(tmp_path / "jobs.parquet", JobSettings(SamplingOptions(steps=9)))) == expected(tmp_path)
 
 
 def test_parquet_keeps_pictures_and_embeddings_until_they_are_needed(tmp_path: Path):
@@ -115,6 +119,26 @@ def test_json_lines_keep_pictures_until_they_are_needed(tmp_path: Path):
     assert jobs[2].image.name == f"{path}, row 3, image_base64"
 
 
+def test_digests_are_those_of_runs_that_were_begun_before(tmp_path: Path):
+    """Else a run that goes on would make all its clips anew."""
+    row = {"id": "a", "image": "a.png", "label": "nod", "seed": 3, "sampler": "ddim", "steps": 5}
+    rows = [
+        {**row, "eta": 0.5, "guidance_scale": 1.5, "scale": 2},
+        {"id": "b", "image": "a.png", "label": "nod", "fps": 12},
+    ]
+    digests = [job.digest("x")[:24] for job in jobs_of(write_jsonl(tmp_path / "jobs.jsonl", rows))]
+    assert digests == ["df9f5c0d81f68e96e5303c56", "21e03a24e1dc3432110daf7b"]
+
+
+def test_an_interval_of_guidance_is_for_all_rows(tmp_path: Path):
+    inside = JobSettings(SamplingOptions(guidance_interval=(0.2, 0.8)))
+    rows = [{"image": "a.png", "label": "l", "steps": 4}]
+    (job,) = jobs_of(write_jsonl(tmp_path / "jobs.jsonl", rows), inside)
+    assert job.settings.options == SamplingOptions(steps=4, guidance_interval=(0.2, 0.8))
+    (plain,) = jobs_of(tmp_path / "jobs.jsonl")
+    assert job.digest("x") != plain.digest("x")
+
+
 def test_a_seed_comes_from_the_id(tmp_path: Path):
     rows = [{"id": "x", "image": "a.png", "label": "l"}, {"image": "a.png", "label": "l"}]
     first, second = jobs_of(write_jsonl(tmp_path / "jobs.jsonl", rows))
@@ -140,7 +164,7 @@ def test_jobs_survive_json(tmp_path: Path):
         ({"seed": -1}, "seed: found -1, expected 0 to 2^64 - 1"),
         ({"steps": 2.5}, "steps is 2.5, expected a whole number"),
         ({"eta": "much"}, "eta is 'much', expected a number"),
-        ({"sampler": "euler"}, "sampler is 'euler', expected one of"),
+        ({"sampler": "euler"}, "sampler: found 'euler', expected one of"),
         ({"crop": "1,2"}, "the crop is '1,2'"),
         ({"format": "avi"}, "format is 'avi'"),
         ({"fps": 100}, "fps is 100.0, expected a number above 0 and at most 50 for gif"),

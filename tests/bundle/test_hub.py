@@ -65,9 +65,9 @@ def test_a_bundle_by_name_is_the_bundle(hub: FakeHub, bundle: Bundle):
     pipe = Pipeline.from_pretrained(NAME, threads=1, target="onnxruntime")
     assert pipe.bundle.manifest.bundle_id == bundle.manifest.bundle_id
     assert pipe.bundle.path.name == oid
-    expected = Pipeline.open(bundle, threads=1, target="onnxruntime").generate(photo(), label="Anger", steps=2)
-    np.testing.assert_array_equal(pipe.generate(photo(), label="Anger", steps=2).frames, expected.frames)
-    assert pipe.generate(photo(), label="Anger", steps=2).metadata(0)["bundle"] == NAME
+    expected = Pipeline.open(bundle, threads=1, target="onnxruntime").generate(photo(), label="Anger", steps=2, seed=0)
+    np.testing.assert_array_equal(pipe.generate(photo(), label="Anger", steps=2, seed=0).frames, expected.frames)
+    assert pipe.generate(photo(), label="Anger", steps=2, seed=0).metadata(0)["bundle"] == NAME
     assert sorted(hub.fetched()) == sorted(files_of(bundle)), "nothing but what the manifest lists"
     before = len(hub.fetched())
     assert Bundle.open(NAME).manifest.bundle_id == bundle.manifest.bundle_id

@@ -74,14 +74,25 @@ def test_a_clip(
 
 
 def test_what_is_left_out_is_as_without_a_server(fake: FakeTriton, address: str, photo: str, tmp_path: Path):
-    assert (
-        generate_main(["--url", address, "--image", photo, "--label", "anger", "-o", str(tmp_path / "a.gif"), "-q"])
-        == 0
-    )
+    arguments = ["--url", address, "--image", photo, "--label", "anger", "-o", str(tmp_path / "a.gif"), "-q"]
+    assert generate_main(arguments) == 0
     (seen,) = fake.seen
-    assert seen.tensors["seed"].tolist() == [0]
     assert set(seen.tensors) == {"image", "label", "seed"}
     assert seen.outputs == ("frames", "timings")
+
+
+@pytest.mark.parametrize("way", [[], ["--stream"]])
+def test_a_seed_that_is_not_given_is_drawn_and_told(
+    fake: FakeTriton, address: str, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], way: list[str]
+):
+    arguments = ["--url", address, "--image", photo, "--label", "anger", "-o", str(tmp_path / "a.gif"), *way]
+    for _ in range(2):
+        assert generate_main(arguments) == 0
+        seed = int(fake.seen[-1].tensors["seed"][0])
+        assert clip_metadata(tmp_path / "a.gif")["seed"] == seed
+        assert f" seed={seed}" in capsys.readouterr().out
+    first, second = fake.seen
+    assert first.tensors["seed"] != second.tensors["seed"]
 
 
 def test_options_reach_the_server(fake: FakeTriton, address: str, photo: str, tmp_path: Path):

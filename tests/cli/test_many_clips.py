@@ -18,6 +18,7 @@ from lfdm_export.cli.generate import batch_size
 from lfdm_export.errors import EngineError
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.pictures.clip_files import load_clip
+from lfdm_export.pictures.metadata import clip_metadata
 from lfdm_export.stages import Geometry
 from tests.client.test_client import PHOTO, expected_frames
 from tests.fake_bundle import SIZE, fake_manifest, write_fake_bundle
@@ -86,7 +87,9 @@ def test_labels_times_seeds(bundle: Bundle, photo: str, tmp_path: Path, capsys: 
 
 
 def test_all_labels(bundle: Bundle, photo: str, tmp_path: Path):
-    assert generate(bundle, photo, "--labels-all", "-o", f"{tmp_path}/new/", "--format", "gif", "-q") == 0
+    assert (
+        generate(bundle, photo, "--labels-all", "--seed", "0", "-o", f"{tmp_path}/new/", "--format", "gif", "-q") == 0
+    )
     assert names(tmp_path / "new") == ["Anger-seed0.gif", "happiness-seed0.gif", "turn_left-seed0.gif"]
 
 
@@ -113,7 +116,9 @@ def test_seeds_of_a_text(bundle: Bundle, photo: str, tmp_path: Path):
 
 
 def test_folders_of_frames(bundle: Bundle, photo: str, tmp_path: Path):
-    assert generate(bundle, photo, "--label", "anger", "happiness", "-o", f"{tmp_path}/clips/", "-q") == 0
+    assert (
+        generate(bundle, photo, "--label", "anger", "happiness", "-o", f"{tmp_path}/clips/", "--seed", "0", "-q") == 0
+    )
     assert names(tmp_path / "clips") == ["Anger-seed0", "happiness-seed0"]
     assert names(tmp_path / "clips" / "Anger-seed0")[0] == "frame_000.png"
 
@@ -121,7 +126,7 @@ def test_folders_of_frames(bundle: Bundle, photo: str, tmp_path: Path):
 def test_labels_that_no_file_name_tells_apart_have_files_of_their_own(photo: str, tmp_path: Path):
     manifest = dataclasses.replace(fake_manifest(), labels=("turn: left", "turn left?", "TURN/LEFT"))
     bundle = write_fake_bundle(tmp_path / "bundle", manifest)
-    assert generate(bundle, photo, "--labels-all", "-o", f"{tmp_path}/clips/", "--format", "npz") == 0
+    assert generate(bundle, photo, "--labels-all", "--seed", "0", "-o", f"{tmp_path}/clips/", "--format", "npz") == 0
     assert names(tmp_path / "clips") == ["TURN_LEFT-3-seed0.npz", "turn_left-2-seed0.npz", "turn_left-seed0.npz"]
 
 
@@ -148,11 +153,11 @@ def test_a_batch_that_fails_is_made_one_by_one(
         return real(self, image, **arguments)
 
     monkeypatch.setattr(Pipeline, "generate", fails)
-    assert generate(bundle, photo, "--labels-all", "-o", str(tmp_path / "a.gif")) == 1
+    assert generate(bundle, photo, "--labels-all", "--seed", "0", "-o", str(tmp_path / "a.gif")) == 1
     assert names(tmp_path) == ["a-Anger-seed0.gif", "a-turn_left-seed0.gif"]
     assert "not finite (label 'happiness', seed 0)" in capsys.readouterr().err
     with pytest.raises(EngineError):
-        generate(bundle, photo, "--labels-all", "-o", str(tmp_path / "a.gif"), "--debug")
+        generate(bundle, photo, "--labels-all", "--seed", "0", "-o", str(tmp_path / "a.gif"), "--debug")
 
 
 def test_a_clip_that_cannot_be_written_leaves_the_others(
@@ -160,7 +165,7 @@ def test_a_clip_that_cannot_be_written_leaves_the_others(
 ):
     (tmp_path / "a-happiness-seed0.gif").mkdir()
     (tmp_path / "a-happiness-seed0.gif" / "mine").write_text("kept")
-    assert generate(bundle, photo, "--labels-all", "-o", str(tmp_path / "a.gif")) == 1
+    assert generate(bundle, photo, "--labels-all", "--seed", "0", "-o", str(tmp_path / "a.gif")) == 1
     assert (tmp_path / "a-happiness-seed0.gif" / "mine").is_file()
     assert (tmp_path / "a-turn_left-seed0.gif").is_file()
     assert "1 of 3 clips failed" in capsys.readouterr().err
@@ -230,10 +235,24 @@ def test_the_summary_says_how_the_clip_was_made(
     assert re.fullmatch(r"\d+\.\d\d", summary.pop("seconds"))
     expected = {"clips": "1", "sampler": "unipc", "steps": "3", "seed": "9", "target": "onnxruntime"}
     assert summary == expected
-    assert generate(bundle, photo, *arguments) == 0
-    assert summary_of(capsys.readouterr().out)["seed"] == "0"
     assert generate(bundle, photo, *arguments, "-q") == 0
     assert capsys.readouterr().out == ""
+
+
+def test_a_seed_that_is_not_given_is_drawn_and_told(
+    bundle: Bundle, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    told = []
+    for name in ("a.npz", "b.npz"):
+        assert generate(bundle, photo, "--label", "anger", "-o", str(tmp_path / name)) == 0
+        told.append(summary_of(capsys.readouterr().out)["seed"])
+        assert clip_metadata(tmp_path / name)["seed"] == int(told[-1])
+    assert told[0] != told[1]
+    again = Pipeline(bundle).generate(photo, label="anger", seed=int(told[0]))
+    np.testing.assert_array_equal(frames_of(tmp_path / "a.npz"), again.frames)
+    assert generate(bundle, photo, "--labels-all", "-o", f"{tmp_path}/all/", "--format", "gif") == 0
+    seed = summary_of(capsys.readouterr().out)["seed"]
+    assert names(tmp_path / "all") == [f"{label}-seed{seed}.gif" for label in ("Anger", "happiness", "turn_left")]
 
 
 def test_the_summary_of_a_motion_transfer_names_no_sampler(
@@ -262,7 +281,10 @@ def test_many_clips_of_a_server(address: str, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_all_labels_of_a_server(address: str, photo: str, tmp_path: Path):
-    assert generate_main(["--url", address, "--image", photo, "--labels-all", "-o", f"{tmp_path}/", "-q"]) == 0
+    assert (
+        generate_main(["--url", address, "--image", photo, "--labels-all", "--seed", "0", "-o", f"{tmp_path}/", "-q"])
+        == 0
+    )
     assert names(tmp_path) == ["Anger-seed0", "happiness-seed0"]
 
 

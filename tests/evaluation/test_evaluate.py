@@ -14,8 +14,9 @@ from lfdm_export import Bundle, InputError, Pipeline, export_bundle
 from lfdm_export.cli.train import choose_settings, train_main
 from lfdm_export.evaluation.distance import frechet_distance
 from lfdm_export.evaluation.drawn import require_drawn_characters
-from lfdm_export.evaluation.evaluate import Setting, evaluate_bundle
+from lfdm_export.evaluation.evaluate import evaluate_bundle
 from lfdm_export.evaluation.report import JSON, MARKDOWN, markdown, write_evaluation
+from lfdm_export.sampling.options import SamplingOptions
 from lfdm_models.demo import untrained_model
 from lfdm_models.training.classifier import (
     SHIPPED,
@@ -203,13 +204,13 @@ def test_labels_that_nobody_can_judge_are_told(
     others = tuple(label for label in classifier.labels if label not in bundle.labels)
     monkeypatch.setattr(classifier, "labels", others)
     with pytest.raises(InputError, match="are none that the classifier knows"):
-        evaluate_bundle(pipeline, classifier, [Setting("ddim", 2)], clips=1)
+        evaluate_bundle(pipeline, classifier, [SamplingOptions("ddim", 2)], clips=1)
     with pytest.raises(InputError, match="expected 1 or more clips"):
         evaluate_bundle(pipeline, classifier, (), clips=0)
     with pytest.raises(InputError, match="expected numbers such as"):
         choose_settings("ddim", "ten", None, None)
     assert choose_settings("none", "10", None, None) == ()
-    assert choose_settings("ddpm", "10,20", 1.0, 2.0) == (Setting("ddpm", None, None, 2.0),)
+    assert choose_settings("ddpm", "10,20", 1.0, 2.0) == (SamplingOptions("ddpm", None, None, 2.0),)
     etas = {one.sampler: one.eta for one in choose_settings("ddim,unipc,sde-dpm++2m,tuned", "5", 0.5, None)}
     assert etas == {"ddim": 0.5, "unipc": None, "sde-dpm++2m": 0.5, "tuned": None}
 

@@ -177,7 +177,7 @@ def test_the_pipeline_runs_it(bundle: Bundle):
 
 def test_requests_may_ask_for_it():
     asked = parse_sampling({"sampler": np.array([b"tuned"], object)}, Limits())
-    assert asked.sampler == "tuned"
+    assert asked.options.sampler == "tuned"
 
 
 def test_the_commands(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -18,6 +18,7 @@ from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from lfdm_export.errors import BundleError, EngineError, InputError
 from lfdm_export.parity.report.model import CHAIN, Check, Report
 from lfdm_export.parity.verify import verify_bundle
+from lfdm_export.reference.inputs import CHAIN_OPTIONS
 from lfdm_export.stages import stage_specs
 from lfdm_models.model import LfdmModel
 from lfdm_models.text import BertTextEncoder
@@ -287,7 +288,7 @@ def test_a_stage_that_takes_no_single_sample(small_bundle: Bundle, monkeypatch: 
 def test_a_wrong_sampler_fails_in_the_clip_alone(small_bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
     import lfdm_export.parity.chain as chain
 
-    monkeypatch.setattr(chain, "CHAIN_ETA", 0.5)
+    monkeypatch.setattr(chain, "CHAIN_OPTIONS", dataclasses.replace(CHAIN_OPTIONS, eta=0.5))
     report = verify_bundle(small_bundle, threads=1)
     assert failing(report) == {CHAIN}
     assert {check.subject for check in report.failures} >= {"latent, largest error", "latent, mean error"}

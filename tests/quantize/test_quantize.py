@@ -37,7 +37,8 @@ from lfdm_export.quantize.ranges import (
 )
 from lfdm_export.quantize.report import JSON_NAME, SensitivityReport, StageSensitivity
 from lfdm_export.quantize.sensitivity import measure_stage
-from lfdm_export.quantize.states import Calibration, Chain, Sources, calibrate
+from lfdm_export.quantize.states import Calibration, Sources, calibrate
+from lfdm_export.sampling.options import SamplingOptions
 from lfdm_export.stages import BATCH, StageSpec, TensorSpec
 from lfdm_models.schedule import cosine_schedule
 
@@ -47,9 +48,13 @@ E4M3 = np.array(
     [m * 2.0**-9 for m in range(8)] + [(8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8)][:-1]
 )
 FEW = Calibration(
-    chains=(Chain("ddim", 5, 1.0), Chain("unipc", 4), Chain("ddim", 3, 0.0, guidance_scale=0.0)),
-    label_chain=Chain("ddim", 2, 1.0),
-    held_out=Chain("ddim", 3, 1.0),
+    chains=(
+        SamplingOptions("ddim", 5, 1.0),
+        SamplingOptions("unipc", 4),
+        SamplingOptions("ddim", 3, 0.0, guidance_scale=0.0),
+    ),
+    label_chain=SamplingOptions("ddim", 2, 1.0),
+    held_out=SamplingOptions("ddim", 3, 1.0),
     values=512,
     chunks=1,
 )
@@ -314,7 +319,7 @@ def test_layers_of_one_activation_share_its_scale(
 
 def test_a_sampler_that_cannot_be_is_an_error(sources: Sources):
     with pytest.raises(InputError, match="sampler: found 'euler'"):
-        calibrate(sources, dataclasses.replace(FEW, chains=(Chain("euler", 3),)), threads=1)
+        calibrate(sources, dataclasses.replace(FEW, chains=(SamplingOptions("euler", 3),)), threads=1)
 
 
 def test_a_spoiled_layer_is_named_and_stays_float(

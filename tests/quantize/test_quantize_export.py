@@ -25,15 +25,20 @@ from lfdm_export.parity.verify import verify_bundle
 from lfdm_export.quantize.graphs import quantized_graphs
 from lfdm_export.quantize.ranges import FORMATS, Format
 from lfdm_export.quantize.report import SensitivityReport
-from lfdm_export.quantize.states import Calibration, Chain
+from lfdm_export.quantize.states import Calibration
 from lfdm_export.reference.stored import Reference
+from lfdm_export.sampling.options import SamplingOptions
 from lfdm_models.model import LfdmModel
 
 PHOTO = Path(__file__).parents[1] / "data" / "astronaut.jpg"
 FEW = Calibration(
-    chains=(Chain("ddim", 6, 1.0), Chain("dpm++2m", 4), Chain("ddim", 3, 0.0, guidance_scale=0.0)),
-    label_chain=Chain("ddim", 2, 1.0),
-    held_out=Chain("ddim", 3, 1.0),
+    chains=(
+        SamplingOptions("ddim", 6, 1.0),
+        SamplingOptions("dpm++2m", 4),
+        SamplingOptions("ddim", 3, 0.0, guidance_scale=0.0),
+    ),
+    label_chain=SamplingOptions("ddim", 2, 1.0),
+    held_out=SamplingOptions("ddim", 3, 1.0),
     chunks=1,
 )
 STORED = {"int8": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}

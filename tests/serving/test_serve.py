@@ -24,6 +24,7 @@ from lfdm_export.cli import serve_main
 from lfdm_export.errors import InputError
 from lfdm_export.protocol.contract import STREAM_INPUTS, preview_indices
 from lfdm_export.protocol.requests import Limits, image_file, parse_priority, parse_request
+from lfdm_export.sampling.options import SamplingOptions
 from lfdm_export.serving.server import files as server_files
 from lfdm_export.serving.server.control import open_directly
 from lfdm_export.serving.server.files import ServerFiles, ServerFilesError, find_server, install_server
@@ -56,11 +57,16 @@ def test_a_request_is_read_whole():
     }
     request = parse_request(tensors, stream=True)
     assert request.image_bytes == JPEG
-    assert (request.label, request.text, request.eta) == (None, None, None)
-    assert (request.seed, request.steps, request.sampler) == (2**63 - 1, 5, "unipc")
-    assert (request.guidance_scale, request.preview_every, request.progress_every) == (1.5, 2, 0)
+    assert (request.label, request.text, request.options.eta) == (None, None, None)
+    assert (request.seed, request.options.steps, request.options.sampler) == (2**63 - 1, 5, "unipc")
+    assert (request.options.guidance_scale, request.preview_every, request.progress_every) == (1.5, 2, 0)
     with pytest.raises(InputError, match="unknown input 'preview_every'"):
         parse_request(tensors)  # which only the stream takes
+
+
+def test_what_a_request_leaves_out_is_left_open():
+    request = parse_request({"image_bytes": np.array([JPEG], np.object_), "label": text("anger")})
+    assert (request.seed, request.options) == (None, SamplingOptions())
 
 
 def test_base64_is_undone_and_pictures_are_left_alone():

@@ -97,6 +97,7 @@ def test_a_bundles_repository_has_its_sizes(tmp_path: Path, bundle: Bundle):
         "warped": [FRAMES, SIZE, SIZE, 3],
         "latent": [3, FRAMES, LATENT, LATENT],
         "timings": [4],
+        "used_seed": [1],
     }
     assert dims(clip.input)["text_embedding"] == [WIDTH]
     assert dims(clip.input)["image"] == [-1, -1, 3]

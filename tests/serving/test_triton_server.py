@@ -76,8 +76,10 @@ def test_grpc_gives_the_clip_of_the_pipeline(triton_server: RunningServer, clien
 
 def test_the_defaults_are_the_bundles(triton_server: RunningServer, client: Any, pipeline: Pipeline):
     values = {"image_bytes": REQUEST["image_bytes"], "label": "Happiness "}
-    outputs = triton_server.infer(client, values)
-    assert_same_pictures(outputs["frames"], pipeline.generate(PHOTO, label="happiness").frames[0])
+    outputs, other = (triton_server.infer(client, values, ("frames", "used_seed")) for _ in range(2))
+    (seed,) = outputs["used_seed"].tolist()
+    assert other["used_seed"] != seed, "a seed that is not given is drawn for each request"
+    assert_same_pictures(outputs["frames"], pipeline.generate(PHOTO, label="happiness", seed=seed).frames[0])
 
 
 @pytest.mark.parametrize(
@@ -206,6 +208,13 @@ def test_stream_gives_progress_previews_and_the_same_frames(
     assert_same_pictures(np.concatenate([chunk.as_numpy("frames") for chunk in chunks]), clip.frames[0])
     assert responses[-1].as_numpy("frame_count")[0] == geometry.frames
     assert responses[-1].as_numpy("timings")[2] == 4
+    assert responses[-1].as_numpy("used_seed").tolist() == [REQUEST["seed"]]
+
+
+def test_a_stream_draws_a_seed_and_tells_it(client: Any):
+    values = {name: value for name, value in REQUEST.items() if name != "seed"}
+    first, second = (stream(client, values)[-1].as_numpy("used_seed").tolist() for _ in range(2))
+    assert first != second
 
 
 def test_a_stream_tells_what_is_wrong(client: Any):
@@ -277,7 +286,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "too many steps": ({"steps": 100_000}, "steps is 100000, expected 1 to 1000"),
     "steps that the sampler cannot do": ({"steps": 1000}, "expected 1 to 999 for sampler 'ddim'"),
     "unknown sampler": ({"sampler": "euler"}, "sampler: found 'euler', expected one of ddpm"),
-    "eta beyond 1": ({"eta": 1.5}, "eta is 1.5, expected 0 to 1"),
+    "eta beyond 1": ({"eta": 1.5}, "eta: found 1.5, expected 0 to 1"),
     "eta for a sampler without": ({"sampler": "unipc", "eta": 0.5}, "has no eta"),
     "guidance that is not a number": ({"guidance_scale": float("nan")}, "guidance_scale is nan, expected 0 to 20"),
     "negative guidance": ({"guidance_scale": -1.0}, "guidance_scale is -1.0, expected 0 to 20"),

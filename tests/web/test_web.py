@@ -261,6 +261,16 @@ def test_options_may_stand_in_extra(served: Served):
     assert (video["extra"]["steps"], video["extra"]["seed"]) == (3, 4)
 
 
+def test_a_seed_that_is_not_given_is_drawn_and_told(served: Served, tmp_path: Path):
+    first, second = (served.create()[1] for _ in range(2))
+    seed = first["extra"]["seed"]
+    assert seed != second["extra"]["seed"]
+    assert served.wait_for(first["id"], "completed", "failed")["extra"]["seed"] == seed
+    _, mp4, _ = served.call("GET", f"/v1/videos/{first['id']}/content")
+    (tmp_path / "a.mp4").write_bytes(mp4)
+    assert clip_metadata(tmp_path / "a.mp4")["seed"] == seed
+
+
 @pytest.mark.parametrize("body", [b"", b"nonsense", b"[]", b"[" * 100_000, b"\xff", b"null"])
 def test_a_body_that_is_no_request(served: Served, body: bytes):
     assert served.call("POST", "/v1/videos", body, Content_Type="application/json")[0] == 400

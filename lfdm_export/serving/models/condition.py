@@ -14,8 +14,9 @@ from lfdm_export.bundle.manifest import TEXT_STAGE
 from lfdm_export.errors import InputError, MissingDependencyError
 from lfdm_export.generate.arguments import embedding_rows
 from lfdm_export.pictures.preprocess import to_float
-from lfdm_export.protocol.contract import Array
+from lfdm_export.protocol.contract import USED_SEED, Array
 from lfdm_export.protocol.requests import parse_condition, parse_sampling
+from lfdm_export.sampling.noise import draw_seed
 from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.serving.models.stub import Loaded, answer_each, load
 
@@ -30,7 +31,7 @@ class Conditions:
         embedding: (text_width,) float32.
         table: the sampler's steps.
         guidance_scale: of classifier-free guidance.
-        seed: of the noise.
+        seed: of the noise, given or drawn.
     """
 
     embedding: NDArray[np.float32]
@@ -48,7 +49,7 @@ def conditions(tensors: Mapping[str, Array], loaded: Loaded) -> Conditions:
     limits, pipeline = loaded.settings.limits, loaded.pipeline
     # Everything that is cheap to check comes before the text encoder runs.
     asked, given = parse_sampling(tensors, limits), parse_condition(tensors, limits)
-    table = pipeline.sampler_table(asked.sampler, asked.steps, asked.eta)
+    options, table = pipeline.resolve(asked.options)
     if table.steps > limits.steps:
         raise InputError(
             f"{table.name} would take {table.steps} steps, this server allows {limits.steps}; ask for fewer"
@@ -60,9 +61,7 @@ def conditions(tensors: Mapping[str, Array], loaded: Loaded) -> Conditions:
     else:
         assert given.text_embedding is not None  # one of the three is there
         embedding = embedding_rows(given.text_embedding, pipeline.bundle.manifest.geometry.text_width)[0]
-    default = pipeline.bundle.manifest.sampler.guidance_scale
-    scale = default if asked.guidance_scale is None else asked.guidance_scale
-    return Conditions(embedding, table, scale, asked.seed)
+    return Conditions(embedding, table, options.scale, draw_seed() if asked.seed is None else asked.seed)
 
 
 def _embedded(text: str, loaded: Loaded) -> NDArray[np.float32]:
@@ -104,10 +103,12 @@ class ConditionModel:
 
     def _condition(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         found = conditions(tensors, self._loaded)
+        seed = np.array([found.seed], np.int64)
         return {
             "image": to_float(tensors["pixels"][None]),
             "text_embedding": found.embedding,
-            "seed": np.array([found.seed], np.int64),
+            "seed": seed,
+            USED_SEED.name: seed,
             "guidance_scale": np.array([found.guidance_scale], np.float32),
             "timesteps": found.table.timesteps,
             "coefficients": found.table.coefficients,

@@ -23,6 +23,7 @@ from lfdm_export.pictures.preprocess import to_float, to_uint8
 from lfdm_export.protocol.contract import (
     QUEUE_FULL_MESSAGE,
     STREAM_INPUTS,
+    USED_SEED,
     Array,
     OverloadedError,
     RequestCancelledError,
@@ -123,7 +124,7 @@ class _Stream:
         self._model, self._sender, self._tensors = model, sender, tensors
         self._priority, self._deadline = urgency
         self._began = time.monotonic()
-        self._steps = 0
+        self._steps = self._seed = 0
         self._encoded: Encoded | None = None
         self._preview: tuple[int, NDArray[np.float32]] | None = None
         # Guards the order of responses, and that nothing follows the last one.
@@ -149,7 +150,7 @@ class _Stream:
         reports = parse_sampling(tensors, loaded.settings.limits)
         pixels = prepared_pixels(tensors, loaded)
         self._encoded = encode(loaded.pipeline, to_float(pixels[None]))
-        self._steps = found.table.steps
+        self._steps, self._seed = found.table.steps, found.seed
         job = SampleJob(
             context=self._encoded.context,
             embedding=found.embedding,
@@ -206,7 +207,11 @@ class _Stream:
                 self._model.sampler.metrics.first_frame(time.monotonic() - self._began)
         times = sampled.timings
         timings = np.array([times.queued, times.sampling, times.steps, time.monotonic() - began], np.float32)
-        outputs = {"frame_count": np.array([geometry.frames], np.int32), "timings": timings}
+        outputs: dict[str, Array] = {
+            "frame_count": np.array([geometry.frames], np.int32),
+            "timings": timings,
+            USED_SEED.name: np.array([self._seed], np.int64),
+        }
         self._respond("done", self._steps, outputs, last=True)
 
     def _frames(self, latent: NDArray[np.float32]) -> NDArray[np.uint8]:

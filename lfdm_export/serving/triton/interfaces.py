@@ -22,6 +22,7 @@ from lfdm_export.protocol.contract import (
     STREAM_INPUTS,
     STREAM_MODEL,
     STREAM_OUTPUTS,
+    USED_SEED,
     WireTensor,
     WireType,
 )
@@ -88,13 +89,13 @@ def interfaces(geometry: Geometry | None) -> dict[str, ModelInterface]:
     embedding = next(tensor for tensor in CONDITION_INPUTS if tensor.name == "text_embedding")
     sampler = (replace(embedding, optional=False), SEED, GUIDANCE_SCALE, TIMESTEPS, COEFFICIENT_ROWS, DRAWS_NOISE)
     outputs = {tensor.name: tensor for tensor in CLIP_OUTPUTS}
-    latent = replace(outputs["latent"], optional=False)
+    latent, used_seed = (replace(outputs[name], optional=False) for name in ("latent", USED_SEED.name))
     # A cancelling request to the sampler has none of the others.
     sample_inputs = (*(replace(tensor, optional=True) for tensor in (context, *sampler)), CANCEL_INPUT)
     decoded = (outputs["frames"], outputs["warped"], outputs["timings"])
     found = (
         ModelInterface(PREPROCESS_MODEL, IMAGE_INPUTS, (PIXELS,)),
-        ModelInterface(CONDITION_MODEL, (PIXELS, *CONDITION_INPUTS, *SAMPLING_INPUTS), (image, *sampler)),
+        ModelInterface(CONDITION_MODEL, (PIXELS, *CONDITION_INPUTS, *SAMPLING_INPUTS), (image, *sampler, used_seed)),
         ModelInterface(ENCODE_MODEL, (image,), (*skips, context)),
         ModelInterface(SAMPLE_MODEL, sample_inputs, (latent, SAMPLE_TIMINGS, CANCEL_OUTPUT)),
         ModelInterface(DECODE_MODEL, (image, *skips, latent, SAMPLE_TIMINGS), decoded),

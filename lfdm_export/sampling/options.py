@@ -1,0 +1,176 @@
+"""How a clip is to be sampled, as a caller or a bundle says it. NumPy only.
+
+What can be said without a model is checked when options are made; the rest when `SamplingOptions.table` looks at its
+schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfdm_export.errors import InputError
+from lfdm_export.files.json_codec import LATER
+from lfdm_export.sampling.rows import SamplerTable
+from lfdm_export.sampling.solvers import check_eta
+from lfdm_export.sampling.tables import SAMPLERS, known_sampler, sampler_table, whole_steps
+from lfdm_export.sampling.tuned import SAMPLER_NAMES, TUNED, TunedSampler
+from lfdm_models.config import MOST_TRAINING_STEPS
+from lfdm_models.schedule import Schedule
+
+#: The interval in which guidance acts at every step.
+WHOLE = (0.0, 1.0)
+#: The guidance scale of the conditional prediction alone.
+AS_TRAINED = 1.0
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """None leaves the choice to the bundle, whose steps and eta count for its own default sampler alone.
+
+    Attributes:
+        sampler: a name of `lfdm_export.sampling.tables.SAMPLERS`, or "tuned".
+        steps: sampling steps.
+        eta: share of fresh noise, 0 … 1, of samplers that have one.
+        guidance_scale: 1 for the conditional prediction, 0 for the unconditional one, above 1 for more of the label.
+        guidance_interval: (low, high), shares of the schedule, 0 (no noise) … 1 (nothing but noise): where guidance
+            acts. Steps at other times run the conditional prediction alone.
+    """
+
+    sampler: str | None = None
+    steps: int | None = None
+    eta: float | None = None
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] = field(default=WHOLE, metadata=LATER)
+
+    def __post_init__(self) -> None:
+        """Check what needs no model, and keep plain numbers.
+
+        Raises:
+            InputError: the sampler is unknown, or a number is none or out of range.
+        """
+        checks: Mapping[str, Callable[[Any], object]] = {
+            "sampler": lambda name: known_sampler(name, SAMPLER_NAMES),
+            "steps": _some_steps,
+            "eta": lambda eta: check_eta(finite_number(eta, "eta")),
+            "guidance_scale": lambda scale: finite_number(scale, "guidance_scale"),
+            "guidance_interval": interval_ends,
+        }
+        for name, check in checks.items():
+            value = getattr(self, name)
+            if value is not None or name == "guidance_interval":
+                object.__setattr__(self, name, check(value))
+
+    @property
+    def scale(self) -> float:
+        """The guidance scale, as trained where nobody said another."""
+        return AS_TRAINED if self.guidance_scale is None else self.guidance_scale
+
+    def over(self, defaults: SamplingOptions) -> SamplingOptions:
+        """What these options mean where `defaults` hold; eta is there if the sampler has one, steps if anybody said."""
+        sampler, steps, eta = self.sampler, self.steps, self.eta
+        if sampler is None or sampler == defaults.sampler:
+            sampler = defaults.sampler
+            steps = defaults.steps if steps is None else steps
+            eta = defaults.eta if eta is None else eta
+        if eta is None and sampler is not None and sampler in SAMPLERS:
+            eta = SAMPLERS[sampler].default_eta
+        scale = defaults.scale if self.guidance_scale is None else self.guidance_scale
+        return replace(self, sampler=sampler, steps=steps, eta=eta, guidance_scale=scale)
+
+    def table(self, schedule: Schedule, tuned: TunedSampler | None = None) -> SamplerTable:
+        """The steps of the sampler that these options name.
+
+        Args:
+            schedule: the model's own.
+            tuned: the bundle's, if it has one.
+
+        Raises:
+            InputError: it is not there, or cannot do with these steps or this eta.
+        """
+        name = known_sampler(self.sampler, SAMPLER_NAMES)
+        if name != TUNED:
+            return sampler_table(name, schedule, self.steps, self.eta)
+        if tuned is None:
+            raise InputError(
+                f"sampler: found {TUNED!r}, but this bundle has no tuned sampler; choose one of {', '.join(SAMPLERS)}, "
+                "or tune one: lfdm-train schedule"
+            )
+        if self.eta is not None:
+            raise InputError(f"eta: found {self.eta}, but sampler {TUNED!r} has its own noise; leave it out")
+        return tuned.table(schedule, self.steps)
+
+    def given(self) -> dict[str, Any]:
+        """What is not left to the bundle, as keywords of `lfdm_export.generate.pipeline.Pipeline.generate`."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
+
+
+def finite_number(value: float, name: str) -> float:
+    """`value` as a float.
+
+    Raises:
+        InputError: it is no number, or not finite.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{name} is {value!r}, expected a number") from None
+    if not math.isfinite(number):
+        raise InputError(f"{name} is {number}, expected a finite number")
+    return number
+
+
+def interval_ends(interval: tuple[float, float]) -> tuple[float, float]:
+    """Low and high of an interval of guidance.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        low, high = (finite_number(end, "guidance_interval") for end in interval)
+    except (TypeError, ValueError):
+        raise InputError(f"guidance_interval is {interval!r}, expected two numbers, such as (0.2, 0.8)") from None
+    if not 0.0 <= low <= high <= 1.0:
+        raise InputError(f"guidance_interval is ({low:g}, {high:g}), expected 0 <= low <= high <= 1")
+    return low, high
+
+
+def takes_both_branches(scale: float) -> bool:
+    """Whether a step with this guidance scale needs the conditional and the unconditional prediction."""
+    return scale not in (0.0, AS_TRAINED)
+
+
+def guided_steps(timesteps: NDArray[np.int64], training_steps: int, interval: tuple[float, float]) -> NDArray[np.bool_]:
+    """Which steps guidance acts at: those whose time, as a share of the schedule, lies in the interval.
+
+    Args:
+        timesteps: (S,) int64.
+        training_steps: of the schedule; time t of N is the share t / (N - 1).
+        interval: (low, high), each 0 … 1, both counted in.
+
+    Returns:
+        (S,) bool.
+
+    Source: Kynkäänniemi et al., Applying Guidance in a Limited Interval (arXiv 2404.07724).
+    """
+    low, high = interval
+    shares = timesteps / max(training_steps - 1, 1)
+    return (low <= shares) & (shares <= high)
+
+
+def _some_steps(steps: int) -> int:
+    """A number of steps that some schedule allows."""
+    if not 1 <= whole_steps(steps) <= MOST_TRAINING_STEPS:
+        raise InputError(f"steps: found {steps}, expected 1 to {MOST_TRAINING_STEPS}; choose a number in that range")
+    return int(steps)
+
+
+#: What holds where neither the caller nor whoever made the bundle says anything.
+DEFAULTS = SamplingOptions("ddim", steps=10, eta=1.0, guidance_scale=AS_TRAINED)
+#: Options that are one word or number each: servers, tables of jobs and forms take these.
+OPTION_NAMES = tuple(one.name for one in fields(SamplingOptions) if one.default is None)
