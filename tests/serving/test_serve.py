@@ -112,7 +112,9 @@ def test_a_preview_shows_the_whole_clip(frames: int, chunk: int):
 
 
 def test_settings_survive_a_configuration():
-    settings = ServingSettings("a", 3, 7, "dynamic", True, 2, "openvino", "cuda", Limits(1, 2, 3, 4.5, 6))
+    settings = ServingSettings(
+        "a", 3, 7, "benchmarks.policies:Dynamic", True, 2, "openvino", "cuda", Limits(1, 2, 3, 4.5, 6)
+    )
     assert ServingSettings.from_parameters(settings.to_parameters()) == settings
     assert ServingSettings.from_parameters({"decode_model": "another's"}) == ServingSettings()
 
