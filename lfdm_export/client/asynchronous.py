@@ -14,7 +14,7 @@ from lfdm_export.client.connection import Connection, Flight
 from lfdm_export.client.events import plan_stream
 from lfdm_export.client.faults import Attempts
 from lfdm_export.client.health import Health, not_up, read_facts
-from lfdm_export.client.jobs import Asked, Job, Plan, Report, make_clip, make_plan
+from lfdm_export.client.jobs import Asked, Job, Plan, make_clip, make_plan
 from lfdm_export.client.motions import plan_motion
 from lfdm_export.client.settings import Retry, Settings, import_protocol
 from lfdm_export.client.stream import AsyncStream, OpeningStream
@@ -23,6 +23,7 @@ from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.crop import Crop
 from lfdm_export.pictures.motion import Motion, as_motion
 from lfdm_export.pictures.preprocess import ImageLike
+from lfdm_export.progress import Progress, report
 from lfdm_export.protocol.contract import CLIP_MODEL, Array
 from lfdm_export.protocol.model_facts import ModelFacts
 
@@ -138,7 +139,7 @@ class AsyncClient:
         priority: int = 0,
         deadline: float | None = None,
         request_id: str | None = None,
-        progress: Report | None = None,
+        progress: Progress | None = None,
     ) -> Clip:
         """Make a clip of `image` moving as the label says, as `lfdm_export.generate.pipeline.Pipeline.generate` does.
 
@@ -306,7 +307,7 @@ class AsyncClient:
         return await self._connection.cancel(request_id, QUICK)
 
     async def _answers(
-        self, plan: Plan, facts: ModelFacts, seconds: float, progress: Report | None
+        self, plan: Plan, facts: ModelFacts, seconds: float, progress: Progress | None
     ) -> list[dict[str, Array]]:
         """The answers of all samples; if one fails, the others are given up."""
         connection, total = self._connection, len(plan.jobs)
@@ -318,15 +319,11 @@ class AsyncClient:
             )
             return connection.calls.clip_answer(response, job, plan, facts)
 
-        def report(done: int) -> None:
-            if progress is not None:
-                progress("clips", done, total)
-
-        report(0)
+        report(progress, "clips", 0, total)
         with connection.under_way(*flights):
             return await connection.waiting.together(
                 [partial(sample, *pair) for pair in zip(plan.jobs, flights, strict=True)],
                 self.settings.concurrency,
-                report,
+                lambda done: report(progress, "clips", done, total),
                 partial(connection.abandon, flights),
             )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,8 +26,6 @@ from lfdm_export.protocol.contract import CLIP_OUTPUTS, MAX_PRIORITY, TIMINGS, A
 from lfdm_export.protocol.model_facts import ModelFacts
 from lfdm_export.sampling.tuned import SAMPLER_NAMES
 
-#: Called with what is counted, how much of it is done, and out of how much.
-Report: TypeAlias = Callable[[str, int, int], None]
 #: Seeds travel as signed 64-bit integers.
 MAX_SEED = 2**63 - 1
 

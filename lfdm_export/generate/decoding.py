@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from lfdm_export.errors import InputError
 from lfdm_export.generate.encoded import Encoded
-from lfdm_export.generate.progress import Progress, report
 from lfdm_export.generate.stage_runner import StageRunner
 from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.preprocess import to_uint8
+from lfdm_export.progress import Progress, report
 
 Float32: TypeAlias = NDArray[np.float32]
 UInt8: TypeAlias = NDArray[np.uint8]
