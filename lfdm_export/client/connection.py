@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -108,6 +109,7 @@ class Connection:
         self._credentials = None if settings.tls is None else settings.tls.credentials()
         self._channel: Any = None
         self._stub: Any = None
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._flights: set[Flight] = set()
         self._closed = False
@@ -160,8 +162,8 @@ class Connection:
             InputError: the channel is closed.
         """
         with self._lock:
-            if self._stub is None:
-                self._stub = self._open()
+            if self._stub is None or self._process != os.getpid():  # gRPC's channels do not come through a fork
+                self._stub, self._process = self._open(), os.getpid()
             call = getattr(self._stub, method)
         # What gRPC's unary calls of threads begin at once by; all others just begin.
         return getattr(call, "future", call)(
