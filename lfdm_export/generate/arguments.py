@@ -16,6 +16,8 @@ from lfdm_export.sampling.noise import check_seeds
 
 #: The interval in which guidance acts at every step.
 WHOLE = (0.0, 1.0)
+#: Characters of a value that is no number which a message shows.
+_SHOWN = 42
 
 
 def common_batch(sizes: Mapping[str, int]) -> int:
@@ -94,6 +96,36 @@ def _embedding(load: Callable[[], object], name: str) -> NDArray[np.generic]:
     if not isinstance(loaded, np.ndarray):
         raise InputError(f"the embedding {name} is an archive, expected one array; save it with numpy.save")
     return loaded
+
+
+def whole_number(value: object, name: str) -> int:
+    """A whole number, or text that is one.
+
+    Raises:
+        InputError: it is something else.
+    """
+    try:
+        number = int(value) if isinstance(value, str) else value
+    except ValueError:
+        number = value
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise InputError(f"{name} is {repr(value)[:_SHOWN]}, expected a whole number")
+    return number
+
+
+def real_number(value: object, name: str) -> float:
+    """A number, or text that is one; perhaps not finite.
+
+    Raises:
+        InputError: it is something else.
+    """
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        number = value
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise InputError(f"{name} is {repr(value)[:_SHOWN]}, expected a number")
+    return float(number)
 
 
 def finite_number(value: float, name: str) -> float:

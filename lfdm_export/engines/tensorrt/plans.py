@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -208,8 +208,3 @@ def gpus_of(target: Target, architectures: tuple[str, ...], gpu: Gpu | None) -> 
         return architectures
     assert gpu is not None, "TensorRT was chosen without a GPU"
     return (gpu.architecture, gpu.name)
-
-
-def option_names() -> tuple[str, ...]:
-    """Names of the build options."""
-    return tuple(field.name for field in fields(BuildOptions))
