@@ -195,8 +195,8 @@ class Connection:
             LfdmExportError: what its end means.
         """
         while True:
-            call = flight.start(lambda seconds: self.begin(method, make_request(seconds), seconds))
             try:
+                call = flight.start(lambda seconds: self.begin(method, make_request(seconds), seconds))
                 return await self.waiting.answer(call)
             except (self.grpc.RpcError, self.grpc.FutureCancelledError) as error:
                 fault = self.fault(flight, error)

@@ -70,13 +70,10 @@ class Blocking:
             done: called with how many are done, after each, where this was called.
             give_up: makes all come to an end; used if one fails or the wait is interrupted.
         """
-        if len(works) == 1:  # needs no thread
-            answers = [await works[0]()]
-            done(1)
-            return answers
+        # Even a single one: Ctrl-C interrupts the calling thread anywhere, a call that begins there would be lost.
         with ThreadPoolExecutor(min(len(works), limit), "lfdm-client") as pool:
-            futures = [pool.submit(lambda work: finish(work()), work) for work in works]
             try:
+                futures = [pool.submit(lambda work: finish(work()), work) for work in works]
                 for count, future in enumerate(as_completed(futures), 1):
                     future.result()
                     done(count)

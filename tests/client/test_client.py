@@ -746,7 +746,7 @@ def test_ctrl_c_gives_up_what_is_under_way(client: Client, fake: FakeTriton, see
 
 def test_ctrl_c_gives_up_a_stream(client: Client, fake: FakeTriton):
     def interrupt() -> None:
-        until(lambda: len(fake.seen) == 1)
+        until(lambda: len(fake.seen) == 1 and events._stream._flight.call is not None)
         os.kill(os.getpid(), signal.SIGINT)
 
     fake.gate.clear()
