@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -70,7 +71,10 @@ def serve(bundle: Path, log: Path, options: Sequence[str]) -> Iterator[Served]:
     ports = [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE, str(bundle), *ports, *options], stdout=file, stderr=file
+            [sys.executable, "-c", _SERVE, str(bundle), *ports, *options],
+            stdout=file,
+            stderr=file,
+            env={**os.environ, "PYTHONPATH": _with_benchmarks()},
         )
     try:
         yield _wait_ready(process, log)
@@ -88,6 +92,11 @@ def tell_logs(folder: Path) -> None:
     for log in sorted(folder.glob("*.log")):
         lines = log.read_text(errors="replace").splitlines()[-40:]
         print(f"--- {log.name}", *lines, sep="\n", file=sys.stderr)
+
+
+def _with_benchmarks() -> str:
+    """Where the server's models find `benchmarks.policies`."""
+    return os.pathsep.join(filter(None, (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH"))))
 
 
 def _wait_ready(process: subprocess.Popen[bytes], log: Path) -> Served:

@@ -38,6 +38,7 @@ if __name__ == "__main__":
 
 from benchmarks import cells, figures, load, machine
 from benchmarks.cells import Contestant, connect, say
+from benchmarks.policies import POLICIES
 from benchmarks.served import ServerFailed, serve, tell_logs
 from benchmarks.throughput_plots import plot_throughput
 from benchmarks.throughput_report import report, violations
@@ -168,7 +169,12 @@ def _start(
     """All servers, ready; the idle ones take no processor time from the one under load."""
     for name in arguments.contestants:
         policy, _, slots = name.partition(":")
-        options = [f"--policy={policy}", f"--slots={slots or 1}", f"--threads={arguments.threads}", "--queue=1000"]
+        options = [
+            f"--policy={POLICIES[policy]}",
+            f"--slots={slots or 1}",
+            f"--threads={arguments.threads}",
+            "--queue=1000",
+        ]
         say(f"starting {name}")
         served = stack.enter_context(serve(bundle, folder / f"{name.replace(':', '_')}.log", options))
         yield Contestant(name, served, stack.enter_context(connect(served)))

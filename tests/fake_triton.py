@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,7 +30,14 @@ from lfdm_export.protocol.contract import (
     WireTensor,
 )
 from lfdm_export.protocol.model_facts import FACTS_PARAMETER, ModelFacts
-from lfdm_export.protocol.requests import GenerationRequest, parse_request
+from lfdm_export.protocol.requests import (
+    GenerationRequest,
+    Limits,
+    check_request,
+    parse_condition,
+    parse_image,
+    parse_sampling,
+)
 from lfdm_export.sampling.options import DEFAULTS
 
 FACTS = ModelFacts(
@@ -56,6 +63,21 @@ class RefusedError(Exception):
     def __init__(self, code: str, details: str) -> None:
         super().__init__(f"[{code}] {details}")
         self.code, self.details = code, details
+
+
+def parse_request(tensors: Mapping[str, Array], inputs: tuple[WireTensor, ...]) -> GenerationRequest:
+    """A whole request, which the server's models read in parts."""
+    limits = Limits()
+    check_request(tensors, inputs)
+    image, condition = parse_image(tensors, limits), parse_condition(tensors, limits)
+    return replace(
+        parse_sampling(tensors, limits),
+        image_bytes=image.image_bytes,
+        image=image.image,
+        label=condition.label,
+        text=condition.text,
+        text_embedding=condition.text_embedding,
+    )
 
 
 def clip_of(request: GenerationRequest) -> Array:
@@ -213,7 +235,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
                 context.abort(grpc.StatusCode.CANCELLED, "cut off")
         if self.refusals:
             raise RefusedError(*self.refusals.pop(0))
-        return seen, parse_request(seen.tensors, stream=inputs is STREAM_INPUTS)
+        return seen, parse_request(seen.tensors, inputs)
 
     def _check_token(self, context: Any) -> None:
         found = dict(context.invocation_metadata()).get("authorization")

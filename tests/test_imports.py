@@ -18,7 +18,7 @@ PACKAGES = ("lfdm_export", "lfdm_models")
 #: The rooms of `lfdm_export`, from the bottom up: a module imports from its own room or from those before it, inside of
 #: functions too; only what type checkers alone see is free. `lfdm_models` lies below all of them.
 ROOMS = (
-    "errors", "dependencies", "telemetry", "wording", "stages", "machine",
+    "errors", "dependencies", "telemetry", "wording", "progress", "stages", "machine",
     "files", "sampling", "pictures", "checkpoints", "ops", "rewrite", "graphs", "bundle", "reference", "engines",
     "quantize", "export", "generate", "bulk", "parity", "protocol", "batching", "client", "serving", "web",
     "evaluation", "cli",

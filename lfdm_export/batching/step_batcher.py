@@ -29,7 +29,7 @@ from lfdm_export.batching.jobs import Callbacks, Float32, QueueFullError, Sample
 from lfdm_export.batching.live_job import LiveJob
 from lfdm_export.batching.noise_ahead import NoiseAhead
 from lfdm_export.batching.observer import Observer, Stats, tell
-from lfdm_export.batching.order import POLICIES, Policy
+from lfdm_export.batching.order import DueFirst, Policy
 from lfdm_export.batching.rows import Rows, Stages
 from lfdm_export.batching.step_loop import Counts, StepLoop
 from lfdm_export.errors import EngineError, InputError
@@ -40,7 +40,7 @@ from lfdm_export.stages import Geometry, stage_specs
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks at jobs while a batch of whole clips fills up.
+#: Seconds between two looks at jobs that the policy lets wait for others.
 _IDLE_LOOK = 0.005
 # The stages of a step: without guidance, and with it.
 UNGUIDED, GUIDED = "step", "step_guided"
@@ -88,7 +88,7 @@ class StepBatcher:
         slots: int = 1,
         queue_limit: int = 64,
         fixed_batch: bool = False,
-        policy: Policy = "step",
+        policy: Policy | None = None,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -101,14 +101,14 @@ class StepBatcher:
             slots: samples in one step at most; see the module for how many.
             queue_limit: jobs beyond the slots that may be there; more are refused.
             fixed_batch: run every step at the full batch of `slots`, so that a sample has the same bits in any company.
-            policy: "step"; others are there to be compared with, see `lfdm_export.batching.order`.
+            policy: decides who takes a step; None for `DueFirst`.
             observer: is told what happens.
             clock: seconds; deadlines are on it.
 
         Raises:
             InputError: an argument is out of range.
         """
-        _check_options(slots, queue_limit, fixed_batch, policy, geometry)
+        _check_options(slots, queue_limit, fixed_batch, geometry)
         self._geometry, self._slots, self._limit = geometry, slots, slots + queue_limit
         self._observer, self._clock = observer, clock
         side = geometry.latent_size
@@ -128,7 +128,13 @@ class StepBatcher:
         )
         self._delivery = Delivery("lfdm-delivery")
         self._loop = StepLoop(
-            unguided, guided, slots=slots, policy=policy, deliver=self._deliver, observer=observer, clock=clock
+            unguided,
+            guided,
+            slots=slots,
+            policy=policy or DueFirst(),
+            deliver=self._deliver,
+            observer=observer,
+            clock=clock,
         )
         self._changed = threading.Condition()  # guards what follows
         self._arrivals: list[LiveJob] = []
@@ -323,11 +329,9 @@ class StepBatcher:
         self._delivery.call(call)
 
 
-def _check_options(slots: int, queue_limit: int, fixed_batch: bool, policy: Policy, geometry: Geometry) -> None:
+def _check_options(slots: int, queue_limit: int, fixed_batch: bool, geometry: Geometry) -> None:
     if slots < 1 or queue_limit < 0:
         raise InputError(f"found {slots} slots and queue_limit {queue_limit}, expected 1 and 0 or more")
-    if policy not in POLICIES:
-        raise InputError(f"policy: found {policy!r}, expected one of {', '.join(POLICIES)}")
     most = stage_specs(geometry)[GUIDED].batch[2]
     if fixed_batch and slots > most:
         raise InputError(

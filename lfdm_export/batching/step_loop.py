@@ -13,7 +13,7 @@ from typing import TypeAlias
 from lfdm_export.batching.jobs import DeadlineExceededError, Outcome, Sampled
 from lfdm_export.batching.live_job import LiveJob
 from lfdm_export.batching.observer import Observer, Tick, tell
-from lfdm_export.batching.order import Policy, choose
+from lfdm_export.batching.order import Policy, Queue
 from lfdm_export.batching.rows import Ran, Rows
 from lfdm_export.errors import EngineError, LfdmExportError
 from lfdm_export.protocol.contract import DEADLINE_MESSAGE, RequestCancelledError
@@ -66,7 +66,7 @@ class StepLoop:
             unguided: rows of `step`.
             guided: rows of `step_guided`.
             slots: jobs in one step at most.
-            policy: see `lfdm_export.batching.order`.
+            policy: decides who takes a step.
             deliver: is given callbacks.
             observer: is told what happens.
             clock: seconds.
@@ -79,19 +79,17 @@ class StepLoop:
         self.counts = Counts()
         #: Jobs that have not ended, by arrival.
         self.live: list[LiveJob] = []
-        # Finished jobs of a batch of whole clips, which are answered when all are.
-        self._held: list[LiveJob] = []
+        # Jobs that have all their steps, and that the policy has not let go yet.
+        self._finished: list[LiveJob] = []
 
     def step(self) -> bool:
         """End who is to end, then take one step of those whose turn it is.
 
         Returns:
-            Whether there was anybody to take it; else a batch is still to fill up, or nobody is there.
+            Whether there was anybody to take it; else the policy waits for others, or nobody is there.
         """
         self._end_given_up()
-        chosen = choose(self._policy, self.live, self._slots, self._clock(), self.pace)
-        if chosen and self._policy == "dynamic":  # the batch keeps its size
-            chosen += self._held
+        chosen = self._policy.choose(self._queue())
         if chosen:
             self._tick(chosen)
         return bool(chosen)
@@ -100,13 +98,13 @@ class StepLoop:
         """End every job with an error."""
         for live in list(self.live):
             self._end(live, "failed", error)
-        self._release()
+        self._answer()
 
     def _end_given_up(self) -> None:
-        """End jobs that were cancelled or are too late, running ones too unless the policy runs whole clips."""
+        """End jobs that were cancelled or are too late, running ones too if the policy lets them."""
         now = self._clock()
         for live in list(self.live):
-            if self._policy != "step" and live.joined is not None:
+            if live.joined is not None and not self._policy.stops:
                 continue
             try:
                 cancelled = live.cancel_requested or self._ask(live, now)
@@ -136,8 +134,7 @@ class StepLoop:
                 self._join(live, now)
         counts.ticks += 1
         ran = [self._step_rows(guided, [live for live in chosen if live.job.guided is guided]) for guided in self._rows]
-        if not any(live.joined is not None for live in self.live):
-            self._release()
+        self._answer()
         if not self.live:  # nobody will take the rows of those who ended just now
             for rows in self._rows.values():
                 rows.seat([])
@@ -170,7 +167,7 @@ class StepLoop:
         try:
             ran = rows.step()
         except Exception as error:
-            if len(jobs) == 1 or self._policy != "step":
+            if len(jobs) == 1 or not self._policy.stops:
                 logger.exception("a step failed, and %d jobs with it", len(jobs))
                 return self._fail(rows, jobs, error)
             logger.warning("a step of %d jobs failed (%r): each takes it alone", len(jobs), error)
@@ -208,12 +205,10 @@ class StepLoop:
             self._end(live, "failed", EngineError(message))
         elif not live.steps_left:
             live.latent = rows.latent(row)
-            if self._policy in ("dynamic", "dynamic-shrink"):  # a batch's answers come together
-                live.ended = True
-                self.live.remove(live)
-                self._held.append(live)
-            else:
-                self._end(live, "finished", None)
+            live.ended = True
+            self.live.remove(live)
+            self._finished.append(live)
+            self._answer()
         else:
             if callbacks.progress is not None and job.progress_every and live.step % job.progress_every == 0:
                 self._deliver(partial(callbacks.progress, live.step), False)
@@ -221,10 +216,14 @@ class StepLoop:
                 live.previews.append((live.step, rows.estimate(row)))
                 self._deliver(partial(_call_with_preview, live), False)
 
-    def _release(self) -> None:
-        for live in self._held:
+    def _queue(self) -> Queue:
+        return Queue(self.live, self._finished, self._slots, self._clock(), self.pace)
+
+    def _answer(self) -> None:
+        """Let those go who have all their steps, if the policy does."""
+        for live in list(self._policy.answered(self._queue())):
+            self._finished.remove(live)
             self._end(live, "finished", None)
-        self._held.clear()
 
     def _end(self, live: LiveJob, outcome: Outcome, error: Exception | None) -> None:
         """Let a job go, and have its last callback called."""

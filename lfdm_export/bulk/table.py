@@ -21,6 +21,7 @@ from lfdm_export.bulk.job import CONDITIONS, Condition, Job, JobSettings, check_
 from lfdm_export.bulk.sources import BASE64, InFile, InTable, Source, import_parquet
 from lfdm_export.errors import InputError
 from lfdm_export.files.names import user_path
+from lfdm_export.generate.arguments import real_number, whole_number
 from lfdm_export.pictures.crop import Crop, parse_crop
 from lfdm_export.sampling.noise import check_seeds
 from lfdm_export.sampling.options import SamplingOptions
@@ -256,25 +257,9 @@ def _source(row: _Row, column: str, folder: Path) -> Source:
 
 
 def _whole(value: object, name: str) -> int:
-    try:
-        number = int(value) if isinstance(value, str) else value
-    except ValueError:
-        number = value
-    if isinstance(number, float) and number.is_integer():  # what spreadsheets make of whole numbers
-        number = int(number)
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise InputError(f"{name} is {value!r}, expected a whole number")
-    return number
-
-
-def _number(value: object, name: str) -> float:
-    try:
-        number = float(value) if isinstance(value, str) else value
-    except ValueError:
-        number = value
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        raise InputError(f"{name} is {value!r}, expected a number")
-    return float(number)
+    if isinstance(value, float) and value.is_integer():  # what spreadsheets make of whole numbers
+        return int(value)
+    return whole_number(value, name)
 
 
 def _flag(value: object, name: str) -> bool:
@@ -303,14 +288,14 @@ def _read(row: _Row, columns: Mapping[str, _Reader]) -> dict[str, object]:
 _SAMPLING: Mapping[str, _Reader] = {
     "sampler": _word,
     "steps": _whole,
-    "eta": _number,
-    "guidance_scale": _number,
+    "eta": real_number,
+    "guidance_scale": real_number,
 }
 #: The others of `JobSettings`.
 _WRITING: Mapping[str, _Reader] = {
     "crop": _crop,
     "format": _word,
-    "fps": _number,
+    "fps": real_number,
     "scale": _whole,
     "panels": _flag,
 }

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-from lfdm_export.batching.order import POLICIES, Policy
 from lfdm_export.cli.console import OK, add_common_options, make_parser, run, say
 from lfdm_export.cli.ending import orderly
 from lfdm_export.engines.onnxruntime.target import Device
@@ -103,9 +102,9 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     sampler.add_argument(
         "--policy",
-        choices=POLICIES,
         default=settings.policy,
-        help="step: clips join and leave at each step (%(default)s)",
+        metavar="NAME",
+        help="step: clips join and leave at each step; or MODULE:CLASS to compare it with (%(default)s)",
     )
     sampler.add_argument(
         "--fixed-batch",
@@ -225,7 +224,7 @@ def _settings(args: argparse.Namespace) -> ServingSettings:
     return ServingSettings(
         slots=args.slots,
         queue_limit=args.queue,
-        policy=cast(Policy, args.policy),
+        policy=args.policy,
         fixed_batch=args.fixed_batch,
         threads=args.threads,
         target=args.target,

@@ -8,13 +8,12 @@ Example:
     ...     client.generate("face.jpg", label="happiness", seed=0).save("happiness.gif")
 """
 
-from lfdm_export.client.async_stream import AsyncStream
 from lfdm_export.client.asynchronous import AsyncClient
 from lfdm_export.client.events import Done, Event, Frames, Preview, Progress
 from lfdm_export.client.health import Health
 from lfdm_export.client.settings import Retry, Settings, Tls, token_from_environment
+from lfdm_export.client.stream import AsyncStream, Stream
 from lfdm_export.client.sync import Client
-from lfdm_export.client.sync_stream import Stream
 from lfdm_export.protocol.contract import RequestCancelledError
 from lfdm_export.protocol.model_facts import ModelFacts
 

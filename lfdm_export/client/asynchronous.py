@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 
 from numpy.typing import ArrayLike
 
-from lfdm_export.client.async_connection import AsyncConnection
-from lfdm_export.client.async_stream import AsyncStream, OpeningStream
 from lfdm_export.client.calls import QUICK
+from lfdm_export.client.connection import Connection, Flight
 from lfdm_export.client.events import plan_stream
 from lfdm_export.client.faults import Attempts
 from lfdm_export.client.health import Health, not_up, read_facts
-from lfdm_export.client.jobs import Asked, Job, Plan, Report, make_clip, make_plan
+from lfdm_export.client.jobs import Asked, Job, Plan, make_clip, make_plan
 from lfdm_export.client.motions import plan_motion
-from lfdm_export.client.settings import Settings, import_protocol
+from lfdm_export.client.settings import Retry, Settings, import_protocol
+from lfdm_export.client.stream import AsyncStream, OpeningStream
+from lfdm_export.client.waiting import Suspending, Waiting
 from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.crop import Crop
 from lfdm_export.pictures.motion import Motion, as_motion
 from lfdm_export.pictures.preprocess import ImageLike
-from lfdm_export.protocol.contract import CLIP_MODEL, Array, RequestCancelledError
+from lfdm_export.progress import Progress, report
+from lfdm_export.protocol.contract import CLIP_MODEL, Array
 from lfdm_export.protocol.model_facts import ModelFacts
 from lfdm_export.sampling.options import SamplingOptions
 
 
 class AsyncClient:
-    """Makes clips on a server; the methods of `lfdm_export.client.Client`, to be awaited. For one event loop.
+    """Makes clips on a server, for one event loop. `lfdm_export.client.Client` has the same methods, not to be awaited.
 
     Cancelling the task that awaits a clip gives the request up, on the server too.
 
@@ -37,21 +39,25 @@ class AsyncClient:
         ...     clip = await client.generate("face.jpg", label="happiness", seed=0)
     """
 
-    def __init__(self, address: str, settings: Settings | None = None) -> None:
+    def __init__(self, address: str, settings: Settings | None = None, *, waiting: Waiting | None = None) -> None:
         """Name a server; the connection is opened with the first request.
 
         Args:
             address: HOST:PORT of its gRPC port.
             settings: TLS, token, time-outs and the rest; the usual ones if None.
+            waiting: None for asyncio; `lfdm_export.client.Client` waits without it.
 
         Raises:
             InputError: the address or a file of the settings cannot be used.
             MissingDependencyError: gRPC or Triton's client is not installed.
         """
-        self._connection = AsyncConnection(address, settings or Settings())
+        self._connection = Connection(address, settings or Settings(), waiting or Suspending())
         self._facts: ModelFacts | None = None
-        self._tasks: set[asyncio.Task[dict[str, Array]]] = set()
-        self._closing = False
+
+    @property
+    def settings(self) -> Settings:
+        """Those of the connection."""
+        return self._connection.settings
 
     def __repr__(self) -> str:
         return f"<AsyncClient of {self._connection.address}>"
@@ -68,38 +74,52 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Give up what is under way, on the server too, and close the connection."""
-        self._closing = True
-        await _end(self._tasks)
         await self._connection.close()
 
     async def health(self, *, timeout: float = QUICK) -> Health:
-        """What is up; see `Client.health`."""
-        connection = self._connection
-        messages, _ = import_protocol()
-        metadata = connection.settings.metadata()
-        stub = connection.stub
+        """What is up; a server that cannot be reached is not an error here.
+
+        Raises:
+            AuthenticationError: the server does not accept the token or the certificate.
+            ServerError: TLS does not fit, or it is no such server.
+        """
+        connection, (messages, _), seconds = self._connection, import_protocol(), Attempts(Retry(), timeout).begin()
+        requests = {
+            "ServerLive": messages.ServerLiveRequest(),
+            "ServerReady": messages.ServerReadyRequest(),
+            "ModelReady": messages.ModelReadyRequest(name=CLIP_MODEL),
+            "ServerMetadata": messages.ServerMetadataRequest(),
+        }
+        calls = [connection.begin(method, request, seconds) for method, request in requests.items()]
         try:
-            live, ready, clips, about = await asyncio.gather(
-                stub.ServerLive(messages.ServerLiveRequest(), timeout=timeout, metadata=metadata),
-                stub.ServerReady(messages.ServerReadyRequest(), timeout=timeout, metadata=metadata),
-                stub.ModelReady(messages.ModelReadyRequest(name=CLIP_MODEL), timeout=timeout, metadata=metadata),
-                stub.ServerMetadata(messages.ServerMetadataRequest(), timeout=timeout, metadata=metadata),
-            )
+            live, ready, clips, about = [await connection.waiting.answer(call) for call in calls]
         except connection.grpc.RpcError as error:
             return not_up(connection.calls.fault(error))
+        finally:
+            for call in calls:
+                call.cancel()
         return Health(live.live, ready.ready, clips.ready, about.version)
 
     async def facts(self) -> ModelFacts:
-        """What the served model is; see `Client.facts`."""
+        """What the served model is: labels, sizes, defaults. Asked for once.
+
+        Raises:
+            ServerError: the server cannot be reached, or does not say.
+        """
         if self._facts is None:
             connection = self._connection
-            attempts = connection.attempts(min(connection.settings.timeout, QUICK))
-            response = await connection.unary("ModelConfig", lambda _: connection.calls.config_request(), attempts)
+            flight = connection.flight("", min(connection.settings.timeout, QUICK))
+            with connection.under_way(flight):
+                response = await connection.unary("ModelConfig", lambda _: connection.calls.config_request(), flight)
             self._facts = read_facts(response, connection.address)
         return self._facts
 
     async def labels(self) -> tuple[str, ...]:
-        """The labels that the served model knows."""
+        """The labels that the served model knows.
+
+        Raises:
+            ServerError: the server cannot be reached, or does not say.
+        """
         return (await self.facts()).labels
 
     async def generate(
@@ -120,9 +140,38 @@ class AsyncClient:
         priority: int = 0,
         deadline: float | None = None,
         request_id: str | None = None,
-        progress: Report | None = None,
+        progress: Progress | None = None,
     ) -> Clip:
-        """Make a clip; arguments and errors are those of `Client.generate`."""
+        """Make a clip of `image` moving as the label says, as `lfdm_export.generate.pipeline.Pipeline.generate` does.
+
+        Several images, labels or seeds are as many requests at once.
+
+        Args:
+            image: a path, a PIL image, (H,W,3) uint8, or (B,H,W,3) uint8 for a batch.
+            crop: what is cut out of the image first; see `lfdm_export.generate.pipeline.Pipeline.generate`.
+            label: a known label, or one a sample.
+            text: free text, or one a sample; for models with a text encoder.
+            text_embedding: (text_width,) or (B, text_width).
+            sampler: a name of `lfdm_export.sampling.tables.SAMPLERS`; None for the model's default, as below.
+            steps: sampling steps.
+            eta: DDIM's share of fresh noise, 0 … 1.
+            guidance_scale: 1 as trained, above 1 for more of the label.
+            seed: one a sample; a single one gives sample i the seed ``seed + i``. None draws one, which the clip names.
+            warped: ask for the warped images too.
+            latent: ask for the latent too.
+            priority: -1000 … 1000, higher goes first.
+            deadline: seconds for the whole call; None for the settings' `timeout`.
+            request_id: for logs, traces and `cancel`; sample i of several has ``request_id-i``. None for a new one.
+            progress: called as ``progress("clips", done, total)``.
+
+        Raises:
+            InputError: an argument cannot be used, here or there.
+            ServerUnavailableError: no server is there, or it takes no more requests now.
+            DeadlineError: the clip was not there in time.
+            RequestCancelledError: `cancel` or `close` was called meanwhile.
+            AuthenticationError: the token or the certificate is not accepted.
+            ServerError: the server failed in another way.
+        """
         facts = await self.facts()
         asked = Asked(
             image=image,
@@ -138,33 +187,9 @@ class AsyncClient:
             deadline=deadline,
             request_id=request_id,
         )
-        # Scaling a large photograph takes some 100 ms, in which the event loop should not stand still.
-        plan = await asyncio.to_thread(make_plan, asked, facts)
-        seconds = self._connection.settings.timeout if deadline is None else deadline
-        slots, done = asyncio.Semaphore(self._connection.settings.concurrency), 0
-
-        async def sample(job: Job, attempts: Attempts) -> dict[str, Array]:
-            nonlocal done
-            async with slots:
-                answer = await self._sample(job, plan, facts, attempts)
-            done += 1
-            if progress is not None:
-                progress("clips", done, len(plan.jobs))
-            return answer
-
-        if progress is not None:
-            progress("clips", 0, len(plan.jobs))
-        tasks = [asyncio.create_task(sample(job, self._connection.attempts(seconds))) for job in plan.jobs]
-        self._tasks.update(tasks)
-        try:
-            answers = await asyncio.gather(*tasks)
-        except asyncio.CancelledError:
-            if self._closing:  # the caller's own task goes on
-                raise RequestCancelledError("the client was closed meanwhile") from None
-            raise
-        finally:  # if one failed, nothing of the batch is of use any more
-            await _end(tasks)
-            self._tasks.difference_update(tasks)
+        # Scaling a large photograph takes some 100 ms, in which an event loop should not stand still.
+        plan = await self._connection.waiting.aside(partial(make_plan, asked, facts))
+        answers = await self._answers(plan, facts, self.settings.timeout if deadline is None else deadline, progress)
         return make_clip(answers, plan, facts)
 
     async def animate(
@@ -175,17 +200,28 @@ class AsyncClient:
         crop: Crop | None = None,
         deadline: float | None = None,
     ) -> Clip:
-        """Make a clip of `image` moving as an earlier clip did; arguments and errors are those of `Client.animate`."""
+        """Make a clip of `image` moving as an earlier clip did; see `lfdm_export.generate.pipeline.Pipeline.animate`.
+
+        Nothing is sampled: the server encodes the picture and decodes the motion's latent. With the picture of that
+        clip, on the same server, the frames are the same to the bit.
+
+        Args:
+            image: a path, a PIL image or (H,W,3) uint8.
+            motion: ``clip.motion`` of a clip (ask for its latent), or the path of one that was saved as ``.motion``.
+            crop: what is cut out of the image first; see `lfdm_export.generate.pipeline.Pipeline.generate`.
+            deadline: seconds for both requests together; None for the settings' `timeout`.
+
+        Raises:
+            InputError: the image or the motion cannot be used, or the motion is of a model of other sizes.
+            ServerError: see `generate`.
+        """
         facts = await self.facts()
-        plan = await asyncio.to_thread(lambda: plan_motion(image, as_motion(motion), facts, crop))
-        attempts = self._connection.attempts(self._connection.settings.timeout if deadline is None else deadline)
-        name = plan.request_id
-        encoded = plan.encoded(
-            await self._connection.unary("ModelInfer", plan.encode_request, attempts, request_id=name)
-        )
-        response = await self._connection.unary(
-            "ModelInfer", lambda left: plan.decode_request(encoded, left), attempts, request_id=name
-        )
+        connection = self._connection
+        plan = await connection.waiting.aside(lambda: plan_motion(image, as_motion(motion), facts, crop))
+        flight = connection.flight(plan.request_id, self.settings.timeout if deadline is None else deadline)
+        with connection.under_way(flight):
+            encoded = plan.encoded(await connection.unary("ModelInfer", plan.encode_request, flight))
+            response = await connection.unary("ModelInfer", lambda left: plan.decode_request(encoded, left), flight)
         return plan.clip(response)
 
     def stream(
@@ -207,66 +243,82 @@ class AsyncClient:
         deadline: float | None = None,
         request_id: str | None = None,
     ) -> OpeningStream:
-        """Make one clip, and tell of it meanwhile; arguments and errors are those of `Client.stream`.
+        """Make one clip, and tell of it meanwhile.
 
-        Example:
-            >>> async with client.stream("face.jpg", label="happiness", progress_every=1) as stream:
-            ...     async for event in stream:
-            ...         print(event)
+        The request is sent when the first event is asked for. Leaving the stream early gives the request up.
+
+        Args:
+            image: as for `generate`, and so are the others.
+            crop: what is cut out of it first.
+            label: a known label.
+            text: free text.
+            text_embedding: (text_width,).
+            sampler: its name.
+            steps: sampling steps.
+            eta: DDIM's share of fresh noise.
+            guidance_scale: of classifier-free guidance.
+            seed: of the noise; None draws one.
+            preview_every: a `Preview` after each so many steps; 0 for none. Each costs the decoding of some frames.
+            progress_every: a `Progress` after each so many steps; 0 for none.
+            priority: higher goes first.
+            deadline: seconds; None for the settings' `timeout`.
+            request_id: None for a new one.
+
+        Raises:
+            InputError: an argument cannot be used. The errors of `generate` come with the events.
         """
-        seconds = self._connection.settings.timeout if deadline is None else deadline
+        asked = Asked(
+            image=image,
+            crop=crop,
+            label=label,
+            text=text,
+            text_embedding=text_embedding,
+            options=SamplingOptions(sampler, steps, eta, guidance_scale),
+            seed=seed,
+            priority=priority,
+            deadline=deadline,
+            request_id=request_id,
+        )
+        seconds = self.settings.timeout if deadline is None else deadline
 
         async def begin() -> AsyncStream:
             facts = await self.facts()
-            asked = Asked(
-                image=image,
-                crop=crop,
-                label=label,
-                text=text,
-                text_embedding=text_embedding,
-                options=SamplingOptions(sampler, steps, eta, guidance_scale),
-                seed=seed,
-                priority=priority,
-                deadline=deadline,
-                request_id=request_id,
-            )
-            plan, job = await asyncio.to_thread(
-                plan_stream, asked, facts, preview_every=preview_every, progress_every=progress_every
+            plan, job = await self._connection.waiting.aside(
+                partial(plan_stream, asked, facts, preview_every=preview_every, progress_every=progress_every)
             )
             return AsyncStream(self._connection, plan, job, facts, seconds)
 
         return OpeningStream(begin)
 
     async def cancel(self, request_id: str) -> bool:
-        """Give up a request on the server; see `Client.cancel`.
+        """Give up a request, here and on the server.
 
         Returns:
             Whether the server had it waiting or running.
+
+        Raises:
+            ServerError: the server cannot be reached.
         """
-        connection = self._connection
-        attempts = connection.attempts(QUICK)
-        response = await connection.unary(
-            "ModelInfer", lambda _: connection.calls.cancel_request(request_id), attempts, request_id=request_id
-        )
-        return connection.calls.cancel_answer(response)
+        return await self._connection.cancel(request_id, QUICK)
 
-    async def _sample(self, job: Job, plan: Plan, facts: ModelFacts, attempts: Attempts) -> dict[str, Array]:
-        """The answer to one sample's request."""
-        calls = self._connection.calls
-        response = await self._connection.unary(
-            "ModelInfer",
-            lambda seconds: calls.clip_request(job, plan, seconds),
-            attempts,
-            request_id=job.request_id,
-            tell=True,
-        )
-        return calls.clip_answer(response, job, plan, facts)
+    async def _answers(
+        self, plan: Plan, facts: ModelFacts, seconds: float, progress: Progress | None
+    ) -> list[dict[str, Array]]:
+        """The answers of all samples; if one fails, the others are given up."""
+        connection, total = self._connection, len(plan.jobs)
+        flights = [connection.flight(job.request_id, seconds, told=True) for job in plan.jobs]
 
+        async def sample(job: Job, flight: Flight) -> dict[str, Array]:
+            response = await connection.unary(
+                "ModelInfer", lambda left: connection.calls.clip_request(job, plan, left), flight
+            )
+            return connection.calls.clip_answer(response, job, plan, facts)
 
-async def _end(tasks: Sequence[asyncio.Task[dict[str, Array]]] | set[asyncio.Task[dict[str, Array]]]) -> None:
-    """Cancel tasks, and wait until they are done."""
-    running = [task for task in tasks if not task.done()]
-    for task in running:
-        task.cancel()
-    if running:
-        await asyncio.wait(running)
+        report(progress, "clips", 0, total)
+        with connection.under_way(*flights):
+            return await connection.waiting.together(
+                [partial(sample, *pair) for pair in zip(plan.jobs, flights, strict=True)],
+                self.settings.concurrency,
+                lambda done: report(progress, "clips", done, total),
+                partial(connection.abandon, flights),
+            )

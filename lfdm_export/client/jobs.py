@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,9 +18,6 @@ from lfdm_export.pictures.preprocess import ImageLike, prepare_images
 from lfdm_export.protocol.contract import CLIP_OUTPUTS, MAX_PRIORITY, MAX_SEED, SAMPLING_INPUTS, TIMINGS, Array
 from lfdm_export.protocol.model_facts import ModelFacts
 from lfdm_export.sampling.options import SamplingOptions
-
-#: Called with what is counted, how much of it is done, and out of how much.
-Report: TypeAlias = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -55,7 +55,9 @@ def infer_request(
 def encode(array: Array) -> bytes:
     """One tensor as raw content: little-endian, C order; BYTES elements behind their lengths."""
     if array.dtype == np.object_:
-        return b"".join(struct.pack("<I", len(element)) + element for element in array.ravel())
+        from tritonclient.utils import serialize_byte_tensor
+
+        return bytes(serialize_byte_tensor(array).item()) if array.size else b""
     return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
 
 
@@ -99,20 +101,13 @@ def _numbers(content: bytes, dtype: np.dtype[Any]) -> Array | None:
 
 def byte_elements(content: bytes) -> Array | None:
     """The elements behind their lengths; None where the content ends within one."""
-    elements: list[bytes] = []
-    start = 0
-    while start < len(content):
-        if start + 4 > len(content):
-            return None
-        (length,) = struct.unpack_from("<I", content, start)
-        start += 4
-        if start + length > len(content):
-            return None
-        elements.append(content[start : start + length])
-        start += length
-    array = np.empty(len(elements), np.object_)
-    array[:] = elements
-    return array
+    from tritonclient.utils import deserialize_bytes_tensor
+
+    try:
+        elements: Array = deserialize_bytes_tensor(content)
+    except struct.error:
+        return None
+    return elements
 
 
 def _bad(response: Any, found: str) -> ServerError:

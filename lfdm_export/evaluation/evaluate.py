@@ -12,7 +12,7 @@ Source: Ni et al., CVPR 2023 (arXiv 2303.13744), Sec. 4; Heusel et al., GANs Tra
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +24,7 @@ from lfdm_export.evaluation.distance import frechet_distance
 from lfdm_export.evaluation.drawn import require_drawn_characters
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.pictures.preprocess import to_float
+from lfdm_export.progress import Progress, report
 from lfdm_export.sampling.options import SamplingOptions
 from lfdm_export.stages import DRIVE_STAGE
 from lfdm_models.training.classifier import MotionClassifier
@@ -31,8 +32,6 @@ from lfdm_models.training.procedural import HELD_OUT_SEEDS, LABELS, sample_clip
 
 UInt8Array = NDArray[np.uint8]
 Float64Array = NDArray[np.float64]
-#: (what is at work, how much of it is done, of how much).
-Progress = Callable[[str, int, int], None]
 
 # Held-out characters by purpose: for reconstruction and generation; further ones as the real clips to compare with.
 _SHOWN, _REAL = 0, 1_000_000
@@ -208,7 +207,7 @@ def _reconstruct(pipeline: Pipeline, real: _Real, progress: Progress | None) -> 
     """Also the mean difference of rebuilt still parts from the first frame."""
     errors, still = np.zeros((len(real.labels), 3)), []
     for index, frames in enumerate(real.frames):
-        _report(progress, "reconstruction", index, len(real.labels))
+        report(progress, "reconstruction", index, len(real.labels))
         clip = to_float(frames)  # (T, 3, H, W)
         encoded = pipeline.encode(frames[0])
         motion = [
@@ -246,7 +245,7 @@ def _generate(
     seconds = 0.0
     name = f"{table.name} {table.steps}"
     for start in range(0, len(real.labels), _BATCH):
-        _report(progress, name, start, len(real.labels))
+        report(progress, name, start, len(real.labels))
         part = slice(start, start + _BATCH)
         before = time.perf_counter()
         made = pipeline.generate(
@@ -263,7 +262,7 @@ def _generate(
             _still_difference(found.astype(np.float32) / 255, wanted)
             for found, wanted in zip(made.frames, real.frames[part], strict=True)
         )
-    _report(progress, name, len(real.labels), len(real.labels))
+    report(progress, name, len(real.labels), len(real.labels))
     labels = tuple(dict.fromkeys(real.labels))
     confusion = np.zeros((len(labels), len(classifier.labels)), np.int64)
     for asked, found in zip(real.labels, seen, strict=True):
@@ -296,8 +295,3 @@ def _still_difference(found: NDArray[np.float32], real: UInt8Array) -> float:
         return 0.0
     first = real[0].astype(np.float32) / 255
     return float(np.abs(found - first)[1:, mask].mean())
-
-
-def _report(progress: Progress | None, what: str, done: int, total: int) -> None:
-    if progress is not None:
-        progress(what, done, total)

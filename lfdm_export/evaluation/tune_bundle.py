@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from lfdm_export.evaluation.drawn import require_drawn_characters
 from lfdm_export.evaluation.tuning import Search, Target, tune
 from lfdm_export.generate.encoded import Encoded
 from lfdm_export.generate.pipeline import Pipeline
+from lfdm_export.progress import Progress, report
 from lfdm_export.sampling.noise import seeded_noise
 from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.sampling.tables import sampler_table
@@ -22,8 +23,6 @@ from lfdm_models.training.procedural import TRAINING_SEEDS, sample_clip
 
 UInt8Array = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
-#: (what is at work, how much of it is done, of how much).
-Progress = Callable[[str, int, int], None]
 
 #: The long chain: DDIM with noise.
 LONG_SAMPLER, LONG_STEPS = "ddim", 50
@@ -108,15 +107,15 @@ def tune_bundle(
     long = sampler_table(LONG_SAMPLER, schedule, min(LONG_STEPS, schedule.steps - 1))
     latents = []
     for start in range(0, conditions, _BATCH):
-        _report(progress, "long chain", start, conditions)
+        report(progress, "long chain", start, conditions)
         part = slice(start, min(start + _BATCH, conditions))
         latents.append(chain(long, part, _LONG_SEEDS + search.seed * conditions + start))
-    _report(progress, "long chain", conditions, conditions)
+    report(progress, "long chain", conditions, conditions)
     target = Target(np.concatenate(latents), shown.groups)
 
     def found(steps: int) -> TunedSteps:
         def tell(done: int, total: int) -> None:
-            _report(progress, f"{steps} steps", done, total)
+            report(progress, f"{steps} steps", done, total)
 
         return tune(schedule, steps, candidate, target, conditions, search, tell)
 
@@ -142,8 +141,3 @@ def _conditions(pipeline: Pipeline, count: int, pictures: UInt8Array | None) -> 
         pictures = np.stack(drawn)
     chosen = pictures[np.arange(count) // len(bundle.labels) % len(pictures)] if len(pictures) < count else pictures
     return Conditions(pipeline.encode(np.ascontiguousarray(chosen[:count])), bundle.embeddings[groups], groups)
-
-
-def _report(progress: Progress | None, what: str, done: int, total: int) -> None:
-    if progress is not None:
-        progress(what, done, total)

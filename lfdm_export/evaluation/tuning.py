@@ -28,8 +28,6 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 #: (table, which conditions, number of the draw) -> latents (N, 3, T, h, w).
 Sample = Callable[[SamplerTable, slice, int], Float32]
-#: (candidates done, of how many).
-Progress = Callable[[int, int], None]
 
 #: Latents are averaged over squares of so many elements a side before they are compared.
 _POOL = 2
@@ -99,7 +97,13 @@ class Target:
 
 
 def tune(
-    schedule: Schedule, steps: int, sample: Sample, target: Target, count: int, search: Search, progress: Progress
+    schedule: Schedule,
+    steps: int,
+    sample: Sample,
+    target: Target,
+    count: int,
+    search: Search,
+    progress: Callable[[int, int], None],
 ) -> TunedSteps:
     """Look for the numbers of a chain of so many steps.
 

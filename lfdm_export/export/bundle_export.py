@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +22,7 @@ from lfdm_export.export.precisions import Traced, check_precision, typed_graphs
 from lfdm_export.graphs import trace
 from lfdm_export.machine import package_versions
 from lfdm_export.pictures.preprocess import Preprocessing
+from lfdm_export.progress import Progress, report
 from lfdm_export.reference.pytorch import make_reference
 from lfdm_export.rewrite.stage_modules import stage_modules
 from lfdm_export.sampling.noise import draw_seed
@@ -35,8 +35,6 @@ from lfdm_models.text import BertTextEncoder, TextEncoderError
 
 logger = logging.getLogger(__name__)
 
-#: Called with the stage at work, how many are done, and how many there are.
-Progress: TypeAlias = Callable[[str, int, int], None]
 #: Frames that one run of `decode` gives; from 2 to 20 the time a frame is the same, and memory grows with them.
 CHUNK_FRAMES = 8
 #: Stages that one traced graph gives, and the file that their weights share.
@@ -213,8 +211,7 @@ def trace_graphs(
     traced = [name for name in specs if not name.startswith("denoise")]
     graphs: dict[str, ir.Model] = {}
     for done, name in enumerate(traced):
-        if progress is not None:
-            progress(name, done, len(traced))
+        report(progress, name, done, len(traced))
         spec = specs[name]
         if name not in _UNET_GRAPHS:
             graphs[name] = trace.trace(modules[name], spec.inputs, spec.outputs)
@@ -223,8 +220,7 @@ def trace_graphs(
         outputs = [tensor for stage in reversed(stages) for tensor in stage.outputs]
         graph = trace.trace(modules[name], spec.inputs, outputs)
         graphs |= {stage.name: trace.select(graph, stage) for stage in stages}
-    if progress is not None:
-        progress("done", len(traced), len(traced))
+    report(progress, "done", len(traced), len(traced))
     return graphs
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from lfdm_export.bundle.reader import ONNX_FOLDER, Bundle, fingerprint, onnx_path
 from lfdm_export.engines.target_spec import Machine, Target
@@ -20,11 +20,10 @@ from lfdm_export.engines.tensorrt.plan_graph import builder_graph
 from lfdm_export.engines.tensorrt.plans import BuildOptions, Fingerprint, PlanFolder, PlanRecord, gpus_of
 from lfdm_export.engines.tensorrt.target import TENSORRT, TENSORRT_RTX, rtx_architectures
 from lfdm_export.errors import EngineError, InputError
+from lfdm_export.progress import Progress, report
 
 logger = logging.getLogger(__name__)
 
-#: Called with the stage at work, how many are done, and how many there are.
-Progress: TypeAlias = Callable[[str, int, int], None]
 How = Literal["built", "refitted", "kept"]
 
 
@@ -92,12 +91,10 @@ def make_plans(
     made = []
     with folder.workshop() as workshop:
         for done, stage in enumerate(chosen):
-            if progress is not None:
-                progress(stage, done, len(chosen))
+            report(progress, stage, done, len(chosen))
             graph, wanted = _wanted(opened, stage, target, built_for, options)
             made.append(_make(folder, workshop / stage, graph, wanted, opened, architectures))
-    if progress is not None:
-        progress("done", len(chosen), len(chosen))
+    report(progress, "done", len(chosen), len(chosen))
     return tuple(made)
 
 

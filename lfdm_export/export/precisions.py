@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from lfdm_export.errors import InputError
 from lfdm_export.graphs.typed import TYPES, lower
+from lfdm_export.progress import Progress
 from lfdm_export.quantize.graphs import quantized_graphs
 from lfdm_export.quantize.ranges import FORMATS
 from lfdm_export.quantize.report import SensitivityReport
-from lfdm_export.quantize.states import Progress, Sources
+from lfdm_export.quantize.states import Sources
 from lfdm_export.stages import CHAIN_TOLERANCES, PRECISIONS, Geometry
 from lfdm_models.model import LfdmModel
 

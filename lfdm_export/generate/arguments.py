@@ -13,6 +13,9 @@ from lfdm_export.errors import InputError
 from lfdm_export.files.names import user_path
 from lfdm_export.sampling.noise import check_seeds, draw_seed
 
+#: Characters shown in a message of a value that is not a number.
+_SHOWN = 42
+
 
 def common_batch(sizes: Mapping[str, int]) -> int:
     """The batch that all of these sizes mean, of which each is 1 or that batch.
@@ -90,6 +93,36 @@ def _embedding(load: Callable[[], object], name: str) -> NDArray[np.generic]:
     if not isinstance(loaded, np.ndarray):
         raise InputError(f"the embedding {name} is an archive, expected one array; save it with numpy.save")
     return loaded
+
+
+def whole_number(value: object, name: str) -> int:
+    """A whole number, or text that is one.
+
+    Raises:
+        InputError: it is something else.
+    """
+    try:
+        number = int(value) if isinstance(value, str) else value
+    except ValueError:
+        number = value
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise InputError(f"{name} is {repr(value)[:_SHOWN]}, expected a whole number")
+    return number
+
+
+def real_number(value: object, name: str) -> float:
+    """A number, or text that is one; perhaps not finite.
+
+    Raises:
+        InputError: it is something else.
+    """
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        number = value
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise InputError(f"{name} is {repr(value)[:_SHOWN]}, expected a number")
+    return float(number)
 
 
 def seed_count(seed: int | Sequence[int] | None) -> int:

@@ -10,13 +10,25 @@ from numpy.typing import NDArray
 
 from lfdm_export.errors import InputError
 from lfdm_export.generate.encoded import Encoded
-from lfdm_export.generate.progress import Progress, report
 from lfdm_export.generate.stage_runner import StageRunner
 from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.preprocess import to_uint8
+from lfdm_export.progress import Progress, report
 
 Float32: TypeAlias = NDArray[np.float32]
 UInt8: TypeAlias = NDArray[np.uint8]
+
+
+def chunk_starts(frames: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """First frame of each chunk, and how many of its frames an earlier chunk gave.
+
+    Args:
+        frames: of the clip.
+        chunk: frames of one run of decode.
+    """
+    for start in range(0, frames, chunk):
+        begin = max(0, min(start, frames - chunk))
+        yield begin, start - begin
 
 
 def decode_chunks(
@@ -48,13 +60,12 @@ def decode_chunks(
     if frames < chunk:
         latent = np.concatenate([latent, np.repeat(latent[:, :, -1:], chunk - frames, axis=2)], axis=2)
     report(progress, "decode", 0, frames)
-    for start in range(0, frames, chunk):
-        begin = max(0, min(start, frames - chunk))
+    for begin, given in chunk_starts(frames, chunk):
         part = latent[:, :, begin : begin + chunk]
         decoded = stages.run("decode", encoded.image, *encoded.skips, part)
         some_frames, some_warped = (images[:, :, : frames - begin] for images in decoded)
         yield begin, some_frames, some_warped
-        report(progress, "decode", min(start + chunk, frames), frames)
+        report(progress, "decode", min(begin + given + chunk, frames), frames)
 
 
 def decode_clip(

@@ -23,7 +23,6 @@ from lfdm_export.generate.arguments import common_batch, embedding_rows, per_sam
 from lfdm_export.generate.clip_cache import ClipCache, clip_key
 from lfdm_export.generate.decoding import decode_chunks, decode_clip
 from lfdm_export.generate.encoded import Encoded
-from lfdm_export.generate.progress import Progress, report
 from lfdm_export.generate.stage_runner import StageRunner
 from lfdm_export.generate.tokenizer import tokenize
 from lfdm_export.pictures.clip import Clip
@@ -31,6 +30,7 @@ from lfdm_export.pictures.clips import Footage, read_footage
 from lfdm_export.pictures.crop import Crop
 from lfdm_export.pictures.motion import Motion, as_motion
 from lfdm_export.pictures.preprocess import ImageLike, prepare_image, prepare_images, to_float
+from lfdm_export.progress import Progress, report
 from lfdm_export.sampling.noise import NoiseSource, handed_noise, seeded_noise
 from lfdm_export.sampling.options import WHOLE, SamplingOptions, guided_steps, takes_both_branches
 from lfdm_export.sampling.rows import SamplerTable

@@ -17,10 +17,10 @@ from lfdm_export.engines.target_spec import Target
 from lfdm_export.errors import EngineError
 from lfdm_export.generate.encoded import Encoded
 from lfdm_export.generate.pipeline import Pipeline
-from lfdm_export.generate.progress import Progress
 from lfdm_export.parity.report.model import CHAIN, Check, Pictures, StepError
 from lfdm_export.pictures.panels import panels
 from lfdm_export.pictures.preprocess import to_uint8
+from lfdm_export.progress import Progress, report
 from lfdm_export.reference.inputs import CHAIN_OPTIONS, chain_table
 from lfdm_export.reference.stored import ChainReference
 from lfdm_export.sampling.noise import seeded_noise
@@ -131,8 +131,7 @@ def _sample(
     def on_step(_: int, latent: Float32 | None) -> None:
         assert latent is not None, "every latent was asked for"
         latents.append(latent[0])
-        if progress is not None:
-            progress("sample", len(latents), total)
+        report(progress, "sample", len(latents), total)
         if not np.isfinite(latent).all():
             raise _NothingMoreError
 

@@ -30,13 +30,13 @@ from lfdm_export.engines.target_spec import Target
 from lfdm_export.engines.targets import AUTO, EVERY_TARGET, SIMULATION, find_target, spec_of, target_names, this_machine
 from lfdm_export.errors import BundleError, EngineError, InputError
 from lfdm_export.files.json_codec import to_plain
-from lfdm_export.generate.progress import Progress
 from lfdm_export.generate.stage_runner import StageRunner, load_engine
 from lfdm_export.machine import environment
 from lfdm_export.parity.chain import ChainResult, check_chain
 from lfdm_export.parity.polygraphy import compare_stage
 from lfdm_export.parity.report.model import Check, OtherEngine, Report
 from lfdm_export.parity.stages import check_stage
+from lfdm_export.progress import Progress, report
 from lfdm_export.reference.inputs import CHAIN_OPTIONS
 from lfdm_export.reference.stored import Reference
 from lfdm_export.sampling.noise import draw_seed
@@ -246,11 +246,9 @@ def _run(
 
     checks: list[Check] = []
     for done, stage in enumerate(specs.values()):
-        if progress is not None:
-            progress("stages", done, len(specs))
+        report(progress, "stages", done, len(specs))
         checks += check_stage(load, stage, stage.tolerance[precision], inputs, reference)
-    if progress is not None:
-        progress("stages", len(specs), len(specs))
+    report(progress, "stages", len(specs), len(specs))
     chain = check_chain(bundle, reference.chain, reference.seed, threads, progress, target, precision)
     gpus, _ = find_gpus()
     spec = spec_of(target)

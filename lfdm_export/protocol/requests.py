@@ -6,20 +6,18 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.errors import InputError
 from lfdm_export.protocol.contract import (
-    CLIP_INPUTS,
     CONDITION_INPUTS,
     IMAGE_INPUTS,
     MAX_PRIORITY,
     MAX_SEED,
     PRIORITY_PARAMETER,
-    STREAM_INPUTS,
     Array,
     WireTensor,
 )
@@ -77,32 +75,6 @@ class GenerationRequest:
     options: SamplingOptions = SamplingOptions()
     preview_every: int = 0
     progress_every: int = 0
-
-
-def parse_request(
-    tensors: Mapping[str, Array], limits: Limits | None = None, *, stream: bool = False
-) -> GenerationRequest:
-    """Check and read a whole request.
-
-    Args:
-        tensors: those that the request has, by name; BYTES as object arrays of `bytes`.
-        limits: the server's; the usual ones if None.
-        stream: whether the inputs of the stream are known.
-
-    Raises:
-        InputError: a tensor is unknown, of another type or shape, out of range, missing, or one too many.
-    """
-    limits = limits or Limits()
-    check_request(tensors, STREAM_INPUTS if stream else CLIP_INPUTS)
-    image, condition = parse_image(tensors, limits), parse_condition(tensors, limits)
-    return replace(
-        parse_sampling(tensors, limits),
-        image_bytes=image.image_bytes,
-        image=image.image,
-        label=condition.label,
-        text=condition.text,
-        text_embedding=condition.text_embedding,
-    )
 
 
 def check_request(tensors: Mapping[str, Array], known: Sequence[WireTensor]) -> None:

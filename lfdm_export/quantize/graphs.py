@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from lfdm_export.progress import Progress, report
 from lfdm_export.quantize.layers import KEPT_STAGES
 from lfdm_export.quantize.qdq import insert_qdq
 from lfdm_export.quantize.ranges import Format, Method, activation_scale
 from lfdm_export.quantize.report import SensitivityReport, StageSensitivity
 from lfdm_export.quantize.sensitivity import FLOOR, measure_stage
-from lfdm_export.quantize.states import STAGES, Calibration, Progress, Sources, calibrate
+from lfdm_export.quantize.states import STAGES, Calibration, Sources, calibrate
 from lfdm_export.stages import stage_specs
 
 logger = logging.getLogger(__name__)
@@ -79,8 +80,7 @@ def quantized_graphs(
     scales: dict[str, dict[str, np.float32]] = {}
     measured: list[StageSensitivity] = []
     for done, stage in enumerate(STAGES):
-        if progress is not None:
-            progress("sensitivity", done, len(STAGES))
+        report(progress, "sensitivity", done, len(STAGES))
         every = {name: activation_scale(observed, form, method) for name, observed in seen.observed[stage].items()}
         found = measure_stage(
             sources.graphs[stage], specs[stage], every, seen.held_out[stage], form,
@@ -89,13 +89,12 @@ def quantized_graphs(
         scales[stage] = {name: scale for name, scale in every.items() if name not in found.kept}
         measured.append(found)
         logger.info("%s: %d of %d layers in %s", stage, len(scales[stage]), len(every), form)
-    if progress is not None:
-        progress("sensitivity", len(STAGES), len(STAGES))
+    report(progress, "sensitivity", len(STAGES), len(STAGES))
     graphs = {
         stage: graph if stage in KEPT_STAGES else insert_qdq(graph, scales[_SAME_LAYERS.get(stage, stage)], form)
         for stage, graph in sources.graphs.items()
     }
-    report = SensitivityReport(
+    sensitivity = SensitivityReport(
         form=form,
         method=method,
         evaluations=seen.evaluations,
@@ -104,4 +103,4 @@ def quantized_graphs(
         seconds=time.monotonic() - begin,
         stages=tuple(measured),
     )
-    return Quantized(graphs, report)
+    return Quantized(graphs, sensitivity)

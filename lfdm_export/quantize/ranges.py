@@ -14,7 +14,6 @@ Float32: TypeAlias = NDArray[np.float32]
 Format = Literal["int8", "fp8"]
 Method = Literal["max", "percentile", "mse", "entropy"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-METHODS: tuple[Method, ...] = get_args(Method)
 
 #: The largest magnitude of each format; fp8 is E4M3, whose largest finite value is 448.
 LARGEST: Mapping[Format, float] = {"int8": 127.0, "fp8": 448.0}

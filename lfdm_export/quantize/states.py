@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -21,6 +21,7 @@ from lfdm_export.engines.checks import Array
 from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from lfdm_export.graphs import trace
 from lfdm_export.pictures.preprocess import to_float
+from lfdm_export.progress import Progress, report
 from lfdm_export.quantize.layers import find_layers
 from lfdm_export.quantize.ranges import Observed
 from lfdm_export.reference.inputs import draw_pictures
@@ -33,8 +34,6 @@ from lfdm_models.schedule import Schedule
 
 Float32: TypeAlias = NDArray[np.float32]
 Feeds: TypeAlias = dict[str, Array]
-#: Called with the current task, the finished part and the total.
-Progress: TypeAlias = Callable[[str, int, int], None]
 
 #: The stages that are calibrated; the UNet's other graphs have the same layers as `denoise`.
 STAGES = ("encode", "denoise", "decode")
@@ -45,8 +44,8 @@ class Calibration:
     """The samples for calibration.
 
     Attributes:
-        chains: sampled in turn with labels and pictures. Steps are a maximum: fewer if the schedule is shorter. They differ
-            in their numbers of steps, and so in timesteps.
+        chains: sampled in turn with labels and pictures, with fewer steps if the schedule is shorter. They differ in
+            their numbers of steps, and so in timesteps.
         label_chain: an additional chain for each label beyond the number of `chains`.
         held_out: the chain for comparisons only.
         values: values of each activation kept per state.
@@ -252,8 +251,7 @@ class _Calibrator:
                 found = self._run("denoise", feeds, held_out)["predicted_noise"]
                 predicted += np.float32(weight) * found.astype(np.float32)
                 self.result.evaluations += 1
-                if self.progress is not None:
-                    self.progress("calibrate", self.result.evaluations, self.total)
+                report(self.progress, "calibrate", self.result.evaluations, self.total)
             return predicted
 
         source = seeded_noise([self.settings.seed + number], (3, g.frames, g.latent_size, g.latent_size))

@@ -15,6 +15,7 @@ from lfdm_export.bundle.manifest import TEXT_STAGE
 from lfdm_export.errors import ExportError
 from lfdm_export.machine import torch_threads
 from lfdm_export.pictures.preprocess import to_float, to_uint8
+from lfdm_export.progress import Progress, report
 from lfdm_export.reference.inputs import BATCH_SIZE, chain_conditions, chain_table, draw_inputs
 from lfdm_export.reference.stored import (
     MAX_VALUES,
@@ -38,8 +39,6 @@ from lfdm_models.unet import LATENT_CHANNELS
 
 Float32: TypeAlias = NDArray[np.float32]
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
-#: Called with the current stage, the finished part and the total.
-Progress: TypeAlias = Callable[[str, int, int], None]
 
 # Inputs of the stage `text`, of different lengths, so that one is padded.
 _TEXTS = ("happiness", "a person waves with the right hand")
@@ -119,8 +118,7 @@ def _ticker(progress: Progress | None, total: int) -> Callable[[int], None]:
     def tick(more: int) -> None:
         nonlocal done
         done += more
-        if progress is not None:
-            progress("reference", done, total)
+        report(progress, "reference", done, total)
 
     tick(0)
     return tick

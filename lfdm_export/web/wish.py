@@ -15,6 +15,7 @@ from lfdm_export.bundle.reader import Bundle
 from lfdm_export.errors import InputError
 from lfdm_export.files.json_codec import to_plain
 from lfdm_export.files.names import visible
+from lfdm_export.generate.arguments import real_number, whole_number
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.pictures.clip import DEFAULT_FPS
 from lfdm_export.pictures.crop import parse_crop
@@ -96,7 +97,7 @@ def read_wish(given: Mapping[str, Any], pipeline: Pipeline) -> Wish:
         raise InputError(f"prompt must be text of 1 to {_LONGEST_PROMPT} characters; labels are {labels or 'none'}")
     if visible(prompt) != prompt:
         raise InputError(f"prompt has characters that cannot be printed: {prompt[:80]!a}")
-    found: dict[str, Any] = {name: _integer(plain[name], name) for name in _INTEGERS if name in plain}
+    found: dict[str, Any] = {name: whole_number(plain[name], name) for name in _INTEGERS if name in plain}
     found |= {name: _number(plain[name], name) for name in _NUMBERS if name in plain}
     if "sampler" in plain:
         found["sampler"] = str(plain["sampler"])
@@ -176,21 +177,8 @@ def photo_of_json(given: object) -> bytes:
         raise InputError("input_reference is no base64, expected a picture's bytes or a data URL") from None
 
 
-def _integer(value: object, name: str) -> int:
-    try:
-        number = int(value) if isinstance(value, str) else value
-    except ValueError:
-        number = value
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise InputError(f"{name} is {str(value)[:40]!r}, expected a whole number")
-    return number
-
-
 def _number(value: object, name: str) -> float:
-    try:
-        number = float(value) if isinstance(value, str) else value
-    except ValueError:
-        number = value
-    if isinstance(number, bool) or not isinstance(number, int | float) or not -1e9 < number < 1e9:
+    number = real_number(value, name)
+    if not -1e9 < number < 1e9:
         raise InputError(f"{name} is {str(value)[:40]!r}, expected a number")
-    return float(number)
+    return number

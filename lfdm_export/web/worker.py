@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
 
 from lfdm_export.errors import InputError
 from lfdm_export.generate.pipeline import Pipeline
+from lfdm_export.progress import Progress
 from lfdm_export.web.store import Store, Video
 from lfdm_export.web.wish import Wish
 from lfdm_export.wording import describe_error
@@ -93,7 +93,7 @@ class Worker:
             for ending in ("mp4", "gif"):
                 self._store.clip(video.id, ending).unlink(missing_ok=True)
 
-    def _reporter(self, name: str) -> Callable[[str, int, int], None]:
+    def _reporter(self, name: str) -> Progress:
         def report(stage: str, done: int, total: int) -> None:
             with self._wake:
                 if self._stopping or name in self._unwanted:

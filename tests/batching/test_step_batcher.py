@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.policies import Dynamic
 from lfdm_export.batching.jobs import DeadlineExceededError, QueueFullError, Sampled, SampleJob, StoppingError
 from lfdm_export.batching.step_batcher import StepBatcher, Ticket
 from lfdm_export.errors import EngineError, InputError
@@ -288,7 +289,7 @@ def test_closing_gives_up_what_is_left_and_ends_the_threads():
 
 def test_closing_while_idle_is_quick():
     before = set(threading.enumerate())
-    with make_batcher(policy="dynamic") as batcher:
+    with make_batcher(policy=Dynamic()) as batcher:
         assert batcher.drain(PATIENCE)
     assert set(threading.enumerate()) <= before
 
@@ -334,9 +335,7 @@ def test_a_job_that_does_not_fit_is_refused(change: dict, message: str):
         assert batcher.stats().outstanding == 0
 
 
-@pytest.mark.parametrize(
-    "options", [{"slots": 0}, {"queue_limit": -1}, {"policy": "fair"}, {"slots": 17, "fixed_batch": True}]
-)
+@pytest.mark.parametrize("options", [{"slots": 0}, {"queue_limit": -1}, {"slots": 17, "fixed_batch": True}])
 def test_options_out_of_range_are_refused(options: dict):
     before = set(threading.enumerate())
     with pytest.raises(InputError, match="expected"):

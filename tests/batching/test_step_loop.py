@@ -11,7 +11,7 @@ from lfdm_export.batching.jobs import Callbacks, DeadlineExceededError, SampleJo
 from lfdm_export.batching.live_job import LiveJob
 from lfdm_export.batching.noise_ahead import NoiseAhead
 from lfdm_export.batching.observer import Tick
-from lfdm_export.batching.order import BATCH_DELAY, PRIORITY_SECONDS, STRETCH, Policy
+from lfdm_export.batching.order import PRIORITY_SECONDS, STRETCH, DueFirst, Policy
 from lfdm_export.batching.rows import Rows
 from lfdm_export.batching.step_loop import StepLoop
 from lfdm_export.errors import EngineError
@@ -23,7 +23,7 @@ from tests.sampler_fakes import SHAPE, Answers, Clock, Events, NumpyStages, expe
 class Sampler:
     """A loop whose steps the test takes, each lasting one second; `pace` is what it believes a step lasts."""
 
-    def __init__(self, *, slots: int = 1, policy: Policy = "step", fixed_batch: bool = False, pace: float = 0.0):
+    def __init__(self, *, slots: int = 1, policy: Policy | None = None, fixed_batch: bool = False, pace: float = 0.0):
         self.stages, self.clock, self.answers, self.events = NumpyStages(), Clock(), Answers(), Events()
         noise = NoiseAhead(SHAPE)
         rows = [
@@ -33,7 +33,7 @@ class Sampler:
         self.loop = StepLoop(
             *rows,
             slots=slots,
-            policy=policy,
+            policy=policy or DueFirst(),
             deliver=lambda callback, last: callback(),
             observer=self.events,
             clock=self.clock,
@@ -340,56 +340,6 @@ def test_a_fixed_batch_is_always_full_and_its_empty_rows_stay_zero():
         assert not np.any(array[1:])
     for seed, job in jobs.items():
         np.testing.assert_array_equal(sampler.answers.done[seed].latent, expected_latent(job))
-
-
-def test_policy_clip_runs_one_clip_after_the_other():
-    sampler = Sampler(slots=4, policy="clip", pace=1.0)
-    for name, steps, priority in (("first", 6, 0), ("second", 1, 5), ("third", 2, 0)):
-        sampler.submit(name, make_job(steps=steps, priority=priority))
-    assert sampler.run() == ["first", "second", "third"]
-    assert sampler.stages.runs == [("step", 1)] * 9
-
-
-@pytest.mark.parametrize("policy", ["dynamic", "dynamic-shrink"])
-def test_whole_clip_policies_form_batches_that_nobody_joins_and_answer_them_together(policy: Policy):
-    sampler = Sampler(slots=2, policy=policy)
-    jobs = {name: make_job(seed, steps=steps) for seed, (name, steps) in enumerate((("short", 2), ("long", 4)))}
-    sampler.submit("short", jobs["short"])
-    assert sampler.loop.step() is False  # it waits for company …
-    sampler.submit("long", jobs["long"])
-    sampler.submit("next", make_job(3, steps=1, deadline=sampler.clock.now + 500))
-    sampler.submit("late", make_job(4, steps=1, deadline=sampler.clock.now + 3))
-    sampler.tick(3)
-    assert sampler.answers.order == []
-    sampler.jobs["long"].cancel_requested = True  # too late for a batch that runs
-    sampler.tick()
-    assert set(sampler.answers.done) == {"short", "long"}
-    for name, job in jobs.items():
-        np.testing.assert_array_equal(sampler.answers.done[name].latent, expected_latent(job))
-        assert sampler.answers.done[name].timings.steps == job.table.steps
-    then = 2 if policy == "dynamic" else 1
-    assert sampler.stages.runs == [("step", 2)] * 2 + [("step", then)] * 2
-    assert sampler.answers.done["short"].timings.sampling == sampler.answers.done["long"].timings.sampling
-    sampler.clock.now += BATCH_DELAY  # … but not for long
-    sampler.tick()
-    assert "next" in sampler.answers.done
-    assert isinstance(sampler.answers.errors["late"], DeadlineExceededError)
-    assert sampler.loop.counts.steps == 7
-
-
-def test_a_batch_of_whole_clips_that_fails_answers_everybody_once():
-    sampler = Sampler(slots=2, policy="dynamic")
-    sampler.submit("done", make_job(1, steps=1))
-    sampler.submit("failed", make_job(2, steps=3))
-    sampler.tick()
-
-    def fail(stage: str, tensors: tuple) -> None:
-        raise RuntimeError("out of memory")
-
-    sampler.stages.before = fail
-    sampler.tick()
-    assert sorted(sampler.answers.order) == ["done", "failed"]
-    assert list(sampler.answers.errors) == ["failed"]
 
 
 def test_the_observer_hears_of_everything():

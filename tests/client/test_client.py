@@ -5,8 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -362,7 +367,7 @@ def test_a_stream_that_nobody_holds_is_given_up(client: Client, fake: FakeTriton
         assert isinstance(event, Progress)
         break
     gc.collect()
-    assert client._connection._flights == set()
+    assert client._client._connection._flights == set()
 
 
 # --------------------------------------------------------------------------------------- faults
@@ -715,6 +720,82 @@ def test_a_server_on_this_machine_is_reached_past_a_proxy(
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
     quickly = replace(SETTINGS, retry=Retry(attempts=1), timeout=10)
     assert generate(kind, address, quickly).labels == ("Anger",)
+
+
+# --------------------------------------------------------------- where the client for threads is used
+
+
+@pytest.mark.parametrize(("seed", "told"), [(1, {"mine"}), ([1, 2], {"mine-0", "mine-1"})])
+def test_ctrl_c_gives_up_what_is_under_way(client: Client, fake: FakeTriton, seed: int | list[int], told: set[str]):
+    def interrupt() -> None:
+        until(lambda: len(fake.seen) == len(told))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    fake.gate.clear()
+    client.facts()
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        client.generate(PHOTO, label="anger", request_id="mine", seed=seed)
+    thread.join(PATIENCE)
+    assert set(fake.cancelled) == told
+    until(lambda: fake.cut_off == len(told))
+    fake.gate.set()
+    assert client.generate(PHOTO, label="anger").labels == ("Anger",), "the client can still be used"
+
+
+def test_ctrl_c_gives_up_a_stream(client: Client, fake: FakeTriton):
+    def interrupt() -> None:
+        until(lambda: len(fake.seen) == 1 and events._stream._flight.call is not None)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    fake.gate.clear()
+    thread = threading.Thread(target=interrupt)
+    with client.stream(PHOTO, label="anger") as events:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            list(events)
+    thread.join(PATIENCE)
+    until(lambda: fake.cut_off == 1)
+
+
+def test_a_running_event_loop_does_not_matter(client: Client):
+    """As in a notebook's cell."""
+
+    async def cell() -> tuple[Clip, Clip]:
+        with client.stream(PHOTO, label="anger", seed=3) as events:
+            list(events)
+        return client.generate(PHOTO, label=["anger", "anger"], seed=3), events.clip()
+
+    whole, streamed = asyncio.run(cell())
+    np.testing.assert_array_equal(whole.frames[:1], streamed.frames)
+
+
+def test_programs_that_fork_or_end_without_closing(address: str):
+    """A child process can use what it inherits, and an open client or stream does not keep a program from ending."""
+    program = f"""
+import os, numpy as np
+from lfdm_export.client import Client
+client, photo = Client({address!r}), np.zeros((40, 30, 3), np.uint8)
+client.generate(photo, label="anger")
+child = os.fork()
+if child == 0:
+    os._exit(len(client.generate(photo, label=["anger"] * 7).frames))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(next(iter(client.stream(photo, label="anger", progress_every=1))))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE, check=True)
+    assert ran.stdout.splitlines() == ["7", "Progress(step=1, steps=4)"]
+
+
+def test_errors_show_who_called(client: Client, fake: FakeTriton):
+    fake.refusals = [("INVALID_ARGUMENT", "eta is 2")]
+    with pytest.raises(InputError) as caught:
+        client.generate(PHOTO, label="anger")
+    names = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert names[0] == "test_errors_show_who_called"
+    assert "unary" in names
+    assert caught.value.__context__ is None or caught.value.__suppress_context__
 
 
 # ------------------------------------------------------------------------- health, labels, facts

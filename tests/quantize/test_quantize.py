@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -26,7 +26,6 @@ from lfdm_export.quantize.qdq import insert_qdq
 from lfdm_export.quantize.ranges import (
     FORMATS,
     LARGEST,
-    METHODS,
     Format,
     Method,
     Observed,
@@ -168,7 +167,7 @@ def test_weights_have_a_scale_for_each_output(form: Format):
     assert not back[:, 2].any()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", get_args(Method))
 @pytest.mark.parametrize("form", FORMATS)
 def test_scales_of_activations(form: Format, method: Method):
     rng = np.random.default_rng(3)
@@ -198,7 +197,7 @@ def test_a_tensor_that_is_always_zero_has_a_scale():
     observed = Observed()
     observed.add(np.zeros(64, np.float32), 16, np.random.default_rng(0))
     for form in FORMATS:
-        for method in METHODS:
+        for method in get_args(Method):
             scale = activation_scale(observed, form, method)
             assert np.isfinite(scale)
             assert scale > 0

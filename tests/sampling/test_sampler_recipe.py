@@ -14,6 +14,7 @@ from lfdm_export.bulk.job import JobSettings
 from lfdm_export.engines.bundle_facts import bundle_facts
 from lfdm_export.errors import InputError
 from lfdm_export.sampling.noise import START, seeded_noise
+from lfdm_export.sampling.options import SamplingOptions
 from lfdm_export.sampling.rows import NEXT_FROM_LATENT, NEXT_FROM_NOISE, SamplerTable, estimating_rows, make_table
 from lfdm_export.sampling.tables import SAMPLERS, Sampler
 from lfdm_models.schedule import Schedule
@@ -50,7 +51,7 @@ def test_a_listed_sampler_samples(halving: Sampler, tmp_path: Path):
     still = pipe.generate(photo, label="Anger", sampler="halving", seed=7, steps=2, eta=0)
     np.testing.assert_allclose(still.latent, noise(START) / 4, atol=1e-6)
     assert "halving" in bundle_facts(pipe.bundle).samplers
-    assert JobSettings(sampler="halving").sampler == "halving"
+    assert JobSettings(SamplingOptions("halving")).options.sampler == "halving"
     with pytest.raises(InputError, match="found 20, expected 1 to 19 for sampler 'halving'"):
         pipe.generate(photo, label="Anger", sampler="halving", steps=20)
 

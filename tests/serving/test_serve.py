@@ -22,8 +22,8 @@ import pytest
 
 from lfdm_export.cli import serve_main
 from lfdm_export.errors import InputError
-from lfdm_export.protocol.contract import STREAM_INPUTS, preview_indices
-from lfdm_export.protocol.requests import Limits, image_file, parse_priority, parse_request
+from lfdm_export.protocol.contract import CLIP_INPUTS, STREAM_INPUTS, preview_indices
+from lfdm_export.protocol.requests import Limits, image_file, parse_priority
 from lfdm_export.sampling.options import SamplingOptions
 from lfdm_export.serving.server import files as server_files
 from lfdm_export.serving.server.control import open_directly
@@ -34,6 +34,7 @@ from lfdm_export.serving.server.shared_memory import own_prefix, remove_orphans,
 from lfdm_export.serving.server.watchdog import live_stubs
 from lfdm_export.serving.triton.settings import BUNDLE_VARIABLE, ServingSettings
 from tests.fake_bundle import fake_manifest, write_fake_bundle
+from tests.fake_triton import parse_request
 
 JPEG = b"\xff\xd8\xff\xe0 a picture"
 
@@ -55,17 +56,17 @@ def test_a_request_is_read_whole():
         "guidance_scale": np.array([1.5], np.float32),
         "preview_every": np.array([2], np.int32),
     }
-    request = parse_request(tensors, stream=True)
+    request = parse_request(tensors, STREAM_INPUTS)
     assert request.image_bytes == JPEG
     assert (request.label, request.text, request.options.eta) == (None, None, None)
     assert (request.seed, request.options.steps, request.options.sampler) == (2**63 - 1, 5, "unipc")
     assert (request.options.guidance_scale, request.preview_every, request.progress_every) == (1.5, 2, 0)
     with pytest.raises(InputError, match="unknown input 'preview_every'"):
-        parse_request(tensors)  # which only the stream takes
+        parse_request(tensors, CLIP_INPUTS)  # which only the stream takes
 
 
 def test_what_a_request_leaves_out_is_left_open():
-    request = parse_request({"image_bytes": np.array([JPEG], np.object_), "label": text("anger")})
+    request = parse_request({"image_bytes": np.array([JPEG], np.object_), "label": text("anger")}, CLIP_INPUTS)
     assert (request.seed, request.options) == (None, SamplingOptions())
 
 
@@ -94,7 +95,7 @@ def test_every_input_has_a_type_that_is_checked():
     for spec in STREAM_INPUTS:
         wrong = {name: value for name, value in good.items() if name != "image" or spec.name != "image_bytes"}
         with pytest.raises(InputError, match=f"{spec.name} is complex128"):
-            parse_request(wrong | {spec.name: np.zeros(1, np.complex128)}, stream=True)
+            parse_request(wrong | {spec.name: np.zeros(1, np.complex128)}, STREAM_INPUTS)
 
 
 @pytest.mark.parametrize("value", ["high", 1.5, True, 1001, None])
@@ -118,7 +119,9 @@ def test_a_preview_shows_the_whole_clip(frames: int, chunk: int):
 
 
 def test_settings_survive_a_configuration():
-    settings = ServingSettings("a", 3, 7, "dynamic", True, 2, "openvino", "cuda", Limits(1, 2, 3, 4.5, 6))
+    settings = ServingSettings(
+        "a", 3, 7, "benchmarks.policies:Dynamic", True, 2, "openvino", "cuda", Limits(1, 2, 3, 4.5, 6)
+    )
     assert ServingSettings.from_parameters(settings.to_parameters()) == settings
     assert ServingSettings.from_parameters({"decode_model": "another's"}) == ServingSettings()
 

@@ -89,7 +89,8 @@ def test_the_committed_repository_is_what_the_code_writes(tmp_path: Path):
 
 
 def test_a_bundles_repository_has_its_sizes(tmp_path: Path, bundle: Bundle):
-    repository = write_repository(bundle, tmp_path / "repository", settings=ServingSettings(slots=3, policy="clip"))
+    settings = ServingSettings(slots=3, policy="benchmarks.policies:OneClip")
+    repository = write_repository(bundle, tmp_path / "repository", settings=settings)
     assert {path.name for path in repository.iterdir()} == {CLIP_MODEL, STREAM_MODEL, *STEP_MODELS}
     clip = read_config(repository, CLIP_MODEL)
     assert dims(clip.output) == {
@@ -107,7 +108,7 @@ def test_a_bundles_repository_has_its_sizes(tmp_path: Path, bundle: Bundle):
     }  # the stage's own names
     sample = read_config(repository, SAMPLE_MODEL)
     assert sample.parameters["slots"].string_value == "3"
-    assert sample.parameters["policy"].string_value == "clip"
+    assert sample.parameters["policy"].string_value == "benchmarks.policies:OneClip"
     assert read_config(repository, STREAM_MODEL).model_transaction_policy.decoupled
     assert not sample.model_transaction_policy.decoupled  # else the ensemble would take streams only
 

@@ -6,7 +6,6 @@ Source: KServe's Open Inference Protocol, version 2, and Triton's binary tensor 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lfdm_export.client.settings import import_protocol
+from lfdm_export.client.wire import encode
 from lfdm_export.serving.front.checks import (
     Model,
     Tensor,
@@ -140,14 +140,13 @@ def _flat(declared: Tensor, data: Any, count: int) -> list[Any]:
 def _encoded(declared: Tensor, values: Sequence[Any]) -> bytes:
     """Values as raw content."""
     if declared.datatype == "BYTES":
-        pieces: list[bytes] = []
-        for value in values:
+        texts = np.empty(len(values), np.object_)
+        for index, value in enumerate(values):
             if not isinstance(value, str):
                 raise invalid(f"the input {declared.name} has a value that is no string, expected strings")
             _require_unicode(value, declared.name)
-            text = value.encode()
-            pieces += (struct.pack("<I", len(text)), text)
-        content = b"".join(pieces)
+            texts[index] = value.encode()
+        content = encode(texts)
         check_raw(declared, len(values), content)
         return content
     dtype = np.dtype(_NUMPY[declared.datatype])

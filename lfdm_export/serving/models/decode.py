@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from lfdm_export.errors import EngineError, InputError
+from lfdm_export.generate.decoding import chunk_starts
 from lfdm_export.generate.encoded import Encoded
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.pictures.preprocess import to_uint8
@@ -22,18 +23,6 @@ from lfdm_export.serving.triton.engine_files import check_engines
 
 #: A chunk of latent (1, 3, F, h, w) -> frames and warped images, (1, 3, F, H, W) float32.
 DecodeChunk = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
-
-
-def chunk_starts(frames: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """First frame of each chunk, and how many of its frames an earlier chunk gave: as `Pipeline` cuts a clip.
-
-    Args:
-        frames: of the clip.
-        chunk: frames of one run of decode; at most `frames`.
-    """
-    for start in range(0, frames, chunk):
-        begin = min(start, frames - chunk)
-        yield begin, start - begin
 
 
 class DecodeModel:

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 
+from lfdm_export.batching.order import find_policy
 from lfdm_export.batching.step_batcher import StepBatcher
 from lfdm_export.errors import EngineError
 from lfdm_export.serving.models.metrics import Metrics
@@ -32,7 +33,7 @@ class RunningSampler:
             slots=settings.slots,
             queue_limit=settings.queue_limit,
             fixed_batch=settings.fixed_batch,
-            policy=settings.policy,
+            policy=find_policy(settings.policy),
             observer=self.metrics,
         )
         self.metrics.follow(lambda: self.batcher.stats().outstanding)

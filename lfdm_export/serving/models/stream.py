@@ -18,6 +18,7 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from lfdm_export.batching.jobs import Sampled, SampleJob
+from lfdm_export.generate.decoding import chunk_starts
 from lfdm_export.generate.encoded import Encoded
 from lfdm_export.pictures.preprocess import to_float, to_uint8
 from lfdm_export.protocol.contract import (
@@ -32,7 +33,7 @@ from lfdm_export.protocol.contract import (
 )
 from lfdm_export.protocol.requests import check_request, parse_priority, parse_sampling
 from lfdm_export.serving.models.condition import conditions, warm_up_text
-from lfdm_export.serving.models.decode import chunk_starts, warm_up_decode
+from lfdm_export.serving.models.decode import warm_up_decode
 from lfdm_export.serving.models.encode import encode, warm_up_encode
 from lfdm_export.serving.models.preprocess import prepared_pixels
 from lfdm_export.serving.models.sampler import RunningSampler

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lfdm_export.batching.order import POLICIES, Policy
+from lfdm_export.batching.order import STEP, find_policy
 from lfdm_export.engines.targets import AUTO, check_target_name, device_names
 from lfdm_export.errors import InputError
 from lfdm_export.protocol.requests import Limits
@@ -27,8 +27,8 @@ class ServingSettings:
         bundle: folder of the bundle; relative to the repository; empty for what LFDM_BUNDLE says.
         slots: samples that the sampler runs together at most; see `lfdm_export.batching.step_batcher` for how many.
         queue_limit: requests that may wait for a slot; more are refused.
-        policy: "step": samples join and leave at each step; "clip": one clip at a time; "dynamic": whole clips are
-            batched, and none joins a running batch.
+        policy: "step": samples join and leave at each step; or one to compare that with, as MODULE:CLASS; see
+            `lfdm_export.batching.order`.
         fixed_batch: run all slots at each step, empty or not, so that a clip has the same bits in any company.
         threads: of each engine; 0 takes all cores.
         target: what runs the stages, see `engines.targets`; "auto" for the best that the bundle and machine have.
@@ -41,7 +41,7 @@ class ServingSettings:
     bundle: str = ""
     slots: int = 1
     queue_limit: int = 64
-    policy: Policy = "step"
+    policy: str = STEP
     fixed_batch: bool = False
     threads: int = 0
     target: str = AUTO
@@ -61,8 +61,7 @@ class ServingSettings:
         check_target_name(self.target, AUTO)
         if self.device not in device_names():
             raise InputError(f"device is {self.device!r}, expected {' or '.join(device_names())}")
-        if self.policy not in POLICIES:
-            raise InputError(f"policy is {self.policy!r}, expected one of {', '.join(POLICIES)}")
+        find_policy(self.policy)
 
     def to_parameters(self) -> dict[str, str]:
         """As the string parameters of a Triton model's configuration."""

@@ -37,14 +37,12 @@ class PictureFormat:
     Attributes:
         name: its common name, which Pillow uses too.
         signature: pattern of its files' first bytes.
-        endings: endings of its files' names.
         reader: Pillow's class.
         most_pixels: maximum pixels of a picture; decoding it then needs less than 300 MB.
     """
 
     name: str
     signature: re.Pattern[bytes]
-    endings: tuple[str, ...]
     reader: type[ImageFile]
     most_pixels: int
 
@@ -54,12 +52,12 @@ MAX_WHOLE_PIXELS = 40_000_000
 #: Maximum for a frame of an animation: several copies of it are in memory at once.
 MAX_ANIMATED_PIXELS = 10_000_000
 FORMATS = (
-    PictureFormat("JPEG", re.compile(rb"\xff\xd8\xff"), (".jpg", ".jpeg"), JpegImageFile, 250_000_000),
-    PictureFormat("PNG", re.compile(rb"\x89PNG\r\n\x1a\n"), (".png", ".apng"), PngImageFile, MAX_WHOLE_PIXELS),
-    PictureFormat("WebP", re.compile(rb"RIFF....WEBP", re.DOTALL), (".webp",), WebPImageFile, 16_000_000),
-    PictureFormat("GIF", re.compile(rb"GIF8[79]a"), (".gif",), GifImageFile, MAX_WHOLE_PIXELS),
-    PictureFormat("BMP", re.compile(rb"BM"), (".bmp",), BmpImageFile, MAX_WHOLE_PIXELS),
-    PictureFormat("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), (".tif", ".tiff"), TiffImageFile, 30_000_000),
+    PictureFormat("JPEG", re.compile(rb"\xff\xd8\xff"), JpegImageFile, 250_000_000),
+    PictureFormat("PNG", re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile, MAX_WHOLE_PIXELS),
+    PictureFormat("WebP", re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImageFile, 16_000_000),
+    PictureFormat("GIF", re.compile(rb"GIF8[79]a"), GifImageFile, MAX_WHOLE_PIXELS),
+    PictureFormat("BMP", re.compile(rb"BM"), BmpImageFile, MAX_WHOLE_PIXELS),
+    PictureFormat("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile, 30_000_000),
 )
 FORMAT_NAMES = ", ".join(known.name for known in FORMATS)
 #: Animation formats: they may hold several frames with times. (Pages of a TIFF have no times.)
