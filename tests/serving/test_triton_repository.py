@@ -342,7 +342,7 @@ def test_a_repository_is_replaced_and_nothing_else_is(tmp_path: Path, bundle: Bu
     other = tmp_path / "photos"
     other.mkdir()
     (other / "holiday.jpg").touch()
-    with pytest.raises(ExportError, match="is there and is no model repository"):
+    with pytest.raises(ExportError, match="exists and is not a model repository"):
         write_repository(bundle, other)
     assert [path.name for path in other.iterdir()] == ["holiday.jpg"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "photos", "repository"]

@@ -1,4 +1,4 @@
-"""`lfdm_condition`: what the clip is made from besides the picture, checked before any of it costs anything."""
+"""`lfdm_condition`: label, text and sampling options of a request, checked before any expensive work."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """What a clip is sampled with.
+    """The sampling inputs of a clip.
 
     Attributes:
         embedding: (text_width,) float32.
         table: the sampler's steps.
-        guidance_scale: of classifier-free guidance.
-        seed: of the noise.
+        guidance_scale: scale of classifier-free guidance.
+        seed: seed of the noise.
     """
 
     embedding: NDArray[np.float32]
@@ -40,15 +40,15 @@ class Conditions:
 
 
 def conditions(tensors: Mapping[str, Array], loaded: Loaded) -> Conditions:
-    """What a request's tensors mean for this bundle.
+    """Parse a request's tensors for this bundle.
 
     Raises:
-        InputError: one of them cannot be used.
+        InputError: a tensor is invalid.
     """
     limits, pipeline = loaded.settings.limits, loaded.pipeline
-    # Everything that is cheap to check comes before the text encoder runs.
-    asked, given = parse_sampling(tensors, limits), parse_condition(tensors, limits)
-    table = pipeline.sampler_table(asked.sampler, asked.steps, asked.eta)
+    # All cheap checks come before the text encoder runs.
+    sampling, given = parse_sampling(tensors, limits), parse_condition(tensors, limits)
+    table = pipeline.sampler_table(sampling.sampler, sampling.steps, sampling.eta)
     if table.steps > limits.steps:
         raise InputError(
             f"{table.name} would take {table.steps} steps, this server allows {limits.steps}; ask for fewer"
@@ -61,8 +61,8 @@ def conditions(tensors: Mapping[str, Array], loaded: Loaded) -> Conditions:
         assert given.text_embedding is not None  # one of the three is there
         embedding = embedding_rows(given.text_embedding, pipeline.bundle.manifest.geometry.text_width)[0]
     default = pipeline.bundle.manifest.sampler.guidance_scale
-    scale = default if asked.guidance_scale is None else asked.guidance_scale
-    return Conditions(embedding, table, scale, asked.seed)
+    scale = default if sampling.guidance_scale is None else sampling.guidance_scale
+    return Conditions(embedding, table, scale, sampling.seed)
 
 
 def _embedded(text: str, loaded: Loaded) -> NDArray[np.float32]:
@@ -79,8 +79,8 @@ def _embedded(text: str, loaded: Loaded) -> NDArray[np.float32]:
 def warm_up_text(loaded: Loaded) -> None:
     """Load the text encoder and run it once, if the bundle has one.
 
-    Labels have their embeddings in the bundle: where the package for free text is not installed, they are served
-    without it, and a request with free text is told what is missing.
+    The bundle contains the labels' embeddings: labels are served even if the package for free text is not installed;
+    a request with free text then gets an error that names it.
     """
     if TEXT_STAGE not in loaded.pipeline.bundle.stages:
         return
@@ -91,7 +91,7 @@ def warm_up_text(loaded: Loaded) -> None:
 
 
 class ConditionModel:
-    """The model that Triton sees."""
+    """The Triton model."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Open the bundle and load its text encoder."""
@@ -99,7 +99,7 @@ class ConditionModel:
         warm_up_text(self._loaded)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer each request with the picture as the networks take it, and all that the sampler needs."""
+        """Answer each request with the networks' input picture and the sampler's inputs."""
         return answer_each(requests, self._loaded.interface, self._condition)
 
     def _condition(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
