@@ -321,7 +321,7 @@ def test_a_bundle_without_reference_is_verified_by_its_model(copy: Path, small_m
 
 
 def test_a_seed_means_nothing_to_a_stored_reference(small_bundle: Bundle):
-    with pytest.raises(InputError, match="seed was given"):
+    with pytest.raises(InputError, match="seed is given"):
         verify_bundle(small_bundle, seed=3)
 
 

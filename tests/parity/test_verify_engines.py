@@ -154,7 +154,7 @@ def test_a_gpu_without_plans_is_told_how_to_get_them(bundle: Bundle, monkeypatch
     monkeypatch.setattr(verify, "this_machine", lambda: machine({**EVERYTHING}, L4))
     ran: list[str] = []
 
-    def stop(bundle: Bundle, target: str, *_: Any) -> Any:
+    def stop(_comparison: Any, target: str, *_: Any) -> Any:
         ran.append(target)
         raise KeyboardInterrupt
 
@@ -171,8 +171,12 @@ def test_a_gpu_without_plans_is_told_how_to_get_them(bundle: Bundle, monkeypatch
 
 def test_without_polygraphy(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "polygraphy.backend.base", None)
+    reference: Any = None
+    comparison = verify._Comparison(
+        bundle, {"encode": bundle.stages["encode"]}, {"image": np.zeros(1)}, reference, threads=1
+    )
     with pytest.raises(MissingDependencyError, match=r"'polygraphy'.*pip install 'lfdm-export\[polygraphy\]'"):
-        verify._by_polygraphy(bundle, "onnxruntime", {"encode": bundle.stages["encode"]}, {"image": np.zeros(1)}, 1)
+        verify._by_polygraphy(comparison, "onnxruntime")
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -206,5 +210,6 @@ def test_what_runs_on_the_gpu_is_named_by_it(bundle: Bundle, monkeypatch: pytest
     monkeypatch.setattr(verify, "check_chain", lambda *_: ChainResult(()))
     monkeypatch.setattr(verify, "find_gpus", lambda: ((Gpu("NVIDIA L4", (8, 9), 1, "13.0"),), ""))
     reference: Any = SimpleNamespace(chain=None, seed=0)
-    names = [verify._run(bundle, t, {}, {}, reference, 1, None, "fp32").engine.name for t in ("tensorrt", "openvino")]
+    comparison = verify._Comparison(bundle, {}, {}, reference, threads=1)
+    names = [verify._run(comparison, target, "fp32").engine.name for target in ("tensorrt", "openvino")]
     assert names == ["TensorRT, NVIDIA L4", "OpenVINO, CPU"]
