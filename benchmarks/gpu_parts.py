@@ -1,4 +1,4 @@
-"""The parts of the GPU suite, in the order of their worth: what a run that ends early has measured is worth most."""
+"""The parts of the GPU suite, the most important first, so that a run that ends early has measured them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """One part, which runs in a process of its own.
+    """One part, which runs in its own process.
 
     Attributes:
-        what: it shows, for people.
-        run: does it; imports what it needs when it is called.
-        need: seconds below which it is not worth starting.
+        what: description of what it measures.
+        run: runs the part; imports its modules when called.
+        need: minimum seconds to start it.
         limit: seconds after which it is killed.
-        torch: it uses PyTorch.
-        kernels: it uses our kernels.
-        model: it needs the networks.
-        gpu: it has no trial on a CPU.
+        torch: whether it uses PyTorch.
+        kernels: whether it uses this project's kernels.
+        model: whether it needs the networks.
+        gpu: whether it requires a GPU, with no trial on a CPU.
     """
 
     what: str
@@ -126,7 +126,7 @@ def _clip(what: str, run: Callable[[Bench], Record], need: float, limit: float) 
     return Part(what, run, need, limit, kernels=True, model=True)
 
 
-#: Makes weights for the others, on the host and beside the first parts.
+#: Makes weights for the other parts, on the host, while the first parts run.
 SHARED = Part("weights for the others, and on a CPU the kernels' host build", _shared, 0, 120)
 
 PARTS: dict[str, Part] = {

@@ -102,7 +102,7 @@ def test_the_report_compares_with_whole_clip_batching():
     assert found["violations"] == []
     assert "step:1 against dynamic:8, load 0.5: 0.50x the p99 latency" in lines
     assert "step:1 against dynamic:8, load 0.5: 2.00x the goodput" in lines
-    assert "step, ms a sample by batch: 1: 30.0, 8: 25.0" in lines
+    assert "step, ms per sample by batch: 1: 30.0, 8: 25.0" in lines
 
 
 def test_wrong_and_missing_clips_are_violations():
