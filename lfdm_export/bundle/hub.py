@@ -188,7 +188,7 @@ def _errors_as_sentences(hub: Any, name: HubName, done: str) -> Iterator[None]:
     except (BundleError, InputError):
         raise
     except errors.GatedRepoError as error:
-        reason = "its owner lets in who asked for access; ask on its page, and log in with `hf auth login`"
+        reason = "its owner grants access on request; request it on its page, and log in with `hf auth login`"
         raise BundleError(f"{name} cannot be {done}: {reason}") from error
     except errors.RepositoryNotFoundError as error:
         raise BundleError(
