@@ -101,7 +101,7 @@ class Published:
     """The published program's way: the whole feature in every step, and the encoder again for every frame.
 
     Attributes:
-        name: see `Contestant`.
+        name: name in tables and plots.
         encode: image (1, 3, H, W) -> feature.
         denoise: noisy latent, feature, text embedding, timestep -> predicted noise.
         decode_frame: image, one frame's latent (1, 3, h, w) -> frame and warped image, (1, 3, H, W) each.

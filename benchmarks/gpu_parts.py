@@ -131,26 +131,26 @@ SHARED = Part("weights for the others, and on a CPU the kernels' host build", _s
 
 PARTS: dict[str, Part] = {
     "driver": Part(
-        "our ctypes driver: copies, capture, replay, a second thread", _driver, 3, 40, torch=False, gpu=True
+        "the ctypes driver: copies, capture, replay, a second thread", _driver, 3, 40, torch=False, gpu=True
     ),
-    "checks": Part("our kernels against float64", _checks, 8, 75, kernels=True),
+    "checks": Part("this project's kernels against float64", _checks, 8, 75, kernels=True),
     "ceilings": Part("copy bandwidth and matrix rates of the chip", _ceilings, 6, 40),
     "faithful-fp32": _clip(
         "the published way, and the frames to compare with", _way("faithful", "fp32", graphs=False), 12, 60
     ),
-    "ours-fp16": _clip("our modules and kernels in CUDA graphs", _way("ours", "fp16"), 12, 70),
+    "ours-fp16": _clip("this project's modules and kernels in CUDA graphs", _way("ours", "fp16"), 12, 70),
     "ours-fp16-compiled": _clip(
         "the same by torch.compile: the fastest way", _way("ours", "fp16", compiled=True), 45, 150
     ),
-    "attention": Part("temporal attention's core: our kernel, PyTorch's backends", _attention, 8, 40, kernels=True),
-    "step": Part("our step and noise kernels, and PyTorch's operators", _step, 8, 40, kernels=True),
-    "norm": Part("our group norm kernels, and PyTorch's operators", _norm, 6, 40, kernels=True),
+    "attention": Part("temporal attention's core: kernel, and PyTorch's backends", _attention, 8, 40, kernels=True),
+    "step": Part("step and noise kernels, and PyTorch's operators", _step, 8, 40, kernels=True),
+    "norm": Part("group norm kernels, and PyTorch's operators", _norm, 6, 40, kernels=True),
     "linear": Part("linear attention, compiled, by fused attention and by products", _linear, 8, 45, kernels=True),
-    "product-fp16": _clip("the target torch, as users get it", _product("fp16", (1,)), 50, 170),
+    "product-fp16": _clip("the target torch, as users run it", _product("fp16", (1,)), 50, 170),
     "product-fp16-batch": _clip("the same for eight clips", _product("fp16", (8,)), 60, 200),
     "warp": Part("WarpBlend at the decoder's sizes, and PyTorch's operators", _warp, 8, 45, kernels=True),
     "faithful-fp16-graphs": _clip("the published way in autocast and CUDA graphs", _way("faithful", "fp16"), 12, 50),
-    "batches-fp16": _clip("our modules by batch size", _batches("fp16", (8, 32, 1, 2, 4, 16)), 15, 90),
+    "batches-fp16": _clip("this project's modules by batch size", _batches("fp16", (8, 32, 1, 2, 4, 16)), 15, 90),
     "batches-fp16-compiled": _clip("the same by torch.compile", _batches("fp16", (8, 32), compiled=True), 45, 150),
     "ours-bf16-compiled": _clip("bfloat16 by torch.compile", _way("ours", "bf16", compiled=True), 45, 150),
     "ours-fp32": _clip("float32, for parity", _way("ours", "fp32"), 12, 60),

@@ -92,7 +92,7 @@ def run_soak(bundle: Path, folder: Path, arguments: argparse.Namespace) -> dict[
         for thread in threads:
             thread.join(180.0)
             if thread.is_alive():
-                ledger.violation("a client never had its answer")
+                ledger.violation("a client never got its answer")
         memory.stop()
         _check_after(served, orders, ledger)
     result = _result(ledger, memory, seconds)
@@ -115,7 +115,7 @@ def _work(served: Served, orders: Sequence[Order], pipeline: Pipeline, ledger: L
             action = kinds[random.choice(len(kinds), p=shares)]
             try:
                 action(me)
-            except Exception as error:  # noqa: BLE001 (whatever it is, it is to be reported)
+            except Exception as error:  # noqa: BLE001 (any error is reported)
                 ledger.violation(f"{action.__name__[1:]}: {type(error).__name__}: {error}")
 
 
@@ -147,7 +147,7 @@ class _Client:
             self.ledger.right(kind)
         else:
             others = [index for index, other in enumerate(self.orders) if other.fits(frames)]
-            self.ledger.violation(f"{kind}: another clip came than was asked for; it is that of order {others}")
+            self.ledger.violation(f"{kind}: the clip is not the requested one, but that of order {others}")
 
 
 def _clip(me: _Client) -> None:
@@ -279,7 +279,7 @@ def _check_after(served: Served, orders: Sequence[Order], ledger: Ledger) -> Non
     try:
         with connect(served) as client:
             if not orders[0].fits(client.generate(orders[0].image, **orders[0].settings()).frames):
-                ledger.violation("the last clip is another one than was asked for")
+                ledger.violation("the last clip is not the requested one")
     except LfdmExportError as error:
         ledger.violation(f"the last clip: {error}")
 

@@ -173,8 +173,8 @@ class Bundle:
         try:
             return cls._open(ready_bundle.unpack(), check_hashes=check_hashes)
         except BundleError as error:
-            logger.info("put together anew: %s", error)
-            return cls._open(ready_bundle.unpack(anew=True), check_hashes=check_hashes)
+            logger.info("assembled again: %s", error)
+            return cls._open(ready_bundle.unpack(rebuild=True), check_hashes=check_hashes)
 
     @classmethod
     def _open(cls, folder: Path, *, check_hashes: bool) -> Bundle:
@@ -260,8 +260,8 @@ class Bundle:
             return index
         if not self.labels:
             raise InputError(
-                f"unknown label {label!r}: this bundle was exported without labels; export it anew with labels and the "
-                "text encoder of its model (--dataset, or --labels and --text-encoder), or give a text embedding"
+                f"unknown label {label!r}: this bundle was exported without labels; export it again with labels and "
+                "its model's text encoder (--dataset, or --labels and --text-encoder), or give a text embedding"
             )
         near = difflib.get_close_matches(label.strip().casefold(), folded, n=1)
         hint = f"did you mean {self.labels[folded[near[0]]]!r}? " if near else ""

@@ -39,25 +39,25 @@ _LITERAL = ""
 _BLOCK = 64
 
 
-def unpack(*, anew: bool = False) -> Path:
+def unpack(*, rebuild: bool = False) -> Path:
     """The bundle's folder in the user's cache, assembled if missing.
 
     Args:
-        anew: assemble it even if it exists, because it is damaged.
+        rebuild: assemble it even if it exists, because it is damaged.
 
     Raises:
         BundleError: the cache folder cannot be written, or the package's files are damaged.
     """
     content = _read(ARCHIVE)
     target = _cache() / f"{NAME}-{hashlib.sha256(content).hexdigest()[:16]}"
-    if target.is_dir() and not anew:
+    if target.is_dir() and not rebuild:
         return target
     try:
         with temporary_folder(target) as part:
             for name, data in files_of(content, {source: _read(MODEL / source) for source in SOURCES}).items():
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
                 (part / name).write_bytes(data)
-            publish(part, target, replace=anew)  # without `anew`, a folder that another process made first stays
+            publish(part, target, replace=rebuild)  # else a folder that another process made first stays
     except OSError as error:
         raise BundleError(
             f"the shipped bundle {NAME!r} cannot be put together in {target.parent}: {error.strerror or error}; "

@@ -118,7 +118,7 @@ def verify_bundle(
         reference, origin = _stored(opened, specs, seed), "PyTorch's outputs, stored in the bundle at export"
     else:
         reference = _fresh(opened, model, seed, text_encoder, progress)
-        origin = "PyTorch, run anew on fresh inputs"
+        origin = "PyTorch, run again on new inputs"
     inputs = reference.inputs(manifest.config, manifest.geometry)
 
     runs, absent = _choose(opened, targets)

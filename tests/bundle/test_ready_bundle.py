@@ -156,7 +156,7 @@ def test_several_processes_assemble_it_at_once():
     (path,) = paths
     assert [entry.name for entry in path.parent.iterdir()] == [path.name], "no leftovers"
     assert Bundle.open(path).labels == LABELS
-    assert ready_bundle.unpack(anew=True) == path
+    assert ready_bundle.unpack(rebuild=True) == path
     assert [entry.name for entry in path.parent.iterdir()] == [path.name], "no leftovers"
 
 

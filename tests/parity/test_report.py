@@ -71,7 +71,7 @@ def make_report(**changes: Any) -> Report:
         precision="fp32",
         date="2026-01-31T12:34:56+00:00",
         engine="ONNX Runtime, CPU",
-        reference="PyTorch, run anew",
+        reference="PyTorch, run again",
         seed=2**63,
         sampler="ddim, 2 steps",
         checks=CHECKS,

@@ -177,7 +177,7 @@ def _pictures(pictures: Pictures) -> str:
         f'white is 1/{MAGNIFIED} of full brightness, black is none.</p><div class="strip">{"".join(strip)}</div>'
         "</section>"
         '<section><h2>How the export made them</h2><p class="soft small">The grid shows from where in the source each '
-        "point is fetched; occlusion is white where the warped source is kept, black where the decoder paints anew.</p>"
+        "point is fetched; occlusion is white where the warped source is kept, black where the decoder inpaints.</p>"
         f'<div class="panels"><span></span><div class="heads soft small">{heads}</div>{"".join(rows)}</div></section>'
     )
 

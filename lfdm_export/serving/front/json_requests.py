@@ -63,7 +63,7 @@ def read_request(
     """
     model = find_model(models, name, version)
     if head_length is not None and not 0 <= head_length <= len(body):
-        raise invalid(f"the JSON is said to have {head_length} bytes, of a body of {len(body)}; correct the header")
+        raise invalid(f"the header gives {head_length} bytes of JSON, of a body of {len(body)}; correct the header")
     head = _json_object(body if head_length is None else body[:head_length], limits)
     binary = memoryview(body)[len(body) if head_length is None else head_length :]
     messages, _ = import_protocol()

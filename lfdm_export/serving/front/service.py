@@ -139,7 +139,7 @@ class Service:
             call.begun = triton.unary(INFER, named(message, flight.request_id) if flight.unnamed else message, seconds)
             answer: bytes = await flight.result(answered(call.begun))
             return answer + _NO_ID if flight.unnamed else answer
-        except asyncio.CancelledError:  # the client has gone
+        except asyncio.CancelledError:  # the client is gone
             call.cancel()
             self.flights.end(flight)
             self.abandon(flight.request_id)

@@ -48,7 +48,7 @@ class RunningSampler:
     def _watch(self) -> None:
         while not self._closing.wait(_LOOK):
             if not self.batcher.alive:
-                log_error(EngineError("the sampler's loop has died; the process ends, so that it is started anew"))
+                log_error(EngineError("the sampler's loop has died; the process ends, so that it is restarted"))
                 time.sleep(_LAST_WORDS)
                 os._exit(1)
             if self.batcher.stats().outstanding == 0:  # the gauges would keep the last step's values
