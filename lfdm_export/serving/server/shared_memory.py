@@ -1,7 +1,7 @@
 """The shared memory of servers: private, and removed by the next server once its owner has ended.
 
 Each server's regions begin with their own prefix. The owner holds a lock on a file with that prefix, which the system
-releases however the process ends. Process ids would not work: a container that shares /dev/shm has its own.
+releases however the process ends. Process ids would not work: a container that shares /dev/shm has other ids.
 """
 
 from __future__ import annotations

@@ -115,19 +115,19 @@ def _ensemble_config(known: Mapping[str, ModelInterface], sizes: Mapping[str, in
     clip = known[CLIP_MODEL]
     config = _config(clip, sizes)
     config.platform = "ensemble"
-    requested = {tensor.name for tensor in clip.inputs}
+    from_request = {tensor.name for tensor in clip.inputs}
     wanted = {tensor.name for tensor in clip.outputs}
     wanted |= {tensor.name for name in STEP_MODELS for tensor in known[name].inputs}
     made: dict[str, str] = {}
     for name in STEP_MODELS:
         step = config.ensemble_scheduling.step.add(model_name=name, model_version=-1)
         for tensor in known[name].inputs:
-            if tensor.name in made or tensor.name in requested:
+            if tensor.name in made or tensor.name in from_request:
                 step.input_map[tensor.name] = made.get(tensor.name, tensor.name)
         for tensor in known[name].outputs:
             if tensor.name in wanted:
                 # A request's tensor and the output that a step makes of it need different names in the ensemble.
-                made[tensor.name] = f"ready_{tensor.name}" if tensor.name in requested else tensor.name
+                made[tensor.name] = f"ready_{tensor.name}" if tensor.name in from_request else tensor.name
                 step.output_map[tensor.name] = made[tensor.name]
     return config
 
