@@ -1,4 +1,4 @@
-"""What is measured: each function puts one load on every server in turn and returns figures for JSON."""
+"""The measurements: each function puts one load on every server in turn and returns figures for JSON."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from lfdm_export.client import Client
     from lfdm_export.generate.pipeline import Pipeline
 
-#: Shares of the requests that have guidance.
+#: Shares of the requests with guidance.
 GUIDED = 0.25
-#: Steps of the clip whose overhead is measured, and of the long one that others join.
+#: Steps of the clip of `overhead`, and of the long clip of `join`.
 LONG = 50
 #: Steps of the request that joins.
 SHORT = 2
-#: Of everything that is drawn.
+#: Seed of all random draws.
 SEED = 7
 
 
@@ -47,21 +47,21 @@ class Contestant:
 
 
 def say(what: str) -> None:
-    """Tell whoever watches."""
+    """Print progress to standard error."""
     print(what, file=sys.stderr, flush=True)
 
 
 def connect(served: Served) -> Client:
-    """A client that sends each request once, whatever comes."""
+    """A client that sends each request once, without retries."""
     from lfdm_export.client import Client, Retry, Settings
 
     return Client(served.address, Settings(retry=Retry(attempts=1), timeout=120.0))
 
 
 def step_costs(pipeline: Pipeline, batches: Sequence[int], rounds: int = 5) -> dict[str, dict[str, float]]:
-    """Seconds of a step of so many samples, by stage and batch: whether batching makes samples cheaper.
+    """Median seconds of a step by stage and batch size, which show whether batching makes samples cheaper.
 
-    Batches take turns; medians.
+    Batch sizes take turns.
     """
     random, costs = np.random.default_rng(SEED), {}
     for stage in ("step", "step_guided"):
@@ -85,7 +85,7 @@ def step_costs(pipeline: Pipeline, batches: Sequence[int], rounds: int = 5) -> d
 
 
 def overhead(contestant: Contestant, pipeline: Pipeline, pairs: int) -> dict[str, Any]:
-    """A clip of many steps over gRPC and here, in turn, alone."""
+    """Time a single clip of many steps, alternately over gRPC and in this process."""
     (order,) = load.make_orders(pipeline, 1, (LONG, LONG), 0.0, SEED)
     served, local = [], []
 
@@ -116,7 +116,7 @@ def overhead(contestant: Contestant, pipeline: Pipeline, pairs: int) -> dict[str
 
 
 def join(contestant: Contestant, pipeline: Pipeline, times: int = 8) -> dict[str, Any]:
-    """A short stream is sent while a long one runs: its wait for a slot, and how long the long one's steps last."""
+    """Send a short stream while a long one runs: its wait for a slot, and the duration of the long one's steps."""
     (long,) = load.make_orders(pipeline, 1, (LONG, LONG), 0.0, SEED)
     (short,) = load.make_orders(pipeline, 1, (SHORT, SHORT), 0.0, SEED + 1)
     waits, steps, begun, send = list[float](), list[float](), threading.Event(), threading.Event()
@@ -138,7 +138,7 @@ def join(contestant: Contestant, pipeline: Pipeline, times: int = 8) -> dict[str
         thread = threading.Thread(target=run_long)
         thread.start()
         begun.wait(60.0)
-        time.sleep(0.3 + 0.017 * number)  # not always at the same point of a step
+        time.sleep(0.3 + 0.017 * number)  # at varying points of a step
         send.set()
         reply = load.ask(contestant.client, short, time.perf_counter(), 0.0, None, True)
         waits.append(reply.queued if reply.queued is not None else float("inf"))
@@ -177,7 +177,7 @@ def opened(
     for one in contestants:
         with _occupancy(one, stream=stream) as occupancy:
             replies = load.open_loop(one.client, orders, arrivals, deadline=deadline, stream=stream)
-            _settle(one.served, stream=stream)  # what was given up late may still run
+            _settle(one.served, stream=stream)  # requests given up late may still run
         results[one.name] = load.summary(replies, seconds) | occupancy
         kind = "streams" if stream else "open" if deadline is None else f"deadline {deadline:.2f} s"
         say(f"{kind}, {rate:.2f}/s, {one.name}: {line(results[one.name])}")
@@ -185,7 +185,7 @@ def opened(
 
 
 def _settle(served: Served, *, stream: bool) -> None:
-    """Wait until nothing runs any more; metrics are handed over twice a second."""
+    """Wait until nothing runs; metrics are reported twice a second."""
     end = time.monotonic() + 60.0
     model = "lfdm_stream" if stream else "lfdm_sample"
     while time.monotonic() < end:
@@ -197,7 +197,7 @@ def _settle(served: Served, *, stream: bool) -> None:
 
 @contextlib.contextmanager
 def _occupancy(contestant: Contestant, *, stream: bool = False) -> Iterator[dict[str, float]]:
-    """Filled at the end: the share of slots in use while steps ran, and samples in a step."""
+    """Yield a dict, filled at the end: the share of slots in use while steps ran, and samples per step."""
     model = "lfdm_stream" if stream else "lfdm_sample"
     before, found = contestant.served.metrics(model), dict[str, float]()
     yield found

@@ -1,4 +1,4 @@
-"""The three ways to a clip that are compared: the published program's two, and the bundle."""
+"""The three compared ways to make a clip: two of the published program, and the bundle."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lfdm_models.lfae import latent_to_flow
 from lfdm_models.model import LfdmModel
 
 Float32: TypeAlias = NDArray[np.float32]
-#: The naive export's opset: the oldest with a GridSample that runs everywhere.
+#: The naive export's opset: the oldest whose GridSample runs everywhere.
 NAIVE_OPSET = 20
 
 
@@ -35,8 +35,8 @@ class Task:
     Attributes:
         image: (1, H, W, 3) uint8.
         embedding: text embedding (1, text_width) float32.
-        table: the sampler.
-        draws: the noise: the start, then one for each step that draws; (1, 3, T, h, w) float32 each.
+        table: table of the sampler.
+        draws: the noise: the start, then one per step that draws noise; (1, 3, T, h, w) float32 each.
     """
 
     image: NDArray[np.uint8]
@@ -52,9 +52,9 @@ class Made:
     Attributes:
         latent: (1, 3, T, h, w) float32.
         frames: (1, 3, T, H, W) float32 in [0, 1].
-        clip: the whole, wall clock.
-        cpu: the whole, processor time of all threads; far below clip x threads, others held the cores.
-        encode, steps, decode: the parts.
+        clip: wall-clock time of the whole clip.
+        cpu: processor time of all threads; far below clip x threads, other programs used the cores.
+        encode, steps, decode: wall-clock times of the parts.
     """
 
     latent: Float32
@@ -67,18 +67,18 @@ class Made:
 
 
 class Contestant(Protocol):
-    """Something that makes clips."""
+    """A way to make clips."""
 
     @property
     def name(self) -> str:
-        """What tables and plots call it."""
+        """Name in tables and plots."""
 
     def make(self, task: Task) -> Made:
         """Make one clip and time its parts."""
 
 
 class _Watch:
-    """Wall clock and processor time since the clip began, and the laps between."""
+    """Wall-clock and processor time since the clip began, and times of its parts."""
 
     def __init__(self) -> None:
         self.laps: list[float] = []
@@ -98,10 +98,10 @@ class _Watch:
 
 @dataclass(frozen=True)
 class Published:
-    """The published program's way: the whole feature in every step, the encoder again for every frame.
+    """The published program's way: the whole feature in every step, and the encoder again for every frame.
 
     Attributes:
-        name: see `Contestant`.
+        name: name in tables and plots.
         encode: image (1, 3, H, W) -> feature.
         denoise: noisy latent, feature, text embedding, timestep -> predicted noise.
         decode_frame: image, one frame's latent (1, 3, h, w) -> frame and warped image, (1, 3, H, W) each.
@@ -113,7 +113,7 @@ class Published:
     decode_frame: Callable[[Float32, Float32], tuple[Float32, ...]]
 
     def make(self, task: Task) -> Made:
-        """See `Contestant`; the sampler's update is done in NumPy."""
+        """Make one clip and time its parts; the sampler's update runs in NumPy."""
         watch = _Watch()
         image = to_float(task.image)
         feature = self.encode(image)
@@ -129,7 +129,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Exported:
-    """The bundle, through the pipeline."""
+    """The bundle, run by the pipeline."""
 
     name: str
     pipeline: Pipeline
@@ -154,7 +154,7 @@ class Exported:
 
 
 class _DecodeFrame(nn.Module):
-    """One frame from the image, the encoder included, as the published program does it."""
+    """One frame from the image, including the encoder, as in the published program."""
 
     def __init__(self, generator: Generator, residual_flow: bool) -> None:
         super().__init__()
@@ -200,9 +200,9 @@ def naive(model: LfdmModel, task: Task, folder: Path, threads: int) -> Published
 
     Args:
         model: the networks.
-        task: tells the shapes.
+        task: determines the shapes.
         folder: an empty folder for the graphs.
-        threads: of each session.
+        threads: threads per session.
     """
     generator = model.lfae.generator
     image = torch.from_numpy(to_float(task.image))
@@ -237,7 +237,7 @@ def naive(model: LfdmModel, task: Task, folder: Path, threads: int) -> Published
 
 def _export_one_to_one(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
     batch = torch.export.Dim("batch", min=1, max=64)
-    # The exporter warns of its own workings, and of torchvision where that is not installed.
+    # The exporter warns of its own internals, and if torchvision is not installed.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -258,6 +258,6 @@ def _default_session(path: Path, threads: int) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Not a default, but neutral alone: else its idle threads would slow the other contestants.
+    # Not a default, but needed for a fair comparison: idle threads would slow the other contestants.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -1,4 +1,4 @@
-"""Pictures of results by matplotlib (the extra `bench`), which is imported when the first is drawn."""
+"""Plots of results by matplotlib (the extra `bench`), which is imported for the first plot."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def need_matplotlib() -> None:
-    """End the program with a sentence where matplotlib is not installed: before measuring, so that it costs no hour."""
+    """Exit with a message if matplotlib is not installed; called before a long measurement."""
     if importlib.util.find_spec("matplotlib") is None:
         sys.exit("plotting needs matplotlib: pip install 'lfdm-export[bench]', or give --no-plot")
 
 
 def new_figure(width: float, height: float, dpi: int) -> Figure:
-    """An empty figure, in inches, that no window shows."""
+    """An empty figure of a size in inches, without a window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -31,13 +31,13 @@ def new_figure(width: float, height: float, dpi: int) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG atomically."""
     with replacing(path) as stream:
         figure.savefig(stream, format="png")
 
 
 def result_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser of the scripts that draw a result again: its file, which gets a PNG beside it."""
+    """The argument parser of scripts that plot a result file; the PNG is written beside it."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path, metavar="RESULT.json", help="the picture goes beside it")
+    parser.add_argument("result", type=Path, metavar="RESULT.json", help="the plot is written beside it")
     return parser

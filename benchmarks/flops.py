@@ -1,7 +1,7 @@
-"""Floating-point operations of every stage: the faithful networks beside the exported graphs.
+"""Floating-point operations of every stage: the faithful networks compared with the exported graphs.
 
-A multiply-add counts as two. Counted are convolutions, matrix products and attention; norms, activations and
-samplings are not (they move bytes rather than compute: `GridSample` is listed by its bytes).
+A multiply-add counts as two. Convolutions, matrix products and attention are counted; norms, activations and samplings
+are not (they move bytes rather than compute: `GridSample` is listed by its bytes).
 
     python benchmarks/flops.py BUNDLE [--steps 10] [--json FILE]
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lfdm_models.config import LfdmConfig
 
 Shape = tuple[int, ...]
-#: Operators that compute, and that this program would have to learn to count.
+#: Operators that compute but cannot be counted here yet.
 _UNKNOWN = frozenset(
     {"Einsum", "ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul", "LSTM", "GRU", "RNN", "DeformConv"}
 )
@@ -38,7 +38,7 @@ _BYTES = 4
 
 @dataclass(frozen=True)
 class Count:
-    """What one run of a graph or network costs.
+    """The cost of one run of a graph or network.
 
     Attributes:
         flops: floating-point operations, by operator.
@@ -50,7 +50,7 @@ class Count:
 
     @property
     def total(self) -> int:
-        """All operators together."""
+        """FLOPs of all operators."""
         return sum(self.flops.values())
 
     def times(self, factor: int) -> Count:
@@ -64,19 +64,19 @@ class Count:
 
 
 def count_graph(model: onnx.ModelProto, batch: int = 1) -> Count:
-    """Count an ONNX graph, its model-local functions included.
+    """Count an ONNX graph, including its model-local functions.
 
     Args:
         model: every dynamic axis of its inputs is the batch; weights need not be loaded.
-        batch: the size of those axes.
+        batch: size of those axes.
 
     Raises:
-        ValueError: a shape cannot be inferred, or an operator that computes is not known here.
+        ValueError: a shape cannot be inferred, or an operator that computes cannot be counted.
     """
     model, shapes = _with_shapes(model, batch)
     flops: dict[str, int] = defaultdict(int)
     sampled = 0
-    # What comes of weights alone is computed once, when an engine loads the graph.
+    # Results of weights alone are computed once, when an engine loads the graph.
     constant = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
         if all(name in constant for name in node.input if name):
@@ -93,7 +93,7 @@ def count_graph(model: onnx.ModelProto, batch: int = 1) -> Count:
 
 
 def _with_shapes(model: onnx.ModelProto, batch: int) -> tuple[onnx.ModelProto, dict[str, Shape]]:
-    """A copy with functions inlined and the batch fixed, and the shapes of all of its values."""
+    """A copy with functions inlined and the batch fixed, and the shapes of all its values."""
     import onnx_ir as ir
     from onnxscript import optimizer
 
@@ -108,7 +108,7 @@ def _with_shapes(model: onnx.ModelProto, batch: int) -> tuple[onnx.ModelProto, d
     del copied.graph.value_info[:]
     inlined = onnx.inliner.inline_local_functions(copied)
     del inlined.graph.value_info[:]
-    # Folding first: plain inference does not follow the shape arithmetic of the warp.
+    # Constants are folded first: shape inference alone cannot follow the shape arithmetic of the warp.
     folded = ir.from_proto(inlined)
     optimizer.fold_constants(folded, onnx_shape_inference=True)
     inferred = onnx.shape_inference.infer_shapes(ir.to_proto(folded), strict_mode=True, data_prop=True)
@@ -133,7 +133,7 @@ def _convolution(_node: onnx.NodeProto, inputs: list[Shape], output: Shape) -> i
 
 
 def _transposed_convolution(_node: onnx.NodeProto, inputs: list[Shape], _output: Shape) -> int:
-    # The weight is (in, out / groups, kernel ...): every input value is multiplied by that many.
+    # The weight is (in, out / groups, kernel ...): the number of products per input value.
     return math.prod(inputs[0]) * math.prod(inputs[1][1:])
 
 
@@ -151,7 +151,7 @@ def _attention(node: onnx.NodeProto, inputs: list[Shape], _output: Shape) -> int
         batch, heads, queries, width = query
         return batch * heads * queries * key[2] * (width + value[3])
     query_heads, kv_heads = _attribute(node, "q_num_heads", 1), _attribute(node, "kv_num_heads", 1)
-    # Widths hold all heads: the first product costs the query's, the second its share of the value's.
+    # Widths include all heads: the first product costs the query's width, the second its share of the value's.
     return query[0] * query[1] * key[1] * (query[2] + value[2] // kv_heads * query_heads)
 
 
@@ -159,7 +159,7 @@ def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
     return next((attribute.i for attribute in node.attribute if attribute.name == name), default)
 
 
-#: Multiply-adds of a node from its inputs' shapes and its first output's.
+#: Multiply-adds of a node, from the shapes of its inputs and first output.
 _RULES: dict[str, Callable[[onnx.NodeProto, list[Shape], Shape], int]] = {
     "Conv": _convolution,
     "ConvTranspose": _transposed_convolution,
@@ -171,7 +171,7 @@ _RULES: dict[str, Callable[[onnx.NodeProto, list[Shape], Shape], int]] = {
 
 
 def count_networks(config: LfdmConfig, frames: int, image_size: int) -> dict[str, Count]:
-    """Count the faithful networks for one sample, on tensors without values.
+    """Count the faithful networks for one sample, on tensors without data.
 
     Args:
         config: the architecture.
@@ -179,8 +179,8 @@ def count_networks(config: LfdmConfig, frames: int, image_size: int) -> dict[str
         image_size: H = W.
 
     Returns:
-        By name: `encode` (one image), `init_conv` (part of a step), `step`, `decode_frame` (one frame without
-        its encoder, which the published program runs for every frame), `estimate_motion` (two images).
+        Counts by name: `encode` (one image), `init_conv` (part of a step), `step`, `decode_frame` (one frame without
+        the encoder, which the published program runs for every frame), `estimate_motion` (two images).
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -218,7 +218,7 @@ def count_networks(config: LfdmConfig, frames: int, image_size: int) -> dict[str
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the comparison: the published program's work, and the exported graphs'."""
+    """One line of the comparison: the work of the published program and of the exported graphs."""
 
     part: str
     network: Count
@@ -229,7 +229,7 @@ def compare(bundle: Bundle, steps: int) -> list[Row]:
     """Count networks and graphs of a bundle for one clip of one sample.
 
     Args:
-        bundle: its stages are counted with a batch of 1.
+        bundle: the bundle, whose stages are counted with a batch of 1.
         steps: sampling steps of the clip.
 
     Raises:
@@ -273,10 +273,10 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
 
 def main() -> int:
     """Count and print."""
-    parser = argparse.ArgumentParser(description="Count the operations of a bundle's stages, before and after.")
+    parser = argparse.ArgumentParser(description="Count the operations of a bundle's stages and of the networks.")
     parser.add_argument("bundle", type=Path, help="a folder that lfdm-export wrote")
     parser.add_argument("--steps", type=int, default=10, help="sampling steps of the clip (10)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     arguments = parser.parse_args()
 
     from lfdm_export.bundle.reader import Bundle

@@ -1,11 +1,11 @@
-"""Mutations of what strangers may send, each opened in a child process with limits.
+"""Fuzzing of untrusted inputs, each opened in a child process with limits.
 
     python benchmarks/fuzz.py [--minutes N] [--seed N] [--targets picture clip checkpoint bundle request json]
     python benchmarks/fuzz.py --only picture:123
 
-A case is decided by its target and number alone, so that one that was found can be run again (`--only`). Good ends are
-a result, and an error of our own (`LfdmExportError`). Bad ends are any other exception, a crash, more than 10 s, and
-growth of a child by more than 300 MB. Exit status 1 if there was one. What mutations start from is made here.
+A case depends only on its target and number, so that a failure can be repeated (`--only`). A case passes if it ends
+with a result or with an error of this project (`LfdmExportError`). It fails with any other exception, a crash, more
+than 10 s, or growth of a child by more than 300 MB; the exit status is then 1. The original inputs are made here.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ if __name__ == "__main__":
 
 from lfdm_export.errors import LfdmExportError
 
-#: Seconds that a case may take, bytes by which a child may grow, and of its whole address space.
+#: Limits: seconds per case, bytes by which a child may grow, and bytes of its whole address space.
 SECONDS, GROWTH, ADDRESSES = 10.0, 300 << 20, 8 << 30
-#: Cases that a child runs before it is replaced.
+#: Cases per child process.
 _ROUND = 200
-#: Seconds in which a child has imported what it needs, and made a case.
+#: Seconds for a child to import its modules and make its first case.
 _IMPORTS = 60.0
 _NUMBERS = (0, 1, -1, 127, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**61, 2**63 - 1)
 _VALUES: tuple[Any, ...] = (
@@ -68,7 +68,7 @@ Target = Callable[[random.Random, Path], Run]
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
-    """The same bytes with one to eight changes: flipped, cut, doubled, moved, or numbers at the edge of their range."""
+    """The bytes with one to eight changes: flipped, cut, doubled, moved, or numbers at the edge of their range."""
     found = bytearray(data)
     for _ in range(rng.randint(1, 8)):
         start = rng.randrange(len(found) + 1)
@@ -103,17 +103,17 @@ def rearranged(value: Any, rng: random.Random) -> Any:
         return [*value[:index], rearranged(value[index], rng), *value[index + 1 :]]
     if rng.random() < 0.2:
         deep = value
-        for _ in range(rng.choice((1, 10, 250))):  # three times over, and it can still be written
+        for _ in range(rng.choice((1, 10, 250))):  # at most three times, so that JSON can still be written
             deep = [deep]
         return deep
     return rng.choice(_VALUES)
 
 
-# --- What is fuzzed -------------------------------------------------------------------------------
+# --- Targets --------------------------------------------------------------------------------------
 
 
 def picture(rng: random.Random, _folder: Path) -> Run:
-    """Encoded pictures, as clients send them."""
+    """Encoded pictures as sent by clients."""
     from PIL import Image
 
     from lfdm_export.pictures.preprocess import prepare_image, read_stream
@@ -137,7 +137,7 @@ def picture(rng: random.Random, _folder: Path) -> Run:
 
 
 def clip(rng: random.Random, folder: Path) -> Run:
-    """Clips and arrays as files."""
+    """Clip files and array files."""
     import numpy as np
     from PIL import Image
 
@@ -158,7 +158,7 @@ def clip(rng: random.Random, folder: Path) -> Run:
 
 
 def checkpoint(rng: random.Random, folder: Path) -> Run:
-    """Files of weights, of both formats."""
+    """Weight files of both formats."""
     import torch
     from safetensors.torch import save
 
@@ -178,7 +178,7 @@ def checkpoint(rng: random.Random, folder: Path) -> Run:
 
 
 def bundle(rng: random.Random, folder: Path) -> Run:
-    """The shipped bundle with another manifest, or one damaged file."""
+    """The shipped bundle with a changed manifest, or one damaged file."""
     from lfdm_export.bundle.reader import Bundle
 
     source, target = Bundle.open("characters").path, folder / "bundle"
@@ -188,7 +188,7 @@ def bundle(rng: random.Random, folder: Path) -> Run:
     if rng.random() < 0.3:
         path = rng.choice(sorted(one for one in target.rglob("*") if one.is_file() and one.stat().st_size < 1 << 20))
     data = path.read_bytes()
-    path.unlink()  # the source shares it
+    path.unlink()  # a hard link to the source's file
     if path.name == "manifest.json" and rng.random() < 0.8:
         path.write_text(json.dumps(rearranged(json.loads(data), rng)), encoding="utf-8")
     else:
@@ -197,7 +197,7 @@ def bundle(rng: random.Random, folder: Path) -> Run:
 
 
 def request(rng: random.Random, _folder: Path) -> Run:
-    """gRPC messages, as the server's front reads them."""
+    """gRPC messages, read as by the server's front."""
     from tritonclient.grpc import service_pb2 as messages
 
     from lfdm_export.serving.front.checks import check_request
@@ -221,7 +221,7 @@ def request(rng: random.Random, _folder: Path) -> Run:
 
 
 def json_request(rng: random.Random, _folder: Path) -> Run:
-    """Requests in JSON, as the server's front reads them."""
+    """JSON requests, read as by the server's front."""
     from lfdm_export.serving.front.checks import check_request
     from lfdm_export.serving.front.json_requests import read_request
 
@@ -246,7 +246,7 @@ def json_request(rng: random.Random, _folder: Path) -> Run:
 
 
 def _front() -> tuple[Any, Any]:
-    """Models as a server describes them, and limits."""
+    """The models as a server reports them, and the limits."""
     from tritonclient.grpc import service_pb2 as messages
 
     from lfdm_export.protocol.contract import CLIP_INPUTS, CLIP_MODEL, CLIP_OUTPUTS, STREAM_INPUTS, STREAM_MODEL
@@ -275,7 +275,7 @@ TARGETS: dict[str, Target] = {
 
 
 def child(target: str, first: int, count: int) -> None:
-    """Run cases; say of each that it begins, and how it ends."""
+    """Run cases; print the beginning and the outcome of each."""
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     base = 0
@@ -306,10 +306,10 @@ def _peak() -> int:
 
 
 def cases(command: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Run cases in a child; numbers and how they ended.
+    """Run cases in a child process; yields each number and outcome.
 
     Args:
-        command: of the child, which says what `child` says.
+        command: command of the child, which prints what `child` prints.
     """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1)
     assert process.stdout is not None
@@ -339,10 +339,10 @@ def cases(command: Sequence[str]) -> Iterator[tuple[int, str]]:
 
 
 def main() -> int:
-    """Run until the time is over; print what was found."""
+    """Run until the time is over; print failed cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0, help="of the first case")
+    parser.add_argument("--seed", type=int, default=0, help="start at case 1000000 x N (0)")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", metavar="TARGET:NUMBER", help="one case, in this process, with its traceback")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""Temporal attention's core by our kernel and by every backend of PyTorch: right, and how fast."""
+"""The core of temporal attention by this project's kernel and by every PyTorch backend: correctness and speed."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lfdm_export.ops.temporal_attention.gpu import core_on_gpu, suits_core
 from lfdm_export.ops.temporal_attention.reference import core_in_torch, rotate
 from lfdm_export.ops.temporal_attention.tables import lay_out_bias, lay_out_turns
 
-#: Pixels of the maps on which the published UNet attends over time.
+#: Pixels of the maps of the published UNet's temporal attention.
 PIXELS = (1024, 256, 64, 16)
 _BACKENDS = ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-#: Largest errors against float64, relative to the largest value, that count as right: rounding of queries and keys
-#: after rotation, of weights, and of the result.
+#: Largest allowed errors against float64, relative to the largest value: from rounding of queries and keys after
+#: rotation, of weights, and of the result.
 LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class WrongAttentionError(Exception):
-    """A kernel gives what it should not."""
+    """A kernel's result is wrong."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Shape:
         frames: T.
         heads: H.
         width: D, channels of a head.
-        rotary_width: R, how many of them are rotated.
+        rotary_width: R, the rotated channels of a head.
         batch: B.
     """
 
@@ -53,7 +53,7 @@ class Shape:
 
 
 _TINY = Shape(4, frames=5, heads=2, width=16, rotary_width=16)
-#: What the kernel is checked on: the published network's maps, and what is special in another way.
+#: Shapes of the check: the published network's maps, and special cases.
 _PUBLISHED = (*(Shape(pixels) for pixels in PIXELS), Shape(16, batch=8))
 _SPECIAL = (
     Shape(5, frames=39, heads=3, rotary_width=20, batch=2),
@@ -61,7 +61,7 @@ _SPECIAL = (
     Shape(9, frames=16, heads=4, width=16, rotary_width=16),
     Shape(9, frames=64, heads=4, width=64, rotary_width=64),
 )
-#: Those for which the host build has kernels.
+#: Shapes for which the host build has kernels.
 _TOYS = (Shape(3), Shape(2, frames=37, heads=3, rotary_width=20, batch=2), _TINY)
 
 
@@ -70,9 +70,9 @@ class Case:
     """Inputs of a core.
 
     Attributes:
-        qkv: (B, T, P, 3·H·D): queries, keys and values as one product gives them, not rotated.
+        qkv: (B, T, P, 3·H·D): queries, keys and values from one product, not rotated.
         cos: (T, R / 2) float32.
-        sin: likewise.
+        sin: (T, R / 2) float32.
         bias: (1, H, T, T) float32.
         heads: H.
         expected: (B, T, P, H·D) float64.
@@ -86,12 +86,12 @@ class Case:
     expected: Tensor
 
     def tables(self) -> tuple[Tensor, Tensor]:
-        """What our kernel takes beside `qkv`."""
+        """The kernel's inputs besides `qkv`."""
         width = self.qkv.shape[-1] // (3 * self.heads)
         return lay_out_turns(self.cos, self.sin, width), lay_out_bias(self.bias[0])
 
     def rotated(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B·P, H, T, D), rotated, as PyTorch's backends take them."""
+        """Queries, keys and values (B·P, H, T, D), rotated, for PyTorch's backends."""
         q, k, v = (_by_head(part, self.heads) for part in self.qkv.chunk(3, dim=-1))
         turned = (rotate(x.float(), self.cos, self.sin).to(x.dtype) for x in (q, k))
         return (*turned, v.contiguous())  # type: ignore[return-value]
@@ -112,10 +112,10 @@ def make_case(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
 
 
 def check_cores(device: torch.device, *, toy: bool) -> Record:
-    """Our kernel's errors against float64, and the largest that count as right."""
+    """The kernel's errors against float64, and their limits."""
     found: Record = {}
     for dtype, name in _NAMES.items():
-        # One type is enough where every shape has a kernel of its own to build.
+        # One type is enough on the host, where every shape needs its own kernel build.
         special = _SPECIAL if dtype == torch.float16 else ()
         for shape in _TOYS if toy else (*_PUBLISHED, *special):
             case = make_case(shape, dtype, device)
@@ -125,7 +125,7 @@ def check_cores(device: torch.device, *, toy: bool) -> Record:
 
 
 def run_cores_once(device: torch.device, *, toy: bool) -> int:
-    """Launch our kernel once at each size in float16; how many launches."""
+    """Launch the kernel once per size in float16; returns the number of launches."""
     shapes = [_TINY] if toy else [Shape(pixels) for pixels in PIXELS]
     for shape in shapes:
         case = make_case(shape, torch.float16, device)
@@ -134,13 +134,13 @@ def run_cores_once(device: torch.device, *, toy: bool) -> int:
 
 
 def attention(bench: Bench) -> Record:
-    """Seconds and error of our kernel and of PyTorch's backends, at the sizes of the published network in float16.
+    """Seconds and error of the kernel and of PyTorch's backends, at the sizes of the published network in float16.
 
-    The kernel takes what one product gives, and rotates; the backends take what is rotated and laid out by head. One
-    may refuse a shape. The kernel's bytes are those that must move.
+    The kernel takes the product's result and rotates it; the backends take rotated inputs laid out by head. A backend
+    may refuse a shape. The kernel's bytes are the necessary transfers.
 
     Raises:
-        WrongAttentionError: one is wrong; the message says which.
+        WrongAttentionError: a result is wrong; the message says which.
     """
     names = _BACKENDS if bench.device.type == "cuda" else ("MATH",)
     for pixels in (_TINY.pixels,) if bench.tiny else PIXELS:
@@ -179,7 +179,7 @@ def _by_backend(bench: Bench, case: Case, backend: SDPBackend) -> Record:
 
     try:
         return _timed(bench, run, by_frame, case)
-    except torch.AcceleratorError:  # the GPU's context is lost, and with it all that would follow
+    except torch.AcceleratorError:  # the GPU's context is lost: nothing more can run
         raise
     except RuntimeError as error:
         return {"refused": f"{type(error).__name__}: {error}"[:300]}
@@ -191,7 +191,7 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
-    """The largest, relative to the largest value; a value that was not written counts as infinite."""
+    """The largest error, relative to the largest value; a value that was not written counts as infinite."""
     return float((found.double() - expected).abs().nan_to_num(nan=math.inf).max() / expected.abs().max())
 
 

@@ -1,7 +1,8 @@
-"""Clips on a GPU: the published program's way in PyTorch, and ours; stage by stage and end to end.
+"""Clips on a GPU: the published program's way in PyTorch, and this project's; stage by stage and end to end.
 
-Ours are the deployable modules with our kernels, every stage one CUDA graph: the step's graph takes its coefficients,
-timestep and noise by an index that it advances itself, so that a clip is encode, ten launches of one graph, decode.
+`Ours` are the deployable modules with this project's kernels, one CUDA graph per stage: the step's graph reads its
+coefficients, timestep and noise by an index that it advances itself, so that a clip is encode, ten launches of one
+graph, decode.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from lfdm_export.sampling.tables import sampler_table
 from lfdm_models.lfae import latent_to_flow
 from lfdm_models.model import LfdmModel
 
-#: Frames of all samples that ours decodes at once; more fill no GPU better, and take memory.
+#: Frames of all samples that `Ours` decodes at once; more do not use the GPU better, and need memory.
 DECODED_AT_ONCE = 320
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What clips to make.
+    """The clips to make.
 
     Attributes:
         image: (B, 3, H, W) float32 in [0, 1], on the device.
         embedding: (B, text_width) float32.
         seeds: one per sample.
-        table: the sampler; DDIM, whose step the published program's way is written for.
+        table: table of the sampler; DDIM, the only sampler of `Published`.
         frames: T.
         latent_size: h = w.
     """
@@ -53,15 +54,15 @@ class Task:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of one sample's latent."""
+        """Shape of one sample's latent."""
         return 3, self.frames, self.latent_size, self.latent_size
 
 
 class Clips(Protocol):
-    """A way to make the clips of a task, as stages that work on tensors of their own."""
+    """A way to make the clips of a task, as stages that work on its own tensors."""
 
     def encode(self) -> object:
-        """Image -> what the other stages need."""
+        """Encode the image for the other stages."""
 
     def start(self) -> object:
         """Set the chain to its start."""
@@ -70,10 +71,10 @@ class Clips(Protocol):
         """One step of the chain."""
 
     def decode(self) -> Tensor:
-        """All frames of the latent as it is: (B, 3, T, H, W) float32."""
+        """All frames of the current latent: (B, 3, T, H, W) float32."""
 
     def latent(self) -> Tensor:
-        """The latent as it is, (B, 3, T, h, w) float32."""
+        """The current latent, (B, 3, T, h, w) float32."""
 
 
 def make(clips: Clips, steps: int) -> Tensor:
@@ -86,7 +87,7 @@ def make(clips: Clips, steps: int) -> Tensor:
 
 
 def make_task(model: LfdmModel, batch: int, device: torch.device, *, image_size: int, frames: int, steps: int) -> Task:
-    """Smooth pictures, embeddings and seeds, the same for the same batch."""
+    """A task with smooth pictures, embeddings and seeds, the same for the same batch size."""
     random = np.random.default_rng(0)
     coarse = torch.from_numpy(random.random((batch, 3, 8, 8), dtype=np.float32))
     image = nn.functional.interpolate(coarse, size=(image_size, image_size), mode="bicubic").clamp(0, 1)
@@ -99,14 +100,14 @@ def make_task(model: LfdmModel, batch: int, device: torch.device, *, image_size:
 
 
 class Published:
-    """The faithful networks: the whole feature in every step, frame by frame through encoder and decoder.
+    """The faithful networks: the whole feature in every step, and encoder and decoder for every frame.
 
     Args:
-        model: on the device.
-        task: what to make.
-        lower: dtype of autocast, None for float32.
-        graphs: capture the network and the decoding of a frame.
-        compiled: let torch.compile make the network and the decoding.
+        model: the networks, on the device.
+        task: the clips to make.
+        lower: dtype of autocast; None for float32.
+        graphs: capture the network and the decoding of a frame as CUDA graphs.
+        compiled: compile the network and the decoding by torch.compile.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class Published:
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self._lower is None:
             return contextlib.nullcontext()
-        # Weights in a cache would be gone when a captured graph reads them again.
+        # Cached casts of weights would be freed before a captured graph reads them again.
         return torch.autocast(self._device.type, dtype=self._lower, cache_enabled=False)
 
     def _predicted_noise(self, unet: Callable[..., Tensor]) -> Tensor:
@@ -194,15 +195,15 @@ class Published:
 
 
 class Ours:
-    """The deployable modules with our kernels.
+    """The deployable modules with this project's kernels.
 
     Args:
-        model: on any device, float32.
-        task: what to make.
-        dtype: of weights and activations.
-        graphs: capture every stage.
-        compiled: let torch.compile make step and decoder.
-        last: channels last.
+        model: the networks, on any device, float32.
+        task: the clips to make.
+        dtype: dtype of weights and activations.
+        graphs: capture every stage as a CUDA graph.
+        compiled: compile step and decoder by torch.compile.
+        last: use the channels-last memory format.
     """
 
     def __init__(
@@ -263,7 +264,7 @@ class Ours:
     def encode(self) -> None:
         """See `Clips`."""
         encoded = self._encode()
-        if encoded is not self._encoded:  # not captured: what follows reads the first run's tensors
+        if encoded is not self._encoded:  # not captured: later stages read the first run's tensors
             for old, new in zip(self._encoded, encoded, strict=True):
                 old.copy_(new)
 
@@ -288,7 +289,7 @@ class Ours:
         return self._x.clone()
 
     def work(self) -> dict[str, Work]:
-        """What a step and the decoding of all frames cost at least, for the batch; multiply-adds count as two."""
+        """Minimum cost of a step and of decoding all frames, for the batch; multiply-adds count as two."""
         from torch.utils.flop_counter import FlopCounterMode
 
         batch = len(self._x)
@@ -308,7 +309,7 @@ class Ours:
 
 
 def _chunk(frames: int, batch: int) -> int:
-    """Frames of a clip that are decoded at once: a divisor of all of them."""
+    """Frames decoded at once: a divisor of `frames`."""
     most = max(1, DECODED_AT_ONCE // batch)
     return max(part for part in range(1, frames + 1) if frames % part == 0 and part <= most)
 
@@ -323,7 +324,7 @@ def _size(tensors: Sequence[Tensor]) -> int:
 
 
 def _compiled(module: Any, device: torch.device) -> Any:
-    """By torch.compile; in a trial on a CPU traced alone, as code for CPUs shows nothing of code for GPUs."""
+    """Compile by torch.compile; in a trial on a CPU only trace, because CPU code says nothing about GPU code."""
     return torch.compile(module, dynamic=False, backend="inductor" if device.type == "cuda" else "eager")
 
 

@@ -1,4 +1,4 @@
-"""The `ctypes` driver of plans on a real GPU: copies, capture, replay, pinned memory; from two threads."""
+"""Checks of the plans' `ctypes` driver on a real GPU: copies, capture, replay, pinned memory; from two threads."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _TURNS = 8
 
 
 class WrongCopyError(Exception):
-    """What came back from the GPU is not what went there."""
+    """Data came back from the GPU changed."""
 
 
 def check_driver(bench: Bench) -> Record:
-    """Use every call that plans use but TensorRT's own.
+    """Check every driver call that plans make, except TensorRT's own.
 
     Raises:
-        EngineError: the driver reports an error; what was right before is kept.
-        WrongCopyError: it does the wrong thing.
+        EngineError: the driver reports an error; earlier results are kept.
+        WrongCopyError: a copy is wrong.
     """
     driver = load_driver()
     bench.keep({"gpus": [asdict(gpu) for gpu in driver.gpus()]})
@@ -81,7 +81,7 @@ def _ring(driver: CudaDriver, stream: Handle) -> str:
 
 
 def _second_thread(driver: CudaDriver, stream: Handle) -> str:
-    """The same copies from a thread that did not choose the GPU itself, but binds its context."""
+    """The same copies from a second thread, which binds the existing context."""
     found: list[str] = []
 
     def work() -> None:

@@ -1,7 +1,7 @@
-"""How fast a GPU can be at best: its own measured rates, and what a stage must compute and move.
+"""Lower bounds of a stage's time on a GPU, from the GPU's measured rates and the stage's operations and bytes.
 
-A floor is what no program of the same operations goes below. The time of a stage over its floor says how much is left
-to gain, on any GPU; the time alone does not.
+A floor is the time that no program with the same operations can beat. The ratio of a stage's time to its floor shows
+how much can still be gained, on any GPU; the time alone does not.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage costs at least.
+    """Minimum work of a stage.
 
     Attributes:
         flops: floating-point operations of its products and convolutions.
-        bytes: of its weights, inputs and results, each moved once.
+        bytes: bytes of its weights, inputs and results, each moved once.
     """
 
     flops: float
@@ -27,29 +27,29 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a GPU was measured to give.
+    """Measured rates of a GPU.
 
     Attributes:
         flops: floating-point operations per second of a large matrix product.
-        bytes: per second that a large copy reads and writes together.
+        bytes: bytes per second that a large copy reads and writes together.
     """
 
     flops: float
     bytes: float
 
     def floor(self, work: Work) -> float:
-        """Seconds that the work takes at least."""
+        """Minimum seconds of the work."""
         return max(work.flops / self.flops, work.bytes / self.bytes)
 
 
 def clip_floors(ceilings: Record, work: Record, dtype: str, steps: int) -> dict[str, float]:
-    """Floors of a step, of the decoding of all frames, and of a clip, in seconds.
+    """Floors of a step, of decoding all frames, and of a clip, in seconds.
 
     Args:
         ceilings: data of the part "ceilings".
-        work: `flops` and `bytes` of "step" and "decode", as the part "ours-fp16" counts them.
-        dtype: of the matrix product whose rate counts, such as "fp16".
-        steps: of the clip.
+        work: `flops` and `bytes` of "step" and "decode", counted by the part "ours-fp16".
+        dtype: dtype of the matrix product whose rate applies, such as "fp16".
+        steps: steps of the clip.
     """
     rates = Rates(
         ceilings["matrix_product"][dtype]["flops_per_second"], ceilings["copy"]["bytes_per_second"]

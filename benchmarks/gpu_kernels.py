@@ -1,4 +1,4 @@
-"""The CUDA kernels on the GPU itself: right, and how fast against what PyTorch does and what memory gives."""
+"""The CUDA kernels on the GPU: correctness, and speed compared with PyTorch and with the memory bandwidth."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from lfdm_export.sampling.noise import noise_for
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMS = {"planar": torch.contiguous_format, "channels_last": torch.channels_last}
-#: Sizes of the published decoder: channels, side of the map, stride of the phases.
+#: Sizes of the published decoder: channels, side of the map in pixels, stride of the phases.
 LEVELS = {
     "128x128x64": (64, 128, 1),
     "64x64x128": (128, 64, 1),
     "32x32x256": (256, 32, 1),
     "phase of 128": (64, 128, 2),
 }
-#: Channels and side of a picture that no pack or tile divides. None of its pixels lies on one of the motion's 8: where
-#: one does (as with 24), rounding alone decides whether a wild neighbor weighs 0 or 1e-16 (on a GPU PyTorch's float64
-#: fuses multiplication and addition, and lands beside 1.0), and so whether the pixel looks outside.
+#: Channels and side of a picture that no pack or tile divides. None of its pixels coincides with one of the motion's 8:
+#: where one does (as with 24), rounding decides whether a wild neighbor weighs 0 or 1e-16 (on a GPU PyTorch's float64
+#: fuses multiplication and addition, and does not give exactly 1.0), and so whether the pixel samples outside.
 PICTURE = (3, 20)
 TOY_LEVELS = {"16x16x8": (8, 16, 1), "phase of 16": (8, 16, 2)}
-#: Largest errors against float64 that count as right, relative to the largest value: rounding of the result, and
-#: coordinates that are float32.
+#: Largest allowed errors against float64, relative to the largest value: from rounding of the result, and from float32
+#: coordinates.
 LIMITS = {"fp32": 2e-5, "fp16": 1e-3, "bf16": 8e-3}
 
 Record = dict[str, Any]
 
 
 class WrongResultError(Exception):
-    """A kernel gives what it should not."""
+    """A kernel's result is wrong."""
 
 
 def chip(device: torch.device) -> Record:
-    """What the GPU is, and what runs it."""
+    """Name of the GPU, and versions of its software."""
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     if device.type != "cuda":
         return {"name": "none: a trial on the CPU", "versions": versions}
@@ -63,7 +63,7 @@ def chip(device: torch.device) -> Record:
 
 
 def ceilings(device: torch.device, *, toy: bool) -> Record:
-    """What the GPU gives at best: bytes per second of a copy, operations per second of a matrix product."""
+    """Maximum rates of the GPU: bytes per second of a copy, operations per second of a matrix product."""
     size = 1 << (22 if toy else 30)
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
@@ -86,7 +86,7 @@ def _random(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _motion(frames: int, side: int, device: torch.device, *, wild: bool = False) -> Tensor:
-    """Flows of a moving picture: the identity, stirred; some pixels look outside, or nowhere."""
+    """Flows of a moving picture: the identity, perturbed; some pixels sample outside, or at no number."""
     line = torch.linspace(-1, 1, side)
     grid = torch.stack(torch.meshgrid(line, line, indexing="ij")[::-1]).to(device)
     offset = F.interpolate(_random(1, (frames, 2, 4, 4), device) * 0.2, size=(side, side), mode="bilinear")
@@ -101,7 +101,7 @@ def checks(device: torch.device, *, toy: bool) -> Record:
     """Every kernel against its reference in float64 on the device.
 
     Raises:
-        WrongResultError: one is wrong; the message says which and by how much.
+        WrongResultError: a kernel is wrong; the message says which and by how much.
     """
     found: Record = {}
     levels = TOY_LEVELS if toy else LEVELS
@@ -145,8 +145,9 @@ def _check_warp(
 ) -> Record:
     """Largest error of both operators; a value that was not written counts as infinite.
 
-    `wild`: some coordinates are no numbers. Only if a side is a power of two times the motion's: elsewhere rounding
-    decides whether such a neighbour counts with a weight of 0 or of 1e-16, and PyTorch's operator contracts on a GPU.
+    With a `wild` motion some coordinates are not numbers. It is used only if a side is a power of two times the
+    motion's: elsewhere rounding decides whether such a neighbor has a weight of 0 or of 1e-16, because PyTorch's
+    operator fuses multiplication and addition on a GPU.
     """
     frames, batch = 6, 2
     source = _random(3, (batch, channels, side, side), device).to(dtype).to(memory_format=form)
@@ -165,7 +166,7 @@ def _check_warp(
 
 
 def _check_step(count: int, device: torch.device) -> Record:
-    """How many values differ from NumPy's, which they should equal to the last bit."""
+    """Number of values that differ from NumPy's; they should be equal to the last bit."""
     rng = np.random.default_rng(0)
     latent = np.stack([rng.standard_normal(count) * 3, rng.uniform(-0.5, 0.5, count), rng.standard_cauchy(count),
                        np.full(count, -4.25), rng.integers(-5, 6, count) * 1.5]).astype(np.float32)  # fmt: skip
@@ -179,7 +180,7 @@ def _check_step(count: int, device: torch.device) -> Record:
     tensors = [torch.from_numpy(array).to(device) for array in arrays]
     found = [tensor.cpu().numpy() for tensor in thresholded_step(*tensors)]
     different = sum(int((a != b).sum()) for a, b in zip(found, expected, strict=True))
-    # A narrower prediction is what a float16 network gives.
+    # A float16 network gives a float16 prediction.
     half = thresholded_step(tensors[0], tensors[1].half(), *tensors[2:])
     exact = apply_step(latent, predicted.astype(np.float16).astype(np.float32), *arrays[2:])
     different += sum(int((a.cpu().numpy() != b).sum()) for a, b in zip(half, exact, strict=True))
@@ -187,7 +188,7 @@ def _check_step(count: int, device: torch.device) -> Record:
 
 
 def _check_noise(device: torch.device, count: int) -> Record:
-    """Largest difference from the host's draws in units in the last place, and how many differ."""
+    """Largest difference from the host's draws in units in the last place, and the number of differences."""
     seeds = [0, 7, 2**64 - 1]
     expected = noise_for(seeds, 3, (count,))
     on_device = torch.tensor(np.array(seeds, np.uint64).view(np.int64), device=device)
@@ -200,7 +201,7 @@ def run_once(device: torch.device, *, toy: bool) -> int:
     """Launch WarpBlend, attention and group norm at the networks' sizes in float16, the step and the noise, once each.
 
     Returns:
-        How many launches of our kernels that were.
+        The number of launches.
     """
     launches = run_cores_once(device, toy=toy)
     frames = 2 if toy else 40
@@ -224,7 +225,7 @@ def run_once(device: torch.device, *, toy: bool) -> int:
 
 
 def torch_warp_blend(source: Tensor, motion: Tensor, previous: Tensor, stride: int, phase: tuple[int, int]) -> Tensor:
-    """What PyTorch offers for it: interpolate, grid_sample, blend. The grid is rounded, as grid_sample demands."""
+    """WarpBlend by PyTorch's operators: interpolate, grid_sample (which requires a rounded grid), blend."""
     frames = len(motion) // len(source)
     full = F.interpolate(motion, size=source.shape[2:], mode="bilinear", align_corners=False)
     resized = full[:, :, phase[0] :: stride, phase[1] :: stride].to(source.dtype)
@@ -235,10 +236,10 @@ def torch_warp_blend(source: Tensor, motion: Tensor, previous: Tensor, stride: i
 
 
 def warp_speed(device: torch.device, budget: Budget, keep: Callable[[Record], None], *, toy: bool) -> Record:
-    """WarpBlend at the decoder's sizes: seconds, bytes a second, and PyTorch's operators beside it.
+    """WarpBlend at the decoder's sizes: seconds, bytes per second, and PyTorch's operators for comparison.
 
-    Bytes are those that must move: `previous` in, the result out, source and motion once. Inputs and results take
-    turns, so that together they exceed the L2 cache.
+    Bytes are the necessary transfers: `previous` in, the result out, source and motion once. Inputs and results
+    alternate, so that together they exceed the L2 cache.
     """
     for dtype_name in ("fp16", "fp32", "bf16"):
         for frames in (2,) if toy else (40, 8):
@@ -278,9 +279,9 @@ def _time_warp(
 
 
 def _each(run: Callable[[Tensor], Tensor], inputs: list[Tensor], device: torch.device) -> Timing:
-    """Time of one run, of many in a graph, so that the host's launches do not count.
+    """Time per run, of many runs in a CUDA graph, so that the host's launches do not count.
 
-    All results are kept until the end: one that took the place of the last one would still be in the L2 cache.
+    All results are kept until the end: a result at the address of the previous one would still be in the L2 cache.
     """
     run(inputs[0])
 
@@ -291,7 +292,7 @@ def _each(run: Callable[[Tensor], Tensor], inputs: list[Tensor], device: torch.d
 
 
 def published_step(latent: Tensor, predicted: Tensor, noise: Tensor, c: Tensor) -> Tensor:
-    """The published program's way of a DDIM step behind the network: `torch.quantile`, clamp, update."""
+    """The published program's DDIM step after the network: `torch.quantile`, clamp, update."""
     x0 = c[:, 0] * latent + c[:, 1] * predicted
     bound = torch.quantile(x0.flatten(1).abs(), 0.9, dim=1).clamp(min=1).view(-1, *[1] * (latent.ndim - 1))
     x0 = x0.clamp(-bound, bound) / bound
@@ -299,9 +300,9 @@ def published_step(latent: Tensor, predicted: Tensor, noise: Tensor, c: Tensor) 
 
 
 def step_speed(device: torch.device, budget: Budget, keep: Callable[[Record], None], *, toy: bool) -> Record:
-    """ThresholdedStep and the noise, and PyTorch's operators beside them, for batches.
+    """ThresholdedStep and the noise, compared with PyTorch's operators, for several batch sizes.
 
-    The kernels run in a graph, as they do in a clip; PyTorch's operators as they are called.
+    The kernels run in a CUDA graph, as in a clip; PyTorch's operators run eagerly.
     """
     shape = (3, 2, 8, 8) if toy else (3, 40, 32, 32)
     for batch in (1, 2) if toy else (1, 8, 32):

@@ -1,8 +1,8 @@
-"""Our kernels once each at the decoder's sizes, for ncu; with `checks`, the small checks, for compute-sanitizer.
+"""Runs each kernel once at the decoder's sizes, for ncu; with `checks`, the small checks, for compute-sanitizer.
 
     python benchmarks/gpu_kernels_once.py [checks] [--device cpu]
 
-On a CPU the host build stands in, with small sizes: a trial of this program.
+On a CPU it runs the host build with small sizes, as a trial of this program.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from benchmarks.gpu_work import Settings, build_host_kernels, kernels_for  # noq
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run them; 1 if a check fails."""
-    parser = argparse.ArgumentParser(description="Run our kernels once, for a profiler or a sanitizer.")
+    """Run the kernels or checks; returns 1 if a check fails."""
+    parser = argparse.ArgumentParser(description="Run each kernel once, for a profiler or a sanitizer.")
     parser.add_argument("what", nargs="?", choices=("kernels", "checks"), default="kernels")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial")
     options = parser.parse_args(arguments)

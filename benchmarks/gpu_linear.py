@@ -1,4 +1,4 @@
-"""The UNet's linear attention on the GPU: with its context by fused attention, and by products and a softmax."""
+"""The UNet's linear attention on the GPU: its context by fused attention, or by products and a softmax."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from benchmarks.gpu_work import Bench
 from lfdm_export.rewrite import attention
 from lfdm_models.attention import PreNorm, Residual, SpatialLinearAttention
 
-#: Pixels and channels of the published UNet's maps, by what they cost.
+#: Pixels and channels of the published UNet's maps, by cost.
 MAPS = ((1024, 64), (64, 256), (256, 128))
 TOY_MAPS = ((16, 32),)
 _HEADS, _HEAD_WIDTH, _FRAMES = 8, 32, 40
-#: Largest error against float64, relative to the largest value.
+#: Largest allowed error against float64, relative to the largest value.
 _LIMIT = 4e-3
 
 
 class WrongAttentionError(Exception):
-    """One of the ways gives what it should not."""
+    """The result of one of the ways is wrong."""
 
 
 def linear_attention_speed(bench: Bench) -> Record:
-    """Seconds, launches and error of a block, compiled, for each map and way.
+    """Seconds, launches and error of a compiled block, per map and way.
 
     Raises:
-        WrongAttentionError: one is wrong; the message says which.
+        WrongAttentionError: a result is wrong; the message says which.
     """
     for pixels, channels in TOY_MAPS if bench.tiny else MAPS:
         found: Record = {}
@@ -71,7 +71,7 @@ def _error(result: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def _fused_up_to(width: int | None) -> Iterator[None]:
-    """Another limit than the product's for vectors that fused attention is given; None: the product's."""
+    """Change the largest vector width for which fused attention is used; None keeps the product's limit."""
     before = attention.FUSED_WIDTH
     if width is not None:
         attention.FUSED_WIDTH = width

@@ -1,4 +1,4 @@
-"""GroupNormSilu on the GPU: right, and how fast beside PyTorch's operators, compiled and not."""
+"""GroupNormSilu on the GPU: correctness, and speed compared with PyTorch's operators, compiled and eager."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from lfdm_export.ops.group_norm_silu.reference import (
 MAPS = {"32x32x64": (64, 32), "16x16x128": (128, 16), "8x8x256": (256, 8), "4x4x512": (512, 4)}
 TOY_MAPS = {"8x8x64": (64, 8), "3x3x24": (24, 3)}
 GROUPS = 8
-#: Results in turn, so that a graph holds many launches.
+#: Number of results in turn, so that a CUDA graph has many launches.
 _TURNS = 24
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def norm_checks(device: torch.device, *, toy: bool) -> Record:
-    """Error of the kernels against float64 for each map and type, relative to the largest value."""
+    """Error of the kernels against float64 per map and type, relative to the largest value."""
     found: Record = {}
     maps = TOY_MAPS if toy else MAPS | {"5x7x24": (24, 5)}
     for dtype_name, dtype in _DTYPES.items():
@@ -40,7 +40,7 @@ def norm_checks(device: torch.device, *, toy: bool) -> Record:
 
 
 def norms_once(device: torch.device, *, toy: bool) -> int:
-    """Run the norm of each map once in float16; how many that were."""
+    """Run the norm of each map once in float16; returns the number of runs."""
     maps = TOY_MAPS if toy else MAPS
     for channels, side in maps.values():
         group_norm_silu(**_arguments(channels, side, 2 if toy else 40, 1, torch.float16, device))
@@ -48,7 +48,7 @@ def norms_once(device: torch.device, *, toy: bool) -> int:
 
 
 def _check(arguments: dict[str, Any]) -> Record:
-    """Modulated and added; a value that was not written counts as infinite."""
+    """Errors with modulation and residual; a value that was not written counts as infinite."""
     errors = {}
     for kind in ("whole", "plain"):
         some = dict(arguments) if kind == "whole" else {**arguments, "scale_shift": None, "residual": None}
@@ -97,9 +97,9 @@ def _arguments(
 
 
 def norm_speed(device: torch.device, budget: Budget, keep: Callable[[Record], None], *, toy: bool) -> Record:
-    """Seconds of the kernels at batch 1 and 8 in float16, beside a copy and PyTorch's operators.
+    """Seconds of the kernels at batch 1 and 8 in float16, compared with a copy and PyTorch's operators.
 
-    What they replace are PyTorch's operators behind a compiler, which comes last: it takes seconds for each map.
+    The compiled operators, which the kernels replace, come last: compiling takes seconds per map.
     """
     maps = TOY_MAPS if toy else MAPS
     found: dict[str, Record] = {}

@@ -1,8 +1,8 @@
-"""One part of the GPU suite, as a process of its own; `gpu_suite.py` starts it.
+"""One part of the GPU suite, in its own process; `gpu_suite.py` starts it.
 
     python benchmarks/gpu_part.py NAME WORK_FOLDER
 
-It imports what it needs, waits for a line with the seconds that it has, runs, and writes its record.
+It imports its modules, waits for a line with its time limit in seconds, runs, and writes its record.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     if part.model:
         bench.model = load_model(settings)
     turn = sys.stdin.readline()
-    if not turn:  # the suite ended before this part's turn came
+    if not turn:  # the suite ended before this part's turn
         return 1
     bench.budget = Budget(time.monotonic() + float(turn))
     record = run(part, bench)
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(part: Part, bench: Bench) -> Record:
-    """Run a part; whatever it does, its record says, and is written."""
+    """Run a part and write its record, also if the part fails."""
     record: Record
     try:
         if part.torch:
@@ -67,16 +67,16 @@ def run(part: Part, bench: Bench) -> Record:
 def _set_up_torch(device: str) -> None:
     import torch
 
-    if device == "cpu":  # a trial: beside others' work, threads that wait for each other take far longer than one
+    if device == "cpu":  # a trial: on a busy machine, threads that wait for each other are far slower than one
         torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
-    # Algorithms that cuDNN tries for each convolution that is new: 10 by default, of some 30 ms each.
+    # Algorithms that cuDNN tries per new convolution: 10 by default, of some 30 ms each.
     torch.backends.cudnn.benchmark_limit = 4
 
 
 def _end_with_the_suite() -> None:
-    """Let Linux end this process when the suite's ends, however that comes about."""
+    """Let Linux end this process when the suite's process ends, for whatever reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
 

@@ -1,4 +1,4 @@
-"""The parts of the GPU suite, in the order of their worth: what a run that ends early has measured is worth most."""
+"""The parts of the GPU suite, the most important first, so that a run that ends early has measured them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """One part, which runs in a process of its own.
+    """One part, which runs in its own process.
 
     Attributes:
-        what: it shows, for people.
-        run: does it; imports what it needs when it is called.
-        need: seconds below which it is not worth starting.
+        what: description of what it measures.
+        run: runs the part; imports its modules when called.
+        need: minimum seconds to start it.
         limit: seconds after which it is killed.
-        torch: it uses PyTorch.
-        kernels: it uses our kernels.
-        model: it needs the networks.
-        gpu: it has no trial on a CPU.
+        torch: whether it uses PyTorch.
+        kernels: whether it uses this project's kernels.
+        model: whether it needs the networks.
+        gpu: whether it requires a GPU, with no trial on a CPU.
     """
 
     what: str
@@ -126,31 +126,31 @@ def _clip(what: str, run: Callable[[Bench], Record], need: float, limit: float) 
     return Part(what, run, need, limit, kernels=True, model=True)
 
 
-#: Makes weights for the others, on the host and beside the first parts.
+#: Makes weights for the other parts, on the host, while the first parts run.
 SHARED = Part("weights for the others, and on a CPU the kernels' host build", _shared, 0, 120)
 
 PARTS: dict[str, Part] = {
     "driver": Part(
-        "our ctypes driver: copies, capture, replay, a second thread", _driver, 3, 40, torch=False, gpu=True
+        "the ctypes driver: copies, capture, replay, a second thread", _driver, 3, 40, torch=False, gpu=True
     ),
-    "checks": Part("our kernels against float64", _checks, 8, 75, kernels=True),
+    "checks": Part("this project's kernels against float64", _checks, 8, 75, kernels=True),
     "ceilings": Part("copy bandwidth and matrix rates of the chip", _ceilings, 6, 40),
     "faithful-fp32": _clip(
         "the published way, and the frames to compare with", _way("faithful", "fp32", graphs=False), 12, 60
     ),
-    "ours-fp16": _clip("our modules and kernels in CUDA graphs", _way("ours", "fp16"), 12, 70),
+    "ours-fp16": _clip("this project's modules and kernels in CUDA graphs", _way("ours", "fp16"), 12, 70),
     "ours-fp16-compiled": _clip(
         "the same by torch.compile: the fastest way", _way("ours", "fp16", compiled=True), 45, 150
     ),
-    "attention": Part("temporal attention's core: our kernel, PyTorch's backends", _attention, 8, 40, kernels=True),
-    "step": Part("our step and noise kernels, and PyTorch's operators", _step, 8, 40, kernels=True),
-    "norm": Part("our group norm kernels, and PyTorch's operators", _norm, 6, 40, kernels=True),
+    "attention": Part("temporal attention's core: kernel, and PyTorch's backends", _attention, 8, 40, kernels=True),
+    "step": Part("step and noise kernels, and PyTorch's operators", _step, 8, 40, kernels=True),
+    "norm": Part("group norm kernels, and PyTorch's operators", _norm, 6, 40, kernels=True),
     "linear": Part("linear attention, compiled, by fused attention and by products", _linear, 8, 45, kernels=True),
-    "product-fp16": _clip("the target torch, as users get it", _product("fp16", (1,)), 50, 170),
+    "product-fp16": _clip("the target torch, as users run it", _product("fp16", (1,)), 50, 170),
     "product-fp16-batch": _clip("the same for eight clips", _product("fp16", (8,)), 60, 200),
     "warp": Part("WarpBlend at the decoder's sizes, and PyTorch's operators", _warp, 8, 45, kernels=True),
     "faithful-fp16-graphs": _clip("the published way in autocast and CUDA graphs", _way("faithful", "fp16"), 12, 50),
-    "batches-fp16": _clip("our modules by batch size", _batches("fp16", (8, 32, 1, 2, 4, 16)), 15, 90),
+    "batches-fp16": _clip("this project's modules by batch size", _batches("fp16", (8, 32, 1, 2, 4, 16)), 15, 90),
     "batches-fp16-compiled": _clip("the same by torch.compile", _batches("fp16", (8, 32), compiled=True), 45, 150),
     "ours-bf16-compiled": _clip("bfloat16 by torch.compile", _way("ours", "bf16", compiled=True), 45, 150),
     "ours-fp32": _clip("float32, for parity", _way("ours", "fp32"), 12, 60),

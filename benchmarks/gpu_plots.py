@@ -1,4 +1,4 @@
-"""Pictures of what `gpu_suite.py` measured; needs matplotlib.
+"""Plots of the results of `gpu_suite.py`; needs matplotlib.
 
 python benchmarks/gpu_plots.py FOLDER/gpu.json
 """
@@ -18,10 +18,10 @@ from benchmarks import figures
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Three panels: WarpBlend's bandwidth, one clip, clips per second by batch. What was not measured stays empty.
+    """Three panels: WarpBlend's bandwidth, one clip, clips per second by batch. A panel without data stays empty.
 
     Args:
-        result: what `gpu_suite.py` wrote.
+        result: the result of `gpu_suite.py`.
         path: the PNG to write.
     """
     figure = figures.new_figure(9.0, 10.0, dpi=130)

@@ -1,8 +1,8 @@
-"""Processes of the GPU suite: one per part, one after the other, none longer than its time.
+"""Processes of the GPU suite: one per part, one after the other, each with a time limit.
 
-A part that hangs, crashes, or loses the GPU's context (an illegal memory access does that) ends alone. While a part
-runs, the next one's process already imports what it needs and then waits for its turn on standard input, so that
-starting processes costs the GPU no time. This module imports neither torch nor CUDA.
+A part that hangs, crashes, or loses the GPU's context (after an illegal memory access) does not affect the others.
+While a part runs, the next part's process already imports its modules and then waits for its turn on standard input,
+so that starting processes costs no GPU time. This module imports neither torch nor CUDA.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 
 from benchmarks.gpu_records import Record, read_record
 
-#: Lines of a part's output that its record keeps if it fails.
+#: Last lines of a failed part's output that its record keeps.
 LAST_LINES = 25
-#: Between the end that a part is told and the moment at which it is killed, so that it can end by itself.
+#: Seconds between the end of a part's time and the moment when it is killed, so that it can end by itself.
 _GRACE_SECONDS = 3.0
 
 
@@ -30,13 +30,13 @@ class Job:
     """One part to run.
 
     Attributes:
-        name: of the part.
-        command: starts it; it then waits for a line with the seconds that it has, on standard input.
-        record: the file that it writes.
-        log: the file for its output.
-        need: seconds below which it is not worth starting.
+        name: name of the part.
+        command: command of its process, which waits for a line with its time limit in seconds on standard input.
+        record: file of its record.
+        log: file for its output.
+        need: minimum seconds to start it.
         limit: seconds after which it is killed.
-        after: the name of a background job that must have succeeded before.
+        after: name of a background job that must succeed first.
     """
 
     name: str
@@ -49,10 +49,10 @@ class Job:
 
 
 class Process:
-    """A job's process, and all processes that it starts."""
+    """A job's process and its descendants."""
 
     def __init__(self, job: Job, environment: Mapping[str, str]) -> None:
-        """Start it; it waits for `go`."""
+        """Start the process, which waits for `go`."""
         self.job = job
         self._ended = False
         job.record.unlink(missing_ok=True)
@@ -68,14 +68,14 @@ class Process:
             )
 
     def go(self, seconds: float) -> None:
-        """Let it begin, and say how long it has."""
+        """Let the job begin, and send its time limit."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended; `finish` says how
+        with contextlib.suppress(BrokenPipeError):  # it has ended; `finish` reports how
             self._process.stdin.write(f"{max(seconds - _GRACE_SECONDS, 0.5 * seconds)}\n".encode())
             self._process.stdin.flush()
 
     def finish(self, seconds: float) -> Record:
-        """Wait for its end, for so long at most, then kill it; its record, which says how it ended."""
+        """Wait for the end, kill the process after `seconds`, and return its record with how it ended."""
         try:
             self._process.wait(seconds)
             how = ""
@@ -93,7 +93,7 @@ class Process:
         return record
 
     def kill(self) -> None:
-        """End it and all processes that it started; without effect the second time."""
+        """Kill the process and its descendants; a second call has no effect."""
         if self._ended:
             return
         self._ended = True
@@ -119,11 +119,11 @@ def run_jobs(
     """Run jobs one after the other, and some in the background from the start.
 
     Args:
-        jobs: in order.
-        background: started at once; they work on the host alone.
+        jobs: jobs in order.
+        background: jobs started at once, which use only the host.
         end: `time.monotonic` seconds when all must have ended.
-        environment: of the processes.
-        done: takes a job's name and record as soon as it has ended, background jobs before those that need them.
+        environment: environment variables of the processes.
+        done: called with a job's name and record when it has ended, for background jobs before those that need them.
     """
     running = {job.name: Process(job, environment) for job in background}
     started = {name: time.monotonic() for name in running}
@@ -165,7 +165,7 @@ def run_jobs(
 
 
 def last_lines(log: Path) -> list[str]:
-    """The end of a part's output."""
+    """The last lines of a part's output."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 8192))
         return file.read().decode(errors="replace").splitlines()[-LAST_LINES:]
@@ -183,7 +183,7 @@ def _ending(code: int) -> str:
 
 
 def _descendants(ancestor: int) -> list[int]:
-    """Processes that this one started, and they in turn, whatever their process group; from Linux' /proc."""
+    """Descendants of a process in any process group, from Linux's /proc."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):

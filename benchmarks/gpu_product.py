@@ -1,4 +1,4 @@
-"""The target torch as users get it: whole clips from a picture on the host to 8-bit frames on the host."""
+"""The target torch as users run it: whole clips from a picture on the host to 8-bit frames on the host."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from lfdm_export.stages import stage_specs
 
 
 def measure_product(bench: Bench, precision: str, batches: tuple[int, ...]) -> Record:
-    """Clips per second and distance from the faithful networks, by batch; programs are compiled as for users."""
-    if bench.device.type != "cuda":  # compiling for a CPU takes minutes and shows nothing of a GPU
+    """Clips per second and distance from the faithful networks, by batch size; compiled as for users."""
+    if bench.device.type != "cuda":  # compiling for a CPU takes minutes and says nothing about a GPU
         os.environ[VARIABLE] = "0"
     for batch in batches:
         bench.budget.need(25, f"batch {batch}")
@@ -54,7 +54,7 @@ def measure_product(bench: Bench, precision: str, batches: tuple[int, ...]) -> R
 
 
 def _session(bench: Bench, precision: str, frames: int, size: int) -> TorchSession:
-    """A session of the bench's model, as one of its bundle would be."""
+    """A session of the bench's model, equal to one of its bundle."""
     assert bench.model is not None
     geometry = geometry_of(bench.model.config, frames, size)
     manifest = Manifest(
@@ -74,7 +74,7 @@ def _session(bench: Bench, precision: str, frames: int, size: int) -> TorchSessi
 
 
 def _psnr(bench: Bench, frames: np.ndarray) -> float | None:
-    """Of 8-bit frames (1, T, H, W, 3), against the faithful networks' in float32, rounded alike."""
+    """PSNR of 8-bit frames (1, T, H, W, 3) against those of the faithful networks in float32, rounded alike."""
     reference = torch.load(bench.settings.reference, weights_only=True)["frames"]
     expected = (reference.permute(0, 2, 3, 4, 1).clamp(0, 1) * 255).to(torch.uint8).numpy()
     square = float(np.mean(((frames.astype(np.float64) - expected) / 255) ** 2))

@@ -1,4 +1,4 @@
-"""Kernels by time: how many a stage launches, and which of them take it."""
+"""Kernels of a stage: the number of launches, and the kernels that take most time."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu_records import Record
 from benchmarks.gpu_timing import synchronize
 
-#: Kernels that a table has, by time.
+#: Rows of a table of kernels, by time.
 _ROWS = 200
 _NAME_LENGTH = 120
 
 
 def kernel_table(run: Callable[[], Any], device: torch.device) -> Record:
-    """What one run launches, by PyTorch's profiler; in a trial on a CPU, operators stand in for kernels.
+    """The kernels that one run launches, by PyTorch's profiler; in a trial on a CPU, its operators instead.
 
     Returns:
-        "launches", "seconds" of all kernels together, and "kernels": name, launches and seconds of those that take
-        longest.
+        "launches", "seconds" of all kernels together, and "kernels": name, launches and seconds of the slowest ones.
     """
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]

@@ -1,4 +1,4 @@
-"""Records of the GPU suite: what one part found, as JSON that is valid whatever happened."""
+"""Records of the GPU suite: the results of one part, as JSON that is always valid."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from benchmarks.machine import write_json
 
 Record = dict[str, Any]
 
-#: Folders whose names are left out of what is recorded: they say nothing about another machine.
+#: Folders whose names are removed from records: they mean nothing on another machine.
 _FOLDERS = (f"{sys.prefix}/", f"{Path(__file__).resolve().parents[1]}/")
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Write a record, whole or not at all; JSON has no infinities, so that they become "inf" and "nan"."""
+    """Write a record atomically; JSON has no infinities or NaN, so they become "inf" and "nan"."""
     write_json(path, plain(record))
 
 
 def read_record(path: Path) -> Record | None:
-    """What a part wrote; None if it wrote nothing."""
+    """Read a part's record; None if there is none."""
     try:
         record: Record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -31,7 +31,7 @@ def read_record(path: Path) -> Record | None:
 
 
 def plain(value: Any) -> Any:
-    """A record as it is kept: without infinities, and without the names of this machine's folders."""
+    """A record ready to be written: without infinities, and without the names of this machine's folders."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The two commands for a GPU that is at hand for a quarter of an hour. Run in the repository's root.
+# Two commands for a GPU that is available for a quarter of an hour. Run them in the repository's root.
 #
 #   benchmarks/gpu_run.sh measure OUT [options of gpu_suite.py]   at most eight minutes
 #   benchmarks/gpu_run.sh inspect OUT                             at most three and a half: compute-sanitizer and ncu
@@ -21,8 +21,8 @@ export PYTHONUNBUFFERED=1
 
 case $command in
 measure)
-    # What torch.compile and Triton made goes back with the results, so that a second run does not compile again.
-    # They lie where they stay: some entries name others by their whole paths.
+    # The caches of torch.compile and Triton are saved with the results, so that a second run does not compile again.
+    # Their folder is fixed: some entries name others by absolute paths.
     caches="${XDG_CACHE_HOME:-$HOME/.cache}/lfdm-export/gpu-suite"
     mkdir -p "$caches"
     if [ -f "$out/caches.tar.gz" ]; then tar xzf "$out/caches.tar.gz" -C "$caches"; fi

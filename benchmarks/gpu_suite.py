@@ -1,14 +1,14 @@
-"""Everything that wants a GPU, in one run: kernels right and fast, clips by PyTorch and by us, batch 1 to 32.
+"""All GPU measurements in one run: kernels checked and timed, clips by PyTorch and by this project, batch 1 to 32.
 
     python benchmarks/gpu_suite.py [--golden FOLDER | --checkpoints LFAE DM] [--minutes 6.5] [--out FOLDER]
 
-Needs torch with CUDA, numpy, pillow and einops; NVRTC comes with torch. Nothing of this repository has to be
-installed. Parts run in the order of their worth, each in a process of its own with its own time, and each result is
-written as soon as it is there; see benchmarks/README.md.
+Needs torch with CUDA, numpy, pillow and einops; NVRTC comes with torch. This repository need not be installed. The most
+important parts run first, each in its own process with its own time limit, and each result is written as soon as it is
+available; see benchmarks/README.md.
 
     python benchmarks/gpu_suite.py --device cpu --tiny
 
-tries all of it out without a GPU, on a small model, with the host build of the kernels; its times mean nothing.
+is a trial of everything without a GPU, on a small model, with the host build of the kernels; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from benchmarks.gpu_verdicts import verdicts  # noqa: E402
 from benchmarks.gpu_work import Settings  # noqa: E402
 from lfdm_export.engines.cuda_driver import find_gpus  # noqa: E402
 
-#: Kept for the summary and the plots.
+#: File of the whole result, for the summary and the plots.
 _RESERVED_SECONDS = 5.0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the parts; 0 if none failed, 1 if one did, 2 if there is no GPU."""
+    """Run the parts; returns 0 if none failed, 1 if one did, 2 if there is no GPU."""
     begin = time.monotonic()
     options = _arguments(arguments)
     if options.list:
@@ -91,15 +91,17 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     weights.add_argument("--checkpoints", nargs=2, type=Path, metavar=("LFAE", "DM"), help="a pair of published size")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial, with --tiny")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a trial")
-    parser.add_argument("--minutes", type=float, default=6.5, help="for all of it (6.5)")
-    parser.add_argument("--parts", type=_part_names, default=list(PARTS), metavar="A,B", help="these alone; see --list")
-    parser.add_argument("--list", action="store_true", help="list the parts and end")
+    parser.add_argument("--minutes", type=float, default=6.5, help="time limit of the whole run (6.5)")
+    parser.add_argument(
+        "--parts", type=_part_names, default=list(PARTS), metavar="A,B", help="only these parts; see --list"
+    )
+    parser.add_argument("--list", action="store_true", help="list the parts and exit")
     parser.add_argument("--out", type=Path, default=machine.RESULTS / "gpu", metavar="FOLDER", help="results")
     parsed = parser.parse_args(arguments)
     if parsed.device == "cpu" and not parsed.tiny:
         parser.error("the full size takes hours on a CPU; give --tiny")
     if not 0 < parsed.minutes < float("inf"):
-        parser.error(f"--minutes is {parsed.minutes:g}, and must be above 0")
+        parser.error(f"--minutes is {parsed.minutes:g}, expected more than 0")
     if parsed.golden is not None and not (parsed.golden / "make_checkpoints.py").is_file():
         parser.error(f"--golden: {parsed.golden} has no make_checkpoints.py")
     if parsed.golden is not None:
@@ -119,8 +121,8 @@ def _part_names(text: str) -> list[str]:
 
 
 def _run_parts(names: Sequence[str], settings: Settings, end: float, result: Record) -> None:
-    """Run them, and write the result whenever one has ended."""
-    # Every part is in the result from the start, in order, so that one can see what did not come to pass.
+    """Run the parts, and write the result whenever one has ended."""
+    # Every part is in the result from the start, in order, so that parts that did not run are visible.
     result["parts"] |= {name: {"status": "not run"} for name in ("shared", *names)}
 
     def done(name: str, record: Record) -> None:
@@ -135,7 +137,7 @@ def _run_parts(names: Sequence[str], settings: Settings, end: float, result: Rec
             done(name, {"status": "skipped", "reason": "it has no trial on a CPU", "seconds": 0.0})
         else:
             jobs.append(_job(name, PARTS[name], settings))
-    # On a CPU the kernels' host build is among what "shared" makes.
+    # On a CPU the part "shared" also makes the kernels' host build.
     needs = [job for job in jobs if job.after]
     environment = {
         "TORCHINDUCTOR_CACHE_DIR": str(settings.work / "inductor"),
@@ -178,7 +180,7 @@ def _nvidia_smi() -> str:
 
 
 def _terminate(_signal: int, _frame: object) -> NoReturn:
-    """End as after Ctrl-C: processes are ended, and what was measured is written."""
+    """End as after Ctrl-C: processes are killed, and measured results are written."""
     raise SystemExit(128 + signal.SIGTERM)
 
 

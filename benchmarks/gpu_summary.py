@@ -1,4 +1,4 @@
-"""The GPU suite's result for people: tables in Markdown, and plots where matplotlib is installed."""
+"""The GPU suite's result as Markdown tables, and as plots if matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.gpu_records import Record
 from benchmarks.gpu_verdicts import NOT_MEASURED, floors, verdicts
 
 _STAGES = ("encode", "step", "decode", "clip", "end_to_end")
-#: Kernels of a stage that the summary lists; the JSON has more.
+#: Kernels per stage in the summary; the JSON has more.
 _KERNELS = 12
 
 
@@ -26,7 +26,7 @@ def write_summary(result: Record, out: Path) -> None:
 
 
 def summary(result: Record) -> str:
-    """Tables in Markdown of a result; what was not measured says so."""
+    """A result as Markdown tables; missing values are marked as not measured."""
     settings, parts = result["settings"], result["parts"]
     chip = (parts.get("ceilings", {}).get("data") or {}).get("chip", {})
     weights = (parts.get("shared", {}).get("data") or {}).get("weights", "none were needed")

@@ -1,4 +1,4 @@
-"""How things are timed on a GPU, and on a CPU where a trial run stands in for one."""
+"""Timing on a GPU, and on a CPU in a trial run."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 
 import torch
 
-#: What is timed runs at least this often, and about this long.
+#: Minimum number of timed runs, and their approximate total seconds.
 _FEWEST, _SECONDS = 7, 0.4
-#: On a CPU a trial run needs no good numbers.
+#: The same on a CPU, where a trial needs no accurate times.
 _TRIAL = 1
 
 
 class OutOfTimeError(Exception):
-    """A part was given up because the whole run must end."""
+    """A part has no time left before the whole run must end."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """When the whole run must have ended.
+    """The time limit of the whole run.
 
     Attributes:
-        end: `time.monotonic` seconds.
+        end: `time.monotonic` seconds when the run must have ended.
     """
 
     end: float
@@ -36,10 +36,14 @@ class Budget:
         return self.end - time.monotonic()
 
     def need(self, seconds: float, what: str) -> None:
-        """Go on only if that much time is left.
+        """Check that enough time is left.
+
+        Args:
+            seconds: needed time.
+            what: what needs it, for the message.
 
         Raises:
-            OutOfTimeError: it is not.
+            OutOfTimeError: less time is left.
         """
         if self.left < seconds:
             raise OutOfTimeError(f"{what} takes about {seconds:.0f} s, {max(self.left, 0):.0f} s were left")
@@ -47,7 +51,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one run: the median, what a tenth of the runs stayed below and above, and how many there were."""
+    """Seconds of one run: median, 10th and 90th percentile, and the number of runs."""
 
     median: float
     low: float
@@ -56,13 +60,13 @@ class Timing:
 
     @staticmethod
     def of(samples: Sequence[float]) -> Timing:
-        """Of the single runs' seconds."""
+        """Statistics of the runs' seconds."""
         ordered = sorted(samples)
         tenth = len(ordered) // 10
         return Timing(statistics.median(ordered), ordered[tenth], ordered[-1 - tenth], len(ordered))
 
     def divided(self, parts: int) -> Timing:
-        """Of one of `parts` equal ones."""
+        """Timing of one of `parts` equal parts."""
         return Timing(self.median / parts, self.low / parts, self.high / parts, self.runs)
 
     def plain(self) -> dict[str, Any]:
@@ -71,9 +75,9 @@ class Timing:
 
 
 def measure(run: Callable[[], Any], device: torch.device, *, seconds: float = _SECONDS) -> Timing:
-    """Time a function, after it has run three times.
+    """Time a function after three warm-up runs.
 
-    On a GPU events on the stream time it, so that the host's own time counts only where the GPU waits for it.
+    On a GPU it is timed by events on the stream, so that the host's time counts only if the GPU waits for it.
     """
     if device.type != "cuda":
         return Timing.of([_one(run, device) for _ in range(_TRIAL)])
@@ -88,7 +92,7 @@ def measure(run: Callable[[], Any], device: torch.device, *, seconds: float = _S
 
 
 def measure_wall(run: Callable[[], Any], device: torch.device, *, seconds: float = _SECONDS) -> Timing:
-    """Time a function by the wall clock, its work on the GPU included, after it has run twice."""
+    """Time a function and its work on the GPU by the wall clock, after two warm-up runs."""
     if device.type != "cuda":
         return Timing.of([_one(run, device) for _ in range(_TRIAL)])
     for _ in range(2):
@@ -118,22 +122,22 @@ def _one(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all work of the device."""
+    """Wait for all work on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """The function as a CUDA graph, which does the same work on the same tensors; on a CPU the function itself.
+    """The function as a CUDA graph, which repeats its work on the same tensors; on a CPU the function itself.
 
-    Tensors that it returns are those of the capture: every replay writes them anew.
+    Returned tensors are those of the capture: every replay overwrites them.
     """
     if device.type != "cuda":
         return run
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for _ in range(3):  # loads kernels, chooses algorithms
+        for _ in range(3):  # load kernels, choose algorithms
             run()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

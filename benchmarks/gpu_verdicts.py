@@ -1,4 +1,4 @@
-"""What the GPU suite's measurements are to show, and whether they do; times as multiples of the floor."""
+"""Targets of the GPU suite's measurements, and whether they are met; times are multiples of the floor."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True)
 class Target:
-    """What a measurement is to show.
+    """The target of a measurement.
 
     Attributes:
         bound: the value to reach.
-        largest: it is the largest value that will do, not the smallest.
+        largest: whether `bound` is the largest acceptable value, not the smallest.
     """
 
     bound: float
     largest: bool = False
 
     def met(self, value: float) -> bool:
-        """Whether a measured value reaches it."""
+        """Whether a measured value meets the target."""
         return value <= self.bound if self.largest else value >= self.bound
 
 
@@ -50,7 +50,7 @@ TARGETS = {
 
 
 def verdicts(result: Record) -> Record:
-    """What was measured of each target, and whether it is met; "not measured" where it was not, or in a trial run."""
+    """Measured value and verdict per target; "not measured" if there is no value, or in a trial run."""
     settings = result["settings"]
     trial = settings["device"] != "cuda" or settings["tiny"]
     found = {} if trial else _measured(_data(result))
@@ -81,7 +81,7 @@ def _data(result: Record) -> Record:
 def _measured(data: Record) -> dict[str, float]:
     found: dict[str, float] = {}
     ceilings = data.get("ceilings", {})
-    # Whole maps of the decoder's sizes, all frames of a clip; the better of both layouts, the worst of sizes and types.
+    # Whole maps of the decoder's sizes, all frames of a clip; the best of both layouts, the worst of sizes and types.
     whole = [one for name, one in data.get("warp", {}).items() if "40 frames" in name and "phase" not in name]
     forms = ("planar", "channels_last")
     if whole:
@@ -113,7 +113,7 @@ def _measured(data: Record) -> dict[str, float]:
 
 
 def _matrix_share(data: Record) -> float | None:
-    """Share of the rate of a large matrix product that a step reaches, at the batch where it is largest."""
+    """A step's share of the rate of a large matrix product, at the best batch size."""
     rate = data.get("ceilings", {}).get("matrix_product", {}).get("fp16", {}).get("flops_per_second")
     flops = data.get("ours-fp16", {}).get("work", {}).get("step", {}).get("flops")
     batches = [*data.get("batches-fp16", {}).items(), *data.get("batches-fp16-compiled", {}).items()]

@@ -1,4 +1,4 @@
-"""Ways to make a clip, and what each takes: stage by stage, end to end, and how far it is from float32."""
+"""Ways to make a clip: time of each stage, end-to-end time, and distance from float32."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "
 
 @dataclass(frozen=True)
 class Way:
-    """How a clip is made.
+    """A way to make a clip.
 
     Attributes:
-        networks: the faithful ones, or our deployable modules with our kernels.
+        networks: "faithful", or "ours" for the deployable modules with this project's kernels.
         precision: a name of `DTYPES`.
         graphs: replay CUDA graphs.
-        compiled: by torch.compile.
-        last: channels last; ours alone.
+        compiled: compile by torch.compile.
+        last: use the channels-last memory format; only for "ours".
     """
 
     networks: Literal["faithful", "ours"]
@@ -39,7 +39,7 @@ class Way:
     last: bool = True
 
     def clips(self, bench: Bench, task: Task) -> Clips:
-        """Prepare it for a task."""
+        """Prepare the way for a task."""
         model, dtype = bench.networks(), DTYPES[self.precision]
         tf32 = self.precision == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
@@ -49,12 +49,12 @@ class Way:
         return Published(model, task, lower=lower, graphs=self.graphs, compiled=self.compiled)
 
 
-#: What the published program does, and what all others are compared with.
+#: The published program's way, with which all others are compared.
 REFERENCE = Way("faithful", "fp32", graphs=False)
 
 
 def measure_way(bench: Bench, way: Way, *, seconds: float = 0.3) -> Record:
-    """A way at batch 1: what it takes, how near its frames are, and the kernels that it launches."""
+    """A way at batch 1: times, distance of its frames, and launched kernels."""
     task = bench.task(1)
     start = time.monotonic()
     clips = way.clips(bench, task)
@@ -75,7 +75,7 @@ def measure_way(bench: Bench, way: Way, *, seconds: float = 0.3) -> Record:
 
 
 def measure_batches(bench: Bench, way: Way, batches: tuple[int, ...]) -> Record:
-    """A way at several batch sizes, the most telling ones first; one that fails ends the part."""
+    """A way at several batch sizes, the most informative first; a failure ends the part."""
     for batch in batches:
         bench.budget.need(6 + 0.4 * batch + 30 * way.compiled, f"batch {batch}")
         task = bench.task(batch)
@@ -89,7 +89,7 @@ def measure_batches(bench: Bench, way: Way, batches: tuple[int, ...]) -> Record:
 
 
 def time_clips(bench: Bench, clips: Clips, task: Task, *, seconds: float) -> Record:
-    """Stages by events on the stream; the whole by the wall clock, on the GPU and with what comes and goes."""
+    """Times of the stages by events on the stream; of the clip by the wall clock, without and with transfers."""
     device = bench.device
     clips.encode()
     clips.start()

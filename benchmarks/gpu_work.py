@@ -1,6 +1,6 @@
-"""What the parts of the GPU suite share through files: settings, weights, the host build of the kernels, a clip.
+"""Files that the parts of the GPU suite share: settings, weights, the host build of the kernels, a clip.
 
-Every part is a process of its own. What one makes for the others lies in the work folder.
+Every part runs in its own process. Files for other parts lie in the work folder.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from lfdm_export.ops.cuda.source import Kernel
     from lfdm_models.model import LfdmModel
 
-#: The variant of the golden recipe.
+#: Variant of the golden recipe.
 GOLDEN = "mug128"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all parts are told.
+    """Settings of all parts.
 
     Attributes:
         device: "cuda", or "cpu" for a trial.
-        tiny: small sizes, for a trial.
-        work: folder for what parts make for each other.
+        tiny: use small sizes, for a trial.
+        work: folder for files that parts make for each other.
         out: folder for results.
-        golden: folder of the recipe that makes the weights, if they come from there.
-        checkpoints: files of the weights, if they come from there; else they are random.
+        golden: folder of the golden recipe that makes the weights, if it is used.
+        checkpoints: files of the weights, if given. Without both, weights are random.
     """
 
     device: str
@@ -47,13 +47,13 @@ class Settings:
     checkpoints: tuple[Path, Path] | None = None
 
     def save(self) -> None:
-        """Write them into the work folder."""
+        """Write the settings into the work folder."""
         plain = json.dumps(asdict(self), default=str)
         (self.work / "settings.json").write_text(plain, encoding="utf-8")
 
     @staticmethod
     def load(work: Path) -> Settings:
-        """Read what `save` wrote."""
+        """Read the settings from the work folder."""
         plain = json.loads((work / "settings.json").read_text(encoding="utf-8"))
         checkpoints = tuple(map(Path, plain["checkpoints"])) if plain["checkpoints"] else None
         golden = Path(plain["golden"]) if plain["golden"] else None
@@ -63,17 +63,17 @@ class Settings:
 
     @property
     def weights(self) -> Path:
-        """The networks' state, float32."""
+        """File of the networks' state, float32."""
         return self.work / "weights.pt"
 
     @property
     def reference(self) -> Path:
-        """Frames (1, 3, T, H, W) and latent of the faithful networks in float32 at batch 1."""
+        """File of frames (1, 3, T, H, W) and latent of the faithful networks in float32 at batch 1."""
         return self.work / "reference.pt"
 
     @property
     def host_kernels(self) -> Path:
-        """The kernels' host build, for trials on a CPU."""
+        """Folder of the kernels' host build, for trials on a CPU."""
         return self.work / "kernels.so"
 
     def record(self, part: str) -> Path:
@@ -83,14 +83,14 @@ class Settings:
 
 @dataclass(eq=False)
 class Bench:
-    """What a part works with.
+    """The environment of a part.
 
     Attributes:
-        settings: see there.
-        budget: when the part must have ended.
-        record: where the part's record is written.
+        settings: settings of all parts.
+        budget: time limit of the part.
+        record: file of the part's record.
         model: the networks on the host, if the part needs them.
-        data: what the part found so far.
+        data: the part's results so far.
     """
 
     settings: Settings
@@ -102,23 +102,23 @@ class Bench:
 
     @property
     def device(self) -> torch.device:
-        """Where all runs."""
+        """The device of all computations."""
         import torch
 
         return torch.device(self.settings.device)
 
     @property
     def tiny(self) -> bool:
-        """A trial of small sizes."""
+        """Whether this is a trial with small sizes."""
         return self.settings.tiny
 
     @property
     def steps(self) -> int:
-        """Of a clip's chain."""
+        """Sampling steps of a clip."""
         return 2 if self.tiny else 10
 
     def keep(self, data: Record) -> None:
-        """Add to what was found, and write it: it outlives a crash of the process."""
+        """Add results and write them, so that they survive a crash of the process."""
         self.data |= data
         write_record(self.record, {"status": "running", "data": self.data})
 
@@ -132,7 +132,7 @@ class Bench:
         return self.model
 
     def task(self, batch: int) -> Task:
-        """Clips to make."""
+        """The task of `batch` clips."""
         from benchmarks.gpu_clips import make_task
 
         size, frames = (64, 2) if self.tiny else (128, 40)
@@ -180,7 +180,7 @@ def build_host_kernels(settings: Settings) -> None:
 
 @contextlib.contextmanager
 def kernels_for(settings: Settings) -> Iterator[None]:
-    """On a CPU the host build stands in for the kernels."""
+    """On a CPU, use the host build of the kernels."""
     if settings.device != "cpu":
         yield
         return
@@ -202,7 +202,7 @@ def _kernels() -> list[Kernel]:
     for storages in step.STORAGES:
         kernels += [step.step_kernel(*storages), step.update_kernel(*storages)]
         kernels += [step.count_kernel(*storages, number) for number in range(step.PASSES)]
-    # Of the published network, and of the small one.
+    # Kernels of the published network, and of the small one.
     kernels += [core_kernel(storage, width, frames) for storage in CORES for width, frames in ((32, 40), (16, 8))]
     kernels += [norm.apply_kernel(*storages) for storages in norm.STORAGES]
     for storage in ("float32", "float16", "bfloat16"):
@@ -219,7 +219,7 @@ def _small_model() -> tuple[LfdmModel, str]:
 
 
 def _full_model(settings: Settings) -> tuple[LfdmModel, str]:
-    """Networks of the published size, and a word on where their weights come from."""
+    """Networks of the published size, and a description of their weights' origin."""
     import torch
 
     from lfdm_models.config import DmConfig, LfaeConfig, LfdmConfig

@@ -1,9 +1,9 @@
-"""What each group of nodes costs in fp16 or bf16: whole clips with it kept in float32, or lowered, by simulation.
+"""The error that each group of nodes causes in fp16 or bf16, from simulated whole clips with it kept in float32 or not.
 
     python benchmarks/kept_groups.py BUNDLE [--precision bf16] [--groups NAME …] [--out results/kept_groups.json]
 
-BUNDLE is one of precision fp32 with a reference. Each row is a clip of 10 steps with graphs typed anew and simulated
-in float32, against the PyTorch clip of the reference.
+BUNDLE has precision fp32 and a reference. Each row is a clip of 10 steps with newly typed graphs, simulated in float32,
+compared with the reference's PyTorch clip.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lfdm_export.reference.stored import Reference
 
 #: The stages of a clip.
 STAGES = ("encode", "step", "decode")
-#: Columns: the check's subject, and what the table calls it.
+#: Columns: the check's subject, and the column's title.
 COLUMNS = {
     "frames, PSNR": "frames, dB",
     "warped, PSNR": "warped, dB",
@@ -41,23 +41,23 @@ COLUMNS = {
     "latent, mean error": "latent, mean",
     "latent, largest error": "latent, largest",
 }
-#: The same of decoding alone, from PyTorch's own latent.
+#: Further columns: decoding alone, from PyTorch's latent.
 ALONE = ("frames of PyTorch's latent, dB", "warped, of PyTorch's latent, dB")
 
 
 def coordinates(node: ir.Node) -> bool:
-    """Sampling grids and occlusion, at either size: what no weights meet stays float32 by itself."""
+    """Select sampling grids and occlusion at both sizes; values that no weights touch stay float32 anyway."""
     return node.op_type == "Resize" or (node.name or "").endswith("/cat")
 
 
 def update(node: ir.Node) -> bool:
-    """What a step gives: the next latent and history."""
+    """Select the outputs of a step: the next latent and history."""
     return any(value.is_graph_output() for value in node.outputs)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One clip: what is kept beside or in place of the policy, and what is rounded all the same."""
+    """One clip: groups kept in float32, further nodes that are rounded, and the stages affected."""
 
     name: str
     kept: frozenset[str]
@@ -66,7 +66,7 @@ class Row:
 
 
 def rows(names: Collection[str]) -> Iterator[Row]:
-    """The policy itself, then each group the other way round."""
+    """The policy itself, then the policy with one group changed at a time."""
     yield Row("the policy", KEPT)
     yield Row("coordinates and occlusion lowered", KEPT, coordinates, ("decode",))
     yield Row("latent between steps lowered", KEPT, update, ("step",))
@@ -96,7 +96,7 @@ def _simulated(bundle: Bundle, precision: LowPrecision, row: Row, scratch: Path)
     with BundleWriter(scratch / "bundle") as writer:
         folder = writer.folder / ONNX_FOLDER
         for stage in bundle.stages:
-            if stage not in STAGES:  # never loaded
+            if stage not in STAGES:  # not loaded
                 (folder / f"{stage}.onnx").touch()
                 continue
             typed = lower(ir.load(bundle.stage_path(stage)), precision, kept=row.kept)
@@ -109,7 +109,7 @@ def _simulated(bundle: Bundle, precision: LowPrecision, row: Row, scratch: Path)
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
-    """The rows in Markdown."""
+    """The rows as a Markdown table."""
     titles = (*COLUMNS.values(), *ALONE)
     lines = [f"| | {' | '.join(titles)} |", f"|---|{'---|' * len(titles)}"]
     for name, errors in found.items():
@@ -121,12 +121,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--precision", choices=list(TYPES), default="bf16")
-    parser.add_argument("--groups", nargs="*", choices=list(GROUPS), help="only these; all of the clip's by default")
-    parser.add_argument("--out", type=Path, help="JSON to be written")
+    parser.add_argument(
+        "--groups", nargs="*", choices=list(GROUPS), help="only these groups (default: all of a clip's stages)"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     bundle = Bundle.open(arguments.bundle, check_hashes=False)
     if bundle.manifest.precision != "fp32" or bundle.reference_path is None:
-        parser.error("the bundle must be of precision fp32 and hold a reference")
+        parser.error("the bundle must have precision fp32 and contain a reference")
     reference = Reference.load(bundle.reference_path, bundle.manifest.config, bundle.manifest.geometry, bundle.stages)
     nodes = [node for stage in STAGES for node in ir.load(bundle.stage_path(stage)).graph]
     present = [name for name, group in GROUPS.items() if any(group.has(node) for node in nodes)]

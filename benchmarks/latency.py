@@ -1,9 +1,9 @@
-"""How long a clip takes, side by side in one process: PyTorch, a naive ONNX export, the bundle.
+"""Time per clip, measured side by side in one process: PyTorch, a naive ONNX export, the bundle.
 
     python benchmarks/latency.py (--golden mug128 | --checkpoints LFAE DM) [--bundle DIR] [--rounds 5]
 
-Rounds are interleaved (A B C, A B C, …) after a warm-up, so that all contestants meet the same disturbances.
-All make the same clip from the same noise; if they differ, no times are given. Results go to
+Rounds are interleaved (A B C, A B C, …) after a warm-up, so that disturbances affect all contestants equally.
+All make the same clip from the same noise; if the clips differ, no times are reported. Results go to
 benchmarks/results/latency.json, with a plot beside it (needs the extra `bench`).
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lfdm_export.bundle.reader import Bundle
     from lfdm_models.model import LfdmModel
 
-#: Largest difference (max abs) between contestants that still counts as the same clip.
+#: Largest difference (max abs) between contestants that counts as the same clip.
 TOLERANCE = 1e-3
 PARTS = ("encode", "step", "decode", "clip")
 _PHOTO = Path(__file__).resolve().parents[1] / "tests" / "data" / "astronaut.jpg"
@@ -88,9 +88,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time clips of PyTorch, a naive ONNX export and the bundle.")
     subject.add_options(parser)
     parser.add_argument("--bundle", type=Path, help="a bundle of these checkpoints (else it is exported first)")
-    parser.add_argument("--threads", type=int, default=available_cores(), help="for all (all cores)")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="threads of each contestant (all cores)")
     parser.add_argument("--rounds", type=int, default=5, help="clips of each contestant (5)")
-    parser.add_argument("--frames", type=int, default=40, help="of a clip (40)")
+    parser.add_argument("--frames", type=int, default=40, help="frames per clip (40)")
     parser.add_argument("--image-size", type=int, default=128, help="pixels (128)")
     parser.add_argument("--steps", type=int, default=10, help="DDIM steps (10)")
     parser.add_argument("--skip", choices=("pytorch", "naive"), action="append", default=[], help="leave one out")
@@ -121,7 +121,7 @@ def _bundle(model: LfdmModel, arguments: argparse.Namespace, folder: Path) -> Bu
 
 
 def make_task(model: LfdmModel, bundle: Bundle, steps: int) -> Task:
-    """A clip of a photograph by DDIM, always the same."""
+    """The task of one clip by DDIM, always the same."""
     from benchmarks.contestants import Task
     from lfdm_export.pictures.preprocess import prepare_images
     from lfdm_export.sampling.tables import sampler_table
@@ -153,10 +153,10 @@ def _contestants(
 def _measure(
     contestants: Sequence[Contestant], task: Task, rounds: int
 ) -> tuple[dict[str, list[Made]], dict[str, dict[str, float]]]:
-    """Clips of every contestant, in interleaved rounds, and how far each is from the first contestant's.
+    """Clips of every contestant, in interleaved rounds, and their differences from the first contestant's.
 
     Raises:
-        Disagreement: by more than `TOLERANCE`.
+        Disagreement: a difference is more than `TOLERANCE`.
     """
     clips: dict[str, list[Made]] = {contestant.name: [] for contestant in contestants}
     differences: dict[str, dict[str, float]] = {}
@@ -179,7 +179,7 @@ def _measure(
                         f"{TOLERANCE}; their times are not comparable: check that the bundle is of these checkpoints"
                     )
                 known[what] = max(known[what], difference)
-        if number < rounds:  # only the times of earlier clips are still needed
+        if number < rounds:  # of earlier clips only the times are needed
             clips = {name: [_without_arrays(m) if i else m for i, m in enumerate(ms)] for name, ms in clips.items()}
     return clips, differences
 
@@ -201,7 +201,7 @@ def samples(clips: Sequence[Made]) -> dict[str, list[float]]:
 
 
 def _table(seconds: dict[str, dict[str, list[float]]]) -> Iterator[str]:
-    """Medians with their spread, and how many times as fast as each other contestant the bundle is."""
+    """Medians with their spread, and the bundle's speed-up over each other contestant."""
     names = list(seconds)
     yield f"{'median s (min … max)':8s}  " + "  ".join(f"{name:>24s}" for name in names)
     for part in PARTS:
@@ -221,7 +221,7 @@ def _table(seconds: dict[str, dict[str, list[float]]]) -> Iterator[str]:
 
 
 def _plotter() -> Callable[[Mapping[str, Any], Path], None]:
-    """The plotting function; asked for before measuring, so that a missing library costs no hour."""
+    """The plotting function; imported before the measurement, so that a missing library is found at once."""
     figures.need_matplotlib()
     return plots.plot_latency
 

@@ -1,4 +1,4 @@
-"""Load for a server: requests whose right answers are known, sent at given times or one after the other."""
+"""Load for a server: requests with known answers, sent at given times or one after the other."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from lfdm_export.generate.pipeline import Pipeline
 
 UInt8 = NDArray[np.uint8]
-#: "late": refused or given up for its deadline; "refused": the queue was full; "wrong": another clip came.
+#: "late": refused or given up at its deadline; "refused": the queue was full; "wrong": another clip was returned.
 Outcome = Literal["ok", "late", "refused", "failed", "wrong"]
-#: Levels of 255 by which a served frame may differ from the local one.
+#: Levels (of 255) by which a served frame may differ from the local one.
 _LEVELS = 1
 #: Threads that wait for answers.
 _WAITING = 256
@@ -31,14 +31,14 @@ _WAITING = 256
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """A request and its right answer.
+    """A request and its expected answer.
 
     Attributes:
         image: (H, W, 3) uint8.
-        label: one of the bundle's.
-        sampler, steps, guidance_scale, seed: as `Pipeline.generate` takes them.
-        frames: (1, T, H, W, 3) uint8, what it gives.
-        seconds: that it took to make them here.
+        label: one of the bundle's labels.
+        sampler, steps, guidance_scale, seed: arguments of `Pipeline.generate`.
+        frames: (1, T, H, W, 3) uint8, its result.
+        seconds: time that it took in this process.
     """
 
     image: UInt8
@@ -51,12 +51,12 @@ class Order:
     seconds: float
 
     def settings(self) -> dict[str, Any]:
-        """The arguments of `generate`, but for the image."""
+        """The arguments of `generate`, except the image."""
         names = ("label", "sampler", "steps", "guidance_scale", "seed")
         return {name: getattr(self, name) for name in names}
 
     def fits(self, frames: UInt8) -> bool:
-        """Whether these are the order's frames."""
+        """Whether `frames` are the order's frames."""
         return frames.shape == self.frames.shape and bool(
             np.abs(frames.astype(np.int16) - self.frames).max() <= _LEVELS
         )
@@ -64,16 +64,16 @@ class Order:
 
 @dataclass(frozen=True)
 class Reply:
-    """What became of one request.
+    """The result of one request.
 
     Attributes:
-        sent: when it was to be sent, seconds since the load began.
-        latency: seconds from then to its answer, whatever that was.
-        outcome: of it.
-        steps: that it asked for.
+        sent: planned time of sending, in seconds since the load began.
+        latency: seconds from `sent` to any answer.
+        outcome: outcome of the request.
+        steps: requested steps.
         queued: seconds that it waited for a slot; None without a clip.
-        first_frame: seconds to the first frames, of a stream.
-        message: of an error.
+        first_frame: for a stream, seconds to the first frames.
+        message: error message.
     """
 
     sent: float
@@ -86,14 +86,14 @@ class Reply:
 
 
 def make_orders(pipeline: Pipeline, count: int, steps: tuple[int, int], guided_share: float, seed: int) -> list[Order]:
-    """Orders whose numbers of steps are spread evenly over a range, in random order, with their clips.
+    """Orders with their clips, in random order; their numbers of steps are spread evenly over a range.
 
     Args:
-        pipeline: makes the clips.
-        count: of them.
-        steps: fewest and most.
-        guided_share: part of them with guidance, at twice the price a step.
-        seed: of everything that is drawn.
+        pipeline: pipeline that makes the clips.
+        count: number of orders.
+        steps: fewest and most steps.
+        guided_share: share of orders with guidance, which doubles the cost of a step.
+        seed: seed of all random draws.
     """
     random = np.random.default_rng(seed)
     size = pipeline.bundle.manifest.geometry.image_size
@@ -120,13 +120,13 @@ def make_orders(pipeline: Pipeline, count: int, steps: tuple[int, int], guided_s
 
 
 def poisson(rate: float, seconds: float, orders: int, seed: int) -> list[tuple[float, int]]:
-    """Arrivals of a Poisson process: times in seconds, and which order comes; the same for the same seed.
+    """Arrivals of a Poisson process: times in seconds and numbers of orders; the same for the same seed.
 
     Args:
-        rate: arrivals a second.
-        seconds: until the last one.
-        orders: to draw from.
-        seed: of times and orders.
+        rate: arrivals per second.
+        seconds: duration.
+        orders: number of orders to draw from.
+        seed: seed of times and orders.
     """
     random = np.random.default_rng(seed)
     gaps = random.exponential(1 / rate, max(1, int(rate * seconds * 3) + 50))
@@ -145,9 +145,9 @@ def open_loop(
     deadline: float | None,
     stream: bool = False,
 ) -> list[Reply]:
-    """Send requests at their times, whether others are answered or not; returns when all are.
+    """Send requests at their times, whether others are answered or not; returns when all are answered.
 
-    Latency counts from when a request was to be sent, so that nothing is hidden by a sender that is held up.
+    Latency counts from the planned time of sending, so that a delayed sender hides nothing.
     """
     with ThreadPoolExecutor(_WAITING) as pool:
         began, futures = time.perf_counter(), []
@@ -158,7 +158,7 @@ def open_loop(
 
 
 def closed_loop(client: Client, orders: Sequence[Order], concurrency: int, seconds: float, seed: int) -> list[Reply]:
-    """So many clients that each send their next request when they have the answer to the last one."""
+    """Run `concurrency` clients, each of which sends its next request when it has its answer."""
     began, replies, lock = time.perf_counter(), list[Reply](), threading.Lock()
 
     def work(number: int) -> None:
@@ -177,15 +177,15 @@ def closed_loop(client: Client, orders: Sequence[Order], concurrency: int, secon
 
 
 def ask(client: Client, order: Order, began: float, sent: float, deadline: float | None, stream: bool) -> Reply:
-    """One request, sent now.
+    """Send one request now.
 
     Args:
-        client: who sends it.
-        order: what is asked.
+        client: the client.
+        order: the request.
         began: when the load began, on `time.perf_counter`.
-        sent: when the request was to be sent, seconds since then.
-        deadline: seconds from when it was to be sent; None for none.
-        stream: whether to have it streamed.
+        sent: planned time of sending, in seconds since `began`.
+        deadline: seconds from `sent`; None for none.
+        stream: whether to request a stream.
     """
 
     def elapsed() -> float:
@@ -222,12 +222,12 @@ def summary(replies: Sequence[Reply], seconds: float) -> dict[str, Any]:
     """Figures of one load.
 
     Args:
-        replies: to it.
-        seconds: for which requests were sent.
+        replies: its replies.
+        seconds: time during which requests were sent.
 
     Returns:
-        Numbers of requests by outcome; clips a second; of those that came (in time), quantiles of latency in seconds,
-        of the wait for a slot, and of the time to the first frames.
+        Numbers of requests by outcome; clips per second; and for clips that came (in time), quantiles in seconds of the
+        latency, of the wait for a slot, and of the time to the first frames.
     """
     good = [reply for reply in replies if reply.outcome == "ok"]
     counts = Counter(reply.outcome for reply in replies)
@@ -236,7 +236,7 @@ def summary(replies: Sequence[Reply], seconds: float) -> dict[str, Any]:
         "requests": len(replies),
         "outcomes": dict(counts),
         "offered_per_second": len(replies) / seconds,
-        # Until the last answer for all that came, over the time of sending for those that had a deadline.
+        # Rates of all clips are per time until the last answer, rates of clips with a deadline per time of sending.
         "clips_per_second": len(good) / span,
         "good_per_second": len(good) / seconds,
         "good_share": len(good) / max(1, len(replies)),
@@ -249,7 +249,7 @@ def summary(replies: Sequence[Reply], seconds: float) -> dict[str, Any]:
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float] | None:
-    """Median, 90th and 99th percentile, mean and largest; None of nothing."""
+    """Median, 90th and 99th percentile, mean and largest; None without values."""
     if not values:
         return None
     p50, p90, p99 = np.percentile(values, (50, 90, 99)).tolist()

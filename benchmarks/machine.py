@@ -1,4 +1,4 @@
-"""What a measurement was taken on: hardware, versions, how busy the machine was."""
+"""The machine of a measurement: hardware, versions, load."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from lfdm_export.files.atomic import write_file
 from lfdm_export.machine import available_cores, package_versions, processor_info, processor_name
 
-#: Where results go unless told otherwise.
+#: Default folder of results.
 RESULTS = Path(__file__).resolve().parent / "results"
 _PACKAGES = ("lfdm-export", "torch", "onnx", "onnxruntime", "onnxscript", "openvino", "numpy")
-#: What decides how fast matrix products run.
+#: CPU flags that determine the speed of matrix products.
 _FLAGS = (
     "avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_bf16", "amx_int8",
     "amx_tile", "asimd", "asimddp", "bf16", "i8mm", "sve",
 )  # fmt: skip
-#: Share of the cores that others may use before a measurement is called disturbed.
+#: Share of the cores that other programs may use; above it a measurement counts as disturbed.
 _QUIET = 0.25
 
 
@@ -38,7 +38,7 @@ def describe() -> dict[str, object]:
 
 
 def busy() -> str | None:
-    """A warning if others use the machine (the load of the last minute), else None."""
+    """A warning if other programs use the machine (load average of the last minute), else None."""
     load, cores = os.getloadavg()[0], available_cores()
     if load <= _QUIET * cores:
         return None
@@ -46,7 +46,7 @@ def busy() -> str | None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a result, whole or not at all."""
+    """Write a result atomically."""
     write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 

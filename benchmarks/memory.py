@@ -1,8 +1,8 @@
-"""Peak memory of exporting a checkpoint pair and of generating a clip, each in a process of its own.
+"""Peak memory of exporting a checkpoint pair and of generating a clip, each in its own process.
 
     python benchmarks/memory.py (--golden mug128 | --checkpoints LFAE DM) [--threads N]
 
-Prints the largest resident set of each (and of importing what it needs, for comparison), and writes
+Prints the largest resident set of each (and of its imports alone, for comparison), and writes
 benchmarks/results/memory.json.
 """
 
@@ -21,26 +21,26 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# Light: a started process inherits the peak of the one that started it.
+# Few imports: a child process inherits the peak of its parent.
 from benchmarks import machine, subject
 from lfdm_export.machine import available_cores
 
-#: Largest peaks that are acceptable for the published sizes, in bytes.
+#: Largest acceptable peaks for the published sizes, in bytes.
 LIMITS = {"export": 6e9, "generate": 3e9}
 
 
 def main() -> int:
-    """Measure and print; status 1 beyond `LIMITS`."""
+    """Measure and print; returns 1 if a peak exceeds `LIMITS`."""
     if len(sys.argv) > 1 and sys.argv[1] in _JOBS:
         job, *arguments = sys.argv[1:]
         _run_job(_JOBS[job], arguments)
         return 0
     parser = argparse.ArgumentParser(description="Measure the peak memory of export and generation.")
     subject.add_options(parser)
-    parser.add_argument("--frames", type=int, default=40, help="of a clip (40)")
+    parser.add_argument("--frames", type=int, default=40, help="frames per clip (40)")
     parser.add_argument("--image-size", type=int, default=128, help="pixels (128)")
     parser.add_argument("--steps", type=int, default=2, help="DDIM steps; they do not change the peak (2)")
-    parser.add_argument("--threads", type=int, default=available_cores(), help="of generation (all cores)")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="threads of generation (all cores)")
     parser.add_argument("--out", type=Path, default=machine.RESULTS / "memory.json", metavar="FILE", help="results")
     options = parser.parse_args()
     facts = machine.describe()

@@ -1,4 +1,4 @@
-"""Pictures of results; needs matplotlib (the extra `bench`).
+"""Plots of results; needs matplotlib (the extra `bench`).
 
 python benchmarks/plots.py RESULT.json [precision]
 """
@@ -24,7 +24,7 @@ def plot_latency(result: Mapping[str, Any], path: Path) -> None:
     """Stacked bars of the parts' medians, with every clip's total as a dot.
 
     Args:
-        result: what `benchmarks/latency.py` wrote.
+        result: the result of `benchmarks/latency.py`.
         path: the PNG to write.
     """
     medians = {name: statistics.median(parts["clip"]) for name, parts in result["seconds"].items()}
@@ -37,10 +37,10 @@ def plot_latency(result: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_precision(result: Mapping[str, Any], path: Path) -> None:
-    """The same of precisions, with how many times as fast as the first and how near to PyTorch each is.
+    """The same for precisions, with each one's speed-up over the first and its PSNR against PyTorch.
 
     Args:
-        result: what `benchmarks/precision.py` wrote.
+        result: the result of `benchmarks/precision.py`.
         path: the PNG to write.
     """
     texts = {
@@ -71,7 +71,7 @@ def _plot_clips(result: Mapping[str, Any], texts: Mapping[str, str], path: Path)
         )
     axes.invert_yaxis()
     axes.set_xlim(0, 1.35 * max(left))
-    axes.set_xlabel("seconds a clip")
+    axes.set_xlabel("seconds per clip")
     axes.legend(loc="lower right", fontsize="small", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     size = settings["image_size"]

@@ -1,10 +1,10 @@
-"""What lower precision gains on the CPU: clips of fp32, bf16 and int8 bundles, side by side in one process.
+"""Speed-up of lower precision on the CPU: clips of fp32, bf16 and int8 bundles, side by side in one process.
 
     python benchmarks/precision.py (--golden mug128 | --checkpoints LFAE DM) [--bundles DIR] [--rounds 5]
 
-Rounds are interleaved (A B C, A B C, …) after a warm-up. Every clip is compared with the one that PyTorch makes of the
-same noise with the untouched networks. Results go to benchmarks/results/precision.json, with a plot beside it (needs
-the extra `bench`).
+Rounds are interleaved (A B C, A B C, …) after a warm-up. Every clip is compared with PyTorch's clip of the untouched
+networks from the same noise. Results go to benchmarks/results/precision.json, with a plot beside it (needs the extra
+`bench`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CONTESTANTS: Mapping[str, tuple[str, str]] = {
 def main() -> int:
     """Measure and print."""
     arguments = _arguments()
-    if arguments.isa:  # read when the libraries are loaded
+    if arguments.isa:  # the libraries read it when loaded
         os.environ["ONEDNN_MAX_CPU_ISA"] = arguments.isa
     plot = None if arguments.no_plot else _plotter()
     import torch
@@ -100,16 +100,16 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time clips of bundles of fp32, bf16 and int8 on the CPU.")
     subject.add_options(parser)
     parser.add_argument(
-        "--bundles", type=Path, metavar="DIR", help="has bundles of these checkpoints, called fp32, bf16 and int8; "
-        "those that are missing are exported into it (else all are, into a temporary folder)",
+        "--bundles", type=Path, metavar="DIR", help="folder with bundles of these checkpoints: fp32, bf16 and int8; "
+        "missing ones are exported into it (default: a temporary folder)",
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, default=available_cores(), help="for all (all cores)")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="threads of each contestant (all cores)")
     parser.add_argument("--rounds", type=int, default=5, help="clips of each contestant (5)")
-    parser.add_argument("--frames", type=int, default=40, help="of a clip (40)")
+    parser.add_argument("--frames", type=int, default=40, help="frames per clip (40)")
     parser.add_argument("--image-size", type=int, default=128, help="pixels (128)")
     parser.add_argument("--steps", type=int, default=10, help="DDIM steps (10)")
     parser.add_argument(
-        "--isa", metavar="NAME", help="limit OpenVINO to instructions, by oneDNN's name: AVX512_CORE_BF16 is no AMX"
+        "--isa", metavar="NAME", help="limit OpenVINO's instructions, by oneDNN's name: AVX512_CORE_BF16 excludes AMX"
     )
     parser.add_argument("--no-plot", action="store_true", help="write no picture")
     parser.add_argument("--out", type=Path, default=machine.RESULTS / "precision.json", metavar="FILE", help="results")
@@ -120,10 +120,10 @@ def _arguments() -> argparse.Namespace:
 
 
 def _bundles(model: LfdmModel, arguments: argparse.Namespace, scratch: Path) -> dict[str, Bundle]:
-    """A bundle of every precision that is needed.
+    """A bundle of every required precision.
 
     Raises:
-        InputError: one that is there is of another size or precision.
+        InputError: an existing bundle has another size or precision.
     """
     from lfdm_export.bundle.reader import Bundle
     from lfdm_export.errors import InputError
@@ -163,14 +163,14 @@ def _measure(
         for racer in racers:
             made = racer.make(task)
             clips[racer.name].append(made)
-            # Every round computes the same.
+            # Every round makes the same clip.
             errors[racer.name] = clip_errors(made, expected)
             print(f"round {number}/{rounds}  {racer.name:20s} {made.clip:7.2f} s", file=sys.stderr, flush=True)
     return {name: samples(made) for name, made in clips.items()}, errors
 
 
 def clip_errors(made: Made, expected: Made) -> dict[str, float]:
-    """How far a clip is from another one: PSNR of frames in dB, end-point error of the flow in pixels, latent."""
+    """Errors of a clip: PSNR of frames in dB, end-point error of the flow in pixels, error of the latent."""
     square = float(np.square(made.frames - expected.frames, dtype=np.float64).mean())
     difference = made.latent.astype(np.float64) - expected.latent
     distance = np.hypot(difference[:, 0], difference[:, 1]) * made.frames.shape[-1] / 2
@@ -185,7 +185,7 @@ def clip_errors(made: Made, expected: Made) -> dict[str, float]:
 def _found(
     seconds: Mapping[str, Mapping[str, Sequence[float]]], errors: Mapping[str, Mapping[str, float]]
 ) -> dict[str, dict[str, float]]:
-    """Medians, ratios against the first, and errors, by contestant."""
+    """Medians, speed-up over the first contestant, and errors, by contestant."""
     first = next(iter(seconds.values()))
     found: dict[str, dict[str, float]] = {}
     for name, parts in seconds.items():
@@ -200,7 +200,7 @@ def _found(
 
 
 def table(found: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
-    """Medians in seconds, how many times as fast as the first, and errors, in Markdown."""
+    """Medians in seconds, speed-up over the first, and errors, as a Markdown table."""
     titles = ("encode", "step", "decode", "clip", "times as fast", "step", "decode", "frames", "flow, mean", "99%")
     yield f"| | {' | '.join(titles)} |"
     yield f"|---|{'---|' * len(titles)}"
@@ -212,7 +212,7 @@ def table(found: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
 
 
 def _plotter() -> Callable[[Mapping[str, Any], Path], None]:
-    """The plotting function; asked for before measuring, so that a missing library costs no hour."""
+    """The plotting function; imported before the measurement, so that a missing library is found at once."""
     figures.need_matplotlib()
     return plots.plot_precision
 

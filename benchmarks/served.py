@@ -1,4 +1,4 @@
-"""A server under measurement: `lfdm-serve` in a process of its own, its metrics, its memory."""
+"""A server under measurement: `lfdm-serve` in its own process, its metrics, its memory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pathlib import Path
 
 from lfdm_export.serving.server.control import open_directly
 
-#: Seconds that a server may take to be ready, and to stop.
+#: Timeouts in seconds of a server's start and stop.
 _START, _STOP = 300.0, 90.0
 _SERVE = "import sys; from lfdm_export.cli import serve_main; sys.exit(serve_main())"
 _METRIC = re.compile(r'^(\w+)\{model="(\w+)"(?:,\w+="(\w+)")?\} (\S+)$')
 
 
 class ServerFailed(Exception):
-    """The server did not start, or has gone."""
+    """The server did not start, or has ended."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Served:
     """A running server.
 
     Attributes:
-        address: of gRPC, HOST:PORT.
-        metrics_url: its metrics page.
-        pid: of lfdm-serve.
+        address: gRPC address, HOST:PORT.
+        metrics_url: URL of its metrics page.
+        pid: process id of lfdm-serve.
     """
 
     address: str
@@ -41,32 +41,32 @@ class Served:
     pid: int
 
     def metrics(self, model: str = "lfdm_sample") -> dict[str, float]:
-        """Our own metrics of one model, by name, or by name and outcome (``lfdm_requests_total.finished``)."""
+        """This project's metrics of one model, by name, or by name and outcome (``lfdm_requests_total.finished``)."""
         with open_directly(self.metrics_url, 10) as answer:
             lines = answer.read().decode().splitlines()
         found = filter(None, map(_METRIC.match, lines))
         return {".".join(filter(None, (one[1], one[3]))): float(one[4]) for one in found if one[2] == model}
 
     def memory(self) -> dict[str, int]:
-        """Bytes of each process of the server's, shared pages divided among those who share them."""
+        """Bytes of each of the server's processes; shared pages are divided among the processes that share them."""
         usage = {}
         for pid in _descendants(self.pid):
-            with contextlib.suppress(OSError):  # it has ended meanwhile
+            with contextlib.suppress(OSError):  # the process has ended
                 usage[_name(pid)] = _proportional_bytes(pid)
         return usage
 
 
 @contextlib.contextmanager
 def serve(bundle: Path, log: Path, options: Sequence[str]) -> Iterator[Served]:
-    """A server on free ports, ready; stopped at the end.
+    """A ready server on free ports; stopped at the end.
 
     Args:
-        bundle: what it serves.
-        log: file for what it says.
-        options: more of lfdm-serve's.
+        bundle: the bundle to serve.
+        log: file for its output.
+        options: further options of lfdm-serve.
 
     Raises:
-        ServerFailed: it does not get ready.
+        ServerFailed: the server does not become ready.
     """
     ports = [f"--{name}-port=0" for name in ("grpc", "http", "metrics")]
     with log.open("wb") as file:
@@ -87,8 +87,8 @@ def serve(bundle: Path, log: Path, options: Sequence[str]) -> Iterator[Served]:
             process.wait()
 
 
-def tell_logs(folder: Path) -> None:
-    """Print what the servers said last, when something went wrong."""
+def print_logs(folder: Path) -> None:
+    """Print the end of the servers' logs after a failure."""
     for log in sorted(folder.glob("*.log")):
         lines = log.read_text(errors="replace").splitlines()[-40:]
         print(f"--- {log.name}", *lines, sep="\n", file=sys.stderr)
@@ -113,16 +113,16 @@ def _wait_ready(process: subprocess.Popen[bytes], log: Path) -> Served:
 
 
 class MemoryWatch:
-    """Samples a server's memory on a thread of its own."""
+    """Samples a server's memory on its own thread."""
 
     def __init__(self, served: Served, every: float) -> None:
-        """Begin.
+        """Start to sample.
 
         Args:
             served: the server.
             every: seconds between samples.
         """
-        #: Seconds since the beginning, and bytes by process.
+        #: Seconds since the start, and bytes by process.
         self.samples: list[tuple[float, dict[str, int]]] = []
         self._served, self._every, self._stop = served, every, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -154,7 +154,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _name(pid: int) -> str:
-    """A process by what it is for: its model, if it runs one."""
+    """Name of a process: its model, if it runs one."""
     words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     models = [part for word in words[1:] for part in Path(word).parts if part.startswith("lfdm_")]
     return models[0] if models else Path(words[0]).name

@@ -1,9 +1,8 @@
-"""A long mixed load with faults: no answer may be lost or belong to somebody else, and memory must stay flat.
+"""A long mixed load with faults: no answer may be lost or belong to another request, and memory must stay flat.
 
-Part of `benchmarks/throughput.py --soak MINUTES`. Clients work side by side, each doing one thing after the other,
-drawn at random: clips, streams with previews, priorities, deadlines that cannot be met, cancellations, streams that are
-left, connections that break off, and requests that are wrong in one of several ways. Each must end as it should:
-with the right clip, or the right error.
+Part of `benchmarks/throughput.py --soak MINUTES`. Concurrent clients each perform random actions: clips, streams with
+previews, priorities, deadlines that cannot be met, cancellations, abandoned streams, broken connections, and several
+kinds of invalid requests. Each action must end as expected: with the right clip, or the right error.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import numpy as np
 
 from benchmarks.cells import GUIDED, SEED, connect, say
 from benchmarks.load import Order, make_orders
-from benchmarks.served import MemoryWatch, Served, serve, tell_logs
+from benchmarks.served import MemoryWatch, Served, print_logs, serve
 from lfdm_export.errors import DeadlineError, InputError, LfdmExportError, ServerError
 from lfdm_export.protocol.contract import RequestCancelledError
 
@@ -31,11 +30,11 @@ if TYPE_CHECKING:
     from lfdm_export.client import Client
     from lfdm_export.generate.pipeline import Pipeline
 
-#: Part of the time after which memory counts, and growth beyond which it is not flat.
+#: Share of the time after which memory counts, and the largest growth that counts as flat.
 WARM_UP, FLAT = 0.3, 0.05
 #: Seconds between samples of memory.
 _EVERY = 2.0
-#: Clients.
+#: Number of clients.
 _CLIENTS = 6
 #: Options of the server.
 _SLOTS, _QUEUE = 4, 64
@@ -43,11 +42,11 @@ _SLOTS, _QUEUE = 4, 64
 
 @dataclass
 class Ledger:
-    """What was done and how it ended; for all clients.
+    """Results of all clients' actions.
 
     Attributes:
-        done: what ended as it should, by kind.
-        wrong: what did not.
+        done: number of actions that ended as expected, by kind.
+        wrong: descriptions of those that did not.
     """
 
     done: Counter[str] = field(default_factory=Counter)
@@ -55,22 +54,22 @@ class Ledger:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def right(self, kind: str) -> None:
-        """Count something that ended as it should."""
+        """Count an action that ended as expected."""
         with self._lock:
             self.done[kind] += 1
 
     def violation(self, what: str) -> None:
-        """Keep something that did not."""
+        """Record an action that did not end as expected."""
         with self._lock:
             self.wrong.append(what)
         say(f"VIOLATION {what}")
 
 
 def run_soak(bundle: Path, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Load a server for so many minutes.
+    """Load a server for the requested minutes.
 
     Returns:
-        What was done, violations, memory, and lines that say so.
+        Finished actions, violations, memory, and lines that describe them.
     """
     from lfdm_export.generate.pipeline import Pipeline
 
@@ -93,12 +92,12 @@ def run_soak(bundle: Path, folder: Path, arguments: argparse.Namespace) -> dict[
         for thread in threads:
             thread.join(180.0)
             if thread.is_alive():
-                ledger.violation("a client never had its answer")
+                ledger.violation("a client never got its answer")
         memory.stop()
         _check_after(served, orders, ledger)
     result = _result(ledger, memory, seconds)
     if result["violations"]:
-        tell_logs(folder)
+        print_logs(folder)
     return result
 
 
@@ -116,13 +115,13 @@ def _work(served: Served, orders: Sequence[Order], pipeline: Pipeline, ledger: L
             action = kinds[random.choice(len(kinds), p=shares)]
             try:
                 action(me)
-            except Exception as error:  # noqa: BLE001 (whatever it is, it is to be reported)
+            except Exception as error:  # noqa: BLE001 (any error is reported)
                 ledger.violation(f"{action.__name__[1:]}: {type(error).__name__}: {error}")
 
 
 @dataclass
 class _Client:
-    """What an action works with."""
+    """The environment of an action."""
 
     served: Served
     client: Client
@@ -134,21 +133,21 @@ class _Client:
     requests: int = 0
 
     def order(self) -> Order:
-        """One of the orders."""
+        """A random order."""
         return self.orders[int(self.random.integers(len(self.orders)))]
 
     def request_id(self) -> str:
-        """An id that nobody else has."""
+        """A unique id."""
         self.requests += 1
         return f"soak-{self.number}-{self.requests}"
 
     def check(self, order: Order, frames: Any, kind: str) -> None:
-        """Whether the answer is the order's clip."""
+        """Record whether the answer is the order's clip."""
         if order.fits(frames):
             self.ledger.right(kind)
         else:
             others = [index for index, other in enumerate(self.orders) if other.fits(frames)]
-            self.ledger.violation(f"{kind}: another clip came than was asked for; it is that of order {others}")
+            self.ledger.violation(f"{kind}: the clip is not the requested one, but that of order {others}")
 
 
 def _clip(me: _Client) -> None:
@@ -165,7 +164,7 @@ def _stream(me: _Client) -> None:
 
 
 def _cancelled(me: _Client) -> None:
-    """Cancel from elsewhere, at any time: it ends as cancelled, or was done already."""
+    """Cancel from another thread at a random time: the request ends as cancelled, or is already done."""
     order, identity = me.order(), me.request_id()
     canceller = threading.Timer(float(me.random.uniform(0, 3)), me.client.cancel, (identity,))
     canceller.start()
@@ -179,7 +178,7 @@ def _cancelled(me: _Client) -> None:
 
 
 def _left(me: _Client) -> None:
-    """Leave a stream at any event."""
+    """Abandon a stream at a random event."""
     order, events = me.order(), int(me.random.integers(1, 6))
     with me.client.stream(order.image, **order.settings(), preview_every=1, progress_every=1) as stream:
         for _count, _event in zip(range(events), stream, strict=False):
@@ -188,7 +187,7 @@ def _left(me: _Client) -> None:
 
 
 def _broken_off(me: _Client) -> None:
-    """Close a connection under a clip: it ends as cancelled, or was done already."""
+    """Close a connection during a clip: the request ends as cancelled, or is already done."""
     order = me.order()
     with connect(me.served) as client:
         closer = threading.Timer(float(me.random.uniform(0.05, 2)), client.close)
@@ -196,7 +195,7 @@ def _broken_off(me: _Client) -> None:
         closer.start()
         try:
             me.check(order, client.generate(order.image, **order.settings()).frames, "clip")
-        except (RequestCancelledError, InputError):  # InputError: it was closed before it was sent
+        except (RequestCancelledError, InputError):  # InputError: closed before the request was sent
             me.ledger.right("broken off")
         finally:
             closer.cancel()
@@ -212,7 +211,7 @@ def _too_late(me: _Client) -> None:
 
 
 def _wrong_request(me: _Client) -> None:
-    """A request that is wrong in one of several ways is told so, by the server where the client lets it pass."""
+    """Send one of several kinds of invalid requests: client or server must refuse it."""
     order = me.order()
     settings = order.settings()
     noise = np.full(me.pipeline.bundle.manifest.geometry.text_width, np.nan, np.float32)
@@ -235,7 +234,7 @@ def _wrong_request(me: _Client) -> None:
 
 
 def _infer(me: _Client, image: bytes, order: Order) -> None:
-    """A request with an encoded picture, past the client's own look at it.
+    """Send a request with an encoded picture, without the client's own check.
 
     Raises:
         InputError: the server refuses it.
@@ -249,7 +248,7 @@ def _infer(me: _Client, image: bytes, order: Order) -> None:
         tensor = triton.InferInput(name, [1], "BYTES")
         tensor.set_data_from_numpy(np.array([value], np.object_))
         inputs.append(tensor)
-    # Our own server: not through a proxy.
+    # A local server: no proxy.
     client = triton.InferenceServerClient(me.served.address, channel_args=[("grpc.enable_http_proxy", 0)])
     try:
         client.infer(CLIP_MODEL, inputs, client_timeout=120.0)
@@ -270,7 +269,7 @@ def _png(order: Order) -> bytes:
 
 
 def _check_after(served: Served, orders: Sequence[Order], ledger: Ledger) -> None:
-    """Nothing runs or waits any more, and the server works."""
+    """Check that nothing runs or waits, and that the server still works."""
     time.sleep(3.0)
     for model in ("lfdm_sample", "lfdm_stream"):
         metrics = served.metrics(model)
@@ -280,7 +279,7 @@ def _check_after(served: Served, orders: Sequence[Order], ledger: Ledger) -> Non
     try:
         with connect(served) as client:
             if not orders[0].fits(client.generate(orders[0].image, **orders[0].settings()).frames):
-                ledger.violation("the last clip is another one than was asked for")
+                ledger.violation("the last clip is not the requested one")
     except LfdmExportError as error:
         ledger.violation(f"the last clip: {error}")
 

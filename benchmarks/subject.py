@@ -1,4 +1,4 @@
-"""Which checkpoints a benchmark works on, as command-line options."""
+"""Command-line options for a benchmark's checkpoints."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-#: Makes checkpoints of the published size from fixed random weights; lies beside the repository.
+#: Script beside the repository that makes checkpoints of the published size from fixed random weights.
 _MAKER = Path(__file__).resolve().parents[2] / "shared" / "golden" / "make_checkpoints.py"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--checkpoints` and `--golden`, of which one is required."""
+    """Add `--checkpoints` and `--golden`; one is required."""
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--checkpoints", nargs=2, type=Path, metavar=("LFAE", "DM"), help="a checkpoint pair")
     which.add_argument(
@@ -25,10 +25,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def checkpoints(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
-    """The pair that the options name; a golden one is made in a temporary folder and removed.
+    """The requested pair; a golden pair is made in a temporary folder and removed.
 
     Raises:
-        SystemExit: there is no such pair.
+        SystemExit: the pair is not available.
     """
     if arguments.checkpoints:
         yield tuple(arguments.checkpoints)
@@ -36,6 +36,6 @@ def checkpoints(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
     if not _MAKER.is_file():
         sys.exit(f"--golden needs {_MAKER}, which is not there; give --checkpoints LFAE DM")
     with tempfile.TemporaryDirectory(prefix="lfdm-golden-") as folder:
-        # In a process of its own, so that its memory is not counted as the benchmark's.
+        # In its own process, so that its memory does not count as the benchmark's.
         subprocess.run([sys.executable, _MAKER, arguments.golden, folder], check=True, stdout=subprocess.DEVNULL)
         yield Path(folder) / "lfae.pth", Path(folder) / "dm.pth"

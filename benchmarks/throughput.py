@@ -1,19 +1,19 @@
-"""Load on a running server over gRPC: step-level batching beside one clip at a time and whole-clip batching.
+"""Load on a running server over gRPC: step-level batching compared with one clip at a time and whole-clip batching.
 
     python benchmarks/throughput.py [--bundle DIR] [--seconds 25]
     python benchmarks/throughput.py --soak 10
 
-Starts one `lfdm-serve` for each contestant (`--contestants POLICY:SLOTS …`) and puts the same load on each in turn,
-cell by cell, so that all meet the same disturbances: the same arrivals, photographs, labels, seeds, samplers and
-numbers of steps. Every answer is compared with the clip that the pipeline makes here; a wrong one ends the program with
+Starts one `lfdm-serve` per contestant (`--contestants POLICY:SLOTS …`) and puts the same load on each in turn, cell by
+cell, so that disturbances affect all equally: the same arrivals, photographs, labels, seeds, samplers and numbers of
+steps. Every answer is compared with the clip that the pipeline makes in this process; a wrong one ends the program with
 status 1.
 
-- step costs: what a step takes in this process, by batch;
-- overhead: a clip of many steps alone, over gRPC and in this process, in turn;
+- step costs: time of a step in this process, by batch size;
+- overhead: a single clip of many steps, alternately over gRPC and in this process;
 - join: how long a short request waits while a long one runs, in the long one's steps;
-- closed loop: so many clients, each sending its next request when it has its answer;
-- open loop: Poisson arrivals at shares of the capacity (what the first contestant did in the closed loop), without and
-  with a deadline. Latency counts from the planned arrival. Goodput: clips that came within the deadline, a second;
+- closed loop: several clients, each of which sends its next request when it has its answer;
+- open loop: Poisson arrivals at shares of the capacity (the first contestant's rate in the closed loop), without and
+  with a deadline. Latency counts from the planned arrival. Goodput: clips within the deadline, per second;
 - streams: open loop, time to the first frames.
 
 Without `--bundle` the small untrained model is exported first. Results go to benchmarks/results/throughput.json, with a
@@ -39,7 +39,7 @@ if __name__ == "__main__":
 from benchmarks import cells, figures, load, machine
 from benchmarks.cells import Contestant, connect, say
 from benchmarks.policies import POLICIES
-from benchmarks.served import ServerFailed, serve, tell_logs
+from benchmarks.served import ServerFailed, print_logs, serve
 from benchmarks.throughput_plots import plot_throughput
 from benchmarks.throughput_report import report, violations
 
@@ -51,7 +51,7 @@ _SETTINGS = (
 
 
 def main() -> int:
-    """Measure and print; status 1 if a clip was wrong or missing."""
+    """Measure and print; returns 1 if a clip was wrong or missing."""
     arguments = _arguments()
     from lfdm_export.errors import LfdmExportError
 
@@ -80,9 +80,9 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Load a server over gRPC, with and without step-level batching.")
-    parser.add_argument("--bundle", type=Path, help="what is served (else the small untrained model is exported)")
-    parser.add_argument("--frames", type=int, default=10, help="of the exported model's clips (10)")
-    parser.add_argument("--image-size", type=int, default=64, help="of the exported model, pixels (64)")
+    parser.add_argument("--bundle", type=Path, help="the bundle to serve (default: the small untrained model)")
+    parser.add_argument("--frames", type=int, default=10, help="frames per clip of the exported model (10)")
+    parser.add_argument("--image-size", type=int, default=64, help="image size of the exported model in pixels (64)")
     parser.add_argument(
         "--contestants",
         nargs="+",
@@ -90,25 +90,34 @@ def _arguments() -> argparse.Namespace:
         metavar="POLICY:SLOTS",
         help="servers to compare (step:1 clip:1 dynamic-shrink:8 dynamic:8)",
     )
-    parser.add_argument("--threads", type=int, default=1, help="of each engine (1)")
-    parser.add_argument("--steps", type=int, nargs=2, default=(3, 20), metavar=("FEWEST", "MOST"), help="mixed (3 20)")
-    parser.add_argument("--seconds", type=float, default=25.0, help="of sending, each cell of the open loop (25)")
+    parser.add_argument("--threads", type=int, default=1, help="threads per engine (1)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs=2,
+        default=(3, 20),
+        metavar=("FEWEST", "MOST"),
+        help="range of the requests' steps (3 20)",
+    )
+    parser.add_argument("--seconds", type=float, default=25.0, help="time of sending per cell of the open loop (25)")
     parser.add_argument(
         "--free-loads",
         type=float,
         nargs="*",
         default=[0.7],
-        help="arrivals without a deadline, of capacity (0.7)",
+        help="arrivals without a deadline, as shares of the capacity (0.7)",
     )
     parser.add_argument(
-        "--deadline-loads", type=float, nargs="*", default=[0.9, 1.2], help="arrivals with a deadline (0.9 1.2)"
+        "--deadline-loads", type=float, nargs="*", default=[0.9, 1.2], help="the same with a deadline (0.9 1.2)"
     )
-    parser.add_argument("--deadline", type=float, default=4.0, help="in times of a mean clip alone (4)")
+    parser.add_argument("--deadline", type=float, default=4.0, help="as a multiple of a single clip's mean time (4)")
     parser.add_argument("--concurrency", type=int, nargs="*", default=[1, 8], help="clients of the closed loop (1 8)")
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8], help="steps are timed at (1 2 4 8)")
-    parser.add_argument("--pairs", type=int, default=5, help="of clips whose overhead is measured (5)")
+    parser.add_argument(
+        "--batches", type=int, nargs="*", default=[1, 2, 4, 8], help="batch sizes of the timed steps (1 2 4 8)"
+    )
+    parser.add_argument("--pairs", type=int, default=5, help="pairs of clips for the overhead (5)")
     parser.add_argument("--orders", type=int, default=24, help="different requests (24)")
-    parser.add_argument("--soak", type=float, metavar="MINUTES", help="mixed load with faults, for so long, instead")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="run a mixed load with faults instead")
     parser.add_argument("--no-plot", action="store_true", help="write no picture")
     parser.add_argument("--out", type=Path, metavar="FILE", help="results (benchmarks/results/throughput.json)")
     arguments = parser.parse_args()
@@ -158,7 +167,7 @@ def _compare(bundle: Path, folder: Path, arguments: argparse.Namespace) -> dict[
         result["load_seconds"] = time.perf_counter() - began
     result["violations"] = list(violations(result))
     if result["violations"]:
-        tell_logs(folder)
+        print_logs(folder)
     result["report"] = list(report(result))
     return result
 
@@ -166,7 +175,7 @@ def _compare(bundle: Path, folder: Path, arguments: argparse.Namespace) -> dict[
 def _start(
     stack: contextlib.ExitStack, bundle: Path, folder: Path, arguments: argparse.Namespace
 ) -> Iterator[Contestant]:
-    """All servers, ready; the idle ones take no processor time from the one under load."""
+    """All servers, ready; idle ones use no processor time."""
     for name in arguments.contestants:
         policy, _, slots = name.partition(":")
         options = [

@@ -1,4 +1,4 @@
-"""Pictures of throughput results; needs matplotlib (the extra `bench`).
+"""Plots of throughput results; needs matplotlib (the extra `bench`).
 
 python benchmarks/throughput_plots.py RESULT.json
 """
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def plot_throughput(result: Mapping[str, Any], path: Path) -> None:
-    """Goodput, tails of latency, closed loop and first frames, of every contestant.
+    """Goodput, latency tails, closed loop and first frames, per contestant.
 
     Args:
-        result: what `benchmarks/throughput.py` wrote.
+        result: the result of `benchmarks/throughput.py`.
         path: the PNG to write.
     """
     figure = figures.new_figure(10.0, 7.0, dpi=130)
@@ -38,7 +38,7 @@ def plot_throughput(result: Mapping[str, Any], path: Path) -> None:
         _bars(
             goodput, names, groups, [[cell["results"][name]["good_per_second"] for cell in limited] for name in names]
         )
-        goodput.set_title(f"clips within {limited[0]['deadline']:.2f} s, a second", fontsize="small", loc="left")
+        goodput.set_title(f"clips within {limited[0]['deadline']:.2f} s, per second", fontsize="small", loc="left")
     for cell in result["open"]:
         if cell["deadline"] is None:
             _tails(tails, cell, names)
@@ -46,7 +46,7 @@ def plot_throughput(result: Mapping[str, Any], path: Path) -> None:
         groups = [f"{cell['concurrency']} clients" for cell in result["closed"]]
         rates = [[cell["results"][name]["clips_per_second"] for cell in result["closed"]] for name in names]
         _bars(closed, names, groups, rates)
-    closed.set_title("closed loop: clips a second", fontsize="small", loc="left")
+    closed.set_title("closed loop: clips per second", fontsize="small", loc="left")
     first = [result["streams"]["results"][name]["first_frame"] for name in names]
     heights = [[one[key] if one else 0.0 for key in ("p50", "p90", "p99")] for one in first]
     _bars(streams, names, ["p50", "p90", "p99"], heights)
@@ -56,14 +56,14 @@ def plot_throughput(result: Mapping[str, Any], path: Path) -> None:
     steps = "–".join(map(str, settings["steps"]))
     figure.suptitle(
         f"POLICY:SLOTS; clips of {steps} steps, a quarter of them guided; small model; "
-        f"{settings['threads']} thread(s) an engine; {result['cpu']}",
+        f"{settings['threads']} thread(s) per engine; {result['cpu']}",
         fontsize="small",
     )
     figures.save_figure(figure, path)
 
 
 def _bars(axes: Axes, names: Sequence[str], groups: Sequence[str], heights: Sequence[Sequence[float]]) -> None:
-    """Grouped bars: one colour a contestant, one group a load."""
+    """Grouped bars: one color per contestant, one group per load."""
     width = 0.8 / len(names)
     for index, (name, row) in enumerate(zip(names, heights, strict=True)):
         places = np.arange(len(groups)) + (index - (len(names) - 1) / 2) * width
@@ -75,7 +75,7 @@ def _bars(axes: Axes, names: Sequence[str], groups: Sequence[str], heights: Sequ
 
 
 def _tails(axes: Axes, cell: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Share of requests that took longer than so many seconds."""
+    """Share of requests that took longer than a number of seconds."""
     for name in names:
         latencies = np.sort(cell["results"][name]["latencies"])
         axes.step(latencies, 1 - np.arange(1, len(latencies) + 1) / max(1, len(latencies)), where="post", label=name)

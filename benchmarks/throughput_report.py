@@ -1,4 +1,4 @@
-"""What a throughput measurement says, in lines of text."""
+"""A throughput measurement as lines of text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def line(result: Mapping[str, Any]) -> str:
-    """One load on one server."""
+    """The line of one load on one server."""
     latency = result["latency"] or dict.fromkeys(("p50", "p90", "p99"), float("nan"))
     return (
         f"{result['requests']} requests, {100 * result['good_share']:.0f}% in time: {result['good_per_second']:.2f}/s; "
@@ -28,7 +28,7 @@ def _cells(result: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]
 
 
 def violations(result: Mapping[str, Any]) -> Iterator[str]:
-    """Answers that were wrong, and requests that failed, or had no clip though they could wait."""
+    """Wrong answers, failed requests, and requests without a clip despite no deadline."""
     limited = {id(cell["results"]) for cell in result["open"] if cell["deadline"] is not None}
     for name, results in _cells(result):
         allowed = {"ok", "late", "refused"} if id(results) in limited else {"ok"}
@@ -41,10 +41,10 @@ def violations(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def report(result: Mapping[str, Any]) -> Iterator[str]:
-    """Everything, in lines."""
+    """The whole report, line by line."""
     for stage, costs in result["step_costs"].items():
         each = ", ".join(f"{batch}: {1000 * seconds / int(batch):.1f}" for batch, seconds in costs.items())
-        yield f"{stage}, ms a sample by batch: {each}"
+        yield f"{stage}, ms per sample by batch: {each}"
     overhead = result["overhead"]
     served, local = (statistics.median(overhead[f"{where}_seconds"]) for where in ("served", "local"))
     yield (
@@ -61,7 +61,7 @@ def report(result: Mapping[str, Any]) -> Iterator[str]:
         for contestant, one in results.items():
             first = one["first_frame"]
             yield (
-                f"  {contestant:10s} {line(one)}, {one['samples_a_step']:.1f} samples a step"
+                f"  {contestant:10s} {line(one)}, {one['samples_a_step']:.1f} samples per step"
                 + (f", first frame p50 {first['p50']:.2f} p99 {first['p99']:.2f} s" if first else "")
             )
     yield from _verdicts(result)
@@ -70,7 +70,7 @@ def report(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _verdicts(result: Mapping[str, Any]) -> Iterator[str]:
-    """The first contestant against the one that batches whole clips."""
+    """The first contestant compared with those that batch whole clips."""
     ours = result["settings"]["contestants"][0]
     for other in result["settings"]["contestants"]:
         if not other.startswith("dynamic"):

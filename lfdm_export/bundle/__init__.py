@@ -1,4 +1,4 @@
-"""The folder that an export writes: manifest, reader, writer."""
+"""The exported folder: manifest, reader, writer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Bundle"]
 
 
 def __getattr__(name: str) -> object:
-    """`Bundle`, as this was a module; imported when it is used (PEP 562)."""
+    """`Bundle`, from when this package was a module; imported on first use (PEP 562)."""
     if name != "Bundle":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from lfdm_export.bundle.reader import Bundle

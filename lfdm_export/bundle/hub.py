@@ -1,4 +1,4 @@
-"""Bundles on the Hugging Face hub: fetched by name into the hub's own cache, and published with a model card."""
+"""Bundles on the Hugging Face hub: downloaded by name into the hub's cache, and published with a model card."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from lfdm_models.patience import within
 
 logger = logging.getLogger(__name__)
 
-#: The files of a bundle's repository that are none of the bundle's.
+#: Files of a bundle's repository that are not part of the bundle.
 CARD, CARD_CLIP = "README.md", "clip.gif"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-# Seconds in which the hub must answer a question.
+# Timeout of a request to the hub in seconds.
 _PATIENCE = 20.0
 _REVISION = re.compile(r"[\w./-]{1,200}")
 
 
 @dataclass(frozen=True)
 class HubName:
-    """What a bundle is called on the hub.
+    """Name of a bundle on the hub.
 
     Attributes:
         repository: ``org/name``.
-        revision: a branch, a tag or a commit; None for the newest.
+        revision: a branch, a tag or a commit; None for the newest of the main branch.
     """
 
     repository: str
@@ -44,7 +44,7 @@ class HubName:
         """Check the form.
 
         Raises:
-            InputError: the hub has no such names.
+            InputError: the name is not a valid name on the hub.
         """
         if not _NAME.fullmatch(self.repository) or ".." in self.repository:
             raise InputError(f"{self.repository[:200]!r} is no name on the Hugging Face hub, expected org/name")
@@ -56,9 +56,9 @@ class HubName:
 
     @classmethod
     def find(cls, path: str | os.PathLike[str]) -> HubName | None:
-        """The name that a user means where a bundle's folder is expected; None where it can only be a path.
+        """Parse a hub name given in place of a bundle's folder; None if it can only be a path.
 
-        ``org/name`` and ``org/name@revision`` are names if no folder ``org`` is there.
+        ``org/name`` and ``org/name@revision`` are names if there is no folder ``org``.
         """
         if not isinstance(path, str):
             return None
@@ -69,15 +69,15 @@ class HubName:
 
 
 def fetch(name: HubName, manifest_file: str, files_of: Callable[[Path], Iterable[str]]) -> Path:
-    """The folder of a bundle's files in the hub's cache on this machine; what is missing there is fetched.
+    """The folder of a bundle's files in this machine's hub cache; missing files are downloaded.
 
-    Nothing but the manifest and the files that it lists is fetched. Without a connection, or with HF_HUB_OFFLINE=1, the
-    cached copy serves. Whoever opens the bundle checks every file.
+    Only the manifest and the files that it lists are downloaded. Without a connection, or with HF_HUB_OFFLINE=1, the
+    cached copy is used. The caller, who opens the bundle, checks every file.
 
     Args:
-        name: of the bundle.
+        name: name of the bundle.
         manifest_file: name of its manifest.
-        files_of: the files that the manifest in a folder lists.
+        files_of: returns the files that the manifest in a folder lists.
 
     Raises:
         BundleError: there is no such bundle, no access to it, or no connection and no copy.
@@ -85,12 +85,12 @@ def fetch(name: HubName, manifest_file: str, files_of: Callable[[Path], Iterable
     """
     hub = _import_hub(f"there is no folder {str(name)!r}, and fetching it from the Hugging Face hub")
     api = hub.HfApi(library_name="lfdm-export")
-    with _told(hub, name, "fetched"):
+    with _errors_as_sentences(hub, name, "fetched"):
         local = not _answers(hub, api, name)
         first = Path(
             api.hf_hub_download(name.repository, manifest_file, revision=name.revision, local_files_only=local)
         )
-        # By the commit that the manifest is of: meanwhile the branch may have moved.
+        # By the manifest's commit: the branch may have moved since.
         found = api.snapshot_download(
             name.repository,
             revision=first.parent.name,
@@ -101,7 +101,7 @@ def fetch(name: HubName, manifest_file: str, files_of: Callable[[Path], Iterable
 
 
 def _answers(hub: Any, api: Any, name: HubName) -> bool:
-    """Whether the hub can be asked for a bundle: a download itself would try for minutes where nobody answers."""
+    """Whether the hub answers: without an answer, a download would retry for minutes."""
     if hub.constants.HF_HUB_OFFLINE:
         return False
     try:
@@ -118,22 +118,22 @@ def _answers(hub: Any, api: Any, name: HubName) -> bool:
 def publish(
     folder: Path, files: Sequence[str], name: HubName, *, card: str, clip: Clip | None, private: bool, message: str
 ) -> str:
-    """Put a bundle into a repository of the hub, in one commit; files of an earlier bundle there go.
+    """Publish a bundle in a hub repository, in one commit that also deletes the files of an earlier bundle.
 
     Args:
-        folder: of a bundle whose files were checked.
-        files: of it, its manifest among them.
-        name: of the repository, which is made if it is missing; the revision is the branch.
+        folder: folder of a bundle whose files have been checked.
+        files: its files, including the manifest.
+        name: name of the repository, which is created if missing; the revision is the branch.
         card: text of the model card.
-        clip: of one sample, which the card shows.
+        clip: a clip of one sample for the card.
         private: make a new repository private.
-        message: of the commit.
+        message: commit message.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        BundleError: the hub does not take it.
+        BundleError: the hub refuses the commit.
         MissingDependencyError: huggingface_hub is not installed.
     """
     hub = _import_hub(f"publishing {name}")
@@ -142,7 +142,7 @@ def publish(
     if clip is not None:
         content[CARD_CLIP] = _gif(clip)
     api = hub.HfApi(library_name="lfdm-export")
-    with _told(hub, name, "published"):
+    with _errors_as_sentences(hub, name, "published"):
         api.create_repo(name.repository, private=private or None, exist_ok=True)
         if name.revision is not None:
             api.create_branch(name.repository, branch=name.revision, exist_ok=True)
@@ -157,7 +157,7 @@ def publish(
 
 
 def _is_old(file: str, content: Mapping[str, object]) -> bool:
-    """Whether a file of the repository is one of an earlier bundle, and not of this one."""
+    """Whether a file of the repository belongs to an earlier bundle and not to this one."""
     return file not in content and (file == CARD_CLIP or file.startswith(("onnx/", "tokenizer/")) or file in _OPTIONAL)
 
 
@@ -180,15 +180,15 @@ def _import_hub(purpose: str) -> Any:
 
 
 @contextmanager
-def _told(hub: Any, name: HubName, done: str) -> Iterator[None]:
-    """What the hub's client raises, as a sentence of ours."""
+def _errors_as_sentences(hub: Any, name: HubName, done: str) -> Iterator[None]:
+    """Re-raise errors of the hub's client as one-sentence errors of this program."""
     errors = hub.errors
     try:
         yield
     except (BundleError, InputError):
         raise
     except errors.GatedRepoError as error:
-        reason = "its owner lets in who asked for access; ask on its page, and log in with `hf auth login`"
+        reason = "its owner grants access on request; request it on its page, and log in with `hf auth login`"
         raise BundleError(f"{name} cannot be {done}: {reason}") from error
     except errors.RepositoryNotFoundError as error:
         raise BundleError(

@@ -1,15 +1,15 @@
-"""The exported folder, read with suspicion; `lfdm_export.bundle.writer` writes it.
+"""Reads and checks the exported folder; `lfdm_export.bundle.writer` writes it.
 
 Layout::
 
     BUNDLE/manifest.json       see `lfdm_export.bundle.manifest`
-    BUNDLE/onnx/STAGE.onnx     and external data beside them (*.data)
+    BUNDLE/onnx/STAGE.onnx     graphs, with external data beside them (*.data)
     BUNDLE/embeddings.npz      the label embeddings and the null embedding
-    BUNDLE/reference.npz       what PyTorch gave, for verification; may be left out
+    BUNDLE/reference.npz       PyTorch's outputs, for verification; optional
     BUNDLE/tokenizer/          only with a text encoder
-    BUNDLE/torch/              weights for PyTorch; only where it was exported for the target torch
+    BUNDLE/torch/              weights for PyTorch; only if exported for the target torch
     BUNDLE/parity/             the verification report; may be written later, not hashed
-    BUNDLE/plans/              what TensorRT runs; may be written later, not hashed
+    BUNDLE/plans/              TensorRT's plans; may be written later, not hashed
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ LABEL_ROWS, NULL_ROW = "embeddings", "null"
 
 logger = logging.getLogger(__name__)
 
-# Of the cache of huggingface_hub: models--…/snapshots/REVISION holds links to models--…/blobs.
+# In huggingface_hub's cache, models--…/snapshots/REVISION contains links to models--…/blobs.
 _HUB_SNAPSHOTS, _HUB_BLOBS = "snapshots", "blobs"
 Float32 = NDArray[np.float32]
 
@@ -61,13 +61,13 @@ def onnx_path(stage: str) -> str:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Bundle:
-    """A bundle on disk whose manifest and files were found whole.
+    """A bundle on disk whose manifest and files have been checked.
 
     Attributes:
         path: its folder.
-        manifest: what it says about itself.
+        manifest: its manifest.
         embeddings: (labels, text_width) float32, in the order of ``manifest.labels``.
-        null_embedding: (text_width,) float32, stands for "no label".
+        null_embedding: (text_width,) float32, the embedding for "no label".
     """
 
     path: Path
@@ -78,15 +78,15 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check_hashes: bool = True) -> Bundle:
-        """Open a bundle; one that a killed export had put aside is given back first.
+        """Open a bundle; a bundle that a killed export had moved aside is restored first.
 
         Args:
-            path: its folder; or, if no folder of that name is there, "characters", the shipped model's bundle, or
-                ``org/name`` or ``org/name@revision``, a bundle on the Hugging Face hub (see `from_pretrained`).
-            check_hashes: read every file and compare its SHA-256; else only presence and size count.
+            path: its folder; or, if there is no such folder, "characters" for the shipped model's bundle, or
+                ``org/name`` or ``org/name@revision`` for a bundle on the Hugging Face hub (see `from_pretrained`).
+            check_hashes: read every file and compare its SHA-256; else only presence and size are checked.
 
         Raises:
-            BundleError: there is no bundle, or it is incomplete, altered, or of another format version.
+            BundleError: there is no bundle, or it is incomplete, altered, or has another format version.
         """
         try:
             if os.fspath(path) == ready_bundle.NAME:
@@ -103,18 +103,18 @@ class Bundle:
 
     @classmethod
     def from_pretrained(cls, name: str, *, revision: str | None = None) -> Bundle:
-        """Open a bundle of the Hugging Face hub; what this machine has of it is not fetched again.
+        """Open a bundle on the Hugging Face hub; files in this machine's cache are not downloaded again.
 
-        Every file is compared with the manifest. Without a connection the copy in the hub's cache serves
-        (HF_HUB_OFFLINE=1 asks for nothing else); a private repository needs a token (`hf auth login`, or HF_TOKEN).
+        Every file is compared with the manifest. Without a connection, or with HF_HUB_OFFLINE=1, the copy in the hub's
+        cache is used. A private repository needs a token (`hf auth login`, or HF_TOKEN).
 
         Args:
             name: ``org/name``.
             revision: a branch, a tag or a commit; None for the newest of the main branch.
 
         Raises:
-            InputError: the name or the revision has not the hub's form.
-            BundleError: there is no such bundle, no access to it, no connection and no copy, or it is not whole.
+            InputError: the name or the revision is not a valid name on the hub.
+            BundleError: there is no such bundle, no access to it, no connection and no copy, or it is incomplete.
             MissingDependencyError: huggingface_hub is not installed.
         """
         return cls._fetched(HubName(name, revision), check_hashes=True)
@@ -128,24 +128,24 @@ class Bundle:
         private: bool = False,
         message: str | None = None,
     ) -> str:
-        """Put the bundle into a repository of the Hugging Face hub, with a model card that is written from it.
+        """Publish the bundle in a repository of the Hugging Face hub, with a generated model card.
 
-        Its files are compared with the manifest first. All goes in one commit; what an earlier bundle left there goes.
-        Plans are not published: they are for one machine.
+        Its files are compared with the manifest first. Everything is one commit, which also deletes the files of an
+        earlier bundle. Plans are not published: they are for one machine.
 
         Args:
-            name: ``org/name``; the repository is made if it is missing.
-            revision: a branch, which is made if it is missing; None for the main one.
-            clip: a clip that the model made, whose first sample the card shows.
+            name: ``org/name``; the repository is created if missing.
+            revision: a branch, created if missing; None for the main branch.
+            clip: a clip of the model, whose first sample the card shows.
             private: make a new repository private.
-            message: of the commit; None for one that names the bundle.
+            message: commit message; None for one that names the bundle.
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
 
         Raises:
-            InputError: the name or the revision has not the hub's form.
-            BundleError: the bundle is not whole any more, or the hub does not take it.
+            InputError: the name or the revision is not a valid name on the hub.
+            BundleError: the bundle is no longer intact, or the hub refuses the commit.
             MissingDependencyError: huggingface_hub is not installed.
         """
         target = HubName(name, revision)
@@ -173,8 +173,8 @@ class Bundle:
         try:
             return cls._open(ready_bundle.unpack(), check_hashes=check_hashes)
         except BundleError as error:
-            logger.info("put together anew: %s", error)
-            return cls._open(ready_bundle.unpack(anew=True), check_hashes=check_hashes)
+            logger.info("assembled again: %s", error)
+            return cls._open(ready_bundle.unpack(rebuild=True), check_hashes=check_hashes)
 
     @classmethod
     def _open(cls, folder: Path, *, check_hashes: bool) -> Bundle:
@@ -188,7 +188,7 @@ class Bundle:
                 raise BundleError(f"{folder}: the manifest does not list {name}, which it must; export again")
         for name, entry in manifest.files.items():
             _check_file(folder, name, entry, check_hash=check_hashes)
-        if check_hashes:  # else when a stage is first used
+        if check_hashes:  # else checked when a stage is first used
             for spec in manifest.stages:
                 _check_graph(folder, spec.name, manifest)
         embeddings, null = _read_embeddings(folder / EMBEDDINGS, len(manifest.labels), manifest.geometry.text_width)
@@ -200,7 +200,7 @@ class Bundle:
 
     @property
     def name(self) -> str:
-        """That of its folder, or ``org/name`` if it lies in the cache of the Hugging Face hub."""
+        """Name of its folder, or ``org/name`` if it lies in the cache of the Hugging Face hub."""
         folder = self.path.resolve()
         blobs = _hub_blobs(folder)
         return folder.name if blobs is None else blobs.parent.name.removeprefix("models--").replace("--", "/")
@@ -212,11 +212,11 @@ class Bundle:
 
     @property
     def stages(self) -> dict[str, StageSpec]:
-        """Every stage by its name, in the order in which a clip passes through them."""
+        """All stages by name, in the order in which a clip passes through them."""
         return {spec.name: spec for spec in self.manifest.stages}
 
     def stage_path(self, stage: str) -> Path:
-        """File of a stage's graph.
+        """Path of a stage's graph.
 
         Raises:
             BundleError: the bundle has no such stage, or its graph reads a file that the manifest does not list.
@@ -229,10 +229,13 @@ class Bundle:
         return self.path / onnx_path(stage)
 
     def require_drive(self, purpose: str) -> None:
-        """Refuse what needs the stage `estimate_motion` where the bundle was exported without.
+        """Check that the bundle has the stage `estimate_motion`.
+
+        Args:
+            purpose: what needs the stage, for the message.
 
         Raises:
-            InputError: it was.
+            InputError: the bundle was exported without it.
         """
         if not self.manifest.has_drive:
             raise InputError(
@@ -242,11 +245,11 @@ class Bundle:
 
     @property
     def reference_path(self) -> Path | None:
-        """What PyTorch gave at export (see `lfdm_export.reference.stored`), if the bundle holds it."""
+        """File of PyTorch's outputs at export (`lfdm_export.reference.stored.Reference`); None if there is none."""
         return self.path / REFERENCE if REFERENCE in self.manifest.files else None
 
     def label_index(self, label: str) -> int:
-        """Row of a label; case and outer spaces do not count.
+        """Row of a label; case and surrounding spaces are ignored.
 
         Raises:
             InputError: the label is unknown.
@@ -257,15 +260,15 @@ class Bundle:
             return index
         if not self.labels:
             raise InputError(
-                f"unknown label {label!r}: this bundle was exported without labels; export it anew with labels and the "
-                "text encoder of its model (--dataset, or --labels and --text-encoder), or give a text embedding"
+                f"unknown label {label!r}: this bundle was exported without labels; export it again with labels and "
+                "its model's text encoder (--dataset, or --labels and --text-encoder), or give a text embedding"
             )
         near = difflib.get_close_matches(label.strip().casefold(), folded, n=1)
         hint = f"did you mean {self.labels[folded[near[0]]]!r}? " if near else ""
         raise InputError(f"unknown label {label!r}: {hint}known are {', '.join(self.labels)}")
 
     def embedding(self, label: str) -> Float32:
-        """Text embedding (text_width,) float32 of a label; see `label_index`.
+        """Text embedding (text_width,) float32 of a label; case and surrounding spaces are ignored.
 
         Raises:
             InputError: the label is unknown.
@@ -283,10 +286,10 @@ def fingerprint(path: Path) -> FileEntry:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a bundle, whose files are not looked at.
+    """The manifest of a bundle, without a check of the files.
 
     Raises:
-        BundleError: there is none, or it is not whole.
+        BundleError: there is no manifest, or it is invalid.
     """
     path = folder / MANIFEST
     _require_inside(folder, MANIFEST)
@@ -306,7 +309,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _check_graph(folder: Path, stage: str, manifest: Manifest) -> None:
-    """That every file that a stage's graph reads is one that the manifest vouches for."""
+    """Check that the manifest lists every file that a stage's graph reads."""
     prefix = f"{ONNX_FOLDER}/"
     inside = {name: entry.bytes for name, entry in manifest.files.items() if name.startswith(prefix)}
     path = folder / onnx_path(stage)
@@ -317,7 +320,7 @@ def _check_graph(folder: Path, stage: str, manifest: Manifest) -> None:
 
 
 def _hub_blobs(folder: Path) -> Path | None:
-    """Where the cache of the Hugging Face hub keeps what the links of a snapshot lead to, if the folder is of one."""
+    """If the folder is a snapshot in the Hugging Face hub's cache, the folder that its links point to."""
     for parent in folder.parents:
         if parent.name == _HUB_SNAPSHOTS:
             return parent.parent / _HUB_BLOBS

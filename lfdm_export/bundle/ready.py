@@ -1,10 +1,10 @@
-"""The bundle of the shipped model that comes with the package, so that clips can be made without PyTorch and ONNX.
+"""The shipped model's bundle, included in the package so that clips can be made without PyTorch and ONNX.
 
-It lies beside the model's weights as one archive of 1.3 MB, which holds the graphs, and of the graphs' weights (9 MB)
-only what the model's own files do not: most tensors of a graph are stretches of theirs. The bundle is put together
-in the user's cache folder when it is first used; its manifest has the SHA-256 of every file, which opening it checks.
+It lies beside the model's weights as one archive of 1.3 MB. The archive contains the graphs, and those bytes of the
+graphs' weights (9 MB) that the model's own files lack: most tensors of a graph are byte ranges of these files. The
+bundle is assembled in the user's cache folder on first use; `Bundle.open` checks the SHA-256 of every file.
 
-To make the archive anew, when the shipped model or its graphs have changed:
+To rebuild the archive after the shipped model or its graphs have changed:
 ``lfdm-export --without-drive --no-verify --out fresh && python -m lfdm_export.bundle.ready fresh``.
 """
 
@@ -24,40 +24,40 @@ from lfdm_export.files.atomic import temporary_folder
 from lfdm_export.files.folders import publish
 from lfdm_export.machine import CACHE_NAME, user_cache
 
-#: What commands and `Pipeline` call it.
+#: Its name for commands and `Pipeline`.
 NAME = "characters"
-#: The shipped model's folder, and the archive in it.
+#: The shipped model's folder, and the archive inside it.
 MODEL = Path(lfdm_models.__file__).parent / "weights" / "characters64"
 ARCHIVE = MODEL / "bundle.zip"
-#: The model's files that stretches are taken from.
+#: The model's files from which byte ranges are copied.
 SOURCES = ("dm.safetensors", "lfae.safetensors")
 
-# A file of weights in the archive: where its stretches come from, and the bytes that are nowhere else.
+# Suffixes of a weight file's two entries in the archive: its list of ranges, and the bytes found in no source.
 _RECIPE, _REST = ".recipe.json", ".rest"
 _LITERAL = ""
-# Stretches are looked for by their first so many bytes, at every so many bytes of a source.
+# Ranges are found by their first _BLOCK bytes, at multiples of _BLOCK in a source.
 _BLOCK = 64
 
 
-def unpack(*, anew: bool = False) -> Path:
-    """The bundle's folder in the user's cache, put together if it is not there.
+def unpack(*, rebuild: bool = False) -> Path:
+    """The bundle's folder in the user's cache, assembled if missing.
 
     Args:
-        anew: even if it is there, because it was found damaged.
+        rebuild: assemble it even if it exists, because it is damaged.
 
     Raises:
         BundleError: the cache folder cannot be written, or the package's files are damaged.
     """
     content = _read(ARCHIVE)
     target = _cache() / f"{NAME}-{hashlib.sha256(content).hexdigest()[:16]}"
-    if target.is_dir() and not anew:
+    if target.is_dir() and not rebuild:
         return target
     try:
         with temporary_folder(target) as part:
             for name, data in files_of(content, {source: _read(MODEL / source) for source in SOURCES}).items():
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
                 (part / name).write_bytes(data)
-            publish(part, target, replace=anew)  # without `anew`, what another process was first with stays
+            publish(part, target, replace=rebuild)  # else a folder that another process made first stays
     except OSError as error:
         raise BundleError(
             f"the shipped bundle {NAME!r} cannot be put together in {target.parent}: {error.strerror or error}; "
@@ -67,10 +67,10 @@ def unpack(*, anew: bool = False) -> Path:
 
 
 def files_of(content: bytes, sources: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Every file of the bundle by its name, out of the archive and the model's files.
+    """All files of the bundle by name, assembled from the archive and the model's files.
 
     Raises:
-        BundleError: the archive is damaged, or of another model.
+        BundleError: the archive is damaged, or for another model.
     """
     files: dict[str, bytes] = {}
     try:
@@ -79,8 +79,8 @@ def files_of(content: bytes, sources: Mapping[str, bytes]) -> dict[str, bytes]:
                 if name.endswith(_RECIPE):
                     whole = name.removesuffix(_RECIPE)
                     every = {**sources, _LITERAL: archive.read(whole + _REST)}
-                    stretches = json.loads(archive.read(name))
-                    files[whole] = b"".join(every[source][at : at + size] for source, at, size in stretches)
+                    ranges = json.loads(archive.read(name))
+                    files[whole] = b"".join(every[source][at : at + size] for source, at, size in ranges)
                 elif not name.endswith(_REST):
                     files[name] = archive.read(name)
     except (zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
@@ -89,7 +89,7 @@ def files_of(content: bytes, sources: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def pack(bundle: Path, sources: Mapping[str, bytes]) -> bytes:
-    """The archive of a bundle of the shipped model; the same bytes for the same bundle."""
+    """The archive for a bundle of the shipped model; equal bundles give equal bytes."""
     listed = json.loads((bundle / "manifest.json").read_bytes())["files"]
     known = _blocks(sources)
     packed = io.BytesIO()
@@ -105,14 +105,14 @@ def pack(bundle: Path, sources: Mapping[str, bytes]) -> bytes:
             if not name.endswith(".data"):
                 add(name, data)
                 continue
-            stretches, rest = _stretches(data, sources, known)
-            add(name + _RECIPE, json.dumps(stretches, separators=(",", ":")).encode())
+            ranges, rest = _ranges(data, sources, known)
+            add(name + _RECIPE, json.dumps(ranges, separators=(",", ":")).encode())
             add(name + _REST, rest)
     return packed.getvalue()
 
 
 def _blocks(sources: Mapping[str, bytes]) -> dict[bytes, tuple[str, int]]:
-    """Where the blocks of the sources are."""
+    """Source and offset of each block of the sources."""
     return {
         data[at : at + _BLOCK]: (source, at)
         for source, data in sources.items()
@@ -120,17 +120,17 @@ def _blocks(sources: Mapping[str, bytes]) -> dict[bytes, tuple[str, int]]:
     }
 
 
-def _stretches(
+def _ranges(
     data: bytes, sources: Mapping[str, bytes], known: Mapping[bytes, tuple[str, int]]
 ) -> tuple[list[tuple[str, int, int]], bytes]:
-    """A file as stretches (source, first byte, bytes) of sources and of the rest, and that rest."""
+    """A file as ranges (source, offset, size) of the sources and of the rest, and that rest."""
     found: list[tuple[str, int, int]] = []
     rest = bytearray()
-    at = begin = 0  # what lies between is in no source
+    at = begin = 0  # bytes from `begin` to `at` are in no source
     while at < len(data):
         source, there = known.get(data[at : at + _BLOCK], (_LITERAL, 0))
         if source == _LITERAL:
-            at += 4  # weights are of 4 bytes each
+            at += 4  # a weight has 4 bytes
             continue
         content = sources[source]
         while at > begin and there > 0 and data[at - 1] == content[there - 1]:

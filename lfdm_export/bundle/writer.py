@@ -1,4 +1,4 @@
-"""Writing a bundle: all or nothing, and never over anything but a bundle."""
+"""Writes a bundle atomically, and never replaces anything but a bundle."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# What may be written into a bundle later, and is no part of it.
+# Folders that may be written into a bundle later and are not part of it.
 _LATER = (f"{PARITY_FOLDER}/", f"{PLANS_FOLDER}/")
-# What stays when a bundle is replaced.
+# Kept when a bundle is replaced.
 _CARRIED = (PLANS_FOLDER,)
 
 
 class BundleWriter:
-    """Builds a bundle in a temporary folder beside the target, and puts it there when it is whole.
+    """Builds a bundle in a temporary folder beside the target, and moves it to the target when complete.
 
-    What killed exports left beside the target is removed. A context that is left without `finish` (an exception,
-    Ctrl-C, a full disk) leaves no trace, and a bundle that was at the target stays as it was. A target that holds
+    Leftovers of killed exports beside the target are removed. Leaving the context without `finish` (an exception,
+    Ctrl-C, a full disk) leaves no trace, and an existing bundle at the target unchanged. A target that contains
     anything but a bundle is refused.
 
     Example:
@@ -61,14 +61,14 @@ class BundleWriter:
     """
 
     def __init__(self, target: str | os.PathLike[str]) -> None:
-        """Name the folder that the bundle will be; nothing is touched yet.
+        """Set the bundle's folder; nothing is written yet.
 
         Raises:
-            BundleError: the path cannot be followed.
+            BundleError: the path cannot be resolved.
             InputError: the path is not UTF-8.
         """
         try:
-            # Behind all links, so that a link to a folder stays and what it points at is replaced.
+            # Links are resolved, so that a link to a folder stays and its target is replaced.
             self.target = destination(target).path
         except OSError as error:
             raise BundleError(f"cannot write to {target}: {error.strerror or error}") from error
@@ -76,10 +76,10 @@ class BundleWriter:
         self._context = contextlib.ExitStack()
 
     def __enter__(self) -> BundleWriter:
-        """Make the temporary folder.
+        """Create the temporary folder.
 
         Raises:
-            BundleError: the target is no bundle, or its parent cannot be written.
+            BundleError: the target is not a bundle, or its parent is not writable.
         """
         try:
             with locked(self.target.parent):
@@ -95,7 +95,7 @@ class BundleWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove the temporary folder, and with it the bundle that `finish` replaced."""
+        """Remove the temporary folder, including the bundle that `finish` replaced."""
         self._context.__exit__(kind, error, trace)
         if self.folder.exists():
             _log.warning("what this export put aside could not be deleted wholly; remove %s", self.folder)
@@ -108,7 +108,7 @@ class BundleWriter:
             null: (text_width,), the null embedding.
 
         Raises:
-            InputError: a shape is wrong or a value not finite.
+            InputError: a shape is wrong, or a value is not finite.
         """
         rows = {LABEL_ROWS: np.asarray(embeddings, np.float32), NULL_ROW: np.asarray(null, np.float32)}
         if rows[LABEL_ROWS].ndim != 2 or rows[LABEL_ROWS].shape[1:] != rows[NULL_ROW].shape:
@@ -120,21 +120,20 @@ class BundleWriter:
             np.savez(file, **rows)  # type: ignore[arg-type]  # numpy's stub takes the arrays for `allow_pickle`
 
     def write_reference(self, reference: Reference) -> None:
-        """Write what PyTorch gives, so that the bundle can be verified without PyTorch and the checkpoints."""
+        """Write PyTorch's outputs, so that the bundle can be verified without PyTorch and the checkpoints."""
         reference.save(self.folder / REFERENCE)
 
     def finish(self, manifest: Manifest) -> Bundle:
-        """Hash all files, write the manifest last, and put the folder at the target in one step.
+        """Hash all files, write the manifest last, and move the folder to the target in one step.
 
-        The plans of a bundle that was there move into the new one: each says what it was made of, and serves as long
-        as that is still there.
+        The plans of a replaced bundle move into the new one: each records its graph, and is used only if it matches.
 
         Args:
-            manifest: its ``files`` are filled in here.
+            manifest: the manifest; its ``files`` are filled in here.
 
         Raises:
-            BundleError: a file that the manifest needs was not written, the disk is full, or the target
-                has meanwhile become something else.
+            BundleError: a file that the manifest requires was not written, the disk is full, or the target is no
+                longer a bundle.
         """
         try:
             files = {name: fingerprint(self.folder / name) for name in _list_files(self.folder)}
@@ -150,13 +149,13 @@ class BundleWriter:
 
 
 def store_tuned(bundle: Bundle, tuned: TunedSampler) -> Bundle:
-    """Write a tuned sampler into a bundle's manifest, in one step; its tables of other numbers of steps stay.
+    """Write a tuned sampler into a bundle's manifest, atomically; stored tables for other numbers of steps stay.
 
     Returns:
-        The bundle, opened again.
+        The bundle, reopened.
 
     Raises:
-        BundleError: it was learned for other weights, or the manifest cannot be written.
+        BundleError: the sampler was learned for other weights, or the manifest cannot be written.
     """
     try:
         with locked(bundle.path):
@@ -182,10 +181,10 @@ def _list_files(folder: Path) -> list[str]:
 
 
 def _require_replaceable(target: Path) -> None:
-    """Refuse a target whose replacement would cost anybody a file that is not an export's.
+    """Refuse a target whose replacement would delete a file that no export wrote.
 
     Raises:
-        BundleError: the target is a file, a folder of other things, or a bundle with other things in it.
+        BundleError: the target is a file, a folder that is not a bundle, or a bundle with other files in it.
     """
     if not target.exists():
         return

@@ -1,1 +1,1 @@
-"""Networks become a bundle, and a bundle plans."""
+"""Export: networks to a bundle, and a bundle to plans."""

@@ -35,12 +35,12 @@ from lfdm_models.text import BertTextEncoder, TextEncoderError
 
 logger = logging.getLogger(__name__)
 
-#: Frames that one run of `decode` gives; from 2 to 20 the time a frame is the same, and memory grows with them.
+#: Frames per run of `decode`; from 2 to 20 the time per frame is the same, and memory grows with the number.
 CHUNK_FRAMES = 8
-#: Stages that one traced graph gives, and the file that their weights share.
+#: The stages taken from each traced UNet graph, and the file that their weights share.
 _UNET_GRAPHS = {"step": ("step", "denoise"), "step_guided": ("step_guided", "denoise_guided")}
 _UNET_DATA = "unet.data"
-#: What the published models were trained on.
+#: Frames and image size of the published models' training.
 _PUBLISHED_FRAMES, _PUBLISHED_SIZE = 40, 128
 _VERSIONED = ("lfdm-export", "numpy", "torch", "onnx", "onnxscript", "transformers")
 
@@ -62,36 +62,35 @@ def export_bundle(
     tuned: TunedSampler | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Export a model as a bundle, atomically: an interrupted export leaves what was there.
+    """Export a model as a bundle, atomically: an interrupted export leaves an earlier bundle unchanged.
 
     Args:
-        model: of `load_model`.
-        out_dir: becomes the bundle; must not exist, be empty, or be a bundle, which is then replaced.
+        model: the model, from `load_model`.
+        out_dir: folder of the bundle: a new path, an empty folder, or a bundle, which is replaced.
         engine: precision of the graphs, one of `stages.PRECISIONS`; see docs/precision.md.
-        dataset: what the model was trained on, "mug", "mhad" or "natops": gives text encoder, labels and preprocessing,
-            each unless it is given itself.
-        frames: T, frames of a clip; fixed in the bundle. None: as the model was trained, else 40.
-        image_size: H = W in pixels; fixed in the bundle. None: as the model was trained, else 128.
-        text_encoder: the BERT that the model was trained with: a folder, a hub name, or loaded. With it the
-            bundle takes free text. "none": none, and so no labels but those that the model brings, even of a data set.
-        labels: the known labels, embedded by the text encoder, or chosen among those that the model
-            brings. None: the data set's, else all that the model brings.
-        preprocessing: what happens to a picture before the model sees it. None: the data set's rule, else the plain
-            one.
-        drive: include `estimate_motion`, which motion transfer alone needs: half of a bundle of the published size.
-        reference: run the untouched networks as well and keep what they give, so that anybody can verify the bundle
-            without them.
-        torch_weights: include the weights that the target torch runs; of fp32, tf32, fp16 and bf16.
-        tuned: tables of few steps that were learned for these weights (`TunedSampler.load`).
+        dataset: the training data, "mug", "mhad" or "natops": sets text encoder, labels and preprocessing, unless they
+            are given.
+        frames: T, frames per clip; fixed in the bundle. None: as in the model's training, else 40.
+        image_size: H = W in pixels; fixed in the bundle. None: as in the model's training, else 128.
+        text_encoder: the BERT that the model was trained with: a folder, a hub name, or loaded. With it the bundle
+            accepts free text. "none": no text encoder, even with `dataset`; labels are then only the model's own.
+        labels: the bundle's labels, embedded by the text encoder, or chosen from the model's own labels. None: those
+            of `dataset`, else all of the model's own.
+        preprocessing: how a picture is prepared for the model. None: the rule of `dataset`, else the default.
+        drive: include `estimate_motion`, which only motion transfer needs: half of a bundle of the published size.
+        reference: also run the untouched networks and store their outputs, so that the bundle can be verified without
+            them.
+        torch_weights: include weights for the target torch; for fp32, tf32, fp16 and bf16.
+        tuned: tables of few steps, learned for these weights (`TunedSampler.load`).
         progress: called as ``progress(stage, done, total)``.
 
     Returns:
         The bundle.
 
     Raises:
-        InputError: an argument cannot be used.
-        ExportError: the export came out wrong.
-        BundleError: the bundle cannot be written there.
+        InputError: an argument is invalid.
+        ExportError: the export failed or is not valid.
+        BundleError: the bundle cannot be written.
     """
     check_precision(engine)
     if torch_weights:
@@ -156,7 +155,7 @@ def _require_tuned_for(model: LfdmModel, tuned: TunedSampler) -> None:
 
 
 def trained_geometry(model: LfdmModel) -> tuple[int, int]:
-    """Frames of a clip and pixels a side that a model was trained with; the published ones where it does not say."""
+    """Frames per clip and pixels per side of a model's training; the published values if the model does not say."""
     found = (model.provenance.get(name) for name in ("frames", "image_size"))
     frames, image_size = (value if isinstance(value, int) else None for value in found)
     return frames or _PUBLISHED_FRAMES, image_size or _PUBLISHED_SIZE
@@ -166,7 +165,7 @@ def geometry_of(config: LfdmConfig, frames: int, image_size: int) -> Geometry:
     """The sizes of all stages.
 
     Raises:
-        InputError: the networks cannot run on such images, or `frames` is below 1.
+        InputError: the networks do not support the image size, or `frames` is below 1.
     """
     if frames < 1:
         raise InputError(f"frames is {frames}, expected 1 or more")
@@ -186,7 +185,7 @@ def geometry_of(config: LfdmConfig, frames: int, image_size: int) -> Geometry:
 
 
 def _require_cosine_schedule(model: LfdmModel) -> None:
-    """A bundle says how long the schedule is, not what it is: there is but one published."""
+    """Check the noise schedule: a bundle stores only its length, because there is only one published schedule."""
     found = model.diffusion.schedule()
     expected = cosine_schedule(found.steps)
     for name, values in expected.buffers().items():
@@ -204,7 +203,7 @@ def trace_graphs(
     frames: int,
     progress: Progress | None = None,
 ) -> dict[str, ir.Model]:
-    """The float32 graph of every stage, by name; their weights are the model's own where no rewrite changed them."""
+    """The float32 graph of every stage, by name; weights are the model's own tensors unless a rewrite changed them."""
     modules = stage_modules(model, frames)
     if encoder is not None:
         modules[TEXT_STAGE] = encoder
@@ -225,7 +224,7 @@ def trace_graphs(
 
 
 def write_graphs(graphs: Mapping[str, ir.Model], specs: Mapping[str, StageSpec], folder: Path) -> None:
-    """Write every stage's graph and check it; the UNet's graphs share their weights' file.
+    """Write and check every stage's graph; the UNet's graphs share one file of weights.
 
     Raises:
         ExportError: a graph is not valid ONNX.
@@ -241,10 +240,10 @@ def write_graphs(graphs: Mapping[str, ir.Model], specs: Mapping[str, StageSpec],
 def load_text_encoder(
     source: BertTextEncoder | str | os.PathLike[str] | None, text_width: int
 ) -> BertTextEncoder | None:
-    """A text encoder, loaded if it is not yet, that fits the DM; None for None.
+    """Load a text encoder if necessary, and check that it fits the DM; None for None.
 
     Raises:
-        InputError: it cannot be loaded, or its embeddings are of another width.
+        InputError: it cannot be loaded, or its embeddings have another width.
     """
     if source is None:
         return None
@@ -270,7 +269,7 @@ def _check_labels(labels: Sequence[str]) -> None:
 def _label_table(
     model: LfdmModel, labels: Sequence[str] | None, encoder: BertTextEncoder | None
 ) -> dict[str, NDArray[np.float32]]:
-    """Embedding of each known label, by the text encoder if there is one."""
+    """Embedding of each label, from the text encoder if there is one, else from the model."""
     wanted = list(model.label_embeddings) if labels is None else list(labels)
     if not wanted:
         logger.info("the bundle knows no labels: give labels and a text encoder, or generate with text embeddings")

@@ -1,4 +1,4 @@
-"""A bundle's graphs -> plans beside them: what is there already is kept, the rest is built, one stage at a time."""
+"""A bundle's graphs -> plans beside them: matching plans are kept, the others built, one stage at a time."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class PlanMade:
     """One stage's plan.
 
     Attributes:
-        stage: its name.
-        path: the plan.
-        how: "built", "refitted" (an older plan got this graph's weights) or "kept" (it was there already).
-        record: what is known of it.
+        stage: name of the stage.
+        path: path of the plan.
+        how: "built", "refitted" (an older plan got this graph's weights) or "kept" (it already existed).
+        record: the plan's record.
     """
 
     stage: str
@@ -54,28 +54,28 @@ def make_plans(
     machine: Machine | None = None,
     progress: Progress | None = None,
 ) -> tuple[PlanMade, ...]:
-    """Make a target's plans of a bundle.
+    """Build a target's plans for a bundle.
 
-    A plan that is there and was made of the same graph, for the same GPUs, by the same version with the same options
-    is kept. Every other is built in a process of its own and put in its place when it is whole: an interrupted or
-    failed build leaves the old plan, or none.
+    An existing plan of the same graph, for the same GPUs, by the same version with the same options is kept. Every
+    other plan is built in a separate process and installed atomically: an interrupted or failed build leaves the old
+    plan, or none.
 
     Args:
-        bundle: a bundle, or the path of one, whose files are then checked by their hashes.
+        bundle: a bundle, or its path; a bundle opened from a path is checked by its hashes.
         target: "tensorrt" or "tensorrt-rtx".
-        stages: names; None for all.
-        options: of the builder; None for the defaults.
-        gpus: architectures that TensorRT for RTX shall build for; None for those of `RTX_DEFAULT`
-            that have the bundle's precision.
-        machine: None for this one.
+        stages: names of the stages; None for all.
+        options: options of the builder; None for the defaults.
+        gpus: architectures that TensorRT for RTX builds for; None for those of `RTX_DEFAULT` that support the bundle's
+            precision.
+        machine: the machine; None for this one.
         progress: called as ``progress(stage, done, total)``.
 
     Returns:
         The plans, in the order of the stages.
 
     Raises:
-        InputError: an argument cannot be used.
-        EngineError: the target cannot be had here, a graph is refused, the builder dies, or the disk is full.
+        InputError: an argument is invalid.
+        EngineError: the target is not available here, a graph is refused, the builder dies, or the disk is full.
         MissingDependencyError: onnx is not installed.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -120,7 +120,7 @@ def _check(
 def _wanted(
     bundle: Bundle, stage: str, target: Target, gpus: tuple[str, ...], options: BuildOptions
 ) -> tuple[bytes, Fingerprint]:
-    """The graph as the builder shall read it, and what its plan's fingerprint will be."""
+    """The graph for the builder, and the fingerprint of its plan."""
     graph, structure, data_files = builder_graph(bundle, stage, target)
     files = bundle.manifest.files
     sources = () if options.strip else (onnx_path(stage), *(f"{ONNX_FOLDER}/{name}" for name in data_files))
@@ -154,7 +154,7 @@ def _make(
         tf32=wanted.precision == "tf32",
         gpus=architectures,
         options=wanted.options,
-        # RTX measures nothing when it builds.
+        # TensorRT for RTX measures no timings when it builds.
         timing_cache=str(folder.path.resolve() / "timing.cache") if wanted.target == TENSORRT.name else "",
     )
     try:

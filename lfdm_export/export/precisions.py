@@ -1,4 +1,4 @@
-"""Float32 graphs -> graphs of the precision that a bundle is exported in."""
+"""Float32 graphs -> graphs of the bundle's precision."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lfdm_models.model import LfdmModel
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """A model whose stages were traced, and what a precision may need to know of it beside its graphs.
+    """A model's traced stages, and facts about the model that some precisions need.
 
     Attributes:
-        graphs: of every stage, float32, by name. They are not to be changed.
-        model: that they were traced from.
-        geometry: of the stages.
+        graphs: float32 graph of every stage, by name. Do not change them.
+        model: the traced model.
+        geometry: geometry of the stages.
         embeddings: text embedding (text_width,) of each known label.
     """
 
@@ -41,7 +41,7 @@ def check_precision(precision: str) -> None:
     """Refuse a precision that cannot be exported.
 
     Raises:
-        InputError: it is unknown.
+        InputError: the precision is unknown.
     """
     known = [name for name in PRECISIONS if name in CHAIN_TOLERANCES]
     if precision not in known:
@@ -50,11 +50,11 @@ def check_precision(precision: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Lowered:
-    """What became of a model in a precision.
+    """A model's graphs in a precision.
 
     Attributes:
-        graphs: of every stage, by name.
-        sensitivity: what each layer costs, where layers were quantized.
+        graphs: graph of every stage, by name.
+        sensitivity: error that each quantized layer causes; None without quantization.
     """
 
     graphs: dict[str, ir.Model]
@@ -64,20 +64,20 @@ class Lowered:
 def typed_graphs(traced: Traced, precision: str, progress: Progress | None = None) -> Lowered:
     """The graphs of every stage in a precision.
 
-    Each precision is a function from the float32 graphs to typed ones that keeps names, order and types of
-    the stages' inputs and outputs, the nodes of domain `lfdm`, and (for graphs that share weights) gives equal weights
-    equal bytes. Its tolerances stand in `stages`; without them it is not exported.
+    Each precision is a function from the float32 graphs to typed ones. It keeps names, order and types of the stages'
+    inputs and outputs, and the nodes of domain `lfdm`; equal weights of graphs that share a file get equal bytes. Its
+    tolerances are in `stages`; a precision without tolerances is not exported.
 
     Args:
-        traced: the float32 graphs and what they come from.
+        traced: the float32 graphs and their model.
         precision: one of `stages.PRECISIONS`.
-        progress: called as ``progress(what, done, total)`` where that takes long.
+        progress: called as ``progress(what, done, total)`` during long work.
 
     Raises:
         InputError: the precision cannot be exported.
-        ExportError: a weight is beyond its range.
-        EngineError: a graph cannot be run, which int8 and fp8 need for their scales.
-        MissingDependencyError: so do they onnxruntime, which is not installed.
+        ExportError: a weight exceeds the precision's range.
+        EngineError: a graph cannot be run; int8 and fp8 run graphs to find their scales.
+        MissingDependencyError: onnxruntime, which int8 and fp8 need, is not installed.
     """
     check_precision(precision)
     if precision in TYPES:
@@ -89,5 +89,5 @@ def typed_graphs(traced: Traced, precision: str, progress: Progress | None = Non
         sources = Sources(traced.graphs, traced.geometry, diffusion.schedule(), embeddings, null)
         quantized = quantized_graphs(sources, precision, progress=progress)
         return Lowered(quantized.graphs, quantized.report)
-    # "fp32"; in TF32 an engine of the same graphs rounds the factors of products only.
+    # "fp32" and "tf32" have the same graphs: a TF32 engine only rounds the factors of products.
     return Lowered(dict(traced.graphs))

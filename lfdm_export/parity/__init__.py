@@ -1,1 +1,1 @@
-"""Each representation of the model against the one before."""
+"""Parity: each representation of the model compared with the one before."""

@@ -1,4 +1,4 @@
-"""Parity of a whole clip: sampling and decoding with a bundle, with the noise that PyTorch had."""
+"""Parity of a whole clip: sampling and decoding with a bundle, with PyTorch's noise."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from lfdm_models.schedule import cosine_schedule
 Float32: TypeAlias = NDArray[np.float32]
 UInt8: TypeAlias = NDArray[np.uint8]
 
-_SAMPLING = "sampling leaves PyTorch's way; if every stage passed, sampler, schedule or noise are at fault"
-_PICTURES = "the clip's pictures are not those that PyTorch gives; if the latent passed, decoding is at fault"
-_FINITE = "sampling gives NaN or infinity: see the stages above"
+_SAMPLING = "the latent differs from PyTorch's; if every stage passed, the fault is in sampler, schedule or noise"
+_PICTURES = "the clip's frames differ from PyTorch's; if the latent passed, the fault is in decoding"
+_FINITE = "sampling gives NaN or infinity: see the checks of the stages"
 
 
 @dataclass(frozen=True, eq=False)
 class ChainResult:
-    """What became of the clip: checks, and steps and pictures as far as it got."""
+    """The clip's checks, and its steps and pictures, up to a failure."""
 
     checks: tuple[Check, ...]
     steps: tuple[StepError, ...] = ()
@@ -56,13 +56,13 @@ def check_chain(
     """Sample and decode the reference's clip, and compare.
 
     Args:
-        bundle: that is verified.
+        bundle: the bundle to verify.
         reference: PyTorch's clip.
-        seed: of its noise.
-        threads: of each engine.
+        seed: seed of its noise.
+        threads: threads per engine; None uses all cores.
         progress: called as ``progress(stage, done, total)``.
-        target: what runs the stages.
-        precision: whose tolerances count; None for the bundle's.
+        target: target that runs the stages.
+        precision: precision whose tolerances apply; None for the bundle's.
     """
     pipe = Pipeline(bundle, threads=threads, target=target, self_check=False)
     tolerance = CHAIN_TOLERANCES[precision or bundle.manifest.precision]
@@ -118,18 +118,18 @@ def _failure(meaning: str) -> Check:
 
 
 class _NothingMoreError(Exception):
-    """A latent was not finite: later steps tell nothing."""
+    """A latent is not finite, so later steps are skipped."""
 
 
 def _sample(
     pipe: Pipeline, encoded: Encoded, reference: ChainReference, seed: int, progress: Progress | None
 ) -> list[Float32]:
-    """The latent (3, T, h, w) after each step; the last is the first that is not finite, if there is one."""
+    """The latent (3, T, h, w) after each step, up to the first that is not finite."""
     latents: list[Float32] = []
     total = len(reference.latents)
 
     def on_step(_: int, latent: Float32 | None) -> None:
-        assert latent is not None, "every latent was asked for"
+        assert latent is not None, "every latent is requested"
         latents.append(latent[0])
         report(progress, "sample", len(latents), total)
         if not np.isfinite(latent).all():
@@ -156,7 +156,7 @@ def _step_errors(bundle: Bundle, latents: list[Float32], expected: Float32) -> t
 
 
 def _latent_checks(steps: tuple[StepError, ...], tolerance: ChainTolerance) -> list[Check]:
-    """The worst step, by largest and by mean error."""
+    """Checks of the worst step, by largest and by mean error."""
     largest = max(step.max_abs or 0.0 for step in steps)
     mean = max(step.mean_abs or 0.0 for step in steps)
     return [
@@ -166,7 +166,7 @@ def _latent_checks(steps: tuple[StepError, ...], tolerance: ChainTolerance) -> l
 
 
 def _motion_checks(bundle: Bundle, latent: Float32, expected: Float32, tolerance: ChainTolerance) -> list[Check]:
-    """What the last latent's error means: for the flow in pixels of the image, for the occlusion map in [0, 1]."""
+    """The last latent's error as flow in pixels of the image, and as occlusion map in [0, 1]."""
     error = latent.astype(np.float64) - expected
     distance = np.hypot(error[0], error[1]) * bundle.manifest.geometry.image_size / 2
     occlusion = np.abs(error[2]) / 2
@@ -188,7 +188,7 @@ def _picture_checks(
     tolerance: ChainTolerance,
     psnr_wanted: float,
 ) -> list[Check]:
-    """Unrounded values of some frames, and the 8-bit values of all."""
+    """Checks of some frames' unrounded values, and of all frames' 8-bit values."""
     error = kept.astype(np.float64) - expected
     square = float((error**2).mean())
     beyond = np.abs(levels.astype(np.int16) - expected_levels) > 1

@@ -1,6 +1,6 @@
-"""Engines against ONNX Runtime, by NVIDIA Polygraphy: its runner of the same graph, its comparison, its files.
+"""Engines compared with ONNX Runtime by NVIDIA Polygraphy: its runner of the same graph, its comparison, its files.
 
-A second opinion, whose code is not this program's: `verify` compares with PyTorch through this program's own engines.
+An independent check with code of another project: `verify` itself compares this program's engines with PyTorch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lfdm_export.stages import StageSpec
 
 Array = NDArray[Any]
 
-_OTHERS = "this engine does not give what ONNX Runtime gives for the same graph, as Polygraphy runs it"
+_OTHERS = "this engine's output differs from that of ONNX Runtime for the same graph, run by Polygraphy"
 _REFERENCE = "ONNX Runtime, by Polygraphy"
 
 
@@ -41,19 +41,19 @@ def compare_stage(
     """Run one stage by an engine and by Polygraphy's ONNX Runtime, and compare the outputs.
 
     Args:
-        bundle: that holds the stage.
+        bundle: the bundle with the stage.
         spec: the stage.
-        load: gives the engine of a stage.
-        name: of the engine, for Polygraphy.
-        tolerance: largest error, relative to max(1, largest magnitude of ONNX Runtime's output).
+        load: returns the engine of a stage.
+        name: name of the engine, for Polygraphy.
+        tolerance: largest allowed error, relative to max(1, largest magnitude of ONNX Runtime's output).
         inputs: every stage input by name.
-        save: folder for inputs' outputs as ``STAGE.json``, which ``polygraphy`` reads again; None for none.
+        save: folder for all outputs as ``STAGE.json``, which the ``polygraphy`` command reads; None saves nothing.
 
     Returns:
-        A check an output.
+        One check per output.
 
     Raises:
-        EngineError: the engine cannot be loaded or fails, or ONNX Runtime does.
+        EngineError: the engine or ONNX Runtime cannot be loaded, or fails.
         MissingDependencyError: Polygraphy is not installed.
     """
     try:
@@ -67,7 +67,7 @@ def compare_stage(
         raise MissingDependencyError("polygraphy", "comparing engines by Polygraphy", "polygraphy") from error
 
     class EngineRunner(BaseRunner):
-        """One of this program's engines, as Polygraphy runs things."""
+        """Adapter of one of this program's engines to Polygraphy's runner interface."""
 
         def activate_impl(self) -> None:
             self.engine = load(spec.name)
@@ -117,7 +117,7 @@ def _magnitude(values: Array) -> float:
 
 
 def _check(stage: str, output: str, verdict: Any, scale: float, tolerance: float, compared: int) -> Check:
-    """Polygraphy's verdict on an output."""
+    """Polygraphy's verdict on an output as a check."""
     passed = bool(verdict)
     return Check(
         stage,

@@ -1,8 +1,8 @@
-"""A typed graph -> one of float32 that rounds wherever the typed one stores a value of lower precision.
+"""A typed graph -> a float32 graph that rounds wherever the typed one stores a value of lower precision.
 
-ONNX Runtime's CPU provider has no bfloat16 kernels for most operators, and takes float16 graphs apart: it computes in
-float32 and leaves out casts between neighbours. The simulated graph shows what a GPU's tensor cores give: products and
-sums inside an operator in float32, each result rounded. Fused kernels of a GPU round less often.
+ONNX Runtime's CPU provider has no bfloat16 kernels for most operators, and does not follow float16 graphs: it computes
+in float32 and omits casts between neighbors. The simulated graph shows the results of a GPU's tensor cores: products
+and sums inside an operator in float32, each result rounded. Fused kernels of a GPU round less often.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _FLOAT32 = ir.DataType.FLOAT
 
 
 def simulate_bundle(bundle: Bundle, folder: str | os.PathLike[str]) -> Bundle:
-    """A bundle of float32 that gives what one of fp16 or bf16 gives on a GPU, as far as rounding goes.
+    """A float32 bundle that rounds as an fp16 or bf16 bundle does on a GPU.
 
     Args:
-        bundle: the one to be simulated.
-        folder: becomes the simulated one.
+        bundle: the bundle to simulate.
+        folder: folder of the simulated bundle.
 
     Raises:
-        InputError: the bundle is of another precision.
+        InputError: the bundle has another precision.
         BundleError: the folder cannot be written.
     """
     precision = bundle.manifest.precision
@@ -56,14 +56,14 @@ def simulate(path: Path, precision: LowPrecision, *, also: Callable[[ir.Node], b
     """The simulated graph of a stage.
 
     Args:
-        path: of its typed graph; external weights lie beside it.
-        precision: of the graph.
-        also: further nodes whose results are rounded, as if they were lowered too.
+        path: path of its typed graph; external weights lie beside it.
+        precision: precision of the graph.
+        also: selects further nodes whose results are rounded, as if they were lowered too.
 
     Returns:
-        A graph of float32 without functions, with TensorRT's bodies, the same inputs and outputs.
+        A float32 graph without functions, with TensorRT's bodies and the same inputs and outputs.
     """
-    # TensorRT's: an operator such as Attention would hide the values in it.
+    # TensorRT's bodies: an operator such as Attention would hide the values inside it.
     model = with_bodies(onnx.load(path, load_external_data=False), "tensorrt")
     inlined = onnx.shape_inference.infer_shapes(
         onnx.inliner.inline_local_functions(model), check_type=True, strict_mode=True, data_prop=True
@@ -83,7 +83,7 @@ def simulate(path: Path, precision: LowPrecision, *, also: Callable[[ir.Node], b
             is_low = value.dtype == low
             if is_low:
                 value.type = ir.TensorType(_FLOAT32)
-            # What only moves values has rounded ones already.
+            # The inputs of an operator that only moves values are already rounded.
             if (is_low and node.op_type not in MOVING) or (rounds and value.dtype == _FLOAT32):
                 _round(graph, node, value, low)
         if node.op_type == "CastLike":
@@ -96,7 +96,7 @@ def simulate(path: Path, precision: LowPrecision, *, also: Callable[[ir.Node], b
 
 
 def _round(graph: ir.Graph, node: ir.Node, value: ir.Value, low: ir.DataType) -> None:
-    """Let whoever takes a value take it rounded."""
+    """Replace a value by its rounded form for all users."""
     users = list(value.uses())
     down = ir.Node("", "Cast", [value], [ir.AttrInt64("to", low)], name=f"{node.name}_{value.name}_down")
     up = ir.Node("", "Cast", down.outputs, [ir.AttrInt64("to", _FLOAT32)], name=f"{node.name}_{value.name}_up")

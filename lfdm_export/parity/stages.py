@@ -17,11 +17,9 @@ from lfdm_export.stages import StageSpec
 
 Array: TypeAlias = NDArray[Any]
 
-_WRONG_VALUES = (
-    "the graph computes something else than PyTorch: weights other than the model's, or a fault of the export"
-)
-_NOT_FINITE = "NaN or infinity: damaged weights, or an overflow in the graph"
-_REFERENCE_NOT_FINITE = "PyTorch itself gives NaN or infinity here: the model's weights are at fault"
+_WRONG_VALUES = "the graph's result differs from PyTorch's: its weights are not the model's, or the export is faulty"
+_NOT_FINITE = "NaN or infinity: the weights are damaged, or the graph overflows"
+_REFERENCE_NOT_FINITE = "PyTorch itself gives NaN or infinity here: the model's weights are faulty"
 _BATCH = "a sample's result depends on the other samples of its batch"
 
 
@@ -32,18 +30,18 @@ def check_stage(
     inputs: Mapping[str, Array],
     reference: Reference,
 ) -> list[Check]:
-    """Names, dtypes and shapes; finite values; error; independence of the batch: as far as it goes.
+    """Check names, dtypes and shapes; finite values; error; independence of the batch; stop when a check is impossible.
 
     Args:
-        load: gives the engine of a stage.
+        load: returns the engine of a stage.
         spec: the stage.
-        tolerance: largest error, relative to max(1, largest |reference|).
+        tolerance: largest allowed error, relative to max(1, largest |reference|).
         inputs: every stage input by name, several samples each.
-        reference: what PyTorch gives for them.
+        reference: PyTorch's outputs for these inputs.
     """
     feeds = {tensor.name: inputs[tensor.name] for tensor in spec.inputs}
     try:
-        # Not kept: a stage's weights and buffers are given back before the next one's are loaded.
+        # Not kept: a stage's weights and buffers are freed before the next stage loads its own.
         engine = load(spec.name)
         outputs = engine.run(feeds)
     except EngineError as error:
@@ -84,7 +82,7 @@ def _values(stage: str, name: str, values: Array, expected: Array, seed: int, to
 
 
 def _batch(engine: Engine, feeds: Mapping[str, Array], outputs: Mapping[str, Array], tolerance: float) -> list[Check]:
-    """The first sample alone against the same one in the batch."""
+    """Compare the first sample alone with the same sample in the batch."""
     stage = engine.spec.name
     try:
         alone = engine.run({name: array[:1] for name, array in feeds.items()})
@@ -100,7 +98,7 @@ def _compared(stage: str, kind: Any, name: str, found: Array, expected: Array, t
     largest = float(error.max())
     scale = float(np.abs(expected).max())
     relative = largest / max(1.0, scale)
-    if not math.isfinite(relative):  # only a single sample's output can still be NaN here
+    if not math.isfinite(relative):  # only the output of a single sample can still be NaN here
         return Check(stage, kind, name, passed=False, allowed=tolerance, meaning=_NOT_FINITE)
     passed = relative <= tolerance
     return Check(

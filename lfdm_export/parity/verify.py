@@ -1,6 +1,6 @@
-"""Parity of a bundle: what its engines give against what PyTorch gives.
+"""Parity of a bundle: its engines' outputs against PyTorch's.
 
-Needs neither torch nor the checkpoints where the bundle holds a reference.
+Needs neither torch nor the checkpoints if the bundle contains a reference.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -63,37 +63,37 @@ def verify_bundle(
 ) -> Report:
     """Compare a bundle with its model: every stage, then a whole clip, with each engine.
 
-    Of each stage, in this order and as far as it goes: names, dtypes and shapes; finite values; error against
-    PyTorch; a sample alone against the same sample in a batch. Then a clip of 10 DDIM steps with the same noise:
-    error after each step, of flow, occlusion and frames.
+    Each stage is checked in this order, up to the first check that cannot be made: names, dtypes and shapes; finite
+    values; error against PyTorch; a sample alone against the same sample in a batch. Then a clip of 10 DDIM steps with
+    the same noise: errors of the latent after each step, of flow, occlusion and frames.
 
     Args:
-        bundle: a bundle, or the path of one, whose files are then checked by their hashes.
-        model: what the bundle was exported from: PyTorch runs again, on fresh inputs. None compares with the
-            reference that was stored in the bundle at export, which needs no torch.
-        seed: of the fresh inputs; None draws one, and the report tells it.
-        threads: of each engine; None takes all cores.
-        text_encoder: what the bundle's was exported from, a folder, a hub name, or loaded; needed beside `model`
-            where the bundle has one.
-        targets: what runs the stages, each of them in turn. "all" is every target: those that cannot run this bundle
-            on this machine are told with the reason. "simulation" is ONNX Runtime with graphs of float32 that round
-            as a GPU does in fp16 or bf16. "auto" is the first that runs here, or else the simulation.
-        polygraphy: compare each engine with ONNX Runtime by NVIDIA Polygraphy as well, stage by stage; the outputs
-            are left in BUNDLE/parity/polygraphy, for its tools.
+        bundle: a bundle, or its path; a bundle opened from a path is checked by its hashes.
+        model: the model that the bundle was exported from: PyTorch runs again, on new inputs. None compares with the
+            reference that the export stored in the bundle, which needs no torch.
+        seed: seed of the new inputs; None draws one, which the report states.
+        threads: threads per engine; None uses all cores.
+        text_encoder: the text encoder that the bundle was exported with: a folder, a hub name, or loaded; required
+            with `model` if the bundle has a text encoder.
+        targets: targets that run the stages, one after the other. "all" is every target; those that cannot run this
+            bundle on this machine are reported with the reason. "simulation" is ONNX Runtime with float32 graphs that
+            round as a GPU does in fp16 or bf16. "auto" is the first target that runs here, or else the simulation.
+        polygraphy: also compare each engine with ONNX Runtime by NVIDIA Polygraphy, stage by stage; the outputs are
+            written to BUNDLE/parity/polygraphy, for Polygraphy's tools.
         progress: called as ``progress(what, done, total)``.
 
     Returns:
-        What was found; write it with ``report.write(folder)``.
+        The report; write it with ``report.write(folder)``.
 
     Raises:
-        BundleError: there is no whole bundle at the path, or it holds no reference and no model is given.
-        InputError: the model is another than the bundle's, or an argument is missing or without meaning.
-        EngineError: a target that is asked for by name cannot be had here; or no target can.
-        MissingDependencyError: onnxruntime is not installed, or Polygraphy, if that is asked for.
+        BundleError: there is no complete bundle at the path, or it has no reference and no model is given.
+        InputError: the model is not the bundle's, or an argument is missing or does not apply.
+        EngineError: a target requested by name is not available here, or no target is.
+        MissingDependencyError: onnxruntime is not installed, or Polygraphy, if requested.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     manifest = opened.manifest
-    # The program's own tolerances: those of the manifest come from whoever made the bundle.
+    # The program's own tolerances: the manifest's may come from an untrusted source.
     specs = stage_specs(manifest.geometry, with_text=manifest.has_text, with_drive=manifest.has_drive)
     if manifest.precision not in CHAIN_TOLERANCES:
         raise BundleError(
@@ -104,20 +104,20 @@ def verify_bundle(
         reference, origin = _stored(opened, specs, seed), "PyTorch's outputs, stored in the bundle at export"
     else:
         reference = _fresh(opened, model, seed, text_encoder, progress)
-        origin = "PyTorch, run anew on fresh inputs"
+        origin = "PyTorch, run again on new inputs"
     inputs = reference.inputs(manifest.config, manifest.geometry)
 
     runs, absent = _choose(opened, targets)
-    with_all = specs, inputs, reference, threads, progress
+    comparison = _Comparison(opened, specs, inputs, reference, threads, progress)
     outcomes = [
-        _simulate(opened, *with_all) if target == SIMULATION else _run(opened, target, *with_all, manifest.precision)
+        _simulate(comparison) if target == SIMULATION else _run(comparison, target, manifest.precision)
         for target in runs
     ]
     first, chain = outcomes[0], CHAIN_OPTIONS
     others = [outcome.engine for outcome in outcomes[1:]]
     if polygraphy:
         engines = [target for target in runs if target != SIMULATION]
-        others += [_by_polygraphy(opened, target, specs, inputs, threads) for target in engines]
+        others += [_by_polygraphy(comparison, target) for target in engines]
     return Report(
         bundle=opened.name,
         precision=manifest.precision,
@@ -139,41 +139,66 @@ def verify_bundle(
 
 
 def _took_part(runs: Sequence[str], with_torch: bool) -> tuple[str, ...]:
-    """The distributions of what ran."""
+    """The distributions of the programs that ran."""
     specs = (ONNXRUNTIME if name == SIMULATION else spec_of(name) for name in runs)
     found = [name for spec in specs for name in spec.distributions]
     return tuple(dict.fromkeys([*found, *PYTORCH.packages["torch"] * with_torch]))
 
 
+@dataclass(frozen=True, eq=False)
+class _Comparison:
+    """What every engine is compared on.
+
+    Attributes:
+        bundle: the bundle whose graphs run.
+        specs: the stages to compare, by name.
+        inputs: every stage input by name, several samples each.
+        reference: PyTorch's outputs for these inputs, and its clip.
+        threads: threads per engine; None uses all cores.
+        progress: called as ``progress(what, done, total)``.
+    """
+
+    bundle: Bundle
+    specs: Mapping[str, StageSpec]
+    inputs: Mapping[str, NDArray[Any]]
+    reference: Reference
+    threads: int | None
+    progress: Progress | None = None
+
+    def loader(self, target: Target) -> Callable[[str], Engine]:
+        """A function that loads a target's engine of a stage."""
+        return lambda stage: load_engine(self.bundle, stage, target, threads=self.threads)
+
+
 @dataclass(frozen=True)
 class _Outcome:
-    """What one engine did."""
+    """The result of one engine, and of its clip."""
 
     engine: OtherEngine
     chain: ChainResult
 
 
 def _choose(bundle: Bundle, names: Sequence[str]) -> tuple[list[str], list[OtherEngine]]:
-    """The targets that run, and those of "all" that cannot, with the reason."""
+    """The targets to run, and with "all" those that cannot run, with the reason."""
     if EVERY_TARGET in names:
         return _every(bundle)
     precision = bundle.manifest.precision
     chosen = []
     for name in names:
-        taken = name
+        target = name
         if name == SIMULATION:
             if precision not in _SIMULATED:
                 raise InputError(f"fp16 and bf16 can be simulated, {bundle.path} is {precision}; take another target")
         elif name == AUTO:
-            taken = _first(bundle)
-        elif name != ONNXRUNTIME.name:  # what that lacks is told when it is loaded, by its package's name
+            target = _first(bundle)
+        elif name != ONNXRUNTIME.name:  # loading it reports a missing package by name
             find_target(name, "run", precision, machine=this_machine())
-        chosen.append(taken)
+        chosen.append(target)
     return list(dict.fromkeys(chosen)), []
 
 
 def _first(bundle: Bundle) -> str:
-    """What "auto" takes for graphs; where nothing passes the self-check, what it would take, so that a report tells."""
+    """The graph target that "auto" chooses; if none passes the self-check, the first, so that a report shows why."""
     precision = bundle.manifest.precision
     with contextlib.suppress(EngineError):
         target = StageRunner(bundle).target
@@ -210,46 +235,29 @@ def _every(bundle: Bundle) -> tuple[list[str], list[OtherEngine]]:
     return runs, absent
 
 
-def _simulate(
-    bundle: Bundle,
-    specs: Mapping[str, StageSpec],
-    inputs: Mapping[str, NDArray[Any]],
-    reference: Reference,
-    threads: int | None,
-    progress: Progress | None,
-) -> _Outcome:
-    """All checks with graphs of float32 that round as those of the bundle do on a GPU."""
+def _simulate(comparison: _Comparison) -> _Outcome:
+    """All checks with float32 graphs that round as the bundle's do on a GPU."""
     from lfdm_export.parity.simulate import simulate_bundle
 
     with tempfile.TemporaryDirectory() as folder:
-        simulated = simulate_bundle(bundle, Path(folder) / "bundle")
-        outcome = _run(
-            simulated, ONNXRUNTIME.name, specs, inputs, reference, threads, progress, bundle.manifest.precision
-        )
+        simulated = simulate_bundle(comparison.bundle, Path(folder) / "bundle")
+        precision = comparison.bundle.manifest.precision
+        outcome = _run(dataclasses.replace(comparison, bundle=simulated), ONNXRUNTIME.name, precision)
     return dataclasses.replace(outcome, engine=dataclasses.replace(outcome.engine, name=_SIMULATION_TITLE))
 
 
-def _run(
-    bundle: Bundle,
-    target: Target,
-    specs: Mapping[str, StageSpec],
-    inputs: Mapping[str, NDArray[Any]],
-    reference: Reference,
-    threads: int | None,
-    progress: Progress | None,
-    precision: str,
-) -> _Outcome:
+def _run(comparison: _Comparison, target: Target, precision: str) -> _Outcome:
     """All checks with one target, within the tolerances of a precision."""
-
-    def load(stage: str) -> Engine:
-        return load_engine(bundle, stage, target, threads=threads)
-
+    specs, reference, progress = comparison.specs, comparison.reference, comparison.progress
+    load = comparison.loader(target)
     checks: list[Check] = []
     for done, stage in enumerate(specs.values()):
         report(progress, "stages", done, len(specs))
-        checks += check_stage(load, stage, stage.tolerance[precision], inputs, reference)
+        checks += check_stage(load, stage, stage.tolerance[precision], comparison.inputs, reference)
     report(progress, "stages", len(specs), len(specs))
-    chain = check_chain(bundle, reference.chain, reference.seed, threads, progress, target, precision)
+    chain = check_chain(
+        comparison.bundle, reference.chain, reference.seed, comparison.threads, progress, target, precision
+    )
     gpus, _ = find_gpus()
     spec = spec_of(target)
     note = f" ({spec.cpu_notes[precision]})" if precision in spec.cpu_notes else ""
@@ -257,25 +265,16 @@ def _run(
     return _Outcome(OtherEngine(f"{spec.title}, {place}", (*checks, *chain.checks)), chain)
 
 
-def _by_polygraphy(
-    bundle: Bundle,
-    target: Target,
-    specs: Mapping[str, StageSpec],
-    inputs: Mapping[str, NDArray[Any]],
-    threads: int | None,
-) -> OtherEngine:
-    """One engine against ONNX Runtime as Polygraphy runs it."""
-
-    def load(stage: str) -> Engine:
-        return load_engine(bundle, stage, target, threads=threads)
-
+def _by_polygraphy(comparison: _Comparison, target: Target) -> OtherEngine:
+    """Compare one engine with ONNX Runtime as run by Polygraphy."""
+    bundle, load = comparison.bundle, comparison.loader(target)
     checks: list[Check] = []
     title = spec_of(target).title
-    for spec in specs.values():
+    for spec in comparison.specs.values():
         tolerance = spec.tolerance[bundle.manifest.precision]
         save = bundle.path / PARITY_FOLDER / "polygraphy"
         try:
-            checks += compare_stage(bundle, spec, load, title, tolerance, inputs, save=save)
+            checks += compare_stage(bundle, spec, load, title, tolerance, comparison.inputs, save=save)
         except EngineError as error:
             checks.append(Check(spec.name, "interface", "Polygraphy", passed=False, meaning=str(error)))
     return OtherEngine(f"{title} against ONNX Runtime, by Polygraphy", tuple(checks))
@@ -290,7 +289,7 @@ def _stored(bundle: Bundle, specs: Mapping[str, StageSpec], seed: int | None) ->
         )
     if seed is not None:
         raise InputError(
-            "seed was given, but the bundle's own reference has its seed already; give the model as well, or no seed"
+            "seed is given, but the bundle's stored reference has its own seed; give the model as well, or no seed"
         )
     return Reference.load(path, bundle.manifest.config, bundle.manifest.geometry, specs)
 
@@ -341,7 +340,7 @@ def _flat(value: Any, name: str) -> list[tuple[str, Any]]:
 
 
 def _plain(provenance: Mapping[str, object]) -> dict[str, object]:
-    """Provenance as strict JSON has it; a NaN, which Python reads, becomes a string."""
+    """Provenance as strict JSON; a NaN, which Python's reader accepts, becomes a string."""
     plain: dict[str, object] = json.loads(json.dumps(to_plain(provenance)), parse_constant=str)
     return plain
 

@@ -1,1 +1,1 @@
-"""Serving with Triton: what is agreed with clients, the models behind it, and the server's upkeep."""
+"""Serving with Triton: the model repository, its Python models, the front for clients, and the server process."""

@@ -34,7 +34,7 @@ def count(graph: str, batch: int = 1, function: str = "") -> dict[str, int]:
             "g (float[N,4,7,7] x, float[8,2,3,3] w) => (float[N,8,5,5] y) { y = Conv <group = 2> (x, w) }",
             {"Conv": 2 * 8 * 25 * 18},
         ),
-        # Every one of 4 · 3 · 3 inputs meets 2 channels x 16 taps.
+        # Each of 4 · 3 · 3 inputs has 2 channels x 16 taps.
         (
             "g (float[N,4,3,3] x, float[4,2,4,4] w) => (float[N,2,6,6] y)"
             "{ y = ConvTranspose <strides = [2, 2], pads = [1, 1, 1, 1]> (x, w) }",
@@ -64,7 +64,7 @@ def count(graph: str, batch: int = 1, function: str = "") -> dict[str, int]:
         ("g (float[N,3] x) => (float[N,3] y) { y = Softmax (x) }", {}),
     ],
 )
-def test_operators_cost_what_hand_counting_says(graph: str, expected: dict[str, int]) -> None:
+def test_operator_counts_equal_manual_counts(graph: str, expected: dict[str, int]) -> None:
     assert count(graph) == expected
     assert count(graph, batch=3) == {op: 3 * flops for op, flops in expected.items()}
 
@@ -75,7 +75,7 @@ def test_functions_are_counted_inside() -> None:
 
 
 def test_products_of_weights_alone_are_not_counted() -> None:
-    # Large enough that it is not folded away before counting.
+    # Large enough that it is not folded before counting.
     graph = "g (float[N,128] x) => (float[N,128] y) { b = MatMul (a, a)  w = MatMul (b, a)  y = MatMul (x, w) }"
     model = onnx.parser.parse_model(HEADER + graph)
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((128, 128), np.float32), "a"))
@@ -95,7 +95,7 @@ def test_what_cannot_be_counted_is_refused() -> None:
         count(graph)
 
 
-def test_published_networks_cost_what_the_model_description_says() -> None:
+def test_published_networks_have_the_documented_cost() -> None:
     counts = {name: count.total / 1e9 for name, count in count_networks(LfdmConfig(), 40, 128).items()}
     assert counts["step"] == pytest.approx(235.1, abs=0.05)
     assert counts["init_conv"] == pytest.approx(66.5, abs=0.05)

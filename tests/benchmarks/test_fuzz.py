@@ -1,4 +1,4 @@
-"""The fuzzer: its cases can be repeated, and it notices what it is there to notice."""
+"""The fuzzer: its cases can be repeated, and it detects all kinds of failures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks import fuzz
 from lfdm_export.errors import InputError
 
 
-def test_cases_are_decided_by_their_numbers(tmp_path: Path):
+def test_cases_depend_only_on_their_numbers(tmp_path: Path):
     data = bytes(range(256)) * 20
     made = [fuzz.damaged(data, random.Random(f"x:{number}")) for number in range(50)]
     assert made == [fuzz.damaged(data, random.Random(f"x:{number}")) for number in range(50)]
@@ -25,7 +25,7 @@ def test_cases_are_decided_by_their_numbers(tmp_path: Path):
 @pytest.mark.parametrize(
     ("error", "outcome"), [(InputError("ours"), "refused"), (KeyError("theirs"), "foreign:KeyError")]
 )
-def test_errors_are_told_apart(error: Exception, outcome: str):
+def test_errors_are_distinguished(error: Exception, outcome: str):
     def run() -> None:
         raise error
 
@@ -34,7 +34,7 @@ def test_errors_are_told_apart(error: Exception, outcome: str):
 
 
 @pytest.mark.parametrize("target", ["json", "request", "picture", "clip"])
-def test_every_case_has_a_good_end(target: str):
+def test_every_case_passes(target: str):
     found = list(fuzz.cases((sys.executable, fuzz.__file__, "--child", target, "0", "20")))
     assert [number for number, _ in found] == list(range(20))
     assert {outcome for _, outcome in found} <= {"taken", "refused"}
@@ -48,6 +48,6 @@ def test_every_case_has_a_good_end(target: str):
         ("print('end taken', 1 << 40, flush=True)", "grown"),
     ],
 )
-def test_children_that_end_badly_are_noticed(code: str, outcome: str, monkeypatch: pytest.MonkeyPatch):
+def test_failed_children_are_detected(code: str, outcome: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fuzz, "SECONDS", 0.2)
     assert list(fuzz.cases((sys.executable, "-c", f"print('begin 3', flush=True); {code}"))) == [(3, outcome)]

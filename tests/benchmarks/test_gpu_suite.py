@@ -1,4 +1,4 @@
-"""The GPU suite, tried on the CPU: its parts with the host build of the kernels, and what holds if one goes wrong."""
+"""The GPU suite on the CPU: its parts with the host build of the kernels, and the handling of failures."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from tests.fake_gpu import FakeLibrary
 
 ROOT = Path(__file__).resolve().parents[2]
 TRIAL = ["--device", "cpu", "--tiny"]
-#: One part of each kind: the others differ by the precision or an option alone.
+#: One part of each kind: the others differ only by the precision or an option.
 TRIED = (
     "checks", "ceilings", "faithful-fp32", "ours-fp16", "ours-fp16-compiled", "attention", "step", "warp",
     "norm", "linear",
@@ -58,7 +58,7 @@ def bench_for(name: str, settings: Settings) -> Bench:
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, dict[str, Any]]:
-    """Records of the parts, run in this process, as they are in their files."""
+    """Records of the parts, run in this process, read from their files."""
     folder = tmp_path_factory.mktemp("trial")
     settings = Settings("cpu", True, folder, folder / "out")
     threads = torch.get_num_threads()
@@ -153,7 +153,7 @@ def test_without_reference_frames_parity_is_not_measured(
     bench.model = load_model(alone)
     record = gpu_part.run(PARTS["ours-fp16"], bench)
     assert record["data"]["parity"].startswith("not measured")
-    assert not alone.reference.exists()  # what is in half precision is no reference for others
+    assert not alone.reference.exists()  # half precision is no reference for others
 
 
 def test_work_of_the_stages_is_counted(trial: tuple[Settings, dict[str, Any]]) -> None:
@@ -256,7 +256,7 @@ def test_a_wrong_core_fails_the_checks_and_its_part(
 
 
 def test_no_checked_pixel_lies_on_a_pixel_of_the_motion() -> None:
-    # There rounding alone would decide whether a neighbor weighs nothing, and with wild values so what is right.
+    # There rounding would decide whether a neighbor has weight 0, and with wild values also the expected result.
     levels = [*gpu_kernels.LEVELS.values(), *gpu_kernels.TOY_LEVELS.values(), (*gpu_kernels.PICTURE, 1)]
     for _, side, _ in levels:
         small = max(side // 4, 8)
@@ -264,8 +264,8 @@ def test_no_checked_pixel_lies_on_a_pixel_of_the_motion() -> None:
         assert all(position.denominator > 1 for position in positions), side
 
 
-def test_results_of_a_warp_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A result that took the memory of the one before would still lie in the L2 cache."""
+def test_results_of_a_warp_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result in the memory of the previous one would still be in the L2 cache."""
     alive: list[int] = []
 
     def captured(run: Any, _device: torch.device) -> Any:
@@ -301,7 +301,7 @@ def test_kernels_run_once_for_profilers(capsys: pytest.CaptureFixture[str], monk
 # -- a record
 
 
-def test_a_part_that_fails_keeps_what_it_found(tmp_path: Path) -> None:
+def test_a_failed_part_keeps_its_results(tmp_path: Path) -> None:
     def broken(bench: Bench) -> Record:
         bench.keep({"first": 1.0})
         raise ZeroDivisionError("by nothing")
@@ -314,7 +314,7 @@ def test_a_part_that_fails_keeps_what_it_found(tmp_path: Path) -> None:
     assert "broken" in record["traceback"]
 
 
-def test_a_part_whose_time_is_up_keeps_what_it_found(tmp_path: Path) -> None:
+def test_a_part_out_of_time_keeps_its_results(tmp_path: Path) -> None:
     def slow(bench: Bench) -> Record:
         bench.keep({"first": 1.0})
         bench.budget.need(1e9, "the rest")
@@ -326,7 +326,7 @@ def test_a_part_whose_time_is_up_keeps_what_it_found(tmp_path: Path) -> None:
     assert record["reason"].startswith("the rest takes about")
 
 
-def test_records_are_json_whatever_is_in_them(tmp_path: Path) -> None:
+def test_records_are_always_valid_json(tmp_path: Path) -> None:
     write_record(tmp_path / "x.json", {"error": math.inf, "list": [math.nan, 1.5], "pair": (-math.inf,)})
     assert strict_json(tmp_path / "x.json") == {"error": "inf", "list": ["nan", 1.5], "pair": ["-inf"]}
     assert read_record(tmp_path / "none.json") is None
@@ -337,7 +337,7 @@ def test_records_do_not_name_folders_of_the_machine(tmp_path: Path) -> None:
     assert strict_json(tmp_path / "x.json") == {"traceback": 'File "benchmarks/gpu_part.py", in lib/x.py'}
 
 
-def test_settings_come_back(tmp_path: Path) -> None:
+def test_settings_round_trip(tmp_path: Path) -> None:
     for more in ({}, {"golden": tmp_path}, {"checkpoints": (tmp_path / "a", tmp_path / "b")}):
         settings = Settings("cuda", False, tmp_path, tmp_path / "out", **more)
         settings.save()
@@ -364,7 +364,7 @@ class Line:
         need: float = 0,
         after: str | None = None,
     ) -> Job:
-        """A job that runs `early`, waits for its turn, runs `code`, and writes a record whose data are ``data``."""
+        """A job that runs `early`, waits for its turn, runs `code`, and writes a record with ``data``."""
         record = self.folder / f"{name}.json"
         program = f"""
 import json, os, pathlib, signal, subprocess, sys, time
@@ -392,7 +392,7 @@ def line(tmp_path: Path) -> Line:
 
 
 def has_ended(process: int) -> bool:
-    """Wait until a process is gone, or a zombie that nobody reaps."""
+    """Wait until a process has ended or is a zombie."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
         try:
@@ -418,7 +418,7 @@ def test_jobs_run_in_order_one_at_a_time(line: Line) -> None:
     assert {record["status"] for record in found.values()} == {"ok"}
 
 
-def test_the_next_job_prepares_itself_meanwhile(line: Line) -> None:
+def test_the_next_job_prepares_while_one_runs(line: Line) -> None:
     found = line.run(
         line.job("first", "while not (folder / 'prepared').exists(): time.sleep(0.01)"),
         line.job("second", early="(folder / 'prepared').touch()"),
@@ -426,7 +426,7 @@ def test_the_next_job_prepares_itself_meanwhile(line: Line) -> None:
     assert [record["status"] for record in found.values()] == ["ok", "ok"]
 
 
-def test_a_crash_while_it_waits_is_its_own(line: Line) -> None:
+def test_a_crash_of_a_waiting_job_does_not_affect_others(line: Line) -> None:
     early = "(folder / 'waiting').touch(); os.kill(os.getpid(), signal.SIGKILL)"
     found = line.run(
         line.job("first", "while not (folder / 'waiting').exists(): time.sleep(0.01)"),
@@ -437,7 +437,7 @@ def test_a_crash_while_it_waits_is_its_own(line: Line) -> None:
     assert found["second"]["error"] == "ended by SIGKILL"
 
 
-def test_a_crash_ends_one_job_alone(line: Line) -> None:
+def test_a_crash_ends_only_one_job(line: Line) -> None:
     found = line.run(
         line.job("crash", "print('before the end', flush=True); os.kill(os.getpid(), signal.SIGSEGV)"),
         line.job("silent", "sys.exit(0)"),
@@ -467,7 +467,7 @@ def test_a_hanging_job_is_killed_with_its_children(line: Line) -> None:
     assert all(has_ended(int(pid)) for pid in (line.folder / "children").read_text().split())
 
 
-def test_a_job_hears_how_long_it_has(line: Line) -> None:
+def test_a_job_gets_its_time_limit(line: Line) -> None:
     found = line.run(line.job("one", "data = {'seconds': float(turn)}", limit=50))
     assert found["one"]["data"]["seconds"] == pytest.approx(47)
 
@@ -477,14 +477,14 @@ def test_the_whole_budget_bounds_a_job(line: Line) -> None:
     assert 0 < found["one"]["data"]["seconds"] <= 497
 
 
-def test_a_job_that_needs_more_than_is_left_is_skipped_and_a_smaller_one_runs(line: Line) -> None:
+def test_a_job_without_enough_time_is_skipped_and_a_smaller_one_runs(line: Line) -> None:
     found = line.run(line.job("large", need=10_000), line.job("small"))
     assert found["large"]["status"] == "skipped"
     assert re.fullmatch(r"it takes at least 10000 s, and \d+ s were left", found["large"]["reason"])
     assert found["small"]["status"] == "ok"
 
 
-def test_a_job_waits_for_what_it_needs(line: Line) -> None:
+def test_a_job_waits_for_its_dependency(line: Line) -> None:
     shared = line.job("shared", "(folder / 'made').touch()")
     user = line.job("user", "data = {'made': (folder / 'made').exists()}", after="shared")
     found = line.run(line.job("first"), user, background=(shared,))
@@ -492,7 +492,7 @@ def test_a_job_waits_for_what_it_needs(line: Line) -> None:
     assert list(found) == ["first", "shared", "user"]
 
 
-def test_without_what_it_needs_a_job_is_skipped(line: Line) -> None:
+def test_a_job_without_its_dependency_is_skipped(line: Line) -> None:
     found = line.run(
         line.job("user", after="shared"), line.job("last"), background=(line.job("shared", "sys.exit(3)"),)
     )
@@ -501,7 +501,7 @@ def test_without_what_it_needs_a_job_is_skipped(line: Line) -> None:
     assert found["last"]["status"] == "ok"
 
 
-def test_an_old_record_is_not_taken_for_a_new_one(line: Line) -> None:
+def test_an_old_record_does_not_count_as_new(line: Line) -> None:
     job = line.job("one", "sys.exit(0)")
     write_record(job.record, {"status": "ok", "data": {"old": True}})
     found = line.run(job)
@@ -530,7 +530,7 @@ def test_an_interrupted_run_leaves_no_process(line: Line) -> None:
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
-    """What the command itself writes: one part that runs, one that cannot on a CPU."""
+    """The command's own result: one part that runs, and one that cannot run on a CPU."""
     out = tmp_path_factory.mktemp("result") / "out"
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "gpu_suite.py", *TRIAL, "--parts", "ceilings,driver", "--out", out],
@@ -557,8 +557,8 @@ def test_parts_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(PARTS)
 
 
-def test_order_is_by_worth() -> None:
-    """What is wrong comes first, what would be missed most soon after it."""
+def test_the_most_important_parts_come_first() -> None:
+    """Checks come first, the most important measurements soon after."""
     names = list(PARTS)
     assert names[:2] == ["driver", "checks"]
     assert names.index("ours-fp16-compiled") <= 5
@@ -567,7 +567,7 @@ def test_order_is_by_worth() -> None:
     assert fastest < 8 * 60
 
 
-def test_parts_run_in_the_order_of_their_worth_whatever_the_command_says() -> None:
+def test_parts_run_in_the_suites_order_not_the_commands() -> None:
     assert gpu_suite._arguments([*TRIAL, "--parts", "warp,checks"]).parts == ["checks", "warp"]
 
 
@@ -575,7 +575,7 @@ def test_parts_run_in_the_order_of_their_worth_whatever_the_command_says() -> No
     ("arguments", "message"),
     [
         (["--device", "cpu"], "give --tiny"),
-        ([*TRIAL, "--minutes", "0"], "--minutes is 0, and must be above 0"),
+        ([*TRIAL, "--minutes", "0"], "--minutes is 0, expected more than 0"),
         ([*TRIAL, "--minutes", "nan"], "--minutes is nan"),
         ([*TRIAL, "--parts", "warp,speed"], "no such part: speed; --list shows all"),
         ([*TRIAL, "--golden", "/nowhere"], "/nowhere has no make_checkpoints.py"),
@@ -588,7 +588,7 @@ def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureF
     assert message in capsys.readouterr().err
 
 
-def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_gpu_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpu_suite, "find_gpus", lambda: ((), "the NVIDIA driver sees no GPU"))
     assert gpu_suite.main([]) == 2
     assert "the NVIDIA driver sees no GPU; give --device cpu --tiny" in capsys.readouterr().err
@@ -614,7 +614,7 @@ def test_a_failed_part_is_in_summary_and_status(
     assert "failed: checks" in capsys.readouterr().err
 
 
-def test_a_terminated_run_writes_what_it_measured(tmp_path: Path) -> None:
+def test_a_terminated_run_writes_its_results(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = [*TRIAL, "--parts", "ceilings,ours-fp16", "--out", str(out)]
     process = subprocess.Popen(
@@ -640,8 +640,8 @@ def test_no_plotting_library_is_no_failure(
     assert [file.name for file in tmp_path.iterdir()] == ["gpu.md"]
 
 
-def test_runs_without_the_packages_that_a_lent_machine_lacks() -> None:
-    """Its Python has torch, numpy, pillow and einops, and the checkout alone."""
+def test_it_runs_with_the_packages_of_the_gpu_machine() -> None:
+    """Its Python has only torch, numpy, pillow, einops, and the checkout."""
     code = f"""
         import sys
         missing = {{"rich", "onnx", "onnxruntime", "onnxscript", "safetensors", "matplotlib", "tritonclient"}}
@@ -660,7 +660,7 @@ def test_runs_without_the_packages_that_a_lent_machine_lacks() -> None:
 
 
 @pytest.mark.parametrize("arguments", [[], ["measure"], ["dance", "out"], ["inspect", "out", "more"]])
-def test_script_says_how_it_is_called(arguments: list[str], tmp_path: Path) -> None:
+def test_the_script_prints_its_usage(arguments: list[str], tmp_path: Path) -> None:
     script = ROOT / "benchmarks" / "gpu_run.sh"
     done = subprocess.run([script, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2
@@ -693,7 +693,7 @@ def test_timing_is_robust() -> None:
 
 
 def measured() -> dict[str, Any]:
-    """A run on a GPU, as far as verdicts look at it. Step and decode have floors of 0.2 and 1 ms, a clip of 3 ms."""
+    """The verdicts' inputs from a run on a GPU. Step and decode have floors of 0.2 and 1 ms, a clip of 3 ms."""
 
     def warp_at(share: float, times: float) -> dict[str, Any]:
         slow = {"bytes_per_second": 1e11, "times_pytorch": 1.0}
@@ -732,7 +732,7 @@ def measured() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_floor_is_what_bounds_it() -> None:
+def test_a_floor_is_the_larger_of_both_bounds() -> None:
     rates = Rates(flops=1e15, bytes=1e12)
     assert rates.floor(Work(flops=1e12, bytes=1e6)) == pytest.approx(1e-3)
     assert rates.floor(Work(flops=1e6, bytes=1e10)) == pytest.approx(1e-2)
@@ -753,7 +753,7 @@ def test_verdicts() -> None:
     slower = measured()
     slower["parts"]["ours-fp16-compiled"]["data"]["end_to_end"] = {"median": 0.0303}
     assert [one["met"] for one in verdicts(slower).values()][2:4] == [False, False]
-    slower["parts"]["product-fp16"]["data"]["1"]["psnr"] = 39.0  # a picture's distance counts whoever made it
+    slower["parts"]["product-fp16"]["data"]["1"]["psnr"] = 39.0  # frames of any part count
     assert verdicts(slower)["PSNR of fp16 frames, dB"]["met"] is False
 
 
@@ -767,7 +767,7 @@ def test_verdicts_of_what_is_missing() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("device", "cpu"), ("tiny", True)])
-def test_a_trial_decides_nothing(name: str, value: object) -> None:
+def test_a_trial_has_no_verdicts(name: str, value: object) -> None:
     result = measured()
     result["settings"][name] = value
     assert {one["met"] for one in verdicts(result).values()} == {"not measured"}

@@ -1,4 +1,4 @@
-"""The arithmetic of the throughput benchmark; the load itself takes a server."""
+"""The arithmetic of the throughput benchmark; the load itself needs a server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_arrivals_are_poisson_and_repeatable():
     gaps = np.diff(times)
     assert np.all(gaps > 0)
     assert gaps.mean() == pytest.approx(0.2, rel=0.1)
-    assert gaps.std() == pytest.approx(0.2, rel=0.1)  # an exponential's deviation is its mean
+    assert gaps.std() == pytest.approx(0.2, rel=0.1)  # an exponential distribution's deviation is its mean
     assert {order for _, order in arrivals} == set(range(7))
 
 
@@ -35,7 +35,7 @@ def reply(outcome: Outcome, latency: float, sent: float = 0.0, **extra: Any) -> 
     return Reply(sent, latency, outcome, 5, **extra)
 
 
-def test_only_clips_that_came_in_time_count():
+def test_only_clips_in_time_count():
     replies = [
         reply("ok", 1.0, queued=0.25, first_frame=0.5),
         reply("ok", 3.0, sent=9.0, queued=0.75),
@@ -48,7 +48,7 @@ def test_only_clips_that_came_in_time_count():
     assert found["outcomes"] == {"ok": 2, "late": 1, "refused": 1, "wrong": 1}
     assert found["good_per_second"] == 0.2
     assert found["good_share"] == 0.4
-    assert found["clips_per_second"] == 2 / 12  # until the last one came
+    assert found["clips_per_second"] == 2 / 12  # until the last answer
     assert found["latency"]["mean"] == 2.0
     assert found["queued"]["mean"] == 0.5
     assert found["first_frame"]["p50"] == 0.5
@@ -63,7 +63,7 @@ def test_a_frame_may_be_off_by_one_level():
     assert order.fits(frames + np.uint8(1))
     assert not order.fits(frames + np.uint8(2))
     assert not order.fits(frames[:, :1])
-    assert not order.fits(np.zeros_like(frames))  # no wrapping around
+    assert not order.fits(np.zeros_like(frames))  # no wrap-around
 
 
 def cell(deadline: float | None, ours: list[Reply], theirs: list[Reply]) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def test_the_report_compares_with_whole_clip_batching():
     assert found["violations"] == []
     assert "step:1 against dynamic:8, load 0.5: 0.50x the p99 latency" in lines
     assert "step:1 against dynamic:8, load 0.5: 2.00x the goodput" in lines
-    assert "step, ms a sample by batch: 1: 30.0, 8: 25.0" in lines
+    assert "step, ms per sample by batch: 1: 30.0, 8: 25.0" in lines
 
 
 def test_wrong_and_missing_clips_are_violations():

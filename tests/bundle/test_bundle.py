@@ -169,7 +169,7 @@ def test_inconsistent_manifest(folder: Path, edit: Callable[[Any], None], messag
         "a\0b",
     ],
 )
-def test_file_names_that_lead_out_are_refused(folder: Path, name: str):
+def test_file_names_outside_the_bundle_are_refused(folder: Path, name: str):
     (folder.parent / "secret").write_bytes(b"")
     entry = {"sha256": "0" * 64, "bytes": 0}
     edit_manifest(folder, lambda m: m["files"].update({name: entry}))
@@ -178,14 +178,14 @@ def test_file_names_that_lead_out_are_refused(folder: Path, name: str):
 
 
 @pytest.mark.parametrize("name", ["onnx/encode.onnx", "onnx", "manifest.json", "embeddings.npz"])
-def test_links_that_lead_out_are_refused(folder: Path, tmp_path: Path, name: str):
+def test_links_out_of_the_bundle_are_refused(folder: Path, tmp_path: Path, name: str):
     (folder / name).rename(tmp_path / "outside")
     (folder / name).symlink_to(tmp_path / "outside")
     with pytest.raises(BundleError, match="leads out of the bundle"):
         Bundle.open(folder)
 
 
-def test_links_within_and_to_the_bundle_are_fine(folder: Path, tmp_path: Path):
+def test_links_within_and_to_the_bundle_are_allowed(folder: Path, tmp_path: Path):
     (folder / "onnx" / "encode.onnx").rename(folder / "onnx" / "real")
     (folder / "onnx" / "encode.onnx").symlink_to("real")
     (tmp_path / "link").symlink_to(folder)
@@ -217,7 +217,7 @@ def test_truncated_file(folder: Path, check_hashes: bool):
 
 
 def replace_embeddings(folder: Path, data: bytes) -> None:
-    """Put other bytes there, and a manifest that vouches for them: the file itself must be checked."""
+    """Write other bytes and a manifest with their hash: the file itself must be checked."""
     import hashlib
 
     (folder / "embeddings.npz").write_bytes(data)
@@ -238,7 +238,7 @@ def npy(array: Any) -> bytes:
 
 
 class Planted:
-    """Unpickling it would leave a file."""
+    """Unpickling it writes a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -316,7 +316,7 @@ def test_a_bundle_without_labels(tmp_path: Path):
 # ------------------------------------------------------------------------------------------ writing
 
 
-def test_nothing_is_there_until_it_is_whole(tmp_path: Path):
+def test_the_target_does_not_exist_until_the_bundle_is_complete(tmp_path: Path):
     target = tmp_path / "deep" / "target"
     with BundleWriter(target) as writer:
         assert writer.folder.parent == target.parent, "another file system would make the rename a copy"
@@ -367,13 +367,13 @@ def test_an_incomplete_bundle_is_not_published(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_older_bundle_is_replaced_wholly(folder: Path):
+def test_an_older_bundle_is_replaced_completely(folder: Path):
     (folder / "parity").mkdir()
     (folder / "parity" / "report.html").touch()
     newer = dataclasses.replace(fake_manifest(), provenance={"made": "later"})
     bundle = write_fake_bundle(folder, newer)
     assert bundle.manifest.provenance == {"made": "later"}
-    assert not (folder / "parity").exists(), "the report spoke of the older bundle"
+    assert not (folder / "parity").exists(), "the report was the older bundle's"
     assert leftovers(folder.parent) == []
 
 
@@ -384,12 +384,12 @@ def test_a_link_to_a_bundle_stays_a_link(folder: Path, tmp_path: Path):
     assert Bundle.open(folder).manifest.provenance == bundle.manifest.provenance == {"made": "later"}
 
 
-def test_the_old_bundle_comes_back_if_the_new_one_cannot_be_put_there(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_old_bundle_is_restored_if_the_new_one_cannot_be_moved(folder: Path, monkeypatch: pytest.MonkeyPatch):
     real = folders._rename
 
     def denied(source: Path, target: Path) -> None:
         if source.suffix == ".part" and target == folder:
-            assert not target.exists(), "the old one is aside by now"
+            assert not target.exists(), "the old one has been moved aside"
             raise OSError(errno.EACCES, "Permission denied")
         real(source, target)
 
@@ -406,14 +406,14 @@ def test_an_empty_folder_is_a_target(tmp_path: Path):
     assert write_fake_bundle(tmp_path / "target").labels == LABELS
 
 
-def test_a_folder_of_other_things_is_refused_untouched(tmp_path: Path):
+def test_a_folder_of_other_files_is_refused_unchanged(tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
     with pytest.raises(BundleError, match=r"exists and is not a bundle .*choose another place"), BundleWriter(tmp_path):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_bundle_with_other_things_in_it_is_refused_untouched(folder: Path):
+def test_a_bundle_with_other_files_is_refused_unchanged(folder: Path):
     (folder / "clips").mkdir()
     (folder / "clips" / "best.gif").touch()
     with pytest.raises(BundleError, match=r"no part of the bundle, such as clips/best\.gif"), BundleWriter(folder):
@@ -421,7 +421,7 @@ def test_a_bundle_with_other_things_in_it_is_refused_untouched(folder: Path):
     assert (folder / "clips" / "best.gif").exists()
 
 
-def test_other_things_that_appear_during_the_export_are_not_deleted(tmp_path: Path):
+def test_other_files_that_appear_during_the_export_are_not_deleted(tmp_path: Path):
     target = tmp_path / "target"
     with BundleWriter(target) as writer:
         for spec in fake_manifest().stages:
@@ -466,7 +466,7 @@ def test_the_folder_has_ordinary_permissions(tmp_path: Path):
     (tmp_path / "ordinary").mkdir()
     bundle = write_fake_bundle(tmp_path / "target")
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "ordinary", bundle.path)}
-    assert len(modes) == 1, "servers run as other users"
+    assert len(modes) == 1, "servers may run as other users"
 
 
 @pytest.mark.parametrize(

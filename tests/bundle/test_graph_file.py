@@ -111,7 +111,7 @@ def test_external_data_is_found_wherever_it_is(place: Callable[[TensorProto], on
         (external("w.data", "0", "9" * 40), "is too short"),
     ],
 )
-def test_no_engine_sees_a_graph_that_reads_something_else(
+def test_no_engine_loads_a_graph_that_reads_other_files(
     place: Callable[[TensorProto], onnx.ModelProto], tensor: TensorProto, words: str, tmp_path: Path
 ):
     (tmp_path.parent / "secret").write_bytes(b"\0" * 16)
@@ -122,7 +122,7 @@ def test_no_engine_sees_a_graph_that_reads_something_else(
 
 
 @pytest.mark.parametrize("place", [in_initializer, in_constant])
-def test_openvino_maps_initializers_alone(place: Callable[[TensorProto], onnx.ModelProto], tmp_path: Path):
+def test_openvino_maps_only_initializers(place: Callable[[TensorProto], onnx.ModelProto], tmp_path: Path):
     pytest.importorskip("openvino")
     from lfdm_export.engines.openvino.engine import OpenVinoEngine
 
@@ -144,13 +144,13 @@ def test_an_engine_inside_a_graph_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     "data", [b"\x3a\xff\xff\xff\xff\x0f", b"\x3b", b"\x3a", b"\xff" * 20, b"\x38\x01", b"PK\x03\x04 no graph"]
 )
-def test_what_is_no_graph(data: bytes, tmp_path: Path):
+def test_data_that_is_not_a_graph(data: bytes, tmp_path: Path):
     (tmp_path / "x.onnx").write_bytes(data)
     with pytest.raises(EngineError, match="export again"):
         check_graph(tmp_path / "x.onnx", SPEC)
 
 
-def test_graphs_that_nest_without_end(tmp_path: Path):
+def test_graphs_that_are_nested_too_deep(tmp_path: Path):
     inner = b""
     for _ in range(200):  # graph > node > attribute > graph
         for number in (6, 5, 1):
@@ -168,12 +168,12 @@ def _length(size: int) -> bytes:
     return encoded + bytes([size])
 
 
-# A whole bundle
+# A complete bundle
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle whose encoder has weights beside it."""
+    """A bundle whose encoder has external weights."""
     folder = write_fake_bundle(tmp_path_factory.mktemp("bundles") / "fake").path
     graph = onnx.load(folder / "onnx" / "encode.onnx")
     graph.graph.initializer.append(external("encode.data"))
@@ -266,7 +266,7 @@ def test_numbers_and_names_are_bounded(edit: Callable[[Any], None], words: str, 
         Bundle.open(bundle)
 
 
-def test_paths_that_no_file_system_takes(bundle: Path):
+def test_paths_that_no_file_system_supports(bundle: Path):
     for path in ("x" * 300, "a\0b"):
         with pytest.raises(BundleError):
             Bundle.open(path)

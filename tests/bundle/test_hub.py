@@ -1,4 +1,4 @@
-"""Bundles by their names on the hub, against one of this machine."""
+"""Bundles by their names on the hub, with a fake hub on this machine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
-    """A hub, an empty cache, and nobody logged in."""
+    """A hub, an empty cache, and no login."""
     monkeypatch.chdir(tmp_path)
     with FakeHub() as fake:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", fake.address)
@@ -68,7 +68,7 @@ def test_a_bundle_by_name_is_the_bundle(hub: FakeHub, bundle: Bundle):
     expected = Pipeline.open(bundle, threads=1, target="onnxruntime").generate(photo(), label="Anger", steps=2, seed=0)
     np.testing.assert_array_equal(pipe.generate(photo(), label="Anger", steps=2, seed=0).frames, expected.frames)
     assert pipe.generate(photo(), label="Anger", steps=2, seed=0).metadata(0)["bundle"] == NAME
-    assert sorted(hub.fetched()) == sorted(files_of(bundle)), "nothing but what the manifest lists"
+    assert sorted(hub.fetched()) == sorted(files_of(bundle)), "only the files that the manifest lists"
     before = len(hub.fetched())
     assert Bundle.open(NAME).manifest.bundle_id == bundle.manifest.bundle_id
     assert len(hub.fetched()) == before, "nothing twice"
@@ -94,7 +94,7 @@ def test_revisions(hub: FakeHub, bundle: Bundle, tmp_path: Path):
         Bundle.from_pretrained(NAME, revision="v9")
 
 
-def test_without_a_connection_the_copy_serves(
+def test_without_a_connection_the_copy_is_used(
     hub: FakeHub, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     hub.repositories[NAME] = Repository()
@@ -108,7 +108,7 @@ def test_without_a_connection_the_copy_serves(
             Bundle.from_pretrained("people/other")
 
 
-def test_offline_nobody_is_asked(hub: FakeHub, bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+def test_offline_no_request_is_sent(hub: FakeHub, bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
     hub.repositories[NAME] = Repository()
     oid = hub.repositories[NAME].commit(files_of(bundle))
     Bundle.from_pretrained(NAME)
@@ -155,7 +155,7 @@ def test_a_copy_that_is_damaged_is_refused(hub: FakeHub, bundle: Bundle):
         Bundle.from_pretrained(NAME)
 
 
-def test_repositories_that_are_none(hub: FakeHub, bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+def test_missing_and_foreign_repositories(hub: FakeHub, bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(BundleError, match="no such folder here, and no such repository on the Hugging Face hub"):
         Bundle.open("people/nothing")
     hub.repositories["people/model"] = Repository()
@@ -171,7 +171,7 @@ def test_repositories_that_are_none(hub: FakeHub, bundle: Bundle, monkeypatch: p
 
 
 @pytest.mark.parametrize("name", ["mug", "a/b/c", "../x/y", "people/", "/abs/x", "people/..", "", "a b/c"])
-def test_what_is_no_name(name: str):
+def test_invalid_names(name: str):
     with pytest.raises(InputError, match="is no name on the Hugging Face hub, expected org/name"):
         Bundle.from_pretrained(name)
     with pytest.raises(InputError, match="the revision is 'a b'"):
@@ -184,7 +184,7 @@ def test_a_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert HubName.find(Path("people/mug")) is None
     assert HubName.find("./people/mug") is None
     (tmp_path / "people").mkdir()
-    assert HubName.find("people/mug") is None, "a slip in the name of a folder asks nobody"
+    assert HubName.find("people/mug") is None, "a misspelled folder name sends no request"
     with pytest.raises(BundleError, match="there is no bundle at people/mug: no such folder"):
         Bundle.open("people/mug")
 
@@ -247,7 +247,7 @@ def test_the_card_says_what_is_known(hub: FakeHub, bundle: Bundle, monkeypatch: 
     assert "parity/report.json" not in hub.repositories[NAME].commits[hub.repositories[NAME].refs["main"]]
 
 
-def test_what_an_earlier_bundle_left_goes(hub: FakeHub, bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+def test_files_of_an_earlier_bundle_are_deleted(hub: FakeHub, bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_TOKEN", hub.token)
     repository = hub.repositories[NAME] = Repository()
     mine = {"LICENSE": b"mine", "notes/onnx.md": b"mine"}
@@ -256,7 +256,7 @@ def test_what_an_earlier_bundle_left_goes(hub: FakeHub, bundle: Bundle, monkeypa
     there = repository.commits[repository.refs["next"]]
     assert there.keys() == {*files_of(bundle), *mine, "README.md"}
     assert "LICENSE" in repository.commits[repository.refs["main"]]
-    assert "onnx/old.onnx" in repository.commits[repository.refs["main"]], "the other branch is as it was"
+    assert "onnx/old.onnx" in repository.commits[repository.refs["main"]], "the other branch is unchanged"
 
 
 def test_a_damaged_bundle_is_not_published(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -268,7 +268,7 @@ def test_a_damaged_bundle_is_not_published(hub: FakeHub, tmp_path: Path, monkeyp
     assert hub.requests == []
 
 
-def test_who_may_not_is_told(hub: FakeHub, bundle: Bundle):
+def test_missing_permission_is_reported(hub: FakeHub, bundle: Bundle):
     with pytest.raises(BundleError, match="people/mug cannot be published: "):
         bundle.push_to_hub(NAME)
     assert hub.repositories == {}

@@ -29,7 +29,7 @@ from tests.test_imports import BLOCKER, OPTIONAL, ROOT
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder and a working folder of the test's own."""
+    """A cache folder and a working folder for this test."""
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
@@ -42,7 +42,7 @@ def sources() -> dict[str, bytes]:
     return {name: (ready_bundle.MODEL / name).read_bytes() for name in ready_bundle.SOURCES}
 
 
-def test_it_is_small_and_whole(cache: Path):
+def test_it_is_small_and_complete(cache: Path):
     assert ready_bundle.ARCHIVE.stat().st_size < 2_000_000
     bundle = Bundle.open("characters")
     assert bundle.path.is_relative_to(cache)
@@ -52,7 +52,7 @@ def test_it_is_small_and_whole(cache: Path):
     assert not bundle.manifest.has_drive
     before = {path: path.stat().st_mtime_ns for path in bundle.path.rglob("*")}
     assert Bundle.open("characters").path == bundle.path
-    assert {path: path.stat().st_mtime_ns for path in bundle.path.rglob("*")} == before, "kept, not made again"
+    assert {path: path.stat().st_mtime_ns for path in bundle.path.rglob("*")} == before, "kept, not rebuilt"
 
 
 def test_a_clip_without_torch_and_onnx():
@@ -70,7 +70,7 @@ def test_a_clip_without_torch_and_onnx():
 
 
 def test_the_example_of_the_package_runs(monkeypatch: pytest.MonkeyPatch):
-    """Its first part as it stands; of the second, that every call fits the interface."""
+    """Run its first part unchanged; of its second part, check that every call fits the interface."""
     assert lfdm_export.__doc__ is not None
     lines = re.findall(r">>> (.*)", lfdm_export.__doc__)
     second = lines.index("from lfdm_export import export_bundle, load_model")
@@ -92,7 +92,7 @@ def test_the_example_of_the_package_runs(monkeypatch: pytest.MonkeyPatch):
     assert Path("happiness.gif").is_file()
 
 
-def test_a_folder_of_that_name_wins_and_is_named(capsys: pytest.CaptureFixture[str]):
+def test_a_folder_of_that_name_has_priority_and_is_reported(capsys: pytest.CaptureFixture[str]):
     write_fake_bundle(Path("characters"))
     assert info_main(["characters"]) == 0
     printed = capsys.readouterr()
@@ -101,7 +101,7 @@ def test_a_folder_of_that_name_wins_and_is_named(capsys: pytest.CaptureFixture[s
     assert printed.err == ("lfdm-info: WARNING: characters is the folder here, not the shipped bundle of that name\n")
 
 
-def test_a_damaged_cache_is_made_anew():
+def test_a_damaged_cache_is_rebuilt():
     bundle = Bundle.open("characters")
     (bundle.path / "onnx" / "decode.data").write_bytes(b"")
     (bundle.path / "embeddings.npz").unlink()
@@ -110,7 +110,7 @@ def test_a_damaged_cache_is_made_anew():
     assert (again.path / "onnx" / "decode.data").stat().st_size == again.manifest.files["onnx/decode.data"].bytes
 
 
-def test_a_cache_that_cannot_be_written_is_one_sentence(
+def test_a_cache_that_cannot_be_written_gives_one_sentence(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     cache.write_text("a file, no folder")
@@ -121,7 +121,7 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(
     assert printed.count("\n") == 1
 
 
-def test_another_models_weights_are_noticed(tmp_path: Path):
+def test_another_models_weights_are_detected(tmp_path: Path):
     content = ready_bundle.ARCHIVE.read_bytes()
     other = {name: bytes(len(data)) for name, data in sources().items()}
     files = ready_bundle.files_of(content, other)
@@ -150,14 +150,14 @@ def test_packing_keeps_every_byte(tmp_path: Path):
     assert ready_bundle.files_of(packed, {"s": source})["onnx/b.data"] == b""
 
 
-def test_several_put_it_together_at_once():
+def test_several_processes_assemble_it_at_once():
     with ThreadPoolExecutor(4) as pool:
         paths = set(pool.map(lambda _: ready_bundle.unpack(), range(4)))
     (path,) = paths
-    assert [entry.name for entry in path.parent.iterdir()] == [path.name], "nothing is left over"
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name], "no leftovers"
     assert Bundle.open(path).labels == LABELS
-    assert ready_bundle.unpack(anew=True) == path
-    assert [entry.name for entry in path.parent.iterdir()] == [path.name], "nothing is left over"
+    assert ready_bundle.unpack(rebuild=True) == path
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name], "no leftovers"
 
 
 def test_the_demo_installs_what_it_needs(tmp_path: Path):
@@ -175,11 +175,11 @@ def test_the_demo_installs_what_it_needs(tmp_path: Path):
     assert "'.[test]'" in everything
 
 
-def test_the_pipeline_says_where_it_is():
+def test_the_pipeline_reports_its_path():
     assert repr(Pipeline("characters")).startswith("<Pipeline '")
 
 
-def test_it_brings_the_tuned_sampler_of_its_weights():
+def test_it_has_the_tuned_sampler_of_its_weights():
     tuned = TunedSampler.load(ready_bundle.MODEL / "tuned.json")
     bundle = Bundle.open("characters")
     assert bundle.manifest.tuned == tuned
@@ -190,8 +190,8 @@ def test_it_brings_the_tuned_sampler_of_its_weights():
     assert np.abs(made.frames[0, 8].astype(int) - made.frames[0, 0]).mean() > 1, "it moves"
 
 
-def test_an_export_of_the_shipped_model_takes_it_along(tmp_path: Path):
-    """Of other models none, unless it is named."""
+def test_an_export_of_the_shipped_model_includes_its_tuned_sampler(tmp_path: Path):
+    """An export of another model has none, unless it is requested."""
     tuned = TunedSampler.load(ready_bundle.MODEL / "tuned.json")
     tuned.save(tmp_path / "tuned.json")
     parser = export_parser()

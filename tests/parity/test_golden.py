@@ -1,4 +1,4 @@
-"""The networks and the exported bundle against what the published program computes, full size, float32."""
+"""The networks and the exported bundle against the published program's results, full size, float32."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def case(
 
 
 def stream(seed: int) -> Iterator[Float32]:
-    """Draws as the golden cases number them."""
+    """The draws of noise, in the order of the golden cases."""
     rng = np.random.default_rng(seed)
     while True:
         yield rng.standard_normal(LATENT, dtype=np.float32)
@@ -92,7 +92,7 @@ def test_lfae_on_its_own(case: Case) -> None:
     assert case.error(flow.grid, "lfae_optical_flow") <= 5e-5
     assert case.error(flow.occlusion, "lfae_occlusion_map") <= 5e-5
     decoded = lfae(source, driving)
-    # An error of the grid counts some 64 times, in pixels, and then as often as the picture has contrast.
+    # An error of the grid is amplified some 64 times, in pixels, and again by the picture's contrast.
     assert case.error(decoded.frame, "lfae_prediction") <= 2e-4
     assert case.error(decoded.warped, "lfae_deformed") <= 2e-4
 
@@ -158,7 +158,7 @@ def chains_of(case: Case) -> list[Chain]:
 
 
 def one_step(timestep: int) -> SamplerTable:
-    """A single DDPM step of the full schedule, as a table of its own."""
+    """A table with a single DDPM step of the full schedule."""
     table = sampler_table("ddpm", cosine_schedule(1000))
     row = slice(999 - timestep, 1000 - timestep)
     return SamplerTable("ddpm", table.timesteps[row], table.coefficients[row], table.draws_noise[row])
@@ -235,7 +235,7 @@ def test_bundle(case: Case, pipeline: Pipeline) -> None:
 def bundle_step(
     pipeline: Pipeline, context: Float32, text: NDArray[np.generic]
 ) -> Callable[..., tuple[Float32, Float32]]:
-    """The stage `step` as the sampling loop takes it, for schedules that `generate` does not run."""
+    """The stage `step` in the form of the sampling loop, for schedules that `generate` does not support."""
 
     def step(
         noisy: Float32, timestep: NDArray[np.int64], history: Float32, noise: Float32, coefficients: Float32

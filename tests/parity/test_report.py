@@ -71,7 +71,7 @@ def make_report(**changes: Any) -> Report:
         precision="fp32",
         date="2026-01-31T12:34:56+00:00",
         engine="ONNX Runtime, CPU",
-        reference="PyTorch, run anew",
+        reference="PyTorch, run again",
         seed=2**63,
         sampler="ddim, 2 steps",
         checks=CHECKS,
@@ -90,7 +90,7 @@ FAILED = make_report(checks=(*CHECKS, *FAILURES), pictures=None)
 
 
 class Reader(HTMLParser):
-    """Every tag closed in its turn, attributes and text noted."""
+    """Checks that tags are closed in order, and collects attributes and text."""
 
     def __init__(self, document: str) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ def terminal(report: Report, width: int = 90) -> str:
 # ------------------------------------------------------------------------------------------- verdict
 
 
-def test_the_verdict_is_that_of_the_checks():
+def test_the_verdict_follows_from_the_checks():
     report = make_report()
     assert report.passed
     assert report.verdict == "all 6 checks passed; nearest to its limit is chain latent, largest error, at 3%"
@@ -147,7 +147,7 @@ def test_the_verdict_is_that_of_the_checks():
     assert make_report(checks=CHECKS[:1]).verdict == "all 1 checks passed"
 
 
-def test_alike_failures_of_a_stage_are_told_together():
+def test_equal_failures_of_a_stage_are_joined():
     assert FAILED.explanations() == [
         (
             "decode",
@@ -197,7 +197,7 @@ def test_json_round_trip(report: Report):
         (lambda plain: plain.update(seed="1"), "seed is '1', expected int"),
     ],
 )
-def test_a_report_that_was_tampered_with(edit: Any, message: str):
+def test_a_manipulated_report_is_refused(edit: Any, message: str):
     plain = json.loads(make_report().to_json())
     edit(plain)
     with pytest.raises(InputError, match=message):
@@ -205,7 +205,7 @@ def test_a_report_that_was_tampered_with(edit: Any, message: str):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "1", "{}", "{"])
-def test_no_report(text: str):
+def test_text_that_is_not_a_report_is_refused(text: str):
     with pytest.raises(InputError, match="no report of lfdm-verify"):
         Report.from_json(text)
 
@@ -233,7 +233,7 @@ def test_an_interrupted_write_leaves_the_old_report(tmp_path: Path, monkeypatch:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_place_that_is_no_folder(tmp_path: Path):
+def test_a_target_that_is_not_a_folder(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BundleError, match="the report cannot be written to"):
         make_report().write(tmp_path / "file" / "parity")
@@ -247,7 +247,7 @@ def test_a_place_that_is_no_folder(tmp_path: Path):
     [make_report(), FAILED, make_report(steps=(), labels=(), provenance={}, checks=CHECKS[:1], pictures=None)],
     ids=["passed", "failed", "bare"],
 )
-def test_the_page_stands_for_itself(report: Report):
+def test_the_page_is_self_contained(report: Report):
     document = page(report)
     reader = Reader(document)
     tags = {tag for tag, _ in reader.tags}
@@ -260,7 +260,7 @@ def test_the_page_stands_for_itself(report: Report):
     assert ("Failed" in reader.words) is not report.passed
 
 
-def test_what_the_page_says():
+def test_the_pages_content():
     words = Reader(page(make_report())).words
     for part in (
         "mug",
@@ -278,7 +278,7 @@ def test_what_the_page_says():
     assert "1.0e-03 px" in words
 
 
-def test_what_the_page_says_of_failures():
+def test_the_page_shows_failures():
     reader = Reader(page(FAILED))
     assert "frames found 0.03, allowed 1.0e-04 (300×)" in reader.words
     assert "Its inputs are a, expected b." in reader.words
@@ -298,7 +298,7 @@ def test_the_pages_pictures():
     assert np.count_nonzero(difference) == 3
 
 
-def test_strings_of_strangers_are_text():
+def test_untrusted_strings_are_escaped():
     report = make_report(
         bundle=EVIL,
         labels=(EVIL, "\ud800"),
@@ -318,7 +318,7 @@ def test_half_a_surrogate_pair_can_be_written(tmp_path: Path):
     assert Report.from_json((tmp_path / "report.json").read_bytes()).labels == ("\ud800",)
 
 
-def test_endless_strings_are_cut():
+def test_long_strings_are_cut():
     assert len(page(make_report(labels=("x" * 10**6,) * 100, pictures=None))) < 100_000
 
 
@@ -333,7 +333,7 @@ def bar_parts(check: Check) -> tuple[float, float]:
     return float(str(rectangle.get("width"))), float(str(limit.get("x1")))
 
 
-def test_bars_reach_the_limit_where_the_error_does():
+def test_bars_reach_the_limit_when_the_error_does():
     lengths = [bar_parts(values("a", "b", 1e-4 * share)) for share in (1e-9, 1e-3, 0.1, 1.0, 5.0, 1e6)]
     bars, limits = [length for length, _ in lengths], {limit for _, limit in lengths}
     assert len(limits) == 1
@@ -375,7 +375,7 @@ def test_the_chart_rises_with_the_error():
         [StepError(index, 1e-5, 1e-6) for index in range(1000)],
     ],
 )
-def test_charts_of_odd_chains(steps: list[StepError]):
+def test_charts_of_unusual_chains(steps: list[StepError]):
     for limits in ((1e-3, 5e-5), (None, None)):
         ET.fromstring(step_chart(steps, *limits))
 
@@ -400,7 +400,7 @@ def test_failures_stand_out():
     assert "✗" not in terminal(make_report())
 
 
-def test_the_table_has_no_markup_of_strangers():
+def test_the_table_ignores_markup_in_untrusted_strings():
     failed = dataclasses.replace(FAILURES[2], meaning="[red]its[/red] [/nothing]")
     assert "[red]its[/red] [/nothing]" in terminal(make_report(checks=(failed,)), 200)
 

@@ -39,7 +39,7 @@ def report(small_bundle: Bundle) -> Report:
 
 @pytest.fixture
 def copy(small_bundle: Bundle, tmp_path: Path) -> Path:
-    """A copy of the bundle, to be spoilt."""
+    """A copy of the bundle that a test may damage."""
     return shutil.copytree(small_bundle.path, tmp_path / "copy")
 
 
@@ -51,7 +51,7 @@ def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], object]) -> Non
 
 
 def rehash(folder: Path) -> Bundle:
-    """The bundle as one would find it whose maker had made it so: its hashes fit."""
+    """The bundle with hashes that fit its changed files, as if it had been exported so."""
 
     def renew(manifest: dict[str, Any]) -> None:
         manifest["files"] = {
@@ -114,14 +114,14 @@ def test_numbers_are_measured(report: Report):
     assert check.compared == 65_536
 
 
-def test_where_it_comes_from(report: Report, small_bundle: Bundle):
+def test_the_report_names_its_origin(report: Report, small_bundle: Bundle):
     assert report.bundle == "bundle"
     assert report.precision == "fp32"
     assert report.provenance == small_bundle.manifest.provenance
     assert report.exported_with["torch"]
     assert report.environment["onnxruntime"]
     assert report.environment["threads"] == "1"
-    assert "torch" not in report.environment, "it had no part"
+    assert "torch" not in report.environment, "it was not used"
     assert "stored in the bundle" in report.reference
     assert report.pictures is not None
     assert report.pictures.frames == (0, 5, 9)
@@ -203,7 +203,7 @@ def test_other_weights_fail_where_they_are_used(copy: Path, data: str, stages: s
     assert all(stage in report.verdict for stage in stages)
 
 
-def test_a_bundle_altered_without_new_hashes_is_not_even_opened(copy: Path):
+def test_a_bundle_altered_without_new_hashes_is_not_opened(copy: Path):
     spoil(copy / "onnx" / "decode.data", scale)
     with pytest.raises(BundleError, match=r"decode\.data was altered"):
         verify_bundle(copy)
@@ -222,11 +222,11 @@ def test_nan_weights_are_found_before_values(copy: Path):
     assert "NaN" in check.meaning
     compared = {check.subject for check in report.checks if check.stage == "encode" and check.kind == "values"}
     assert not compared & {check.subject for check in report.failures}
-    assert [step.max_abs for step in report.steps] == [None], "sampling stops where nothing more can be learnt"
+    assert [step.max_abs for step in report.steps] == [None], "sampling stops at the first latent that is not finite"
     assert report.pictures is None
 
 
-def test_a_swapped_stage_is_told_by_its_names(copy: Path):
+def test_a_swapped_stage_is_found_by_its_names(copy: Path):
     shutil.copyfile(copy / "onnx" / "decode.onnx", copy / "onnx" / "estimate_motion.onnx")
     report = verify_bundle(rehash(copy), threads=1)
     assert failing(report) == {"estimate_motion"}
@@ -255,7 +255,7 @@ def test_no_graph_at_all(copy: Path):
         rehash(copy)
 
 
-def test_samples_that_mix_are_found(small_bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+def test_samples_that_affect_each_other_are_found(small_bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
     real = OnnxRuntimeEngine.run
 
     def mixing(engine: OnnxRuntimeEngine, feeds: Any) -> Any:
@@ -285,7 +285,7 @@ def test_a_stage_that_takes_no_single_sample(small_bundle: Bundle, monkeypatch: 
     assert "a single sample cannot be run: only two" in check.meaning
 
 
-def test_a_wrong_sampler_fails_in_the_clip_alone(small_bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+def test_a_wrong_sampler_fails_only_in_the_clip(small_bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
     import lfdm_export.parity.chain as chain
 
     monkeypatch.setattr(chain, "CHAIN_OPTIONS", dataclasses.replace(CHAIN_OPTIONS, eta=0.5))
@@ -294,7 +294,7 @@ def test_a_wrong_sampler_fails_in_the_clip_alone(small_bundle: Bundle, monkeypat
     assert {check.subject for check in report.failures} >= {"latent, largest error", "latent, mean error"}
 
 
-def test_the_makers_own_tolerances_do_not_count(copy: Path):
+def test_the_manifests_tolerances_are_ignored(copy: Path):
     spoil(copy / "onnx" / "decode.data", scale)
 
     def loosen(manifest: dict[str, Any]) -> None:
@@ -321,8 +321,8 @@ def test_a_bundle_without_reference_is_verified_by_its_model(copy: Path, small_m
     assert verify_bundle(rehash(copy), model=small_model, seed=1, threads=1).passed
 
 
-def test_a_seed_means_nothing_to_a_stored_reference(small_bundle: Bundle):
-    with pytest.raises(InputError, match="seed was given"):
+def test_a_seed_with_a_stored_reference_is_refused(small_bundle: Bundle):
+    with pytest.raises(InputError, match="seed is given"):
         verify_bundle(small_bundle, seed=3)
 
 
@@ -364,7 +364,7 @@ def test_provenance_that_strict_json_cannot_hold(copy: Path):
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> BertTextEncoder:
-    """A BERT of random weights, as wide as the small model's embeddings."""
+    """A BERT with random weights, as wide as the small model's embeddings."""
     import torch
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
@@ -394,7 +394,7 @@ def text_bundle(
     encoder: BertTextEncoder,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Bundle:
-    """The small bundle with the stage `text` as well."""
+    """The small bundle with the stage `text`."""
     from lfdm_export.graphs import trace
     from lfdm_export.reference.pytorch import make_reference
 
@@ -425,7 +425,7 @@ def test_another_text_encoder_fails(text_bundle: Bundle, tmp_path: Path):
     assert failing(verify_bundle(rehash(folder), threads=1)) == {"text"}
 
 
-def test_the_text_encoder_belongs_beside_the_model(
+def test_the_text_encoder_is_required_with_the_model(
     text_bundle: Bundle, small_bundle: Bundle, small_model: LfdmModel, encoder: BertTextEncoder
 ):
     assert verify_bundle(text_bundle, model=small_model, text_encoder=encoder, seed=2, threads=1).passed

@@ -1,4 +1,4 @@
-"""Verification with every engine that a machine has, and against Polygraphy's runner."""
+"""Verification with every available engine, and against Polygraphy's runner."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 
 @pytest.fixture(scope="module")
 def bundle(small_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A copy, so that what is compiled and compared may be written into it."""
+    """A copy, so that compiled files and reports can be written into it."""
     return Bundle.open(shutil.copytree(small_bundle.path, tmp_path_factory.mktemp("engines") / "bundle"))
 
 
@@ -47,14 +47,16 @@ def of(report: Report, name: str) -> OtherEngine:
     return found
 
 
-def test_every_engine_of_this_machine_runs_and_the_others_say_why_not(report: Report):
+def test_every_available_engine_runs_and_the_others_report_why_not(report: Report):
     assert report.engine == "ONNX Runtime, CPU"
     assert report.passed, report.failures
     openvino = of(report, "OpenVINO, CPU")
     assert [(c.stage, c.kind, c.subject) for c in openvino.checks] == [
         (c.stage, c.kind, c.subject) for c in report.checks
     ]
-    assert [c.found for c in openvino.checks] != [c.found for c in report.checks], "another engine, other last bits"
+    assert [c.found for c in openvino.checks] != [c.found for c in report.checks], (
+        "another engine gives other last bits"
+    )
     for name in ("TensorRT", "TensorRT for RTX"):
         (other,) = [one for one in report.others if one.name == name]
         assert other.lacking
@@ -62,7 +64,7 @@ def test_every_engine_of_this_machine_runs_and_the_others_say_why_not(report: Re
     assert len(report.all_checks) > 2 * len(report.checks)
 
 
-def test_polygraphy_has_the_same_opinion(report: Report, bundle: Bundle):
+def test_polygraphy_agrees(report: Report, bundle: Bundle):
     for name in ("ONNX Runtime against ONNX Runtime, by Polygraphy", "OpenVINO against ONNX Runtime, by Polygraphy"):
         other = of(report, name)
         assert [check.stage for check in other.checks] == [
@@ -79,7 +81,7 @@ def test_polygraphys_own_file_can_be_read_again(report: Report, bundle: Bundle):
 
     results = RunResults.load(str(bundle.path / "parity" / "polygraphy" / "encode.json"))
     assert list(dict(results.items())) == ["ONNX Runtime, by Polygraphy", "OpenVINO"]
-    assert Bundle.open(bundle.path).manifest == bundle.manifest, "no part of the bundle"
+    assert Bundle.open(bundle.path).manifest == bundle.manifest, "Polygraphy's files are not part of the bundle"
 
 
 def test_the_report_shows_them(report: Report):
@@ -97,7 +99,7 @@ def test_the_report_shows_them(report: Report):
     assert "TensorRT for RTX" in text
 
 
-def test_an_engine_that_is_wrong_fails_with_its_name(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+def test_a_wrong_engine_fails_with_its_name(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
     real = OpenVinoEngine.run
 
     def wrong(engine: OpenVinoEngine, feeds: Any) -> Any:
@@ -117,9 +119,7 @@ def test_an_engine_that_is_wrong_fails_with_its_name(bundle: Bundle, monkeypatch
     assert of(report, "OpenVINO, CPU").nearest is not None
 
 
-def test_an_engine_that_breaks_is_a_failure_of_polygraphys_comparison_too(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_engine_error_also_fails_polygraphys_comparison(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
     def broken(engine: OnnxRuntimeEngine, feeds: Any) -> Any:
         raise EngineError("out of order")
 
@@ -137,7 +137,7 @@ def test_one_engine_by_name(bundle: Bundle):
     assert report.others == ()
 
 
-def test_what_is_asked_for_by_name_and_not_there_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+def test_a_requested_target_that_is_not_available_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(verify, "this_machine", lambda: NO_GPU)
     with pytest.raises(EngineError, match=r"'tensorrt' cannot be had here: .* sees no GPU"):
         verify_bundle(bundle, targets=("tensorrt",))
@@ -145,17 +145,17 @@ def test_what_is_asked_for_by_name_and_not_there_is_an_error(bundle: Bundle, mon
         verify_bundle(bundle, targets=("tpu",))
 
 
-def test_nothing_at_all_runs_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+def test_no_target_runs_the_bundle(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(verify, "this_machine", lambda: Machine((), "there is no GPU", {}))
     with pytest.raises(EngineError, match=r"nothing here runs .*: ONNX Runtime: onnxruntime not installed: pip"):
         verify_bundle(bundle, targets=("all",))
 
 
-def test_a_gpu_without_plans_is_told_how_to_get_them(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+def test_a_gpu_without_plans_reports_how_to_build_them(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(verify, "this_machine", lambda: machine({**EVERYTHING}, L4))
     ran: list[str] = []
 
-    def stop(bundle: Bundle, target: str, *_: Any) -> Any:
+    def stop(_comparison: Any, target: str, *_: Any) -> Any:
         ran.append(target)
         raise KeyboardInterrupt
 
@@ -172,40 +172,45 @@ def test_a_gpu_without_plans_is_told_how_to_get_them(bundle: Bundle, monkeypatch
 
 def test_without_polygraphy(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "polygraphy.backend.base", None)
+    reference: Any = None
+    comparison = verify._Comparison(
+        bundle, {"encode": bundle.stages["encode"]}, {"image": np.zeros(1)}, reference, threads=1
+    )
     with pytest.raises(MissingDependencyError, match=r"'polygraphy'.*pip install 'lfdm-export\[polygraphy\]'"):
-        verify._by_polygraphy(bundle, "onnxruntime", {"encode": bundle.stages["encode"]}, {"image": np.zeros(1)}, 1)
+        verify._by_polygraphy(comparison, "onnxruntime")
 
 
 # ------------------------------------------------------------------------------------- the command
 
 
 def test_the_command_runs_all_of_them(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: Any):
-    asked: dict[str, Any] = {}
+    given: dict[str, Any] = {}
 
     def stop(bundle: Bundle, **options: Any) -> Any:
-        asked.update(options)
+        given.update(options)
         raise EngineError("enough")
 
     monkeypatch.setattr(verify, "verify_bundle", stop)
     assert verify_main([str(bundle.path)]) == 1
-    assert (asked["targets"], asked["polygraphy"]) == (("all",), False)
+    assert (given["targets"], given["polygraphy"]) == (("all",), False)
     verify_main([str(bundle.path), "--target", "openvino", "--target", "onnxruntime", "--polygraphy"])
-    assert (asked["targets"], asked["polygraphy"]) == (("openvino", "onnxruntime"), True)
+    assert (given["targets"], given["polygraphy"]) == (("openvino", "onnxruntime"), True)
     with pytest.raises(SystemExit):
         verify_main([str(bundle.path), "--target", "tpu"])
 
 
-def test_the_parity_folder_may_hold_polygraphys_files_when_a_bundle_is_replaced(report: Report, bundle: Bundle):
+def test_a_bundle_with_polygraphys_files_can_be_replaced(report: Report, bundle: Bundle):
     with BundleWriter(bundle.path):
         pass
     written = json.loads((bundle.path / "manifest.json").read_text(encoding="utf-8"))
     assert not any(name.startswith("parity/") for name in written["files"])
 
 
-def test_what_runs_on_the_gpu_is_named_by_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+def test_engines_on_the_gpu_are_named_after_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(verify, "check_stage", lambda *_: [])
     monkeypatch.setattr(verify, "check_chain", lambda *_: ChainResult(()))
     monkeypatch.setattr(verify, "find_gpus", lambda: ((Gpu("NVIDIA L4", (8, 9), 1, "13.0"),), ""))
     reference: Any = SimpleNamespace(chain=None, seed=0)
-    names = [verify._run(bundle, t, {}, {}, reference, 1, None, "fp32").engine.name for t in ("tensorrt", "openvino")]
+    comparison = verify._Comparison(bundle, {}, {}, reference, threads=1)
+    names = [verify._run(comparison, target, "fp32").engine.name for target in ("tensorrt", "openvino")]
     assert names == ["TensorRT, NVIDIA L4", "OpenVINO, CPU"]

@@ -1,4 +1,4 @@
-"""The front's two doors in this process, before a server that makes clips by simple arithmetic."""
+"""The front's two endpoints in this process, with a fake server that makes clips by simple arithmetic."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PIXELS = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
 
 
 def metadata(name: str, inputs: tuple[WireTensor, ...]) -> Any:
-    """What Triton says of a model."""
+    """Triton's metadata of a model."""
     found = messages.ModelMetadataResponse(name=name)
     for spec in inputs:
         shape = [FACTS.text_width if axis == "text_width" else axis for axis in spec.shape]
@@ -49,7 +49,7 @@ MODELS = models_of([metadata(CLIP_MODEL, CLIP_INPUTS), metadata(STREAM_MODEL, ST
 
 
 def clip_request(request_id: str = "", **values: Any) -> Any:
-    """A request that the fake answers."""
+    """A request that the fake server answers."""
     label = np.array([b"Anger"], np.object_)
     tensors = {"image": PIXELS, "label": label, **values}
     return infer_request(CLIP_MODEL, CLIP_INPUTS, tensors, outputs=("frames",), request_id=request_id)
@@ -65,7 +65,7 @@ def json_request() -> bytes:
 
 
 class Doors:
-    """Open for as long as the context lasts."""
+    """The endpoints, open inside the context."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Doors:
         self._triton.stop()
 
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Have something done where the doors are."""
+        """Run work on the endpoints' event loop."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(DEADLINE)
 
     def stub(self) -> Any:
@@ -107,11 +107,11 @@ class Doors:
         return grpc.insecure_channel(self.grpc, options)
 
     def connect(self) -> socket.socket:
-        """A connection to the HTTP door."""
+        """A connection to the HTTP endpoint."""
         return socket.create_connection(("127.0.0.1", self.http), timeout=DEADLINE)
 
     def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any]:
-        """Status and answer over HTTP, as JSON if it is."""
+        """Status and answer over HTTP, parsed if it is JSON."""
         connection = http.client.HTTPConnection("127.0.0.1", self.http, timeout=DEADLINE)
         try:
             connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})

@@ -1,4 +1,4 @@
-"""The real server under attack: it lives on, nobody else notices, and nothing is left when it is killed."""
+"""The real server under attack: it survives, other clients are not affected, and a kill leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ REQUEST = {"image": PIXELS, "label": "fear", "seed": 5, "steps": 2}
 
 
 def descendants(pid: int) -> dict[int, list[str]]:
-    """Processes that a process has started, and those that they have, with their arguments."""
+    """All descendants of a process with their arguments."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
-                continue  # gone meanwhile
+                continue  # it has ended
     found = {pid}
     while more := {child for child, parent in parents.items() if parent in found} - found:
         found |= more
@@ -48,7 +48,7 @@ def arguments(pid: int) -> list[str]:
 
 
 def listening(pid: int) -> int:
-    """TCP sockets on which a process listens. Source: proc(5)."""
+    """Number of TCP sockets on which a process listens. Source: proc(5)."""
     inodes = set()
     for table in ("tcp", "tcp6"):
         for line in Path("/proc/net", table).read_text(encoding="utf-8").splitlines()[1:]:
@@ -59,18 +59,18 @@ def listening(pid: int) -> int:
 
 
 def regions(pid: int) -> dict[str, int]:
-    """Shared memory of the server of an lfdm-serve, and its sizes."""
+    """Shared memory regions of an lfdm-serve's server, with their sizes."""
     return {path.name: path.stat().st_size for path in Path("/dev/shm").glob(f"lfdm_serve_{pid}_*")}
 
 
 def post(server: RunningServer, body: bytes, **headers: str) -> int:
-    """Status of a request over HTTP that may be anything."""
+    """Status of an HTTP request with any body."""
     connection = http.client.HTTPConnection(server.http.removeprefix("http://"), timeout=DEADLINE)
     try:
         connection.request("POST", f"/v2/models/{CLIP_MODEL}/infer", body, headers)
         return connection.getresponse().status
     except (BrokenPipeError, ConnectionResetError):
-        return 413  # the answer came before all was sent
+        return 413  # answered before the whole body was sent
     finally:
         connection.close()
 
@@ -87,7 +87,7 @@ def raw(name: str, shape: list[int], content: bytes, model: str = CLIP_MODEL) ->
 
 
 def attacks(server: RunningServer, client: triton.InferenceServerClient) -> Iterator[str]:
-    """One hostile request after the other, each by its name once it was refused."""
+    """Send hostile requests one after the other; yields each one's name when it has been refused."""
     for name, body in {
         "10^12 pixels": shaped("image", "UINT8", [10**6, 10**6, 3]),
         "2^61 seeds": shaped("seed", "INT64", [2**61]),
@@ -111,7 +111,7 @@ def attacks(server: RunningServer, client: triton.InferenceServerClient) -> Iter
         yield name
 
 
-def test_attacks_leave_clips_and_processes_as_they_were(triton_server: RunningServer):
+def test_attacks_do_not_affect_clips_and_processes(triton_server: RunningServer):
     with triton_server.client() as client:
         expected = triton_server.infer(client, REQUEST)["frames"]
         names = []
@@ -131,21 +131,21 @@ def command(small_bundle: Bundle) -> Iterator[ServeCommand]:
         found.stop()
 
 
-def test_what_a_local_user_sees_and_what_a_kill_leaves(command: ServeCommand):
-    """One server for both: its start takes longer than either."""
+def test_what_a_local_user_sees_and_what_remains_after_a_kill(command: ServeCommand):
+    """One server for both tests: its start takes longer than either."""
     pid = command.process.pid
     processes = descendants(pid)
     stubs = {child for child, words in processes.items() if "triton_python_backend_stub" in words[0]}
     (server,) = (child for child, words in processes.items() if words[0].endswith("tritonserver"))
     assert len(stubs) == 6
-    # Nothing to talk to but the front, and no key to read.
+    # Only the front can be reached, and no key can be read.
     assert listening(pid) == 3
     assert all(listening(child) == 0 for child in processes)
     assert not any("restricted" in word or "key" in word.lower() for words in processes.values() for word in words)
     found = regions(pid)
     assert len(found) == 7, "the models' and the lock"
     assert all((Path("/dev/shm") / name).stat().st_mode & 0o777 == 0o600 for name in found)
-    # A refused picture of the largest size that is sent on takes no shared memory.
+    # A refused picture of the largest forwarded size takes no shared memory.
     label, noise = struct.pack("<I", 4) + b"fear", struct.pack("<I", 15 << 20) + bytes(15 << 20)
     request = triton.service_pb2.ModelInferRequest(model_name=CLIP_MODEL)
     for name, content in (("image_bytes", noise), ("label", label)):
@@ -155,23 +155,23 @@ def test_what_a_local_user_sees_and_what_a_kill_leaves(command: ServeCommand):
         with pytest.raises(triton.grpc.RpcError, match="cannot be read as an image"):
             client._client_stub.ModelInfer(request, timeout=DEADLINE)
         assert regions(pid) == found
-        # Killed with work in flight, it leaves no process.
+        # Killed with work in flight, the server leaves no process.
         client.start_stream(lambda result, error: None)
         client.async_stream_infer(STREAM_MODEL, inputs_of({**REQUEST, "steps": 900}))
         eventually(lambda: command.server.metric("lfdm_in_flight", model=STREAM_MODEL) == 1, "it is in flight")
         os.kill(pid, signal.SIGKILL)
         command.process.wait(DEADLINE)
         eventually(lambda: not any(map(alive, (server, *stubs))), "all processes are gone")
-    for name in found:  # which the next start would do
+    for name in found:  # as the next start does
         (Path("/dev/shm") / name).unlink()
 
 
 def alive(pid: int) -> bool:
-    """Whether a process is there and not merely waiting for somebody to ask how it ended."""
+    """Whether a process is running and not a zombie."""
     return arguments(pid) not in ([], [""])
 
 
-def test_a_client_that_names_itself_may_cancel_and_nothing_more(triton_server: RunningServer):
+def test_clients_may_only_cancel_in_the_sampler(triton_server: RunningServer):
     with triton_server.client() as client:
         given = triton.InferInput("cancel_request_id", [1], "BYTES")
         given.set_data_from_numpy(np.array([b"nobody's"], np.object_))
@@ -181,4 +181,4 @@ def test_a_client_that_names_itself_may_cancel_and_nothing_more(triton_server: R
                 client.infer(model, inputs_of({"seed": 1}))
     body = {"inputs": [json_input("seed", 1)]}
     assert triton_server.post(CONDITION_MODEL, body)[0] == 403
-    assert triton_server.post(ENCODE_MODEL, body)[0] == 400  # which a motion's request is let through to
+    assert triton_server.post(ENCODE_MODEL, body)[0] == 400  # open to requests of a motion, but this one is invalid

@@ -1,4 +1,4 @@
-"""The front before a fake server: what gets in, what does not, and what becomes of requests in flight."""
+"""The front with a fake server: accepted and refused requests, and the fate of requests in flight."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.running_server import DEADLINE, eventually
 from tests.security.doors import PIXELS, Doors, clip_request, json_request
 
 LIMITS = FrontLimits(Limits())
-#: Of connections that are slow on purpose.
+#: Timeout of deliberately slow connections.
 QUICK = replace(LIMITS, header_seconds=0.2, body_seconds=0.2, idle_seconds=0.2)
 
 
@@ -55,7 +55,7 @@ def in_flight(fake: FakeTriton, count: int = 1) -> None:
 
 
 def until_closed(connection: socket.socket) -> bytes:
-    """What comes until the other side closes the connection."""
+    """All bytes until the other side closes the connection."""
     found = b""
     while piece := connection.recv(1 << 16):
         found += piece
@@ -63,7 +63,7 @@ def until_closed(connection: socket.socket) -> bytes:
 
 
 def noisy_picture(size: int) -> Any:
-    """A request with so many bytes that are no picture."""
+    """A request with `size` bytes that are not a picture."""
     found = clip_request()
     del found.inputs[0], found.raw_input_contents[0]
     found.inputs.add(name="image_bytes", datatype="BYTES", shape=[1])
@@ -75,7 +75,7 @@ def noisy_picture(size: int) -> Any:
 
 
 @pytest.mark.parametrize("compression", [None, "gzip", "deflate"])
-def test_our_client_notices_nothing(doors: Doors, fake: FakeTriton, compression: Any):
+def test_the_client_works_as_before(doors: Doors, fake: FakeTriton, compression: Any):
     with Client(doors.grpc, Settings(compression=compression)) as client:
         clip = client.generate(PIXELS, label="Anger", seed=7, steps=3)
         with client.stream(PIXELS, label="Anger", seed=7, steps=3, progress_every=1) as stream:
@@ -88,7 +88,7 @@ def test_our_client_notices_nothing(doors: Doors, fake: FakeTriton, compression:
     assert fake.seen[0].metadata.keys().isdisjoint({"authorization"})
 
 
-def test_both_doors_give_the_same(doors: Doors):
+def test_both_endpoints_give_the_same(doors: Doors):
     answer = doors.stub().ModelInfer(clip_request(), timeout=DEADLINE)
     status, found = doors.infer(json_request())
     assert status == 200
@@ -101,7 +101,7 @@ def test_both_doors_give_the_same(doors: Doors):
     assert b'"outputs"' in gzip.decompress(packed)
 
 
-def test_a_request_without_an_id_has_one_behind_the_front(doors: Doors, fake: FakeTriton):
+def test_a_request_without_an_id_gets_one_from_the_front(doors: Doors, fake: FakeTriton):
     doors.stub().ModelInfer(clip_request("mine"), timeout=DEADLINE)
     doors.stub().ModelInfer(clip_request(), timeout=DEADLINE)
     named, unnamed = (seen.request_id for seen in fake.seen)
@@ -109,10 +109,10 @@ def test_a_request_without_an_id_has_one_behind_the_front(doors: Doors, fake: Fa
     assert unnamed
 
 
-# --- Who may call ---------------------------------------------------------------------------------
+# --- Access ---------------------------------------------------------------------------------------
 
 
-def test_without_the_token_nothing_but_probes_is_answered(fake: FakeTriton):
+def test_without_the_token_only_probes_are_answered(fake: FakeTriton):
     with Doors(fake, token=b"the token") as doors:
         for headers in ({}, {"Authorization": "Bearer another"}, {"Authorization": "the token"}):
             status, answer = doors.infer(json_request(), **headers)
@@ -130,7 +130,7 @@ def test_without_the_token_nothing_but_probes_is_answered(fake: FakeTriton):
     assert len(fake.seen) == 2
 
 
-def test_our_client_sends_the_token(fake: FakeTriton):
+def test_the_client_sends_the_token(fake: FakeTriton):
     with Doors(fake, token=b"the-token") as doors:
         with Client(doors.grpc, Settings(token="the-token")) as client:
             assert client.facts().frames == 5
@@ -138,7 +138,7 @@ def test_our_client_sends_the_token(fake: FakeTriton):
             client.facts()
 
 
-def test_both_doors_speak_tls(fake: FakeTriton, tmp_path: Path):
+def test_both_endpoints_support_tls(fake: FakeTriton, tmp_path: Path):
     authority = trustme.CA()
     issued, paths = (
         authority.issue_cert("127.0.0.1", "localhost"),
@@ -194,7 +194,7 @@ def test_a_file_without_a_token_is_refused(tmp_path: Path, content: bytes):
         ("POST", "/v2/%72epository/models/evil/load"),
     ],
 )
-def test_what_belongs_to_the_operator_is_refused(doors: Doors, method: str, path: str):
+def test_restricted_methods_are_refused(doors: Doors, method: str, path: str):
     status, answer = doors.ask(method, path, b"{}" if method == "POST" else None)
     assert status in (403, 404)
     assert "restricted" in answer["error"] or answer["error"] == "Not Found"
@@ -208,7 +208,7 @@ def test_what_belongs_to_the_operator_is_refused(doors: Doors, method: str, path
         "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister", "TraceSetting", "LogSettings",
     ],
 )  # fmt: skip
-def test_the_same_over_grpc(doors: Doors, name: str):
+def test_restricted_methods_are_refused_over_grpc(doors: Doors, name: str):
     with pytest.raises(grpc.RpcError) as refused:
         getattr(doors.stub(), name)(getattr(messages, f"{name}Request")(), timeout=DEADLINE)
     assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED
@@ -218,7 +218,7 @@ def test_the_same_over_grpc(doors: Doors, name: str):
 # --- Too much, too slow ---------------------------------------------------------------------------
 
 
-def test_a_body_in_too_many_chunks_is_not_read_to_its_end(doors: Doors):
+def test_a_body_in_too_many_chunks_is_not_read_completely(doors: Doors):
     with doors.connect() as connection:
         connection.sendall(b"POST /v2/models/lfdm/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
         connection.sendall(b"1\r\na\r\n" * (LIMITS.chunks + 1000))
@@ -226,7 +226,7 @@ def test_a_body_in_too_many_chunks_is_not_read_to_its_end(doors: Doors):
     assert found.startswith(b"HTTP/1.1 413")
 
 
-def test_a_body_is_refused_by_its_announcement(doors: Doors):
+def test_a_body_is_refused_by_its_announced_length(doors: Doors):
     with doors.connect() as connection:
         connection.sendall(
             b"POST /v2/models/lfdm/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000000\r\n\r\n" + bytes(1000)
@@ -245,7 +245,7 @@ def test_a_body_is_refused_by_its_announcement(doors: Doors):
     ],
     ids=["chunk without a size", "negative length", "a thousand headers", "a long path", "TLS"],
 )
-def test_what_is_no_http_ends_its_connection_alone(doors: Doors, sent: bytes, status: bytes):
+def test_invalid_http_ends_only_its_connection(doors: Doors, sent: bytes, status: bytes):
     with doors.connect() as connection:
         connection.sendall(sent)
         assert until_closed(connection).partition(b" ")[2].startswith(status)
@@ -265,9 +265,9 @@ def test_a_body_that_does_not_come_ends_the_request(fake: FakeTriton):
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 408")
 
 
-def test_a_connection_too_many_is_told_so(fake: FakeTriton):
+def test_a_connection_over_the_maximum_is_refused(fake: FakeTriton):
     with Doors(fake, replace(LIMITS, connections=2)) as doors, doors.connect() as one, doors.connect() as two:
-        for connection in (one, two):  # both are there
+        for connection in (one, two):  # both are open
             connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
             assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
         with doors.connect() as third:
@@ -294,14 +294,14 @@ def test_a_grpc_message_too_large_is_refused(doors: Doors, compression: Any):
 
 
 @pytest.mark.parametrize("method", ["ModelInfer", "ModelMetadata", "ModelReady"])
-def test_what_is_no_message_is_refused(doors: Doors, method: str):
+def test_an_invalid_message_is_refused(doors: Doors, method: str):
     with doors.channel() as channel, pytest.raises(grpc.RpcError) as refused:
         channel.unary_unary(f"/inference.GRPCInferenceService/{method}")(b"\xff" * 100, timeout=DEADLINE)
     assert refused.value.code() not in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.DEADLINE_EXCEEDED)
     assert doors.stub().ModelInfer(clip_request(), timeout=DEADLINE).model_name == CLIP_MODEL
 
 
-def test_a_refused_request_leaves_the_others_of_its_stream(doors: Doors):
+def test_a_refused_request_does_not_affect_others_of_its_stream(doors: Doors):
     good = infer_request(
         STREAM_MODEL, STREAM_INPUTS, {"image": PIXELS, "label": np.array([b"Anger"], np.object_)}, request_id="good"
     )
@@ -313,7 +313,7 @@ def test_a_refused_request_leaves_the_others_of_its_stream(doors: Doors):
     assert {answer.infer_response.id for answer in answers[1:]} == {"good"}
 
 
-def test_a_picture_that_nobody_can_decode_goes_no_further(doors: Doors, fake: FakeTriton):
+def test_a_picture_that_cannot_be_decoded_is_not_forwarded(doors: Doors, fake: FakeTriton):
     noise = noisy_picture(2 << 20)
     with pytest.raises(grpc.RpcError, match="cannot be read as an image"):
         doors.stub().ModelInfer(noise, timeout=DEADLINE)
@@ -321,8 +321,8 @@ def test_a_picture_that_nobody_can_decode_goes_no_further(doors: Doors, fake: Fa
 
 
 @pytest.mark.parametrize("door", ["http", "grpc"])
-def test_a_refused_request_leaves_nothing_behind(doors: Doors, door: str):
-    """Not even until Python looks for circles of references, which bytes do not make it do."""
+def test_a_refused_request_leaves_no_memory(doors: Doors, door: str):
+    """Not even until Python's garbage collector runs, which bytes do not trigger."""
     size, count = 8 << 20, 4
     bomb = gzip.compress(bytes(5 * size))
     request = noisy_picture(size)
@@ -371,7 +371,7 @@ def test_requests_of_a_process_that_dies_get_an_error_at_once(doors: Doors, fake
         assert told.error_message.startswith("[UNAVAILABLE] the process of lfdm_stream has died")
 
 
-def test_a_server_that_has_gone_is_said_to_be_coming_back(doors: Doors, fake: FakeTriton):
+def test_an_ended_server_is_reported_as_restarting(doors: Doors, fake: FakeTriton):
     fake.gate.clear()
     with ThreadPoolExecutor(1) as pool:
         lost = pool.submit(doors.infer, json_request())
@@ -387,7 +387,7 @@ def test_a_server_that_has_gone_is_said_to_be_coming_back(doors: Doors, fake: Fa
 
 
 @pytest.mark.parametrize("door", ["http", "grpc"])
-def test_who_goes_away_has_the_request_cancelled(doors: Doors, fake: FakeTriton, door: str):
+def test_a_disconnected_clients_request_is_cancelled(doors: Doors, fake: FakeTriton, door: str):
     fake.gate.clear()
     if door == "grpc":
         call = doors.stub().ModelInfer.future(clip_request(), timeout=DEADLINE)
@@ -402,7 +402,7 @@ def test_who_goes_away_has_the_request_cancelled(doors: Doors, fake: FakeTriton,
     eventually(lambda: fake.cut_off == 1, "the call has ended")
 
 
-def test_more_than_may_be_in_flight_is_refused_at_once(fake: FakeTriton):
+def test_requests_over_the_maximum_in_flight_are_refused_at_once(fake: FakeTriton):
     fake.gate.clear()
     with Doors(fake, replace(LIMITS, in_flight=1)) as doors, ThreadPoolExecutor(1) as pool:
         first = pool.submit(doors.infer, json_request())
@@ -414,14 +414,14 @@ def test_more_than_may_be_in_flight_is_refused_at_once(fake: FakeTriton):
         assert doors.infer(json_request())[0] == 200
 
 
-def test_more_than_may_be_held_is_refused_at_once(fake: FakeTriton):
+def test_bytes_over_the_maximum_are_refused_at_once(fake: FakeTriton):
     with Doors(fake, replace(LIMITS, held_bytes=1000)) as doors:
         status, answer = doors.infer(json_request())
         assert (status, "queue full: requests hold" in answer["error"]) == (503, True)
         assert doors.service.flights._held == 0
 
 
-def test_draining_waits_for_what_is_in_flight_alone(doors: Doors, fake: FakeTriton):
+def test_draining_waits_only_for_requests_in_flight(doors: Doors, fake: FakeTriton):
     fake.gate.clear()
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(doors.infer, json_request())
@@ -436,8 +436,8 @@ def test_draining_waits_for_what_is_in_flight_alone(doors: Doors, fake: FakeTrit
         assert draining.result(DEADLINE)
 
 
-def test_a_silent_stream_holds_nothing_up(doors: Doors, fake: FakeTriton):
-    """A client that keeps a stream open, or has cancelled what was on it."""
+def test_a_silent_stream_does_not_delay_draining(doors: Doors, fake: FakeTriton):
+    """A client that keeps a stream open, or has cancelled its requests."""
     sent: queue.SimpleQueue[Any] = queue.SimpleQueue()
     fake.gate.clear()
     sent.put(infer_request(STREAM_MODEL, STREAM_INPUTS, {"image": PIXELS, "label": np.array([b"Anger"], np.object_)}))

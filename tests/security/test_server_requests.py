@@ -1,4 +1,4 @@
-"""What the front makes of hostile requests: no server, no socket."""
+"""The front's checks of hostile requests, without a server or a socket."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def typed(**contents: list[Any]) -> Any:
     return found
 
 
-def test_what_clients_send_is_taken():
+def test_requests_of_clients_are_accepted():
     for good in (
         request(IMAGE, LABEL),
         request(IMAGE, LABEL, model=STREAM_MODEL, id="mine", model_version="1"),
@@ -143,7 +143,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_what_would_harm_is_refused_in_one_sentence(what: str):
+def test_harmful_requests_are_refused_in_one_sentence(what: str):
     hostile, sentence = HOSTILE[what]
     with pytest.raises(RefusedError) as refused:
         check_request(MODELS, hostile)
@@ -228,7 +228,7 @@ BAD_JSON: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("what", BAD_JSON)
-def test_json_that_would_harm_is_refused_in_one_sentence(what: str):
+def test_harmful_json_is_refused_in_one_sentence(what: str):
     body, sentence = BAD_JSON[what]
     with pytest.raises(RefusedError) as refused:
         read(body)
@@ -274,7 +274,7 @@ def test_messages_become_plain_objects_with_numbers():
 
 
 @pytest.mark.parametrize(("coding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
-def test_compressed_bodies_are_inflated_up_to_a_bound(coding: str, pack: Any):
+def test_compressed_bodies_are_decompressed_up_to_a_limit(coding: str, pack: Any):
     content, bomb = b"some JSON" * 100, pack(bytes(50 << 20))
     inflater = Inflater(coding, 1 << 20)
     assert b"".join(piece for byte in pack(content) for piece in inflater.feed(bytes([byte]))) == content
@@ -301,6 +301,6 @@ def test_an_unknown_coding_is_refused():
         Inflater("br", 1)
 
 
-def test_a_message_that_is_not_compressed_is_left_alone():
+def test_an_uncompressed_message_stays_unchanged():
     message = request(IMAGE, LABEL).SerializeToString()
     assert inflated_message(message, 10) is message

@@ -1,6 +1,6 @@
-"""The files of ``deploy/``: do they name what there is, and do they agree with each other?
+"""The files of ``deploy/`` name existing things and agree with each other.
 
-Their comparison with the published schemas of Kubernetes, KServe, KEDA and Compose needs packages of its own: see
+Comparing them with the published schemas of Kubernetes, KServe, KEDA and Compose needs further packages: see
 ``deploy/check.py``.
 """
 
@@ -28,7 +28,7 @@ DEPLOY = ROOT / "deploy"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 PORTS = {"http": ServerOptions.http_port, "grpc": ServerOptions.grpc_port, "metrics": ServerOptions.metrics_port}
-#: Triton's own metrics that are used. Source: its user guide, Metrics.
+#: Triton's own metrics used here. Source: its user guide, Metrics.
 TRITONS = {
     "nv_cpu_utilization",
     "nv_gpu_memory_used_bytes",
@@ -49,14 +49,14 @@ def document(path: str) -> Any:
 
 
 def resources() -> dict[str, Any]:
-    """Everything of the base by its kind."""
+    """All resources of the base by kind."""
     kustomization = document("kubernetes/base/kustomization.yaml")
     found = [document(f"kubernetes/base/{name}") for name in kustomization["resources"]]
     return {one["kind"]: one for one in found}
 
 
 def containers() -> dict[str, Any]:
-    """The server's container in every place that describes it."""
+    """The server's container in every file that describes it."""
     (plain,) = resources()["Deployment"]["spec"]["template"]["spec"]["containers"]
     (kserve,) = document("kserve/runtime.yaml")["spec"]["containers"]
     return {"kubernetes": plain, "kserve": kserve}
@@ -64,7 +64,7 @@ def containers() -> dict[str, Any]:
 
 def seconds(text: str) -> int:
     match = re.fullmatch(r"(\d+)s", text)
-    assert match, f"{text} is no number of seconds"
+    assert match, f"{text} is not a number of seconds"
     return int(match[1])
 
 
@@ -79,7 +79,7 @@ def test_every_yaml_file_can_be_read():
 
 
 def commands() -> dict[str, list[str]]:
-    """Arguments of lfdm-serve wherever it is started."""
+    """Arguments of lfdm-serve in every file that starts it."""
     default = re.search(r"^CMD (\[.+\])$", DOCKERFILE, re.MULTILINE)
     assert default
     return {
@@ -90,22 +90,22 @@ def commands() -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("place", ["Dockerfile", "compose", "kubernetes", "kserve"])
-def test_the_command_is_one(place: str):
+def test_every_place_has_the_same_command(place: str):
     args: argparse.Namespace = serve._parser().parse_args(commands()[place])
-    assert args.host == "0.0.0.0", "from its own address, nobody outside the container reaches it"
+    assert args.host == "0.0.0.0", "its own address cannot be reached from outside the container"
     assert args.bundle == ("/mnt/models" if place == "kserve" else "/bundle")
     assert {name: getattr(args, f"{name}_port") for name in PORTS} == PORTS
 
 
-def test_the_dockerfile_runs_the_command_as_nobody_in_particular():
+def test_the_dockerfile_runs_the_command_as_an_unprivileged_user():
     assert 'ENTRYPOINT ["lfdm-serve"]' in DOCKERFILE
     assert 'lfdm-serve = "lfdm_export.cli:serve_main"' in PROJECT
     user = re.findall(r"^USER (\d+):\d+$", DOCKERFILE, re.MULTILINE)
     assert user == ["1000"]
-    assert DOCKERFILE.index("USER 1000") > DOCKERFILE.rindex("RUN "), "what is built belongs to root"
+    assert DOCKERFILE.index("USER 1000") > DOCKERFILE.rindex("RUN "), "built files belong to root"
 
 
-def test_the_dockerfile_copies_and_installs_what_there_is():
+def test_the_dockerfile_copies_and_installs_existing_files_and_extras():
     copied = [name for line in re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.MULTILINE) for name in line.split()]
     assert copied == ["pyproject.toml", "constraints.txt", "README.md", "LICENSE", "lfdm_export", "models"]
     allowed = (DEPLOY / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
@@ -142,10 +142,12 @@ def test_ports_are_those_that_the_server_listens_on():
 
 
 @pytest.mark.parametrize("place", ["kubernetes", "kserve"])
-def test_probes_ask_for_the_clips_own_readiness(place: str):
+def test_probes_check_the_readiness_of_the_clip_model(place: str):
     container = containers()[place]
     ready = f"/v2/models/{CLIP_MODEL}/ready"
-    assert container["readinessProbe"]["httpGet"]["path"] == ready, "the server's own stays true while a model is dead"
+    assert container["readinessProbe"]["httpGet"]["path"] == ready, (
+        "the server's own readiness stays true while a model is dead"
+    )
     assert container["startupProbe"]["httpGet"]["path"] == ready
     assert container["livenessProbe"]["httpGet"]["path"] == "/v2/health/live"
     for probe in ("readinessProbe", "startupProbe", "livenessProbe"):
@@ -172,7 +174,7 @@ def test_stopping_leaves_time_to_drain():
 
 
 @pytest.mark.parametrize("place", ["kubernetes", "kserve"])
-def test_the_container_may_do_little(place: str):
+def test_the_container_has_few_privileges(place: str):
     container = containers()[place]
     security = container["securityContext"]
     assert security["allowPrivilegeEscalation"] is False
@@ -232,7 +234,7 @@ def test_names_agree():
 
 @pytest.fixture(scope="module")
 def own_metrics() -> Iterator[set[str]]:
-    """Every name that Prometheus sees of the metrics in our code; histograms give three."""
+    """All Prometheus names of the metrics in the code; a histogram has three."""
     before = set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "triton_python_backend_utils", ModuleType("triton_python_backend_utils"))
@@ -240,7 +242,7 @@ def own_metrics() -> Iterator[set[str]]:
     histograms = {f"{name}_{part}" for name in metrics._HISTOGRAMS for part in ("bucket", "sum", "count")}
     yield {*metrics._COUNTERS, *metrics._GAUGES, metrics._REQUESTS, *histograms}
     for name in set(sys.modules) - before:
-        if name.startswith("lfdm_export.serving.models"):  # they hold what stood in for Triton's module
+        if name.startswith("lfdm_export.serving.models"):  # they use the mock of Triton's module
             del sys.modules[name]
 
 
@@ -264,7 +266,7 @@ def queries() -> Iterator[tuple[str, str]]:
         yield "KServe", metric["external"]["metric"]["query"]
 
 
-def test_every_metric_that_is_asked_for_is_in_our_code(own_metrics: set[str]):
+def test_every_queried_metric_is_in_the_code(own_metrics: set[str]):
     known = own_metrics
     assert "lfdm_queue_seconds_bucket" in known
     used: set[str] = set()
@@ -276,7 +278,7 @@ def test_every_metric_that_is_asked_for_is_in_our_code(own_metrics: set[str]):
     assert {name for name in known if not name.endswith(("_sum", "_count"))} <= used, "one is on no dashboard"
 
 
-def test_outcomes_that_are_asked_for_are_in_our_code():
+def test_queried_outcomes_are_in_the_code():
     sources = [path for room in ("batching", "serving") for path in (ROOT / "lfdm_export" / room).rglob("*.py")]
     code = "".join(path.read_text(encoding="utf-8") for path in sources)
     asked = {value for _, query in queries() for value in re.findall(r'outcome="(\w+)"', query)}

@@ -1,4 +1,4 @@
-"""The contract, the settings, where the server is found, and the command: all that needs no running server."""
+"""Contract, settings, search for the server, and the command: all that needs no running server."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def text(value: str) -> np.ndarray:
 # --- Requests -------------------------------------------------------------------------------------
 
 
-def test_a_request_is_read_whole():
+def test_a_request_is_parsed():
     tensors = {
         "image_bytes": np.array([JPEG], np.object_),
         "text_embedding": np.ones(6, np.float32),
@@ -62,7 +62,7 @@ def test_a_request_is_read_whole():
     assert (request.seed, request.options.steps, request.options.sampler) == (2**63 - 1, 5, "unipc")
     assert (request.options.guidance_scale, request.preview_every, request.progress_every) == (1.5, 2, 0)
     with pytest.raises(InputError, match="unknown input 'preview_every'"):
-        parse_request(tensors, CLIP_INPUTS)  # which only the stream takes
+        parse_request(tensors, CLIP_INPUTS)  # an input of the stream only
 
 
 def test_what_a_request_leaves_out_is_left_open():
@@ -70,7 +70,7 @@ def test_what_a_request_leaves_out_is_left_open():
     assert (request.seed, request.options) == (None, SamplingOptions())
 
 
-def test_base64_is_undone_and_pictures_are_left_alone():
+def test_base64_is_decoded_and_pictures_stay_unchanged():
     limits = Limits()
     encoded = base64.b64encode(JPEG)
     assert image_file(JPEG, limits) == JPEG
@@ -138,7 +138,7 @@ def test_settings_survive_a_configuration():
         ({"limit_image_bytes": "0"}, "limit image_bytes is 0"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(parameters: dict[str, str], message: str):
+def test_invalid_settings_are_refused(parameters: dict[str, str], message: str):
     with pytest.raises(InputError, match=message):
         ServingSettings.from_parameters(parameters)
 
@@ -152,7 +152,7 @@ def test_the_bundle_is_named_by_parameter_or_environment(tmp_path: Path, monkeyp
     assert ServingSettings(bundle="inside").bundle_folder(tmp_path) == tmp_path / "inside"
 
 
-# --- Where the server is --------------------------------------------------------------------------
+# --- Finding the server ---------------------------------------------------------------------------
 
 
 def fake_program(path: Path) -> Path:
@@ -164,14 +164,14 @@ def fake_program(path: Path) -> Path:
 
 @pytest.fixture
 def nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home for servers, and no tritonserver on PATH."""
+    """An empty folder for servers, and no tritonserver on PATH."""
     monkeypatch.setenv(server_files.HOME_VARIABLE, str(tmp_path / "home"))
     monkeypatch.delenv(server_files.SERVER_VARIABLE, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "no programs"))
     return tmp_path
 
 
-def test_the_server_that_is_named_comes_first(nothing_there: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_named_server_has_priority(nothing_there: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ServerFilesError, match="get it with lfdm-serve --install-server"):
         find_server()
     on_path = fake_program(nothing_there / "bin" / "tritonserver")
@@ -186,7 +186,7 @@ def test_the_server_that_is_named_comes_first(nothing_there: Path, monkeypatch: 
         find_server("/nowhere")
 
 
-def test_the_environment_puts_its_own_first(monkeypatch: pytest.MonkeyPatch):
+def test_the_environment_puts_the_servers_paths_first(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", "/usr/bin")
     monkeypatch.setenv("LD_LIBRARY_PATH", "/old")
     variables = ServerFiles(Path("/s/tritonserver"), None, (Path("/s/libs"),), Path("/e/bin")).environment()
@@ -196,7 +196,7 @@ def test_the_environment_puts_its_own_first(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def fake_pip(nothing_there: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """A pip that "downloads" a wheel of the same layout, and installs a NumPy that is an empty module."""
+    """A pip that "downloads" a wheel of the same layout, and installs an empty module as NumPy."""
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     wheel = nothing_there / "nvidia_pytriton-0.7.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -241,18 +241,18 @@ def test_the_wheel_is_unpacked_beside_the_project(fake_pip: list[tuple[str, ...]
     assert find_server() == files
     count = len(fake_pip)
     assert install_server() == files
-    assert len(fake_pip) == count  # nothing is fetched twice
+    assert len(fake_pip) == count  # nothing is downloaded twice
     assert not list(server_files.server_home().glob(".*"))
 
 
-def test_a_wheel_of_another_content_is_not_unpacked(fake_pip: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch):
+def test_a_wheel_with_another_hash_is_not_unpacked(fake_pip: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(server_files, "WHEEL_SHA256", "0" * 64)
     with pytest.raises(ServerFilesError, match="expected one wheel of nvidia-pytriton"):
         install_server()
     assert not server_files.server_home().exists()
 
 
-def test_pips_own_words_are_passed_on(nothing_there: Path, monkeypatch: pytest.MonkeyPatch):
+def test_pips_error_is_reported(nothing_there: Path, monkeypatch: pytest.MonkeyPatch):
     def refuse(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess([], 1, "", "WARNING: old\nERROR: No matching distribution found\n")
 
@@ -261,13 +261,13 @@ def test_pips_own_words_are_passed_on(nothing_there: Path, monkeypatch: pytest.M
         install_server()
 
 
-def test_a_machine_without_a_wheel_is_told_so(nothing_there: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_machine_without_a_wheel_is_refused(nothing_there: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
     with pytest.raises(ServerFilesError, match="only for Linux on x86_64; use NVIDIA's container"):
         install_server()
 
 
-# --- The watchdog's eyes --------------------------------------------------------------------------
+# --- The watchdog ---------------------------------------------------------------------------------
 
 
 def test_stubs_are_found_by_their_shared_memory(tmp_path: Path):
@@ -280,7 +280,7 @@ def test_stubs_are_found_by_their_shared_memory(tmp_path: Path):
     process = subprocess.Popen([program, script, f"{prefix}abc"], stdin=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 120
-        while not (stubs := live_stubs(prefix)):  # it may still be on its way from fork to exec
+        while not (stubs := live_stubs(prefix)):  # it may still be between fork and exec
             assert time.monotonic() < deadline
         (stub,) = stubs
         assert (stub.model, stub.pid, stub.region) == ("lfdm_encode", process.pid, f"{prefix}abc")
@@ -288,12 +288,12 @@ def test_stubs_are_found_by_their_shared_memory(tmp_path: Path):
     finally:
         process.kill()
     deadline = time.monotonic() + 120
-    while live_stubs(prefix):  # it is dead, though nobody has waited for it
+    while live_stubs(prefix):  # a zombie
         assert time.monotonic() < deadline
     process.wait()
 
 
-def test_only_own_shared_memory_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_only_the_servers_own_shared_memory_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("lfdm_export.serving.server.shared_memory._FOLDER", tmp_path)
     for name in ("lfdm_serve_1_a", "lfdm_serve_1_b", "lfdm_serve_2_a", "other"):
         (tmp_path / name).touch()
@@ -301,10 +301,10 @@ def test_only_own_shared_memory_is_removed(tmp_path: Path, monkeypatch: pytest.M
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lfdm_serve_1_b", "lfdm_serve_2_a", "other"]
 
 
-def test_regions_are_orphans_when_nobody_holds_their_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Of another container no process is seen here, but its lock is."""
+def test_regions_without_a_held_lock_are_orphans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The processes of another container are not visible here, but its lock is."""
     monkeypatch.setattr("lfdm_export.serving.server.shared_memory._FOLDER", tmp_path)
-    (tmp_path / "lfdm_serve_999999999_a").touch()  # without a lock: of who knows whom
+    (tmp_path / "lfdm_serve_999999999_a").touch()  # without a lock: of unknown origin
     code = (
         "import sys, pathlib; from lfdm_export.serving.server import shared_memory as memory\n"
         f"memory._FOLDER = pathlib.Path({str(tmp_path)!r})\n"
@@ -348,14 +348,14 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]):
         assert option in shown
 
 
-def test_a_bundle_or_the_installation_is_asked_for(capsys: pytest.CaptureFixture[str]):
+def test_a_bundle_or_the_installation_is_required(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as ended:
         serve_main([])
     assert ended.value.code == 2
     assert "give a bundle to serve, or --install-server" in capsys.readouterr().err
 
 
-def test_what_is_missing_is_said_in_one_line(nothing_there: Path, capsys: pytest.CaptureFixture[str]):
+def test_what_is_missing_is_reported_in_one_line(nothing_there: Path, capsys: pytest.CaptureFixture[str]):
     bundle = write_fake_bundle(nothing_there / "bundle")
     assert serve_main([str(bundle.path)]) == 1
     assert "lfdm-serve: error: no tritonserver was found" in capsys.readouterr().err
@@ -368,7 +368,7 @@ def test_what_is_missing_is_said_in_one_line(nothing_there: Path, capsys: pytest
     assert "http_port is 70000, expected 0 to 65535" in capsys.readouterr().err
 
 
-def test_a_server_that_does_not_start_is_quoted(nothing_there: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_log_of_a_server_that_does_not_start_is_reported(nothing_there: Path, capsys: pytest.CaptureFixture[str]):
     bundle = write_fake_bundle(nothing_there / "bundle")
     program = fake_program(nothing_there / "tritonserver")
     program.write_text("#!/bin/sh\necho 'error: no such backend'\nexit 1\n", encoding="ascii")
@@ -377,7 +377,7 @@ def test_a_server_that_does_not_start_is_quoted(nothing_there: Path, capsys: pyt
     assert "tritonserver did not start: error: no such backend" in capsys.readouterr().err
 
 
-def test_a_token_that_is_none_stops_the_start(nothing_there: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_invalid_token_prevents_the_start(nothing_there: Path, capsys: pytest.CaptureFixture[str]):
     bundle, token = write_fake_bundle(nothing_there / "bundle"), nothing_there / "token"
     token.write_text("two words")
     program = fake_program(nothing_there / "tritonserver")
@@ -407,7 +407,7 @@ def listener() -> Iterator[socket.socket]:
 
 
 @pytest.mark.parametrize("name", ["grpc", "http", "metrics"])
-def test_a_port_that_is_taken_is_told_of_at_once(
+def test_a_port_in_use_is_reported_at_once(
     name: str, listener: socket.socket, nothing_there: Path, capsys: pytest.CaptureFixture[str]
 ):
     port, bundle = listener.getsockname()[1], write_fake_bundle(nothing_there / "bundle")
@@ -427,7 +427,7 @@ def test_free_ports_are_found_and_differ(listener: socket.socket):
     ports = {found.http_port, found.grpc_port, found.metrics_port}
     assert len(ports) == 3
     assert 0 not in ports
-    assert found.with_ports() == found  # what is given is kept
+    assert found.with_ports() == found  # given ports are kept
     with pytest.raises(InputError, match="as is another port"):
         ServerOptions(http_port=found.http_port, grpc_port=found.http_port, metrics_port=0).with_ports()
 
@@ -436,7 +436,7 @@ def test_free_ports_are_found_and_differ(listener: socket.socket):
     ("host", "message"),
     [("192.0.2.1", "192.0.2.1 is no address of this machine"), ("no such host", "'no such host' is no address")],
 )
-def test_a_host_that_is_another_machine(host: str, message: str):
+def test_a_host_that_is_not_this_machine_is_refused(host: str, message: str):
     with pytest.raises(InputError, match=message):
         ServerOptions(host=host, http_port=0, grpc_port=0, metrics_port=0).with_ports()
 
@@ -450,10 +450,10 @@ def test_a_server_that_lacks_only_the_models_environment(
         find_server()
     count = len(fake_pip)
     install_server()
-    assert [call[0] for call in fake_pip[count:]] == ["install"]  # the server itself is not fetched again
+    assert [call[0] for call in fake_pip[count:]] == ["install"]  # the server itself is not downloaded again
 
 
-def test_a_user_without_a_home(nothing_there: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_user_without_a_home_folder(nothing_there: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(server_files.HOME_VARIABLE)
     monkeypatch.setattr(server_files, "user_cache", lambda: None)
     with pytest.raises(
@@ -463,7 +463,7 @@ def test_a_user_without_a_home(nothing_there: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("missing", ["tokenizers", "onnxruntime", "tritonclient"])
-def test_packages_are_looked_for_before_the_server_is_started(tmp_path: Path, missing: str):
+def test_packages_are_checked_before_the_server_is_started(tmp_path: Path, missing: str):
     """A bundle with free text is served without its tokenizer, and nothing without an engine."""
     bundle = write_fake_bundle(tmp_path / "bundle", fake_manifest(with_text=True))
     program = fake_program(tmp_path / "tritonserver")
@@ -525,7 +525,7 @@ def test_folders_of_killed_servers_are_removed_by_the_next(tmp_path: Path, monke
 # --- Behind a proxy -------------------------------------------------------------------------------
 
 
-def test_the_own_server_is_never_asked_through_a_proxy(monkeypatch: pytest.MonkeyPatch):
+def test_local_servers_are_never_called_through_a_proxy(monkeypatch: pytest.MonkeyPatch):
     class Ready(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
@@ -536,7 +536,7 @@ def test_the_own_server_is_never_asked_through_a_proxy(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("urllib.request._opener", None)
     for name in ("http_proxy", "HTTP_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
@@ -551,8 +551,8 @@ def test_the_own_server_is_never_asked_through_a_proxy(monkeypatch: pytest.Monke
 # --- A server without the tokenizer ---------------------------------------------------------------
 
 
-def test_labels_are_served_where_text_cannot_be_tokenized():
-    """The models import Triton's own module, which is only there inside the server: a process of its own stands in."""
+def test_labels_are_served_without_a_tokenizer():
+    """The models import Triton's own module, which exists only in the server: a separate process has a mock of it."""
     code = (
         "import sys, types, numpy as np\n"
         "from unittest.mock import MagicMock\n"

@@ -1,4 +1,4 @@
-"""What a server survives: full queues, killed processes, being stopped. It runs the committed repository."""
+"""Faults that a server survives: full queues, killed processes, a stop. It runs the committed repository."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from tests.running_server import DEADLINE, RunningServer, eventually, inputs_of
 ROOT = Path(__file__).resolve().parents[2]
 PIXELS = np.arange(64 * 64 * 3, dtype=np.uint32).reshape(64, 64, 3).astype(np.uint8)
 REQUEST = {"image": PIXELS, "label": "fear", "seed": 5, "steps": 2}
-#: Takes many times as long as the metrics page takes to show it, on any machine: guided steps are two in one.
+#: Takes many times longer than an update of the metrics page, on any machine: a guided step counts twice.
 LONG = {**REQUEST, "steps": 900, "guidance_scale": 2.0}
 
-#: Stands in for the engine of Triton's own that decodes a chunk in NVIDIA's container.
+#: Replaces Triton's own engine, which decodes a chunk in NVIDIA's container.
 CHUNK_MODEL = """
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -63,7 +63,7 @@ class TritonPythonModel:
 
 
 def set_parameters(folder: Path, model: str, **values: str) -> Any:
-    """Change parameters of a model's configuration, as a user of the repository would."""
+    """Change parameters of a model's configuration, as a user of the repository does."""
     path = folder / model / "config.pbtxt"
     config = text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
     for name, value in values.items():
@@ -74,7 +74,7 @@ def set_parameters(folder: Path, model: str, **values: str) -> Any:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The committed one, with a short queue, and with decode through another model's runs."""
+    """The committed repository, with a short queue, and with decode through another model."""
     folder = tmp_path_factory.mktemp("triton") / "repository"
     shutil.copytree(ROOT / "triton_repo", folder)
     for model in folder.iterdir():
@@ -97,7 +97,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Servers:
-    """The file's server: one for all tests, and a new one after a test that stopped it."""
+    """One server for all tests of this file, and a new one after a test that stopped it."""
 
     def __init__(self, repository: Path, bundle: Bundle) -> None:
         self._repository, self._bundle = repository, bundle
@@ -144,12 +144,12 @@ def client(server: RunningServer) -> Iterator[triton.InferenceServerClient]:
 
 
 def sampling(server: RunningServer, what: str = "lfdm_slots_busy") -> float:
-    """What the page shows of the sampler's state."""
+    """The sampler's state on the metrics page."""
     return server.metric(what, model=SAMPLE_MODEL)
 
 
 def kill(triton_process: TritonServer, model: str) -> int:
-    """Kill a model's process as the kernel does when memory runs out."""
+    """Kill a model's process, as the kernel does when memory is exhausted."""
     (stub,) = [stub for stub in live_stubs(triton_process.region_prefix) if stub.model == model]
     os.kill(stub.pid, signal.SIGKILL)
     return stub.pid
@@ -180,7 +180,7 @@ def test_the_committed_repository_serves_any_bundle(server: RunningServer, clien
     assert_same_pictures(frames, expected.frames[0])
 
 
-def test_a_full_queue_refuses_and_says_so(server: RunningServer):
+def test_a_full_queue_refuses_with_a_reason(server: RunningServer):
     eventually(lambda: sampling(server) == 0, "no slot is busy")
     with ThreadPoolExecutor(2) as pool, server.client() as client:
         pool.submit(server.infer, client, LONG, request_id="long 0")  # the one slot
@@ -205,7 +205,7 @@ def test_a_killed_encoder_is_replaced(server: RunningServer, client: Any, triton
     assert stub.pid != killed
 
 
-def test_who_had_a_request_in_a_killed_sampler_is_told_at_once(
+def test_requests_in_a_killed_sampler_get_an_error_at_once(
     server: RunningServer, client: Any, triton_process: TritonServer
 ):
     expected = server.infer(client, REQUEST)["frames"]
@@ -221,7 +221,7 @@ def test_who_had_a_request_in_a_killed_sampler_is_told_at_once(
         assert_same_pictures(wait_until_served(server, client)["frames"], expected)
 
 
-def test_who_had_a_stream_in_a_killed_process_is_told_at_once(
+def test_streams_in_a_killed_process_get_an_error_at_once(
     server: RunningServer, client: Any, triton_process: TritonServer
 ):
     streamed: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -237,7 +237,7 @@ def test_who_had_a_stream_in_a_killed_process_is_told_at_once(
     eventually(lambda: client.is_model_ready(STREAM_MODEL), "the stream is served again")
 
 
-def test_a_killed_server_is_started_again(server: RunningServer, client: Any, triton_process: TritonServer):
+def test_a_killed_server_is_restarted(server: RunningServer, client: Any, triton_process: TritonServer):
     expected = server.infer(client, REQUEST)["frames"]
     eventually(lambda: sampling(server) == 0, "no slot is busy")
     ends: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -253,24 +253,24 @@ def test_a_killed_server_is_started_again(server: RunningServer, client: Any, tr
     assert triton_process.running
 
 
-def test_a_bundle_that_is_not_there_stops_the_start(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_bundle_prevents_the_start(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(BUNDLE_VARIABLE, str(tmp_path / "nowhere"))
     options = ServerOptions(http_port=0, grpc_port=0, metrics_port=0)
     with pytest.raises(ServerError, match="there is no bundle at"):
         TritonServer(install_server(), repository, options)
 
 
-def test_a_numpy_that_the_server_garbles_is_refused(
+def test_a_numpy_that_the_server_does_not_support_is_refused(
     repository: Path, small_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ):
-    """The project's own NumPy, which is 2, in place of the models' one."""
+    """With the project's own NumPy 2 instead of the models' NumPy."""
     monkeypatch.setenv(BUNDLE_VARIABLE, str(small_bundle.path))
     files = replace(install_server(), python_bin=Path(sys.executable).parent)
     with pytest.raises(ServerError, match=r"Triton's Python backend does not work with NumPy 2"):
         TritonServer(files, repository, ServerOptions(http_port=0, grpc_port=0, metrics_port=0))
 
 
-def test_stopping_finishes_what_is_in_flight(server: RunningServer, triton_process: TritonServer):
+def test_stopping_finishes_requests_in_flight(server: RunningServer, triton_process: TritonServer):
     some = {**REQUEST, "steps": 100, "guidance_scale": 2.0}
     streamed: queue.SimpleQueue[Any] = queue.SimpleQueue()
     with ThreadPoolExecutor(1) as pool, server.client() as client, server.client() as streaming:

@@ -1,4 +1,4 @@
-"""The repository's files: the committed ones as they would be written today, and what a bundle's own look like."""
+"""The repository's files: the committed ones equal what is written now, and the files of a bundle's repository."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ def manifest() -> Manifest:
     return fake_manifest()
 
 
-def test_the_committed_repository_is_what_the_code_writes(tmp_path: Path):
+def test_the_committed_repository_equals_what_the_code_writes(tmp_path: Path):
     written = files_of(write_open_repository(tmp_path / "repository"))
-    assert written == files_of(ROOT / "triton_repo"), "write it anew as triton_repo/README.md says"
+    assert written == files_of(ROOT / "triton_repo"), "write it again as triton_repo/README.md says"
 
 
 def test_a_bundles_repository_has_its_sizes(tmp_path: Path, bundle: Bundle):
@@ -110,10 +110,10 @@ def test_a_bundles_repository_has_its_sizes(tmp_path: Path, bundle: Bundle):
     assert sample.parameters["slots"].string_value == "3"
     assert sample.parameters["policy"].string_value == "benchmarks.policies:OneClip"
     assert read_config(repository, STREAM_MODEL).model_transaction_policy.decoupled
-    assert not sample.model_transaction_policy.decoupled  # else the ensemble would take streams only
+    assert not sample.model_transaction_policy.decoupled  # else the ensemble would accept only streams
 
 
-def test_the_bundle_lies_in_the_repository_or_is_referred_to(tmp_path: Path, bundle: Bundle):
+def test_the_bundle_is_copied_into_the_repository_or_referenced(tmp_path: Path, bundle: Bundle):
     inside = write_repository(bundle, tmp_path / "inside")
     assert Bundle.open(inside / BUNDLE_PLACE).labels == LABELS
     said = {name: read_config(inside, name).parameters["bundle"].string_value for name in STEP_MODELS}
@@ -124,7 +124,7 @@ def test_the_bundle_lies_in_the_repository_or_is_referred_to(tmp_path: Path, bun
     assert not (beside / BUNDLE_PLACE).exists()
 
 
-def test_clients_are_told_the_bundles_facts(tmp_path: Path, bundle: Bundle):
+def test_the_configuration_has_the_bundles_facts_for_clients(tmp_path: Path, bundle: Bundle):
     repository = write_repository(bundle, tmp_path / "repository")
     for model in (CLIP_MODEL, STREAM_MODEL):
         text = read_config(repository, model).parameters[FACTS_PARAMETER].string_value
@@ -134,7 +134,7 @@ def test_clients_are_told_the_bundles_facts(tmp_path: Path, bundle: Bundle):
 @pytest.mark.parametrize("engines", ["python", "onnxruntime"])
 @pytest.mark.parametrize("sizes", ["open", "exact"])
 def test_the_ensemble_is_a_whole_graph(engines: Any, sizes: str):
-    """Every step's required input is the ensemble's or an earlier step's output, of the same type and fitting axes."""
+    """Every step's required input is the ensemble's or an earlier step's output, of the same type and matching axes."""
     configs = model_configs(GEOMETRY if sizes == "exact" else None, ServingSettings(), engines=engines)
     clip = configs[CLIP_MODEL]
     tensors = {tensor.name: tensor for tensor in clip.input}
@@ -174,7 +174,7 @@ def fits(given: list[int], taken: list[int]) -> bool:
     return len(given) == len(taken) and all(-1 in pair or pair[0] == pair[1] for pair in zip(given, taken, strict=True))
 
 
-def test_clip_tensors_are_the_contracts():
+def test_clip_tensors_are_those_of_the_contract():
     clip = model_configs(None, ServingSettings())[CLIP_MODEL]
     assert [tensor.name for tensor in clip.input] == [spec.name for spec in CLIP_INPUTS]
     assert [tensor.name for tensor in clip.output] == [spec.name for spec in CLIP_OUTPUTS]
@@ -263,7 +263,7 @@ def test_plans_are_the_models_of_tensorrt(tmp_path: Path, bundle: Bundle):
         ({"target": "tensorrt-rtx"}, "is of target tensorrt-rtx, expected tensorrt"),
     ],
 )
-def test_a_plan_of_something_else_gets_into_no_repository(
+def test_a_plan_that_does_not_match_is_not_copied(
     tmp_path: Path, bundle: Bundle, changes: dict[str, Any], message: str
 ):
     write_plans(bundle, **changes)
@@ -273,7 +273,7 @@ def test_a_plan_of_something_else_gets_into_no_repository(
 
 
 @pytest.mark.parametrize("spoil", ["plan", "record"])
-def test_a_plan_that_is_not_whole_gets_into_no_repository(tmp_path: Path, bundle: Bundle, spoil: str):
+def test_an_incomplete_plan_is_not_copied(tmp_path: Path, bundle: Bundle, spoil: str):
     folder = write_plans(bundle)
     if spoil == "plan":
         folder.plan("decode").write_text("another plan of decode", encoding="utf-8")
@@ -320,7 +320,7 @@ def test_the_server_does_not_decode_with_a_stale_plan(tmp_path: Path, bundle: Bu
     write_plans(bundle)
     repository = write_repository(bundle, tmp_path / "repository", engines="tensorrt", copy_bundle=False)
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", ModuleType("triton_python_backend_utils"))
-    for name in ("stub", "decode"):  # imported for this test alone, with that backend
+    for name in ("stub", "decode"):  # imported only for this test, with that backend
         monkeypatch.delitem(sys.modules, f"lfdm_export.serving.models.{name}", raising=False)
     decode = importlib.import_module("lfdm_export.serving.models.decode")
     for name in ("stub", "decode"):
@@ -336,7 +336,7 @@ def test_the_server_does_not_decode_with_a_stale_plan(tmp_path: Path, bundle: Bu
         decode.DecodeModel().initialize(arguments)
 
 
-def test_a_repository_is_replaced_and_nothing_else_is(tmp_path: Path, bundle: Bundle):
+def test_only_a_repository_is_replaced(tmp_path: Path, bundle: Bundle):
     target = write_repository(bundle, tmp_path / "repository")
     (target / "stray").touch()
     write_repository(bundle, target)
@@ -344,7 +344,7 @@ def test_a_repository_is_replaced_and_nothing_else_is(tmp_path: Path, bundle: Bu
     other = tmp_path / "photos"
     other.mkdir()
     (other / "holiday.jpg").touch()
-    with pytest.raises(ExportError, match="is there and is no model repository"):
+    with pytest.raises(ExportError, match="exists and is not a model repository"):
         write_repository(bundle, other)
     assert [path.name for path in other.iterdir()] == ["holiday.jpg"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "photos", "repository"]

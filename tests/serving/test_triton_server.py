@@ -1,4 +1,4 @@
-"""The real server, as clients see it: every way in, every refusal, many at once, and cancellation."""
+"""The real server, as clients see it: every endpoint, every refusal, concurrent requests, and cancellation."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def pipeline(small_bundle: Bundle) -> Pipeline:
 
 @pytest.fixture(scope="module")
 def clip(pipeline: Pipeline) -> Clip:
-    """What `REQUEST` gives in this process."""
+    """The clip of `REQUEST`, made in this process."""
     return pipeline.generate(PHOTO, label="happiness", seed=7, steps=4)
 
 
@@ -60,7 +60,7 @@ def assert_same_pictures(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
 
 
-# --- Ways in --------------------------------------------------------------------------------------
+# --- Endpoints ------------------------------------------------------------------------------------
 
 
 def test_grpc_gives_the_clip_of_the_pipeline(triton_server: RunningServer, client: Any, clip: Clip):
@@ -102,7 +102,7 @@ def test_every_option_reaches_the_sampler(
     assert_same_pictures(outputs["frames"], expected.frames[0])
 
 
-def test_pixels_are_as_good_as_a_file(triton_server: RunningServer, client: Any, clip: Clip):
+def test_pixels_give_the_same_clip_as_a_file(triton_server: RunningServer, client: Any, clip: Clip):
     values = {**REQUEST, "image": read_image(PHOTO)}
     del values["image_bytes"]
     assert_same_pictures(triton_server.infer(client, values)["frames"], clip.frames[0])
@@ -192,7 +192,7 @@ def test_stream_gives_progress_previews_and_the_same_frames(
 ):
     responses = stream(client, {**REQUEST, "preview_every": 2, "progress_every": 1})
     kinds = [kind(response) for response in responses]
-    assert kinds.count("progress") in (3, 4)  # of the last step there is nothing to report
+    assert kinds.count("progress") in (3, 4)  # the last step is not reported
     assert kinds.count("preview") >= 1
     assert kinds[-3:] == ["frames", "frames", "done"]
     geometry = small_bundle.manifest.geometry
@@ -217,7 +217,7 @@ def test_a_stream_draws_a_seed_and_tells_it(client: Any):
     assert first != second
 
 
-def test_a_stream_tells_what_is_wrong(client: Any):
+def test_a_stream_reports_what_is_wrong(client: Any):
     (error,) = stream(client, {**REQUEST, "label": "hapiness"})
     assert "did you mean 'happiness'?" in str(error)
 
@@ -244,7 +244,7 @@ def ended(server: RunningServer, model: str, outcome: str) -> float:
 
 
 def huge_png(side: int) -> bytes:
-    """A picture of side² pixels in a few kilobytes: a bomb for who decodes it before looking."""
+    """A picture of side² pixels in a few kilobytes: a bomb for programs that decode it without a check."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -308,25 +308,25 @@ def test_bad_input_is_refused_with_a_reason(triton_server: RunningServer, client
     assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
-def test_the_server_lives_on(triton_server: RunningServer, client: Any, clip: Clip):
-    """After all of the above, with the processes that it began with."""
+def test_the_server_survives_bad_input(triton_server: RunningServer, client: Any, clip: Clip):
+    """After all of the above, with its original processes."""
     assert client.is_server_ready()
     assert_same_pictures(triton_server.infer(client, REQUEST)["frames"], clip.frames[0])
 
 
-def test_a_refusal_says_so_over_http(triton_server: RunningServer):
+def test_a_refusal_over_http_has_a_status_and_a_reason(triton_server: RunningServer):
     body = {"inputs": [json_input("image_bytes", "AAAA"), json_input("label", "fear"), json_input("steps", 0)]}
     status, answer = triton_server.post(CLIP_MODEL, body)
     assert status == 400
     assert "image_bytes cannot be read as an image" in answer["error"] or "steps is 0" in answer["error"]
 
 
-def test_a_priority_that_is_none_is_refused(triton_server: RunningServer, client: Any):
+def test_an_invalid_priority_is_refused(triton_server: RunningServer, client: Any):
     with pytest.raises(InferenceServerException, match="lfdm_priority is 'high', expected an integer"):
         triton_server.infer(client, REQUEST, parameters={"lfdm_priority": "high"})
 
 
-def test_only_who_started_the_server_may_unload_models(triton_server: RunningServer, client: Any):
+def test_only_the_servers_owner_may_unload_models(triton_server: RunningServer, client: Any):
     with pytest.raises(InferenceServerException, match="restricted"):
         client.unload_model(CLIP_MODEL)
     request = urllib.request.Request(f"{triton_server.http}/v2/repository/models/{CLIP_MODEL}/unload", b"{}")
@@ -336,10 +336,10 @@ def test_only_who_started_the_server_may_unload_models(triton_server: RunningSer
     assert client.is_model_ready(CLIP_MODEL)
 
 
-# --- Many at once, deadlines, cancellation --------------------------------------------------------
+# --- Concurrent requests, deadlines, cancellation -------------------------------------------------
 
 
-def test_64_mixed_requests_at_once_and_none_mixed_up(triton_server: RunningServer, pipeline: Pipeline):
+def test_64_different_concurrent_requests_each_get_their_own_clip(triton_server: RunningServer, pipeline: Pipeline):
     labels, samplers = pipeline.bundle.labels, ("ddim", "unipc", "dpm++2m")
     pixels = prepare_image(PHOTO, 64)
 
@@ -400,7 +400,7 @@ def test_cancelling_by_id_frees_the_slot(triton_server: RunningServer, client: A
     assert not cancel()
 
 
-def test_metrics_count_what_was_done(triton_server: RunningServer, client: Any):
+def test_metrics_count_requests(triton_server: RunningServer, client: Any):
     def count(name: str) -> float:
         return triton_server.metric(name, model=SAMPLE_MODEL)
 
@@ -418,10 +418,10 @@ def test_metrics_count_what_was_done(triton_server: RunningServer, client: Any):
 
 
 def wait_for_the_page(server: RunningServer, client: Any) -> None:
-    """Wait until the page shows all that earlier tests did: it is brought up to date in order, twice a second.
+    """Wait until the page shows the requests of all earlier tests: it is updated in order, twice a second.
 
-    Requests whose deadline has passed take no step, and are counted after everything before them. Two of them, because
-    the count that the first one waits for may be that of an earlier test's.
+    Requests whose deadline has passed take no step, and are counted after all earlier ones. Two are sent, because the
+    count that the first one waits for may be an earlier test's.
     """
     eventually(lambda: busy(server, SAMPLE_MODEL) == 0, "no slot is busy")
     for _ in range(2):

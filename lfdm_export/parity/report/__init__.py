@@ -1,1 +1,1 @@
-"""What a verification found: data, table, page."""
+"""The report of a verification: data, table, page."""

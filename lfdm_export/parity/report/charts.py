@@ -1,4 +1,4 @@
-"""The page's two drawings as inline SVG; colours come from the page's style sheet."""
+"""The page's two charts as inline SVG; colors come from the page's style sheet."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from html import escape
 
 from lfdm_export.parity.report.model import Check, StepError, number
 
-# Bars reach from a millionth of what is allowed to ten times it.
+# Powers of ten of the bars' range: from a millionth of the allowed value to ten times it.
 _LOWEST, _HIGHEST = -6.0, 1.0
 _BAR_WIDTH, _BAR_HEIGHT = 300.0, 16.0
 _CHART_WIDTH, _CHART_HEIGHT = 960.0, 300.0
@@ -16,7 +16,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 130.0, 14.0, 40.0
 
 
 def bar(check: Check) -> str:
-    """A check's error as a share of what is allowed, on a logarithmic scale whose red line is 1."""
+    """A check's error as a share of the allowed value, on a logarithmic scale with a red line at 1."""
     share = check.share
     if share is None:
         return ""
@@ -50,7 +50,7 @@ def _bar_position(share: float) -> float:
 
 
 def step_chart(steps: Sequence[StepError], largest_allowed: float | None, mean_allowed: float | None) -> str:
-    """Largest and mean error of the latent after each step, with what is allowed of each, on a logarithmic scale."""
+    """Largest and mean error of the latent after each step with their limits, on a logarithmic scale."""
     series = (
         ("first", "largest", [step.max_abs for step in steps], largest_allowed),
         ("second", "mean", [step.mean_abs for step in steps], mean_allowed),
@@ -90,7 +90,7 @@ def _decades(low: int, high: int) -> str:
 
 
 def _step_labels(steps: Sequence[StepError]) -> str:
-    """Step and timestep below the chart; not more than fit."""
+    """Step and timestep below the chart, as many as fit."""
     every = math.ceil(len(steps) / 20)
     base = _CHART_HEIGHT - _BOTTOM
     labels = [

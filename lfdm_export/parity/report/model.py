@@ -1,4 +1,4 @@
-"""What a verification found: as data, as JSON, as a table for the terminal, as a page."""
+"""The report of a verification: as data, as JSON, as a table for the terminal, as a page."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ JSON_NAME, HTML_NAME = "report.json", "report.html"
 CHAIN = "chain"
 
 #: "interface": names, dtypes and shapes; "finite": no NaN or infinity; "values": error against PyTorch;
-#: "batch": a sample alone against the same sample in a batch; "clip": of a whole clip.
+#: "batch": a sample alone against the same sample in a batch; "clip": a quantity of a whole clip.
 Kind = Literal["interface", "finite", "values", "batch", "clip"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """One check.
 
     Attributes:
         stage: name of the stage, or CHAIN.
-        kind: what sort of check.
+        kind: kind of the check.
         subject: output or quantity that was measured.
-        passed: whether it is as it should be.
-        found: what was measured; None if nothing could be.
-        allowed: the largest value of `found` that passes, or the smallest (`at_least`); None if only told.
-        unit: of `found`; "" for a plain number. Stage errors are relative to max(1, `scale`).
-        max_abs, mean_abs: errors as they are, where `found` is a relative one.
+        passed: whether the check passed.
+        found: the measured value; None if nothing could be measured.
+        allowed: the largest value of `found` that passes, or the smallest (`at_least`); None if it is only reported.
+        unit: unit of `found`; "" for a plain number. Stage errors are relative to max(1, `scale`).
+        max_abs, mean_abs: absolute errors, if `found` is relative.
         scale: largest magnitude of the reference, for stage errors.
-        compared: how many values were compared.
+        compared: number of compared values.
         meaning: what a failure means, or why nothing was measured; "" if it passed.
-        at_least: more of `found` is better: a ratio of signal to error in dB.
+        at_least: a larger `found` is better, as a signal-to-error ratio in dB.
     """
 
     stage: str
@@ -65,19 +65,19 @@ class Check:
 
     @property
     def judged(self) -> bool:
-        """Whether it can fail at all; else it is only reported."""
+        """Whether the check can fail; else its value is only reported."""
         return self.kind != "clip" or self.allowed is not None or not self.passed
 
     @property
     def share(self) -> float | None:
-        """`found` as a share of what is allowed; above 1 is a failure. Of a ratio in dB: the share of the error."""
+        """`found` as a share of `allowed`; above 1 is a failure. For a ratio in dB: the share of the error."""
         if self.found is None or not self.allowed:
             return None
         return 10 ** ((self.allowed - self.found) / 20) if self.at_least else self.found / self.allowed
 
     @property
     def limit(self) -> str:
-        """What is allowed, in a few characters."""
+        """The allowed value, in a few characters."""
         return f"≥ {number(self.allowed)}" if self.at_least and self.allowed is not None else number(self.allowed)
 
 
@@ -86,8 +86,8 @@ class StepError:
     """Error of the latent after one sampling step.
 
     Attributes:
-        timestep: training step that the network was asked about.
-        max_abs, mean_abs: of the latent's |error|; None where it is not finite.
+        timestep: training step that was the network's input.
+        max_abs, mean_abs: maximum and mean of the latent's |error|; None if it is not finite.
     """
 
     timestep: int
@@ -97,12 +97,12 @@ class StepError:
 
 @dataclass(frozen=True)
 class OtherEngine:
-    """What became of a further engine.
+    """The result of a further engine.
 
     Attributes:
-        name: what it is, and where it ran.
-        checks: those that were made with it; none if it did not run.
-        lacking: why it did not run, with the remedy; "" if it ran.
+        name: name of the engine, and where it ran.
+        checks: its checks; none if it did not run.
+        lacking: why it did not run, and what to do; "" if it ran.
     """
 
     name: str
@@ -116,14 +116,14 @@ class OtherEngine:
 
     @property
     def nearest(self) -> Check | None:
-        """The check that is nearest to its limit, or farthest beyond it."""
+        """The check nearest to its limit, or farthest beyond it."""
         limits = [check for check in self.checks if check.share is not None]
         return max(limits, key=lambda check: check.share or 0.0, default=None)
 
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """What the page shows of the clip, for K of its frames.
+    """The clip on the page, for K of its frames.
 
     Attributes:
         frames: numbers of the frames.
@@ -141,25 +141,25 @@ class Pictures:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """The outcome of a verification.
+    """The result of a verification.
 
     Attributes:
         bundle: name of the bundle's folder.
-        precision: of its graphs.
-        date: when, ISO 8601, UTC.
-        engine: what ran the graphs.
-        reference: what they were compared with, in words.
-        seed: of inputs and noise.
-        sampler: of the chain, in words.
-        checks: all, in the order in which they were made.
-        steps: of the chain, first to last.
-        environment: versions, processor and threads here, by name.
+        precision: precision of its graphs.
+        date: time of the verification, ISO 8601, UTC.
+        engine: the engine that ran the graphs.
+        reference: what the outputs were compared with, in words.
+        seed: seed of inputs and noise.
+        sampler: sampler of the clip, in words.
+        checks: all checks of `engine`, in the order in which they were made.
+        steps: errors after each step of the clip.
+        environment: versions, processor and threads of this machine, by name.
         exported_with: versions at export.
-        provenance: of the weights.
-        labels: that the bundle knows.
+        provenance: provenance of the weights.
+        labels: the bundle's labels.
         geometry: sizes of the bundle, by name.
-        others: further engines that ran the same, or could not.
-        pictures: for the page; not in the JSON.
+        others: further engines that made the same checks, or could not.
+        pictures: pictures for the page; not in the JSON.
     """
 
     bundle: str
@@ -191,7 +191,7 @@ class Report:
 
     @property
     def all_checks(self) -> tuple[Check, ...]:
-        """Those of all engines; those of `others` have the engine's name before their stage's."""
+        """The checks of all engines; in those of `others` the engine's name precedes the stage's."""
         further = (
             dataclasses.replace(check, stage=f"{other.name}: {check.stage}")
             for other in self.others
@@ -205,7 +205,7 @@ class Report:
         return tuple(check for check in self.all_checks if not check.passed)
 
     def explanations(self) -> list[tuple[str, str, str]]:
-        """What failed, as (stage, what was found and allowed, what it means); alike failures of a stage together."""
+        """The failures, as (stage, found and allowed value, meaning); equal failures of a stage are joined."""
         together: dict[tuple[str, str], list[str]] = {}
         for check in self.failures:
             together.setdefault((check.stage, check.meaning), []).append(_measured(check))
@@ -213,13 +213,13 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """The outcome in one sentence."""
+        """The result in one sentence."""
         judged = sum(check.judged for check in self.all_checks)
         if not self.passed:
             stages = list(dict.fromkeys(check.stage for check in self.failures))
             return (
                 f"{len(self.failures)} of {judged} checks failed, in {', '.join(stages)}: "
-                "the export does not do what the model does"
+                "the export's results differ from the model's"
             )
         limits = [check for check in self.all_checks if check.share is not None]
         worst = max(limits, key=lambda check: check.share or 0.0, default=None)
@@ -236,10 +236,10 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Report:
-        """Read what `to_json` wrote; the pictures are not in it.
+        """Read the result of `to_json`, which has no pictures.
 
         Raises:
-            InputError: it is no such document.
+            InputError: the text is not such a document.
         """
         try:
             plain = json.loads(text)
@@ -252,10 +252,10 @@ class Report:
         return report
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
-        """Write report.json and report.html, each replacing an older one only once it is whole.
+        """Write report.json and report.html, each atomically.
 
         Args:
-            folder: made if it is missing; a bundle's is BUNDLE/parity.
+            folder: folder to write to, created if missing; for a bundle BUNDLE/parity.
 
         Returns:
             Path of the page.
@@ -268,7 +268,7 @@ class Report:
         target = user_path(folder)
         try:
             for name, text in ((JSON_NAME, self.to_json()), (HTML_NAME, page(self))):
-                # A label can hold half a surrogate pair, which JSON can and UTF-8 cannot.
+                # A label can contain half a surrogate pair, which JSON can represent and UTF-8 cannot.
                 write_file(target / name, text.encode("utf-8", "xmlcharrefreplace"))
             return target / HTML_NAME
         except OSError as error:
@@ -277,7 +277,7 @@ class Report:
             ) from error
 
     def table(self) -> RenderableType:
-        """What the terminal shows."""
+        """The report as a table for the terminal."""
         from lfdm_export.parity.report.table import table
 
         return table(self)

@@ -1,6 +1,6 @@
-"""A report as one page that stands for itself: no script, nothing fetched, light and dark.
+"""A report as one self-contained page: no script, no external resources, light and dark.
 
-Labels, provenance and file names come from strangers; every string goes through `html.escape`.
+Labels, provenance and file names are untrusted; every string goes through `html.escape`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from PIL import Image
 from lfdm_export.parity.report.charts import bar, bar_scale, step_chart
 from lfdm_export.parity.report.model import CHAIN, Check, Pictures, Report, number, sentence
 
-#: How much stronger than it is the difference of two frames is shown.
+#: Factor by which the shown difference of two frames is amplified.
 MAGNIFIED = 64
-# No more of a long text, or of a long list, than this.
+# Maximum length of a shown text, and of a shown list.
 _LONGEST, _MOST_LABELS = 400, 60
 
 
@@ -45,7 +45,7 @@ def page(report: Report) -> str:
 
 
 def _text(value: object) -> str:
-    """Any text as HTML, cut where it is endless."""
+    """Any text as HTML, cut if it is too long."""
     text = str(value)
     return escape(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")
 
@@ -134,7 +134,7 @@ def _clip_row(check: Check) -> str:
 
 
 def _others(report: Report) -> str:
-    """Further engines: what is nearest to its limit, or why they did not run."""
+    """Further engines: the check nearest to its limit, or why they did not run."""
     if not report.others:
         return ""
     rows = []
@@ -151,7 +151,7 @@ def _others(report: Report) -> str:
         )
     return (
         '<section><h2>Other engines</h2><p class="soft small">The same checks, with the same inputs and tolerances; '
-        "shown is what came nearest to its limit.</p>"
+        "shown is the one nearest to its limit.</p>"
         f'<div class="scroll"><table><tr><th>engine</th><th>nearest to its limit</th><th></th><th></th></tr>'
         f"{''.join(rows)}</table></div></section>"
     )
@@ -173,11 +173,11 @@ def _pictures(pictures: Pictures) -> str:
         ]
     heads = "".join(f"<span>{word}</span>" for word in ("source", "generated", "warped", "grid", "occlusion"))
     return (
-        f'<section><h2>Frames</h2><p class="soft small">The difference is shown {MAGNIFIED} times as strong as it is: '
+        f'<section><h2>Frames</h2><p class="soft small">The difference is amplified {MAGNIFIED} times: '
         f'white is 1/{MAGNIFIED} of full brightness, black is none.</p><div class="strip">{"".join(strip)}</div>'
         "</section>"
         '<section><h2>How the export made them</h2><p class="soft small">The grid shows from where in the source each '
-        "point is fetched; occlusion is white where the warped source is kept, black where the decoder paints anew.</p>"
+        "point is fetched; occlusion is white where the warped source is kept, black where the decoder inpaints.</p>"
         f'<div class="panels"><span></span><div class="heads soft small">{heads}</div>{"".join(rows)}</div></section>'
     )
 
@@ -211,7 +211,7 @@ def _table(title: str, facts: Mapping[str, object]) -> str:
 
 
 def _flat(facts: Mapping[str, object], prefix: str) -> list[tuple[str, object]]:
-    """Nested objects as rows; other values that are not plain as JSON."""
+    """Nested objects as rows; lists and other values as JSON."""
     rows: list[tuple[str, object]] = []
     for name, value in facts.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""A report on the terminal: readable in 80 columns, failures first in the eye."""
+"""A report for the terminal: readable in 80 columns, with failures emphasized."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from rich.text import Text
 from lfdm_export.parity.report.model import CHAIN, Check, Report, number, percent, sentence
 
 _GOOD, _BAD, _DIM = "green", "bold red", "dim"
-# Said in place of numbers where a stage gave none.
+# Shown instead of numbers if a stage has none.
 _WITHOUT_NUMBERS = {"interface": "unfit", "finite": "NaN", "values": "NaN"}
 
 
 def table(report: Report) -> RenderableType:
-    """Stages, the clip, what failed and why, the verdict."""
+    """Tables of the stages and the clip, the failures with their meaning, the verdict."""
     parts: list[RenderableType] = [
         Text(f"compared with {report.reference}; seed {report.seed}", style=_DIM),
         _stages(report),
@@ -32,7 +32,7 @@ def table(report: Report) -> RenderableType:
 
 
 def _stages(report: Report) -> Table:
-    """A row an output, or a row for whatever kept a stage's outputs from being compared."""
+    """One row per output, or a row with the reason why a stage's outputs could not be compared."""
     shown = _grid("stage", "output", "error", "mean", "allowed", "used", "alone", "")
     alone = {(check.stage, check.subject): check for check in report.checks if check.kind == "batch"}
     named = ""
@@ -62,7 +62,7 @@ def _numbers(check: Check) -> list[str]:
 
 
 def _clip(report: Report) -> Table:
-    """A row a quantity of the whole clip."""
+    """One row per quantity of the whole clip."""
     shown = _grid(f"clip ({report.sampler})", "found", "allowed", "used", "")
     for check in report.checks:
         if check.stage != CHAIN:
@@ -77,7 +77,7 @@ def _clip(report: Report) -> Table:
 
 
 def _others(report: Report) -> Table:
-    """A row an engine: what is nearest to its limit, or why it did not run."""
+    """One row per engine: the check nearest to its limit, or why it did not run."""
     shown = _grid("other engines", "nearest to its limit", "used", "")
     for other in report.others:
         if other.lacking:
@@ -92,7 +92,7 @@ def _others(report: Report) -> Table:
 
 
 def _grid(*titles: str) -> Table:
-    """A table whose first column, or first two, are words and all others numbers."""
+    """A table whose first one or two columns are words and all others numbers."""
     grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold", show_edge=False)
     for index, title in enumerate(titles):
         words = index == 0 or title in ("output", "nearest to its limit")

@@ -1,5 +1,5 @@
-"""What clients talk to: it speaks Triton's protocol over HTTP and gRPC, and hands on what it has checked.
+"""The front that clients talk to: it speaks Triton's protocol over HTTP and gRPC, and forwards checked requests.
 
-Triton itself listens on a socket in a private folder alone. Its HTTP is off: a request in JSON is read here, and handed
-on over gRPC.
+Triton itself listens only on a socket in a private folder. Its HTTP is off: the front parses JSON requests and forwards
+them over gRPC.
 """

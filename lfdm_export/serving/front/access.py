@@ -1,4 +1,4 @@
-"""Who may call: one token for all, and TLS."""
+"""Access control: one token for all clients, and TLS."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from lfdm_export.serving.front.refusal import RefusedError
 
 logger = logging.getLogger(__name__)
 
-#: Characters that go into a header. Source: RFC 9110, field values; spaces and controls are left out.
+#: Characters allowed in a header. Source: RFC 9110, field values, without spaces and control characters.
 _TOKEN = re.compile(rb"[\x21-\x7e]{1,4096}")
 _MOST = 1 << 16
 
 
 @dataclass(frozen=True)
 class Access:
-    """What callers need.
+    """What clients must present.
 
     Attributes:
-        token: that they bring; None asks nobody who they are.
-        certificate, key: PEM, of the server; None for plain text.
+        token: required of each request; None accepts requests without a token.
+        certificate, key: paths of the server's PEM files; None for plain text.
     """
 
     token: bytes | None = field(default=None, repr=False)
@@ -36,13 +36,13 @@ class Access:
     key: str | None = field(default=None, repr=False)
 
     def check(self, header: str | bytes | None) -> None:
-        """Compare the token of a request, in a time that tells nothing about it.
+        """Compare the token of a request in constant time.
 
         Args:
             header: the value of ``authorization``.
 
         Raises:
-            RefusedError: it is not there, or another one.
+            RefusedError: the token is missing or wrong.
         """
         if self.token is None:
             return
@@ -54,7 +54,7 @@ class Access:
             )
 
     def ssl_context(self) -> ssl.SSLContext | None:
-        """For HTTP; None for plain text.
+        """The TLS context for HTTP; None for plain text.
 
         Raises:
             InputError: a file cannot be used.
@@ -65,7 +65,7 @@ class Access:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
             context.load_cert_chain(self.certificate, self.key)
-        except OSError as error:  # of which errors of TLS are a kind
+        except OSError as error:  # includes ssl.SSLError
             raise InputError(
                 f"{self.certificate} and {self.key} are no certificate with its key ({error.strerror or error}); give "
                 "two PEM files that belong together"
@@ -73,7 +73,7 @@ class Access:
         return context
 
     def grpc_credentials(self) -> Any:
-        """For gRPC; None for plain text.
+        """The server credentials for gRPC; None for plain text.
 
         Raises:
             InputError: a file cannot be read.
@@ -86,14 +86,14 @@ class Access:
 
 
 def read_access(token_file: str | None, certificate: str | None, key: str | None) -> Access:
-    """Read the files that say who may call.
+    """Read the token file, and check the TLS files.
 
     Raises:
-        InputError: one cannot be read, or holds no token.
+        InputError: a file cannot be read, or holds no token.
     """
     paths = [None if name is None else str(user_path(name)) for name in (certificate, key)]
     found = Access(None if token_file is None else _token(user_path(token_file)), *paths)
-    found.ssl_context()  # says at once what is wrong with them
+    found.ssl_context()  # a wrong file is reported at once
     return found
 
 

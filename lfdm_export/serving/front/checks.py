@@ -1,4 +1,4 @@
-"""What a request may be, looked at before it is handed on: models, tensors, sizes, parameters."""
+"""Checks of a request before it is forwarded: model, tensors, sizes, parameters."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from lfdm_export.protocol.contract import (
 from lfdm_export.protocol.requests import Limits, most_encoded_bytes, parse_priority
 from lfdm_export.serving.front.refusal import RefusedError, invalid
 
-#: Bytes of an element by Triton's name of its type; BYTES have their own length before each.
+#: Bytes per element, by Triton's name of the type; BYTES elements carry their own length.
 ITEM_BYTES: Mapping[str, int] = {
     "BOOL": 1, "UINT8": 1, "UINT16": 2, "UINT32": 4, "UINT64": 8, "INT8": 1, "INT16": 2, "INT32": 4, "INT64": 8,
     "FP16": 2, "FP32": 4, "FP64": 8, "BF16": 2,
 }  # fmt: skip
-#: Characters of a request's id.
+#: Maximum characters of a request's id.
 MOST_ID = 256
-# Those of the published size take 4 MB at most.
+# Maps of the published size take at most 4 MB.
 _MOST_MAP_BYTES = 64 << 20
-#: Parameters of a request or a tensor, and bytes of one that is a string.
+#: Maximum parameters of a request or a tensor, and maximum characters of a string parameter.
 _MOST_PARAMETERS, _MOST_STRING = 32, 1024
-#: Triton's own parameter in microseconds, at most a year.
+#: Maximum of Triton's own parameter "timeout" in microseconds: a year.
 _MOST_TIMEOUT = 366 * 24 * 3600 * 10**6
 _FIELDS: Mapping[str, str] = {
     "BOOL": "bool_contents", "UINT8": "uint_contents", "INT32": "int_contents", "INT64": "int64_contents",
@@ -44,10 +44,10 @@ class Tensor:
     """An input as a model declares it.
 
     Attributes:
-        name: of the input.
+        name: name of the input.
         datatype: Triton's name of its type.
-        shape: -1 for an open axis.
-        most_bytes: of its content, without the lengths of BYTES.
+        shape: sizes of its axes; -1 for an open axis.
+        most_bytes: maximum bytes of its content, without the length prefixes of BYTES.
     """
 
     name: str
@@ -56,10 +56,10 @@ class Tensor:
     most_bytes: int
 
     def elements(self, datatype: str, shape: Sequence[int]) -> int:
-        """How many elements a tensor of the request has.
+        """Check a tensor's type and shape, and count its elements.
 
         Raises:
-            RefusedError: its type or shape is not the declared one, or it would be larger than it may be.
+            RefusedError: the type or shape is not the declared one, or the tensor would be too large.
         """
         if datatype != self.datatype:
             raise invalid(f"the input {self.name} has the type {datatype[:32]!r}, expected {self.datatype}")
@@ -74,7 +74,7 @@ class Tensor:
         return count
 
     def too_large(self, size: int) -> RefusedError:
-        """The refusal of so many bytes."""
+        """The refusal of a tensor of `size` bytes."""
         hint = "; send a smaller picture, or a JPEG or PNG file as image_bytes" if self.name == "image" else ""
         return invalid(f"{self.name} has {size:,} bytes, expected at most {self.most_bytes:,}{hint}")
 
@@ -84,28 +84,28 @@ class Model:
     """A model that clients may use.
 
     Attributes:
-        inputs: by name.
-        outputs: names.
+        inputs: its inputs by name.
+        outputs: names of its outputs.
     """
 
     inputs: Mapping[str, Tensor]
     outputs: frozenset[str]
 
     def input(self, name: str) -> Tensor:
-        """One input.
+        """The input of a name.
 
         Raises:
-            RefusedError: there is none of that name.
+            RefusedError: the model has no such input.
         """
         if name not in self.inputs:
             raise invalid(f"found the unknown input {name[:64]!r}, expected some of {', '.join(self.inputs)}")
         return self.inputs[name]
 
     def check_names(self, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-        """Look at the names of a request's tensors.
+        """Check the names of a request's tensors.
 
         Raises:
-            RefusedError: one is unknown or comes twice, or none is there.
+            RefusedError: a name is unknown or given twice, or there are no inputs.
         """
         if not inputs:
             raise invalid(f"the request has no inputs, expected some of {', '.join(self.inputs)}")
@@ -121,11 +121,11 @@ class Model:
 
 
 def models_of(metadata: Iterable[Any], limits: Limits) -> dict[str, Model]:
-    """What clients may use, as the server itself describes it, and the one thing that they may ask of the sampler.
+    """The models that clients may use, as the server describes them, and the sampler's cancel request.
 
     Args:
-        metadata: Triton's `ModelMetadataResponse` messages of the models that take requests from outside.
-        limits: of a request.
+        metadata: Triton's `ModelMetadataResponse` messages of the models that accept requests from clients.
+        limits: limits of a request.
     """
     found = {
         one.name: Model(
@@ -146,18 +146,18 @@ def _tensor(entry: Any, limits: Limits) -> Tensor:
     elif entry.datatype == "BYTES":
         most = limits.text_bytes
     else:
-        # A few numbers; where the embedding's width is open, the widest that text encoders have is less than this. Of
-        # maps, all of whose axes are open, the model itself knows the sizes.
+        # A few numbers. An open embedding width is bounded far above that of any text encoder. Maps have only open
+        # axes: the model itself checks their sizes.
         open_bytes = ITEM_BYTES[entry.datatype] * math.prod(size if size >= 0 else 1 << 16 for size in shape)
         most = min(open_bytes, _MOST_MAP_BYTES)
     return Tensor(entry.name, entry.datatype, shape, most)
 
 
 def find_model(models: Mapping[str, Model], name: str, version: str) -> Model:
-    """The model that a request is for.
+    """The model that a request names.
 
     Raises:
-        RefusedError: clients may not use it, or it has no such version.
+        RefusedError: clients may not use the model, or it has no such version.
     """
     if name not in models:
         if name.startswith(CLIP_MODEL):
@@ -176,10 +176,10 @@ def find_model(models: Mapping[str, Model], name: str, version: str) -> Model:
 
 
 def check_request(models: Mapping[str, Model], request: Any) -> None:
-    """Look at a whole `ModelInferRequest`.
+    """Check a whole `ModelInferRequest`.
 
     Raises:
-        RefusedError: anything about it is not as it should be.
+        RefusedError: any part of it is invalid.
     """
     model = find_model(models, request.model_name, request.model_version)
     if len(request.id) > MOST_ID:
@@ -203,10 +203,10 @@ def check_request(models: Mapping[str, Model], request: Any) -> None:
 
 
 def check_raw(declared: Tensor, count: int, content: bytes) -> None:
-    """Compare the content of an input with its shape.
+    """Compare the raw content of an input with its shape.
 
     Raises:
-        RefusedError: it is longer or shorter, or larger than it may be.
+        RefusedError: the content does not fit the shape, or is too large.
     """
     if declared.datatype != "BYTES":
         expected = count * ITEM_BYTES[declared.datatype]
@@ -228,7 +228,7 @@ def check_raw(declared: Tensor, count: int, content: bytes) -> None:
 
 
 def _check_typed(declared: Tensor, count: int, contents: Any) -> None:
-    """The same for content in protobuf's own numbers."""
+    """`check_raw` for content in protobuf's typed fields."""
     right = _FIELDS.get(declared.datatype)
     for field, values in contents.ListFields():
         if field.name != right:
@@ -247,10 +247,10 @@ def _check_size(declared: Tensor, size: int) -> None:
 
 
 def bounded(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The same parameters, if they are few.
+    """Check the number of parameters, and return them.
 
     Raises:
-        RefusedError: they are many.
+        RefusedError: there are too many.
     """
     if len(parameters) > _MOST_PARAMETERS:
         raise invalid(f"found {len(parameters)} parameters, expected at most {_MOST_PARAMETERS}")
@@ -265,10 +265,10 @@ def plain_parameter(value: Any) -> object:
 
 
 def check_parameters(parameters: Mapping[str, object]) -> None:
-    """Look at the parameters of a request.
+    """Check the parameters of a request.
 
     Raises:
-        RefusedError: one is out of range, or belongs to something that is not served.
+        RefusedError: one is out of range, or belongs to a feature that this server does not offer.
     """
     for name, value in bounded(parameters).items():
         if len(name) > _MOST_STRING or (isinstance(value, str | bytes) and len(value) > _MOST_STRING):
@@ -285,14 +285,14 @@ def check_parameters(parameters: Mapping[str, object]) -> None:
 
 
 def check_tensor_parameters(name: str, parameters: Mapping[str, Any]) -> None:
-    """Look at the parameters of a tensor.
+    """Check the parameters of a tensor.
 
     Raises:
-        RefusedError: it is to be found in shared memory, or classified.
+        RefusedError: they request shared memory or classification.
     """
     for key in parameters:
         if key.startswith("shared_memory"):
-            raise invalid(f"{name[:64]!r} lies in shared memory, which this server does not take; send the content")
+            raise invalid(f"{name[:64]!r} lies in shared memory, which this server does not accept; send the content")
         if key == "classification":
             raise invalid(f"{name[:64]!r} cannot be classified; leave the parameter out")
 

@@ -1,4 +1,4 @@
-"""Requests that are on their way: how many there may be, what ends them, and who waits for them."""
+"""Requests in flight: how many are allowed, how each ends, and how to wait for all."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lfdm_export.serving.front.refusal import RefusedError, unavailable
 
 @dataclass(eq=False)
 class Flight:
-    """A request that was handed on.
+    """A forwarded request.
 
     Attributes:
-        model: that has it.
-        request_id: by which it can be cancelled.
-        give_up: ends the call that waits for it.
+        model: name of the model that runs it.
+        request_id: id to cancel it by.
+        give_up: cancels the call that waits for it.
         unnamed: whether its client gave no id.
-        fault: why it was given up from here; None as long as it was not.
+        fault: why the front gave it up; None if it did not.
     """
 
     model: str
@@ -32,10 +32,10 @@ class Flight:
     fault: RefusedError | None = None
 
     async def result(self, call: Awaitable[Any]) -> Any:
-        """What the call gives, or why it was given up from here.
+        """The result of the call.
 
         Raises:
-            RefusedError: it was.
+            RefusedError: the front gave the request up.
         """
         try:
             return await call
@@ -47,11 +47,11 @@ class Flight:
 
 @dataclass(eq=False)
 class Flights:
-    """Those of one front; for its event loop alone."""
+    """All flights of one front. Use it only on the front's event loop."""
 
     limits: FrontLimits
     draining: bool = False
-    #: Bytes of all requests up to now.
+    #: Total bytes of all requests so far.
     ever_held: int = 0
     _flying: set[Flight] = field(default_factory=set)
     _held: int = 0
@@ -59,10 +59,10 @@ class Flights:
 
     @contextmanager
     def holding(self) -> Iterator[Callable[[int], None]]:
-        """Memory of one request: gives what counts more bytes, which are let go at the end.
+        """Count the memory of one request: yields a function that adds bytes; leaving subtracts them again.
 
         Raises:
-            RefusedError: by what it gives, if requests hold as many as they may.
+            RefusedError: raised by the yielded function if all requests together hold too many bytes.
         """
         mine = 0
 
@@ -79,10 +79,10 @@ class Flights:
             self._held -= mine
 
     def begin(self, model: str, request_id: str, give_up: Callable[[], object], *, unnamed: bool) -> Flight:
-        """Note a request that is about to be handed on.
+        """Register a request before it is forwarded.
 
         Raises:
-            RefusedError: there are as many as there may be, or the server is stopping.
+            RefusedError: the maximum number is in flight, or the server is stopping.
         """
         if self.draining:
             raise unavailable(f"{DRAINING_MESSAGE}: it takes no more requests; send it again to another one, or later")
@@ -93,20 +93,24 @@ class Flights:
         return flight
 
     def end(self, flight: Flight) -> None:
-        """It has its answer, or nobody wants one any more."""
+        """Remove a request that has its answer or that nobody waits for."""
         self._flying.discard(flight)
         if not self._flying:
             self._landed.set()
 
     def knows(self, request_id: str) -> bool:
-        """Whether a request of that id is in flight."""
+        """Whether a request with that id is in flight."""
         return any(flight.request_id == request_id for flight in self._flying)
 
     def lose(self, sentence: str, model: str | None = None) -> int:
-        """Give up what a model has, or everything: there will be no answer.
+        """Give up all requests, or those of one model: no answer will come.
+
+        Args:
+            sentence: the error message for their clients.
+            model: name of the model; None for all.
 
         Returns:
-            How many requests are told so.
+            How many requests were given up.
         """
         lost = [flight for flight in self._flying if model in (None, flight.model)]
         for flight in lost:
@@ -115,7 +119,7 @@ class Flights:
         return len(lost)
 
     async def drain(self, seconds: float) -> bool:
-        """Begin no more, and wait for those that are there.
+        """Accept no more requests, and wait for those in flight.
 
         Returns:
             Whether all have ended.

@@ -1,4 +1,4 @@
-"""The front of one server, on a thread with an event loop of its own."""
+"""The front of one server, on its own thread with its own event loop."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from lfdm_export.serving.server.sockets import Sockets
 from lfdm_export.serving.triton.settings import ServingSettings
 
 _T = TypeVar("_T")
-#: Seconds until something that takes a moment has surely failed.
+#: Timeout in seconds of short operations.
 _PATIENCE = 30.0
-#: Requests that may be on their way besides those that the sampler takes: being prepared, or decoded.
+#: Requests allowed in flight beyond those that the sampler accepts: being prepared, or decoded.
 _ON_THE_WAY = 16
 _METRICS_TYPE = "text/plain; charset=utf-8"
 
 
 class Front:
-    """Listens on the public ports, and hands on what it has checked. For any thread but its own."""
+    """Listens on the public ports, and forwards checked requests. Call its methods from any thread but its own."""
 
     def __init__(self, options: ServerOptions, access: Access) -> None:
-        """Listen not yet.
+        """Prepare; `attach` listens.
 
         Args:
-            options: with ports.
-            access: who may call.
+            options: the server's options, with ports.
+            access: the token and TLS files.
         """
         self._options, self._access = options, access
         self._service: Service | None = None
@@ -55,7 +55,7 @@ class Front:
         self._thread.start()
 
     def attach(self, sockets: Sockets) -> None:
-        """Hand requests on to a server that is ready; the first time, ask what it serves, and listen.
+        """Forward requests to a ready server; the first time, query its models, and listen.
 
         Raises:
             LfdmExportError: the server does not answer, or a file for TLS cannot be used.
@@ -64,11 +64,11 @@ class Front:
         self._do(self._attach(sockets))
 
     def detach(self) -> int:
-        """Hand nothing on: the server has gone. Requests in flight are told so; returns how many."""
+        """Stop forwarding: the server has ended. Requests in flight get an error; returns how many."""
         return self._do(self._detach()) or 0
 
     def lose(self, model: str) -> int:
-        """The process of a model has died: requests that it may have had are told so; returns how many."""
+        """The process of a model has died: requests that it may have had get an error; returns how many."""
 
         async def lose() -> int:
             return 0 if self._service is None else self._service.lose(model)
@@ -76,7 +76,7 @@ class Front:
         return self._do(lose()) or 0
 
     def drain(self, seconds: float) -> bool:
-        """Take no more requests, and wait for those in flight; whether all have ended before `close` was called."""
+        """Accept no more requests, wait for those in flight, and return whether all ended before `close`."""
 
         async def drain() -> bool:
             return self._service is None or await self._service.flights.drain(seconds)
@@ -84,7 +84,7 @@ class Front:
         return self._do(drain(), seconds + _PATIENCE) is not False
 
     def close(self) -> None:
-        """End all connections and the thread; requests in flight are told so."""
+        """End all connections and the thread; requests in flight get an error."""
         if self._thread.is_alive():
             self._do(self._close())
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -93,7 +93,7 @@ class Front:
     # --- On the thread ----------------------------------------------------------------------------
 
     def _do(self, work: Coroutine[Any, Any, _T], seconds: float = _PATIENCE) -> _T | None:
-        """What the work gives; None if the front is closed before."""
+        """The result of the work; None if the front is closed first."""
         if not self._thread.is_alive():
             work.close()
             return None
@@ -119,7 +119,7 @@ class Front:
         await self._service.attach(sockets.grpc_target)
 
     async def _describe(self, target: str) -> Service:
-        """What the server takes, by its own account."""
+        """The service, with the models that the server reports."""
         messages, _ = import_protocol()
         triton = Triton(target)
         try:
@@ -146,7 +146,7 @@ class Front:
         self._grpc = await start_grpc(service, f"{host}:{options.grpc_port}")
 
     async def _page(self, request: web.BaseRequest) -> web.StreamResponse:
-        """The page of metrics."""
+        """The metrics page."""
         if request.path != "/metrics" or request.method not in ("GET", "HEAD"):
             return web.Response(status=404)
         try:

@@ -1,4 +1,4 @@
-"""Messages of one gRPC call: waited for no longer than is right, and of no more bytes."""
+"""Reading and writing gRPC messages with limits on time and size."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lfdm_export.serving.front.refusal import RefusedError, invalid
 
 
 class MessageDoor:
-    """Reads and writes the messages of all calls, few at a time."""
+    """Reads and writes the messages of all calls, a few at a time."""
 
     def __init__(self, limits: FrontLimits) -> None:
-        """Begin with nobody reading."""
+        """Apply the limits of the front."""
         self._limits = limits
         self._readers = asyncio.Semaphore(limits.readers)
 
     async def read(self, context: Any, most: int) -> bytes:
-        """The first message of a call.
+        """Read the first message of a call.
 
         Raises:
-            RefusedError: it does not come, or it is too large.
+            RefusedError: no message comes in time, or it is too large.
         """
 
         async def read() -> Any:
@@ -47,7 +47,7 @@ class MessageDoor:
         """Send a message.
 
         Raises:
-            RefusedError: the client does not take it.
+            RefusedError: the client does not read it in time.
         """
         try:
             await asyncio.wait_for(context.write(answer), self._limits.write_seconds)
@@ -56,10 +56,10 @@ class MessageDoor:
 
 
 def parsed(kind: Any, message: bytes) -> Any:
-    """A raw message as one of protobuf's.
+    """Parse a raw message.
 
     Raises:
-        RefusedError: it is none.
+        RefusedError: it is not of that kind.
     """
     try:
         return kind.FromString(message)

@@ -1,4 +1,4 @@
-"""One call of ModelStreamInfer: any number of requests, and the answers to each, in one stream."""
+"""One ModelStreamInfer call: any number of requests and their answers in one stream."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lfdm_export.serving.front.refusal import RefusedError
 from lfdm_export.serving.front.service import Service, named
 from lfdm_export.serving.front.triton import LOST_SENTENCE, refused
 
-#: A field of an answer in a stream that says that the id of its request is "": of two, the last one counts.
+#: Serialized field that sets the request id in a stream's answer to ""; protobuf keeps the last of two.
 _NO_ID = b"\x12\x02\x1a\x00"
 
 
 class StreamCall:
-    """The two ways of a stream, and the requests on it whose last answer is still to come."""
+    """Both directions of a stream, and its requests that still wait for their last answer."""
 
     def __init__(self, service: Service, door: MessageDoor, context: Any) -> None:
         """Use `run`."""
@@ -53,7 +53,7 @@ class StreamCall:
                 self._call.cancel()
                 for flight, _ in self._outstanding:
                     self._service.flights.end(flight)
-                    if flight.fault is None and flight.model != STREAM_MODEL:  # that one sees that its stream ended
+                    if flight.fault is None and flight.model != STREAM_MODEL:  # it notices the end of its stream
                         self._service.abandon(flight.request_id)
 
     async def _until_over(self, requests: asyncio.Future[Any], answers: Any, lost: asyncio.Future[Any]) -> None:
@@ -61,15 +61,15 @@ class StreamCall:
         while waiting:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if lost in done:
-                return await self._tell_lost()
+                return await self._send_lost()
             for task in done:
-                task.result()  # raises what it raised
+                task.result()  # re-raises the task's error
             if answers in done:
                 return None
         return None
 
     async def _requests(self, first: bytes, hold: Callable[[int], None]) -> None:
-        """Hand on what the client sends, until it has sent all."""
+        """Forward the client's requests until it has sent all."""
         message: Any = first
         while message is not grpc.aio.EOF:
             request_id = ""
@@ -101,10 +101,10 @@ class StreamCall:
         return flight
 
     async def _next(self) -> Any:
-        """The next message; a client that neither sends nor waits for anything is sent away.
+        """The client's next message.
 
         Raises:
-            RefusedError: it has been silent for too long.
+            RefusedError: the client has neither sent nor waited for anything for too long.
         """
         reading = asyncio.ensure_future(self._context.read())
         try:
@@ -118,7 +118,7 @@ class StreamCall:
             reading.cancel()
 
     async def _answers(self, hold: Callable[[int], None]) -> None:
-        """Hand on what the server sends, to its end."""
+        """Forward the server's answers until its stream ends."""
         while True:
             try:
                 message = await self._call.read()
@@ -127,14 +127,14 @@ class StreamCall:
                     raise refused(error) from None
                 for flight, _ in self._outstanding:
                     flight.fault = flight.fault or refused(error)
-                return await self._tell_lost()
+                return await self._send_lost()
             if message is grpc.aio.EOF:
                 return None
             unnamed = self._answered(message, hold)
             await self._write(message + _NO_ID if unnamed else message)
 
     def _answered(self, message: bytes, hold: Callable[[int], None]) -> bool:
-        """Note an answer, with whose last one a request ends; whether that request came without an id."""
+        """Record an answer, and end its request at the last one; returns whether the request came without an id."""
         answer = self._messages.ModelStreamInferResponse.FromString(message)
         if not self._outstanding:
             return False
@@ -146,8 +146,8 @@ class StreamCall:
             hold(-found[1])
         return found[0].unnamed
 
-    async def _tell_lost(self) -> None:
-        """An error for each request that will have no answer, as Triton's streams tell of errors."""
+    async def _send_lost(self) -> None:
+        """Send an error, in the form of Triton's streams, for each request that will get no answer."""
         for flight, _ in self._outstanding:
             fault = flight.fault
             sentence, code = (LOST_SENTENCE, "UNAVAILABLE") if fault is None else (str(fault), fault.code)
@@ -164,7 +164,7 @@ class StreamCall:
 
 
 def _is_last(response: Any) -> bool:
-    """Whether a response of the stream's model is of kind done, or says itself that it is the last."""
+    """Whether a response is the last: of kind "done", or marked by Triton as final."""
     if "triton_final_response" in response.parameters and response.parameters["triton_final_response"].bool_param:
         return True
     for output, content in zip(response.outputs, response.raw_output_contents, strict=False):

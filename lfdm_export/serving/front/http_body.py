@@ -1,4 +1,4 @@
-"""The body of an HTTP request, read up to what it may be."""
+"""Reading the body of an HTTP request within limits."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lfdm_export.serving.front.refusal import RefusedError, invalid, too_large
 
 
 async def read_body(request: web.BaseRequest, limits: FrontLimits, hold: Callable[[int], None]) -> bytes:
-    """The whole body, inflated.
+    """Read and decompress the whole body.
 
     Args:
-        request: whose head has come.
-        limits: of the front.
-        hold: is told of the bytes that are kept.
+        request: the request, with its head received.
+        limits: limits of the front.
+        hold: called with the number of bytes kept in memory.
 
     Raises:
         RefusedError: the body is too large, too slow, in too many pieces, or damaged.
@@ -39,7 +39,7 @@ async def read_body(request: web.BaseRequest, limits: FrontLimits, hold: Callabl
     except (HttpProcessingError, web.RequestPayloadError):
         raise RefusedError("INVALID_ARGUMENT", "the body is damaged; send it again", closes=True) from None
     except RefusedError as refused:
-        refused.closes = True  # what is left of the body is not read
+        refused.closes = True  # the rest of the body is not read
         raise
 
 

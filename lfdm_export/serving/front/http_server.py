@@ -1,4 +1,4 @@
-"""Listens for HTTP: so many connections, none of which is kept silent for long."""
+"""An HTTP server with a maximum number of connections, which closes silent ones."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from aiohttp import web
 from lfdm_export.serving.front.limits import FrontLimits
 
 Answer = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
-#: Seconds between two looks at silent connections.
+#: Seconds between two checks for silent connections.
 _LOOK = 1.0
 
 
 class HttpServer:
-    """One port. For its event loop alone."""
+    """The server of one port. Use it only on its event loop."""
 
     def __init__(self, answer: Answer, limits: FrontLimits) -> None:
-        """Listen not yet.
+        """Prepare; `listen` opens the port.
 
         Args:
-            answer: to each request; raises nothing but what ends the connection.
-            limits: of the front.
+            answer: answers each request; an exception from it ends the connection.
+            limits: limits of the front.
         """
         self._answer, self._limits = answer, limits
         self._server = web.Server(
@@ -43,10 +43,10 @@ class HttpServer:
         self._listener: asyncio.Server | None = None
 
     async def listen(self, host: str, port: int, context: ssl.SSLContext | None) -> None:
-        """Take connections.
+        """Open the port and accept connections.
 
         Raises:
-            OSError: the port is taken.
+            OSError: the port is in use.
         """
         loop = asyncio.get_running_loop()
         handshake = None if context is None else self._limits.header_seconds
@@ -56,7 +56,7 @@ class HttpServer:
         self._watch = loop.create_task(self._close_silent())
 
     async def close(self) -> None:
-        """Take no more connections, and end those that there are."""
+        """Accept no more connections, and close the open ones."""
         if self._listener is not None:
             self._listener.close()
         if self._watch is not None:
@@ -71,7 +71,7 @@ class HttpServer:
         return protocol
 
     async def _busy(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer; the connection is silent before and after."""
+        """Answer a request; its connection does not count as silent meanwhile."""
         self._silent_since.pop(request.protocol, None)
         try:
             return await self._answer(request)
@@ -79,7 +79,7 @@ class HttpServer:
             self._silent_since[request.protocol] = asyncio.get_running_loop().time()
 
     async def _close_silent(self) -> None:
-        """Close connections on which no whole head of a request has come for long."""
+        """Close connections that have sent no whole request head for too long."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_LOOK)
@@ -94,12 +94,12 @@ class HttpServer:
 
 
 class _Busy(asyncio.Protocol):
-    """A connection too many."""
+    """A connection over the maximum."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Say so, and close."""
+        """Answer 503 and close."""
         assert isinstance(transport, asyncio.Transport)
-        body = b'{"error":"the server has as many connections as it takes; try again later"}'
+        body = b'{"error":"the server has reached its maximum number of connections; try again later"}'
         head = (
             b"HTTP/1.1 503 Service Unavailable",
             b"Connection: close",

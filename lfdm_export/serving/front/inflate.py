@@ -1,4 +1,4 @@
-"""Compressed bodies, inflated no further than they may be."""
+"""Decompression with a limit on the result's size."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterator
 
 from lfdm_export.serving.front.refusal import RefusedError, invalid, too_large
 
-#: Window bits by HTTP's name of the coding: gzip's own head and tail; zlib's.
+#: zlib's window bits by HTTP's name of the coding: gzip format; zlib format.
 _WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 _PIECE = 1 << 20
 
 
 class Inflater:
-    """Takes a body piece by piece, and refuses what would become too large."""
+    """Decompresses a body piece by piece, and refuses one that grows too large."""
 
     def __init__(self, coding: str, most: int) -> None:
-        """Begin.
+        """Choose the coding.
 
         Args:
             coding: "" or "identity", "gzip", or "deflate".
-            most: bytes of the inflated body.
+            most: maximum bytes of the decompressed body.
 
         Raises:
             RefusedError: the coding is unknown.
@@ -36,7 +36,7 @@ class Inflater:
         self._most, self._size = most, 0
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """The pieces that the next bytes of the body become.
+        """Decompress the next bytes of the body; yields pieces.
 
         Raises:
             RefusedError: the body is damaged, or too large.
@@ -55,10 +55,10 @@ class Inflater:
             yield self._counted(piece)
 
     def finish(self) -> None:
-        """Say that the body is over.
+        """Check that the body was complete.
 
         Raises:
-            RefusedError: it was cut off.
+            RefusedError: it is cut off.
         """
         if self._stream is not None and not self._stream.eof:
             raise invalid("the compressed body is cut off; send it again")
@@ -71,12 +71,12 @@ class Inflater:
 
 
 def inflated_message(message: bytes, most: int) -> bytes:
-    """A gRPC message as it was before it was compressed: gRPC's own inflating knows no bound, so it is left to us.
+    """Decompress a gRPC message. gRPC's own decompression has no limit, so it is turned off.
 
-    No message of Triton's protocol begins with the first bytes of either coding.
+    No message of Triton's protocol begins with the first bytes of gzip or zlib, so these mark a compressed one.
 
     Raises:
-        RefusedError: it is damaged, or would become too large.
+        RefusedError: the message is damaged, or too large when decompressed.
     """
     coding = {b"\x1f\x8b": "gzip", b"\x78\x01": "deflate", b"\x78\x5e": "deflate", b"\x78\x9c": "deflate"}
     name = coding.get(message[:2], "deflate" if message[:2] == b"\x78\xda" else "")

@@ -1,4 +1,4 @@
-"""Triton's messages of gRPC as the JSON that its HTTP gives."""
+"""Triton's gRPC messages as the JSON of its HTTP API."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from lfdm_export.serving.front.refusal import RefusedError
 _NUMPY: Mapping[str, str] = {
     "BOOL": "?", "UINT8": "u1", "INT32": "<i4", "INT64": "<i8", "FP32": "<f4",
 }  # fmt: skip
-#: Numbers that are turned into text at a time: other threads have their turn in between.
+#: Numbers converted to text at a time; other threads run in between.
 _PIECE = 1 << 14
 
 
 def infer_answer(response: Any, request: HttpRequest) -> tuple[list[bytes], int | None]:
-    """The body of an answer to a request for inference.
+    """The body of the answer to an inference request.
 
     Args:
         response: Triton's `ModelInferResponse`.
-        request: what was asked for.
+        request: the request, which says which outputs are binary.
 
     Returns:
-        The body in pieces, and the bytes of its JSON if binary contents follow it.
+        The body in pieces, and the number of bytes of its JSON if binary contents follow it.
 
     Raises:
-        RefusedError: the model's own answer cannot be put into JSON.
+        RefusedError: the model's output cannot be written as JSON.
     """
     head: dict[str, Any] = {} if not response.id else {"id": response.id}
     head |= {"model_name": response.model_name, "model_version": response.model_version}
@@ -56,7 +56,7 @@ def infer_answer(response: Any, request: HttpRequest) -> tuple[list[bytes], int 
 
 
 def _values(name: str, datatype: str, content: bytes) -> Iterator[bytes]:
-    """Elements with commas between them."""
+    """Elements as JSON, separated by commas."""
     if datatype == "BYTES":
         elements = byte_elements(content)
         try:
@@ -73,7 +73,7 @@ def _values(name: str, datatype: str, content: bytes) -> Iterator[bytes]:
 
 
 def plain(message: Any) -> dict[str, Any]:
-    """A message as a plain object, as Triton's HTTP shows it: every field, numbers as numbers, enums by their names."""
+    """A message as a plain object, as Triton's HTTP API shows it: every field, numbers as numbers, enums by name."""
     found: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
         value = getattr(message, field.name)
@@ -88,7 +88,7 @@ def plain(message: Any) -> dict[str, Any]:
 
 
 def _repeated(field: Any) -> bool:
-    """Whether a field is a list; older and newer protobuf say so in different ways."""
+    """Whether a field is a list; the attribute depends on protobuf's version."""
     return bool(field.is_repeated if hasattr(field, "is_repeated") else field.label == field.LABEL_REPEATED)
 
 

@@ -1,4 +1,4 @@
-"""Triton's requests in JSON, read with suspicion into its messages of gRPC.
+"""Triton's JSON requests, parsed strictly into its gRPC messages.
 
 Source: KServe's Open Inference Protocol, version 2, and Triton's binary tensor data extension.
 """
@@ -32,12 +32,12 @@ _NUMPY: Mapping[str, type[np.generic]] = {
 
 @dataclass(frozen=True)
 class HttpRequest:
-    """A request for inference, checked.
+    """A checked inference request.
 
     Attributes:
         message: Triton's `ModelInferRequest`.
-        binary: whether an output is to follow the JSON as bytes, by name.
-        all_binary: the same for outputs that are not named.
+        binary: by output name, whether the output follows the JSON as bytes.
+        all_binary: the same for outputs that the request does not name.
     """
 
     message: Any
@@ -48,22 +48,22 @@ class HttpRequest:
 def read_request(
     models: Mapping[str, Model], name: str, version: str, body: bytes, head_length: int | None, limits: FrontLimits
 ) -> HttpRequest:
-    """Read the body of a request for inference.
+    """Parse the body of an inference request.
 
     Args:
-        models: that clients may use.
-        name: of the model, as the path says.
-        version: of the model; "" for any.
+        models: models that clients may use.
+        name: the model's name, from the path.
+        version: the model's version; "" for any.
         body: JSON, then the binary contents.
-        head_length: bytes of the JSON; None if it is all.
-        limits: of the front.
+        head_length: bytes of the JSON; None if the whole body is JSON.
+        limits: limits of the front.
 
     Raises:
-        RefusedError: it cannot be used.
+        RefusedError: the request is invalid.
     """
     model = find_model(models, name, version)
     if head_length is not None and not 0 <= head_length <= len(body):
-        raise invalid(f"the JSON is said to have {head_length} bytes, of a body of {len(body)}; correct the header")
+        raise invalid(f"the header gives {head_length} bytes of JSON, of a body of {len(body)}; correct the header")
     head = _json_object(body if head_length is None else body[:head_length], limits)
     binary = memoryview(body)[len(body) if head_length is None else head_length :]
     messages, _ = import_protocol()
@@ -95,7 +95,7 @@ def read_request(
 
 
 def _content(declared: Tensor, count: int, entry: Mapping[str, Any], binary: memoryview) -> tuple[bytes, memoryview]:
-    """Content of an input as raw bytes, and what is left of the binary contents."""
+    """Content of an input as raw bytes, and the rest of the binary contents."""
     parameters = _object(entry, "parameters")
     check_tensor_parameters(declared.name, parameters)
     if "binary_data_size" not in parameters:
@@ -167,7 +167,7 @@ def _encoded(declared: Tensor, values: Sequence[Any]) -> bytes:
 
 
 def _json_object(text: bytes, limits: FrontLimits) -> dict[str, Any]:
-    """JSON of bounded size and depth, an object."""
+    """Parse a JSON object of bounded size and depth."""
     if sum(map(text.count, (b",", b"[", b"{"))) > limits.json_values:
         raise invalid(
             f"the JSON has more than {limits.json_values:,} values; send binary data, or a file as image_bytes"
@@ -245,7 +245,7 @@ def _require_unicode(text: str, what: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value for a message: of a container only its kind, which may be large or deep."""
+    """A value for an error message; of a container only kind and length: it may be large or deep."""
     if isinstance(value, list | dict):
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     return f"{value!r:.64}" if not isinstance(value, int) or abs(value) < 1 << 64 else "a huge number"

@@ -1,4 +1,4 @@
-"""What the front reads, holds and waits for at most."""
+"""Limits of what the front reads, holds and waits for."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from lfdm_export.protocol.requests import Limits, most_encoded_bytes
 
 @dataclass(frozen=True)
 class FrontLimits:
-    """Bounds of one front.
+    """Limits of one front.
 
     Attributes:
         requests: what the models accept.
-        in_flight: requests for clips or streams that are handed on at a time; more are refused at once.
-        held_bytes: of all requests that are being read or in flight.
-        connections: of HTTP; of gRPC, calls at a time.
+        in_flight: requests for clips or streams forwarded at a time; more are refused at once.
+        held_bytes: bytes of all requests that are being read or in flight.
+        connections: HTTP connections; for gRPC, concurrent calls.
         json_values: numbers, strings, lists and objects in one JSON text.
-        chunks: of one HTTP body.
-        header_fields: of one HTTP request.
-        header_seconds: until a request's head has come; also how long a silent HTTP connection is kept.
-        body_seconds: until a request's body, or a call's message, has come.
-        write_seconds: until the client has taken a piece of the answer.
-        idle_seconds: that a gRPC connection or stream without work is kept.
-        readers: gRPC messages that are being received at a time.
+        chunks: chunks of one HTTP body.
+        header_fields: header fields of one HTTP request.
+        header_seconds: timeout for a request's head; a silent HTTP connection is closed after the same time.
+        body_seconds: timeout for a request's body or a call's message.
+        write_seconds: timeout for the client to read a piece of the answer.
+        idle_seconds: how long a gRPC connection or stream without work is kept.
+        readers: gRPC messages received at a time.
     """
 
     requests: Limits
@@ -41,5 +41,5 @@ class FrontLimits:
 
     @property
     def message_bytes(self) -> int:
-        """Of one request: the picture, as base64 if need be, and room for everything else."""
+        """Maximum bytes of one request: the picture, possibly as base64, and everything else."""
         return most_encoded_bytes(self.requests) + (1 << 20)

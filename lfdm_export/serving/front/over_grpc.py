@@ -1,4 +1,4 @@
-"""The gRPC door: raw messages in, checked, handed on; raw answers out."""
+"""The gRPC endpoint: raw messages are checked and forwarded, raw answers returned."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from lfdm_export.serving.front.triton import HEALTH, SERVICE, answered
 logger = logging.getLogger(__name__)
 
 _Answer = Callable[[str, Any], Awaitable[None]]
-#: What only tells; handed on as it is.
-_TELLS = frozenset(
+#: Methods that only report; forwarded unchanged.
+_REPORTING = frozenset(
     (
         *(
             f"/{SERVICE}/{name}"
@@ -32,9 +32,9 @@ _TELLS = frozenset(
     )
 )
 _LIVE, _READY, _MODEL_READY = (f"/{SERVICE}/{name}" for name in ("ServerLive", "ServerReady", "ModelReady"))
-#: Both messages' default.
+#: Serialized ServerReadyResponse and ModelReadyResponse with their default, "not ready".
 _NOT_READY = b""
-#: Bytes of a question that only asks what there is.
+#: Maximum bytes of a request to a reporting method.
 _QUESTION = 4096
 
 
@@ -47,7 +47,7 @@ class GrpcDoor(grpc.GenericRpcHandler):
         self._messages = MessageDoor(service.limits)
 
     def service(self, handler_call_details: Any) -> Any:
-        """What answers a call. Every call is a stream to gRPC, so that we wait for its message ourselves."""
+        """The handler of a call. Each is registered as a stream, so that the front itself waits for the message."""
         method = handler_call_details.method
         metadata = {key: value for key, value in handler_call_details.invocation_metadata if key == "authorization"}
         answer: _Answer
@@ -57,8 +57,8 @@ class GrpcDoor(grpc.GenericRpcHandler):
             answer = self._stream
         elif method in (_READY, _MODEL_READY):
             answer = self._ready
-        elif method in _TELLS:
-            answer = self._tell
+        elif method in _REPORTING:
+            answer = self._report
         else:
             answer = self._refuse
         return grpc.stream_stream_rpc_method_handler(
@@ -66,7 +66,7 @@ class GrpcDoor(grpc.GenericRpcHandler):
         )
 
     async def _guarded(self, answer: _Answer, method: str, token: Any, _: Any, context: Any) -> None:
-        """Answer, or refuse, a call."""
+        """Answer or refuse a call."""
         try:
             if not method.startswith(f"/{HEALTH}/"):
                 self._service.access.check(token)
@@ -84,9 +84,9 @@ class GrpcDoor(grpc.GenericRpcHandler):
             forget(error)
         await context.abort(code, sentence)
 
-    async def _tell(self, method: str, context: Any) -> None:
+    async def _report(self, method: str, context: Any) -> None:
         question = await self._messages.read(context, _QUESTION)
-        if method == _LIVE:  # we are; the server behind is started again when it is not
+        if method == _LIVE:  # the front is live; a server behind it that has ended is restarted
             messages, _ = import_protocol()
             await context.write(messages.ServerLiveResponse(live=True).SerializeToString())
             return
@@ -130,23 +130,23 @@ class GrpcDoor(grpc.GenericRpcHandler):
 
 
 def _left(context: Any) -> float | None:
-    """Seconds that the client still waits; None for as long as it takes."""
+    """Seconds until the client's deadline; None without one."""
     seconds: float | None = context.time_remaining()
     return seconds
 
 
 async def start_grpc(service: Service, address: str) -> Any:
-    """Listen.
+    """Start to listen.
 
     Args:
-        service: what answers.
+        service: answers the calls.
         address: HOST:PORT.
 
     Returns:
         gRPC's server.
 
     Raises:
-        RuntimeError: the port is taken.
+        RuntimeError: the port is in use.
         InputError: a file for TLS cannot be read.
     """
     limits = service.limits
@@ -162,7 +162,7 @@ async def start_grpc(service: Service, address: str) -> Any:
             ("grpc.absolute_max_metadata_size", 16 << 10),
             ("grpc.server_handshake_timeout_ms", int(1000 * limits.header_seconds)),
             ("grpc.max_connection_idle_ms", int(1000 * limits.idle_seconds)),
-            # gRPC inflates without a bound: messages come as they are.
+            # gRPC decompresses without a limit, so messages arrive compressed (see `inflated_message`).
             ("grpc.per_message_decompression", 0),
         ),
     )

@@ -1,4 +1,4 @@
-"""The HTTP door: Triton's paths, answered over gRPC from behind."""
+"""The HTTP endpoint: Triton's paths, answered over gRPC by the server behind the front."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 _MODEL = re.compile(
     r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?(?:/(?P<what>config|ready|stats|infer))?"
 )
-#: What belongs to who started the server.
+#: Paths that only `lfdm-serve` itself may use.
 _RESTRICTED = re.compile(r"/v2/(repository|systemsharedmemory|cudasharedmemory|trace|logging)(/|$)|.*/trace/")
-#: What is asked by probes, which know no token.
+#: Paths of health probes, which send no token.
 _PROBES = re.compile(r"/v2/health/(live|ready)|/v2/models/[^/]+(/versions/[^/]+)?/ready")
 _HEAD_LENGTH = "Inference-Header-Content-Length"
 _JSON = "application/json"
-#: Bytes of an answer that are handed to the connection at a time.
+#: Bytes of an answer written to the connection at a time.
 _PIECE = 256 << 10
 
 
@@ -42,11 +42,11 @@ class HttpDoor:
     def __init__(self, service: Service) -> None:
         """Use `lfdm_export.serving.front.http_server.start_http`."""
         self._service = service
-        # One body at a time becomes numbers, or numbers text: both take memory, and hold the interpreter up.
-        self._turning = asyncio.Semaphore(1)
+        # JSON is parsed or written for one body at a time: both take memory and block the interpreter.
+        self._converting = asyncio.Semaphore(1)
 
     async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer, or refuse, a request."""
+        """Answer or refuse a request."""
         try:
             path = unquote(request.path, errors="replace")
             if not (request.method == "GET" and _PROBES.fullmatch(path)):
@@ -55,7 +55,7 @@ class HttpDoor:
         except RefusedError as refused:
             forget(refused)
             return _refusal(refused)
-        except ConnectionError as lost:  # nobody is there any more
+        except ConnectionError as lost:  # the client is gone
             forget(lost)
             return _refusal(RefusedError("CANCELLED", "the connection was lost", closes=True))
         except asyncio.CancelledError as cancelled:
@@ -97,10 +97,10 @@ class HttpDoor:
         _require(request, "GET")
         return await found()
 
-    # --- What there is ----------------------------------------------------------------------------
+    # --- Status and metadata ----------------------------------------------------------------------
 
     async def _live(self) -> web.StreamResponse:
-        return web.Response()  # the server behind is started again when it is not
+        return web.Response()  # the front is live; a server behind it that has ended is restarted
 
     async def _ready(self) -> web.StreamResponse:
         messages, _ = import_protocol()
@@ -146,20 +146,20 @@ class HttpDoor:
         head_length = _head_length(request)
         with service.flights.holding() as hold:
             body = await read_body(request, service.limits, hold)
-            async with self._turning:
-                asked = await asyncio.to_thread(
+            async with self._converting:
+                parsed = await asyncio.to_thread(
                     read_request, service.models, name, version, body, head_length, service.limits
                 )
             del body
-            await service.check(asked.message)
-            message = asked.message.SerializeToString()
-            request_id = asked.message.id
-            asked.message.Clear()  # another copy of the picture
+            await service.check(parsed.message)
+            message = parsed.message.SerializeToString()
+            request_id = parsed.message.id
+            parsed.message.Clear()  # another copy of the picture
             answer = await service.infer(name, request_id, message, None)
             del message
-        async with self._turning:
+        async with self._converting:
             response = messages.ModelInferResponse.FromString(answer)
-            pieces, length = await asyncio.to_thread(infer_answer, response, asked)
+            pieces, length = await asyncio.to_thread(infer_answer, response, parsed)
         return await self._send(request, pieces, length)
 
     async def _send(self, request: web.BaseRequest, pieces: list[bytes], head_length: int | None) -> web.StreamResponse:
@@ -179,12 +179,12 @@ class HttpDoor:
             await response.write_eof()
         except asyncio.TimeoutError:
             if request.transport is not None:
-                request.transport.abort()  # the answer is half sent: nothing can be said any more
+                request.transport.abort()  # half of the answer is sent: no error can follow
         return response
 
 
 def _cut(pieces: list[bytes]) -> Iterable[bytes]:
-    """Pieces of a size that a slow client takes in time; small ones together."""
+    """Pieces small enough for a slow client to read in time; small ones are joined."""
     small = bytearray()
     for piece in pieces:
         if len(piece) < _PIECE:
@@ -221,7 +221,7 @@ def _head_length(request: web.BaseRequest) -> int | None:
 
 
 def _accepted_coding(request: web.BaseRequest) -> str | None:
-    """The coding that the client wants the answer in; None for none."""
+    """The content coding that the client accepts for the answer; None for none."""
     accepted = [one.partition(";") for one in request.headers.get("Accept-Encoding", "").lower().split(",")]
     names = {name.strip() for name, _, quality in accepted if quality.replace(" ", "") not in ("q=0", "q=0.0")}
     return next((coding for coding in ("gzip", "deflate") if coding in names), None)
@@ -237,7 +237,7 @@ def _shown(message: Any) -> web.Response:
 
 
 def _refusal(refused: RefusedError) -> web.Response:
-    """Triton's shape of an error."""
+    """An error in Triton's form."""
     response = web.Response(status=refused.http_status, text=json.dumps({"error": str(refused)}), content_type=_JSON)
     if refused.code == "UNAUTHENTICATED":
         response.headers["WWW-Authenticate"] = "Bearer"

@@ -1,6 +1,6 @@
-"""A look at large pictures before they are handed on: what nobody can decode takes no memory further on.
+"""A check of large pictures before they are forwarded, so that invalid ones take no memory in the server.
 
-The server's processes pass tensors on through shared memory that grows with the largest, and does not shrink.
+The server's processes pass tensors through shared memory that grows to the largest tensor and never shrinks.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from lfdm_export.serving.front.refusal import invalid
 from lfdm_models.pictures.errors import PictureError
 from lfdm_models.pictures.formats import open_picture
 
-#: Smaller ones fit into the memory that each process has from the start.
+#: Smaller pictures fit into the initial shared memory of each process.
 _LARGE = 1 << 20
 
 
 async def check_picture(request: Any, limits: Limits) -> None:
-    """Open the encoded picture of a checked `ModelInferRequest`, if it is large; no pixel is decoded.
+    """Read the header of a large encoded picture in a checked `ModelInferRequest`; no pixel is decoded.
 
     Raises:
-        RefusedError: it is no picture, or one that would not be decoded.
+        RefusedError: it is not a picture, or not one that the server decodes.
     """
     for index, tensor in enumerate(request.inputs):
         if tensor.name == "image_bytes":

@@ -1,4 +1,4 @@
-"""How a request is refused: one sentence and a status, in the shape that Triton gives its own errors."""
+"""Refusals of requests: one sentence and a status, in the form of Triton's own errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from lfdm_export.errors import LfdmExportError
 
-#: HTTP's status for each of gRPC's. Source: Triton's `HttpCodeFromError`; google.rpc.Code for those that it has not.
+#: HTTP status per gRPC status. Source: Triton's `HttpCodeFromError`; google.rpc.Code for codes missing there.
 HTTP_STATUS: Mapping[str, int] = {
     "INVALID_ARGUMENT": 400,
     "UNAUTHENTICATED": 401,
@@ -24,12 +24,12 @@ HTTP_STATUS: Mapping[str, int] = {
 
 
 class RefusedError(LfdmExportError):
-    """A request that goes no further.
+    """A request that is not forwarded.
 
     Attributes:
-        code: name of gRPC's status.
-        http_status: of HTTP's answer.
-        closes: whether the connection is of no more use.
+        code: name of the gRPC status.
+        http_status: the HTTP status.
+        closes: whether the connection must be closed.
     """
 
     def __init__(self, code: str, sentence: str, *, http_status: int | None = None, closes: bool = False) -> None:
@@ -40,7 +40,7 @@ class RefusedError(LfdmExportError):
 
 
 def forget(error: BaseException) -> None:
-    """Let go what an error's traceback holds, which is the request: futures and frames that hold each other keep it."""
+    """Drop an error's traceback: it holds the request, and cycles of futures and frames would keep it alive."""
     chain: list[BaseException | None] = [error]
     while chain:
         one = chain.pop()
@@ -50,15 +50,15 @@ def forget(error: BaseException) -> None:
 
 
 def invalid(sentence: str) -> RefusedError:
-    """The client's mistake."""
+    """The refusal of an invalid request."""
     return RefusedError("INVALID_ARGUMENT", sentence)
 
 
 def too_large(sentence: str) -> RefusedError:
-    """More than is read: what follows on the connection is not looked at."""
+    """The refusal of a body over the limit: the rest of it is not read."""
     return RefusedError("INVALID_ARGUMENT", sentence, http_status=413, closes=True)
 
 
 def unavailable(sentence: str) -> RefusedError:
-    """Not now; perhaps later."""
+    """The refusal of a request that may succeed later."""
     return RefusedError("UNAVAILABLE", sentence)

@@ -1,4 +1,4 @@
-"""What both doors do with a request that they have read: hand it on, wait for it, give it up."""
+"""What both endpoints do with a parsed request: forward it, wait for it, give it up."""
 
 from __future__ import annotations
 
@@ -22,35 +22,36 @@ from lfdm_export.serving.front.triton import LOST_SENTENCE, SERVICE, Triton, ans
 logger = logging.getLogger(__name__)
 
 INFER = f"/{SERVICE}/ModelInfer"
-#: What begins the id of a request whose client gave none.
+#: Prefix of the id of a request whose client gave none.
 _UNNAMED = "unnamed-"
-#: A field of a protobuf message that says the request's id is "": of two, the last one counts.
+#: Serialized field that sets a request's id to ""; protobuf keeps the last of two.
 _NO_ID = b"\x1a\x00"
-#: Seconds in which the sampler is told of a request that nobody wants any more, and between two attempts.
-_TELLING, _AGAIN = 2.0, 0.25
+#: Seconds in which an abandoned request is cancelled in the sampler, and seconds between two attempts.
+
+_CANCEL_SECONDS, _RETRY_SECONDS = 2.0, 0.25
 
 
 class _Call:
-    """A call that may be cancelled before it is begun."""
+    """A call that can be cancelled before it begins."""
 
     begun: Any = None
 
     def cancel(self) -> None:
-        """Cancel it, if it was begun."""
+        """Cancel the call if it has begun."""
         if self.begun is not None:
             self.begun.cancel()
 
 
 class Service:
-    """State of one front. For its event loop alone."""
+    """State of one front. Use it only on the front's event loop."""
 
     def __init__(self, access: Access, limits: FrontLimits, models: Mapping[str, Model]) -> None:
-        """Begin without a server.
+        """Start without a server.
 
         Args:
-            access: who may call.
-            limits: of requests.
-            models: that clients may use.
+            access: the token and TLS files.
+            limits: limits of the front.
+            models: models that clients may use.
         """
         self.access, self.limits, self.models = access, limits, models
         self.flights = Flights(limits)
@@ -63,10 +64,10 @@ class Service:
 
     @property
     def triton(self) -> Triton:
-        """The server.
+        """The server behind the front.
 
         Raises:
-            RefusedError: there is none now.
+            RefusedError: none is running now.
         """
         if self._triton is None:
             raise unavailable(LOST_SENTENCE)
@@ -74,22 +75,22 @@ class Service:
 
     @property
     def open(self) -> bool:
-        """Whether new requests are taken."""
+        """Whether new requests are accepted."""
         return self._triton is not None and not self.flights.draining
 
     async def attach(self, target: str) -> None:
-        """Hand requests on to a server.
+        """Forward requests to a server.
 
         Args:
-            target: gRPC's name of its socket.
+            target: gRPC address of its socket.
         """
         self._triton = Triton(target)
 
     async def detach(self) -> int:
-        """Hand nothing on: the server has gone, and with it what it had.
+        """Stop forwarding: the server has ended, and all its requests with it.
 
         Returns:
-            How many requests are told so.
+            How many requests get an error.
         """
         triton, self._triton = self._triton, None
         lost = self.flights.lose(LOST_SENTENCE)
@@ -98,10 +99,10 @@ class Service:
         return lost
 
     def lose(self, model: str) -> int:
-        """A model's process has died: what it had is given up.
+        """Give up the requests of a model whose process has died.
 
         Returns:
-            How many requests are told so.
+            How many requests get an error.
         """
         sentence = f"the process of {model} has died and is started again; send the request again"
         served = {STREAM_MODEL} if model == STREAM_MODEL else {CLIP_MODEL, model}
@@ -110,10 +111,10 @@ class Service:
     # --- Requests ---------------------------------------------------------------------------------
 
     async def check(self, request: Any) -> None:
-        """Look at a whole `ModelInferRequest`.
+        """Check a whole `ModelInferRequest`.
 
         Raises:
-            RefusedError: anything about it is not as it should be.
+            RefusedError: any part of it is invalid.
         """
         check_request(self.models, request)
         await check_picture(request, self.limits.requests)
@@ -122,15 +123,15 @@ class Service:
         """The raw answer to a checked `ModelInferRequest`.
 
         Args:
-            model: that it is for.
-            request_id: that it carries.
-            message: the request itself.
-            seconds: that its client waits; None for as long as it takes.
+            model: name of the model.
+            request_id: id of the request.
+            message: the serialized request.
+            seconds: until the client's deadline; None without one.
 
         Raises:
             RefusedError: the server's refusal, or why there is no answer.
         """
-        if model == SAMPLE_MODEL:  # a cancellation, which nothing cancels, and which a full queue must not hold up
+        if model == SAMPLE_MODEL:  # a cancel request: it cannot be cancelled, and a full queue must not delay it
             return await answered(self.triton.unary(INFER, message, seconds))
         triton, call = self.triton, _Call()
         flight = self.begin(model, request_id, call.cancel)
@@ -138,13 +139,13 @@ class Service:
             call.begun = triton.unary(INFER, named(message, flight.request_id) if flight.unnamed else message, seconds)
             answer: bytes = await flight.result(answered(call.begun))
             return answer + _NO_ID if flight.unnamed else answer
-        except asyncio.CancelledError:  # the client has gone
+        except asyncio.CancelledError:  # the client is gone
             call.cancel()
             self.flights.end(flight)
             self.abandon(flight.request_id)
             raise
         except RefusedError as error:
-            if error.code == "DEADLINE_EXCEEDED":  # the client waits no more
+            if error.code == "DEADLINE_EXCEEDED":  # the client no longer waits
                 self.flights.end(flight)
                 self.abandon(flight.request_id)
             raise
@@ -152,40 +153,42 @@ class Service:
             self.flights.end(flight)
 
     def begin(self, model: str, request_id: str, give_up: Callable[[], object]) -> Flight:
-        """Note a request, which has an id from now on so that it can be cancelled.
+        """Register a request, and give it an id if it has none, so that it can be cancelled.
 
         Raises:
-            RefusedError: there are as many as there may be, or the server is stopping.
+            RefusedError: the maximum number is in flight, or the server is stopping.
         """
         identity = request_id or f"{_UNNAMED}{next(self._numbers)}"
         return self.flights.begin(model, identity, give_up, unnamed=not request_id)
 
     def abandon(self, request_id: str) -> None:
-        """Have the sampler give up a request that nobody wants any more, unless another one has its id."""
+        """Cancel a request that no client waits for in the sampler, unless another request has its id."""
         if self._triton is not None and not self.flights.knows(request_id):
-            self.spawn(self._tell(self._triton, request_id))
+            self.spawn(self._cancel(self._triton, request_id))
 
-    async def _tell(self, triton: Triton, identity: str) -> None:
-        """Have the sampler give up a request; cancelling a call does not reach into a running ensemble."""
+    async def _cancel(self, triton: Triton, identity: str) -> None:
+        """Cancel a request in the sampler: cancelling the call does not reach into a running ensemble."""
         message = self._calls.cancel_request(identity).SerializeToString()
         messages, _ = import_protocol()
-        for _ in range(int(_TELLING / _AGAIN)):  # it may not have come to the sampler yet
+        for _ in range(int(_CANCEL_SECONDS / _RETRY_SECONDS)):  # the request may not have reached the sampler yet
             try:
-                answer = messages.ModelInferResponse.FromString(await answered(triton.unary(INFER, message, _TELLING)))
+                answer = messages.ModelInferResponse.FromString(
+                    await answered(triton.unary(INFER, message, _CANCEL_SECONDS))
+                )
             except RefusedError as error:
-                logger.debug("the sampler could not be told to give up %s: %s", identity, error)
+                logger.debug("the sampler could not cancel %s: %s", identity, error)
                 return
             if self._calls.cancel_answer(answer):
                 return
-            await asyncio.sleep(_AGAIN)
+            await asyncio.sleep(_RETRY_SECONDS)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Have something done meanwhile."""
+        """Run work in the background."""
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
 
 def named(message: bytes, request_id: str) -> bytes:
-    """A raw `ModelInferRequest` with an id of less than 128 characters: of two, the last one counts."""
+    """A raw `ModelInferRequest` with this id of less than 128 characters; protobuf keeps the last of two ids."""
     return message + b"\x1a" + bytes([len(request_id)]) + request_id.encode()

@@ -1,4 +1,4 @@
-"""The server behind the front: its private gRPC socket, spoken to in raw messages."""
+"""The server behind the front: raw messages over its private gRPC socket."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lfdm_export.serving.front.refusal import RefusedError, unavailable
 
 SERVICE = "inference.GRPCInferenceService"
 HEALTH = "grpc.health.v1.Health"
-#: Nothing between this process and the server's needs a bound: what clients send has one.
+#: No limits between this process and the server: the front has limited what clients send.
 _OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -20,7 +20,7 @@ _OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
-#: What gRPC itself says where nobody answers, or the connection ends.
+#: gRPC's own messages when no server answers or the connection ends.
 _LOST = re.compile(
     r"socket closed|failed to connect|connection reset|broken pipe|endpoint closing|recvmsg|unix:", re.IGNORECASE
 )
@@ -28,13 +28,13 @@ LOST_SENTENCE = "the server's process has ended and is started again; send the r
 
 
 class Triton:
-    """A channel to one server process. For one event loop."""
+    """A channel to one server process. Use it on one event loop."""
 
     def __init__(self, target: str) -> None:
-        """Open lazily.
+        """Prepare the channel, which connects at the first call.
 
         Args:
-            target: gRPC's name of its socket.
+            target: gRPC address of the server's socket.
         """
         import grpc.aio
 
@@ -46,7 +46,7 @@ class Triton:
         await self._channel.close()
 
     def unary(self, method: str, message: bytes, seconds: float | None) -> Any:
-        """Begin a call of a full method name; to be awaited, gives the raw answer."""
+        """Begin a call of a method by its full name; awaiting the call gives the raw answer."""
         return self._method(method, self._channel.unary_unary)(message, timeout=seconds)
 
     def stream(self, seconds: float | None) -> Any:
@@ -59,12 +59,12 @@ class Triton:
         return self._calls[name]
 
     async def ask(self, method: str, request: Any, seconds: float = 10.0) -> Any:
-        """A small question in messages of Triton's service.
+        """Make a small call with Triton's own messages.
 
         Args:
-            method: such as ModelMetadata.
+            method: name of the method, such as ModelMetadata.
             request: its message.
-            seconds: that it may take.
+            seconds: timeout.
 
         Raises:
             RefusedError: the server's refusal, or why there is no answer.
@@ -75,7 +75,7 @@ class Triton:
 
 
 async def answered(call: Any) -> bytes:
-    """What a call gives.
+    """The result of a call.
 
     Raises:
         RefusedError: the server's refusal, or why there is no answer.
@@ -88,7 +88,7 @@ async def answered(call: Any) -> bytes:
 
 
 def refused(error: Any) -> RefusedError:
-    """The refusal that gRPC's error is."""
+    """The refusal for a gRPC error."""
     code, details = error.code().name, error.details() or ""
     if code == "UNAVAILABLE" and _LOST.search(details):
         return unavailable(LOST_SENTENCE)

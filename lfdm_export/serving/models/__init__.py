@@ -1,4 +1,4 @@
-"""The models behind the server, one class each; the `model.py` files of the repository only import them.
+"""The server's Python models, one class each; the repository's `model.py` files only import them.
 
 They run in processes that Triton's Python backend starts.
 """

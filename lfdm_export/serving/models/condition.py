@@ -1,4 +1,4 @@
-"""`lfdm_condition`: what the clip is made from besides the picture, checked before any of it costs anything."""
+"""`lfdm_condition`: label, text and sampling options of a request, checked before any expensive work."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """What a clip is sampled with.
+    """The sampling inputs of a clip.
 
     Attributes:
         embedding: (text_width,) float32.
         table: the sampler's steps.
-        guidance_scale: of classifier-free guidance.
-        seed: of the noise, given or drawn.
+        guidance_scale: scale of classifier-free guidance.
+        seed: seed of the noise, given or drawn.
     """
 
     embedding: NDArray[np.float32]
@@ -41,15 +41,15 @@ class Conditions:
 
 
 def conditions(tensors: Mapping[str, Array], loaded: Loaded) -> Conditions:
-    """What a request's tensors mean for this bundle.
+    """Parse a request's tensors for this bundle.
 
     Raises:
-        InputError: one of them cannot be used.
+        InputError: a tensor is invalid.
     """
     limits, pipeline = loaded.settings.limits, loaded.pipeline
-    # Everything that is cheap to check comes before the text encoder runs.
-    asked, given = parse_sampling(tensors, limits), parse_condition(tensors, limits)
-    options, table = pipeline.resolve(asked.options)
+    # All cheap checks come before the text encoder runs.
+    sampling, given = parse_sampling(tensors, limits), parse_condition(tensors, limits)
+    options, table = pipeline.resolve(sampling.options)
     if table.steps > limits.steps:
         raise InputError(
             f"{table.name} would take {table.steps} steps, this server allows {limits.steps}; ask for fewer"
@@ -61,7 +61,7 @@ def conditions(tensors: Mapping[str, Array], loaded: Loaded) -> Conditions:
     else:
         assert given.text_embedding is not None  # one of the three is there
         embedding = embedding_rows(given.text_embedding, pipeline.bundle.manifest.geometry.text_width)[0]
-    return Conditions(embedding, table, options.scale, draw_seed() if asked.seed is None else asked.seed)
+    return Conditions(embedding, table, options.scale, draw_seed() if sampling.seed is None else sampling.seed)
 
 
 def _embedded(text: str, loaded: Loaded) -> NDArray[np.float32]:
@@ -78,8 +78,8 @@ def _embedded(text: str, loaded: Loaded) -> NDArray[np.float32]:
 def warm_up_text(loaded: Loaded) -> None:
     """Load the text encoder and run it once, if the bundle has one.
 
-    Labels have their embeddings in the bundle: where the package for free text is not installed, they are served
-    without it, and a request with free text is told what is missing.
+    The bundle contains the labels' embeddings: labels are served even if the package for free text is not installed;
+    a request with free text then gets an error that names it.
     """
     if TEXT_STAGE not in loaded.pipeline.bundle.stages:
         return
@@ -90,7 +90,7 @@ def warm_up_text(loaded: Loaded) -> None:
 
 
 class ConditionModel:
-    """The model that Triton sees."""
+    """The Triton model."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Open the bundle and load its text encoder."""
@@ -98,7 +98,7 @@ class ConditionModel:
         warm_up_text(self._loaded)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer each request with the picture as the networks take it, and all that the sampler needs."""
+        """Answer each request with the networks' input picture and the sampler's inputs."""
         return answer_each(requests, self._loaded.interface, self._condition)
 
     def _condition(self, tensors: Mapping[str, Array]) -> dict[str, Array]:

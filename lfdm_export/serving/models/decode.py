@@ -1,4 +1,4 @@
-"""`lfdm_decode`: skips and latent -> frames, a chunk at a time, with our own engine or through another model's runs."""
+"""`lfdm_decode`: skips and latent -> frames, chunk by chunk, with this process's engine or through another model."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from lfdm_export.serving.models.stub import failure, load, response
 from lfdm_export.serving.triton.config import DECODE_MODEL_PARAMETER
 from lfdm_export.serving.triton.engine_files import check_engines
 
-#: A chunk of latent (1, 3, F, h, w) -> frames and warped images, (1, 3, F, H, W) float32.
+#: A chunk of the latent (1, 3, F, h, w) -> frames and warped images, (1, 3, F, H, W) float32.
 DecodeChunk = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 
 class DecodeModel:
-    """The model that Triton sees."""
+    """The Triton model."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Load the engine and run it once; or, where other models have it, see that it is the bundle's."""
+        """Load the engine and run it once; or, if other models run it, check that it comes from the bundle."""
         loaded = load(args)
         self._pipeline, self._interface = loaded.pipeline, loaded.interface
         self._chunk_model = loaded.parameters.get(DECODE_MODEL_PARAMETER)
         if self._chunk_model is None:
             warm_up_decode(self._pipeline)
-        else:  # for the encoder's model too, which has no code of ours
+        else:  # checks the encoder's engine too, whose model has no Python code
             check_engines(self._pipeline.bundle, Path(args["model_repository"]).parent)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer each request with the frames, and what else was asked for."""
+        """Answer each request with its requested outputs."""
         answers = []
         for request in requests:
             try:
@@ -50,20 +50,20 @@ class DecodeModel:
 
     def _answer(self, request: Any) -> Any:
         began = time.monotonic()
-        asked = set(request.requested_output_names())
-        # Those of the encoder are left where they are: on the GPU, where Triton's own engine runs.
+        requested = set(request.requested_output_names())
+        # The encoder's outputs stay where they are: on the GPU if Triton's own engine made them.
         tensors = {spec.name: pb_utils.get_input_tensor_by_name(request, spec.name) for spec in self._interface.inputs}
         missing = [name for name, tensor in tensors.items() if tensor is None]
         if missing:
             raise InputError(f"the inputs {', '.join(missing)} are missing")
         latent, timings = (tensors.pop(name).as_numpy() for name in ("latent", "sample_timings"))
         decode = self._through_model(list(tensors.values())) if self._chunk_model else self._own(list(tensors.values()))
-        frames, warped = self._clip(request, latent, decode, asked)
+        frames, warped = self._clip(request, latent, decode, requested)
         times = np.append(timings, np.float32(time.monotonic() - began))
-        return response({"frames": frames, "warped": warped, "timings": times}, asked)
+        return response({"frames": frames, "warped": warped, "timings": times}, requested)
 
-    def _clip(self, request: Any, latent: Array, decode: DecodeChunk, asked: set[str]) -> list[NDArray[np.uint8]]:
-        """Frames and warped images (T, H, W, 3); the latter are left black where nobody asked for them."""
+    def _clip(self, request: Any, latent: Array, decode: DecodeChunk, requested: set[str]) -> list[NDArray[np.uint8]]:
+        """Frames and warped images (T, H, W, 3); an output that is not requested stays black."""
         geometry = self._pipeline.bundle.manifest.geometry
         frames, size = geometry.frames, geometry.image_size
         clips = [np.zeros((frames, size, size, 3), np.uint8) for _ in range(2)]
@@ -73,7 +73,7 @@ class DecodeModel:
             part = slice(begin + given, begin + geometry.chunk_frames)
             decoded = decode(np.ascontiguousarray(latent[None, :, begin : begin + geometry.chunk_frames]))
             for name, clip, pictures in zip(("frames", "warped"), clips, decoded, strict=True):
-                if name in asked:
+                if name in requested:
                     clip[part] = to_uint8(pictures[:, :, given:])[0]
         return clips
 
@@ -83,7 +83,7 @@ class DecodeModel:
         return lambda latent: self._pipeline.decode(encoded, latent)
 
     def _through_model(self, tensors: list[Any]) -> DecodeChunk:
-        """One call into the server for each chunk (not for each step: a call costs milliseconds)."""
+        """One call into the server per chunk (not per step: a call costs milliseconds)."""
 
         def decode(latent: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
             call = pb_utils.InferenceRequest(
@@ -104,6 +104,6 @@ class DecodeModel:
 
 
 def warm_up_decode(pipeline: Pipeline) -> None:
-    """Load the engine of decode and run it once, on zeros."""
+    """Load the decode engine and run it once, on zeros."""
     spec = pipeline.bundle.stages["decode"]
     pipeline.stages.run("decode", *(np.zeros(tensor.concrete(batch=1), np.float32) for tensor in spec.inputs))

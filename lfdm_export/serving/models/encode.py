@@ -1,4 +1,4 @@
-"""`lfdm_encode`: picture -> skips, feature and context."""
+"""`lfdm_encode`: picture -> skips and context."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def encode(pipeline: Pipeline, image: Array) -> Encoded:
 
 
 def warm_up_encode(pipeline: Pipeline) -> None:
-    """Load the engine of encode and run it once, on a black picture."""
+    """Load the encode engine and run it once, on a black picture."""
     size = pipeline.bundle.manifest.geometry.image_size
     encode(pipeline, np.zeros((1, 3, size, size), np.float32))
 
 
 class EncodeModel:
-    """The model that Triton sees."""
+    """The Triton model."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Load the engine and run it once."""

@@ -1,7 +1,7 @@
-"""Our own figures on the server's metrics page: what the sampler does, and how long people wait for it.
+"""This project's metrics on the server's metrics page: the sampler's work, and the waiting times of clients.
 
-Each call of Triton's metrics is a message to the server's process, so events are only counted where they happen, and a
-thread of their own hands them over twice a second.
+Each call of Triton's metrics API is a message to the server's process, so events are only counted where they happen;
+a separate thread reports the counts twice a second.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lfdm_export.batching.observer import Tick
 from lfdm_export.protocol.contract import IN_FLIGHT, METRICS_INTERVAL
 from lfdm_export.serving.models.stub import log_error
 
-#: Upper bounds of the histograms' buckets, seconds.
+#: Upper bounds of the histograms' buckets, in seconds.
 BUCKETS = [0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0]
 
 _COUNTERS = {
@@ -44,19 +44,19 @@ _REQUESTS = "lfdm_requests_total"
 class Metrics:
     """An observer of the sampler (`lfdm_export.batching.observer.Observer`) that keeps the server's metrics.
 
-    May be told from any thread.
+    Its methods may be called from any thread.
     """
 
     def __init__(self, model: str, slots: int) -> None:
-        """Register the metrics, labelled with the model, and start to hand over.
+        """Register the metrics, labeled with the model, and start to report.
 
         Args:
             model: name of the Triton model.
-            slots: of its sampler.
+            slots: slots of its sampler.
         """
         self._model = model
         kinds = pb_utils.MetricFamily
-        # Kept, because a metric dies with its family.
+        # Kept, because a metric is removed with its family.
         self._families = {
             name: pb_utils.MetricFamily(name=name, description=about, kind=kind)
             for metrics, kind in ((_COUNTERS, kinds.COUNTER), (_GAUGES, kinds.GAUGE), (_HISTOGRAMS, kinds.HISTOGRAM))
@@ -85,7 +85,7 @@ class Metrics:
             self._ended["rejected"] += 1
 
     def joined(self, queued: float, ticks: int) -> None:  # noqa: ARG002 (the observer's signature)
-        """Keep how long a clip waited."""
+        """Record how long a clip waited."""
         with self._lock:
             self._values.append(("lfdm_queue_seconds", queued))
 
@@ -99,40 +99,40 @@ class Metrics:
             self._levels |= {"lfdm_slots_busy": tick.running, "lfdm_waiting": tick.waiting}
 
     def ended(self, outcome: Outcome, timings: Timings) -> None:
-        """Count an end, and keep how long a clip was sampled that ended well."""
+        """Count an outcome; for a finished clip, record the sampling time."""
         with self._lock:
             self._ended[outcome] += 1
             if outcome == "finished":
                 self._values.append(("lfdm_sampling_seconds", timings.sampling))
 
     def first_frame(self, seconds: float) -> None:
-        """Keep how long a stream waited for its first frames."""
+        """Record how long a stream waited for its first frames."""
         with self._lock:
             self._values.append(("lfdm_first_frame_seconds", seconds))
 
     def follow(self, in_flight: Callable[[], int]) -> None:
-        """Show what a function says is in flight."""
+        """Report the number of requests in flight that a function returns."""
         self._in_flight = in_flight
 
     def idle(self) -> None:
-        """Say that nothing runs or waits."""
+        """Report that nothing runs or waits."""
         with self._lock:
             self._levels |= {"lfdm_slots_busy": 0, "lfdm_waiting": 0}
 
     def close(self) -> None:
-        """Hand over what is left, and stop."""
+        """Report the remaining counts, and stop."""
         self._stop.set()
         self._thread.join(5.0)
 
     def _run(self) -> None:
         try:
             while not self._stop.wait(METRICS_INTERVAL):
-                self._hand_over()
-            self._hand_over()
+                self._report_counts()
+            self._report_counts()
         except Exception as error:  # noqa: BLE001 (figures are no reason to stop serving)
             log_error(error)
 
-    def _hand_over(self) -> None:
+    def _report_counts(self) -> None:
         in_flight = self._in_flight()
         with self._lock:
             counted, ended, values = self._counted, self._ended, self._values

@@ -1,4 +1,4 @@
-"""`lfdm_preprocess`: any picture -> the pixels that the model takes."""
+"""`lfdm_preprocess`: any picture -> the model's input pixels."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lfdm_export.serving.models.stub import Loaded, answer_each, load
 
 
 def prepared_pixels(tensors: Mapping[str, Array], loaded: Loaded) -> UInt8Array:
-    """The picture of a request as the model takes it, (size, size, 3) uint8.
+    """The model's input pixels for a request's picture, (size, size, 3) uint8.
 
     Raises:
-        InputError: it cannot be used.
+        InputError: the picture is invalid.
     """
     given = parse_image(tensors, loaded.settings.limits)
     manifest = loaded.pipeline.bundle.manifest
@@ -29,10 +29,10 @@ def prepared_pixels(tensors: Mapping[str, Array], loaded: Loaded) -> UInt8Array:
 
 
 class PreprocessModel:
-    """The model that Triton sees."""
+    """The Triton model."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Open the bundle, of which only the manifest is needed."""
+        """Open the bundle, for its manifest."""
         self._loaded = load(args)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:

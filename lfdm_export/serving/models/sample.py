@@ -1,7 +1,7 @@
-"""`lfdm_sample`: what the sampler needs -> latent. Requests join and leave the running batch at any step.
+"""`lfdm_sample`: sampler inputs -> latent. Requests join and leave the running batch at any step.
 
-`execute` only hands requests over and returns; the sampler answers each when its sample is done, whatever became of
-those that came with it.
+`execute` only submits requests and returns; the sampler answers each when its sample is done, independently of the
+others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class SampleModel:
-    """The model that Triton sees."""
+    """The Triton model."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Load the engines and start the sampler's loop."""
@@ -36,7 +36,7 @@ class SampleModel:
         self._lock = threading.Lock()
 
     def execute(self, requests: Sequence[Any]) -> None:
-        """Hand each request to the sampler, which will answer it."""
+        """Submit each request to the sampler, which answers it later."""
         for request in requests:
             sender = request.get_response_sender()
             try:
@@ -49,10 +49,10 @@ class SampleModel:
         self._sampler.close()
 
     def _accept(self, request: Any, sender: Any) -> None:
-        tensors, asked = inputs(request, self._loaded.interface), list(request.requested_output_names())
+        tensors, requested = inputs(request, self._loaded.interface), list(request.requested_output_names())
         if CANCEL_INPUT.name in tensors:
             found = self._cancel(str(tensors[CANCEL_INPUT.name][0], "utf-8", "replace"))
-            sender.send(response({CANCEL_OUTPUT.name: np.array([found])}, asked), flags=_FINAL)
+            sender.send(response({CANCEL_OUTPUT.name: np.array([found])}, requested), flags=_FINAL)
             return
         limits = self._loaded.settings.limits
         job = sample_job(tensors, parse_priority(custom_parameters(request)), deadline(request), limits)
@@ -65,13 +65,13 @@ class SampleModel:
                 "latent": sampled.latent[0],
                 "sample_timings": np.array([times.queued, times.sampling, times.steps], np.float32),
             }
-            _send(sender, response(outputs, asked))
+            _send(sender, response(outputs, requested))
 
         def on_error(error: Exception) -> None:
             self._forget(identity)
             _send(sender, failure(error))
 
-        with self._lock:  # so that the ticket is known before a callback looks for it
+        with self._lock:  # the ticket must be stored before a callback looks for it
             ticket = self._sampler.batcher.submit(
                 job, on_done=on_done, on_error=on_error, is_cancelled=sender.is_cancelled
             )
@@ -79,13 +79,13 @@ class SampleModel:
                 self._tickets.setdefault(identity, []).append(ticket)
 
     def _cancel(self, identity: str) -> bool:
-        """Cancel all requests of an id; whether there was one."""
+        """Cancel all requests with an id; returns whether there was one."""
         with self._lock:
             tickets = list(self._tickets.get(identity, ()))
         return sum(ticket.cancel() for ticket in tickets) > 0
 
     def _forget(self, identity: str) -> None:
-        """Drop the tickets of an id that have ended."""
+        """Drop the ended tickets of an id."""
         with self._lock:
             left = [ticket for ticket in self._tickets.pop(identity, []) if not ticket.ended]
             if left:
@@ -93,12 +93,12 @@ class SampleModel:
 
 
 def sample_job(tensors: Mapping[str, Array], priority: int, due: float | None, limits: Limits) -> SampleJob:
-    """The sampler's job that a request's tensors are; the sampler itself looks at shapes and values.
+    """Make a sampler job from a request's tensors; the sampler itself checks shapes and values.
 
-    The ensemble gives nothing that is refused here, but a server without the front takes requests from anybody.
+    The ensemble always passes these checks, but a server without the front accepts requests from any client.
 
     Raises:
-        InputError: a tensor is missing, or beyond what the server allows.
+        InputError: a tensor is missing, or exceeds a limit of the server.
     """
     names = ("context", "text_embedding", "seed", "guidance_scale", "timesteps", "coefficients", "draws_noise")
     missing = [name for name in names if name not in tensors]
@@ -121,5 +121,5 @@ def sample_job(tensors: Mapping[str, Array], priority: int, due: float | None, l
 def _send(sender: Any, answer: Any) -> None:
     try:
         sender.send(answer, flags=_FINAL)
-    except Exception as error:  # noqa: BLE001 (who asked is gone; the others are not)
+    except Exception as error:  # noqa: BLE001 (this client is gone; others wait)
         log_error(error)

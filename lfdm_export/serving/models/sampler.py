@@ -1,4 +1,4 @@
-"""The running sampler of a model's process: one loop that all its requests share."""
+"""The running sampler of a model's process: one loop for all its requests."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lfdm_export.errors import EngineError
 from lfdm_export.serving.models.metrics import Metrics
 from lfdm_export.serving.models.stub import Loaded, log_error
 
-#: Seconds between two looks at whether the loop lives.
+#: Seconds between two checks that the loop is alive.
 _LOOK = 0.5
-#: Seconds in which a dead loop's requests are told of it before the process ends.
+#: Seconds after the loop died until the process ends; meanwhile its requests get their errors.
 _LAST_WORDS = 1.0
 
 
 class RunningSampler:
-    """A `StepBatcher` over a bundle, its metrics, and a watch that ends the process if its loop dies."""
+    """A `StepBatcher` over a bundle, its metrics, and a watchdog that ends the process if the loop dies."""
 
     def __init__(self, loaded: Loaded) -> None:
         """Load the engines, run each once, and start the loop."""
@@ -41,7 +41,7 @@ class RunningSampler:
         threading.Thread(target=self._watch, name="lfdm-watch", daemon=True).start()
 
     def close(self) -> None:
-        """End the loop; requests that are left get an error."""
+        """End the loop; remaining requests get an error."""
         self._closing.set()
         self.batcher.close()
         self.metrics.close()
@@ -49,10 +49,10 @@ class RunningSampler:
     def _watch(self) -> None:
         while not self._closing.wait(_LOOK):
             if not self.batcher.alive:
-                log_error(EngineError("the sampler's loop has died; the process ends, so that it is started anew"))
+                log_error(EngineError("the sampler's loop has died; the process ends, so that it is restarted"))
                 time.sleep(_LAST_WORDS)
                 os._exit(1)
-            if self.batcher.stats().outstanding == 0:  # the last step's figures would stay
+            if self.batcher.stats().outstanding == 0:  # the gauges would keep the last step's values
                 self.metrics.idle()
 
 

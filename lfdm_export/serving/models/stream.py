@@ -1,7 +1,7 @@
-"""`lfdm_stream`: the whole way of a clip in one decoupled model, with previews, and frames as they are decoded.
+"""`lfdm_stream`: a whole clip in one decoupled model, which sends previews, and frames as they are decoded.
 
-Three threads work for all streams: one prepares (picture, label, encode), the sampler's loop steps, one decodes and
-sends. A client that goes away is noticed before the next step or chunk.
+Three threads serve all streams: one prepares (picture, label, encode), one runs the sampler's loop, one decodes and
+sends. A disconnected client is noticed before the next step or chunk.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class StreamModel:
-    """The model that Triton sees."""
+    """The Triton model."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Load all engines, run each once, and start the threads."""
@@ -58,7 +58,7 @@ class StreamModel:
         self._sampler.metrics.follow(lambda: self._live)
 
     def execute(self, requests: Sequence[Any]) -> None:
-        """Hand each request to the threads, which will answer it."""
+        """Submit each request to the threads, which answer it later."""
         for request in requests:
             sender = request.get_response_sender()
             try:
@@ -67,7 +67,7 @@ class StreamModel:
                 sender.send(failure(error, stream=True), flags=_FINAL)
 
     def finalize(self) -> None:
-        """End the threads; streams that are left get an error."""
+        """End the threads; remaining streams get an error."""
         self._preparing.shutdown(cancel_futures=True)
         self._sampler.close()
         self._decoding.shutdown(cancel_futures=True)
@@ -78,7 +78,7 @@ class StreamModel:
             if self._live >= limit:
                 self._sampler.metrics.rejected()
                 raise OverloadedError(
-                    f"{QUEUE_FULL_MESSAGE}: found {self._live} streams at work or waiting, which is the limit; send it "
+                    f"{QUEUE_FULL_MESSAGE}: found {self._live} streams running or waiting, which is the limit; send it "
                     "again later"
                 )
             self._live += 1
@@ -93,20 +93,20 @@ class StreamModel:
 
     @property
     def loaded(self) -> Loaded:
-        """Bundle, settings, interface."""
+        """The bundle's pipeline, settings and interface."""
         return self._loaded
 
     @property
     def sampler(self) -> RunningSampler:
-        """What draws the samples."""
+        """The running sampler."""
         return self._sampler
 
     def decode_later(self, work: Callable[[], None]) -> None:
-        """Have the decoding thread do something."""
+        """Run work on the decoding thread."""
         self._decoding.submit(work)
 
     def ended(self) -> None:
-        """A stream has had its last response."""
+        """Count a stream that has sent its last response."""
         with self._lock:
             self._live -= 1
 
@@ -117,7 +117,7 @@ def _sampling_of(request: Any) -> tuple[int, float | None]:
 
 
 class _Stream:
-    """One request on its way."""
+    """One request in progress."""
 
     def __init__(
         self, model: StreamModel, sender: Any, tensors: Mapping[str, Array], urgency: tuple[int, float | None]
@@ -128,11 +128,11 @@ class _Stream:
         self._steps = self._seed = 0
         self._encoded: Encoded | None = None
         self._preview: tuple[int, NDArray[np.float32]] | None = None
-        # Guards the order of responses, and that nothing follows the last one.
+        # Keeps responses in order, and nothing after the last one.
         self._lock, self._over = threading.Lock(), False
 
     def guarded(self, work: Callable[[], None]) -> Callable[[], None]:
-        """`work`, any error of which ends the stream."""
+        """Wrap `work` so that any error ends the stream."""
 
         def run() -> None:
             try:
@@ -143,7 +143,7 @@ class _Stream:
         return run
 
     def prepare(self) -> None:
-        """Make of the tensors what the sampler takes, and hand it over."""
+        """Make a sampler job from the tensors, and submit it."""
         loaded, tensors = self._model.loaded, self._tensors
         self._check_wanted()
         check_request(tensors, STREAM_INPUTS)
@@ -195,7 +195,7 @@ class _Stream:
         self._respond("preview", step, {"frame_indices": indices, "frames": frames})
 
     def _decode(self, sampled: Sampled) -> None:
-        """Decode and send chunk by chunk, then say that it is done."""
+        """Decode and send chunk by chunk, then send the "done" response."""
         began = time.monotonic()
         geometry = self._model.loaded.pipeline.bundle.manifest.geometry
         for begin, given in chunk_starts(geometry.frames, geometry.chunk_frames):
@@ -242,14 +242,14 @@ class _Stream:
         self._send(failure(error, stream=True), last=True)
 
     def _send(self, answer: Any, *, last: bool) -> None:
-        """Send a response, unless the stream is over; a client that is gone ends it."""
+        """Send a response, unless the stream is over; a disconnected client ends it."""
         with self._lock:
             if self._over:
                 return
             self._over = last
             try:
                 self._sender.send(answer, flags=_FINAL if last else 0)
-            except Exception as error:  # noqa: BLE001 (who asked is gone; the others are not)
+            except Exception as error:  # noqa: BLE001 (this client is gone; others wait)
                 log_error(error)
                 last = self._over = True
         if last:

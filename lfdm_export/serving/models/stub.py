@@ -1,4 +1,4 @@
-"""Between our models and Triton's Python backend: settings, tensors, errors, and a test that arrays arrive whole."""
+"""Between the models and Triton's Python backend: settings, tensors, errors, and a check that arrays arrive intact."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from lfdm_export.serving.triton.interfaces import ModelInterface, interfaces
 from lfdm_export.serving.triton.settings import ServingSettings
 from lfdm_export.stages import BATCH
 
-#: What a model makes of one request's tensors.
+#: Maps one request's input tensors to output tensors, by name.
 Function = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """What a model starts from.
+    """A model's settings, pipeline and interface.
 
     Attributes:
-        settings: from its configuration.
-        parameters: all string parameters of its configuration.
-        pipeline: over the bundle.
-        interface: its own inputs and outputs.
+        settings: settings from the model's configuration.
+        parameters: all string parameters of the configuration.
+        pipeline: pipeline of the bundle.
+        interface: the model's inputs and outputs.
     """
 
     settings: ServingSettings
@@ -48,10 +48,10 @@ def load(args: Mapping[str, str]) -> Loaded:
     """Read a model's configuration and open the bundle; its engines are not loaded yet.
 
     Args:
-        args: what Triton hands to `initialize`.
+        args: the argument of `initialize`.
 
     Raises:
-        LfdmExportError: arrays do not pass the backend unchanged, or the bundle cannot be opened.
+        LfdmExportError: the backend changes arrays, or the bundle cannot be opened.
     """
     _end_with_server()
     check_arrays()
@@ -60,7 +60,7 @@ def load(args: Mapping[str, str]) -> Loaded:
     settings = ServingSettings.from_parameters(parameters)
     # `model_repository` is the folder of this model.
     folder = settings.bundle_folder(Path(args["model_repository"]).parent)
-    # Its hashes were compared when the repository was written; each model would read all weights again.
+    # Hashes were checked when the repository was written; here each model would read all weights again.
     bundle = Bundle.open(folder, check_hashes=False)
     pipeline = Pipeline.open(
         bundle,
@@ -87,13 +87,13 @@ def _end_with_server() -> None:
 def check_arrays() -> None:
     """Pass an array through the backend and back.
 
-    A backend that was built with an older pybind11 gives other values under NumPy 2, without any error.
+    A backend built with an older pybind11 returns wrong values under NumPy 2, without an error.
 
     Raises:
-        EngineError: it comes back changed.
+        EngineError: the array comes back changed.
     """
     sent = np.arange(1.0, 5.0, dtype=np.float32)
-    # By a capsule of the backend's own: reading NumPy 1.26's hangs it.
+    # Through a capsule of the backend itself: it hangs on one of NumPy 1.26.
     got = pb_utils.Tensor.from_dlpack("check", pb_utils.Tensor("check", sent).to_dlpack()).as_numpy()
     if got.shape != sent.shape or got.dtype != sent.dtype or not (got == sent).all():
         raise EngineError(
@@ -103,10 +103,10 @@ def check_arrays() -> None:
 
 
 def inputs(request: Any, interface: ModelInterface) -> dict[str, Array]:
-    """The tensors that a request has, as arrays of our own.
+    """A request's input tensors as arrays, by name.
 
     Raises:
-        InputError: one has several rows: what a request may cost is counted by requests.
+        InputError: a tensor has several rows: limits count requests, so each must be one clip.
     """
     found = {}
     for spec in interface.inputs:
@@ -119,20 +119,20 @@ def inputs(request: Any, interface: ModelInterface) -> dict[str, Array]:
     return found
 
 
-def response(tensors: Mapping[str, Array], asked: Iterable[str]) -> Any:
-    """A response of those tensors that were asked for."""
-    wanted = set(asked)
+def response(tensors: Mapping[str, Array], requested: Iterable[str]) -> Any:
+    """A response with the requested tensors."""
+    names = set(requested)
     return pb_utils.InferenceResponse(
-        [pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in tensors.items() if name in wanted]
+        [pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in tensors.items() if name in names]
     )
 
 
 def failure(error: Exception, *, stream: bool = False) -> Any:
-    """The response that tells of an error; what was not raised on purpose is logged with its traceback.
+    """The response for an error; an unexpected error is logged with its traceback.
 
     Args:
-        error: what happened.
-        stream: say the status in the message too, as ``[INVALID_ARGUMENT] …``: Triton's streams send none.
+        error: the error.
+        stream: put the status into the message, as ``[INVALID_ARGUMENT] …``: Triton's streams do not send it.
     """
     code, status, message = pb_utils.TritonError.INTERNAL, "INTERNAL", str(error)
     if isinstance(error, InputError):
@@ -157,7 +157,7 @@ def log_error(error: BaseException) -> None:
 
 
 def answer_each(requests: Sequence[Any], interface: ModelInterface, function: Function) -> list[Any]:
-    """Answer requests one by one, so that one that fails does not take the others with it."""
+    """Answer requests one by one, so that a failed one does not affect the others."""
     answers = []
     for request in requests:
         try:
@@ -177,6 +177,6 @@ def custom_parameters(request: Any) -> dict[str, object]:
 
 
 def deadline(request: Any) -> float | None:
-    """When the request's timeout ends, in the seconds of `time.monotonic`; None if it has none."""
+    """When the request's timeout ends, in seconds of `time.monotonic`; None without a timeout."""
     microseconds: int = request.timeout()
     return time.monotonic() + microseconds / 1e6 if microseconds else None

@@ -1,1 +1,1 @@
-"""The server process: its files, start, watch and stop."""
+"""The server process: its files, and how it is started, watched and stopped."""

@@ -1,4 +1,4 @@
-"""A running server's own interface: readiness, loading and unloading models, small requests."""
+"""Control of a running server: readiness, loading and unloading models, small requests."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from lfdm_export.client.wire import infer_request
 from lfdm_export.errors import ServerError
 from lfdm_export.protocol.contract import Array, WireTensor
 
-# The server is on this machine, whatever a proxy in the environment is for: one would refuse.
+# The server is on this machine: a proxy named in the environment must not be used for it.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def open_directly(request: str | urllib.request.Request, timeout: float) -> AbstractContextManager[HTTPResponse]:
-    """`urllib.request.urlopen`, for servers of this machine: never through a proxy.
+    """`urllib.request.urlopen` without a proxy, for servers on this machine.
 
     Args:
-        request: an address, or a whole request.
+        request: a URL or a request.
         timeout: seconds.
 
     Raises:
-        OSError: it does not answer, or with an error (`urllib.error.HTTPError`).
+        OSError: no answer, or an HTTP error (`urllib.error.HTTPError`).
     """
     answer: HTTPResponse = _DIRECT.open(request, timeout=timeout)
     return answer
 
 
 class Control:
-    """Talks to one server process over its private socket, which no other user can reach. For any number of threads."""
+    """A client of one server process over its private socket, which no other user can reach. It is thread-safe."""
 
     def __init__(self, target: str) -> None:
-        """Open lazily.
+        """Prepare the channel, which connects at the first call.
 
         Args:
-            target: gRPC's name of the socket.
+            target: gRPC address of the socket.
 
         Raises:
             MissingDependencyError: gRPC or Triton's client is not installed.
@@ -67,15 +67,15 @@ class Control:
             return False
 
     def load(self, model: str, *, timeout: float = 300) -> None:
-        """Load a model, and the ensembles that were waiting for it.
+        """Load a model, and the ensembles that wait for it.
 
         Raises:
-            ServerError: it cannot be loaded, or not in time.
+            ServerError: the model cannot be loaded in time.
         """
         self._ask("RepositoryModelLoad", self._messages.RepositoryModelLoadRequest(model_name=model), timeout)
 
     def unload(self, model: str, *, timeout: float = 60) -> None:
-        """Take no more requests for a model; those that it has go on.
+        """Accept no more requests for a model; those in flight continue.
 
         Raises:
             ServerError: the server does not answer.
@@ -85,10 +85,10 @@ class Control:
         self._ask("RepositoryModelUnload", request, timeout)
 
     def infer(self, model: str, inputs: Sequence[WireTensor], tensors: Mapping[str, Array], *, timeout: float) -> Any:
-        """Send a request.
+        """Send an inference request, and return Triton's response.
 
         Raises:
-            ServerError: it was answered with an error, or not in time.
+            ServerError: the answer is an error, or does not come in time.
         """
         return self._ask("ModelInfer", infer_request(model, inputs, tensors), timeout)
 

@@ -1,8 +1,8 @@
-"""Where `tritonserver` is, and how to get it: the real server out of a wheel, for a machine without NVIDIA's container.
+"""Finds `tritonserver`, or installs it from a wheel, for a machine without NVIDIA's container.
 
-The wheel is unpacked, not installed: its requirement of NumPy 1 must not reach the project's environment. What its
-Python backend needs is put beside it: the stub of the running Python, and an environment with the NumPy that this
-backend can use, in which the project's own packages are found too.
+The wheel is unpacked, not installed: its requirement of NumPy 1 must not affect the project's environment. Beside it
+lies what its Python backend needs: the stub for the running Python, and an environment with a NumPy that this backend
+supports, in which the project's packages are importable too.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from lfdm_export.machine import CACHE_NAME, user_cache
 
 logger = logging.getLogger(__name__)
 
-#: The wheel that carries the server, and what must be in it.
+#: The wheel that contains the server.
 WHEEL, WHEEL_VERSION, SERVER_VERSION = "nvidia-pytriton", "0.7.0", "2.51.0"
 WHEEL_SHA256 = "21f063ff93bb426d0c06b7a55e7eb9efcfe62c0dddd9a908e9877e18710128df"
-#: The last NumPy whose arrays the server's Python backend reads: it was built with pybind11 2.10, which knows no
-#: NumPy 2, and gives zeros under it.
+#: The last NumPy that the server's Python backend supports: it was built with pybind11 2.10, which returns zeros
+#: under NumPy 2.
 NUMPY_VERSION = "1.26.4"
-#: Names a tritonserver in place of those on PATH.
+#: Path of the tritonserver to use instead of one on PATH.
 SERVER_VARIABLE = "LFDM_TRITONSERVER"
-#: Where the unpacked server is kept, in place of the user's cache folder.
+#: Folder of the unpacked server, instead of the user's cache folder.
 HOME_VARIABLE = "LFDM_SERVER_HOME"
 _STUB = "triton_python_backend_stub"
 _KEPT = ("pytriton/tritonserver/", "nvidia_pytriton.libs/", f"nvidia_pytriton-{WHEEL_VERSION}.dist-info/")
@@ -49,18 +49,18 @@ _INSTALL = "lfdm-serve --install-server"
 
 
 class ServerFilesError(LfdmExportError):
-    """No `tritonserver` was found, or it cannot be used."""
+    """No usable `tritonserver` was found."""
 
 
 @dataclass(frozen=True)
 class ServerFiles:
-    """What it takes to start a server.
+    """Paths needed to start a server.
 
     Attributes:
-        binary: `tritonserver`.
-        backends: folder of its backends; None for those that it finds itself.
-        libraries: folders to put before the loader's path.
-        python_bin: folder to put first on PATH: its `python3` says where the models' packages are.
+        binary: path of `tritonserver`.
+        backends: folder of its backends; None for the server's default.
+        libraries: folders to put first on LD_LIBRARY_PATH.
+        python_bin: folder to put first on PATH: its `python3` determines where the models' packages are found.
     """
 
     binary: Path
@@ -82,10 +82,10 @@ def server_home() -> Path:
     """The user's folder for unpacked servers.
 
     Raises:
-        ServerFilesError: this user has none, and no variable names one.
+        ServerFilesError: the user has no cache folder, and no variable names one.
     """
-    if said := os.environ.get(HOME_VARIABLE):
-        return user_path(said)
+    if home := os.environ.get(HOME_VARIABLE):
+        return user_path(home)
     cache = user_cache()
     if cache is None:
         raise ServerFilesError(
@@ -95,16 +95,16 @@ def server_home() -> Path:
     return cache / CACHE_NAME
 
 
-def find_server(said: str | os.PathLike[str] | None = None) -> ServerFiles:
-    """Find a server: the one that is named, LFDM_TRITONSERVER, one on PATH, or the wheel's.
+def find_server(path: str | os.PathLike[str] | None = None) -> ServerFiles:
+    """Find a server: at `path`, in LFDM_TRITONSERVER, on PATH, or unpacked from the wheel, in this order.
 
     Args:
-        said: path of a `tritonserver`, or None.
+        path: path of a `tritonserver`, or None.
 
     Raises:
-        ServerFilesError: there is none, or the wheel's cannot be used with this Python.
+        ServerFilesError: no server was found, or the wheel's does not support this Python.
     """
-    named = said or os.environ.get(SERVER_VARIABLE)
+    named = path or os.environ.get(SERVER_VARIABLE)
     if named:
         found = shutil.which(user_path(named))
         if found is None:
@@ -117,10 +117,10 @@ def find_server(said: str | os.PathLike[str] | None = None) -> ServerFiles:
 
 
 def install_server() -> ServerFiles:
-    """Fetch the wheel with pip, unpack it into `server_home`, and make the models' environment; what is there is kept.
+    """Download the wheel with pip, unpack it into `server_home`, and make the models' environment; keep existing ones.
 
     Raises:
-        ServerFilesError: this machine or Python has no such server, or something cannot be fetched or written.
+        ServerFilesError: the wheel does not support this machine or Python, or a file cannot be downloaded or written.
     """
     _check_machine()
     try:
@@ -134,7 +134,7 @@ def install_server() -> ServerFiles:
 
 
 def _foreign(binary: Path) -> ServerFiles:
-    """A server that we did not unpack, such as the container's: its models run in this program's environment."""
+    """A server from elsewhere, such as the container's: its models run in this program's environment."""
     return ServerFiles(binary, None, (), Path(sys.executable).parent)
 
 
@@ -185,7 +185,7 @@ def _unpack_wheel() -> None:
 
 
 def _fetch_wheel(folder: Path) -> Path:
-    """Download the wheel with pip, which keeps to the user's index, proxy and certificates, and compares the hash."""
+    """Download the wheel with pip, which uses the user's index, proxy and certificates, and checks the hash."""
     wanted = folder / "wheel.txt"
     wanted.write_text(f"{WHEEL}=={WHEEL_VERSION} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     _pip("download", "--no-deps", "--only-binary=:all:", "--require-hashes", "-r", str(wanted), "-d", str(folder))
@@ -197,7 +197,7 @@ def _fetch_wheel(folder: Path) -> Path:
 
 
 def _backends(server: Path) -> Path:
-    """The folder of backends with the stub of the running Python, which must lie beside the backend's library."""
+    """The folder of backends with the running Python's stub, which must lie beside the backend's library."""
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     stub = server / "python_backend_stubs" / version / _STUB
     if not stub.is_file():
@@ -219,14 +219,14 @@ def _link(source: str | Path, target: str | Path) -> None:
 
 
 def _check_stub(files: ServerFiles) -> None:
-    """Let the loader look for the stub's libraries: libpython above all, which many Pythons come without."""
+    """Check that the loader finds the stub's libraries, above all libpython, which many Pythons lack."""
     stub = (files.backends or Path()) / "python" / _STUB
     try:
         done = subprocess.run(
             ["ldd", str(stub)], capture_output=True, text=True, check=False, timeout=30, env=files.environment()
         )
     except OSError:
-        return  # no ldd: the server itself says what it lacks
+        return  # no ldd: the server itself reports what is missing
     missing = re.findall(r"(\S+) => not found", done.stdout)
     if missing:
         raise ServerFilesError(
@@ -240,13 +240,13 @@ def _check_stub(files: ServerFiles) -> None:
 
 
 def _package_folders() -> tuple[str, ...]:
-    """Where this Python finds its packages."""
+    """The folders in which this Python finds its packages."""
     folders = [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
     return tuple(dict.fromkeys(folder for folder in folders if Path(folder).is_dir()))
 
 
 def _own_folders() -> tuple[str, ...]:
-    """Where this program's packages are imported from, which need not be installed."""
+    """The folders from which this program's own packages are imported; they need not be installed."""
     import lfdm_models
 
     packages = (Path(__file__).parents[2], Path(lfdm_models.__file__).parent)
@@ -254,7 +254,7 @@ def _own_folders() -> tuple[str, ...]:
 
 
 def _models_environment() -> Path:
-    """One for each Python and set of packages that it stands before."""
+    """The environment's folder: one per Python and set of package folders."""
     facts = "\n".join([os.path.realpath(sys.executable), NUMPY_VERSION, *_package_folders(), *_own_folders()])
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     return server_home() / f"models-python{version}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
@@ -269,7 +269,7 @@ def _make_models_environment() -> None:
         venv.create(part, symlinks=True, with_pip=False)
         packages = part / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
         _pip("install", "--no-deps", "--target", str(packages), f"numpy=={NUMPY_VERSION}")
-        # After the environment's own packages; `addsitedir` also follows the .pth files that editable installs leave.
+        # After the environment's own packages; `addsitedir` also follows the .pth files of editable installs.
         lines = [f"import site; site.addsitedir({folder!r})" for folder in _package_folders()]
         (packages / "lfdm_export.pth").write_text("\n".join([*_own_folders(), *lines]) + "\n", encoding="utf-8")
 
@@ -280,12 +280,12 @@ def _pip(*arguments: str) -> None:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:] or ["no message"]
-        raise ServerFilesError(f"pip {arguments[0]} failed ({' '.join(errors)}); mend that, then repeat {_INSTALL}")
+        raise ServerFilesError(f"pip {arguments[0]} failed ({' '.join(errors)}); fix that, then repeat {_INSTALL}")
 
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """A path beside `target` to fill, which takes its place when it is whole."""
+    """Yield a folder beside `target` to fill; it is moved to `target` when complete."""
     place = target.resolve()
     with temporary_folder(place) as part:
         yield part

@@ -1,7 +1,7 @@
-"""Becomes another program that lives no longer than its parent, and lets nobody else read its shared memory.
+"""Replaces itself by another program that ends with its parent and whose shared memory no other user can read.
 
-Run as ``python -I -S launch.py PARENT PROGRAM ARGUMENT …``, not imported: what it sets must hold before the program's
-first instruction, and a fork of a process with threads may do nothing but start a program.
+Run as ``python -I -S launch.py PARENT PROGRAM ARGUMENT …``, not imported: the settings must hold before the program's
+first instruction, and a fork of a process with threads may only start a program.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import time
 
 # Source: prctl(2), seccomp(2); linux/prctl.h, linux/seccomp.h, linux/filter.h, linux/audit.h.
 _PDEATHSIG, _NO_NEW_PRIVILEGES = 1, 38
-#: SECCOMP_SET_MODE_FILTER, and SECCOMP_FILTER_FLAG_SPEC_ALLOW: older kernels slow a filtered process down otherwise.
+#: SECCOMP_SET_MODE_FILTER, and SECCOMP_FILTER_FLAG_SPEC_ALLOW, without which older kernels slow the process down.
 _SET_FILTER, _AT_FULL_SPEED = 1, 4
 _ALLOW, _PRETEND = 0x7FFF0000, 0x00050000  # SECCOMP_RET_ALLOW; SECCOMP_RET_ERRNO with 0: "done"
 _LOAD, _EQUAL, _RETURN = 0x20, 0x15, 0x06  # BPF: load a word, jump if equal, return
 _NUMBER, _ARCHITECTURE, _SECOND_ARGUMENT = 0, 4, 24  # offsets in struct seccomp_data
-#: AUDIT_ARCH, and the numbers of fchmod and seccomp.
+#: AUDIT_ARCH and the system call numbers of fchmod and seccomp.
 _MACHINES = {"x86_64": (0xC000003E, 91, 317), "aarch64": (0xC00000B7, 52, 277)}
 
 
 def keep_memory_private() -> bool:
-    """Let `fchmod` to 0644 do nothing, here and in all descendants; whether this kernel does that.
+    """Make `fchmod` to 0644 do nothing, here and in all descendants; returns whether this kernel supports that.
 
-    Triton's Python backend creates its shared memory with the mode that the umask leaves, and makes it readable for
-    everybody right after that (Boost's `shared_memory_object`).
+    Triton's Python backend creates its shared memory with the umask's mode, and then makes it readable for all users
+    (Boost's `shared_memory_object`).
     """
     if platform.machine() not in _MACHINES:
         return False
@@ -56,9 +56,9 @@ def keep_memory_private() -> bool:
 
 
 def leave_guard() -> None:
-    """Leave a process behind that ends everything in this process group as soon as this process has ended.
+    """Fork a process that ends this process group as soon as this process has ended.
 
-    Processes of models look for that themselves, but not while they wait in a call that holds Python's lock.
+    Model processes check for that themselves, but not during a call that holds Python's lock.
     """
     program = os.getpid()
     if os.getpgrp() == program and os.fork() == 0:
@@ -68,13 +68,13 @@ def leave_guard() -> None:
 
 
 def main() -> None:
-    """Die with the parent, keep files private, and become the program."""
+    """Arrange to end with the parent, keep files private, and execute the program."""
     parent, program, *arguments = sys.argv[1:]
     os.umask(0o077)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PDEATHSIG, int(signal.SIGKILL))
         keep_memory_private()
-    if os.getppid() != int(parent):  # it was faster
+    if os.getppid() != int(parent):  # the parent has already ended
         sys.exit(1)
     leave_guard()
     os.execv(program, [program, *arguments])

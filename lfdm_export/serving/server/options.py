@@ -1,4 +1,4 @@
-"""How a server is started."""
+"""Options of the server."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from lfdm_export.serving.server.ports import check_ports
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How a server is started.
+    """Options with which a server is started.
 
     Attributes:
-        host: address that it listens on.
-        http_port, grpc_port, metrics_port: 0 takes a free one.
+        host: address to listen on.
+        http_port, grpc_port, metrics_port: ports to listen on; 0 chooses a free one.
         start_timeout: seconds until all models must be ready.
-        drain_timeout: seconds that requests in flight have when the server is stopped.
-        token_file: file with the token that requests must bring; None asks nobody who they are.
+        drain_timeout: seconds that requests in flight may take when the server is stopped.
+        token_file: file with the token required of each request; None accepts requests without a token.
         tls_certificate, tls_key: PEM files, for TLS on the HTTP and gRPC ports; None for plain text.
-        trace_file: where traces of requests go; None traces nothing.
-        trace_rate: one request in so many is traced.
-        verbose: log everything that the server says.
+        trace_file: file for traces of requests; None turns tracing off.
+        trace_rate: one request in `trace_rate` is traced.
+        verbose: log the server's whole output.
         arguments: more arguments for `tritonserver`.
     """
 
@@ -55,11 +55,11 @@ class ServerOptions:
             raise InputError("the server's certificate and its private key belong together; give both, or neither")
 
     def with_ports(self) -> ServerOptions:
-        """The same with free ports in place of 0.
+        """A copy with free ports in place of 0.
 
         Raises:
-            InputError: a port is taken, or the host is no address of this machine.
+            InputError: a port is in use, or the host is not an address of this machine.
         """
-        http, grpc, metrics = "--http-port", "--grpc-port", "--metrics-port"  # what messages call them
+        http, grpc, metrics = "--http-port", "--grpc-port", "--metrics-port"  # their names in messages
         ports = check_ports(self.host, {http: self.http_port, grpc: self.grpc_port, metrics: self.metrics_port})
         return replace(self, http_port=ports[http], grpc_port=ports[grpc], metrics_port=ports[metrics])

@@ -1,4 +1,4 @@
-"""Ports that a server listens on: free ones found, taken ones told of before anything is loaded."""
+"""The server's ports: free ones are found, and ports in use are reported before anything is loaded."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pathlib import Path
 
 from lfdm_export.errors import InputError
 
-#: State of a socket that listens, in /proc/net/tcp.
+#: State of a listening socket in /proc/net/tcp.
 _LISTENS = "0A"
 
 
 def check_ports(host: str, ports: Mapping[str, int]) -> dict[str, int]:
-    """The ports to listen on: those given, if they are free, and free ones in place of 0.
+    """The ports to listen on: the given ones if they are free, and free ones in place of 0.
 
-    Somebody else may take a port in the moment until the server does.
+    Another program may still take a port before the server does.
 
     Args:
         host: address that the server listens on.
-        ports: by the name of the option that says which.
+        ports: ports by the name of their option.
 
     Raises:
-        InputError: the host is no address of this machine, or a port is taken, given twice or reserved.
+        InputError: the host is not an address of this machine, or a port is in use, given twice or reserved.
     """
     given = [port for port in ports.values() if port]
     for option, port in ports.items():
@@ -43,12 +43,12 @@ def _free_port(host: str, option: str, taken: set[int]) -> int:
 
 
 def _bind(host: str, option: str, port: int) -> int:
-    """The port that a socket gets when it is bound there."""
+    """The port that a socket gets when bound to `host` and `port`."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, _, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)  # of "localhost": 127.0.0.1
         with socket.socket(family, kind) as listener:
-            # As servers do: connections of an earlier one that are still closing do not count.
+            # As servers do: closing connections of an earlier server do not block the port.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
             listener.listen(1)
@@ -72,14 +72,14 @@ def _why(error: OSError, host: str, option: str, port: int) -> str:
 
 
 def _holder(port: int) -> str:
-    """The process that listens on a port, as far as Linux tells this user; else ""."""
+    """The process that listens on a port, if Linux shows it to this user; else ""."""
     wanted = {f"socket:[{inode}]" for inode in _listening(port)}
     if not wanted:
         return ""
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():
             continue
-        with suppress(OSError):  # another user's, or gone meanwhile
+        with suppress(OSError):  # another user's process, or one that has ended
             for descriptor in (process / "fd").iterdir():
                 with suppress(OSError):
                     if str(descriptor.readlink()) in wanted:

@@ -1,4 +1,4 @@
-"""One `tritonserver`: started, waited for, listened to, ended."""
+"""One `tritonserver` process: start, readiness, log and end."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from lfdm_export.serving.server.watchdog import live_stubs
 
 logger = logging.getLogger(__name__)
 
-#: What clients use; loading them loads what they are made of.
+#: The models that clients use; loading them loads the models that they consist of.
 SERVED = (CLIP_MODEL, STREAM_MODEL)
 #: Seconds that a model's process may take to load its engines.
 _STUB_TIMEOUT = 600
-#: Seconds that the server waits for what is left at SIGTERM (requests that a killed process had), and until it gets
+#: Seconds that the server waits at SIGTERM for remaining requests (those of a killed process), and seconds until
 #: SIGKILL.
 _EXIT_TIMEOUT, _TERM_TIMEOUT = 3, 8.0
-#: What a server says on every machine without a GPU.
+#: Parts of messages that a server logs on every machine without a GPU.
 _NOISE = ("CudaDriverHelper", "CUDA driver version is insufficient", "NVML", "DCGM", "pinned system memory", "NODELAY")
 _LAUNCHER = Path(__file__).with_name("launch.py")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a server is started from, the first time and again.
+    """Everything needed to start or restart a server.
 
     Attributes:
-        files: what to start.
-        repository: the models.
-        options: how, with ports.
-        region_prefix: what the names of its shared memory begin with.
+        files: paths of the server.
+        repository: the model repository.
+        options: the server's options, with ports.
+        region_prefix: prefix of the names of its shared memory regions.
         environment: variables of its process.
     """
 
@@ -61,24 +61,24 @@ class TritonProcess:
     """A server process with all models ready.
 
     Attributes:
-        sockets: where it listens.
-        control: of the server.
+        sockets: sockets that it listens on.
+        control: its control client.
     """
 
     def __init__(self, recipe: Recipe, sockets: Sockets, stopping: threading.Event) -> None:
-        """Start it and wait until all its models are ready; it dies with the thread that starts it.
+        """Start the process and wait until all its models are ready; it ends with the thread that starts it.
 
         Args:
-            recipe: what from.
-            sockets: where it is to listen.
-            stopping: ends the wait.
+            recipe: the server's files, models and options.
+            sockets: sockets to listen on.
+            stopping: ends the wait when set.
 
         Raises:
-            ServerError: it does not become ready; the message has what it said last.
+            ServerError: the server does not become ready; the message has its last log lines.
         """
         self.sockets, self._recipe = sockets, recipe
         self.control = Control(sockets.grpc_target)
-        self._said: deque[str] = deque(maxlen=400)
+        self._log_lines: deque[str] = deque(maxlen=400)
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid()), *_command(recipe, sockets)],
             stdin=subprocess.DEVNULL,
@@ -87,7 +87,7 @@ class TritonProcess:
             text=True,
             errors="replace",
             env=recipe.environment,
-            start_new_session=True,  # Ctrl-C is for us, who drain first
+            start_new_session=True,  # Ctrl-C goes to this process only, which drains first
         )
         self._reader = threading.Thread(target=self._read, name="lfdm-server-log", daemon=True)
         self._reader.start()
@@ -100,7 +100,7 @@ class TritonProcess:
 
     @property
     def running(self) -> bool:
-        """Whether the process is there."""
+        """Whether the process is running."""
         return self._process.poll() is None
 
     @property
@@ -109,30 +109,30 @@ class TritonProcess:
         return self._process.pid
 
     def wait(self, seconds: float) -> bool:
-        """Wait for its end; whether it has come."""
+        """Wait for the process to end; returns whether it has."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
         return not self.running
 
     def last_words(self) -> str:
-        """The last errors that the server logged, in one line."""
-        lines = [line for line in self._said if _matters(line)]
+        """The server's last logged errors, in one line."""
+        lines = [line for line in self._log_lines if _matters(line)]
         errors = [line for line in lines if line.startswith(("E", "error")) or "Error" in line]
-        return " | ".join((errors or lines)[-3:]) or "it said nothing"
+        return " | ".join((errors or lines)[-3:]) or "it logged nothing"
 
     def terminate(self) -> None:
-        """End the server in order, or, if it does not end, at once."""
+        """Stop the server with SIGTERM, or kill it if it does not end."""
         if self.running:
             self._process.terminate()
             self.wait(_TERM_TIMEOUT)
         self.kill()
 
     def kill(self) -> None:
-        """End the server now, and what it leaves behind."""
+        """Kill the server now, and clean up."""
         if self.running:
             self._process.kill()
         self._process.wait()
-        for stub in live_stubs(self._recipe.region_prefix):  # they do not always notice that the server is gone
+        for stub in live_stubs(self._recipe.region_prefix):  # they do not always notice the server's end
             with suppress(OSError):
                 os.kill(stub.pid, signal.SIGKILL)
         self._reader.join(5.0)
@@ -157,13 +157,13 @@ class TritonProcess:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             text = line.rstrip()
-            self._said.append(text)
+            self._log_lines.append(text)
             if self._recipe.options.verbose or _matters(text):
                 logger.warning("%s", text)
 
 
 def _matters(line: str) -> bool:
-    """Whether a line of the server's is worth an operator's attention: warnings, errors, what models print."""
+    """Whether a line of the server's log is relevant to an operator: warnings, errors, output of models."""
     return bool(line) and not line.startswith(("I", "+", "|")) and not any(noise in line for noise in _NOISE)
 
 

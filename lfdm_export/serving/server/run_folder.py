@@ -1,4 +1,4 @@
-"""A running server's own folder: private, and removed by the next start where its server was killed."""
+"""A running server's private folder; the next start removes the folder of a killed server."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _PREFIX = "lfdm-serve-"
-#: Held by who uses the folder; the system lets it go however a process ends.
+#: Lock file held by the folder's user; the system releases it however the process ends.
 _LOCK = "lock"
 
 
 @contextmanager
 def run_folder() -> Iterator[Path]:
-    """A folder that only this user can read, in the system's folder for such; removed at the end.
+    """A temporary folder that only this user can read; removed at the end.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be created.
     """
-    import fcntl  # which not every system has that runs the other commands
+    import fcntl  # missing on some systems that run the other commands
 
     remove_leftovers()
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))  # of mode 0700
     try:
-        # Until it is locked it has no lock file, and so counts as nobody's leftover.
+        # Until it is locked the folder has no lock file, so it does not count as a leftover.
         unnamed = folder / f".{_LOCK}"
         with unnamed.open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -37,11 +37,11 @@ def run_folder() -> Iterator[Path]:
 
 
 def remove_leftovers() -> None:
-    """Remove this user's folders of servers that were killed: those whose lock nobody holds."""
+    """Remove this user's folders of killed servers: those whose lock no process holds."""
     import fcntl
 
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        with suppress(OSError):  # another user's, in use, or gone meanwhile
+        with suppress(OSError):  # another user's, in use, or already removed
             if folder.is_symlink() or folder.stat().st_uid != os.getuid():
                 continue
             with (folder / _LOCK).open("r+") as lock:

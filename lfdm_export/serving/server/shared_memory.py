@@ -1,8 +1,7 @@
-"""The shared memory of servers: private, and removed by whoever finds its owner gone.
+"""The shared memory of servers: private, and removed by the next server once its owner has ended.
 
-Each server's regions begin with a prefix of its own. Its owner holds a lock on a file of that prefix among them, which
-the system lets go however a process ends. Process numbers would not do: of another container that shares /dev/shm they
-mean other processes here.
+Each server's regions begin with their own prefix. The owner holds a lock on a file with that prefix, which the system
+releases however the process ends. Process ids would not work: a container that shares /dev/shm has other ids.
 """
 
 from __future__ import annotations
@@ -14,19 +13,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _FOLDER = Path("/dev/shm")
-#: What the names of our servers' regions begin with; the process id of lfdm-serve follows, for people.
+#: Prefix of the names of all servers' regions; lfdm-serve's process id follows, for readers of a listing.
 _PREFIX = "lfdm_serve_"
 _LOCK = "lock"
 
 
 @contextmanager
 def own_prefix() -> Iterator[str]:
-    """What the names of one server's regions are to begin with; all that begin with it are removed at the end."""
-    import fcntl  # which not every system has that imports this module
+    """Yield a name prefix for one server's regions; all regions with it are removed at the end."""
+    import fcntl  # missing on some systems that import this module
 
     remove_orphans()
     prefix = f"{_PREFIX}{os.getpid()}_{secrets.token_hex(4)}_"
-    # Until it is locked it has another name, and so counts as nobody's.
+    # Until it is locked the file has another name, so it does not count as an orphan's.
     unnamed = _FOLDER / f".{prefix}{_LOCK}"
     with open(unnamed, "w", opener=_privately) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -38,11 +37,11 @@ def own_prefix() -> Iterator[str]:
 
 
 def remove_shared_memory(prefix: str, keep: Sequence[str] = ()) -> None:
-    """Remove regions that killed processes left behind; the lock stays.
+    """Remove the regions of killed processes; the lock stays.
 
     Args:
-        prefix: what the names of the server's regions begin with.
-        keep: names of those in use.
+        prefix: prefix of the names of the server's regions.
+        keep: names of regions in use.
     """
     for path in regions(prefix):
         if path.name not in keep:
@@ -56,24 +55,24 @@ def regions(prefix: str) -> list[Path]:
 
 
 def make_private(prefix: str) -> None:
-    """Let only this user read a server's regions, where the kernel let the server open them to everybody."""
+    """Let only this user read a server's regions, if the kernel let the server make them readable for all."""
     for path in regions(prefix):
         with suppress(OSError):
             path.chmod(0o600)
 
 
 def remove_orphans() -> None:
-    """Remove regions whose lfdm-serve is gone, killed for instance: those whose lock nobody holds."""
+    """Remove the regions of ended (for example killed) servers: those whose lock no process holds."""
     import fcntl
 
     for path in _FOLDER.glob(f"{_PREFIX}*_{_LOCK}"):
-        with suppress(OSError), path.open("r+") as lock:  # another user's, in use, or gone meanwhile
+        with suppress(OSError), path.open("r+") as lock:  # another user's, in use, or already removed
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove_all(path.name.removesuffix(_LOCK))
 
 
 def _remove_all(prefix: str) -> None:
-    """Remove a server's regions, then the lock that says whose they are."""
+    """Remove a server's regions, then its lock."""
     remove_shared_memory(prefix)
     with suppress(OSError):
         (_FOLDER / f"{prefix}{_LOCK}").unlink()

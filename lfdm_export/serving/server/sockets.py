@@ -1,4 +1,4 @@
-"""Where one server process listens: sockets in a folder that only its user can enter, and no port at all."""
+"""The sockets of one server process, in a folder that only its user can enter; it opens no port."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lfdm_export.errors import ServerError
 
-#: Bytes of a socket's path. Source: unix(7), sun_path.
+#: Maximum bytes of a socket's path. Source: unix(7), sun_path.
 _MOST = 107
 
 
@@ -17,8 +17,8 @@ class Sockets:
 
     Attributes:
         folder: private, and empty before the process starts.
-        http_port, grpc_port: those of the front. Nothing listens there for the server: they tell people which server is
-            whose in a list of processes.
+        http_port, grpc_port: ports of the front. The server itself does not listen there: they only identify it in a
+            list of processes.
     """
 
     folder: Path
@@ -39,20 +39,20 @@ class Sockets:
 
     @property
     def _grpc(self) -> Path:
-        return self.folder / f"grpc:{self.grpc_port}"  # Triton puts the port behind what it takes for an address
+        return self.folder / f"grpc:{self.grpc_port}"  # Triton appends the port to the address
 
     @property
     def grpc_target(self) -> str:
-        """What gRPC calls the server's socket."""
+        """The gRPC address of the server's socket."""
         return f"unix:{self._grpc}"
 
     @property
     def metrics(self) -> Path:
-        """The socket of the page of metrics, over HTTP."""
+        """The socket of the metrics page, over HTTP."""
         return self.folder / "metrics"
 
     def arguments(self) -> list[str]:
-        """For `tritonserver`. HTTP is off: what it reads could end the server."""
+        """Arguments for `tritonserver`. HTTP is off: some inputs to its HTTP server can end the process."""
         return [
             "--allow-http=false",
             f"--http-port={self.http_port}",

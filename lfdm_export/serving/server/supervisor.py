@@ -1,4 +1,4 @@
-"""A Triton server from start to stop: started on a repository, put behind the front, watched, drained."""
+"""A Triton server from start to stop: started on a repository behind the front, watched, restarted, drained."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Starts in a row that may fail until there is no use in more.
+#: Failed starts in a row after which the supervisor gives up.
 _MOST_STARTS = 5
-#: Seconds until the next start: nothing after the first end, then so much, doubled up to the longest.
+#: Seconds until the next start: zero after the first end, then the first value, doubled up to the second.
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
-#: A server that ran for so many seconds is started again at once.
+#: A server that ran for this many seconds is restarted at once.
 _LONG = 60.0
 _LOOK = 0.1
 
 
 class TritonServer:
-    """A running server behind its front: ready when made, started again when it dies, stopped when left.
+    """A running server behind its front: ready after construction, restarted if it dies, stopped by `__exit__`.
 
-    It ends with the thread that makes it, however that ends: nobody would stop it then.
+    It ends with the thread that constructs it, however that thread ends.
 
     Attributes:
-        options: with the ports that were taken.
-        region_prefix: what the names of its shared memory begin with.
+        options: the options, with the actual ports.
+        region_prefix: prefix of the names of its shared memory regions.
     """
 
     def __init__(self, files: ServerFiles, repository: Path, options: ServerOptions) -> None:
-        """Start a server, wait until all its models are ready, and let clients in.
+        """Start a server, wait until all its models are ready, and accept clients.
 
         Args:
-            files: what to start.
-            repository: the models.
-            options: how.
+            files: paths of the server.
+            repository: the model repository.
+            options: the server's options.
 
         Raises:
-            InputError: a port is taken, the host is no address of this machine, or a file cannot be used.
+            InputError: a port is in use, the host is not an address of this machine, or a file cannot be used.
             MissingDependencyError: a package that the front needs is not installed.
-            ServerError: it does not become ready; the message has what it said last.
+            ServerError: the server does not become ready; the message has its last log lines.
         """
         front_class, read_access = _import_front()
         self.options = options.with_ports()
@@ -97,12 +97,12 @@ class TritonServer:
 
     @property
     def running(self) -> bool:
-        """Whether it serves, or is being started again."""
+        """Whether the server serves or is being restarted."""
         return self._ended.is_alive() and not self._stopping.is_set()
 
     @property
     def control(self) -> Control:
-        """Of the server process that runs now."""
+        """The control client of the current server process."""
         return self._process.control
 
     @property
@@ -111,11 +111,11 @@ class TritonServer:
         return self._process.process_id
 
     def last_words(self) -> str:
-        """The last errors that the server logged, in one line."""
+        """The server's last logged errors, in one line."""
         return self._failure or self._process.last_words()
 
     def stop(self) -> None:
-        """Refuse new requests, wait for those in flight, end the server and what it leaves behind."""
+        """Refuse new requests, wait for those in flight, stop the server and clean up."""
         if not self._front.drain(self.options.drain_timeout):
             logger.warning("some requests were not done within %g s; they fail", self.options.drain_timeout)
         self._stopping.set()
@@ -126,7 +126,7 @@ class TritonServer:
         self._stack.close()
 
     def kill(self) -> None:
-        """End the server now, also while `stop` waits."""
+        """Kill the server now, also while `stop` waits."""
         self._stopping.set()
         self._front.close()
         self._process.kill()
@@ -157,7 +157,7 @@ class TritonServer:
         logger.error("the process of %s has died: it is loaded again; %d requests in flight get an error", model, count)
 
     def _supervise(self) -> None:
-        """Start the server again whenever it ends; on a thread that lives as long as what it starts."""
+        """Restart the server whenever it ends; the thread must live as long as the process that it starts."""
         pause = 0.0
         while not self._stopping.is_set():
             began = time.monotonic()
@@ -171,14 +171,14 @@ class TritonServer:
                 lost,
             )
             self._unwatch()
-            self._process.kill()  # what it leaves behind
+            self._process.kill()  # cleans up
             pause = 0.0 if time.monotonic() > began + _LONG else pause
             if not self._restart(pause):
                 return
             pause = min(max(_FIRST_PAUSE, 2 * pause), _LONGEST_PAUSE)
 
     def _restart(self, pause: float) -> bool:
-        """Start again, and let clients in; False if it is of no use, or we are stopping."""
+        """Restart the server, and accept clients; False if it keeps failing, or is being stopped."""
         for _ in range(_MOST_STARTS):
             if self._stopping.wait(pause):
                 return False
@@ -201,13 +201,13 @@ class TritonServer:
 
 
 def wait_for_signal(server: TritonServer, numbers: Sequence[int] = (signal.SIGINT, signal.SIGTERM)) -> int:
-    """Wait until one of the signals comes; a second one ends the server without draining it.
+    """Wait for one of the signals; a second one kills the server without draining it.
 
     Returns:
         The signal's number.
 
     Raises:
-        ServerError: the server ended by itself, and could not be started again.
+        ServerError: the server ended by itself, and could not be restarted.
     """
     came: list[int] = []
 

@@ -1,7 +1,7 @@
-"""Notices Python models whose process died or hangs, and loads them again: the server itself does neither.
+"""Finds Python models whose process died or hangs, and reloads them: the server itself does neither.
 
-A killed process shows in the system's list of processes at once, which costs nothing to look at. That one lives but
-answers nothing is found by small real requests, to those models that have such.
+A killed process is missing from the system's process list at once, which is cheap to read. A hanging process is found
+by small real requests, to those models that support such.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from lfdm_export.serving.server.shared_memory import make_private, remove_shared
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks at the processes, and between two probing requests.
+#: Seconds between two checks of the processes, and between two probes.
 LOOK_EVERY, PROBE_EVERY = 0.3, 5.0
-#: A probe that is not answered for so many seconds means that its model hangs: it must wait for whom it follows.
+#: Timeout in seconds of a probe, after which its model counts as hanging; it includes the wait for earlier requests.
 PROBE_TIMEOUT = 30.0
-#: Seconds after which a model that could not be loaded is tried again: first, and at most.
+#: Seconds until a failed load is retried: at first, and at most.
 RETRY, LONGEST_RETRY = 1.0, 30.0
 _STUB = "triton_python_backend_stub"
 
-#: Requests that are answered at once, whatever their model is at.
+#: Requests that a model answers at once, whatever else it is doing.
 _PROBES: Mapping[str, tuple[Sequence[WireTensor], Mapping[str, Array]]] = {
     PREPROCESS_MODEL: (IMAGE_INPUTS, {"image": np.zeros((1, 1, 3), np.uint8)}),
     SAMPLE_MODEL: ((CANCEL_INPUT,), {CANCEL_INPUT.name: np.array([b""], np.object_)}),
@@ -45,9 +45,9 @@ class Stub:
     """The process of a Python model.
 
     Attributes:
-        model: its name.
-        pid: of the process.
-        region: name of its shared memory.
+        model: name of the model.
+        pid: process id.
+        region: name of its shared memory region.
     """
 
     model: str
@@ -56,10 +56,10 @@ class Stub:
 
 
 def live_stubs(region_prefix: str) -> list[Stub]:
-    """The processes of Python models of one server that are alive, also where the server itself is gone.
+    """The live processes of one server's Python models, even if the server itself has ended.
 
     Args:
-        region_prefix: what the names of the server's shared memory begin with.
+        region_prefix: prefix of the names of the server's shared memory regions.
     """
     found = []
     for entry in os.listdir("/proc"):  # noqa: PTH208 (thrice a second: no objects for names)
@@ -68,15 +68,15 @@ def live_stubs(region_prefix: str) -> list[Stub]:
         try:
             arguments = Path(f"/proc/{entry}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
         except OSError:
-            continue  # gone meanwhile
-        # A dead one that nobody has waited for has no arguments any more.
+            continue  # the process has ended
+        # A zombie process has no arguments.
         if len(arguments) > 2 and arguments[0].endswith(_STUB) and arguments[2].startswith(region_prefix):
             found.append(Stub(Path(arguments[1]).parent.parent.name, int(entry), arguments[2]))
     return found
 
 
 class Watchdog:
-    """Watches a server's models on a thread of its own."""
+    """Watches a server's models on its own thread."""
 
     def __init__(
         self, control: Control, models: Sequence[str], region_prefix: str, died: Callable[[str], None]
@@ -84,9 +84,9 @@ class Watchdog:
         """Start to watch.
 
         Args:
-            control: of the server.
-            models: the Python models that should live.
-            region_prefix: what the names of the server's shared memory begin with.
+            control: the server's control client.
+            models: the Python models that should be running.
+            region_prefix: prefix of the names of the server's shared memory regions.
             died: called with the name of a model whose process has died, before it is loaded again.
         """
         self._control, self._models, self._prefix, self._died = control, tuple(models), region_prefix, died
@@ -99,7 +99,7 @@ class Watchdog:
             thread.start()
 
     def stop(self) -> None:
-        """End; a reload that is under way is waited for."""
+        """Stop watching; waits for a reload in progress."""
         self._stop.set()
         for thread in self._threads:
             thread.join(PROBE_TIMEOUT)
@@ -119,7 +119,7 @@ class Watchdog:
                     not_before[model] = time.monotonic() + wait[model]
 
     def _reload(self, model: str) -> bool:
-        """Unload and load a model: only that makes a new process; whether it lives again."""
+        """Unload and load a model, which starts a new process; returns whether that succeeded."""
         began = time.monotonic()
         self._died(model)
         try:
@@ -144,7 +144,7 @@ class Watchdog:
         try:
             self._control.infer(model, *_PROBES[model], timeout=PROBE_TIMEOUT)
         except ServerError as error:
-            # One that died meanwhile is the other thread's business; one that is being loaded answers NOT_FOUND.
+            # The other thread handles a process that has died; a model that is being loaded answers NOT_FOUND.
             if (
                 error.code not in ("UNAVAILABLE", "DEADLINE_EXCEEDED")
                 or not stubs

@@ -1,4 +1,4 @@
-"""`config.pbtxt` of every model, made as Triton's own protobuf message and written in protobuf's own text format."""
+"""`config.pbtxt` of every model, built as Triton's protobuf message and written in protobuf's text format."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lfdm_export.serving.triton.interfaces import (
 from lfdm_export.serving.triton.settings import ServingSettings
 from lfdm_export.stages import Geometry, StageSpec, stage_specs
 
-#: What runs encode and decode: our own runner in a Python model, or one of Triton's backends.
+#: What runs encode and decode: a Python model of this project, or one of Triton's backends.
 TritonEngine = Literal["python", "onnxruntime", "tensorrt"]
 #: Name of the engine's file in a version's folder.
 ENGINE_FILES: Mapping[TritonEngine, str] = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
-#: Key of `lfdm_decode`: the model that runs a chunk, where it does not run it itself.
+#: Parameter of `lfdm_decode`: the model that runs a chunk, if `lfdm_decode` does not run it itself.
 DECODE_MODEL_PARAMETER = "decode_model"
-#: How long a run of encode or decode waits for requests of other clips to share it with, in microseconds.
+#: Microseconds that encode or decode waits for requests of other clips to batch with.
 _QUEUE_DELAY = 500
 
 
@@ -38,9 +38,9 @@ def model_configs(
     """The configuration of every model of a repository.
 
     Args:
-        geometry: of the bundle; None leaves all sizes open, for any bundle.
-        settings: what the models are told.
-        facts: what clients are told.
+        geometry: geometry of the bundle; None leaves all sizes open, for any bundle.
+        settings: settings of the models.
+        facts: facts about the model for clients.
         engines: what runs encode and decode.
 
     Returns:
@@ -73,7 +73,7 @@ def config_text(config: Any) -> str:
 
 
 def _sizes(geometry: Geometry) -> dict[str, int]:
-    """What the contract's named axes are; those that differ from request to request are not there."""
+    """Sizes of the contract's named axes, without those that vary per request."""
     return {
         "size": geometry.image_size,
         "frames": geometry.frames,
@@ -83,7 +83,7 @@ def _sizes(geometry: Geometry) -> dict[str, int]:
 
 
 def _python_config(interface: ModelInterface, sizes: Mapping[str, int], settings: ServingSettings) -> Any:
-    """A Python model: one process, which batches by itself, if it does."""
+    """A Python model: one process; any batching is the model's own."""
     config = _config(interface, sizes)
     config.backend = "python"
     config.instance_group.add(count=1, kind=messages().ModelInstanceGroup.KIND_CPU)
@@ -93,7 +93,7 @@ def _python_config(interface: ModelInterface, sizes: Mapping[str, int], settings
 
 
 def _engine_config(interface: ModelInterface, stage: StageSpec, sizes: Mapping[str, int], engines: TritonEngine) -> Any:
-    """A stage that one of Triton's backends runs, with the requests of several clips in one batch."""
+    """A stage that one of Triton's backends runs, with requests of several clips in one batch."""
     config = _config(interface, sizes, batched=True)
     config.backend = engines
     config.max_batch_size = stage.batch[2]
@@ -104,30 +104,30 @@ def _engine_config(interface: ModelInterface, stage: StageSpec, sizes: Mapping[s
 
 
 def _decode_on_gpu(config: Any) -> None:
-    """Let the model that takes a clip through another one's runs leave tensors on the GPU."""
+    """Let `lfdm_decode`, which calls the chunk model, leave tensors on the GPU."""
     config.parameters[DECODE_MODEL_PARAMETER].string_value = DECODE_CHUNK_MODEL
     config.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value = "no"
     config.instance_group[0].kind = messages().ModelInstanceGroup.KIND_GPU
 
 
 def _ensemble_config(known: Mapping[str, ModelInterface], sizes: Mapping[str, int]) -> Any:
-    """The steps in order: an input is what an earlier step gave of that name, else the ensemble's own."""
+    """The steps in order: an input comes from the earlier output of that name, else from the request."""
     clip = known[CLIP_MODEL]
     config = _config(clip, sizes)
     config.platform = "ensemble"
-    asked = {tensor.name for tensor in clip.inputs}
+    from_request = {tensor.name for tensor in clip.inputs}
     wanted = {tensor.name for tensor in clip.outputs}
     wanted |= {tensor.name for name in STEP_MODELS for tensor in known[name].inputs}
     made: dict[str, str] = {}
     for name in STEP_MODELS:
         step = config.ensemble_scheduling.step.add(model_name=name, model_version=-1)
         for tensor in known[name].inputs:
-            if tensor.name in made or tensor.name in asked:
+            if tensor.name in made or tensor.name in from_request:
                 step.input_map[tensor.name] = made.get(tensor.name, tensor.name)
         for tensor in known[name].outputs:
             if tensor.name in wanted:
-                # What the request gave and what a step made of it go by different names in the ensemble.
-                made[tensor.name] = f"ready_{tensor.name}" if tensor.name in asked else tensor.name
+                # A request's tensor and the output that a step makes of it need different names in the ensemble.
+                made[tensor.name] = f"ready_{tensor.name}" if tensor.name in from_request else tensor.name
                 step.output_map[tensor.name] = made[tensor.name]
     return config
 
@@ -149,13 +149,13 @@ def _data_type(tensor: WireTensor) -> int:
 
 
 def _dims(tensor: WireTensor, sizes: Mapping[str, int], *, batched: bool) -> list[int]:
-    """Axes as Triton writes them, -1 for open ones; without the batch where Triton adds it itself."""
+    """Axes as Triton writes them, -1 for open ones; without the batch axis if Triton adds it itself."""
     axes = tensor.shape[1:] if batched else tensor.shape
     return [sizes.get(axis, -1) if isinstance(axis, str) else axis for axis in axes]
 
 
 def messages() -> Any:
-    """Triton's protobuf messages of a model's configuration.
+    """Triton's protobuf messages for model configurations.
 
     Raises:
         MissingDependencyError: tritonclient is not installed.

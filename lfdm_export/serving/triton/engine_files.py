@@ -1,4 +1,4 @@
-"""Plans and graphs that Triton's own backends run: copied out of a bundle, and compared with it before they serve."""
+"""Plans and graphs for Triton's own backends: copied from a bundle, and compared with it before they are served."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from lfdm_export.protocol.contract import ENCODE_MODEL
 from lfdm_export.serving.triton.config import ENGINE_FILES, TritonEngine
 from lfdm_export.serving.triton.interfaces import DECODE_CHUNK_MODEL
 
-#: The one version of every model.
+#: The only version of every model.
 VERSION = "1"
-#: Stages that an engine of Triton may run, by the model that is that engine.
+#: Stages that Triton's backends may run, by the model that runs them.
 _STAGES: Mapping[str, str] = {ENCODE_MODEL: "encode", DECODE_CHUNK_MODEL: "decode"}
-#: The record of a plan, beside it; Triton looks at nothing in a version's folder but the file that it is told.
+#: The record beside a plan; Triton reads only the configured file of a version's folder.
 _RECORD = "model.json"
 
 
 def place_engines(bundle: Bundle, engines: TritonEngine, repository: Path) -> None:
-    """Put plans with their records, or graphs with the weights beside them, where Triton looks for its models.
+    """Copy plans with their records, or graphs with their weights, into the models' folders.
 
     Args:
-        bundle: whose files were found whole.
+        bundle: a bundle whose files have been checked.
         engines: "onnxruntime" or "tensorrt".
-        repository: its models' folders are there.
+        repository: a repository that has the models' folders.
 
     Raises:
-        EngineError: there is no plan, or none that another program can run.
+        EngineError: the bundle has no plan, or none that another program can run.
         OSError: a file cannot be copied.
     """
     for model, stage in _STAGES.items():
@@ -52,19 +52,19 @@ def place_engines(bundle: Bundle, engines: TritonEngine, repository: Path) -> No
 
 
 def check_engines(bundle: Bundle, repository: Path) -> None:
-    """See that what Triton's backends were given is still of the bundle, and for the GPUs that are here.
+    """Check that the files of Triton's backends belong to the bundle and fit this machine's GPUs.
 
     Args:
-        bundle: that the other models of the repository serve.
-        repository: which Triton loads.
+        bundle: the bundle that the repository's other models serve.
+        repository: the repository that Triton loads.
 
     Raises:
-        EngineError: it is not; the message says what to do.
+        EngineError: they do not; the message says what to do.
     """
     for model, stage in _STAGES.items():
         folder = repository / model / VERSION
         for engines, name in ENGINE_FILES.items():
-            if (folder / name).is_file():  # else another backend serves that model
+            if (folder / name).is_file():  # else another backend runs that model
                 try:
                     _check(bundle, stage, engines, folder, gpus=find_gpus()[0])
                 except EngineError as error:
@@ -72,7 +72,7 @@ def check_engines(bundle: Bundle, repository: Path) -> None:
 
 
 def _check(bundle: Bundle, stage: str, engines: TritonEngine, folder: Path, *, gpus: Collection[Gpu]) -> None:
-    """Compare copies with what they were copied from."""
+    """Compare copies with their originals."""
     engine = folder / ENGINE_FILES[engines]
     if engines == "tensorrt":
         check_plan_alone(bundle, stage, TENSORRT.name, engine, folder / _RECORD, gpus)

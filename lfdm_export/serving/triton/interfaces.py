@@ -1,4 +1,4 @@
-"""What goes into and comes out of each Triton model, made of the stages' own specifications and the contract."""
+"""Inputs and outputs of each Triton model, derived from the stages' specifications and the contract."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from lfdm_export.protocol.contract import (
 )
 from lfdm_export.stages import COEFFICIENTS, Geometry, StageSpec, TensorSpec, stage_specs
 
-#: A run of decode as a model of its own, where an engine of Triton runs it; `lfdm_decode` calls it for each chunk.
+#: The model that runs decode if one of Triton's backends does; `lfdm_decode` calls it once per chunk.
 DECODE_CHUNK_MODEL = "lfdm_decode_chunk"
 
-#: Sizes of no particular model: only its number of encoder levels counts.
+#: Placeholder sizes: only the number of encoder levels is used.
 ANY_GEOMETRY = Geometry(
     image_size=128,
     latent_size=32,
@@ -43,11 +43,11 @@ ANY_GEOMETRY = Geometry(
 )
 _WIRE: Mapping[str, WireType] = {"float32": "FP32", "int64": "INT64"}
 
-#: The photograph as the model takes it, RGB.
+#: The model's input picture, RGB.
 PIXELS = WireTensor("pixels", "UINT8", ("size", "size", 3))
 SEED = WireTensor("seed", "INT64", (1,))
 GUIDANCE_SCALE = WireTensor("guidance_scale", "FP32", (1,))
-# A `SamplerTable`, row by row.
+# The rows of a `SamplerTable`.
 TIMESTEPS = WireTensor("timesteps", "INT64", ("steps",))
 COEFFICIENT_ROWS = WireTensor("coefficients", "FP32", ("steps", COEFFICIENTS))
 DRAWS_NOISE = WireTensor("draws_noise", "BOOL", ("steps",))
@@ -57,11 +57,11 @@ SAMPLE_TIMINGS = WireTensor("sample_timings", "FP32", (3,))
 
 @dataclass(frozen=True)
 class ModelInterface:
-    """One Triton model from outside.
+    """Inputs and outputs of one Triton model.
 
     Attributes:
-        name: of the model.
-        inputs, outputs: in order.
+        name: name of the model.
+        inputs, outputs: its tensors, in order.
     """
 
     name: str
@@ -70,17 +70,17 @@ class ModelInterface:
 
 
 def wire_tensor(tensor: TensorSpec, *, exact: bool = True) -> WireTensor:
-    """A stage's tensor as Triton sees it; with every axis open unless `exact`."""
+    """A stage's tensor as a Triton tensor; every axis is open unless `exact`."""
     shape = tensor.shape if exact else tuple(f"axis_{index}" for index in range(len(tensor.shape)))
     return WireTensor(tensor.name, _WIRE[tensor.dtype], shape)
 
 
 def interfaces(geometry: Geometry | None) -> dict[str, ModelInterface]:
-    """Every model of a repository by its name, the ensemble's steps in order, then the ensemble and the stream.
+    """All models of a repository by name: the ensemble's steps in order, then the ensemble and the stream.
 
     Args:
-        geometry: gives the stages' shapes; axes that the contract names stay names. None leaves all axes of
-            the stages open: that fits every model with as many encoder levels as the published ones have.
+        geometry: determines the stages' shapes; axes that the contract names stay names. None leaves all axes of
+            the stages open, which fits every model with as many encoder levels as the published ones.
     """
     encode = stage_specs(geometry or ANY_GEOMETRY)["encode"]
     image, *skips, context = (
@@ -90,7 +90,7 @@ def interfaces(geometry: Geometry | None) -> dict[str, ModelInterface]:
     sampler = (replace(embedding, optional=False), SEED, GUIDANCE_SCALE, TIMESTEPS, COEFFICIENT_ROWS, DRAWS_NOISE)
     outputs = {tensor.name: tensor for tensor in CLIP_OUTPUTS}
     latent, used_seed = (replace(outputs[name], optional=False) for name in ("latent", USED_SEED.name))
-    # A cancelling request to the sampler has none of the others.
+    # A cancel request to the sampler has none of the other inputs.
     sample_inputs = (*(replace(tensor, optional=True) for tensor in (context, *sampler)), CANCEL_INPUT)
     decoded = (outputs["frames"], outputs["warped"], outputs["timings"])
     found = (
@@ -106,7 +106,7 @@ def interfaces(geometry: Geometry | None) -> dict[str, ModelInterface]:
 
 
 def engine_interface(name: str, stage: StageSpec, *, exact: bool = True) -> ModelInterface:
-    """A stage as a model that one of Triton's engines runs: its graph's own inputs and outputs."""
+    """A stage as a model that one of Triton's backends runs, with the graph's own inputs and outputs."""
     inputs, outputs = (
         tuple(wire_tensor(tensor, exact=exact) for tensor in tensors) for tensors in (stage.inputs, stage.outputs)
     )

@@ -1,4 +1,4 @@
-"""A Triton model repository out of a bundle: configurations, thin `model.py` files, engines."""
+"""Writes a Triton model repository for a bundle: configurations, thin `model.py` files, engines."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _CLASSES: Mapping[str, str] = {
     DECODE_MODEL: "decode.DecodeModel",
     STREAM_MODEL: "stream.StreamModel",
 }
-#: Where a bundle lies inside a repository: Triton takes every folder of a repository for a model, and looks at nothing
-#: in a model's folder but its configuration and its versions.
+#: Where a bundle lies inside a repository: Triton treats every top-level folder as a model, and in a model's folder
+#: reads only the configuration and the versions.
 BUNDLE_PLACE = f"{SAMPLE_MODEL}/bundle"
-#: Keeps the folder of the ensemble's version, which has no file, where only files are kept.
+#: Keeps the empty folder of the ensemble's version in Git.
 _PLACEHOLDER = ".gitkeep"
 
 
@@ -56,12 +56,12 @@ def write_repository(
     """Write a repository that serves one bundle, with its exact shapes.
 
     Args:
-        bundle: what is served.
-        target: folder of the repository; one that was written earlier is replaced.
-        settings: how it is served; its `bundle` is set here.
-        engines: what runs encode and decode: "python" for our own runner, which serves everywhere; "onnxruntime" or
-            "tensorrt" for Triton's backends of NVIDIA's container, with the bundle's graphs or plans as their models.
-        copy_bundle: put a copy of the bundle into the repository, so that it can be moved; else refer to its path.
+        bundle: the bundle to serve.
+        target: folder of the repository; an earlier repository is replaced.
+        settings: settings of the models; `bundle` is set here.
+        engines: what runs encode and decode: "python" for this project's Python models, which run everywhere;
+            "onnxruntime" or "tensorrt" for Triton's backends of NVIDIA's container, with the bundle's graphs or plans.
+        copy_bundle: copy the bundle into the repository, so that it can be moved; else refer to the bundle's path.
 
     Returns:
         The repository's path.
@@ -88,7 +88,7 @@ def write_repository(
 
 
 def write_open_repository(target: str | os.PathLike[str]) -> Path:
-    """Write the repository for any bundle, which the environment variable LFDM_BUNDLE names: all sizes are open.
+    """Write a repository with open sizes for any bundle, which the environment variable LFDM_BUNDLE names.
 
     Raises:
         ExportError: something else is at `target`, or it cannot be written.
@@ -98,21 +98,23 @@ def write_open_repository(target: str | os.PathLike[str]) -> Path:
 
 
 def require_apart(bundle: str | os.PathLike[str], repository: str | os.PathLike[str]) -> None:
-    """Refuse a repository inside the bundle that it serves, in its place, or around it.
+    """Refuse a repository that is, contains or lies inside the bundle that it serves.
 
     Raises:
-        ExportError: one lies in the other.
+        ExportError: one folder lies in the other.
     """
     here, there = user_path(bundle).resolve(), user_path(repository).resolve()
     if there == here or here in there.parents or there in here.parents:
-        raise ExportError(f"the repository {there} and the bundle {here} lie one in the other; choose another folder")
+        raise ExportError(
+            f"the repository {there} and the bundle {here} must not contain each other; choose another folder"
+        )
 
 
 def _write(path: str | os.PathLike[str], fill: Callable[[Path], None]) -> Path:
-    """Fill a folder beside the target, and put it in its place."""
+    """Fill a folder beside the target, and move it to the target."""
     target = user_path(path)
     if target.exists() and not (target / CLIP_MODEL / "config.pbtxt").is_file() and not _is_empty_folder(target):
-        raise ExportError(f"{target} is there and is no model repository of this program; choose another folder")
+        raise ExportError(f"{target} exists and is not a model repository of this program; choose another folder")
     try:
         place = destination(target).path
         with temporary_folder(place) as part:
@@ -130,7 +132,7 @@ def _is_empty_folder(path: Path) -> bool:
 def _write_models(
     folder: Path, geometry: Geometry | None, settings: ServingSettings, facts: ModelFacts | None, engines: TritonEngine
 ) -> None:
-    """Every model's folder: configuration, and in its one version what runs it."""
+    """Write every model's folder: its configuration and its only version."""
     for name, config in model_configs(geometry, settings, facts=facts, engines=engines).items():
         version = folder / name / VERSION
         version.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""How a bundle is served: chosen once, written into each model's configuration, read back by the models."""
+"""Settings of the served models: chosen once, written into each model's configuration, read back by the models."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from lfdm_export.engines.targets import AUTO, check_target_name, device_names
 from lfdm_export.errors import InputError
 from lfdm_export.protocol.requests import Limits
 
-#: Where the bundle is, for a configuration that does not say it.
+#: Environment variable that names the bundle if the configuration does not.
 BUNDLE_VARIABLE = "LFDM_BUNDLE"
-#: What the parameters of a configuration that are limits begin with.
+#: Prefix of the limits among a configuration's parameters.
 _LIMIT = "limit_"
 
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """What every model of a repository is told.
+    """Settings of all models of a repository.
 
     Attributes:
-        bundle: folder of the bundle; relative to the repository; empty for what LFDM_BUNDLE says.
-        slots: samples that the sampler runs together at most; see `lfdm_export.batching.step_batcher` for how many.
+        bundle: folder of the bundle, relative to the repository; empty to use LFDM_BUNDLE.
+        slots: maximum number of samples that the sampler runs together.
         queue_limit: requests that may wait for a slot; more are refused.
-        policy: "step": samples join and leave at each step; or one to compare that with, as MODULE:CLASS; see
+        policy: "step": samples join and leave at each step; or another policy to compare, as MODULE:CLASS; see
             `lfdm_export.batching.order`.
-        fixed_batch: run all slots at each step, empty or not, so that a clip has the same bits in any company.
-        threads: of each engine; 0 takes all cores.
-        target: what runs the stages, see `engines.targets`; "auto" for the best that the bundle and machine have.
-        device: where ONNX Runtime runs; see `OnnxRuntimeEngine`.
-        limits: of a request.
-        self_check: each model takes a target only after it was compared on this machine; not needed where whoever
-            starts the server has done so.
+        fixed_batch: run all slots at each step, empty or not, so that a clip's bits do not depend on other clips.
+        threads: threads per engine; 0 uses all cores.
+        target: what runs the stages, one of `engines.targets`; "auto" for the best that the bundle and machine support.
+        device: device of ONNX Runtime: "cpu" or "cuda".
+        limits: limits of a request.
+        self_check: each model uses a target only after a self-check on this machine; not needed if the program that
+            starts the server has made it.
     """
 
     bundle: str = ""
@@ -64,14 +64,14 @@ class ServingSettings:
         find_policy(self.policy)
 
     def to_parameters(self) -> dict[str, str]:
-        """As the string parameters of a Triton model's configuration."""
+        """The settings as string parameters of a Triton model's configuration."""
         own = {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self) if entry.name != "limits"}
         limits = {_LIMIT + entry.name: _plain(getattr(self.limits, entry.name)) for entry in fields(Limits)}
         return own | limits
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> ServingSettings:
-        """What `to_parameters` gave; what is not there has its default, other parameters are left alone.
+        """Read the result of `to_parameters`; a missing parameter has its default, unknown ones are ignored.
 
         Raises:
             InputError: a value cannot be read, or is out of range.
@@ -88,21 +88,21 @@ class ServingSettings:
         return cls(**found, limits=Limits(**known))
 
     def bundle_folder(self, repository: Path) -> Path:
-        """Where the bundle is.
+        """The bundle's folder.
 
         Args:
             repository: the model repository, to which a relative path is relative.
 
         Raises:
-            InputError: neither `bundle` nor the environment says.
+            InputError: neither `bundle` nor the environment names a bundle.
         """
-        said = self.bundle or os.environ.get(BUNDLE_VARIABLE, "")
-        if not said:
+        name = self.bundle or os.environ.get(BUNDLE_VARIABLE, "")
+        if not name:
             raise InputError(
                 f"no bundle is named: set the environment variable {BUNDLE_VARIABLE} to the folder that lfdm-export "
                 "wrote, or the parameter 'bundle' in the model's config.pbtxt"
             )
-        return repository / said
+        return repository / name
 
 
 def _plain(value: object) -> str:
@@ -110,7 +110,7 @@ def _plain(value: object) -> str:
 
 
 def _read(parameters: Mapping[str, str], name: str, default: Any) -> Any:
-    """A parameter, as what its default is."""
+    """A parameter, converted to the type of its default."""
     text = parameters.get(name)
     if text is None or isinstance(default, str):
         return default if text is None else text

@@ -1,4 +1,4 @@
-"""The recipes of `lfdm-train`: data, networks and settings combined into a run."""
+"""Training runs of `lfdm-train`: each combines data, networks and settings."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ _OWN_TEXT_WIDTH = 64
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The clips to train on.
+    """The training clips.
 
     Attributes:
         name: name of the data set.
-        root: its folder; None for the procedural one.
+        root: its folder; None for the procedural data set.
         image_size: pixels per side.
         frames: frames per clip.
-        subjects: subjects of the training split, instead of the default (MHAD, NATOPS).
-        pool: for the procedural set: number of clips, all kept in memory; 0 for unlimited clips.
-        jitter: change colors; the procedural set ignores it, because its colors vary by themselves.
+        subjects: subjects of the training split; None for the default ones. Only for MHAD and NATOPS.
+        jitter: whether colors are jittered; never for the procedural data set, whose colors vary already.
+        pool: number of clips of the procedural data set, all kept in memory; 0 for new clips without end.
     """
 
     name: DataName = "procedural"
@@ -64,7 +64,7 @@ class DataSettings:
         """Open the clips.
 
         Raises:
-            TrainingError: the folder is missing, is not needed, or has no clips.
+            TrainingError: the folder is missing, has no clips, or an option does not apply to the data set.
         """
         if self.name == "procedural":
             if self.root is not None:
@@ -103,7 +103,7 @@ class DataSettings:
 
 
 def network_config(size: Size, data: DataName) -> LfdmConfig:
-    """The architecture: a small one, or the published one for a data set."""
+    """The architecture: the small one, or the published one for a data set."""
     if size == "small":
         return SMALL
     return LfdmConfig(LfaeConfig(region_pad=REGION_PAD.get(data, LfaeConfig.region_pad)))
@@ -128,29 +128,31 @@ def train_lfae(
     resume: bool = False,
     progress: ReportProgress = no_report,
 ) -> Outcome:
-    """Train an LFAE with `loop.train`.
+    """Train an LFAE until all steps are done, or a signal ends the run after the current step.
 
     Args:
-        config: its architecture.
-        data: the clips.
+        config: architecture of the LFAE.
+        data: the training clips.
         optimizer: settings of the optimizer.
-        run: settings of the run.
-        folder: folder of the run.
-        progress: called after every step.
-        vgg: weights of VGG-19 for the perceptual loss; without them, the pyramid loss is used.
-        start: initial LFAE checkpoint, with that architecture.
-        learn: trained parts, as in `LfaeStage`.
+        run: number of steps, batch size, device, precision, and what is saved when.
+        folder: folder of the run: its state, checkpoints, log and previews.
+        vgg: weights of VGG-19 for the perceptual loss; None for the pyramid loss.
+        start: an LFAE checkpoint of that architecture to start from; None for new weights.
+        learn: "all"; "motion", which compares the warped source and trains nothing that decodes; or "regions", which
+            trains only the region predictor.
         equivariance: weight of both equivariance losses.
-        landmarks: weight of the loss that pulls the first regions to the landmarks.
+        landmarks: weight of the loss that draws the first regions to the landmarks of the procedural data set.
         mixture: weight of `mixture_loss`.
-        from_first: the source is always a clip's first frame.
-        camera_still: keep the background static instead of learning its motion: a learned motion is off by some
-            hundredths of a pixel, which blurs every edge.
-        freeze_norm: do not update the statistics of batch norm; for a run that continues from `start`.
-        resume: continue the run in `folder`, if there is one.
+        from_first: use the first frame as the source of every pair, as in testing and use; else any frame.
+        camera_still: fix the background's motion to zero: learned motion is off by some hundredths of a pixel, which
+            blurs every edge.
+        freeze_norm: normalize with the statistics of `start`, as in inference, and keep them.
+        resume: continue from the state in `folder`, if there is one.
+        progress: called after every step.
 
     Raises:
-        TrainingError: data or weights are not available, or the run fails as in `loop.train`.
+        TrainingError: the data or weights are not available; the folder has a run that is not to be or cannot be
+            resumed; an option does not apply; or the loss is not finite.
     """
     if landmarks and (data.name != "procedural" or config.regions < len(LANDMARKS)):
         raise TrainingError(
@@ -196,26 +198,30 @@ def train_dm(
     resume: bool = False,
     progress: ReportProgress = no_report,
 ) -> Outcome:
-    """Train a DM with `loop.train`, on the flow that an LFAE estimates in the clips.
+    """Train a DM on the flow that an LFAE finds in the clips.
+
+    The run ends when all steps are done, or after the current step at a signal.
 
     Args:
-        config: config of the DM. The LFAE's config is replaced by that of its checkpoint, and the width of the text
+        config: architecture of the DM. The LFAE's part is replaced by that of its checkpoint, and the width of the text
             embedding by that of the embeddings.
-        lfae: checkpoint of the LFAE.
-        data: the clips.
+        lfae: checkpoint of the trained LFAE.
+        data: the training clips.
         optimizer: settings of the optimizer.
-        run: settings of the run.
-        folder: folder of the run.
+        run: number of steps, batch size, device, precision, and what is saved when.
+        folder: folder of the run: its state, checkpoints, log and previews.
+        lfae_tells_config: whether the LFAE's checkpoint stores its architecture, as those of `train_lfae` do; else
+            it is that of `config`.
+        text_encoder: folder or name of a BERT that embeds the labels; None for fixed vectors.
+        start: a DM checkpoint of that architecture to start from; None for new weights.
+        signal_std: standard deviation of the latents, which weighs the errors (`noise_weight`); 0 weighs all errors
+            equally, as published.
+        resume: continue from the state in `folder`, if there is one.
         progress: called after every step.
-        lfae_tells_config: the checkpoint stores its architecture, as those of `train_lfae` do; if False, it is that of
-            `config`.
-        text_encoder: folder or name of a BERT that embeds the labels; without one, they get fixed vectors.
-        start: initial DM checkpoint, with that architecture.
-        signal_std: typical standard deviation of the latents, with which errors are weighted; 0 weights all alike.
-        resume: continue the run in `folder`, if there is one.
 
     Raises:
-        TrainingError: data or weights are not available or do not fit each other, or the run fails as in `loop.train`.
+        TrainingError: the data or weights are not available or do not fit each other; the folder has a run that is not
+            to be or cannot be resumed; or the loss is not finite.
         lfdm_models.text.TextEncoderError: the text encoder is not available.
     """
     source = data.open(run.seed)
@@ -249,7 +255,7 @@ def train_dm(
 
 
 def label_embeddings(labels: Sequence[str], text_encoder: str | None) -> dict[str, Float32Array]:
-    """The embedding of each label, from a text encoder, or from `label_table` without one."""
+    """Embedding (text_width,) of each label, from a text encoder or else from `label_table`."""
     if text_encoder is not None:
         from lfdm_models.text import BertTextEncoder
 
@@ -261,7 +267,7 @@ def label_embeddings(labels: Sequence[str], text_encoder: str | None) -> dict[st
 
 
 def _preview_clips(source: ClipSource, data: DataSettings) -> Tensor:
-    """(N, 3, T, H, W) in [0, 1]: held-out characters, or the first training clips."""
+    """(N, 3, T, H, W) in [0, 1]: held-out characters, or the first clips of the training data."""
     if data.name == "procedural":
         clips = [
             sample_clip(HELD_OUT_SEEDS[i], size=data.image_size, frames=data.frames, label=LABELS[i]).frames
