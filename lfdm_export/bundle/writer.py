@@ -53,7 +53,7 @@ class BundleWriter:
     Ctrl-C, a full disk) leaves no trace, and a bundle that was at the target stays as it was. A target that holds
     anything but a bundle is refused.
 
-    Example:
+    Examples:
         >>> with BundleWriter("mug") as writer:
         ...     export_graphs(writer.folder / "onnx")
         ...     writer.write_embeddings(embeddings, null)

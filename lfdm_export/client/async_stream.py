@@ -46,7 +46,7 @@ class OpeningStream:
 class AsyncStream:
     """One clip in the making: iterate over its events.
 
-    Example:
+    Examples:
         >>> async with client.stream("face.jpg", label="happiness", progress_every=1) as stream:
         ...     async for event in stream:
         ...         print(event)

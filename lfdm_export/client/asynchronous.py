@@ -31,7 +31,7 @@ class AsyncClient:
 
     Cancelling the task that awaits a clip gives the request up, on the server too.
 
-    Example:
+    Examples:
         >>> async with AsyncClient("localhost:8001") as client:
         ...     clip = await client.generate("face.jpg", label="happiness", seed=0)
     """
@@ -211,7 +211,7 @@ class AsyncClient:
     ) -> OpeningStream:
         """Make one clip, and tell of it meanwhile; arguments and errors are those of `Client.stream`.
 
-        Example:
+        Examples:
             >>> async with client.stream("face.jpg", label="happiness", progress_every=1) as stream:
             ...     async for event in stream:
             ...         print(event)

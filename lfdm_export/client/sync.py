@@ -29,7 +29,7 @@ from lfdm_export.protocol.model_facts import ModelFacts
 class Client:
     """Makes clips on a server. For any number of threads.
 
-    Example:
+    Examples:
         >>> with Client("localhost:8001") as client:
         ...     client.generate("face.jpg", label="happiness", seed=0).save("happiness.gif")
     """

@@ -16,7 +16,7 @@ from lfdm_export.protocol.model_facts import ModelFacts
 class Stream:
     """One clip in the making: iterate over its events.
 
-    Example:
+    Examples:
         >>> with client.stream("face.jpg", label="happiness", progress_every=1) as stream:
         ...     for event in stream:
         ...         print(event)
