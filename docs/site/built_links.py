@@ -11,15 +11,17 @@ import urllib.parse
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.exceptions import PluginError
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
 
 # What a browser fetches by itself: tag, attribute.
 _LOADED = {
-    ("audio", "src"), ("embed", "src"), ("iframe", "src"), ("img", "src"), ("img", "srcset"), ("link", "href"),
-    ("object", "data"), ("script", "src"), ("source", "src"), ("source", "srcset"), ("video", "poster"), ("video", "src"),
-}  # fmt: skip
+    *((tag, "src") for tag in ("audio", "embed", "iframe", "img", "script", "source", "video")),
+    *((tag, "srcset") for tag in ("img", "source")),
+    *(("link", "href"), ("object", "data"), ("video", "poster")),
+}
 _FOREIGN = re.compile(r"https?://[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::\d+)?(?:[/?#][^\s<>\"{}|\\^`]*)?")
 _IN_STYLE = re.compile(r"(?:url\(|@import)\s*['\"]?((?:https?:)?//[^'\")\s]+)")
 
@@ -57,6 +59,8 @@ def on_post_build(config: MkDocsConfig) -> None:
     Raises:
         PluginError: links are dead, or something comes from another host; all of them are named.
     """
+    from mkdocs.exceptions import PluginError
+
     faults = sorted(set(faults_of(Path(config.site_dir))))
     if faults:
         raise PluginError("links of the built pages:\n  " + "\n  ".join(faults))
@@ -79,12 +83,12 @@ def faults_of(site: Path) -> Iterator[str]:
                 if not _FOREIGN.fullmatch(link):
                     yield f"{name} has a link that is no address: {link}"
             elif not re.match(r"(data|mailto):", link):
-                fault = _inner_fault(link, path, site, pages)
+                fault = _inner_fault(link, path, pages)
                 if fault:
                     yield f"{name} {fault}"
 
 
-def _inner_fault(link: str, path: Path, site: Path, pages: dict[Path, _Page]) -> str | None:
+def _inner_fault(link: str, path: Path, pages: dict[Path, _Page]) -> str | None:
     """What is wrong with a link within the site."""
     parts = urllib.parse.urlsplit(link)
     if parts.scheme or parts.netloc or parts.path.startswith("/"):

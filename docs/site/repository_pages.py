@@ -11,11 +11,12 @@ import os
 import posixpath
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 #: File of the repository → page of the site.
@@ -44,12 +45,14 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     folder = Path(config.docs_dir)
     named = set(_strings(config.nav))
     others = sorted(path.name for path in folder.glob("*.md") if path.name not in named)
-    config.nav = _expanded(config.nav, others)
+    config.nav = expanded(config.nav, others)
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the repository's files to those of docs/."""
+    from mkdocs.structure.files import File
+
     for source, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     for pattern in PICTURES:
@@ -58,7 +61,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
     """Turn links of the repository into links of the site."""
     place = page.file.src_uri
     source = _SOURCES.get(place, f"docs/{place}")
@@ -109,10 +112,10 @@ def _strings(nav: Any) -> list[str]:
     return [name for child in children for name in _strings(child)]
 
 
-def _expanded(nav: Any, others: list[str]) -> Any:
+def expanded(nav: Any, others: list[str]) -> Any:
     """A navigation with pages in place of its `*`."""
     if isinstance(nav, list):
-        return [entry for child in nav for entry in (others if child == "*" else [_expanded(child, others)])]
+        return [entry for child in nav for entry in (others if child == "*" else [expanded(child, others)])]
     if isinstance(nav, dict):
-        return {title: _expanded(child, others) for title, child in nav.items()}
+        return {title: expanded(child, others) for title, child in nav.items()}
     return nav
