@@ -36,6 +36,8 @@ _SOURCES = {page: source for source, page in PAGES.items()}
 # A link or a picture of Markdown: text, target; and the source of a picture in HTML.
 _LINK = re.compile(r"(?P<text>!?\[(?:[^\]\[]|\[[^\]]*\])*\])\((?P<target>[^)\s]+)\)")
 _PICTURE = re.compile(r'(?P<before><(?:img|a) [^>]*?(?:src|href)=")(?P<target>[^"]+)')
+# Code in a table: GitHub wants its bars escaped, Python-Markdown takes them as they are.
+_CODE = re.compile(r"`[^`]+`")
 _FENCE = re.compile(r"^\s*(```|~~~)")
 _LOG = logging.getLogger("mkdocs.hooks.repository_pages")
 
@@ -77,9 +79,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return found["before"] + (target_of(found["target"]) or found["target"])
 
     lines, fenced = [], False
-    for line in markdown.split("\n"):
+    for line in markdown.splitlines():
         fenced ^= bool(_FENCE.match(line))
-        lines.append(line if fenced else _PICTURE.sub(html_link, _LINK.sub(markdown_link, line)))
+        if not fenced:
+            line = _PICTURE.sub(html_link, _LINK.sub(markdown_link, line))
+            if line.startswith("|"):
+                line = _CODE.sub(lambda code: code[0].replace(r"\|", "|"), line)
+        lines.append(line)
     return "\n".join(lines)
 
 

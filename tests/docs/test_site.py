@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -99,3 +100,16 @@ def test_a_notebook_has_no_outputs_in_git(path):
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     assert cells
     assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells)
+
+
+def test_bars_in_the_code_of_a_table_are_not_escaped_twice():
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="commands.md"))
+    markdown = "| `a\\|b` | c\\|d |\n\n`e\\|f`"
+    expected = "| `a|b` | c\\|d |\n\n`e\\|f`"
+    assert hook("repository_pages").on_page_markdown(markdown, page, config=None, files=Pages()) == expected
+
+
+def test_links_in_fenced_code_stay():
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="commands.md"))
+    markdown = "```\n[x](gone.md)\n```"
+    assert hook("repository_pages").on_page_markdown(markdown, page, config=None, files=Pages()) == markdown
