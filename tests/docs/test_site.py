@@ -14,6 +14,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def hook(name):
     spec = importlib.util.spec_from_file_location(name, DOCS / "site" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
