@@ -5,11 +5,12 @@ EXTRAS ?= test
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_FOR_DEMO := $(VENV)/.installed-export
+INSTALLED_FOR_DOCS := $(VENV)/.installed-docs
 PICTURE := docs/character.png
 GPU_OUT ?= benchmarks/results/gpu
 GPU_OPTIONS ?=
 
-.PHONY: help install server lint test test-full test-wheel test-ray fuzz demo gpu clean
+.PHONY: help install server lint test test-full test-wheel test-ray fuzz demo docs gpu clean
 
 help:
 	@echo "make install    everything into $(VENV)"
@@ -21,6 +22,7 @@ help:
 	@echo "make test-ray   install Ray, and run the tests that need it"
 	@echo "make fuzz       a minute of damaged pictures, clips, checkpoints, bundles, requests"
 	@echo "make demo       export the shipped model, and let a drawn character nod"
+	@echo "make docs       the documentation, into site/; its links are checked, its notebook is run"
 	@echo "make gpu        the GPU suite, on a machine with a GPU, into GPU_OUT (benchmarks/results/gpu)"
 	@echo "make clean      remove what the tools and the demo wrote (not $(VENV))"
 
@@ -75,10 +77,19 @@ demo: $(INSTALLED_FOR_DEMO)
 	@echo "bundle         $(CURDIR)/demo/bundle"
 	@echo "parity report  $(CURDIR)/demo/bundle/parity/report.html"
 
+$(INSTALLED_FOR_DOCS): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
+	@touch $@
+
+# The variable: MkDocs 1 is what is pinned, nothing needs to be said of other versions.
+docs: $(INSTALLED_FOR_DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "documentation  $(CURDIR)/site/index.html"
+
 # No install: PYTHON's own torch, built for CUDA, is what it needs.
 gpu:
 	PYTHON=$(PYTHON) benchmarks/gpu_run.sh measure $(GPU_OUT) $(GPU_OPTIONS)
 
 clean:
-	rm -rf build dist demo *.egg-info models/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist demo site *.egg-info models/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find lfdm_export models tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
 """Export of latent flow diffusion models (LFDM) to ONNX bundles, and generation of clips with them.
 
-Example:
+Examples:
     The model that comes with the package, which needs neither torch nor onnx:
 
     >>> from lfdm_export import Pipeline

@@ -53,7 +53,7 @@ class BundleWriter:
     Ctrl-C, a full disk) leaves no trace, and an existing bundle at the target unchanged. A target that contains
     anything but a bundle is refused.
 
-    Example:
+    Examples:
         >>> with BundleWriter("mug") as writer:
         ...     export_graphs(writer.folder / "onnx")
         ...     writer.write_embeddings(embeddings, null)

@@ -2,7 +2,7 @@
 
 Needs Triton's client (extra `client`), and neither PyTorch nor ONNX.
 
-Example:
+Examples:
     >>> from lfdm_export.client import Client
     >>> with Client("localhost:8001") as client:
     ...     client.generate("face.jpg", label="happiness", seed=0).save("happiness.gif")

@@ -34,7 +34,7 @@ class AsyncClient:
 
     Cancelling the task that awaits a clip gives the request up, on the server too.
 
-    Example:
+    Examples:
         >>> async with AsyncClient("localhost:8001") as client:
         ...     clip = await client.generate("face.jpg", label="happiness", seed=0)
     """
@@ -266,6 +266,11 @@ class AsyncClient:
 
         Raises:
             InputError: an argument cannot be used. The errors of `generate` come with the events.
+
+        Examples:
+            >>> async with client.stream("face.jpg", label="happiness", progress_every=1) as stream:
+            ...     async for event in stream:
+            ...         print(event)
         """
         asked = Asked(
             image=image,

@@ -47,7 +47,7 @@ def _opened(opening: OpeningStream) -> Stream:
 class Client:
     """Makes clips on a server: what `AsyncClient` does, waiting for it. For any number of threads.
 
-    Example:
+    Examples:
         >>> with Client("localhost:8001") as client:
         ...     client.generate("face.jpg", label="happiness", seed=0).save("happiness.gif")
     """

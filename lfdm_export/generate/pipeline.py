@@ -52,7 +52,7 @@ class Pipeline:
 
     Engines are loaded when their stage is first needed, and kept. Not for several threads at once.
 
-    Example:
+    Examples:
         >>> pipe = Pipeline("mug")
         >>> pipe.generate("face.jpg", label="happiness", seed=0).save("happiness.gif")
     """

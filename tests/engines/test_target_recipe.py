@@ -28,7 +28,7 @@ from lfdm_export.stages import PRECISIONS, StageSpec
 from tests.fake_bundle import SIZE, write_fake_bundle
 from tests.test_imports import ROOT
 
-DOCUMENTS = ("README.md", "docs/precision.md")
+DOCUMENTS = ("docs/targets.md",)
 
 
 class ReferenceEngine:
