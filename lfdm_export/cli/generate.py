@@ -19,7 +19,7 @@ from lfdm_export.errors import InputError
 from lfdm_export.files.places import refuse_inputs
 from lfdm_export.pictures.clip import Clip, rehearse_saving
 from lfdm_export.pictures.clip_files import FORMATS
-from lfdm_export.sampling.tuned import SAMPLER_NAMES
+from lfdm_export.sampling.tuned import sampler_names
 from lfdm_models.pictures.formats import FORMAT_NAMES
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", type=seeds_of, nargs="+", action="extend", metavar="N|N-M", help="a clip for each, of each label"
     )
     sampling.add_argument("--steps", type=int, metavar="S", help="sampling steps")
-    sampling.add_argument("--sampler", choices=SAMPLER_NAMES)
+    sampling.add_argument("--sampler", choices=sampler_names())
     sampling.add_argument("--eta", type=float, help="DDIM's share of fresh noise, 0 to 1")
     sampling.add_argument("--guidance", type=float, metavar="SCALE", help="1: as trained; above 1: more of the label")
     sampling.add_argument(

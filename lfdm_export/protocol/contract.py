@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.errors import LfdmExportError
-from lfdm_export.sampling.tuned import SAMPLER_NAMES
+from lfdm_export.sampling.tuned import sampler_names
 
 WireType = Literal["BYTES", "UINT8", "BOOL", "INT32", "INT64", "FP32"]
 Array: TypeAlias = NDArray[Any]
@@ -128,7 +128,7 @@ CONDITION_INPUTS = (
 SAMPLING_INPUTS = (
     _option("seed", "INT64", "0 to 2^63 - 1"),
     _option("steps", "INT32", "sampling steps, from 1"),
-    _option("sampler", "BYTES", f"one of {', '.join(SAMPLER_NAMES)}"),
+    _option("sampler", "BYTES", f"one of {', '.join(sampler_names())}"),
     _option("eta", "FP32", "DDIM's share of fresh noise, 0 to 1"),
     _option("guidance_scale", "FP32", "1: as trained; above 1: more of the label"),
 )

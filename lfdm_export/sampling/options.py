@@ -19,7 +19,7 @@ from lfdm_export.files.json_codec import LATER
 from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.sampling.solvers import check_eta
 from lfdm_export.sampling.tables import SAMPLERS, known_sampler, sampler_table, whole_steps
-from lfdm_export.sampling.tuned import SAMPLER_NAMES, TUNED, TunedSampler
+from lfdm_export.sampling.tuned import TUNED, TunedSampler, sampler_names
 from lfdm_models.config import MOST_TRAINING_STEPS
 from lfdm_models.schedule import Schedule
 
@@ -55,7 +55,7 @@ class SamplingOptions:
             InputError: the sampler is unknown, or a number is none or out of range.
         """
         checks: Mapping[str, Callable[[Any], object]] = {
-            "sampler": lambda name: known_sampler(name, SAMPLER_NAMES),
+            "sampler": lambda name: known_sampler(name, sampler_names()),
             "steps": _some_steps,
             "eta": lambda eta: check_eta(finite_number(eta, "eta")),
             "guidance_scale": lambda scale: finite_number(scale, "guidance_scale"),
@@ -93,7 +93,7 @@ class SamplingOptions:
         Raises:
             InputError: it is not there, or cannot do with these steps or this eta.
         """
-        name = known_sampler(self.sampler, SAMPLER_NAMES)
+        name = known_sampler(self.sampler, sampler_names())
         if name != TUNED:
             return sampler_table(name, schedule, self.steps, self.eta)
         if tuned is None:

@@ -28,14 +28,17 @@ from lfdm_models.schedule import Schedule
 
 #: What the sampler is called, beside the names of `lfdm_export.sampling.tables.SAMPLERS`.
 TUNED = "tuned"
-#: Every name that a sampler may be requested by.
-SAMPLER_NAMES = (*SAMPLERS, TUNED)
 #: The most steps of a table: beyond it the exact samplers do as well.
 MOST_STEPS = 20
 # A gain beyond it would be an error; dynamic thresholding bounds what it does.
 _LARGEST_GAIN = 100.0
 # A file of tables has some kilobytes.
 _LARGEST_FILE = 1 << 20
+
+
+def sampler_names() -> tuple[str, ...]:
+    """Every name that a sampler may be requested by."""
+    return (*SAMPLERS, TUNED)
 
 
 @dataclass(frozen=True)
