@@ -131,7 +131,7 @@ def test_a_failure_half_way_leaves_the_older_model(model: LfdmModel, tmp_path: P
 @pytest.mark.parametrize("embedding", [np.ones(11, np.float32), np.full(12, np.nan, np.float32)])
 def test_labels_that_cannot_be_stored(embedding: np.ndarray, model: LfdmModel, tmp_path: Path):
     model.label_embeddings = {"wave": embedding}
-    with pytest.raises(InputError, match=r"label 'wave' is of shape \(\d+,\), expected 12 finite"):
+    with pytest.raises(InputError, match=r"label 'wave' has shape \(\d+,\), expected 12 finite"):
         save_model(model, tmp_path / "model")
 
 
