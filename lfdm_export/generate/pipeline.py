@@ -31,9 +31,10 @@ from lfdm_export.generate.arguments import (
 from lfdm_export.generate.clip_cache import ClipCache, clip_key
 from lfdm_export.generate.decoding import decode_chunks, decode_clip
 from lfdm_export.generate.encoded import Encoded
+from lfdm_export.generate.previews import Previews
 from lfdm_export.generate.progress import Progress, report
 from lfdm_export.generate.sampling_options import SamplingOptions
-from lfdm_export.generate.stage_runner import StageRunner
+from lfdm_export.generate.stage_runner import OnEstimate, StageRunner
 from lfdm_export.generate.tokenizer import tokenize
 from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.clips import Footage, read_footage
@@ -150,6 +151,7 @@ class Pipeline:
         seed: int | Sequence[int] | None = None,
         noise: Iterator[Float32] | None = None,
         progress: Progress | None = None,
+        previews: Previews | None = None,
     ) -> Clip:
         """Make a clip of `image` moving as the label says.
 
@@ -176,6 +178,8 @@ class Pipeline:
             noise: instead of a seed: float32 draws (B,3,T,h,w), first the start, then one for each step that
                 takes one.
             progress: called as ``progress(stage, done, total)``.
+            previews: what to show of the clip while it is sampled, step by step also where an engine could make it
+                in one go. None for nothing.
 
         Raises:
             InputError: an argument cannot be used.
@@ -196,11 +200,14 @@ class Pipeline:
 
         def make() -> Clip:
             rows = np.repeat(embeddings, batch // len(embeddings), axis=0)
-            if noise is None and interval == WHOLE:
+            if noise is None and interval == WHOLE and previews is None:
                 whole = self._whole_clip(prepared, rows, options, seed, progress)
                 if whole is not None:
                     return whole
             encoded = self._encode(prepared, progress).repeat(batch)
+            shown = None
+            if previews is not None:
+                shown = previews.on_estimate(self.stages, encoded, options.table(manifest).steps)
             latent = self.sample(
                 encoded,
                 rows,
@@ -212,6 +219,7 @@ class Pipeline:
                 seed=seed,
                 noise=noise,
                 progress=progress,
+                on_estimate=shown,
             )
             return decode_clip(self.stages, prepared, encoded, latent, progress)
 
@@ -399,6 +407,7 @@ class Pipeline:
         seed: int | Sequence[int] | None = None,
         noise: Iterator[Float32] | None = None,
         progress: Progress | None = None,
+        on_estimate: OnEstimate | None = None,
     ) -> Float32:
         """Denoise.
 
@@ -413,6 +422,7 @@ class Pipeline:
             seed: one a sample, or a single one.
             noise: instead of a seed.
             progress: called as ``progress("denoise", steps done, steps)``.
+            on_estimate: see `lfdm_export.generate.stage_runner.StageRunner.sample`.
 
         Returns:
             The latent (B, 3, T, h, w) float32.
@@ -439,6 +449,7 @@ class Pipeline:
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
             progress=progress,
+            on_estimate=on_estimate,
         )
 
     def run_table(
@@ -451,6 +462,7 @@ class Pipeline:
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = WHOLE,
         progress: Progress | None = None,
+        on_estimate: OnEstimate | None = None,
     ) -> Float32:
         """Denoise by any table, with noise from any source of (B, 3, T, h, w); see `sample`.
 
@@ -476,7 +488,8 @@ class Pipeline:
         report(progress, "denoise", 0, table.steps)
         stage, fixed = self._condition(np.repeat(rows, batch // len(rows), axis=0), scale)
         stages = [stage if inside else UNGUIDED_STAGE for inside in guided]
-        latent = self.stages.sample(stages, {"context": encoded.context, **fixed}, table, source, on_step=on_step)
+        conditions = {"context": encoded.context, **fixed}
+        latent = self.stages.sample(stages, conditions, table, source, on_step=on_step, on_estimate=on_estimate)
         _require_finite(latent, table.steps - 1, table.steps)  # where the steps' own latents stayed with the engine
         return latent
 
