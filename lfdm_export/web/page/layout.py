@@ -1,0 +1,176 @@
+"""The page itself, of Gradio's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from lfdm_export.errors import InputError
+from lfdm_export.protocol.model_facts import ModelFacts
+from lfdm_export.web.page import markup
+from lfdm_export.web.page.examples import draw_examples
+from lfdm_export.web.page.form import Form, Source
+from lfdm_export.web.page.makers import Maker
+from lfdm_export.web.page.studio import Studio
+from lfdm_models.pictures.formats import FORMAT_NAMES
+
+STYLE = Path(__file__).with_name("page.css")
+_SOURCES: dict[Source, str] = {"label": "Label", "text": "Text", "motion": "Saved motion", "clip": "Another clip"}
+#: Fonts of the visitor's own machine: none is fetched.
+_FONTS, _MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
+
+
+class _Photo(gr.Image):
+    """A photograph as it was uploaded: it is decoded by the library, which looks at its size first."""
+
+    is_template = True  # shown as an image is
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
+        """Refuse addresses, which Gradio would fetch."""
+        _require_file(url_or_file_path)
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
+
+    def preprocess(self, payload: Any) -> str | None:
+        """The file."""
+        return None if payload is None else payload.path
+
+
+class _Upload(gr.File):
+    """A file that was uploaded."""
+
+    is_template = True  # shown as a file is
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
+        """Refuse addresses, which Gradio would fetch."""
+        _require_file(url_or_file_path)
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
+
+
+def _require_file(place: str | Path | None) -> None:
+    if "://" in str(place):
+        raise InputError("a file is an address, which this page does not fetch; choose the file itself")
+
+
+def theme() -> gr.themes.Base:
+    """Colors, and fonts of the visitor's own."""
+    return gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=_FONTS, font_mono=_MONO)
+
+
+def build(studio: Studio, folder: Path) -> gr.Blocks:
+    """The page.
+
+    Args:
+        studio: makes the clips.
+        folder: where the examples are drawn.
+    """
+    maker = studio.maker
+    with gr.Blocks(title="lfdm-export", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gr.HTML(f"<h1>{_title(maker)}</h1><p>{_about(maker)}</p>", elem_classes="lfdm-head")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=1, min_width=320):
+                inputs = _form(maker, folder)
+                with gr.Row():
+                    make = gr.Button("Make the clip", variant="primary", elem_id="make", min_width=140)
+                    stop = gr.Button("Stop", elem_id="stop", min_width=80)
+            with gr.Column(scale=1, min_width=320):
+                status = gr.HTML(markup.said("Choose a photograph and a motion."), elem_id="status")
+                picture = gr.HTML(markup.nothing(), elem_id="result")
+
+        def made(*values: Any) -> Iterator[tuple[str, str]]:
+            yield from studio.make(Form(*values))
+
+        running = make.click(
+            made, inputs, [status, picture], api_name="make", show_progress="hidden", concurrency_limit=None
+        )
+        stop.click(lambda: markup.said("Stopped."), None, status, cancels=running, queue=False, api_visibility="private")
+    return page
+
+
+def _form(maker: Maker, folder: Path) -> list[gr.components.Component]:
+    """The fields, in the order of `Form`'s."""
+    photo = _Photo(
+        label=f"Photograph ({FORMAT_NAMES})", sources=["upload", "webcam", "clipboard"], type="filepath", height=260,
+        buttons=[], elem_id="photo", alt_text="the photograph",
+    )  # fmt: skip
+    gr.Examples(
+        [[str(path)] for path in draw_examples(folder)], [photo], label="Or take a drawing", elem_id="examples",
+        api_visibility="private",
+    )  # fmt: skip
+    center = gr.Checkbox(False, label="Take the square in its middle, in place of black bars", elem_id="center")
+    sources = [(words, name) for name, words in _SOURCES.items() if _has(maker, name)]
+    first: Source = sources[0][1]
+    source = gr.Radio(sources, value=first, label="The motion comes from", elem_id="source")
+    parts = _motion_parts(maker, first)
+    sampling, fields_of_sampling = _sampling(maker)
+    words = "Show the panels (source, clip, warped, grid, occlusion)"
+    alone = "The server sends panels and the motion to save only without previews." if maker.streams_alone else None
+    panels = gr.Checkbox(False, label=words, info=alone, elem_id="panels")
+    source.change(
+        lambda chosen: [gr.update(visible=name == chosen) for name in parts]
+        + [gr.update(visible=Form(source=chosen).sampled)],
+        source, [*parts.values(), sampling], queue=False, show_progress="hidden", api_visibility="private",
+    )  # fmt: skip
+    found = {
+        "photo": photo, "center": center, "source": source, **parts, **fields_of_sampling, "panels": panels,
+    }  # fmt: skip
+    return [found[field.name] for field in fields(Form)]
+
+
+def _motion_parts(maker: Maker, first: Source) -> dict[Source, gr.components.Component]:
+    labels = list(maker.facts.labels)
+    return {
+        "label": gr.Dropdown(
+            labels, value=labels[0] if labels else None, label="Label", visible=first == "label", elem_id="label"
+        ),
+        "text": gr.Textbox(label="Text", max_lines=3, visible=first == "text", elem_id="text"),
+        "motion": _Upload(
+            label="Saved motion (.motion)", file_types=[".motion"], type="filepath", height=120,
+            visible=first == "motion", elem_id="motion",
+        ),
+        "clip": _Upload(
+            label="Clip whose motion is taken (GIF, MP4, WebP …)", type="filepath", height=120, visible=False,
+            elem_id="clip",
+        ),
+    }  # fmt: skip
+
+
+def _sampling(maker: Maker) -> tuple[gr.Group, dict[str, gr.components.Component]]:
+    defaults = maker.facts.sampler
+    with gr.Group() as group:
+        with gr.Row():
+            sampler = gr.Dropdown(
+                list(maker.samplers), value=defaults.sampler, label="Sampler", elem_id="sampler", min_width=120
+            )
+            steps = gr.Number(
+                defaults.steps, label="Steps", precision=0, placeholder="the sampler's own", elem_id="steps",
+                min_width=120,
+            )  # fmt: skip
+        with gr.Row():
+            guidance = gr.Number(
+                defaults.guidance_scale, label="Guidance (1: as trained)", step=0.5, elem_id="guidance", min_width=120
+            )
+            seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=120)
+    return group, {"sampler": sampler, "steps": steps, "guidance": guidance, "seed": seed}
+
+
+def _has(maker: Maker, source: Source) -> bool:
+    """Whether a model's motion may come from there."""
+    facts = maker.facts
+    able: dict[Source, bool] = {"label": bool(facts.labels), "text": facts.has_text, "clip": maker.follows_clips}
+    return able.get(source, True)
+
+
+def _title(maker: Maker) -> str:
+    return "A photograph that moves"
+
+
+def _about(maker: Maker) -> str:
+    import html
+
+    facts: ModelFacts = maker.facts
+    untrained = " The model's weights are untrained: clips show that it runs." if facts.trained is False else ""
+    return html.escape(f"{maker.name}: {facts.frames} frames of {facts.image_size} × {facts.image_size}.{untrained}")
