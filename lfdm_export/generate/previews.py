@@ -50,6 +50,7 @@ class Previews:
             encoded: of B images.
             steps: that there are.
         """
+
         def show(index: int, estimate: Float32) -> None:
             done = index + 1
             if done < steps and done % self.every == 0:

@@ -162,7 +162,7 @@ class StageRunner:
             source: of the noise of the start, and of the steps that draw some.
             on_step: told of each step that was taken or, by an engine that keeps the state, queued.
             every_latent: give `on_step` the latent of every step, which such an engine then has to fetch.
-            on_estimate: told of each step's estimate; the state then visits this loop at every step, whatever the engine.
+            on_estimate: told of each step's estimate; the state then leaves the engine at every step.
 
         Returns:
             The last latent, (B, 3, T, h, w) float32.

@@ -89,7 +89,7 @@ class Form:
         value: float | None = getattr(self, name)
         if value is None:
             return None
-        if value != int(value):
+        if not float(value).is_integer():
             raise InputError(f"{name} is {value:g}, expected a whole number")
         return int(value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import gradio as gr
 
 from lfdm_export.errors import InputError
-from lfdm_export.protocol.model_facts import ModelFacts
 from lfdm_export.web.page import markup
 from lfdm_export.web.page.examples import draw_examples
 from lfdm_export.web.page.form import Form, Source
@@ -20,39 +20,13 @@ from lfdm_models.pictures.formats import FORMAT_NAMES
 
 STYLE = Path(__file__).with_name("page.css")
 _SOURCES: dict[Source, str] = {"label": "Label", "text": "Text", "motion": "Saved motion", "clip": "Another clip"}
+#: Gradio's buttons of examples are pictures without a name.
+NAMES = """
+() => document.querySelectorAll("#examples button").forEach((button, index) =>
+    button.setAttribute("aria-label", `drawing ${index + 1}`))
+"""
 #: Fonts of the visitor's own machine: none is fetched.
 _FONTS, _MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
-
-
-class _Photo(gr.Image):
-    """A photograph as it was uploaded: it is decoded by the library, which looks at its size first."""
-
-    is_template = True  # shown as an image is
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-        """Refuse addresses, which Gradio would fetch."""
-        _require_file(url_or_file_path)
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
-
-    def preprocess(self, payload: Any) -> str | None:
-        """The file."""
-        return None if payload is None else payload.path
-
-
-class _Upload(gr.File):
-    """A file that was uploaded."""
-
-    is_template = True  # shown as a file is
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-        """Refuse addresses, which Gradio would fetch."""
-        _require_file(url_or_file_path)
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
-
-
-def _require_file(place: str | Path | None) -> None:
-    if "://" in str(place):
-        raise InputError("a file is an address, which this page does not fetch; choose the file itself")
 
 
 def theme() -> gr.themes.Base:
@@ -69,7 +43,7 @@ def build(studio: Studio, folder: Path) -> gr.Blocks:
     """
     maker = studio.maker
     with gr.Blocks(title="lfdm-export", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.HTML(f"<h1>{_title(maker)}</h1><p>{_about(maker)}</p>", elem_classes="lfdm-head")
+        gr.HTML(f"<h1>A photograph that moves</h1><p>{_about(maker)}</p>", elem_classes="lfdm-head")
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=320):
                 inputs = _form(maker, folder)
@@ -84,18 +58,24 @@ def build(studio: Studio, folder: Path) -> gr.Blocks:
             yield from studio.make(Form(*values))
 
         running = make.click(
-            made, inputs, [status, picture], api_name="make", show_progress="hidden", concurrency_limit=None
+            made, inputs, [status, picture], show_progress="hidden", concurrency_limit=None, api_visibility="private"
         )
-        stop.click(lambda: markup.said("Stopped."), None, status, cancels=running, queue=False, api_visibility="private")
+        stop.click(
+            lambda: markup.said("Stopped."), None, status, cancels=running, queue=False, api_visibility="private"
+        )
     return page
 
 
 def _form(maker: Maker, folder: Path) -> list[gr.components.Component]:
     """The fields, in the order of `Form`'s."""
-    photo = _Photo(
-        label=f"Photograph ({FORMAT_NAMES})", sources=["upload", "webcam", "clipboard"], type="filepath", height=260,
-        buttons=[], elem_id="photo", alt_text="the photograph",
+    photo = gr.Image(
+        label="Photograph", placeholder=f"Drop a photograph here, or click to choose one\n{FORMAT_NAMES}",
+        sources=["upload", "webcam", "clipboard"], type="filepath", height=260, buttons=[], elem_id="photo",
+        alt_text="the photograph",
     )  # fmt: skip
+    # As it was uploaded: it is decoded by the library, which looks at its size first.
+    photo.preprocess = lambda payload: None if payload is None else payload.path
+    _refuse_addresses(photo)
     gr.Examples(
         [[str(path)] for path in draw_examples(folder)], [photo], label="Or take a drawing", elem_id="examples",
         api_visibility="private",
@@ -122,20 +102,38 @@ def _form(maker: Maker, folder: Path) -> list[gr.components.Component]:
 
 def _motion_parts(maker: Maker, first: Source) -> dict[Source, gr.components.Component]:
     labels = list(maker.facts.labels)
+    motion = gr.File(
+        label="Saved motion (.motion)", file_types=[".motion"], type="filepath", height=120,
+        visible=first == "motion", elem_id="motion",
+    )  # fmt: skip
+    clip = gr.File(
+        label="Clip whose motion is taken (GIF, MP4, WebP …)", type="filepath", height=120, visible=False,
+        elem_id="clip",
+    )  # fmt: skip
+    for upload in (motion, clip):
+        _refuse_addresses(upload)
     return {
         "label": gr.Dropdown(
             labels, value=labels[0] if labels else None, label="Label", visible=first == "label", elem_id="label"
         ),
         "text": gr.Textbox(label="Text", max_lines=3, visible=first == "text", elem_id="text"),
-        "motion": _Upload(
-            label="Saved motion (.motion)", file_types=[".motion"], type="filepath", height=120,
-            visible=first == "motion", elem_id="motion",
-        ),
-        "clip": _Upload(
-            label="Clip whose motion is taken (GIF, MP4, WebP …)", type="filepath", height=120, visible=False,
-            elem_id="clip",
-        ),
-    }  # fmt: skip
+        "motion": motion,
+        "clip": clip,
+    }
+
+
+def _refuse_addresses(component: gr.components.Component) -> None:
+    """Have a component take files that were uploaded, but none that Gradio would have to fetch."""
+    # Set on the component: of a class that inherits from Gradio's, Gradio writes a stub file beside this one.
+    move = component.async_move_resource_to_block_cache
+
+    async def move_file(place: str | Path | None) -> str | None:
+        if "://" in str(place):
+            raise InputError("a file is an address, which this page does not fetch; choose the file itself")
+        moved: str | None = await move(place)
+        return moved
+
+    component.async_move_resource_to_block_cache = move_file
 
 
 def _sampling(maker: Maker) -> tuple[gr.Group, dict[str, gr.components.Component]]:
@@ -146,14 +144,14 @@ def _sampling(maker: Maker) -> tuple[gr.Group, dict[str, gr.components.Component
                 list(maker.samplers), value=defaults.sampler, label="Sampler", elem_id="sampler", min_width=120
             )
             steps = gr.Number(
-                defaults.steps, label="Steps", precision=0, placeholder="the sampler's own", elem_id="steps",
+                defaults.steps, label="Steps", placeholder="the sampler's own", elem_id="steps",
                 min_width=120,
             )  # fmt: skip
         with gr.Row():
             guidance = gr.Number(
                 defaults.guidance_scale, label="Guidance (1: as trained)", step=0.5, elem_id="guidance", min_width=120
             )
-            seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=120)
+            seed = gr.Number(0, label="Seed", elem_id="seed", min_width=120)
     return group, {"sampler": sampler, "steps": steps, "guidance": guidance, "seed": seed}
 
 
@@ -164,13 +162,7 @@ def _has(maker: Maker, source: Source) -> bool:
     return able.get(source, True)
 
 
-def _title(maker: Maker) -> str:
-    return "A photograph that moves"
-
-
 def _about(maker: Maker) -> str:
-    import html
-
-    facts: ModelFacts = maker.facts
+    facts = maker.facts
     untrained = " The model's weights are untrained: clips show that it runs." if facts.trained is False else ""
     return html.escape(f"{maker.name}: {facts.frames} frames of {facts.image_size} × {facts.image_size}.{untrained}")

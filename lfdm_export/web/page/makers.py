@@ -178,4 +178,3 @@ class RemoteMaker:
 
 def _every(steps: int) -> int:
     return max(1, math.ceil(steps / _PREVIEWS))
-

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 
-
 from lfdm_export.pictures.clip import DEFAULT_FPS
 from lfdm_export.pictures.gif import encode_gif
 from lfdm_export.pictures.panels import TITLES
@@ -90,7 +89,8 @@ def nothing() -> str:
 
 def _bar(text: str, share: float | None) -> str:
     value = "" if share is None else f' value="{share:.4f}" max="1"'
-    return f'<div class="lfdm-bar"><progress aria-label="progress"{value}></progress><span>{html.escape(text)}</span></div>'
+    progress = f'<progress aria-label="progress"{value}></progress>'
+    return f'<div class="lfdm-bar">{progress}<span>{html.escape(text)}</span></div>'
 
 
 def _figure(inside: str, caption: str) -> str:

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
@@ -28,6 +27,8 @@ from lfdm_export.web.page.studio import Studio
 _API = ("/v1", "/health", "/openapi.json")
 #: Names under which a browser of this machine finds it.
 _HERE = ("localhost", "127.0.0.1", "[::1]")
+# Bytes around an uploaded file in its request.
+_AROUND = 1 << 16
 #: Nothing from elsewhere. Gradio's own scripts and styles stand in the page.
 _POLICY = "; ".join(
     (
@@ -57,7 +58,7 @@ def make_site(maker: Maker, options: WebOptions, *, api: FastAPI | None, here: b
     os.environ["GRADIO_TEMP_DIR"] = str(root / "uploads")  # read when it is imported
     import gradio
 
-    from lfdm_export.web.page.layout import STYLE, build, theme
+    from lfdm_export.web.page.layout import NAMES, STYLE, build, theme
 
     studio = Studio(maker, Shelf(root / CLIPS), options.image_pixels)
 
@@ -73,20 +74,20 @@ def make_site(maker: Maker, options: WebOptions, *, api: FastAPI | None, here: b
     site = FastAPI(lifespan=life, openapi_url=None)
     site.mount(f"/{CLIPS}", StaticFiles(directory=root / CLIPS))
     page = build(studio, root / "examples")
-    page.queue(max_size=None, default_concurrency_limit=None)
     gradio.mount_gradio_app(
         site, page, "/", footer_links=[], run_history=False, max_file_size=options.body_bytes, ssr_mode=False,
-        pwa=False, theme=theme(), css_paths=STYLE, show_error=True, enable_monitoring=False,
+        pwa=False, theme=theme(), css_paths=STYLE, js=NAMES, show_error=True, enable_monitoring=False,
     )  # fmt: skip
-    site.add_middleware(_Gate, api=api, token=options.token, here=here)
+    site.add_middleware(_Gate, api=api, options=options, here=here)
     return site
 
 
 class _Gate:
     """Sends requests for the API on as they are; others are looked at."""
 
-    def __init__(self, app: ASGIApp, api: ASGIApp | None, token: str | None, here: bool) -> None:
-        self._app, self._api, self._token, self._here = app, api, token, here
+    def __init__(self, app: ASGIApp, api: ASGIApp | None, options: WebOptions, here: bool) -> None:
+        self._app, self._api, self._token, self._here = app, api, options.token, here
+        self._most = options.body_bytes + _AROUND
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -115,6 +116,9 @@ class _Gate:
             return PlainTextResponse(f"this page answers to {', '.join(_HERE)} only", 421)
         if scope["method"] not in ("GET", "HEAD") and headers.get("Sec-Fetch-Site") in ("cross-site", "same-site"):
             return PlainTextResponse("pages from elsewhere may not use this one", 403)
+        length = headers.get("Content-Length", "0")
+        if "Transfer-Encoding" in headers or not length.isdecimal() or int(length) > self._most:
+            return PlainTextResponse(f"a request has at most {self._most:,} bytes, and says how many", 413)
         if "/file=http" in scope["path"] or "/proxy=" in scope["path"]:
             return PlainTextResponse("this page fetches nothing from elsewhere", 403)
         if self._token is not None and not _knows(headers.get("Authorization", ""), self._token):
