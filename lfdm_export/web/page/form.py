@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from lfdm_export.protocol.model_facts import ModelFacts
 
 #: Where a clip's motion comes from.
 Source = Literal["label", "text", "motion", "clip"]
+_FILES, _NUMBERS, _SWITCHES = ("photo", "motion", "clip"), ("steps", "guidance", "seed"), ("center", "panels")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,25 @@ class Form:
     guidance: float | None = None
     seed: float | None = None
     panels: bool = False
+
+    @classmethod
+    def read(cls, values: Sequence[object], uploads: Path) -> Form:
+        """The form that a browser sent.
+
+        Args:
+            values: of the fields, in their order, as JSON; a file is an object with its path.
+            uploads: the folder of all files that visitors sent.
+
+        Raises:
+            InputError: a value is of another type, or a file another one.
+        """
+        found = {field.name: _read(field.name, value) for field, value in zip(fields(cls), values, strict=True)}
+        if found["source"] not in get_args(Source):
+            raise InputError(f"the source is {found['source']!r}, expected one of {', '.join(get_args(Source))}")
+        for name in _FILES:
+            if found[name] is not None and not Path(found[name]).resolve().is_relative_to(uploads.resolve()):
+                raise InputError(f"the {name} was not uploaded; choose its file")
+        return cls(**found)
 
     @property
     def crop(self) -> Crop | None:
@@ -111,3 +132,20 @@ class Form:
                 return prepare_image(raster, facts.image_size, facts.preprocessing, crop=self.crop)
         except FileNotFoundError as error:
             raise InputError("the photograph is not kept any more; choose it again") from error
+
+
+def _read(name: str, value: object) -> Any:
+    """A field's value out of JSON; None where it is empty."""
+    if name in _FILES and isinstance(value, Mapping):
+        value = value.get("path")
+    if value is None or value == "":
+        return False if name in _SWITCHES else None
+    if name in _SWITCHES:
+        fits, expected = isinstance(value, bool), "yes or no"
+    elif name in _NUMBERS:
+        fits, expected = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+    else:
+        fits, expected = isinstance(value, str), "text"
+    if not fits:
+        raise InputError(f"{name} is {str(value)[:40]!r}, expected {expected}")
+    return value

@@ -10,7 +10,6 @@ from typing import Any
 
 import gradio as gr
 
-from lfdm_export.errors import InputError
 from lfdm_export.web.page import markup
 from lfdm_export.web.page.examples import draw_examples
 from lfdm_export.web.page.form import Form, Source
@@ -55,11 +54,13 @@ def build(studio: Studio, folder: Path) -> gr.Blocks:
                 picture = gr.HTML(markup.nothing(), elem_id="result")
 
         def made(*values: Any) -> Iterator[tuple[str, str]]:
-            yield from studio.make(Form(*values))
+            yield from studio.make(values)
 
+        # Values as they came: files are decoded, and all else is checked, by the library.
         running = make.click(
-            made, inputs, [status, picture], show_progress="hidden", concurrency_limit=None, api_visibility="private"
-        )
+            made, inputs, [status, picture], preprocess=False, show_progress="hidden", concurrency_limit=None,
+            api_visibility="private",
+        )  # fmt: skip
         stop.click(
             lambda: markup.said("Stopped."), None, status, cancels=running, queue=False, api_visibility="private"
         )
@@ -73,9 +74,6 @@ def _form(maker: Maker, folder: Path) -> list[gr.components.Component]:
         sources=["upload", "webcam", "clipboard"], type="filepath", height=260, buttons=[], elem_id="photo",
         alt_text="the photograph",
     )  # fmt: skip
-    # As it was uploaded: it is decoded by the library, which looks at its size first.
-    photo.preprocess = lambda payload: None if payload is None else payload.path
-    _refuse_addresses(photo)
     gr.Examples(
         [[str(path)] for path in draw_examples(folder)], [photo], label="Or take a drawing", elem_id="examples",
         api_visibility="private",
@@ -110,8 +108,6 @@ def _motion_parts(maker: Maker, first: Source) -> dict[Source, gr.components.Com
         label="Clip whose motion is taken (GIF, MP4, WebP …)", type="filepath", height=120, visible=False,
         elem_id="clip",
     )  # fmt: skip
-    for upload in (motion, clip):
-        _refuse_addresses(upload)
     return {
         "label": gr.Dropdown(
             labels, value=labels[0] if labels else None, label="Label", visible=first == "label", elem_id="label"
@@ -120,20 +116,6 @@ def _motion_parts(maker: Maker, first: Source) -> dict[Source, gr.components.Com
         "motion": motion,
         "clip": clip,
     }
-
-
-def _refuse_addresses(component: gr.components.Component) -> None:
-    """Have a component take files that were uploaded, but none that Gradio would have to fetch."""
-    # Set on the component: of a class that inherits from Gradio's, Gradio writes a stub file beside this one.
-    move = component.async_move_resource_to_block_cache
-
-    async def move_file(place: str | Path | None) -> str | None:
-        if "://" in str(place):
-            raise InputError("a file is an address, which this page does not fetch; choose the file itself")
-        moved: str | None = await move(place)
-        return moved
-
-    component.async_move_resource_to_block_cache = move_file
 
 
 def _sampling(maker: Maker) -> tuple[gr.Group, dict[str, gr.components.Component]]:

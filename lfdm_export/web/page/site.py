@@ -18,6 +18,7 @@ from starlette.responses import PlainTextResponse
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lfdm_export.errors import InputError
 from lfdm_export.web.app import WebOptions
 from lfdm_export.web.page.makers import Maker
 from lfdm_export.web.page.markup import CLIPS
@@ -58,9 +59,10 @@ def make_site(maker: Maker, options: WebOptions, *, api: FastAPI | None, here: b
     os.environ["GRADIO_TEMP_DIR"] = str(root / "uploads")  # read when it is imported
     import gradio
 
+    _fetch_nothing()
     from lfdm_export.web.page.layout import NAMES, STYLE, build, theme
 
-    studio = Studio(maker, Shelf(root / CLIPS), options.image_pixels)
+    studio = Studio(maker, Shelf(root / CLIPS), root / "uploads", options.image_pixels)
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -78,8 +80,20 @@ def make_site(maker: Maker, options: WebOptions, *, api: FastAPI | None, here: b
         site, page, "/", footer_links=[], run_history=False, max_file_size=options.body_bytes, ssr_mode=False,
         pwa=False, theme=theme(), css_paths=STYLE, js=NAMES, show_error=True, enable_monitoring=False,
     )  # fmt: skip
+    page.has_launched = True  # else Gradio takes any file of this machine for an uploaded one
     site.add_middleware(_Gate, api=api, options=options, here=here)
     return site
+
+
+def _fetch_nothing() -> None:
+    """Have Gradio fetch nothing: it would download whatever a request names by its address."""
+    from gradio import processing_utils
+
+    async def refuse(_: str) -> None:
+        raise InputError("a file is an address, which this page does not fetch; choose the file itself")
+
+    assert callable(processing_utils.async_ssrf_protected_get), "all of Gradio's downloads go through it"
+    processing_utils.async_ssrf_protected_get = refuse
 
 
 class _Gate:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from lfdm_export.errors import LfdmExportError
 from lfdm_export.web.page import markup
@@ -24,27 +25,31 @@ _GLANCE = 0.1
 class Studio:
     """For any number of visitors at once."""
 
-    def __init__(self, maker: Maker, shelf: Shelf, most_pixels: int) -> None:
+    def __init__(self, maker: Maker, shelf: Shelf, uploads: Path, most_pixels: int) -> None:
         """Make clips with a maker.
 
         Args:
             maker: makes them.
             shelf: keeps them.
+            uploads: the folder of all files that visitors sent.
             most_pixels: of a photograph.
         """
-        self.maker, self._shelf, self._most_pixels = maker, shelf, most_pixels
+        self.maker, self._shelf, self._uploads, self._most_pixels = maker, shelf, uploads, most_pixels
         self._lock = threading.Lock()
         self._under_way: dict[Watch, threading.Thread] = {}
         self._closed = False
 
-    def make(self, form: Form) -> Iterator[tuple[str, str]]:
+    def make(self, values: Sequence[object]) -> Iterator[tuple[str, str]]:
         """Make a clip; closing the iterator gives it up within a step.
+
+        Args:
+            values: of the form's fields, see `lfdm_export.web.page.form.Form.read`.
 
         Yields:
             What the page shows from now on: the status, and the picture.
         """
         watch, began = Watch(), time.monotonic()
-        thread = threading.Thread(target=self._work, args=(form, watch), name="lfdm-page", daemon=True)
+        thread = threading.Thread(target=self._work, args=(values, watch), name="lfdm-page", daemon=True)
         with self._lock:
             closed = self._closed
             if not closed:
@@ -78,8 +83,9 @@ class Studio:
         for thread in under_way.values():
             thread.join()
 
-    def _work(self, form: Form, watch: Watch) -> None:
+    def _work(self, values: Sequence[object], watch: Watch) -> None:
         try:
+            form = Form.read(values, self._uploads)
             photo = form.prepared(self.maker.facts, self._most_pixels)
             clip = self.maker.make(form, photo, watch)
             watch.progress("write the files", 0, 1)
