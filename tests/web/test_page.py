@@ -69,7 +69,7 @@ class Visit:
         self.studio = Studio(LocalMaker(pipeline, turns or Turns(), queue), self.shelf, folder.parent, MOST_PIXELS)
 
     def make(self, form: Form) -> Generator[tuple[str, str], None, None]:
-        return cast("Generator[tuple[str, str], None, None]", self.studio.make(values_of(form)))
+        return cast("Generator[tuple[str, str], None, None]", self.studio.make("visitor", values_of(form)))
 
     def shown(self, form: Form) -> list[tuple[str, str]]:
         return list(self.make(form))
@@ -264,7 +264,8 @@ def test_what_cannot_be_made_is_said_in_the_librarys_words(
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (0, "text.png", "the photo was not uploaded"), (5, __file__, "the motion was not uploaded"), (0, 3, "photo is &#x27;3&#x27;, expected text"),
+        (0, "text.png", "the photo was not uploaded"), (5, __file__, "the motion was not uploaded"),
+        (0, 3, "photo is &#x27;3&#x27;, expected text"),
         (0, {"path": 3}, "photo is"), (0, {}, "there is no photograph"),
         (1, "yes", "center is &#x27;yes&#x27;, expected yes or no"), (2, "film", "the source is &#x27;film&#x27;"),
         (2, None, "the source is None"), (3, ["Anger"], "label is"), (7, 3, "sampler is"), (8, "2", "steps is"),
@@ -274,7 +275,7 @@ def test_what_cannot_be_made_is_said_in_the_librarys_words(
 def test_values_that_no_browser_sends(visit: Visit, photo: str, place: int, value: object, message: str):
     values = values_of(Form(photo, label="Anger", steps=2))
     values[place] = value
-    status, _ = list(visit.studio.make(values))[-1]
+    status, _ = list(visit.studio.make("visitor", values))[-1]
     assert 'role="alert"' in status
     assert message in status
 
@@ -330,6 +331,22 @@ def test_clips_wait_for_each_other_and_can_be_given_up(pipeline: Pipeline, photo
     assert "the server ends" in visit.shown(form)[-1][0]
     with turns.taken(most=1):
         pass
+
+
+def test_stop_is_a_visitors_own(pipeline: Pipeline, photo: str, tmp_path: Path):
+    held = Held(pipeline)
+    visit = Visit(pipeline, tmp_path)
+    shown = []
+    for status, picture in visit.make(Form(photo, label="Anger", steps=19)):
+        shown.append((status, picture))
+        if held.reached.is_set():
+            visit.studio.stop("somebody else")
+            assert held.steps == 1
+            visit.studio.stop("visitor")
+            held.free.set()
+    assert shown[-1][0] == '<p role="status">Stopped.</p>'
+    visit.studio.close()
+    assert held.steps == 1
 
 
 def test_the_next_in_line_is_made(pipeline: Pipeline, photo: str, tmp_path: Path):

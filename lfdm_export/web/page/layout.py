@@ -6,7 +6,6 @@ import html
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 
@@ -53,17 +52,19 @@ def build(studio: Studio, folder: Path) -> gr.Blocks:
                 status = gr.HTML(markup.said("Choose a photograph and a motion."), elem_id="status")
                 picture = gr.HTML(markup.nothing(), elem_id="result")
 
-        def made(*values: Any) -> Iterator[tuple[str, str]]:
-            yield from studio.make(values)
+        def made(request: gr.Request, *values: object) -> Iterator[tuple[str, str]]:
+            yield from studio.make(str(request.session_hash), values)
+
+        def stopped(request: gr.Request) -> None:
+            studio.stop(str(request.session_hash))
 
         # Values as they came: files are decoded, and all else is checked, by the library.
-        running = make.click(
+        make.click(
             made, inputs, [status, picture], preprocess=False, show_progress="hidden", concurrency_limit=None,
             api_visibility="private",
         )  # fmt: skip
-        stop.click(
-            lambda: markup.said("Stopped."), None, status, cancels=running, queue=False, api_visibility="private"
-        )
+        # Not by Gradio's `cancels`, after which it shows an error.
+        stop.click(stopped, None, None, queue=False, show_progress="hidden", api_visibility="private")
     return page
 
 

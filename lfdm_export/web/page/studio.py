@@ -36,13 +36,14 @@ class Studio:
         """
         self.maker, self._shelf, self._uploads, self._most_pixels = maker, shelf, uploads, most_pixels
         self._lock = threading.Lock()
-        self._under_way: dict[Watch, threading.Thread] = {}
+        self._under_way: dict[Watch, tuple[str, threading.Thread]] = {}
         self._closed = False
 
-    def make(self, values: Sequence[object]) -> Iterator[tuple[str, str]]:
-        """Make a clip; closing the iterator gives it up within a step.
+    def make(self, visitor: str, values: Sequence[object]) -> Iterator[tuple[str, str]]:
+        """Make a clip; closing the iterator gives it up within a step, and so does `stop`.
 
         Args:
+            visitor: whose clip it is.
             values: of the form's fields, see `lfdm_export.web.page.form.Form.read`.
 
         Yields:
@@ -53,7 +54,7 @@ class Studio:
         with self._lock:
             closed = self._closed
             if not closed:
-                self._under_way[watch] = thread
+                self._under_way[watch] = visitor, thread
                 thread.start()
         if closed:
             yield markup.failure("the server ends"), markup.nothing()
@@ -68,10 +69,19 @@ class Studio:
                         shown = self._shown(event, shown, time.monotonic() - began)
                 if news:
                     yield shown
-                if None in news:
+                if watch.stopped:
+                    yield markup.said("Stopped."), markup.nothing()
+                if watch.stopped or None in news:
                     return
                 time.sleep(_GLANCE)
         finally:
+            watch.stop()
+
+    def stop(self, visitor: str) -> None:
+        """Give up what a visitor asked for."""
+        with self._lock:
+            watches = [watch for watch, (whose, _) in self._under_way.items() if whose == visitor]
+        for watch in watches:
             watch.stop()
 
     def close(self) -> None:
@@ -80,7 +90,7 @@ class Studio:
             self._closed, under_way = True, dict(self._under_way)
         for watch in under_way:
             watch.stop()
-        for thread in under_way.values():
+        for _, thread in under_way.values():
             thread.join()
 
     def _work(self, values: Sequence[object], watch: Watch) -> None:

@@ -97,6 +97,11 @@ class Watch:
         """Have something called where the clip is stopped, by the thread that stops it."""
         self._give_up = give_up
 
+    @property
+    def stopped(self) -> bool:
+        """Whether nobody wants the clip any more."""
+        return self._stopped.is_set()
+
     def stop(self) -> None:
         """The clip is not wanted any more; harmless where it has ended."""
         if not self._stopped.is_set():
