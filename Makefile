@@ -9,7 +9,7 @@ PICTURE := docs/character.png
 GPU_OUT ?= benchmarks/results/gpu
 GPU_OPTIONS ?=
 
-.PHONY: help install server lint test test-full test-ray fuzz demo gpu clean
+.PHONY: help install server lint test test-full test-ray test-page fuzz demo gpu clean
 
 help:
 	@echo "make install    everything into $(VENV)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test       install, server, lint, and the tests"
 	@echo "make test-full  the full-size golden chains (tens of minutes)"
 	@echo "make test-ray   install Ray, and run the tests that need it"
+	@echo "make test-page  install Chromium and Playwright, and run the tests of lfdm-web's page in that browser"
 	@echo "make fuzz       a minute of damaged pictures, clips, checkpoints, bundles, requests"
 	@echo "make demo       export the shipped model, and let a drawn character nod"
 	@echo "make gpu        the GPU suite, on a machine with a GPU, into GPU_OUT (benchmarks/results/gpu)"
@@ -57,6 +58,13 @@ test-full: install
 test-ray: install
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[bulk]'
 	$(BIN)/python -m pytest -q tests/bulk
+
+# Chromium comes from the distribution, which takes root.
+test-page: install
+	command -v chromium || command -v chromium-browser || command -v google-chrome || (apt-get update -qq && apt-get install -qq --no-install-recommends chromium) \
+	  || { echo "there is no Chromium; install it as root: apt-get install chromium"; exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt playwright
+	$(BIN)/python -m pytest -q tests/web/test_page_browser.py
 
 fuzz: install
 	$(BIN)/python benchmarks/fuzz.py --minutes 1
