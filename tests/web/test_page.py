@@ -145,7 +145,11 @@ def test_turns_go_in_the_order_of_coming():
     waiting = [threading.Event() for _ in range(3)]
 
     def take(number: int) -> None:
-        with turns.taken(on_wait=lambda before: (before == number + 1) and waiting[number].set()):
+        def stand(before: int) -> None:
+            if before == number + 1:
+                waiting[number].set()
+
+        with turns.taken(on_wait=stand):
             order.append(number)
 
     with ThreadPoolExecutor(3) as pool:

@@ -81,7 +81,9 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def visit(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
     """Opens the page; at the end, nothing must have been asked for elsewhere, nor held back by the page's policy."""
-    contexts, asked, complaints = [], [], []
+    contexts: list[Any] = []
+    asked: list[str] = []
+    complaints: list[str] = []
 
     def visit(viewport: dict[str, int] = DESKTOP, address: str = served.address, **options: Any) -> Any:
         context = browser.new_context(viewport=viewport, **options)
@@ -89,7 +91,7 @@ def visit(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
         contexts.append(context)
         context.on("request", lambda request: asked.append(request.url))
         page = context.new_page()
-        page.on("console", lambda message: message.type == "error" and complaints.append(message.text))
+        page.on("console", lambda message: complaints.extend([message.text] if message.type == "error" else []))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.goto(address)
         page.wait_for_selector("#make")
