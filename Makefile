@@ -10,7 +10,7 @@ PICTURE := docs/character.png
 GPU_OUT ?= benchmarks/results/gpu
 GPU_OPTIONS ?=
 
-.PHONY: help install server lint test test-full test-wheel test-ray fuzz demo docs gpu clean
+.PHONY: help install server lint test test-full test-wheel test-ray test-page fuzz demo docs gpu clean
 
 help:
 	@echo "make install    everything into $(VENV)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-full  the full-size golden chains (tens of minutes)"
 	@echo "make test-wheel build the wheel, and try it in empty environments"
 	@echo "make test-ray   install Ray, and run the tests that need it"
+	@echo "make test-page  install Chromium and Playwright, and run the tests of lfdm-web's page in that browser"
 	@echo "make fuzz       a minute of damaged pictures, clips, checkpoints, bundles, requests"
 	@echo "make demo       export the shipped model, and let a drawn character nod"
 	@echo "make docs       the documentation, into site/; its links are checked, its notebook is run"
@@ -63,6 +64,13 @@ test-wheel: install
 test-ray: install
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[bulk]'
 	$(BIN)/python -m pytest -q tests/bulk
+
+# Chromium comes from the distribution, which takes root.
+test-page: install
+	command -v chromium || command -v chromium-browser || command -v google-chrome || (apt-get update -qq && apt-get install -qq --no-install-recommends chromium) \
+	  || { echo "there is no Chromium; install it as root: apt-get install chromium"; exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt playwright
+	$(BIN)/python -m pytest -q tests/web/test_page_browser.py
 
 fuzz: install
 	$(BIN)/python benchmarks/fuzz.py --minutes 1

@@ -17,6 +17,8 @@ VARIABLES = {
     "ORT_DISABLE_TELEMETRY": "1",
     # The client of the Hugging Face hub, which transformers, tokenizers and diffusers use.
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    # Gradio, of which `lfdm-web` makes its page: versions, the machine's address, what is on the page.
+    "GRADIO_ANALYTICS_ENABLED": "False",
 }
 #: The package through which OpenVINO reports; OpenVINO works without it.
 _OPENVINO_REPORTER = "openvino_telemetry"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import runpy
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in FOREIGN:
         os.environ.pop(name, None)
     os.environ["TERM"] = "xterm-256color"
+    # A shell that starts the tests in the background has it ignored; tests interrupt themselves and what they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # The small models of the ordinary tests run faster on one thread; the full-size chains want every core.
     if config.option.markexpr != "full":
         os.environ["OMP_NUM_THREADS"] = "1"

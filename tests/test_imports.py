@@ -33,9 +33,9 @@ FACTS = (
 
 #: Not in the core's dependencies: no light module may need them to be imported.
 OPTIONAL = (
-    "aiohttp", "av", "diffusers", "einops", "fastapi", "grpc", "onnx", "onnxruntime", "onnxruntime_ep_nv_tensorrt_rtx",
-    "onnxscript", "openvino", "polygraphy", "pyarrow", "ray", "safetensors", "starlette", "tensorrt",
-    "tensorrt_rtx_bindings", "tokenizers", "torch", "transformers", "tritonclient", "uvicorn",
+    "aiohttp", "av", "diffusers", "einops", "fastapi", "gradio", "grpc", "onnx", "onnxruntime",
+    "onnxruntime_ep_nv_tensorrt_rtx", "onnxscript", "openvino", "polygraphy", "pyarrow", "ray", "safetensors",
+    "starlette", "tensorrt", "tensorrt_rtx_bindings", "tokenizers", "torch", "transformers", "tritonclient", "uvicorn",
 )  # fmt: skip
 
 #: The modules that may import optional packages at their top; every other one must do without.
@@ -64,6 +64,8 @@ HEAVY = (
     # Run inside Triton alone, whose package they import.
     "lfdm_export.serving.models",
     "lfdm_export.web.app",
+    "lfdm_export.web.page.layout",
+    "lfdm_export.web.page.site",
 )
 #: Of the networks' package, only these do without.
 LIGHT_NETWORKS = (

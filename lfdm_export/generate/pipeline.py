@@ -23,7 +23,8 @@ from lfdm_export.generate.arguments import common_batch, embedding_rows, per_sam
 from lfdm_export.generate.clip_cache import ClipCache, clip_key
 from lfdm_export.generate.decoding import decode_chunks, decode_clip
 from lfdm_export.generate.encoded import Encoded
-from lfdm_export.generate.stage_runner import StageRunner
+from lfdm_export.generate.previews import Previews
+from lfdm_export.generate.stage_runner import OnEstimate, StageRunner
 from lfdm_export.generate.tokenizer import tokenize
 from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.clips import Footage, read_footage
@@ -143,6 +144,7 @@ class Pipeline:
         seed: int | Sequence[int] | None = None,
         noise: Iterator[Float32] | None = None,
         progress: Progress | None = None,
+        previews: Previews | None = None,
     ) -> Clip:
         """Make a clip of `image` moving as the label says.
 
@@ -169,6 +171,8 @@ class Pipeline:
             noise: instead of a seed: float32 draws (B,3,T,h,w), first the start, then one for each step that
                 takes one.
             progress: called as ``progress(stage, done, total)``.
+            previews: what to show of the clip while it is sampled, step by step also where an engine could make it
+                in one go. None for nothing.
 
         Raises:
             InputError: an argument cannot be used.
@@ -187,12 +191,13 @@ class Pipeline:
 
         def make() -> Clip:
             rows = np.repeat(embeddings, batch // len(embeddings), axis=0)
-            if seeds is not None and options.guidance_interval == WHOLE:
+            if seeds is not None and options.guidance_interval == WHOLE and previews is None:
                 whole = self._whole_clip(prepared, rows, options.scale, table, seeds, progress)
                 if whole is not None:
                     return whole
             encoded = self._encode(prepared, progress).repeat(batch)
-            latent = self._denoise(encoded, rows, options, table, source, progress)
+            shown = None if previews is None else previews.on_estimate(self.stages, encoded, table.steps)
+            latent = self._denoise(encoded, rows, options, table, source, progress, shown)
             return decode_clip(self.stages, prepared, encoded, latent, progress)
 
         made_from = {**settings, "seeds": seeds, "frames": self.bundle.manifest.geometry.frames, "batch": batch}
@@ -379,6 +384,7 @@ class Pipeline:
         seed: int | Sequence[int] | None = None,
         noise: Iterator[Float32] | None = None,
         progress: Progress | None = None,
+        on_estimate: OnEstimate | None = None,
     ) -> Float32:
         """Denoise.
 
@@ -393,6 +399,7 @@ class Pipeline:
             seed: one a sample, or a single one; None draws one, which nobody learns.
             noise: instead of a seed.
             progress: called as ``progress("denoise", steps done, steps)``.
+            on_estimate: see `lfdm_export.generate.stage_runner.StageRunner.sample`.
 
         Returns:
             The latent (B, 3, T, h, w) float32.
@@ -403,7 +410,7 @@ class Pipeline:
         """
         options, table = self.resolve(SamplingOptions(sampler, steps, eta, guidance_scale, guidance_interval))
         _, source = self._noise(seed, noise, len(encoded.image))
-        return self._denoise(encoded, embedding, options, table, source, progress)
+        return self._denoise(encoded, embedding, options, table, source, progress, on_estimate)
 
     def run_table(
         self,
@@ -415,6 +422,7 @@ class Pipeline:
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = WHOLE,
         progress: Progress | None = None,
+        on_estimate: OnEstimate | None = None,
     ) -> Float32:
         """Denoise by any table, with noise from any source of (B, 3, T, h, w); see `sample`.
 
@@ -423,7 +431,8 @@ class Pipeline:
             EngineError: an engine cannot be loaded, fails, or gives values that are not finite.
         """
         options = SamplingOptions(guidance_scale=guidance_scale, guidance_interval=guidance_interval)
-        return self._denoise(encoded, embedding, options.over(self.bundle.manifest.sampler), table, source, progress)
+        options = options.over(self.bundle.manifest.sampler)
+        return self._denoise(encoded, embedding, options, table, source, progress, on_estimate)
 
     def _denoise(
         self,
@@ -433,6 +442,7 @@ class Pipeline:
         table: SamplerTable,
         source: NoiseSource,
         progress: Progress | None,
+        on_estimate: OnEstimate | None,
     ) -> Float32:
         """The latent (B, 3, T, h, w); of the options, guidance alone counts here."""
         manifest, batch, scale = self.bundle.manifest, len(encoded.image), options.scale
@@ -451,7 +461,8 @@ class Pipeline:
         report(progress, "denoise", 0, table.steps)
         stage, fixed = self._condition(np.repeat(rows, batch // len(rows), axis=0), scale)
         stages = [stage if inside else UNGUIDED_STAGE for inside in guided]
-        latent = self.stages.sample(stages, {"context": encoded.context, **fixed}, table, source, on_step=on_step)
+        conditions = {"context": encoded.context, **fixed}
+        latent = self.stages.sample(stages, conditions, table, source, on_step=on_step, on_estimate=on_estimate)
         _require_finite(latent, table.steps - 1, table.steps)  # where the steps' own latents stayed with the engine
         return latent
 

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 Float32: TypeAlias = NDArray[np.float32]
 #: Called after each step with its index and, where it is at hand or was asked for, the latent.
 OnStep: TypeAlias = Callable[[int, Float32 | None], None]
+#: Called after each step with its index and the estimate of the latent without noise, (B, 3, T, h, w).
+OnEstimate: TypeAlias = Callable[[int, Float32], None]
 
 
 class StageRunner:
@@ -152,6 +154,7 @@ class StageRunner:
         *,
         on_step: OnStep | None = None,
         every_latent: bool = False,
+        on_estimate: OnEstimate | None = None,
     ) -> Float32:
         """Run a whole chain; its state stays where the engine runs, if one engine runs all of it and can keep it there.
 
@@ -162,6 +165,7 @@ class StageRunner:
             source: of the noise of the start, and of the steps that draw some.
             on_step: told of each step that was taken or, by an engine that keeps the state, queued.
             every_latent: give `on_step` the latent of every step, which such an engine then has to fetch.
+            on_estimate: told of each step's estimate; the state then leaves the engine at every step.
 
         Returns:
             The last latent, (B, 3, T, h, w) float32.
@@ -172,7 +176,7 @@ class StageRunner:
         stages = [stage] * table.steps if isinstance(stage, str) else list(stage)
         engine = self.engine(stages[0])
         start = source(START)
-        if isinstance(engine, KeepsState) and len(set(stages)) == 1:
+        if isinstance(engine, KeepsState) and len(set(stages)) == 1 and on_estimate is None:
             return self._sample_there(engine, stages[0], fixed, table, start, source, on_step, every_latent)
         names = {name: [tensor.name for tensor in self.engine(name).spec.inputs] for name in set(stages)}
         following = iter(stages)
@@ -192,7 +196,12 @@ class StageRunner:
             next_latent, next_history = self.run(current, *(state[name] for name in names[current]))
             return next_latent, next_history
 
-        told = None if on_step is None else lambda index, latent, _history: on_step(index, latent)
+        def told(index: int, latent: Float32, history: Float32) -> None:
+            if on_step is not None:
+                on_step(index, latent)
+            if on_estimate is not None:
+                on_estimate(index, history[:, 1])
+
         return run_loop(step, table, start, source, on_step=told)
 
     def _sample_there(

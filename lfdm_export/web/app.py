@@ -21,6 +21,7 @@ from lfdm_export.errors import InputError
 from lfdm_export.files.names import visible
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.web.store import Store, Video
+from lfdm_export.web.turns import Turns
 from lfdm_export.web.wish import OPTIONS, Wish, model_of, photo_of_json, read_photo, read_wish
 from lfdm_export.web.worker import Worker
 
@@ -56,15 +57,18 @@ class _ApiError(Exception):
         self.status, self.headers = status, dict(headers or {})
 
 
-def make_app(pipeline: Pipeline, store: Store, options: WebOptions | None = None) -> FastAPI:
+def make_app(
+    pipeline: Pipeline, store: Store, options: WebOptions | None = None, turns: Turns | None = None
+) -> FastAPI:
     """The application, whose worker lives as long as the server.
 
     Args:
         pipeline: makes the videos.
         store: keeps them; it is closed with the server.
         options: what is taken.
+        turns: of all who use the pipeline; None where nobody else does.
     """
-    videos = _Videos(pipeline, store, options or WebOptions())
+    videos = _Videos(pipeline, store, options or WebOptions(), turns)
     # No page of theirs: it loads scripts from elsewhere. The description itself is at /openapi.json.
     app = FastAPI(title="lfdm-export", version=__version__, lifespan=videos.life, docs_url=None, redoc_url=None)
     for kind in (_ApiError, InputError, HTTPException, RequestValidationError):
@@ -84,15 +88,15 @@ def make_app(pipeline: Pipeline, store: Store, options: WebOptions | None = None
 class _Videos:
     """What the routes do."""
 
-    def __init__(self, pipeline: Pipeline, store: Store, options: WebOptions) -> None:
-        self._pipeline, self._store, self._options = pipeline, store, options
+    def __init__(self, pipeline: Pipeline, store: Store, options: WebOptions, turns: Turns | None) -> None:
+        self._pipeline, self._store, self._options, self._turns = pipeline, store, options, turns
         self._bundle = pipeline.bundle
         self._worker: Worker | None = None
 
     @asynccontextmanager
     async def life(self, _: FastAPI) -> AsyncIterator[None]:
         """The worker's life."""
-        worker = self._worker = Worker(self._store, self._pipeline)
+        worker = self._worker = Worker(self._store, self._pipeline, self._turns)
         yield
         await run_in_threadpool(worker.stop)
         self._store.close()

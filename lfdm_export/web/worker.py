@@ -9,6 +9,7 @@ from lfdm_export.errors import InputError
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.progress import Progress
 from lfdm_export.web.store import Store, Video
+from lfdm_export.web.turns import Turns
 from lfdm_export.web.wish import Wish
 from lfdm_export.wording import describe_error
 
@@ -25,14 +26,16 @@ class _Cancelled(Exception):
 class Worker:
     """Makes what waits in a store, until it is stopped; what it was at then is queued again by the next server."""
 
-    def __init__(self, store: Store, pipeline: Pipeline) -> None:
+    def __init__(self, store: Store, pipeline: Pipeline, turns: Turns | None = None) -> None:
         """Begin at once.
 
         Args:
             store: what waits.
-            pipeline: used by this thread alone from now on, but for what is only read: its bundle and its tables.
+            pipeline: from now on used by this thread alone, or in turn, but for what is only read: its bundle and its
+                tables.
+            turns: of all who use the pipeline; None where nobody else does.
         """
-        self._store, self._pipeline = store, pipeline
+        self._store, self._pipeline, self._turns = store, pipeline, turns or Turns()
         self._wake = threading.Condition()
         self._stopping = False
         self._unwanted: set[str] = set()
@@ -72,13 +75,15 @@ class Worker:
             wish = Wish.of(video.wish)
             if video.wish["bundle_id"] != self._pipeline.bundle.manifest.bundle_id:
                 raise InputError(f"it was requested of the bundle {video.wish['model']}, which is not served any more")
-            clip = self._pipeline.generate(
-                self._store.photo(video.id),
-                **wish.condition(self._pipeline.bundle),  # type: ignore[arg-type]
-                seed=wish.seed,
-                progress=self._reporter(video.id),
-                **wish.options.given(),
-            )
+            progress = self._reporter(video.id)
+            with self._turns.taken(on_wait=lambda _: progress("waiting", 0, 1)):
+                clip = self._pipeline.generate(
+                    self._store.photo(video.id),
+                    **wish.condition(self._pipeline.bundle),  # type: ignore[arg-type]
+                    seed=wish.seed,
+                    progress=progress,
+                    **wish.options.given(),
+                )
             for ending in ("mp4", "gif"):
                 clip.save(self._store.clip(video.id, ending), fps=wish.fps)
         except _Cancelled:

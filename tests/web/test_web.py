@@ -416,7 +416,8 @@ def test_two_servers_do_not_share_a_folder(bundle: Bundle, tmp_path: Path):
 
 def test_the_command_survives_a_kill(bundle: Bundle, tmp_path: Path):
     code = "import sys; from lfdm_export.cli import web_main; sys.exit(web_main())"
-    words = [str(bundle.path), "--port", "0", "--state", str(tmp_path), "--threads", "1", "--target", "onnxruntime"]
+    words = [str(bundle.path), "--no-page", "--port", "0", "--state", str(tmp_path), "--threads", "1"]
+    words += ["--target", "onnxruntime"]
 
     @contextmanager
     def started() -> Iterator[tuple[subprocess.Popen[str], Served]]:

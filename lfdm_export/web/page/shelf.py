@@ -1,0 +1,74 @@
+"""The newest clips of the page as files, which the browser plays and saves."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from lfdm_export.pictures.clip import Clip
+
+_MOST = 64
+_LONGEST_NAME = 40
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A clip on the shelf.
+
+    Attributes:
+        place: its folder, below the shelf's.
+        name: what its files are called when they are saved.
+        files: their names in the folder; "clip.motion" and "panels.mp4" are not always there.
+        about: what it shows, for who cannot see it.
+        frames: of the clip.
+        size: rows and columns of a frame.
+    """
+
+    place: str
+    name: str
+    files: tuple[str, ...]
+    about: str
+    frames: int
+    size: int
+
+
+class Shelf:
+    """A folder of clips; the oldest go when there are many. For any number of threads."""
+
+    def __init__(self, folder: Path) -> None:
+        """Use an empty folder."""
+        self.folder = folder
+        self._places: list[str] = []
+        self._lock = threading.Lock()
+
+    def keep(self, clip: Clip, *, panels: bool) -> Kept:
+        """Write a clip of one sample: as MP4 and GIF, its motion if it has one, and its panels.
+
+        Args:
+            clip: the clip.
+            panels: write the panels too.
+
+        Raises:
+            InputError: it cannot be written, or has no panels.
+            MissingDependencyError: PyAV is not installed.
+        """
+        place = secrets.token_hex(16)
+        folder = self.folder / place
+        folder.mkdir()
+        endings = ["mp4", "gif", *(["motion"] if clip.latent.size else [])]
+        files = [path.name for ending in endings for path in clip.save(folder / f"clip.{ending}")]
+        if panels:
+            files += [path.name for path in clip.save(folder / "panels.mp4", panels=True)]
+        with self._lock:
+            self._places.append(place)
+            gone = [self._places.pop(0) for _ in range(len(self._places) - _MOST)]
+        for old in gone:
+            shutil.rmtree(self.folder / old, ignore_errors=True)
+        about = clip.labels[0] if clip.labels else "a motion"
+        seed = f"-{clip.seeds[0]}" if clip.seeds else ""
+        name = re.sub(r"\W+", "_", about)[:_LONGEST_NAME].strip("_") or "clip"
+        return Kept(place, name + seed, tuple(files), about, *clip.frames.shape[1:3])

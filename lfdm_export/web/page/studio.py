@@ -1,0 +1,124 @@
+"""Makes a clip of the form, and tells of it as the page shows it: the page's one callback, without a browser."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lfdm_export.errors import LfdmExportError
+from lfdm_export.web.page import markup
+from lfdm_export.web.page.form import Form
+from lfdm_export.web.page.makers import Maker
+from lfdm_export.web.page.shelf import Shelf
+from lfdm_export.web.page.watch import Event, Failed, Made, Preview, Stopped, Watch
+from lfdm_export.wording import count, describe_error
+
+logger = logging.getLogger(__name__)
+
+# Seconds between two looks at what happened: the page is told at most so often.
+_GLANCE = 0.1
+
+
+class Studio:
+    """For any number of visitors at once."""
+
+    def __init__(self, maker: Maker, shelf: Shelf, uploads: Path, most_pixels: int) -> None:
+        """Make clips with a maker.
+
+        Args:
+            maker: makes them.
+            shelf: keeps them.
+            uploads: the folder of all files that visitors sent.
+            most_pixels: of a photograph.
+        """
+        self.maker, self._shelf, self._uploads, self._most_pixels = maker, shelf, uploads, most_pixels
+        self._lock = threading.Lock()
+        self._under_way: dict[Watch, tuple[str, threading.Thread]] = {}
+        self._closed = False
+
+    def make(self, visitor: str, values: Sequence[object]) -> Iterator[tuple[str, str]]:
+        """Make a clip; closing the iterator gives it up within a step, and so does `stop`.
+
+        Args:
+            visitor: whose clip it is.
+            values: of the form's fields, see `lfdm_export.web.page.form.Form.read`.
+
+        Yields:
+            What the page shows from now on: the status, and the picture.
+        """
+        watch, began = Watch(), time.monotonic()
+        thread = threading.Thread(target=self._work, args=(values, watch), name="lfdm-page", daemon=True)
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                self._under_way[watch] = visitor, thread
+                thread.start()
+        if closed:
+            yield markup.failure("the server ends"), markup.nothing()
+            return
+        shown = markup.starting(), markup.nothing()
+        yield shown
+        try:
+            while True:
+                news = watch.news(_GLANCE)
+                for event in news:
+                    if event is not None:
+                        shown = self._shown(event, shown, time.monotonic() - began)
+                if news:
+                    yield shown
+                if watch.stopped:
+                    yield markup.said("Stopped."), markup.nothing()
+                if watch.stopped or None in news:
+                    return
+                time.sleep(_GLANCE)
+        finally:
+            watch.stop()
+
+    def stop(self, visitor: str) -> None:
+        """Give up what a visitor asked for."""
+        with self._lock:
+            watches = [watch for watch, (whose, _) in self._under_way.items() if whose == visitor]
+        for watch in watches:
+            watch.stop()
+
+    def close(self) -> None:
+        """Give up what is under way, and wait until it has ended."""
+        with self._lock:
+            self._closed, under_way = True, dict(self._under_way)
+        for watch in under_way:
+            watch.stop()
+        for _, thread in under_way.values():
+            thread.join()
+
+    def _work(self, values: Sequence[object], watch: Watch) -> None:
+        try:
+            form = Form.read(values, self._uploads)
+            photo = form.prepared(self.maker.facts, self._most_pixels)
+            clip = self.maker.make(form, photo, watch)
+            watch.progress("write the files", 0, 1)
+            watch.tell(Made(self._shelf.keep(clip, panels=form.panels)))
+        except Stopped:
+            pass
+        except Exception as error:  # the visitor's own end
+            if not isinstance(error, LfdmExportError):
+                logger.exception("a clip of the page failed")
+            watch.fail(describe_error(error))
+        finally:
+            with self._lock:
+                del self._under_way[watch]
+            watch.end()
+
+    def _shown(self, event: Event, shown: tuple[str, str], seconds: float) -> tuple[str, str]:
+        """What the page shows after an event."""
+        if isinstance(event, Made):
+            kept = event.kept
+            size = f"{kept.size} × {kept.size}"
+            return markup.said(f"{count(kept.frames, 'frame')} of {size} in {seconds:.1f} s"), markup.result(kept)
+        if isinstance(event, Failed):
+            return markup.failure(event.why), markup.nothing()
+        if isinstance(event, Preview):
+            return markup.status(event), markup.preview(event, self.maker.facts.image_size)
+        return markup.status(event), shown[1]
