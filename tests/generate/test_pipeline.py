@@ -544,7 +544,7 @@ def test_panels_are_five_pictures_wide(pipe: Pipeline, tmp_path: Path):
     (plain,) = clip.save(tmp_path / "plain", format="gif")
     with Image.open(plain) as image:
         assert image.width == SIZE
-    with pytest.raises(InputError, match="npz archive does not hold"):
+    with pytest.raises(InputError, match="npz and motion files hold neither panels"):
         clip.save(tmp_path / "clip.npz", panels=True)
 
 

@@ -229,7 +229,7 @@ def test_lists_have_pages(served: Served):
         ({"seed": -1}, "seed: found -1"),
         ({"seed": "x"}, "seed is 'x', expected a whole number"),
         ({"steps": 0}, "steps"),
-        ({"steps": True}, "steps is 'True'"),
+        ({"steps": True}, "steps is True, expected a whole number"),
         ({"sampler": "euler"}, "sampler"),
         ({"eta": 3}, "eta"),
         ({"fps": 99}, "fps is 99, expected 1 to 50"),
