@@ -34,7 +34,7 @@ _MAPPED = "*/_ORT_MEM_ADDR_/*"
 class OpenVinoEngine:
     """One loaded stage.
 
-    Loading reads the graph. The first run with a batch compiles it: for the optimum batch of the stage with
+    Loading reads the graph. The first run with a batch compiles it: for the typical batch of the stage with
     fixed shapes, which is faster (the published UNet step by a sixth), and once for all others. Call `run`
     from one thread at a time.
     """
