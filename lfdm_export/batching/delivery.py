@@ -37,7 +37,7 @@ class Delivery:
             timeout: seconds to wait.
 
         Returns:
-            Whether the thread has ended or is the caller's.
+            Whether the thread has ended or is the calling thread.
         """
         self._queue.put(None)
         if threading.current_thread() is self._thread:

@@ -1,7 +1,7 @@
 """Noise drawn while the engine runs. NumPy only.
 
 A draw takes 0.6 ms for the small model and 16 times as long for the published size, per sample and per step that
-draws noise: negligible beside a step on a CPU, but as long as the step itself on a GPU.
+draws noise: negligible compared with a step on a CPU, but as long as the step itself on a GPU.
 """
 
 from __future__ import annotations

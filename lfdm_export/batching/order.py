@@ -4,10 +4,10 @@ At each step the slots go to the jobs that are due first. A job is due at
 
     min(deadline, submitted + STRETCH x seconds that its steps take alone) - PRIORITY_SECONDS x priority
 
-so short jobs pass long ones, deadlines are met in their order, and a higher priority runs first. A due time never
-changes: a job waits for jobs that were there before it and for jobs submitted before it is due, never for later ones of
-its priority. One level of priority passes jobs due up to PRIORITY_SECONDS earlier, and none older. So no job starves.
-A job whose slot goes to a more urgent one is paused: it keeps its state and continues later.
+so short jobs pass long ones, deadlines are met in their order, and a higher priority runs first. Due times do not move
+as time passes: a job waits for jobs that were there before it and for jobs submitted before it is due, never for later
+ones of its priority. One level of priority passes jobs due up to PRIORITY_SECONDS earlier, and none older. So no job
+starves. A job whose slot goes to a more urgent one is paused: it keeps its state and continues later.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ STEP = "step"
 #: A job may take this many times the duration of its own steps before later jobs no longer pass it. In simulated queues
 #: (Poisson arrivals at 0.7 and 0.9 of the capacity of one slot, 3 to 20 and 5 to 50 steps), 3 has 17 to 33% less median
 #: latency than arrival order, and a 99th percentile within 10% of it. With deadlines of 1 to 10 mean clips, 90 to
-#: 93.5% are met (arrival order: 85 to 90%). 2 meets fewer deadlines; 4 adds up to 20% at the 99th percentile.
+#: 93.5% are met (arrival order: 85 to 90%). 2 meets fewer deadlines; with 4 the 99th percentile is up to 20% above that
+#: of arrival order.
 STRETCH = 3.0
 #: Seconds of waiting per level of priority.
 PRIORITY_SECONDS = 10.0

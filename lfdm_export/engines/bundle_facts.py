@@ -40,7 +40,7 @@ class BundleFacts:
         frames: frames per clip.
         image_size: rows and columns, in pixels.
         precision: precision of the graphs.
-        dataset: dataset whose preprocessing applies to its pictures; None for the default.
+        dataset: dataset whose preprocessing applies to its pictures; None for the default preprocessing.
         sampling: the defaults.
         samplers: names of all samplers; "tuned" if the bundle has it.
         targets: facts by target name.

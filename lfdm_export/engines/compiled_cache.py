@@ -1,4 +1,4 @@
-"""Compiled stages, kept in the cache folder of the user, limited in size: never in a bundle.
+"""Compiled stages, kept in the user cache folder, limited in size: never in a bundle.
 
 They are code for this machine, and a bundle may come from a stranger. An entry is read only under exactly the key that
 it was written with, which holds everything that determines the compiled code. It is one file: a line of JSON with its
@@ -43,7 +43,7 @@ def user_compiled_cache(compiler: str) -> CompiledCache | None:
 
 
 def cache_size() -> int:
-    """Maximum size of the cache of the user, in bytes.
+    """Maximum size of the user cache, in bytes.
 
     Raises:
         InputError: LFDM_CACHE_SIZE is not a size.

@@ -1,4 +1,4 @@
-"""The few calls of the NVIDIA driver that plans need, through `ctypes`: no package beside the driver.
+"""The few calls of the NVIDIA driver that plans need, through `ctypes`: no package besides the driver.
 
 The driver API and the runtime API, which TensorRT uses, share the primary context, streams and pointers.
 """
@@ -176,7 +176,7 @@ class CudaDriver:
         return pointer.value
 
     def free(self, pointer: DevicePointer) -> None:
-        """Free memory from `allocate`, after the work that uses it."""
+        """Free memory from `allocate`; waits for the work that uses it."""
         self._give_back("cuMemFree_v2", pointer)
 
     def allocate_pinned(self, size: int) -> int:

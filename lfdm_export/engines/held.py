@@ -9,7 +9,7 @@ from lfdm_export.engines.tensorrt.plans import PlanFolder, remake
 
 
 def held_targets(bundle: Bundle) -> tuple[Target, ...]:
-    """The targets that need more than graphs and for which the bundle holds all of it, whether it fits or not."""
+    """The targets that need more than graphs and for which the bundle holds all of it, whether it matches or not."""
     return tuple(name for name in target_names("plans", "weights") if not why_not_held(bundle, name))
 
 

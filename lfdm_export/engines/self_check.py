@@ -1,8 +1,8 @@
-"""Checks before the first use of a target on this machine that it returns what PyTorch returned at export.
+"""Checks, before the first use of a target on this machine, that it returns what PyTorch returned at export.
 
 The same graph may be exact on one processor and wrong on another, because libraries choose kernels by processor
 features. So a target runs some stages of the reference in a bundle, and in reduced precision also its whole clip,
-within the tolerances of verification. The finding is kept in the cache folder of the user, for exactly this processor,
+within the tolerances of verification. The finding is kept in the user cache folder, for exactly this processor,
 these versions and this bundle.
 """
 
@@ -84,7 +84,7 @@ def is_enabled() -> bool:
 
 
 class SelfCheck:
-    """The check of one bundle. Findings are kept in the cache folder of the user if it is writable."""
+    """The check of one bundle. Findings are kept in the user cache folder if it is writable."""
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, device: str = "cpu") -> None:
         """Check a bundle that holds a reference, with `threads` per engine, on a device; this runs nothing yet."""

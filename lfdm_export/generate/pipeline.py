@@ -95,7 +95,7 @@ class Pipeline:
             target: a name in `lfdm_export.engines.targets.TARGETS`, or "auto": the first target that the bundle has
                 plans or weights for and that runs here, else the fastest that runs its graphs on the CPU.
             self_check: before the first use of a target on this machine, compare it with the reference in the bundle
-                (seconds); "auto" uses only targets that pass. Results are kept in the cache folder of the user.
+                (seconds); "auto" uses only targets that pass. Results are kept in the user cache folder.
             cache: a folder of clips, 4 GB at most. A clip made before by the same bundle and engine from the same
                 picture with the same settings is read from it. None stores nothing.
 
@@ -245,7 +245,7 @@ class Pipeline:
         """Make a clip in which `image` moves as another clip does, with the LFAE alone.
 
         The motion is absolute: the flow of each frame leads from `image` to that driving frame, so the result is best
-        if the clip begins in a pose like that of the image. Its duration is that of the driving clip.
+        if the clip begins in a pose like that of the image. The clip has the duration of the driving clip.
 
         Args:
             image: a path, a PIL image or (H,W,3) uint8.

@@ -26,7 +26,7 @@ Array: TypeAlias = NDArray[Any]
 CLIP_MODEL = "lfdm"
 #: The decoupled model: previews, then frames in chunks as they are decoded. gRPC streams only.
 STREAM_MODEL = "lfdm_stream"
-# The steps of the ensemble.
+# The models in the ensemble.
 PREPROCESS_MODEL = "lfdm_preprocess"
 CONDITION_MODEL = "lfdm_condition"
 ENCODE_MODEL = "lfdm_encode"

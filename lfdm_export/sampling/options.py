@@ -1,7 +1,7 @@
 """Sampling options of a clip, from a caller or a bundle. NumPy only.
 
-Checks that need no model run when options are made; `SamplingOptions.table` makes the rest with the schedule of the
-model.
+Checks that need no model run when options are made; `SamplingOptions.table` checks the rest against the schedule
+of the model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SamplingOptions:
     Attributes:
         sampler: a name of `lfdm_export.sampling.tables.SAMPLERS`, or "tuned".
         steps: sampling steps.
-        eta: share of fresh noise, 0 … 1, for samplers that have one.
+        eta: share of fresh noise, 0 … 1, for samplers that have an eta.
         guidance_scale: 1 for the conditional prediction, 0 for the unconditional one, above 1 for more of the label.
         guidance_interval: (low, high), shares of the schedule, 0 (no noise) … 1 (pure noise), in which guidance acts.
             Steps outside it use the conditional prediction alone.

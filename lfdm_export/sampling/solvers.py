@@ -36,7 +36,7 @@ def dpmpp_2m_table(schedule: Schedule, steps: int) -> SamplerTable:
     second-order term has no limit: it returns x0. `_solver_times` chooses the times.
 
     Args:
-        schedule: of N training steps.
+        schedule: a schedule with N training steps.
         steps: 1 … about N; designed for 4 to 20.
 
     Source: Lu et al., DPM-Solver++, algorithm 2.
@@ -57,13 +57,13 @@ def sde_dpmpp_table(schedule: Schedule, steps: int, eta: float = 1.0, *, order: 
     """SDE-DPM-Solver++ of order 2 (2M) or 1: each step replaces some of the noise in the latent with fresh noise.
 
     A step of h in log(signal / noise) keeps exp(-eta h) of the remaining noise and draws the rest. With eta 1, order 1
-    is DDIM with eta 1, at these times and without its shift; with eta 0 the two orders are DDIM with eta 0 and
-    DPM-Solver++ (2M). The first and last steps are as in `dpmpp_2m_table`; the last draws nothing. Times are evenly
+    is DDIM with eta 1, at these times and without its shift; with eta 0, orders 1 and 2 are DDIM with eta 0
+    and DPM-Solver++ (2M). The first and last steps are as in `dpmpp_2m_table`; the last draws nothing. Times are evenly
     spaced: noise corrects errors while it is high, and ten steps of the shipped model are then half as far from real
     clips (Fréchet distance 0.15) as ten steps at quadratic times.
 
     Args:
-        schedule: of N training steps.
+        schedule: a schedule with N training steps.
         steps: 1 … about N.
         eta: 0 (deterministic) … 1 (the reverse diffusion process itself).
         order: 1, or 2, which extrapolates the x0 estimate from the previous one.
@@ -111,7 +111,7 @@ def unipc_table(schedule: Schedule, steps: int) -> SamplerTable:
     the x0 estimate before the previous one, and no older latent is kept.
 
     Args:
-        schedule: of N training steps.
+        schedule: a schedule with N training steps.
         steps: 1 … about N; designed for 4 to 20.
 
     Source: Zhao et al., UniPC, algorithms 1 and 2, in the data-prediction form of its appendix.

@@ -51,7 +51,7 @@ def sampler_table(name: str, schedule: Schedule, steps: int | None = None, eta: 
         name: a key of SAMPLERS.
         schedule: the schedule of the model.
         steps: number of steps; None for the default of the sampler, or for the maximum of the schedule if lower.
-        eta: 0 … 1, for samplers that have one; None for the default of the sampler.
+        eta: 0 … 1, for samplers that have an eta; None for the default of the sampler.
 
     Raises:
         InputError: the name is unknown, the schedule does not allow this number of steps, or eta is out of range
@@ -108,7 +108,7 @@ def ddim_table(schedule: Schedule, steps: int, eta: float = 1.0) -> SamplerTable
     is 0, unless it ends at time 0; the predicted noise is not recomputed from the thresholded x0.
 
     Args:
-        schedule: of N training steps.
+        schedule: a schedule with N training steps.
         steps: 1 … N-1.
         eta: 0 (deterministic) … 1 (as noisy as ancestral sampling).
 

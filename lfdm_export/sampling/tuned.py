@@ -107,7 +107,7 @@ class TunedSampler:
     """Tables for one model's weights.
 
     Attributes:
-        version: version of the meaning of the numbers.
+        version: version of what the numbers mean.
         dm_sha256: SHA-256 of the DM checkpoint that they were learned for.
         guidance_scale: guidance scale that they were learned with.
         tables: one per number of steps, increasing.
@@ -164,7 +164,7 @@ class TunedSampler:
         """Refuse weights other than those that the tables were learned for.
 
         Args:
-            dm_sha256: SHA-256 of the checkpoint of the DM weights, if known.
+            dm_sha256: SHA-256 of the DM checkpoint, if known.
 
         Raises:
             ValueError: it does not match; the message says what to do.

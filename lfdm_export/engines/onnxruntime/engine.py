@@ -28,8 +28,7 @@ _ERRORS_ONLY = 3
 class OnnxRuntimeEngine:
     """One loaded stage.
 
-    Loading optimizes the graph and allocates memory for its weights. Call `run` from one thread at
-    a time.
+    Loading optimizes the graph and allocates memory for its weights. Call `run` from one thread at a time.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ def gpu_graph(path: Path, options: Any) -> bytes:
 
     Args:
         path: the checked .onnx file; external data is in the same folder.
-        options: `onnxruntime.SessionOptions`; receive that folder, and the setting to record where nodes run.
+        options: `onnxruntime.SessionOptions`, changed in place: they get that folder, and record where nodes run.
 
     Returns:
         The serialized model.

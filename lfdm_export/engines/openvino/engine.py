@@ -115,7 +115,7 @@ class OpenVinoEngine:
         entry = f"{self.spec.name}-{'any' if batch is None else batch}"
         blob = self._cache.read(entry, key)
         if blob is not None:
-            with contextlib.suppress(RuntimeError):  # the plugin claims to be the same, and is not: compile again
+            with contextlib.suppress(RuntimeError):  # the plugin claims to be the same, but is not: compile again
                 return self._core.import_model(blob, _DEVICE, self._options)
         compiled = self._core.compile_model(self._model(batch), _DEVICE, self._options)
         self._cache.write(entry, key, compiled.export_model().getbuffer())

@@ -118,7 +118,7 @@ def clip_maker(bundle: Bundle, stage: str, batch: int, *, threads: int | None = 
         bundle: a bundle exported for the target torch.
         stage: the sampling stage.
         batch: number of samples made together.
-        threads: threads of the session of the bundle, which the engines of the stages share.
+        threads: threads of the session, which the engines of the bundle share.
 
     Raises:
         EngineError: as for `TorchClipMaker`.

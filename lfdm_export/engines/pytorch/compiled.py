@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 Program: TypeAlias = Callable[..., tuple[Tensor, ...]]
 #: Sets how the modules are compiled: one of `MODES`.
 VARIABLE = "LFDM_TORCH_COMPILE"
-#: "aot": ahead of time by AOTInductor, kept in the cache of the user, the default on a CPU and not available on a GPU,
+#: "aot": ahead of time by AOTInductor, kept in the user cache, the default on a CPU and not available on a GPU,
 #: where such a program has crashed the process (PyTorch 2.11, an H200); "jit": by torch.compile, traced again in each
 #: process (Inductor has its own cache of kernels), the default on a GPU; "0": not compiled, slower, needs no compiler.
 MODES = ("aot", "jit", "0")

@@ -70,7 +70,7 @@ class TorchSession:
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
-        """Reserve the session for this thread, with the PyTorch settings of the precision and its own stream."""
+        """Reserve the session for this thread, with its stream and the PyTorch settings of its precision."""
         with self._lock, torch.no_grad(), contextlib.ExitStack() as context:
             if not self.on_gpu:
                 before = torch.get_num_threads()

@@ -32,7 +32,7 @@ _STAGES = ("encode", "step", "step_guided", "decode", DRIVE_STAGE)
 
 
 def write_weights(model: LfdmModel, path: Path) -> None:
-    """Write the weights of the networks of a model.
+    """Write the network weights of a model.
 
     Args:
         model: both networks, float32.

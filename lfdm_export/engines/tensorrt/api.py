@@ -31,7 +31,7 @@ class Api:
         target: "tensorrt" or "tensorrt-rtx".
         module: its Python module.
         version: version of its libraries.
-        logger: an `ILogger`; its ``errors`` holds the errors logged since `take_errors`.
+        logger: an `ILogger`; its ``errors`` holds the errors logged since the last `take_errors`.
     """
 
     target: Target

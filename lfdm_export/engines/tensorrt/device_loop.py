@@ -40,7 +40,7 @@ class DeviceLoop:
 
         Args:
             session: session of the GPU.
-            context: context of the engine of the stage, not used by others.
+            context: context of the stage's engine, not used by others.
             spec: the stage.
             batch: number of samples per chain; at most the maximum of the stage.
 

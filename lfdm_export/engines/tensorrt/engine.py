@@ -47,7 +47,8 @@ class TensorRtEngine:
             spec: the expected stage.
             session: session of the GPU.
             host_code: whether the plan holds its own runtime.
-            weights: for a stripped plan, the graph with its weights, and the path next to which their files are.
+            weights: for a stripped plan, the graph with its weights, and the path of the stored graph, whose folder
+                holds their files.
 
         Raises:
             EngineError: the plan cannot be loaded, or is another stage.
@@ -129,7 +130,7 @@ class TensorRtEngine:
 
 
 def open_engine(bundle: Bundle, stage: str, target: Target) -> TensorRtEngine:
-    """The engine of the plan of a stage, if the plan is for this bundle, this version and this GPU.
+    """The engine of a stage, if its plan is for this bundle, this version and this GPU.
 
     Raises:
         EngineError: there is no such plan, or it cannot be loaded; the message says what to run.

@@ -1,4 +1,4 @@
-"""How plans sample pictures, set in the network whatever the parser read from the graph.
+"""Sets how plans sample pictures, regardless of how the parser reads the graph.
 
 Some parsers of TensorRT read ONNX GridSample with mode "linear", the name in opset 20, as *nearest* (reported for
 TensorRT 10.13 and 11.1, onnx-tensorrt issue 1060; the parser of TensorRT for RTX 1.7.1 is correct). Every warp uses

@@ -1,4 +1,4 @@
-"""Checks before a plan runs that it matches the stage of a bundle, this version and GPU, and is complete."""
+"""Checks, before a plan runs, that it matches the stage of a bundle, this version and GPU, and is complete."""
 
 from __future__ import annotations
 

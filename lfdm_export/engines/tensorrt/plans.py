@@ -4,7 +4,7 @@ Layout::
 
     BUNDLE/plans/TARGET/STAGE.plan          what the target runs
     BUNDLE/plans/TARGET/STAGE.json          its record, written last
-    BUNDLE/plans/TARGET/STAGE.layers.json   the output of the inspector of the target, if available
+    BUNDLE/plans/TARGET/STAGE.layers.json   the inspector output of the target, if available
 
 Plans are not in the manifest: they can be rebuilt from the graphs, and are for one kind of GPU.
 """
@@ -88,7 +88,7 @@ class PlanRecord:
         fingerprint: what the plan was made from and for.
         plan: SHA-256 and size of the plan.
         seconds: time of the build.
-        peak_bytes: peak memory of the process of the builder.
+        peak_bytes: peak memory of the builder process.
         layers: numbers about the plan: by kind of layer and by data type of its outputs.
     """
 
@@ -112,7 +112,7 @@ class PlanFolder:
         return self.bundle / PLANS_FOLDER / self.target
 
     def plan(self, stage: str) -> Path:
-        """The path of the plan of a stage."""
+        """The path of a stage's plan."""
         return self.path / f"{stage}.plan"
 
     def record_path(self, stage: str) -> Path:
@@ -120,11 +120,11 @@ class PlanFolder:
         return self.path / f"{stage}.json"
 
     def layers_path(self, stage: str) -> Path:
-        """The path of the output of the inspector."""
+        """The path of the inspector output."""
         return self.path / f"{stage}.layers.json"
 
     def record(self, stage: str) -> PlanRecord | None:
-        """The record of the plan of a stage; None if there is none, or none that this program reads."""
+        """The record of a stage's plan; None if there is none, or none that this program reads."""
         return read_record(self.record_path(stage))
 
     def reusable(self, wanted: Fingerprint) -> PlanRecord | None:
