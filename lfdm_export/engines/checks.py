@@ -32,7 +32,8 @@ def check_tensors(
     """`check_feeds` for inputs or outputs; `word` names them in messages.
 
     Raises:
-        EngineError: as for `check_feeds`.
+        EngineError: a tensor is missing, unexpected, has another dtype or shape, or differs from the others
+            in a dynamic axis.
     """
     names = [tensor.name for tensor in tensors]
     for problem, those in (
@@ -56,7 +57,7 @@ def check_outputs(spec: StageSpec, outputs: Mapping[str, Array], axes: Mapping[s
         axes: dynamic axes of the inputs, from `check_feeds`.
 
     Raises:
-        EngineError: as for `check_feeds`; or the outputs have another size.
+        EngineError: an output is missing, unexpected, or has another dtype or shape than the inputs imply.
     """
     found = check_tensors(spec, spec.outputs, outputs, "output")
     if any(axes.get(axis, size) != size for axis, size in found.items()):

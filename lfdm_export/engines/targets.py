@@ -143,8 +143,8 @@ def find_targets(
     """Every target that a name may select on this machine, the preferred one first, as in `find_target`.
 
     Raises:
-        InputError: as for `find_target`.
-        EngineError: as for `find_target`.
+        InputError: the name is unknown.
+        EngineError: the target is not available here; or "auto" finds no target that runs the bundle.
     """
     check_target_name(name, AUTO)
     machine = this_machine() if machine is None else machine

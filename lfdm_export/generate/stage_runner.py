@@ -107,7 +107,8 @@ class StageRunner:
         """What runs the stages, as plain JSON values: equal facts mean equal bits.
 
         Raises:
-            EngineError: as for `choice`.
+            EngineError: the requested target is not available or gives wrong results here, or no target runs
+                the bundle.
         """
         return {
             "target": self.target,

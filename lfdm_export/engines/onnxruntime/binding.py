@@ -41,7 +41,7 @@ class BoundOnnxRuntimeEngine(OnnxRuntimeEngine):
         """Load a graph, as `OnnxRuntimeEngine` does.
 
         Raises:
-            EngineError: as for `OnnxRuntimeEngine`.
+            EngineError: the file cannot be loaded, is another stage, or the device is missing or cannot run all of it.
             MissingDependencyError: onnxruntime is not installed.
         """
         super().__init__(path, spec, threads=threads, device=device, tf32=tf32)

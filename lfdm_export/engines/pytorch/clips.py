@@ -121,7 +121,7 @@ def clip_maker(bundle: Bundle, stage: str, batch: int, *, threads: int | None = 
         threads: threads of the session, which the engines of the bundle share.
 
     Raises:
-        EngineError: as for `TorchClipMaker`.
+        EngineError: a stage cannot be compiled, or there is not enough memory.
     """
     session = torch_session(bundle, threads=threads)
     if not session.on_gpu:
