@@ -1,4 +1,4 @@
-"""A thread that calls back, so that who computes need not wait for who listens."""
+"""A thread for callbacks, so that computation does not wait for receivers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ logger = logging.getLogger(__name__)
 
 
 class Delivery:
-    """Calls functions one after the other, in the order in which they were handed in, on a thread of its own.
+    """Calls functions in order of submission on its own thread.
 
-    What a function raises is logged; the next one is called all the same.
+    An exception in a function is logged, and the next function is still called.
     """
 
     def __init__(self, name: str) -> None:
@@ -22,7 +22,7 @@ class Delivery:
         self._thread.start()
 
     def call(self, function: Callable[[], None]) -> None:
-        """Have `function` called; returns at once."""
+        """Queue a call of `function`; returns immediately."""
         self._queue.put(function)
 
     @property
@@ -31,13 +31,13 @@ class Delivery:
         return self._thread.is_alive()
 
     def close(self, timeout: float) -> bool:
-        """Call what was handed in, then end the thread; may be called from it.
+        """Call all queued functions, then end the thread. The thread itself may call this.
 
         Args:
             timeout: seconds to wait.
 
         Returns:
-            Whether the thread has ended, or is the caller's own.
+            Whether the thread has ended or is the calling thread.
         """
         self._queue.put(None)
         if threading.current_thread() is self._thread:
@@ -51,4 +51,4 @@ class Delivery:
                 function()
             except Exception:
                 logger.exception("a callback failed")
-            del function  # else it would hold a whole sample until the next one comes
+            del function  # else it keeps a whole sample in memory until the next one

@@ -1,4 +1,4 @@
-"""One sample to be drawn: what is asked, what comes of it, and how it can end otherwise. NumPy only."""
+"""One sample to be drawn: its job, its result, and its errors. NumPy only."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lfdm_export.sampling.options import AS_TRAINED, takes_both_branches
 from lfdm_export.sampling.rows import SamplerTable
 
 Float32: TypeAlias = NDArray[np.float32]
-#: How a job ends, always in exactly one way.
+#: How a job ends, always in exactly one of these ways.
 Outcome = Literal["finished", "failed", "cancelled", "expired"]
 
 
 class QueueFullError(OverloadedError):
-    """As many jobs are waiting as may."""
+    """The queue is full."""
 
 
 class StoppingError(OverloadedError):
-    """The sampler takes no more jobs, or gave up those that it had, because it is being stopped."""
+    """The sampler is stopping: it accepts no more jobs, or gave up the ones that it had."""
 
 
 class DeadlineExceededError(OverloadedError):
-    """A job's deadline has passed, or can no longer be met."""
+    """The deadline of a job has passed, or can no longer be met."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,15 +35,15 @@ class SampleJob:
     """One sample to be drawn. The arrays must not change until the job has ended.
 
     Attributes:
-        context: (1, C, h, w) float32, what `encode` gave.
+        context: (1, C, h, w) float32, an output of `encode`.
         embedding: (text_width,) float32.
-        table: the sampler, its steps and timesteps.
-        guidance_scale: 0 for the unconditional prediction, 1 for the conditional one; others cost two network runs.
-        seed: 0 … 2^64 - 1; the sample depends on nothing else that is random.
-        priority: higher goes first; see `lfdm_export.batching.order`.
+        table: the sampler, with its steps and timesteps.
+        guidance_scale: 0 for the unconditional prediction, 1 for the conditional one; others run the network twice.
+        seed: 0 … 2^64 - 1; the only source of randomness in the sample.
+        priority: higher runs first, as `lfdm_export.batching.order` describes.
         deadline: on the clock of the sampler, `time.monotonic` in seconds; None for none.
-        preview_every: a preview after each so many steps; None for none.
-        progress_every: a report after each so many steps; None for none.
+        preview_every: steps between previews; None for none.
+        progress_every: steps between progress reports; None for none.
     """
 
     context: Float32
@@ -58,18 +58,18 @@ class SampleJob:
 
     @property
     def guided(self) -> bool:
-        """Whether a step needs both of guidance's branches."""
+        """Whether a step needs both branches of guidance."""
         return takes_both_branches(self.guidance_scale)
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Where a sample's time went.
+    """Where the time of a sample went.
 
     Attributes:
-        queued: seconds from submission to its first step.
-        sampling: seconds from there to its end, pauses included.
-        steps: that were taken.
+        queued: seconds from submission to the first step.
+        sampling: seconds from there to the end, pauses included.
+        steps: steps taken.
     """
 
     queued: float
@@ -82,8 +82,8 @@ class Sampled:
     """A finished sample.
 
     Attributes:
-        latent: (1, 3, T, h, w) float32, finite; the receiver's own.
-        timings: where its time went.
+        latent: (1, 3, T, h, w) float32, finite; owned by the receiver.
+        timings: where the time went.
     """
 
     latent: Float32
@@ -92,14 +92,14 @@ class Sampled:
 
 @dataclass(frozen=True, eq=False)
 class Callbacks:
-    """What is called for a job, all from one thread that is not the loop's, in order; see `StepBatcher.submit`.
+    """Callbacks of a job, all called in order from one thread, not from the loop; see `StepBatcher.submit`.
 
     Attributes:
-        done: with the sample.
-        error: with the reason, instead of `done`.
-        preview: with the steps done and the x0 estimate (1, 3, T, h, w) float32.
-        progress: with the steps done.
-        is_cancelled: asked by the loop itself; must not block.
+        done: called with the sample.
+        error: called with the reason, instead of `done`.
+        preview: called with the steps done and the x0 estimate (1, 3, T, h, w) float32.
+        progress: called with the steps done.
+        is_cancelled: called by the loop itself; must not block.
     """
 
     done: Callable[[Sampled], None]

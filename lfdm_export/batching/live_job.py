@@ -1,4 +1,4 @@
-"""A job inside the sampler. NumPy only."""
+"""A job in the sampler. NumPy only."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from lfdm_export.batching.jobs import Callbacks, Float32, SampleJob, Timings
 
 @dataclass(eq=False)
 class LiveJob:
-    """A job that has not ended yet. Only the loop changes it, but for `cancel_requested`.
+    """A job that has not ended yet. Only the loop changes it, except for `cancel_requested`.
 
     Attributes:
-        job: what was asked.
-        callbacks: what is called.
-        number: counts submissions.
+        job: the request.
+        callbacks: its callbacks.
+        number: submission number.
         submitted: time of submission.
-        ticks_before: ticks that had begun by then.
+        ticks_before: ticks that had begun before submission.
         step: steps done.
-        joined: when its first step began; None as long as it waits.
+        joined: start of the first step; None while the job waits for it.
         latent, history: its state (3, T, h, w) and (2, 3, T, h, w) while it is in no slot.
-        next_noise: the draw of its next step, begun early; None if that takes none, or none was begun.
-        cancel_requested: somebody cancelled it.
-        asked: when `is_cancelled` was last asked.
-        ended: how its fate was decided; its callback may still be outstanding.
-        previews: the newest x0 estimate with its steps, not yet delivered: slow receivers skip the older ones.
+        next_noise: the draw of its next step, started early; None if the step draws none, or no draw was started.
+        cancel_requested: whether the job was canceled.
+        asked: time of the last call of `is_cancelled`.
+        ended: whether its outcome is decided; its last callback may be pending.
+        previews: the newest x0 estimate with its steps, not yet delivered: slow receivers skip older ones.
     """
 
     job: SampleJob
@@ -48,10 +48,10 @@ class LiveJob:
 
     @property
     def steps_left(self) -> int:
-        """Steps that are still to be taken."""
+        """Remaining steps."""
         return self.job.table.steps - self.step
 
     def timings(self, now: float) -> Timings:
-        """Where its time went up to now."""
+        """Where the time went so far."""
         joined = now if self.joined is None else self.joined
         return Timings(joined - self.submitted, now - joined, self.step)

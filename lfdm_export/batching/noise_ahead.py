@@ -1,7 +1,7 @@
-"""Noise that is drawn while the engine runs. NumPy only.
+"""Noise drawn while the engine runs. NumPy only.
 
-A draw takes 0.6 ms for the small model and 16 times as long for the published size, for each sample at each step that
-takes one: nothing beside a step on a CPU, but as long as the step itself on a GPU.
+A draw takes 0.6 ms for the small model and 16 times as long for the published size, per sample and per step that
+draws noise: negligible compared with a step on a CPU, but as long as the step itself on a GPU.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ _MOST_THREADS = 4
 
 
 class NoiseAhead:
-    """Draws of one sampler's jobs, each the same as `noise_for` gives, some of them begun early."""
+    """Draws for the jobs of one sampler, each equal to `noise_for`, some of them started early."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        """Draw nothing yet.
+        """Start with no draws.
 
         Args:
-            shape: (3, T, h, w) of one sample.
+            shape: (3, T, h, w), the shape of one sample.
         """
         self._shape = shape
         threads = max(1, min(_MOST_THREADS, available_cores() - 1))
         self._pool = ThreadPoolExecutor(threads, "lfdm-noise")
 
     def begin(self, seed: int, step: int) -> Future[Float32]:
-        """Begin the draw (3, T, h, w) of a step."""
+        """Start the draw (3, T, h, w) of a step."""
         return self._pool.submit(self.draw, seed, step)
 
     def draw(self, seed: int, step: int) -> Float32:
-        """The draw (3, T, h, w) of a step, now."""
+        """Return the draw (3, T, h, w) of a step now."""
         return noise_for((seed,), step, self._shape)[0]
 
     def close(self) -> None:
-        """Begin no more; those that wait are dropped."""
+        """Start no more draws and drop those that wait."""
         self._pool.shutdown(cancel_futures=True)

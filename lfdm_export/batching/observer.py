@@ -1,4 +1,4 @@
-"""What the sampler tells about its work: events for metrics, and a snapshot."""
+"""What the sampler reports about its work: events for metrics, and a snapshot."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tick:
-    """One step of everybody who had a slot.
+    """One step of all jobs in a slot.
 
     Attributes:
         running: slots in use.
-        slots: slots that there are.
-        waiting: jobs that had none, paused ones included.
-        seconds: of the whole tick.
-        engine_seconds: of it, spent in the stages.
-        noise_seconds: of it, spent drawing noise.
+        slots: number of slots.
+        waiting: jobs without a slot, paused ones included.
+        seconds: duration of the tick.
+        engine_seconds: part of it spent in the stages.
+        noise_seconds: part of it spent drawing noise.
     """
 
     running: int
@@ -34,16 +34,16 @@ class Tick:
 
 
 class Observer(Protocol):
-    """Is told what happens. Called on the threads at work, `rejected` on that of `submit`: must be quick."""
+    """Receives events on the threads that do the work, `rejected` on the thread of `submit`. Methods must be quick."""
 
     def rejected(self) -> None:
         """A job was refused because the queue is full."""
 
     def joined(self, queued: float, ticks: int) -> None:
-        """A job got its first slot after so many seconds, in which so many ticks began."""
+        """A job got its first slot after `queued` seconds, in which `ticks` ticks began."""
 
     def ticked(self, tick: Tick) -> None:
-        """A step of everybody was done."""
+        """A tick ended."""
 
     def ended(self, outcome: Outcome, timings: Timings) -> None:
         """A job ended."""
@@ -51,19 +51,19 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Stats:
-    """What a sampler has done since it began, and is doing.
+    """What a sampler has done since its start, and does now.
 
     Attributes:
-        slots: that there are.
+        slots: number of slots.
         running: jobs in a slot at the last tick.
-        waiting: jobs without one.
-        outstanding: jobs whose last callback has not returned, running and waiting ones included.
-        submitted, rejected, finished, failed, cancelled, expired: jobs, counted.
-        ticks: steps of everybody.
-        steps: steps of single jobs.
-        seconds, engine_seconds, noise_seconds: of all ticks.
-        queued_seconds: that the jobs waited for their first slot, summed.
-        in_tick_since: clock when the tick that runs now began; None between ticks. One long ago means a hung engine.
+        waiting: jobs without a slot.
+        outstanding: jobs whose last callback has not returned, including running and waiting ones.
+        submitted, rejected, finished, failed, cancelled, expired: numbers of jobs.
+        ticks: number of ticks.
+        steps: sum of the steps of all jobs.
+        seconds, engine_seconds, noise_seconds: sums over all ticks.
+        queued_seconds: sum of the waits for a first slot.
+        in_tick_since: clock at the start of the current tick; None between ticks. A long time ago means a hung engine.
     """
 
     slots: int
@@ -86,7 +86,7 @@ class Stats:
 
 
 def tell(event: Callable[[], None]) -> None:
-    """Call an observer; its mistakes are logged and stop nothing."""
+    """Call an observer; its exceptions are logged and stop nothing."""
     try:
         event()
     except Exception:

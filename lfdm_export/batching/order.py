@@ -1,13 +1,13 @@
 """Which jobs take the next step. Plain arithmetic, no arrays.
 
-At each step the jobs that are due first have the slots. A job is due at
+At each step the slots go to the jobs that are due first. A job is due at
 
     min(deadline, submitted + STRETCH x seconds that its steps take alone) - PRIORITY_SECONDS x priority
 
-so that short jobs pass long ones, deadlines are met in their order, and a higher priority goes first. Time goes on and
-what is due stays: a job waits for those that were there before it and for those submitted before it is due, never for
-later ones of its priority; a level of priority passes what is due up to PRIORITY_SECONDS earlier, and nothing older. So
-nothing starves. A job whose slot goes to a more urgent one is paused: it keeps its state and goes on later.
+so short jobs pass long ones, deadlines are met in their order, and a higher priority runs first. Due times do not move
+as time passes: a job waits for jobs that were there before it and for jobs submitted before it is due, never for later
+ones of its priority. One level of priority passes jobs due up to PRIORITY_SECONDS earlier, and none older. So no job
+starves. A job whose slot goes to a more urgent one is paused: it keeps its state and continues later.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ from lfdm_export.errors import InputError
 
 #: The name of `DueFirst` in settings.
 STEP = "step"
-#: How many times the seconds of its own steps a job may take before later ones no longer pass it. In simulated queues
-#: (Poisson arrivals at 0.7 and 0.9 of what one slot can do, 3 to 20 and 5 to 50 steps) 3 takes 17 to 33% off the median
-#: latency of arrival order, and leaves its 99th percentile within 10%; with deadlines of 1 to 10 mean clips 90 to 93.5%
-#: are met (arrival order 85 to 90%). 2 meets fewer deadlines, 4 has up to 20% at the 99th percentile.
+#: A job may take this many times the duration of its own steps before later jobs no longer pass it. In simulated queues
+#: (Poisson arrivals at 0.7 and 0.9 of the capacity of one slot, 3 to 20 and 5 to 50 steps), 3 has 17 to 33% less median
+#: latency than arrival order, and a 99th percentile within 10% of it. With deadlines of 1 to 10 mean clips, 90 to
+#: 93.5% are met (arrival order: 85 to 90%). 2 meets fewer deadlines; with 4 the 99th percentile is up to 20% above that
+#: of arrival order.
 STRETCH = 3.0
-#: Seconds of waiting that a level of priority is worth.
+#: Seconds of waiting per level of priority.
 PRIORITY_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Queue:
-    """What a policy sees.
+    """The input of a policy.
 
     Attributes:
-        live: jobs that wait, are paused, or run; by arrival.
-        finished: jobs whose last step is done, and whose answers have not gone out.
-        slots: samples in one step at most.
+        live: waiting, paused and running jobs, by arrival.
+        finished: jobs whose last step is done and whose results are not delivered yet.
+        slots: maximum number of samples per step.
         now: the time.
-        pace: seconds that a step takes alone, by whether it is guided; 0 if unknown.
+        pace: seconds of a step alone, by whether it is guided; 0 if unknown.
     """
 
     live: Sequence[LiveJob]
@@ -52,45 +53,45 @@ class Queue:
 
 
 class Policy(Protocol):
-    """Decides who takes the next step, and when answers go out.
+    """Decides which jobs take the next step, and when results are delivered.
 
     Attributes:
-        stops: whether a running job ends that is cancelled or too late, and the jobs of a step that failed take it
-            again one by one.
+        stops: whether a running job ends when it is canceled or too late, and whether the jobs of a failed step
+            repeat it one by one.
     """
 
     stops: bool
 
     def choose(self, queue: Queue) -> list[LiveJob]:
-        """The jobs that take the next step, at most `slots`; none if others are waited for."""
+        """The jobs that take the next step, at most `slots`; none to wait for others."""
 
     def answered(self, queue: Queue) -> Sequence[LiveJob]:
-        """Those of the finished jobs whose answers go out now."""
+        """The finished jobs whose results are delivered now."""
 
 
 class DueFirst:
-    """The product's policy; see the module."""
+    """The default policy, as the module docstring describes."""
 
     stops = True
 
     def choose(self, queue: Queue) -> list[LiveJob]:
-        """Those that are due first."""
+        """The jobs that are due first."""
         known = {guided: queue.pace[guided] or queue.pace[not guided] for guided in queue.pace}
         return heapq.nsmallest(
             queue.slots, queue.live, key=lambda live: (due_time(live, known[live.job.guided]), live.number)
         )
 
     def answered(self, queue: Queue) -> Sequence[LiveJob]:
-        """At once."""
+        """All finished jobs, immediately."""
         return queue.finished
 
 
 def due_time(live: LiveJob, pace: float) -> float:
-    """When a job is due; see the module.
+    """When a job is due, as the module docstring describes.
 
     Args:
         live: the job.
-        pace: seconds that a step takes alone; 0 if unknown, which makes the order that of arrival.
+        pace: seconds of a step alone; 0 if unknown, which gives the order of arrival.
     """
     job = live.job
     due = live.submitted + STRETCH * pace * job.table.steps
@@ -98,10 +99,10 @@ def due_time(live: LiveJob, pace: float) -> float:
 
 
 def find_policy(name: str) -> Policy:
-    """The policy that settings name: "step" is the product's, MODULE:CLASS another one to compare it with.
+    """The policy named in the settings: "step" is the default one, MODULE:CLASS another one for comparison.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: no policy has this name.
     """
     if name == STEP:
         return DueFirst()

@@ -1,4 +1,4 @@
-"""The rows of one stage's batch: who sits where, and one step of all of them. NumPy only."""
+"""The rows of the batch of one stage: which job has which row, and one step of all jobs. NumPy only."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Stages(Protocol):
     """What runs stages, such as `lfdm_export.generate.stage_runner.StageRunner`."""
 
     def run(self, stage: str, *tensors: NDArray[np.generic]) -> tuple[Float32, ...]:
-        """Run one stage on its inputs, in the order of its `StageSpec`; what it gives, it never writes to again."""
+        """Run one stage on its inputs, in the order of its `StageSpec`; it never writes to its outputs again."""
 
 
 @dataclass(frozen=True)
 class Ran:
-    """Seconds that a step took in the engine, and drawing noise for it (for those who came, also their start)."""
+    """Seconds of a step in the engine, and of drawing its noise (for new jobs also their start)."""
 
     engine: float
     noise: float
@@ -35,9 +35,9 @@ class Ran:
 class Rows:
     """A batch of `step` or `step_guided`.
 
-    What stays the same for a job is written when it sits down. Latent and history are the engine's own outputs of
-    the step before, handed back as they are: rows are copied only when somebody comes or goes. The rows in use are
-    the first ones; who leaves is replaced by who comes, else by the last row.
+    Constant inputs of a job are written when it joins. Latent and history are the engine's own outputs of the step
+    before, passed back unchanged: rows are copied only when a job joins or leaves. The first rows are the ones in use;
+    the row of a job that leaves goes to a new job, else to the job in the last row.
     """
 
     def __init__(
@@ -52,17 +52,17 @@ class Rows:
         guided: bool,
         fixed_batch: bool,
     ) -> None:
-        """Take memory for all slots.
+        """Allocate memory for all slots.
 
         Args:
-            stages: runs them.
+            stages: runs the stages.
             stage: name of the stage.
             geometry: gives the shapes.
             null_embedding: (text_width,) float32, for a guidance scale of 0.
-            slots: most rows.
-            noise: draws it.
-            guided: whether the stage takes a guidance scale.
-            fixed_batch: run all slots each time; rows that nobody uses hold zeros, and stay so.
+            slots: maximum number of rows.
+            noise: draws the noise.
+            guided: whether the stage has a guidance scale as input.
+            fixed_batch: run all slots each time; unused rows hold zeros, and remain zero.
         """
         self._stages, self._stage, self._null, self._ahead = stages, stage, null_embedding, noise
         self._guided, self._fixed, self._slots = guided, fixed_batch, slots
@@ -78,14 +78,14 @@ class Rows:
         self._noise = np.zeros((slots, *self._shape), np.float32)
         self._coefficients = np.zeros((slots, COEFFICIENTS), np.float32)
         self._drawing = 0.0
-        #: Who sits in rows 0, 1, …
+        #: The jobs in rows 0, 1, …
         self.jobs: list[LiveJob] = []
 
     def seat(self, jobs: Sequence[LiveJob]) -> None:
-        """Let exactly these jobs have the rows; who has to leave keeps its state, unless it has ended.
+        """Give the rows to exactly these jobs; a job that leaves keeps its state, unless it has ended.
 
         Args:
-            jobs: at most as many as slots, in any order; who sits already stays.
+            jobs: at most as many as slots, in any order; jobs that have a row keep it.
         """
         wanted = set(jobs)
         free = [row for row, job in enumerate(self.jobs) if job not in wanted]
@@ -100,18 +100,18 @@ class Rows:
         for job in coming:
             row = free.pop(0) if free else len(self.jobs)
             self._sit(job, row)
-        for row in reversed(free):  # from the back, so that the last row is never itself a free one
+        for row in reversed(free):  # from the back, so that the last row is never free itself
             self._move(len(self.jobs) - 1, row)
 
     def step(self) -> Ran:
-        """One step of every job that sits here.
+        """One step of every job in a row.
 
         Raises:
-            Exception: what the stage raised; the rows are as before.
+            Exception: what the stage raised; the rows are unchanged.
         """
         for row, live in enumerate(self.jobs):
             table = live.job.table
-            index = min(live.step, table.steps - 1)  # a finished one of a batch that keeps its size repeats its last
+            index = min(live.step, table.steps - 1)  # a finished job in a batch of constant size repeats its last
             self._timestep[row], self._coefficients[row] = table.timesteps[index], table.coefficients[index]
             if table.draws_noise[index]:
                 self._noise[row] = self._draw(live, index)
@@ -138,14 +138,14 @@ class Rows:
         return ran
 
     def clear(self) -> None:
-        """Empty all rows, after a step that failed; nobody's state is saved."""
+        """Empty all rows after a failed step, without saving any state."""
         self.jobs.clear()
         self._latent, self._history = self._latent_home, self._history_home
         for array in self._arrays():
             array[:] = 0
 
     def finite(self) -> list[bool]:
-        """For each job whether its latent is finite."""
+        """Whether the latent is finite, per job."""
         count = len(self.jobs)
         flat = self._latent[:count].reshape(count, -1)
         return [bool(finite) for finite in np.all(np.isfinite(flat), axis=1)]
@@ -169,7 +169,7 @@ class Rows:
         return drawn
 
     def _own(self, count: int) -> None:
-        """Make the state writable and of `count` rows at least: the engine's outputs have as many as it was given."""
+        """Make the state writable, with at least `count` rows: engine outputs have as many rows as the inputs."""
         if not (self._latent.flags.writeable and self._history.flags.writeable and len(self._latent) >= count):
             rows = len(self.jobs)
             self._latent_home[:rows], self._history_home[:rows] = self._latent[:rows], self._history[:rows]
@@ -197,7 +197,7 @@ class Rows:
             self.jobs.append(live)
 
     def _move(self, source: int, target: int) -> None:
-        """Let the last row's job sit in `target`, and clear the row that it leaves."""
+        """Move the last job to row `target`, and clear its old row."""
         if source != target:
             for array in self._arrays():
                 array[target] = array[source]
@@ -208,7 +208,7 @@ class Rows:
         self.jobs.pop()
 
     def _arrays(self) -> tuple[NDArray[Any], ...]:
-        """Everything that has a row for each job."""
+        """All arrays with one row per job."""
         return (
             self._latent,
             self._history,

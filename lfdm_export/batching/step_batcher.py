@@ -1,16 +1,16 @@
 """Samples that share an engine, step by step: requests join and leave the running batch at any denoising step.
 
-One loop, on a thread of its own, takes the jobs whose turn it is at each step (`lfdm_export.batching.order`), whatever
-their step counts, samplers, guidance and seeds, runs one step of all of them, and lets go who is done. Jobs that need
+One loop, on its own thread, selects the jobs for each step (`lfdm_export.batching.order`), whatever their step counts,
+samplers, guidance and seeds, runs one step of all of them, and releases those that are done. Jobs that need
 both branches of guidance run through `step_guided`, the others through `step`, one after the other: guidance costs
-twice as much on a CPU (29 against 16 ms a step of the small model), so that one graph for all would double the price
-of those without it. NumPy only; knows nothing of servers.
+twice as much on a CPU (29 against 16 ms per step of the small model), so one graph for all jobs would double the cost
+of jobs without it. NumPy only; independent of servers.
 
-How many slots: as many as batching makes cheaper. On a CPU it makes nothing cheaper: a step of the small model takes
-15.8 ms of processor time for one sample, 14.8 ms a sample for four, 16.0 for eight, 17.2 for sixteen. More slots then
-only make everybody finish late; one slot, which always works on what is due first, gives the best tail and the most
-clips within their deadlines. On a GPU, where small batches should cost hardly more than one sample, 8 is a start; not
-measured.
+Number of slots: as many as batching makes cheaper. On a CPU, batching saves nothing: a step of the small model takes
+15.8 ms of processor time for one sample, 14.8 ms per sample for four, 16.0 for eight, 17.2 for sixteen. More slots then
+only delay all jobs; one slot, which always works on the job that is due first, gives the best tail latency and the most
+clips within their deadlines. On a GPU, where small batches should cost hardly more than one sample, start with 8; this
+is not measured.
 """
 
 from __future__ import annotations
@@ -40,43 +40,43 @@ from lfdm_export.stages import Geometry, stage_specs
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks at jobs that the policy lets wait for others.
+#: Seconds between two checks of jobs that the policy keeps waiting for others.
 _IDLE_LOOK = 0.005
-# The stages of a step: without guidance, and with it.
+# The stages of a step: without and with guidance.
 UNGUIDED, GUIDED = "step", "step_guided"
 
 
 class Ticket:
-    """A submitted job, for who submitted it."""
+    """A submitted job, as its caller sees it."""
 
     def __init__(self, batcher: StepBatcher, live: LiveJob) -> None:
         self._batcher, self._live = batcher, live
 
     def cancel(self) -> bool:
-        """Give the job up before its next step; its `on_error` is then called with `RequestCancelledError`.
+        """Cancel the job before its next step; `on_error` is then called with `RequestCancelledError`.
 
-        From any thread. A job whose last step is done may still end well.
+        Any thread may call this. A job whose last step is done may still finish.
 
         Returns:
-            Whether it had not ended yet.
+            Whether the job had not ended yet.
         """
         return self._batcher._cancel(self._live)
 
     @property
     def ended(self) -> bool:
-        """Whether its fate is decided; the callback may be still to come."""
+        """Whether the outcome is decided; the callback may be pending."""
         return self._live.ended
 
 
 class StepBatcher:
-    """Draws samples for many callers at once. All methods may be called from any thread.
+    """Draws samples for many callers at once. Any thread may call any method.
 
-    A sample is what `Pipeline.sample` gives for the same seed and settings. With whom it shares steps shows in the last
-    bits at most, and with `fixed_batch` not at all.
+    A sample equals that of `Pipeline.sample` for the same seed and settings. Other jobs in its steps change at most the
+    last bits, and nothing with `fixed_batch`.
 
-    Callbacks are called from one delivery thread, never from the loop, so that decoding and sending hold up no step;
-    a slow one holds up other callbacks. A job counts against the bound until its last callback has returned, so that
-    samples which nobody takes do not pile up.
+    Callbacks run on one delivery thread, never on the loop, so decoding and sending delay no step;
+    a slow callback delays the others. A job counts toward the limit until its last callback has returned, so
+    samples that no receiver takes do not accumulate.
     """
 
     def __init__(
@@ -95,15 +95,15 @@ class StepBatcher:
         """Start the loop.
 
         Args:
-            stages: runs `step` and `step_guided`; used by the loop's thread alone.
-            geometry: of the bundle.
-            null_embedding: (text_width,) float32, the bundle's.
-            slots: samples in one step at most; see the module for how many.
-            queue_limit: jobs beyond the slots that may be there; more are refused.
-            fixed_batch: run every step at the full batch of `slots`, so that a sample has the same bits in any company.
-            policy: decides who takes a step; None for `DueFirst`.
-            observer: is told what happens.
-            clock: seconds; deadlines are on it.
+            stages: runs `step` and `step_guided`; used by the loop thread only.
+            geometry: geometry of the bundle.
+            null_embedding: (text_width,) float32, from the bundle.
+            slots: maximum number of samples per step; the module docstring says how many.
+            queue_limit: maximum number of jobs beyond the slots; more are rejected.
+            fixed_batch: run every step at the full batch of `slots`, so that other jobs change no bits of a sample.
+            policy: decides which jobs take a step; None for `DueFirst`.
+            observer: receives events.
+            clock: clock in seconds, also for deadlines.
 
         Raises:
             InputError: an argument is out of range.
@@ -136,7 +136,7 @@ class StepBatcher:
             observer=observer,
             clock=clock,
         )
-        self._changed = threading.Condition()  # guards what follows
+        self._changed = threading.Condition()  # guards the fields below
         self._arrivals: list[LiveJob] = []
         self._outstanding = self._submitted = self._rejected = 0
         self._draining = self._closing = False
@@ -156,24 +156,24 @@ class StepBatcher:
         on_progress: Callable[[int], None] | None = None,
         is_cancelled: Callable[[], bool] | None = None,
     ) -> Ticket:
-        """Have a sample drawn. Exactly one of `on_done` and `on_error` will be called, as the job's last callback.
+        """Submit a sample to draw. Exactly one of `on_done` and `on_error` is called, as the last callback of the job.
 
         Args:
-            job: what is asked.
+            job: the request.
             on_done: called with the sample.
-            on_error: called with why there is none: `RequestCancelledError`, `DeadlineExceededError` (the deadline has
-                passed, or the steps left take longer than the time left at the fastest recent pace), `StoppingError`,
-                or what went wrong.
-            on_preview: called with steps done and the x0 estimate (1, 3, T, h, w) float32 after each
-                `preview_every` steps, the last aside; who is slow gets the newest, and misses those before it.
-            on_progress: called with the steps done after each `progress_every` steps.
-            is_cancelled: asked by the loop before each step of the job; must answer at once.
+            on_error: called with the reason for a failure: `RequestCancelledError`, `DeadlineExceededError` (the
+                deadline has passed, or is too near for the remaining steps at the fastest recent pace),
+                `StoppingError`, or another error.
+            on_preview: called with the steps done and the x0 estimate (1, 3, T, h, w) float32 after every
+                `preview_every` steps except the last; a slow receiver gets the newest and skips older ones.
+            on_progress: called with the steps done after every `progress_every` steps.
+            is_cancelled: called by the loop before each step of the job; must return immediately.
 
         Raises:
-            InputError: the job does not fit the model.
-            QueueFullError: too many jobs are there.
+            InputError: the job does not match the model.
+            QueueFullError: the queue is full.
             StoppingError: the sampler is draining or closed.
-            EngineError: the loop has died.
+            EngineError: the loop has failed.
         """
         self._check(job)
         callbacks = Callbacks(on_done, on_error, on_preview, on_progress, is_cancelled)
@@ -187,23 +187,23 @@ class StepBatcher:
         raise QueueFullError(f"{QUEUE_FULL_MESSAGE}: {self._limit} requests are being worked on; send it again later")
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Take no more jobs and wait for those that are there.
+        """Accept no more jobs and wait for the current ones.
 
         Args:
-            timeout: seconds; None to wait as long as it takes.
+            timeout: seconds; None waits without limit.
 
         Returns:
-            Whether all have ended and been delivered.
+            Whether all jobs have ended and all callbacks returned.
         """
         with self._changed:
             self._draining = True
             return self._changed.wait_for(lambda: self._outstanding == 0, timeout)
 
     def close(self, timeout: float = 30.0) -> None:
-        """End now: the step that runs is finished, jobs that are left get a `StoppingError`.
+        """Stop now: finish the current step, and end the remaining jobs with a `StoppingError`.
 
         Args:
-            timeout: seconds to wait for each of the two threads.
+            timeout: seconds to wait per thread (two threads).
         """
         with self._changed:
             self._draining = self._closing = True
@@ -215,7 +215,7 @@ class StepBatcher:
             logger.error("the sampler's threads did not end within %.0f s; they are left behind", timeout)
 
     def stats(self) -> Stats:
-        """What was done up to now."""
+        """What was done so far."""
         loop = self._loop
         counts = {field.name: getattr(loop.counts, field.name) for field in fields(Counts)}
         with self._changed:
@@ -231,7 +231,7 @@ class StepBatcher:
 
     @property
     def alive(self) -> bool:
-        """Whether jobs that are submitted will be worked on; False after `close` or when a thread has died."""
+        """Whether submitted jobs will run; False after `close` or when a thread has failed."""
         return self._death is None and self._thread.is_alive() and self._delivery.alive and not self._closing
 
     def __enter__(self) -> StepBatcher:
@@ -286,7 +286,7 @@ class StepBatcher:
             self._changed.notify_all()
             return True
 
-    # --- On threads of its own --------------------------------------------------------------------
+    # --- On the batcher's own threads -------------------------------------------------------------
 
     def _run(self) -> None:
         """The loop."""
@@ -301,7 +301,7 @@ class StepBatcher:
             self._give_up(EngineError(f"the sampler's loop died ({error!r}); start the server again"))
 
     def _take_arrivals(self) -> bool:
-        """Wait until there is something to do; False when it is time to end."""
+        """Wait until there is work; False when the loop must end."""
         with self._changed:
             self._changed.wait_for(lambda: self._arrivals or self._loop.live or self._closing)
             self._loop.live.extend(self._arrivals)

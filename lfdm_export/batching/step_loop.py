@@ -1,4 +1,4 @@
-"""The steps of all jobs of a sampler, one after the other. No thread: `lfdm_export.batching.step_batcher` has that."""
+"""The steps of all jobs of a sampler. No threads: `lfdm_export.batching.step_batcher` has them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from lfdm_export.protocol.contract import DEADLINE_MESSAGE, RequestCancelledErro
 
 logger = logging.getLogger(__name__)
 
-#: Steps among which the fastest is looked for, to tell which deadlines cannot be met.
+#: Number of recent steps of which the fastest decides which deadlines cannot be met.
 _RECENT_STEPS = 256
-#: Seconds between two looks at whether a waiting job was cancelled; a running one is looked at before each step.
+#: Seconds between two checks whether a waiting job was canceled; a running one is checked before each step.
 _ASK_EVERY = 0.1
-#: What hands a callback to the thread that calls it; the flag says whether it is the job's last.
+#: Passes a callback to the thread that calls it; the flag says whether it is the last one of the job.
 Deliver: TypeAlias = Callable[[Callable[[], None], bool], None]
 
 
 @dataclass
 class Counts:
-    """What was done; see `lfdm_export.batching.observer.Stats`."""
+    """What was done, as in `lfdm_export.batching.observer.Stats`."""
 
     running: int = 0
     finished: int = 0
@@ -47,7 +47,7 @@ class Counts:
 
 
 class StepLoop:
-    """Decides who takes the next step, takes it, and ends jobs. For one thread; counts may be read from others."""
+    """Selects jobs for the next step, runs it, and ends jobs. For one thread; other threads may read the counts."""
 
     def __init__(
         self,
@@ -60,33 +60,33 @@ class StepLoop:
         observer: Observer | None,
         clock: Callable[[], float],
     ) -> None:
-        """Begin without jobs.
+        """Start without jobs.
 
         Args:
             unguided: rows of `step`.
             guided: rows of `step_guided`.
-            slots: jobs in one step at most.
-            policy: decides who takes a step.
-            deliver: is given callbacks.
-            observer: is told what happens.
-            clock: seconds.
+            slots: maximum number of jobs per step.
+            policy: decides which jobs take a step.
+            deliver: receives callbacks.
+            observer: receives events.
+            clock: clock in seconds.
         """
         self._rows = {False: unguided, True: guided}
         self._slots, self._policy, self._deliver, self._observer, self._clock = slots, policy, deliver, observer, clock
         self._recent = {guided: deque[float](maxlen=_RECENT_STEPS) for guided in (False, True)}
-        #: Seconds of the fastest recent step, by whether guided; 0 as long as there was none.
+        #: Seconds of the fastest recent step, by whether it is guided; 0 before the first step.
         self.pace = {False: 0.0, True: 0.0}
         self.counts = Counts()
         #: Jobs that have not ended, by arrival.
         self.live: list[LiveJob] = []
-        # Jobs that have all their steps, and that the policy has not let go yet.
+        # Jobs whose steps are all done, and that the policy has not released yet.
         self._finished: list[LiveJob] = []
 
     def step(self) -> bool:
-        """End who is to end, then take one step of those whose turn it is.
+        """End jobs that must end, then run one step of the selected jobs.
 
         Returns:
-            Whether there was anybody to take it; else the policy waits for others, or nobody is there.
+            Whether a job took a step; else the policy waits for more jobs, or there are none.
         """
         self._end_given_up()
         chosen = self._policy.choose(self._queue())
@@ -101,7 +101,7 @@ class StepLoop:
         self._answer()
 
     def _end_given_up(self) -> None:
-        """End jobs that were cancelled or are too late, running ones too if the policy lets them."""
+        """End jobs that were canceled or are too late, running ones too if the policy allows it."""
         now = self._clock()
         for live in list(self.live):
             if live.joined is not None and not self._policy.stops:
@@ -135,7 +135,7 @@ class StepLoop:
         counts.ticks += 1
         ran = [self._step_rows(guided, [live for live in chosen if live.job.guided is guided]) for guided in self._rows]
         self._answer()
-        if not self.live:  # nobody will take the rows of those who ended just now
+        if not self.live:  # no job will replace those that just ended
             for rows in self._rows.values():
                 rows.seat([])
         engine, noise = sum(one.engine for one in ran), sum(one.noise for one in ran)
@@ -155,7 +155,7 @@ class StepLoop:
             tell(partial(self._observer.joined, queued, self.counts.ticks - live.ticks_before))
 
     def _step_rows(self, guided: bool, jobs: list[LiveJob]) -> Ran:
-        """One step of the jobs of one stage; if it fails, each takes it alone, and nobody else has a part in it."""
+        """One step of the jobs of one stage; if it fails, each job repeats it alone, so that no other is affected."""
         rows = self._rows[guided]
         try:
             rows.seat(jobs)
@@ -172,7 +172,7 @@ class StepLoop:
                 return self._fail(rows, jobs, error)
             logger.warning("a step of %d jobs failed (%r): each takes it alone", len(jobs), error)
             for live in jobs:
-                live.next_noise = None  # already that of the step after this one
+                live.next_noise = None  # it already belongs to the step after this one
             alone = [self._step_rows(guided, [live]) for live in jobs]
             return Ran(sum(one.engine for one in alone), sum(one.noise for one in alone))
         recent = self._recent[guided]
@@ -183,7 +183,7 @@ class StepLoop:
         return ran
 
     def _fail(self, rows: Rows, jobs: list[LiveJob], error: Exception) -> Ran:
-        """End the jobs, and whoever else sits there."""
+        """End these jobs and all others in the rows."""
         wrapped = error if isinstance(error, LfdmExportError) else EngineError(f"a step failed: {error!r}")
         for live in {*jobs, *rows.jobs}:
             if not live.ended:
@@ -220,13 +220,13 @@ class StepLoop:
         return Queue(self.live, self._finished, self._slots, self._clock(), self.pace)
 
     def _answer(self) -> None:
-        """Let those go who have all their steps, if the policy does."""
+        """Release the jobs whose steps are all done, if the policy allows it."""
         for live in list(self._policy.answered(self._queue())):
             self._finished.remove(live)
             self._end(live, "finished", None)
 
     def _end(self, live: LiveJob, outcome: Outcome, error: Exception | None) -> None:
-        """Let a job go, and have its last callback called."""
+        """Release a job, and queue its last callback."""
         live.ended = True
         if live in self.live:
             self.live.remove(live)
@@ -247,11 +247,11 @@ def _call_with_preview(live: LiveJob) -> None:
 
 
 def _lateness(live: LiveJob, seconds_left: float, pace: float) -> str | None:
-    """What is wrong with a job's deadline; None if it may still be met.
+    """Why a deadline is missed; None if it may still be met.
 
     Args:
         live: the job.
-        seconds_left: until its deadline.
+        seconds_left: seconds until the deadline.
         pace: seconds of the fastest recent step; 0 if unknown.
     """
     steps = live.job.table.steps

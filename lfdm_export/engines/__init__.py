@@ -1,1 +1,1 @@
-"""Backends that run a stage: one module each, all giving ``run(feeds) -> outputs``."""
+"""Backends that run a stage: one module per backend, all with ``run(feeds) -> outputs``."""

@@ -1,4 +1,4 @@
-"""What a bundle is and what runs it here, gathered for people and programs; needs neither torch nor onnx."""
+"""Facts about a bundle and the targets that run it here, for people and programs; needs neither torch nor onnx."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class TargetFact:
     """Whether one target runs the bundle on this machine.
 
     Attributes:
-        runs: it does.
-        reason: why not, and what to do; why it is taken, of the one that "auto" takes; else "".
+        runs: whether it does.
+        reason: why not, and what to do; for the target that "auto" selects, why; else "".
     """
 
     runs: bool
@@ -33,21 +33,21 @@ class BundleFacts:
     """The facts of one bundle.
 
     Attributes:
-        path: its folder.
-        labels: that have an embedding.
-        text: whether it takes free text.
+        path: folder of the bundle.
+        labels: labels that have an embedding.
+        text: whether it accepts free text.
         drive: whether it transfers motions (`Pipeline.transfer_motion`).
-        frames: of a clip.
+        frames: frames per clip.
         image_size: rows and columns, in pixels.
-        precision: of the graphs.
-        dataset: whose preprocessing its pictures get; None for the plain rule.
+        precision: precision of the graphs.
+        dataset: dataset whose preprocessing applies to its pictures; None for the default preprocessing.
         sampling: the defaults.
-        samplers: names of all samplers; "tuned" where the bundle has it.
-        targets: by name.
-        auto: the target that is taken where none is named; None if nothing runs the bundle here.
+        samplers: names of all samplers; "tuned" if the bundle has it.
+        targets: facts by target name.
+        auto: the default target; None if nothing runs the bundle here.
         files: bytes of each file, the largest first.
-        provenance: where the weights come from.
-        versions: of the programs that made the bundle.
+        provenance: origin of the weights.
+        versions: versions of the programs that made the bundle.
     """
 
     path: str
@@ -67,13 +67,13 @@ class BundleFacts:
     versions: Mapping[str, str]
 
     def to_json(self) -> dict[str, object]:
-        """As a plain JSON object."""
+        """Convert to a plain JSON object."""
         plain: dict[str, object] = to_plain(self)
         return plain
 
 
 def bundle_facts(bundle: Bundle) -> BundleFacts:
-    """The facts of an opened bundle on this machine."""
+    """Gather the facts of an open bundle on this machine."""
     manifest, machine = bundle.manifest, this_machine()
     held = held_targets(bundle)
     targets: dict[str, TargetFact] = {}

@@ -20,8 +20,8 @@ def check_feeds(spec: StageSpec, feeds: Mapping[str, Array]) -> dict[str, int]:
         The size of each dynamic axis, by name.
 
     Raises:
-        EngineError: an input is missing, unexpected, of another dtype or shape, or disagrees with
-            the others about a dynamic axis.
+        EngineError: an input is missing, unexpected, has another dtype or shape, or differs from the others
+            in a dynamic axis.
     """
     return check_tensors(spec, spec.inputs, feeds, "input")
 
@@ -29,10 +29,11 @@ def check_feeds(spec: StageSpec, feeds: Mapping[str, Array]) -> dict[str, int]:
 def check_tensors(
     spec: StageSpec, tensors: Sequence[TensorSpec], found: Mapping[str, Array], word: str
 ) -> dict[str, int]:
-    """`check_feeds` for inputs or outputs; `word` is what messages call them.
+    """`check_feeds` for inputs or outputs; `word` names them in messages.
 
     Raises:
-        EngineError: see `check_feeds`.
+        EngineError: a tensor is missing, unexpected, has another dtype or shape, or differs from the others
+            in a dynamic axis.
     """
     names = [tensor.name for tensor in tensors]
     for problem, those in (
@@ -48,15 +49,15 @@ def check_tensors(
 
 
 def check_outputs(spec: StageSpec, outputs: Mapping[str, Array], axes: Mapping[str, int]) -> None:
-    """See that a run gave the stage's outputs, for the batch that it was given.
+    """Check that a run returned the outputs of the stage, for the batch of its inputs.
 
     Args:
         spec: the stage.
-        outputs: what came, by name.
-        axes: of its inputs, from `check_feeds`.
+        outputs: outputs of the run, by name.
+        axes: dynamic axes of the inputs, from `check_feeds`.
 
     Raises:
-        EngineError: see `check_feeds`; or the outputs are of another size.
+        EngineError: an output is missing, unexpected, or has another dtype or shape than the inputs imply.
     """
     found = check_tensors(spec, spec.outputs, outputs, "output")
     if any(axes.get(axis, size) != size for axis, size in found.items()):

@@ -1,8 +1,8 @@
-"""What compilers made of stages, kept in the user's cache folder and bounded in size: never in a bundle.
+"""Compiled stages, kept in the user cache folder, limited in size: never in a bundle.
 
-It is code for this machine, and a bundle may come from a stranger. An entry is read only under exactly the key that it
-was written with, which holds everything that decides what is compiled. It is one file: a line of JSON with its key and
-the SHA-256 of the rest, then what the compiler gave.
+They are code for this machine, and a bundle may come from a stranger. An entry is read only under exactly the key that
+it was written with, which holds everything that determines the compiled code. It is one file: a line of JSON with its
+key and the SHA-256 of the rest, then the output of the compiler.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from lfdm_export.machine import optional_cache
 
 logger = logging.getLogger(__name__)
 
-#: Says how large the cache may become, such as 500MB; 0 keeps nothing.
+#: Sets the maximum size of the cache, such as 500MB; 0 stores nothing.
 SIZE_VARIABLE = "LFDM_CACHE_SIZE"
-#: Bytes that it may take where nobody says: two models of the published size with all their stages.
+#: Default maximum size in bytes: two models of the published size with all their stages.
 DEFAULT_SIZE = 4_000_000_000
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
@@ -33,20 +33,20 @@ _ENDING = ".compiled"
 
 
 def user_compiled_cache(compiler: str) -> CompiledCache | None:
-    """The user's cache of a compiler, by its name; None where there is no folder for it, or LFDM_CACHE_SIZE is 0.
+    """The cache of a compiler, by its name; None if there is no folder for it, or LFDM_CACHE_SIZE is 0.
 
     Raises:
-        InputError: LFDM_CACHE_SIZE is no size.
+        InputError: LFDM_CACHE_SIZE is not a size.
     """
     size, folder = cache_size(), optional_cache()
     return None if size == 0 or folder is None else CompiledCache(folder / compiler, size)
 
 
 def cache_size() -> int:
-    """Bytes that the user's cache may take.
+    """Maximum size of the user cache, in bytes.
 
     Raises:
-        InputError: LFDM_CACHE_SIZE is no size.
+        InputError: LFDM_CACHE_SIZE is not a size.
     """
     said = os.environ.get(SIZE_VARIABLE, "").strip()
     if not said:
@@ -59,18 +59,18 @@ def cache_size() -> int:
 
 @dataclass(frozen=True)
 class CompiledCache:
-    """A folder of compiled graphs, made when the first is written. For any number of processes.
+    """A folder of compiled graphs, created by the first write. Several processes may share it.
 
     Attributes:
         folder: the folder.
-        size: bytes that it may take; what was used longest ago goes first.
+        size: maximum size in bytes; the least recently used entries are removed first.
     """
 
     folder: Path
     size: int = DEFAULT_SIZE
 
     def read(self, name: str, key: str) -> bytes | None:
-        """What was written under that name and key, if it is whole; else None."""
+        """Return the entry with this name and key; None if it is missing or damaged."""
         path = self._path(name, key)
         try:
             with path.open("rb") as file:
@@ -86,7 +86,7 @@ class CompiledCache:
         return blob
 
     def write(self, name: str, key: str, blob: bytes | memoryview) -> None:
-        """Keep an entry, if there is room; a folder that cannot be written leaves the cache as it is."""
+        """Store an entry if there is space; if the folder is not writable, the cache remains unchanged."""
         path = self._path(name, key)
         header = json.dumps({"key": key, "sha256": hashlib.sha256(blob).hexdigest()}).encode() + b"\n"
         needed = len(header) + memoryview(blob).nbytes

@@ -1,6 +1,6 @@
-"""The few calls of NVIDIA's driver that running plans takes, through `ctypes`: no package beside the driver.
+"""The few calls of the NVIDIA driver that plans need, through `ctypes`: no package besides the driver.
 
-The driver's API and the runtime's, which TensorRT uses, share the primary context, streams and pointers.
+The driver API and the runtime API, which TensorRT uses, share the primary context, streams and pointers.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, TypeAlias
 
 from lfdm_export.errors import EngineError
 
-#: Address in the GPU's memory.
+#: Address in GPU memory.
 DevicePointer: TypeAlias = int
-#: A stream, event or executable graph, as the driver names it.
+#: A stream, event or executable graph, as a handle of the driver.
 Handle: TypeAlias = int
 
 _int, _uint, _size = ctypes.c_int, ctypes.c_uint, ctypes.c_size_t
@@ -62,7 +62,7 @@ SIGNATURES: Mapping[str, tuple[Any, ...]] = {
 _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 _NON_BLOCKING, _NO_TIMING = 1, 2
-# Only calls of the capturing thread are refused while it captures.
+# During capture, only calls of the capturing thread are refused.
 _CAPTURE_THREAD_LOCAL = 1
 _NO_DEVICE = 100
 
@@ -72,10 +72,10 @@ class Gpu:
     """One NVIDIA GPU.
 
     Attributes:
-        name: its maker's.
-        compute_capability: major and minor, (8, 9) for instance.
-        memory: bytes.
-        driver: newest CUDA version that the driver takes, "13.0" for instance.
+        name: product name from NVIDIA.
+        compute_capability: major and minor, such as (8, 9).
+        memory: size of its memory in bytes.
+        driver: newest CUDA version that the driver supports, such as "13.0".
     """
 
     name: str
@@ -85,24 +85,24 @@ class Gpu:
 
     @property
     def architecture(self) -> str:
-        """Its compute capability as NVIDIA's tools spell it: "SM89"."""
+        """Its compute capability in the notation of the NVIDIA tools: "SM89"."""
         major, minor = self.compute_capability
         return f"SM{major}{minor}"
 
 
 class CudaDriver:
-    """The driver's calls that are needed, on the first GPU; an error code becomes an `EngineError`.
+    """The driver calls that are needed, on the first GPU; an error code becomes an `EngineError`.
 
-    The driver knows a current context per thread. Every thread that calls methods for memory, streams, graphs or events
-    calls `bind` first; methods that give something back bind by themselves, as garbage collection may run them on any
-    thread.
+    The driver has one current context per thread. Every thread that calls methods for memory, streams, graphs or events
+    calls `bind` first. Methods that release something call `bind` themselves, because garbage collection may run them
+    on any thread.
     """
 
     def __init__(self, library: Any) -> None:
-        """Use a loaded driver library; nothing is called yet.
+        """Use a loaded driver library, without calling it yet.
 
         Args:
-            library: what `ctypes.CDLL` gave.
+            library: result of `ctypes.CDLL`.
         """
         self._library = library
         self._context: Handle = 0
@@ -111,7 +111,7 @@ class CudaDriver:
             function.argtypes, function.restype = parameters, _int
 
     def call(self, name: str, *arguments: Any) -> None:
-        """Call by name.
+        """Call a function by name.
 
         Raises:
             EngineError: the driver reports an error.
@@ -121,10 +121,10 @@ class CudaDriver:
             raise EngineError(f"the GPU's driver failed in {name}: {self._describe(code)}")
 
     def gpus(self) -> tuple[Gpu, ...]:
-        """All GPUs that are visible (``CUDA_VISIBLE_DEVICES`` counts).
+        """All visible GPUs, as ``CUDA_VISIBLE_DEVICES`` selects them.
 
         Raises:
-            EngineError: the driver cannot be used.
+            EngineError: the driver does not work.
         """
         code = self._library.cuInit(0)
         if code == _NO_DEVICE:
@@ -147,10 +147,10 @@ class CudaDriver:
         return Gpu(name.value.decode(errors="replace"), (major, minor), memory.value, driver)
 
     def use_first_gpu(self) -> None:
-        """Take the first GPU's primary context, and make it the calling thread's.
+        """Use the primary context of the first GPU, and make it current in the calling thread.
 
         Raises:
-            EngineError: there is no GPU, or it cannot be used.
+            EngineError: there is no GPU, or it does not work.
         """
         self.call("cuInit", 0)
         if not self._context:
@@ -158,7 +158,7 @@ class CudaDriver:
         self.bind()
 
     def bind(self) -> None:
-        """Make the context of `use_first_gpu` the calling thread's; cheap where it already is.
+        """Make the context of `use_first_gpu` current in the calling thread; cheap if it already is.
 
         Raises:
             EngineError: the driver reports an error.
@@ -166,25 +166,25 @@ class CudaDriver:
         self.call("cuCtxSetCurrent", self._context)
 
     def allocate(self, size: int) -> DevicePointer:
-        """Memory on the GPU, 256-byte aligned.
+        """Allocate GPU memory, 256-byte aligned.
 
         Raises:
-            EngineError: there is not enough.
+            EngineError: there is not enough memory.
         """
         pointer = _device_pointer()
         self.call("cuMemAlloc_v2", ctypes.byref(pointer), size)
         return pointer.value
 
     def free(self, pointer: DevicePointer) -> None:
-        """Give memory of `allocate` back; waits for what uses it."""
+        """Free memory from `allocate`; waits for the work that uses it."""
         self._give_back("cuMemFree_v2", pointer)
 
     def allocate_pinned(self, size: int) -> int:
-        """Memory of the host that copies can run from and to by themselves; its address."""
+        """Allocate pinned host memory, for asynchronous copies; returns its address."""
         return self._made("cuMemAllocHost_v2", size)
 
     def free_pinned(self, address: int) -> None:
-        """Give memory of `allocate_pinned` back."""
+        """Free memory from `allocate_pinned`."""
         self._give_back("cuMemFreeHost", address)
 
     def upload(self, target: DevicePointer, source: int, size: int, stream: Handle) -> None:
@@ -196,7 +196,7 @@ class CudaDriver:
         self.call("cuMemcpyDtoHAsync_v2", target, source, size, stream)
 
     def copy(self, target: DevicePointer, source: DevicePointer, size: int, stream: Handle) -> None:
-        """Queue a copy of `size` bytes within the GPU."""
+        """Queue a copy of `size` bytes on the GPU."""
         self.call("cuMemcpyDtoDAsync_v2", target, source, size, stream)
 
     def clear(self, target: DevicePointer, size: int, stream: Handle) -> None:
@@ -204,23 +204,23 @@ class CudaDriver:
         self.call("cuMemsetD8Async", target, 0, size, stream)
 
     def create_stream(self) -> Handle:
-        """A stream that does not wait for the default one."""
+        """Create a stream that does not wait for the default one."""
         return self._made("cuStreamCreate", _NON_BLOCKING)
 
     def destroy_stream(self, stream: Handle) -> None:
-        """Give a stream back."""
+        """Destroy a stream."""
         self._give_back("cuStreamDestroy_v2", stream)
 
     def synchronize(self, stream: Handle) -> None:
-        """Wait until all that was queued is done."""
+        """Wait until all queued work is done."""
         self.call("cuStreamSynchronize", stream)
 
     def begin_capture(self, stream: Handle) -> None:
-        """Record what is queued from now on in place of doing it."""
+        """Record work queued from now on instead of running it."""
         self.call("cuStreamBeginCapture_v2", stream, _CAPTURE_THREAD_LOCAL)
 
     def end_capture(self, stream: Handle) -> Handle:
-        """What was recorded since `begin_capture`, ready to be launched."""
+        """Return the work recorded since `begin_capture`, ready to launch."""
         graph = self._made("cuStreamEndCapture", leading=(stream,))
         try:
             return self._made("cuGraphInstantiateWithFlags", graph, 0)
@@ -228,30 +228,30 @@ class CudaDriver:
             self.call("cuGraphDestroy", graph)
 
     def abandon_capture(self, stream: Handle) -> None:
-        """End a capture in which something failed; the stream can be used again."""
+        """End a failed capture, so that the stream can be used again."""
         self.call("cuGraphDestroy", self._made("cuStreamEndCapture", leading=(stream,)))
 
     def launch(self, graph: Handle, stream: Handle) -> None:
-        """Queue all of a recorded graph."""
+        """Queue a recorded graph."""
         self.call("cuGraphLaunch", graph, stream)
 
     def destroy_graph(self, graph: Handle) -> None:
-        """Give a graph of `end_capture` back."""
+        """Destroy a graph from `end_capture`."""
         self._give_back("cuGraphExecDestroy", graph)
 
     def record(self, stream: Handle) -> Handle:
-        """An event that is done when all that was queued so far is."""
+        """Record an event that completes when all work queued so far is done."""
         event = self._made("cuEventCreate", _NO_TIMING)
         self.call("cuEventRecord", event, stream)
         return event
 
     def wait(self, event: Handle) -> None:
-        """Wait for an event of `record`, and give it back."""
+        """Wait for an event from `record`, and destroy it."""
         self.call("cuEventSynchronize", event)
         self.forget(event)
 
     def forget(self, event: Handle) -> None:
-        """Give an event of `record` back."""
+        """Destroy an event from `record`."""
         self._give_back("cuEventDestroy_v2", event)
 
     def _give_back(self, name: str, what: int) -> None:
@@ -275,10 +275,10 @@ class CudaDriver:
 
 
 def load_driver() -> CudaDriver:
-    """This machine's driver.
+    """Load the driver of this machine.
 
     Raises:
-        EngineError: there is none.
+        EngineError: there is no driver.
     """
     try:
         return CudaDriver(ctypes.CDLL(_LIBRARY))
@@ -288,7 +288,7 @@ def load_driver() -> CudaDriver:
 
 @functools.cache
 def find_gpus() -> tuple[tuple[Gpu, ...], str]:
-    """All GPUs of this machine, and where there is none the reason; asked once a process."""
+    """All GPUs of this machine, and if there is none, the reason; queried once per process."""
     try:
         gpus = load_driver().gpus()
     except EngineError as error:

@@ -1,4 +1,4 @@
-"""What a bundle holds for single targets: TensorRT's plans, PyTorch's weights."""
+"""What a bundle holds for single targets: plans for TensorRT, weights for PyTorch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from lfdm_export.engines.tensorrt.plans import PlanFolder, remake
 
 
 def held_targets(bundle: Bundle) -> tuple[Target, ...]:
-    """The targets that the bundle holds all for that they need, fit or not, beside its graphs."""
+    """The targets that need more than graphs and for which the bundle holds all of it, whether it matches or not."""
     return tuple(name for name in target_names("plans", "weights") if not why_not_held(bundle, name))
 
 
 def why_not_held(bundle: Bundle, target: Target) -> str:
-    """What the bundle lacks for a target, with the remedy, in a clause; "" for nothing."""
+    """What the bundle lacks for a target, with the remedy, as a clause; "" if nothing."""
     spec = spec_of(target)
     if spec.takes == "plans" and not set(bundle.stages) <= set(PlanFolder(bundle.path, target).stages()):
         return f"the bundle has no plans for it: {remake(bundle.path, target)}"

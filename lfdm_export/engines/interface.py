@@ -1,4 +1,4 @@
-"""What every backend's engine is to those who use it."""
+"""The interface of the engines of every backend."""
 
 from __future__ import annotations
 
@@ -22,44 +22,44 @@ class Engine(Protocol):
     spec: StageSpec
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run it once, on exactly the stage's inputs, by name; gives its outputs, by name."""
+        """Run the stage once, on exactly its inputs, by name; returns its outputs, by name."""
 
 
 class StateLoop(Protocol):
     """Chains of a sampling stage for one batch size, whose state stays where the engine runs.
 
-    A chain is ``begin``, ``step`` for each row of the table, ``finish``; ``latent`` may be asked for in between.
+    A chain is ``begin``, one ``step`` per row of the table, ``finish``; ``latent`` may be called in between.
     """
 
     def begin(self, start: Float32, fixed: Mapping[str, Array], table: SamplerTable) -> None:
-        """Begin with the latent `start` (batch, 3, T, h, w) and the inputs that no step changes, by name."""
+        """Start with the latent `start` (batch, 3, T, h, w) and the inputs that no step changes, by name."""
 
     def step(self, index: int, noise: Float32 | None) -> None:
-        """Take the step of a row of the table, with noise (batch, 3, T, h, w) or none; need not wait for it."""
+        """Run the step of a row of the table, with noise (batch, 3, T, h, w) or None; may return before it is done."""
 
     def latent(self) -> Float32:
-        """The latent (batch, 3, T, h, w) after the last step; waits for it."""
+        """Wait for the last step; return its latent (batch, 3, T, h, w)."""
 
     def finish(self) -> Float32:
-        """`latent` of a chain that is done."""
+        """Return the `latent` of a complete chain."""
 
 
 @runtime_checkable
 class KeepsState(Protocol):
-    """An engine that can keep the state of sampling where it runs."""
+    """An engine that can keep the sampling state where it runs."""
 
     def denoise_loop(self, batch: int) -> StateLoop:
-        """A loop for a batch size, at most the stage's largest."""
+        """Make a loop for a batch size, at most the largest of the stage."""
 
 
 @dataclass(frozen=True, eq=False)
 class ClipRequest:
-    """What clips of B samples are made of.
+    """The inputs for clips of B samples.
 
     Attributes:
         image: (B, 3, H, W) float32 in [0, 1].
-        fixed: inputs of the sampling stage that no step changes, by name, but for the encoder's.
-        seeds: one a sample, 0 to 2^64 - 1.
+        fixed: inputs of the sampling stage that no step changes, by name, except outputs of the encoder.
+        seeds: one per sample, 0 to 2^64 - 1.
         table: the sampler.
     """
 
@@ -75,7 +75,7 @@ class MadeClips:
 
     Attributes:
         frames: (B, T, H, W, 3) uint8.
-        warped: the sources warped alone, likewise.
+        warped: the warped source images, likewise.
         latent: (B, 3, T, h, w) float32.
     """
 
@@ -88,4 +88,4 @@ class ClipMaker(Protocol):
     """Makes whole clips of one batch size where the engine runs."""
 
     def make(self, request: ClipRequest, on_step: Callable[[int], None] | None = None) -> MadeClips:
-        """Make them; `on_step` is called with the index of each step that was queued."""
+        """Make the clips; `on_step` is called with the index of each queued step."""

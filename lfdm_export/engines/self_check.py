@@ -1,9 +1,9 @@
-"""Whether a target gives on this machine what PyTorch gave at export, found out before it is first used there.
+"""Checks, before the first use of a target on this machine, that it returns what PyTorch returned at export.
 
-The same graph may be exact on one processor and wrong on another: libraries choose their kernels by what a processor
-can do. So a target runs some stages of a bundle's reference, and in a lowered precision its whole clip, within the
-tolerances of verification. What was found is kept in the user's cache folder for exactly this processor, these
-versions and this bundle.
+The same graph may be exact on one processor and wrong on another, because libraries choose kernels by processor
+features. So a target runs some stages of the reference in a bundle, and in reduced precision also its whole clip,
+within the tolerances of verification. The finding is kept in the user cache folder, for exactly this processor,
+these versions and this bundle.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ logger = logging.getLogger(__name__)
 
 Float32: TypeAlias = NDArray[np.float32]
 
-#: 0 takes every target as it is, for those who verified it.
+#: 0 uses every target without a check, for users who verified it.
 VARIABLE = "LFDM_SELF_CHECK"
-#: What a clip passes through, one run each.
+#: The stages of a clip, one run each.
 _STAGES = ("encode", "step", "decode")
-#: Precisions whose stages tell by themselves: their tolerances are those of rounding.
+#: Precisions for which the stages are enough: their tolerances are those of rounding.
 _EXACT = ("fp32", "tf32")
-#: Runs of a stage that are timed; the fastest counts.
+#: Timed runs per stage; the fastest counts.
 _TIMED = 2
 
 
 class Runner(Protocol):
-    """What runs the stages of a bundle with one target, such as `lfdm_export.generate.stage_runner.StageRunner`."""
+    """Runs the stages of a bundle with one target, such as `lfdm_export.generate.stage_runner.StageRunner`."""
 
     def run(self, stage: str, *tensors: NDArray[np.generic]) -> tuple[Float32, ...]:
         """Run one stage."""
@@ -65,12 +65,12 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Finding:
-    """What a target gave on this machine.
+    """The result of a check of a target on this machine.
 
     Attributes:
-        seconds: that the reference's clip takes to sample and decode, by the fastest of some runs of each stage.
-        wrong: what was beyond its tolerance, a clause each; empty if nothing was.
-        whole: the clip was compared as well, where the precision asks for it.
+        seconds: to sample and decode the clip of the reference, from the fastest of some runs per stage.
+        wrong: what exceeded its tolerance, one clause each; empty if nothing did.
+        whole: whether the clip was compared as well, where the precision requires it.
     """
 
     seconds: float
@@ -79,35 +79,35 @@ class Finding:
 
 
 def is_enabled() -> bool:
-    """Whether the environment leaves the check on."""
+    """Whether the environment leaves the check enabled."""
     return os.environ.get(VARIABLE, "1") != "0"
 
 
 class SelfCheck:
-    """The check of one bundle. Findings are kept in the user's cache folder, where there is one that can be written."""
+    """The check of one bundle. Findings are kept in the user cache folder if it is writable."""
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, device: str = "cpu") -> None:
-        """Check a bundle that holds a reference, with that many threads per engine, on a device; nothing is run yet."""
+        """Check a bundle that holds a reference, with `threads` per engine, on a device; this runs nothing yet."""
         self._bundle, self._threads, self.device = bundle, threads, device
-        # The program's own tolerances: those of the manifest come from whoever made the bundle.
+        # The program's own tolerances: those of the manifest come from the author of the bundle.
         manifest = bundle.manifest
         self._specs = stage_specs(manifest.geometry, with_text=manifest.has_text, with_drive=manifest.has_drive)
         self._exact = manifest.precision in _EXACT
 
     def known(self, target: Target) -> Finding | None:
-        """What was found on this machine earlier."""
+        """The earlier finding on this machine, if any."""
         return _read(self._key(target))
 
     def check(self, target: Target, runner: Runner, *, whole: bool) -> Finding:
-        """Run what is not known yet.
+        """Run the checks that have no finding yet.
 
         Args:
-            target: what runs.
-            runner: runs the bundle's stages with it.
-            whole: compare the clip too, if stages alone do not tell.
+            target: name of the target.
+            runner: runs the stages of the bundle with it.
+            whole: also compare the clip, if the stages alone are not enough.
 
         Raises:
-            BundleError: the reference cannot be used.
+            BundleError: the reference is not usable.
             EngineError: an engine cannot be loaded or fails.
         """
         found = self.known(target)
@@ -132,7 +132,7 @@ class SelfCheck:
         return chain_table(cosine_schedule(self._bundle.manifest.config.dm.training_steps))
 
     def _stages(self, runner: Runner) -> tuple[float, list[str]]:
-        """Seconds of a clip, and what is wrong with the first sample of each stage."""
+        """Seconds of a clip, and the errors in the first sample of each stage."""
         manifest = self._bundle.manifest
         inputs = self._reference.inputs(manifest.config, manifest.geometry)
         wrong: list[str] = []
@@ -146,7 +146,7 @@ class SelfCheck:
         return self._table.steps * seconds["step"] + chunks * seconds["decode"], wrong
 
     def _values(self, spec: StageSpec, outputs: tuple[Float32, ...]) -> list[str]:
-        """What of one sample's outputs is beyond the stage's tolerance."""
+        """The outputs of one sample that exceed the tolerance of the stage."""
         reference, wrong = self._reference, []
         tolerance = spec.tolerance[self._bundle.manifest.precision]
         for tensor, values in zip(spec.outputs, outputs, strict=True):
@@ -155,12 +155,12 @@ class SelfCheck:
             first = kept < values.size
             error = np.abs(values.reshape(-1)[kept[first]].astype(np.float64) - expected[first])
             found = float(error.max()) / max(1.0, float(np.abs(expected[first]).max()))
-            if not found <= tolerance:  # NaN is wrong, too
+            if not found <= tolerance:  # NaN is also wrong
                 wrong.append(f"{tensor.name} of {spec.name}: error {found:.2g}, at most {tolerance:g} is allowed")
         return wrong
 
     def _clip(self, runner: Runner) -> list[str]:
-        """What of the reference's clip is beyond the precision's tolerances."""
+        """What in the clip of the reference exceeds the tolerances of the precision."""
         manifest, chain = self._bundle.manifest, self._reference.chain
         allowed = CHAIN_TOLERANCES[manifest.precision]
         image = to_float(chain.image[None])
@@ -199,7 +199,7 @@ class SelfCheck:
         return wrong
 
     def _key(self, target: Target) -> dict[str, Any]:
-        """Everything that decides what is found."""
+        """Everything that determines the finding."""
         spec = spec_of(target)
         facts: dict[str, Any] = {
             "bundle": hashlib.sha256((self._bundle.path / MANIFEST).read_bytes()).hexdigest(),
@@ -230,7 +230,7 @@ def _path(key: Mapping[str, Any]) -> Path | None:
 
 
 def _read(key: Mapping[str, Any]) -> Finding | None:
-    """What is kept under a key; None where nothing is, or nothing that this program reads."""
+    """The finding stored under a key; None if there is none, or none that this program reads."""
     path = _path(key)
     if path is None:
         return None
@@ -242,7 +242,7 @@ def _read(key: Mapping[str, Any]) -> Finding | None:
 
 
 def _write(key: Mapping[str, Any], finding: Finding) -> None:
-    """Keep a finding, whole or not at all; where it cannot be kept the check is repeated next time."""
+    """Store a finding, whole or not at all; if that fails, the check runs again next time."""
     path = _path(key)
     if path is None:
         return

@@ -1,4 +1,4 @@
-"""The target that a bundle runs with: of those that can, the fastest that gives what PyTorch gave."""
+"""The target that runs a bundle: the fastest available one that returns what PyTorch returned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lfdm_export.stages import CHAIN_TOLERANCES
 
 logger = logging.getLogger(__name__)
 
-#: A later target takes the place of one that comes before it where it needs less than this share of its time.
+#: A later target replaces an earlier one if it needs less than this share of its time.
 _FASTER = 0.9
 #: Precisions in which targets are known to differ.
 _DELICATE = ("bf16", "int8", "fp8")
@@ -30,22 +30,22 @@ def choose_checked(
     threads: int | None = None,
     device: str = "cpu",
 ) -> tuple[Choice, Runner | None]:
-    """Check targets where this machine has not, and choose.
+    """Check targets that have no finding on this machine, and choose one.
 
-    Those that run what the bundle holds for them alone come first, in their order; of the targets that run graphs on
-    the CPU, the fastest is taken. A bundle without a reference cannot be checked: then ONNX Runtime comes first, which
-    computes in float32 what it has no kernel for.
+    Targets for which the bundle holds plans or weights come first, in their order; of the targets that run graphs on
+    the CPU, the fastest is used. A bundle without a reference cannot be checked: then ONNX Runtime comes first, which
+    computes in float32 where it has no kernel.
 
     Args:
-        bundle: to be run.
-        able: what can run it, in order of preference; one if it was named.
-        make: gives what runs the bundle's stages with a target.
-        named: the target was requested by its name.
-        threads: of each engine; None takes all cores.
-        device: where the target runs, if it can be told.
+        bundle: the bundle to run.
+        able: targets that can run it, in order of preference; only one if it was requested by name.
+        make: makes what runs the stages of the bundle with a target.
+        named: whether the target was requested by name.
+        threads: threads per engine; None uses all cores.
+        device: device of the target, if it has this option.
 
     Returns:
-        The choice, and what runs it if the check loaded its engines.
+        The choice, and its runner if the check loaded the engines.
 
     Raises:
         EngineError: no target passes; the message has the figures.
@@ -58,7 +58,7 @@ def choose_checked(
         try:
             check = SelfCheck(bundle, threads=threads, device=device)
             return _Choosing(bundle, able, make, check, named=named).choose()
-        except BundleError as error:  # of the reference
+        except BundleError as error:  # from the reference
             why_not = str(error)
     return _unchecked(bundle, able, why_not, named=named), None
 
@@ -108,7 +108,7 @@ class _Choosing:
         raise EngineError(self._message())
 
     def _by_speed(self, group: Sequence[Target]) -> list[tuple[Target, dict[Target, float]]]:
-        """Those of a group that pass so far, the one to take first; each with the seconds of all."""
+        """The targets of a group that pass so far, the first choice first, each with the seconds of all."""
         found = {target: self._find(target, whole=False) for target in group}
         seconds = {target: finding.seconds for target, finding in found.items() if finding is not None}
         order: list[Target] = []
@@ -123,7 +123,7 @@ class _Choosing:
         return [(target, seconds) for target in order]
 
     def _find(self, target: Target, *, whole: bool) -> Finding | None:
-        """What a target gave; None, with the reason kept, where it does not pass."""
+        """The finding of a target; None if it does not pass, with the reason stored."""
         try:
             if target not in self._runners:
                 self._runners[target] = self._make(target)

@@ -1,6 +1,6 @@
-"""What one backend declares of itself; its folder has the declaration, in `target.py`.
+"""What one backend declares about itself, in `target.py` of its folder.
 
-Declarations are read wherever the toolkit starts: they import what is heavy inside of their functions.
+Declarations are read at every start of the toolkit, so they import heavy packages inside their functions.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from lfdm_export.bundle.reader import Bundle
     from lfdm_export.engines.interface import ClipMaker, Engine
 
-#: The name of a target; `lfdm_export.engines.targets` knows them all.
+#: The name of a target; `lfdm_export.engines.targets` lists them all.
 Target: TypeAlias = str
 Purpose = Literal["export", "run"]
 Takes = Literal["graphs", "plans", "weights"]
 
-#: The first compute capability that multiplies matrices in a precision. Source: CUDA programming guide, tensor cores.
+#: The first compute capability with matrix products in a precision. Source: CUDA programming guide, tensor cores.
 FIRST_CAPABILITY: Mapping[str, tuple[int, int]] = {
     "fp32": (7, 5),
     "fp16": (7, 5),
@@ -34,13 +34,13 @@ FIRST_CAPABILITY: Mapping[str, tuple[int, int]] = {
 
 @dataclass(frozen=True)
 class Machine:
-    """What the targets are chosen by.
+    """The facts that the choice of a target uses.
 
     Attributes:
         gpus: NVIDIA GPUs; the first is used.
         no_gpu: why there is none; "" if there is one.
-        packages: versions of the packages that targets need and that are installed, by import name.
-        processor: what its processor can do, in Linux's words.
+        packages: versions of the installed packages that targets need, by import name.
+        processor: features of its processor, as Linux names them.
     """
 
     gpus: tuple[Gpu, ...]
@@ -49,13 +49,13 @@ class Machine:
     processor: Collection[str] = ()
 
 
-#: Loads a stage of a bundle, given threads on a CPU (None: all cores) and a device, see `TargetSpec.devices`. Raises
-#: EngineError where it cannot be loaded, MissingDependencyError where a package of the target is not installed.
+#: Loads a stage of a bundle, given threads on a CPU (None: all cores) and a device, as in `TargetSpec.devices`. Raises
+#: EngineError if it cannot be loaded, MissingDependencyError if a package of the target is not installed.
 Loader: TypeAlias = Callable[["Bundle", str, int | None, str], "Engine"]
-#: Prepares whole clips of a bundle, by a sampling stage, for a batch size and threads; None: stages run one by one.
+#: Prepares whole clips of a bundle, for a sampling stage, a batch size and threads; None: single stages only.
 ClipMakerLoader: TypeAlias = Callable[["Bundle", str, int, int | None], "ClipMaker | None"]
-#: Why a target whose packages are installed lacks a precision that it knows, for a purpose on a machine; "" if it does
-#: not. The last argument is the GPU architectures that plans shall be built for; None for the target's own choice.
+#: Why a target with its packages installed lacks a supported precision, for a purpose on a machine; "" if it does not.
+#: The last argument is the GPU architectures to build plans for; None for the default of the target.
 Lacks: TypeAlias = Callable[[Purpose, str, Machine, Collection[str] | None], str]
 
 
@@ -69,23 +69,23 @@ class TargetSpec:
 
     Attributes:
         name: value of --target.
-        title: what messages call it.
-        extra: of this project; installs it.
-        packages: import names that it needs, and for each the distributions that can bring it; its own comes first.
-        takes: what of a bundle it runs: the "graphs", which are always there; "plans", which are built from them for a
-            GPU; or the networks' "weights", of which it compiles its own programs.
+        title: its name in messages.
+        extra: the extra of this project that installs it.
+        packages: import names that it needs, each with the distributions that provide it; its own comes first.
+        takes: what it runs from a bundle: the "graphs", which are always there; "plans", which are built from them for
+            a GPU; or the "weights" of the networks, from which it compiles its own programs.
         load: loads a stage.
-        cpu_precisions: that it runs on a CPU.
-        gpu_precisions: that it runs on a GPU which has them (`FIRST_CAPABILITY`).
-        cpu_notes: by precision, how it computes what a CPU does not.
-        bodies: of the operators in the graphs that it reads; see `lfdm_export.graphs.bodies`.
-        devices: values of ``device``; a target without them finds its device itself.
-        builds_anywhere: its plans are built with or without a GPU.
+        cpu_precisions: precisions that it runs on a CPU.
+        gpu_precisions: precisions that it runs on a GPU that has them (`FIRST_CAPABILITY`).
+        cpu_notes: by precision, how it computes what a CPU lacks.
+        bodies: operator bodies in the graphs that it reads; see `lfdm_export.graphs.bodies`.
+        devices: values of ``device``; a target without them selects its device itself.
+        builds_anywhere: whether its plans can be built without a GPU.
         lacks: what else it lacks, and where.
         clip_maker: makes whole clips, if it can.
-        first_in: precisions in which "auto" tries it before the others that take graphs.
-        auto_on_cpu: "auto" takes it on a machine without a GPU too.
-        note: for the table of targets, Markdown.
+        first_in: precisions in which "auto" tries it before other targets that run graphs.
+        auto_on_cpu: whether "auto" also uses it on a machine without a GPU.
+        note: note in the table of targets, Markdown.
     """
 
     name: Target
@@ -107,10 +107,10 @@ class TargetSpec:
     note: str = ""
 
     def __post_init__(self) -> None:
-        """Check what can be told without the backend.
+        """Check what needs no backend.
 
         Raises:
-            InputError: it names no package, no precision, an unknown one, or takes something unknown.
+            InputError: it names no package or precision, an unknown precision, or an unknown value of `takes`.
         """
         unknown = {*self.precisions, *self.cpu_notes, *self.first_in} - set(FIRST_CAPABILITY)
         if unknown or not self.precisions:
@@ -123,24 +123,24 @@ class TargetSpec:
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """All that it runs anywhere."""
+        """All precisions that it runs anywhere."""
         return tuple(dict.fromkeys((*self.gpu_precisions, *self.cpu_precisions)))
 
     @property
     def distributions(self) -> tuple[str, ...]:
-        """Every distribution that can bring one of its packages."""
+        """Every distribution that provides one of its packages."""
         return tuple(name for names in self.packages.values() for name in names)
 
     def lacking(
         self, purpose: Purpose, precision: str, machine: Machine, *, gpus: Collection[str] | None = None
     ) -> str:
-        """Why it is not available on a machine, with the remedy, in a clause; "" if it is.
+        """Why it is not available on a machine, with the remedy, as a clause; "" if it is.
 
         Args:
-            purpose: "export": make plans (those that take graphs need none); "run": run stages.
-            precision: of the bundle.
+            purpose: "export": make plans (targets that run graphs need none); "run": run stages.
+            precision: precision of the bundle.
             machine: the machine.
-            gpus: architectures that plans shall be built for; None for the target's own choice.
+            gpus: architectures to build plans for; None for the default of the target.
         """
         missing = [name for name in self.packages if name not in machine.packages]
         if missing:
@@ -152,7 +152,7 @@ class TargetSpec:
 
 
 def gpu_lacks(gpu: Gpu, precision: str) -> str:
-    """Why a GPU does not run a precision, with the remedy, in a clause; "" if it does."""
+    """Why a GPU does not run a precision, with the remedy, as a clause; "" if it does."""
     if gpu.compute_capability >= FIRST_CAPABILITY[precision]:
         return ""
     return f"{gpu.name} ({gpu.architecture}) has no {precision}: export another precision"

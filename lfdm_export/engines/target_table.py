@@ -1,6 +1,6 @@
-"""The table of targets, made of their declarations: for ``lfdm-export --help`` and for documents.
+"""The table of targets, from their declarations: for ``lfdm-export --help`` and for documents.
 
-``python -m lfdm_export.engines.target_table FILE ...`` writes it anew between the two marks of each document.
+``python -m lfdm_export.engines.target_table FILE ...`` updates it between the two marks in each document.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from lfdm_export.engines.targets import spec_of, target_names
 from lfdm_export.errors import InputError
 from lfdm_export.files.atomic import write_file
 
-#: What stands before and behind the table in a document.
+#: The marks before and after the table in a document.
 BEGIN, END = "<!-- targets: made by `python -m lfdm_export.engines.target_table` -->", "<!-- end of targets -->"
 _HEADS = ("target", "extra", "takes", "on a CPU", "on a GPU", "")
 _WIDTH = 100
 
 
 def target_rows() -> list[tuple[str, str, str, str, str, str]]:
-    """A row per target: name, extra, what it takes, precisions on a CPU and on a GPU, note."""
+    """One row per target: name, extra, what it runs, precisions on a CPU and on a GPU, note."""
     return [
         (spec.name, spec.extra, spec.takes, ", ".join(spec.cpu_precisions), _on_gpu(spec.gpu_precisions), spec.note)
         for spec in map(spec_of, target_names())
@@ -41,10 +41,10 @@ def as_text() -> str:
 
 
 def with_table(document: str, name: str) -> str:
-    """A document with the table between its marks.
+    """Return a document with the table between its marks.
 
     Raises:
-        InputError: the document has not got both marks; `name` is what the message calls it.
+        InputError: a mark is missing; `name` identifies the document in the message.
     """
     before, begin, rest = document.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -68,7 +68,7 @@ def _lines(name: str, extra: str, takes: str, cpu: str, gpu: str, note: str) -> 
 
 
 def main(paths: Sequence[str]) -> None:
-    """Write the table anew into documents.
+    """Update the table in documents.
 
     Raises:
         InputError: a document has no marks.

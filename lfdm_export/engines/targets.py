@@ -1,6 +1,6 @@
-"""What can run a bundle, what of it this machine has, and which is taken where nobody says.
+"""The targets that run a bundle, which of them this machine has, and the default.
 
-A target is a program that runs stages; what it takes of a bundle, and where it runs, its declaration says.
+A target is a program that runs stages; its declaration says what it needs from a bundle, and where it runs.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from lfdm_export.engines.tensorrt.target import TENSORRT, TENSORRT_RTX
 from lfdm_export.errors import EngineError, InputError
 from lfdm_export.machine import processor_info
 
-#: All targets: whoever adds one adds its folder, and its line here. Of those that take the same, "auto" tries the first
-#: one first.
+#: All targets. To add one, add its folder and a line here. Among targets with the same `takes`, "auto" tries them in
+#: this order.
 TARGETS: tuple[TargetSpec, ...] = (
     ONNXRUNTIME,
     OPENVINO,
@@ -28,29 +28,29 @@ TARGETS: tuple[TargetSpec, ...] = (
     TENSORRT_RTX,
     PYTORCH,
 )
-#: Chooses among the targets; see `find_target`.
+#: Selects one of the targets; see `find_target`.
 AUTO = "auto"
-#: Stands for every target that is available.
+#: Means every available target.
 EVERY_TARGET = "all"
-#: Stands, when a bundle is verified, for a CPU that rounds as a GPU does.
+#: Means, in verification, a CPU that rounds as a GPU does.
 SIMULATION = "simulation"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The target that is taken, and why, in a clause; None where no target makes plans here."""
+    """The selected target and the reason, as a clause; None if no target makes plans here."""
 
     target: Target | None
     reason: str
 
 
 def target_names(*takes: Takes) -> tuple[Target, ...]:
-    """The names of all targets, or of those that take one of these."""
+    """The names of all targets, or of those with one of these values of `takes`."""
     return tuple(spec.name for spec in TARGETS if not takes or spec.takes in takes)
 
 
 def target_titles(*takes: Takes) -> str:
-    """What messages call the targets that take one of these: "ONNX Runtime or OpenVINO"."""
+    """Titles of the targets with one of these values of `takes`: "ONNX Runtime or OpenVINO"."""
     *titles, last = (spec.title for spec in TARGETS if spec.takes in takes)
     return f"{', '.join(titles)} or {last}" if titles else last
 
@@ -66,10 +66,10 @@ def spec_of(name: str) -> TargetSpec:
 
 
 def check_target_name(name: str, *others: str) -> None:
-    """Refuse a name that is neither a target nor one of `others`.
+    """Reject a name that is neither a target nor one of `others`.
 
     Raises:
-        InputError: it is not.
+        InputError: the name is neither.
     """
     expected = (*others, *target_names())
     if name not in expected:
@@ -77,12 +77,12 @@ def check_target_name(name: str, *others: str) -> None:
 
 
 def device_names() -> tuple[str, ...]:
-    """The values that ``device`` may have."""
+    """The values of ``device``."""
     return tuple(dict.fromkeys(device for spec in TARGETS for device in spec.devices))
 
 
 def device_target(device: str) -> TargetSpec:
-    """The target that runs on a device which is requested by its name.
+    """The target that runs on a device, by the name of the device.
 
     Raises:
         InputError: the name is unknown.
@@ -94,7 +94,7 @@ def device_target(device: str) -> TargetSpec:
 
 
 def this_machine() -> Machine:
-    """What this machine has; nothing heavy is imported."""
+    """The facts of this machine; imports nothing heavy."""
     gpus, no_gpu = find_gpus()
     needed = {name: distributions for spec in TARGETS for name, distributions in spec.packages.items()}
     found = {name: _version(distributions) for name, distributions in needed.items() if _is_there(name)}
@@ -110,23 +110,23 @@ def find_target(
     machine: Machine | None = None,
     gpus: Collection[str] | None = None,
 ) -> Choice:
-    """The target that a name means on this machine.
+    """The target that a name selects on this machine.
 
-    "auto" is, for making plans, the first target that can make them here, else none; for running, the first that takes
-    plans or weights which the bundle holds, else the first that takes graphs. Which comes first, `TARGETS` says, but
-    for precisions that a target is `first_in`.
+    To make plans, "auto" is the first target that can make them here, else None. To run, it is the first target for
+    which the bundle holds plans or weights, else the first that runs graphs. `TARGETS` gives the order, except in
+    precisions for which a target is `first_in`.
 
     Args:
         name: a target, or "auto".
         purpose: "export" or "run".
-        precision: of the bundle.
-        plans: the targets that the bundle holds plans or weights for; counts for "run".
+        precision: precision of the bundle.
+        plans: the targets for which the bundle holds plans or weights; used for "run".
         machine: None for this one.
-        gpus: architectures that plans shall be built for.
+        gpus: architectures to build plans for.
 
     Raises:
         InputError: the name is unknown.
-        EngineError: the target is not available here; or "auto" finds nothing that runs the bundle.
+        EngineError: the target is not available here; or "auto" finds no target that runs the bundle.
     """
     return find_targets(name, purpose, precision, plans=plans, machine=machine, gpus=gpus)[0]
 
@@ -140,11 +140,11 @@ def find_targets(
     machine: Machine | None = None,
     gpus: Collection[str] | None = None,
 ) -> tuple[Choice, ...]:
-    """Every target that a name may mean on this machine, the preferred one first; see `find_target`.
+    """Every target that a name may select on this machine, the preferred one first, as in `find_target`.
 
     Raises:
-        InputError: see `find_target`.
-        EngineError: see `find_target`.
+        InputError: the name is unknown.
+        EngineError: the target is not available here; or "auto" finds no target that runs the bundle.
     """
     check_target_name(name, AUTO)
     machine = this_machine() if machine is None else machine
@@ -170,7 +170,7 @@ def find_targets(
 
 
 def _tried(purpose: Purpose, precision: str, plans: Collection[str], machine: Machine) -> Iterable[TargetSpec]:
-    """What "auto" looks at, in this order."""
+    """The targets that "auto" tries, in this order."""
     if purpose == "export":
         return [spec for spec in TARGETS if spec.takes == "plans"]
     held = [spec for spec in TARGETS if spec.takes != "graphs" and spec.name in plans]

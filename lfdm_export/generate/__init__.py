@@ -1,1 +1,1 @@
-"""Image and label become a clip."""
+"""Make a clip from an image and a label."""

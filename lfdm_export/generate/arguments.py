@@ -1,4 +1,4 @@
-"""What a caller gives once or once a sample, brought to one batch."""
+"""Arguments given once or once per sample, converted to one batch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lfdm_export.errors import InputError
 from lfdm_export.files.names import user_path
 from lfdm_export.sampling.noise import check_seeds, draw_seed
 
-#: Characters shown in a message of a value that is not a number.
+#: Maximum characters of an invalid value in a message.
 _SHOWN = 42
 
 
 def common_batch(sizes: Mapping[str, int]) -> int:
-    """The batch that all of these sizes mean, of which each is 1 or that batch.
+    """Return the common batch of these sizes, each of which is 1 or that batch.
 
     Raises:
         InputError: two of them differ and neither is 1.
@@ -31,7 +31,7 @@ def common_batch(sizes: Mapping[str, int]) -> int:
 
 
 def per_sample(value: str | Sequence[str], name: str) -> tuple[str, ...]:
-    """One string, or one a sample, as a tuple.
+    """Return one string, or one per sample, as a tuple.
 
     Raises:
         InputError: it is neither.
@@ -43,10 +43,10 @@ def per_sample(value: str | Sequence[str], name: str) -> tuple[str, ...]:
 
 
 def embedding_rows(embedding: ArrayLike, width: int) -> NDArray[np.float32]:
-    """A text embedding (width,) or several (B, width) as (B, width) float32.
+    """Convert one text embedding (width,) or several (B, width) to (B, width) float32.
 
     Raises:
-        InputError: it has another shape, or values that are no finite numbers.
+        InputError: it has another shape, or values that are not finite numbers.
     """
     try:
         array = np.asarray(embedding)
@@ -65,19 +65,19 @@ def embedding_rows(embedding: ArrayLike, width: int) -> NDArray[np.float32]:
 
 
 def load_embedding(path: str | os.PathLike[str]) -> NDArray[np.generic]:
-    """A text embedding out of a .npy file; `embedding_rows` checks what is in it.
+    """Load a text embedding from a .npy file; `embedding_rows` checks its content.
 
     Raises:
-        InputError: there is no such file, or it is no array.
+        InputError: the file does not exist or is not an array.
     """
     return _embedding(lambda: np.load(user_path(path), allow_pickle=False), os.fspath(path))
 
 
 def read_embedding(stream: BinaryIO, name: str) -> NDArray[np.generic]:
-    """Like `load_embedding`, out of a stream.
+    """Like `load_embedding`, from a stream.
 
     Raises:
-        InputError: it is no array.
+        InputError: it is not an array.
     """
     return _embedding(lambda: np.load(stream, allow_pickle=False), name)
 
@@ -87,7 +87,7 @@ def _embedding(load: Callable[[], object], name: str) -> NDArray[np.generic]:
         loaded = load()
     except InputError:
         raise
-    except Exception as error:  # NumPy and its parsers raise anything on a damaged file
+    except Exception as error:  # NumPy and its parsers raise various errors on a damaged file
         reason = getattr(error, "strerror", None) or "it is no .npy array"
         raise InputError(f"the embedding {name} cannot be read: {reason}; save it with numpy.save") from error
     if not isinstance(loaded, np.ndarray):
@@ -96,10 +96,10 @@ def _embedding(load: Callable[[], object], name: str) -> NDArray[np.generic]:
 
 
 def whole_number(value: object, name: str) -> int:
-    """A whole number, or text that is one.
+    """Convert an integer, or text that is one.
 
     Raises:
-        InputError: it is something else.
+        InputError: it is not an integer.
     """
     try:
         number = int(value) if isinstance(value, str) else value
@@ -111,10 +111,10 @@ def whole_number(value: object, name: str) -> int:
 
 
 def real_number(value: object, name: str) -> float:
-    """A number, or text that is one; perhaps not finite.
+    """Convert a number, or text that is one; it may be infinite or NaN.
 
     Raises:
-        InputError: it is something else.
+        InputError: it is not a number.
     """
     try:
         number = float(value) if isinstance(value, str) else value
@@ -126,7 +126,7 @@ def real_number(value: object, name: str) -> float:
 
 
 def seed_count(seed: int | Sequence[int] | None) -> int:
-    """How many seeds were given; 1 for a single one, or none.
+    """Number of seeds; 1 for a single seed or None.
 
     Raises:
         InputError: it is neither an integer nor a sequence.
@@ -142,7 +142,7 @@ def sample_seeds(seed: int | Sequence[int] | None, batch: int) -> tuple[int, ...
     """The seed of each sample: as given, or ``seed + i`` for sample i; None draws one.
 
     Raises:
-        InputError: a seed is no integer or out of range, or there are not as many as samples.
+        InputError: a seed is not an integer or out of range, or the number of seeds differs from the batch.
     """
     seed = draw_seed() if seed is None else seed
     if isinstance(seed, int | np.integer):

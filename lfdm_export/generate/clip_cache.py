@@ -1,4 +1,4 @@
-"""Clips that were made before, by everything that decides their bits."""
+"""A cache of clips, keyed by everything that determines their bits."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from lfdm_export.pictures.clip import Clip
 
 logger = logging.getLogger(__name__)
 
-#: Bytes that a cache may take where nobody says: some thousand clips of the published size.
+#: Default size of a cache in bytes: some thousand clips of the published size.
 DEFAULT_SIZE = 4_000_000_000
 _ENDING = ".npz"
 
 
 def clip_key(facts: Mapping[str, object], arrays: Iterable[NDArray[Any]]) -> str:
-    """SHA-256 of what a clip is made from.
+    """SHA-256 of the inputs of a clip.
 
     Args:
         facts: plain JSON values by name.
-        arrays: pictures, embeddings, latents: their types, shapes and bytes count.
+        arrays: pictures, embeddings, latents; the hash covers their dtypes, shapes and bytes.
     """
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for array in arrays:
@@ -46,13 +46,13 @@ def clip_key(facts: Mapping[str, object], arrays: Iterable[NDArray[Any]]) -> str
 
 @dataclass(frozen=True)
 class ClipCache:
-    """A folder of clips, made when the first is written. For any number of processes.
+    """A folder of clips, created by the first write. Several processes may share it.
 
-    An entry is a NumPy archive; one that is damaged, or is not what its key stands for, is made again.
+    An entry is a NumPy archive; an entry that is damaged or does not match its key is replaced.
 
     Attributes:
         folder: the folder.
-        size: bytes that it may take; what was used longest ago goes first.
+        size: maximum size in bytes; the least recently used entries are removed first.
     """
 
     folder: Path
@@ -60,21 +60,21 @@ class ClipCache:
 
     @classmethod
     def at(cls, folder: str | os.PathLike[str]) -> ClipCache:
-        """The cache in a folder, as the user names it.
+        """Open the cache in a folder, as the user names it.
 
         Raises:
-            InputError: see `lfdm_export.files.names.user_path`.
+            InputError: the path is not valid; see `lfdm_export.files.names.user_path`.
         """
         return cls(user_path(folder))
 
     def read(self, key: str, batch: int, frames: int, manifest: Manifest) -> Clip | None:
-        """A clip, without labels, seeds and settings, if it is there and whole; else None.
+        """Return a clip, without labels, seeds and settings; None if it is missing or damaged.
 
         Args:
-            key: of `clip_key`.
+            key: from `clip_key`.
             batch: samples of the clip.
-            frames: its frames.
-            manifest: of the bundle that makes it.
+            frames: frames of the clip.
+            manifest: manifest of the bundle that makes the clip.
         """
         path = self._path(key)
         size, small = manifest.geometry.image_size, manifest.geometry.latent_size
@@ -101,7 +101,7 @@ class ClipCache:
         )
 
     def write(self, key: str, clip: Clip) -> None:
-        """Keep a clip, if there is room; where the folder cannot be written, a warning says so."""
+        """Store a clip if there is space; if the folder is not writable, log a warning."""
         stream = io.BytesIO()
         np.savez_compressed(stream, frames=clip.frames, warped=clip.warped, latent=clip.latent, source=clip.source)
         content = stream.getvalue()

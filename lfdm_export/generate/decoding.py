@@ -1,4 +1,4 @@
-"""Latent -> frames, chunk by chunk."""
+"""Decode a latent into frames, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ UInt8: TypeAlias = NDArray[np.uint8]
 
 
 def chunk_starts(frames: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """First frame of each chunk, and how many of its frames an earlier chunk gave.
+    """First frame of each chunk, and how many of its frames belong to an earlier chunk.
 
     Args:
-        frames: of the clip.
-        chunk: frames of one run of decode.
+        frames: frames of the clip.
+        chunk: frames per run of `decode`.
     """
     for start in range(0, frames, chunk):
         begin = max(0, min(start, frames - chunk))
@@ -34,12 +34,12 @@ def chunk_starts(frames: int, chunk: int) -> Iterator[tuple[int, int]]:
 def decode_chunks(
     stages: StageRunner, encoded: Encoded, latent: Float32, progress: Progress | None
 ) -> Iterator[tuple[int, Float32, Float32]]:
-    """Decode a latent in chunks; a last chunk that is not full overlaps the one before.
+    """Decode a latent in chunks; an incomplete last chunk overlaps the one before.
 
     Args:
-        stages: run `decode`.
-        encoded: of B images.
-        latent: (B, 3, T, h, w) float32, of any number of frames T.
+        stages: runs `decode`.
+        encoded: encoder results for B images.
+        latent: (B, 3, T, h, w) float32, with any number of frames T.
         progress: called as ``progress("decode", frames done, T)``.
 
     Yields:
@@ -71,7 +71,7 @@ def decode_chunks(
 def decode_clip(
     stages: StageRunner, prepared: UInt8, encoded: Encoded, latent: Float32, progress: Progress | None
 ) -> Clip:
-    """Decode into 8-bit pictures chunk by chunk, so that no clip is held as float32."""
+    """Decode into 8-bit pictures chunk by chunk, so that no clip is stored as float32."""
     size = stages.bundle.manifest.geometry.image_size
     batch, frame_count = latent.shape[0], latent.shape[2]
     frames, warped = (np.empty((batch, frame_count, size, size, 3), np.uint8) for _ in range(2))

@@ -1,4 +1,4 @@
-"""What the encoder gives, which every frame and step of a clip shares."""
+"""The output of the encoder, which all frames and steps of a clip share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Float32: TypeAlias = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Encoded:
-    """What every frame and step of a clip shares.
+    """The output of the encoder, which all frames and steps of a clip share.
 
     Attributes:
         image: (B, 3, H, W) float32 in [0, 1].
@@ -32,7 +32,7 @@ class Encoded:
         return f"<Encoded: {count(len(self.image), 'image')} of {width}x{height}>"
 
     def repeat(self, batch: int) -> Encoded:
-        """The same for `batch` samples, if it is one image's."""
+        """Repeat a single image for `batch` samples."""
         if len(self.image) == batch:
             return self
         skips = tuple(np.repeat(skip, batch, axis=0) for skip in self.skips)

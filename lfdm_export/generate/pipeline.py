@@ -1,4 +1,4 @@
-"""Image and label -> clip, over the engines of a bundle."""
+"""Make a clip from an image and a label with the engines of a bundle."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Float32: TypeAlias = NDArray[np.float32]
 UInt8: TypeAlias = NDArray[np.uint8]
 
 
-#: Driving frames that `estimate_motion` takes in one run.
+#: Driving frames per run of `estimate_motion`.
 _MOTION_BATCH = 8
 #: The stage of a step without guidance.
 UNGUIDED_STAGE = "step"
@@ -51,7 +51,7 @@ UNGUIDED_STAGE = "step"
 class Pipeline:
     """Makes clips with a bundle.
 
-    Engines are loaded when their stage is first needed, and kept. Not for several threads at once.
+    An engine is loaded when its stage is first needed, then kept. Use a pipeline from one thread at a time.
 
     Examples:
         >>> pipe = Pipeline("mug")
@@ -68,7 +68,7 @@ class Pipeline:
         self_check: bool = True,
         cache: ClipCache | str | os.PathLike[str] | None = None,
     ) -> None:
-        """Use a bundle, or open the path of one; see `open`. Its stages can be run one by one through ``stages``."""
+        """Use a bundle, or open its path as `open` does. ``stages`` runs single stages."""
         self.cache = cache if isinstance(cache, ClipCache | None) else ClipCache.at(cache)
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.stages = StageRunner(self.bundle, threads=threads, device=device, target=target, self_check=self_check)
@@ -87,21 +87,21 @@ class Pipeline:
         self_check: bool = True,
         cache: ClipCache | str | os.PathLike[str] | None = None,
     ) -> Pipeline:
-        """Open a bundle, or the path of one, whose files are then checked by their hashes.
+        """Open a bundle, or the path of one, whose files are then checked against their hashes.
 
         Args:
             bundle: a bundle or its folder.
-            threads: threads of each engine on a CPU; None takes all cores.
-            device: where ONNX Runtime runs: "cpu", "cuda", "tensorrt" or "tensorrt-rtx".
-            target: a name of `lfdm_export.engines.targets.TARGETS`, or "auto": the first that the bundle holds plans or
-                weights for and that runs here, else the faster of those that run its graphs on the CPU.
-            self_check: before a target is used on this machine for the first time, compare it with the reference in
-                the bundle (seconds); "auto" takes only what passes. Findings are kept in the user's cache folder.
-            cache: a folder of clips, 4 GB at most: what was made before, by the same bundle and engine from the same
-                picture with the same settings, is read from there. None keeps nothing.
+            threads: threads per engine on a CPU; None uses all cores.
+            device: device for ONNX Runtime: "cpu", "cuda", "tensorrt" or "tensorrt-rtx".
+            target: a name in `lfdm_export.engines.targets.TARGETS`, or "auto": the first target that the bundle has
+                plans or weights for and that runs here, else the fastest that runs its graphs on the CPU.
+            self_check: before the first use of a target on this machine, compare it with the reference in the bundle
+                (seconds); "auto" uses only targets that pass. Results are kept in the user cache folder.
+            cache: a folder of clips, 4 GB at most. A clip made before by the same bundle and engine from the same
+                picture with the same settings is read from it. None stores nothing.
 
         Raises:
-            BundleError: there is no whole bundle at the path.
+            BundleError: the path holds no complete bundle.
             InputError: the target is unknown.
         """
         return cls(bundle, threads=threads, device=device, target=target, self_check=self_check, cache=cache)
@@ -118,11 +118,12 @@ class Pipeline:
         self_check: bool = True,
         cache: ClipCache | str | os.PathLike[str] | None = None,
     ) -> Pipeline:
-        """Open a bundle of the Hugging Face hub; see `Bundle.from_pretrained` for its name and `open` for the rest.
+        """Open a bundle from the Hugging Face Hub; `Bundle.from_pretrained` and `open` describe the arguments.
 
         Raises:
-            InputError: the name, the revision or the target has not the right form.
-            BundleError: there is no such bundle, no access to it, no connection and no copy, or it is not whole.
+            InputError: the name, the revision or the target is not valid.
+            BundleError: the bundle does not exist or is incomplete, access is denied, or there is neither a connection
+                nor a local copy.
             MissingDependencyError: huggingface_hub is not installed.
         """
         bundle = Bundle.from_pretrained(name, revision=revision)
@@ -146,36 +147,36 @@ class Pipeline:
         progress: Progress | None = None,
         previews: Previews | None = None,
     ) -> Clip:
-        """Make a clip of `image` moving as the label says.
+        """Make a clip in which `image` moves as the label says.
 
-        Exactly one of `label`, `text` and `text_embedding` is given. Whatever is given once serves every
+        Exactly one of `label`, `text` and `text_embedding` is required. A single value applies to every
         sample, so one image and seven labels make seven clips.
 
         Args:
             image: a path, a PIL image, (H,W,3) uint8, or (B,H,W,3) uint8 for a batch.
-            crop: what is cut out of the image first: "center", the largest square in its middle, or (x, y, width,
-                height) in its pixels. None keeps all of it, with black bars where it is not square.
-            label: a known label, or one a sample.
-            text: free text, or one a sample; for bundles with a text encoder.
+            crop: region cut out of the image first: "center", the largest square in its middle, or (x, y, width,
+                height) in pixels. None keeps the whole image and pads it to a square with black bars.
+            label: a known label, or one per sample.
+            text: free text, or one per sample; for bundles with a text encoder.
             text_embedding: (text_width,) or (B, text_width).
-            sampler: a name of `lfdm_export.sampling.tables.SAMPLERS`, or "tuned" if the bundle has that; None for its
-                default.
+            sampler: a name in `lfdm_export.sampling.tables.SAMPLERS`, or "tuned" if the bundle has it; None for the
+                default of the bundle.
             steps: sampling steps; None for the default.
-            eta: DDIM's share of fresh noise, 0 … 1; None for the default.
+            eta: share of fresh noise in DDIM, 0 … 1; None for the default.
             guidance_scale: 1 for the conditional prediction, 0 for the unconditional one, above 1 for
                 more of the label; None for the default.
-            guidance_interval: (low, high), shares of the schedule, 0 (no noise) … 1 (nothing but noise): where guidance
-                acts. Steps at other times run the conditional prediction alone, at half the cost.
-            seed: one a sample; a single one gives sample i the seed ``seed + i``. A sample's noise depends
-                on nothing but its seed. None draws one, which ``clip.seeds`` tells.
-            noise: instead of a seed: float32 draws (B,3,T,h,w), first the start, then one for each step that
-                takes one.
+            guidance_interval: (low, high), shares of the schedule, 0 (no noise) … 1 (pure noise), in which guidance
+                acts. Steps outside it use the conditional prediction alone, at half the cost.
+            seed: one per sample; a single one gives sample i the seed ``seed + i``. The noise of a sample
+                depends only on its seed. None draws one, which ``clip.seeds`` holds.
+            noise: instead of a seed: float32 draws (B,3,T,h,w), first the start, then one per step that
+                draws noise.
             progress: called as ``progress(stage, done, total)``.
             previews: what to show of the clip while it is sampled, step by step also where an engine could make it
                 in one go. None for nothing.
 
         Raises:
-            InputError: an argument cannot be used.
+            InputError: an argument is not valid.
             EngineError: an engine cannot be loaded or fails.
         """
         options, table = self.resolve(SamplingOptions(sampler, steps, eta, guidance_scale, guidance_interval))
@@ -217,7 +218,7 @@ class Pipeline:
         seeds: tuple[int, ...],
         progress: Progress | None,
     ) -> Clip | None:
-        """Clips of B embeddings made where the engine runs, in one go; None where it runs stages alone."""
+        """Make clips of B embeddings in one call on the device of the engine; None if it runs single stages only."""
         batch = len(embeddings)
         stage, fixed = self._condition(embeddings, scale)
         maker = self.stages.clip_maker(stage, batch)
@@ -246,22 +247,22 @@ class Pipeline:
         fps: float | None = None,
         progress: Progress | None = None,
     ) -> Clip:
-        """Make a clip of `image` moving as another clip does, with the LFAE alone.
+        """Make a clip in which `image` moves as another clip does, with the LFAE alone.
 
-        The motion is absolute: each frame's flow leads from `image` to that driving frame, so it looks best
-        where the clip begins in a pose like the image's. It is as long in time as the driving clip.
+        The motion is absolute: the flow of each frame leads from `image` to that driving frame, so the result is best
+        if the clip begins in a pose like that of the image. The clip has the duration of the driving clip.
 
         Args:
             image: a path, a PIL image or (H,W,3) uint8.
-            driving_clip: a path, or (T,H,W,3) uint8; of at most 10,000 frames at its own rate, or at `fps`. A file's
-                frames are scaled one by one as they are read.
-            crop: what is cut out of the image, and out of each frame, first; see `generate`. A crop in pixels is the
-                image's alone: of the frames it takes the middle.
-            fps: frames per second that the driving clip is resampled to; None for its own.
+            driving_clip: a path, or (T,H,W,3) uint8; at most 10,000 frames at its own rate, or at `fps`. The frames of
+                a file are scaled one by one as they are read.
+            crop: region cut out of the image and of each frame first, as in `generate`. A crop in pixels applies to
+                the image only; the frames are then cropped to their middle.
+            fps: frames per second that the driving clip is resampled to; None keeps its own rate.
             progress: called as ``progress(stage, done, total)``.
 
         Raises:
-            InputError: the image or the clip cannot be used.
+            InputError: the image or the clip is not valid.
             EngineError: an engine cannot be loaded or fails.
         """
         self.bundle.require_drive("motion transfer")
@@ -298,18 +299,18 @@ class Pipeline:
         crop: Crop | None = None,
         progress: Progress | None = None,
     ) -> Clip:
-        """Make a clip of `image` moving as an earlier clip did: its latent is decoded, nothing is sampled.
+        """Make a clip in which `image` moves as in an earlier clip: decode its latent, without sampling.
 
-        With the picture of that clip, the same bundle and the same engine, the frames are the same to the bit.
+        With the picture of that clip, the same bundle and the same engine, the frames are bit-identical.
 
         Args:
-            image: a path, a PIL image, (H,W,3) uint8, or (B,H,W,3) uint8 for a batch, all of which move alike.
-            motion: ``clip.motion`` of a clip of one sample, or the path of one that ``clip.save`` wrote as ``.motion``.
-            crop: what is cut out of the image first; see `generate`.
+            image: a path, a PIL image, (H,W,3) uint8, or (B,H,W,3) uint8 for a batch, which all move in the same way.
+            motion: ``clip.motion`` of a clip of one sample, or the path of a ``.motion`` file from ``clip.save``.
+            crop: region cut out of the image first, as in `generate`.
             progress: called as ``progress(stage, done, total)``.
 
         Raises:
-            InputError: the image or the motion cannot be used, or the motion is of a model of other sizes.
+            InputError: the image or the motion is not valid, or the motion is from a model of other sizes.
             EngineError: an engine cannot be loaded or fails.
         """
         motion = as_motion(motion)
@@ -334,7 +335,7 @@ class Pipeline:
         )
 
     def _driving(self, driving_clip: str | os.PathLike[str] | UInt8, fps: float | None, crop: Crop | None) -> Footage:
-        """A driving clip's frames as the model takes them, (T,size,size,3), and their rate."""
+        """The frames of a driving clip as inputs of the model, (T,size,size,3), and their rate."""
         size, rule = self.bundle.manifest.geometry.image_size, self.bundle.manifest.preprocessing
         middle: Crop | None = None if crop is None else "center"
         prepare = functools.partial(prepare_image, size=size, preprocessing=rule, crop=middle)
@@ -348,16 +349,16 @@ class Pipeline:
         """Encode one image, or a batch (B,H,W,3) uint8.
 
         Raises:
-            InputError: the image cannot be used.
+            InputError: the image is not valid.
             EngineError: the engine cannot be loaded or fails.
         """
         return self._encode(self._prepare(image), None)
 
     def embed_text(self, texts: Sequence[str]) -> Float32:
-        """Free texts -> text embeddings (B, text_width) float32.
+        """Embed free texts as (B, text_width) float32.
 
         Raises:
-            InputError: the bundle has no text encoder, or a text cannot be used.
+            InputError: the bundle has no text encoder, or a text is not valid.
         """
         if not self.bundle.manifest.has_text:
             known = ", ".join(self.bundle.labels) or "none"
@@ -365,7 +366,7 @@ class Pipeline:
                 f"this bundle has no text encoder; give one of its labels ({known}) or a text embedding, "
                 "or export again with a text encoder"
             )
-        # One at a time: padding would leave its trace in the last bits, and a sample depends on no other.
+        # One at a time: padding would change the last bits, and a sample depends on no other.
         rows = [
             self.stages.run(TEXT_STAGE, *tokenize(self.bundle.path / TOKENIZER_FOLDER, [text]))[0] for text in texts
         ]
@@ -386,17 +387,17 @@ class Pipeline:
         progress: Progress | None = None,
         on_estimate: OnEstimate | None = None,
     ) -> Float32:
-        """Denoise.
+        """Denoise. `generate` describes the sampling arguments.
 
         Args:
-            encoded: of B images.
+            encoded: encoder results for B images.
             embedding: (text_width,) or (B, text_width).
-            sampler: see `generate`, as for all that follow.
+            sampler: name of the sampler.
             steps: number of sampling steps.
-            eta: DDIM's share of fresh noise.
-            guidance_scale: of classifier-free guidance.
-            guidance_interval: where it acts.
-            seed: one a sample, or a single one; None draws one, which nobody learns.
+            eta: share of fresh noise in DDIM.
+            guidance_scale: scale of classifier-free guidance.
+            guidance_interval: (low, high), where guidance acts.
+            seed: one per sample, or a single one; None draws one, which is not reported.
             noise: instead of a seed.
             progress: called as ``progress("denoise", steps done, steps)``.
             on_estimate: see `lfdm_export.generate.stage_runner.StageRunner.sample`.
@@ -405,8 +406,8 @@ class Pipeline:
             The latent (B, 3, T, h, w) float32.
 
         Raises:
-            InputError: an argument cannot be used.
-            EngineError: an engine cannot be loaded, fails, or gives values that are not finite.
+            InputError: an argument is not valid.
+            EngineError: an engine cannot be loaded, fails, or returns values that are not finite.
         """
         options, table = self.resolve(SamplingOptions(sampler, steps, eta, guidance_scale, guidance_interval))
         _, source = self._noise(seed, noise, len(encoded.image))
@@ -424,11 +425,11 @@ class Pipeline:
         progress: Progress | None = None,
         on_estimate: OnEstimate | None = None,
     ) -> Float32:
-        """Denoise by any table, with noise from any source of (B, 3, T, h, w); see `sample`.
+        """Denoise with any table and any source of noise (B, 3, T, h, w), as `sample` does.
 
         Raises:
-            InputError: an argument cannot be used.
-            EngineError: an engine cannot be loaded, fails, or gives values that are not finite.
+            InputError: an argument is not valid.
+            EngineError: an engine cannot be loaded, fails, or returns values that are not finite.
         """
         options = SamplingOptions(guidance_scale=guidance_scale, guidance_interval=guidance_interval)
         options = options.over(self.bundle.manifest.sampler)
@@ -444,7 +445,7 @@ class Pipeline:
         progress: Progress | None,
         on_estimate: OnEstimate | None,
     ) -> Float32:
-        """The latent (B, 3, T, h, w); of the options, guidance alone counts here."""
+        """The latent (B, 3, T, h, w); from the options, this uses guidance only."""
         manifest, batch, scale = self.bundle.manifest, len(encoded.image), options.scale
         rows = embedding_rows(embedding, manifest.geometry.text_width)
         if len(rows) not in (1, batch):
@@ -463,24 +464,24 @@ class Pipeline:
         stages = [stage if inside else UNGUIDED_STAGE for inside in guided]
         conditions = {"context": encoded.context, **fixed}
         latent = self.stages.sample(stages, conditions, table, source, on_step=on_step, on_estimate=on_estimate)
-        _require_finite(latent, table.steps - 1, table.steps)  # where the steps' own latents stayed with the engine
+        _require_finite(latent, table.steps - 1, table.steps)  # if the latents of the steps stayed in the engine
         return latent
 
     def sampler_table(
         self, sampler: str | None = None, steps: int | None = None, eta: float | None = None
     ) -> SamplerTable:
-        """The sampler that these arguments mean; the bundle's defaults count for its own default sampler.
+        """The sampler that these arguments select; the defaults of the bundle apply to its default sampler only.
 
         Raises:
-            InputError: the sampler is unknown, or cannot do with these steps or this eta.
+            InputError: the sampler is unknown, or does not support these steps or this eta.
         """
         return self.resolve(SamplingOptions(sampler, steps, eta))[1]
 
     def resolve(self, options: SamplingOptions) -> tuple[SamplingOptions, SamplerTable]:
-        """The options with this bundle's defaults filled in, and the sampler that they mean.
+        """Fill in the defaults of the bundle; return the options and the sampler that they select.
 
         Raises:
-            InputError: the bundle has no such sampler, or it cannot do with these steps or this eta.
+            InputError: the bundle has no such sampler, or it does not support these steps or this eta.
         """
         manifest = self.bundle.manifest
         meant = options.over(manifest.sampler)
@@ -490,7 +491,7 @@ class Pipeline:
     def _noise(
         self, seed: int | Sequence[int] | None, noise: Iterator[Float32] | None, batch: int
     ) -> tuple[tuple[int, ...] | None, NoiseSource]:
-        """The samples' seeds, if their noise comes from those, and the noise."""
+        """The seeds of the samples, unless the caller passes noise, and the noise."""
         geometry = self.bundle.manifest.geometry
         shape = (3, geometry.frames, geometry.latent_size, geometry.latent_size)
         if noise is None:
@@ -504,8 +505,8 @@ class Pipeline:
         """Decode a latent.
 
         Args:
-            encoded: of B images.
-            latent: (B, 3, T, h, w) float32, of any number of frames T.
+            encoded: encoder results for B images.
+            latent: (B, 3, T, h, w) float32, with any number of frames T.
             progress: called as ``progress("decode", frames done, T)``.
 
         Returns:
@@ -524,12 +525,12 @@ class Pipeline:
         return frames, warped
 
     def _prepare(self, image: ImageLike, crop: Crop | None = None) -> UInt8:
-        """Any image -> (B, H, W, 3) uint8 as the model takes it."""
+        """Convert any image to (B, H, W, 3) uint8, as the model requires."""
         manifest = self.bundle.manifest
         return prepare_images(image, manifest.geometry.image_size, manifest.preprocessing, crop=crop)
 
     def _origin(self, made_by: str) -> dict[str, object]:
-        """What a clip's metadata say of the bundle."""
+        """What the metadata of a clip say about the bundle."""
         manifest = self.bundle.manifest
         return {
             "made_by": made_by,
@@ -541,11 +542,11 @@ class Pipeline:
     def _remembered(
         self, made_from: Mapping[str, object], arrays: Sequence[NDArray[np.generic]], make: Callable[[], Clip]
     ) -> Clip:
-        """What `make` gives, or gave once: out of the cache, if there is one.
+        """Return the clip from the cache if it holds it, else the result of `make`.
 
         Args:
-            made_from: what decides the clip besides the arrays and the engine, its ``batch`` and ``frames`` among it;
-                the bundle's name does not.
+            made_from: what determines the clip besides the arrays and the engine, including ``batch`` and ``frames``;
+                not the name of the bundle.
             arrays: pictures, embeddings, latents.
             make: makes the clip.
         """
@@ -569,7 +570,7 @@ class Pipeline:
     def _conditions(
         self, label: str | Sequence[str] | None, text: str | Sequence[str] | None, text_embedding: ArrayLike | None
     ) -> tuple[tuple[str, ...] | None, Float32]:
-        """What the clip is conditioned on: its words if it has any, and embeddings (B, text_width)."""
+        """The conditions of the clip: its words, if any, and embeddings (B, text_width)."""
         given = [value is not None for value in (label, text, text_embedding)]
         if sum(given) != 1:
             raise InputError(f"found {sum(given)} of label, text and text_embedding, expected exactly one")
@@ -582,7 +583,7 @@ class Pipeline:
         return None, embedding_rows(cast(ArrayLike, text_embedding), self.bundle.manifest.geometry.text_width)
 
     def _condition(self, embedding: Float32, scale: float) -> tuple[str, dict[str, Float32]]:
-        """The stage that samples, `step` where one branch is enough, and its inputs beside `context` that stay."""
+        """The sampling stage, `step` if one branch is enough, and its constant inputs other than `context`."""
         batch = len(embedding)
         if scale == 0.0:
             embedding = np.repeat(self.bundle.null_embedding[None], batch, axis=0)

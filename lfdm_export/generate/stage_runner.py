@@ -1,4 +1,4 @@
-"""The stages of one bundle as functions of arrays, each over an engine that is loaded when first needed."""
+"""The stages of one bundle as functions of arrays; each loads its engine on first use."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from lfdm_export.sampling.rows import SamplerTable
 logger = logging.getLogger(__name__)
 
 Float32: TypeAlias = NDArray[np.float32]
-#: Called after each step with its index and, where it is at hand or was asked for, the latent.
+#: Called after each step with its index and the latent, or None if the latent is neither requested nor on the host.
 OnStep: TypeAlias = Callable[[int, Float32 | None], None]
 #: Called after each step with its index and the estimate of the latent without noise, (B, 3, T, h, w).
 OnEstimate: TypeAlias = Callable[[int, Float32], None]
 
 
 class StageRunner:
-    """Runs stages; engines are kept once loaded. Not for several threads at once."""
+    """Runs stages and keeps loaded engines. Use it from one thread at a time."""
 
     def __init__(
         self,
@@ -49,11 +49,11 @@ class StageRunner:
 
         Args:
             bundle: the bundle.
-            threads: threads of each engine on a CPU; None takes all cores.
-            device: where ONNX Runtime runs; see `OnnxRuntimeEngine`.
-            target: what runs the stages, see `lfdm_export.engines.targets`; "auto" looks for the fastest that can.
-            self_check: take a target only after it was compared on this machine; see
-                `lfdm_export.engines.self_check`. The environment variable LFDM_SELF_CHECK=0 turns it off, too.
+            threads: threads per engine on a CPU; None uses all cores.
+            device: device for ONNX Runtime; see `OnnxRuntimeEngine`.
+            target: a name in `lfdm_export.engines.targets`; "auto" selects the fastest target that is available.
+            self_check: use a target only after a comparison on this machine, as `lfdm_export.engines.self_check`
+                describes. The environment variable LFDM_SELF_CHECK=0 also turns it off.
 
         Raises:
             InputError: the target is unknown.
@@ -69,10 +69,10 @@ class StageRunner:
 
     @functools.cached_property
     def choice(self) -> Choice:
-        """The target that runs the stages, and why; the first access may run the self-check, which takes seconds.
+        """The target that runs the stages, and the reason. The first access may run the self-check (seconds).
 
         Raises:
-            EngineError: the requested target is not available here or gives wrong results here, or no target runs
+            EngineError: the requested target is not available or gives wrong results here, or no target runs
                 the bundle.
         """
         able, named = self._able(), self._asked != AUTO or self._device != "cpu"
@@ -81,35 +81,36 @@ class StageRunner:
             choice, runner = choose_checked(
                 self.bundle, able, self._unchecked, named=named, threads=self._threads, device=self._device
             )
-            if isinstance(runner, StageRunner):  # what was loaded for the check is not loaded again
+            if isinstance(runner, StageRunner):  # keep the engines that the check loaded
                 self._engines, self._loops, self._makers = runner._engines, runner._loops, runner._makers
         logger.info("target %s: %s", choice.target, choice.reason)
         return choice
 
     def _able(self) -> tuple[Choice, ...]:
-        """What can run the bundle, the preferred one first."""
+        """The targets that can run the bundle, the preferred one first."""
         if self._device != "cpu":
             spec = device_target(self._device)
-            if self._asked in (AUTO, spec.name):  # whatever it lacks on a CPU
+            if self._asked in (AUTO, spec.name):  # even if it lacks the precision on a CPU
                 return (Choice(spec.name, f"the device {self._device!r} is {spec.title}'s"),)
         return find_targets(self._asked, "run", self.bundle.manifest.precision, plans=held_targets(self.bundle))
 
     def _unchecked(self, target: Target) -> StageRunner:
-        """The same with one target, taken as it is."""
+        """A runner of the same bundle with one target, without the check."""
         return StageRunner(self.bundle, threads=self._threads, device=self._device, target=target, self_check=False)
 
     @property
     def target(self) -> Target:
-        """The target that runs the stages; see `choice`."""
+        """The name of the target in `choice`."""
         target = self.choice.target
         assert target is not None, "only plans can be made by nothing"
         return target
 
     def engine_facts(self) -> dict[str, object]:
-        """What runs the stages, as plain JSON values: two runners that agree in them give the same bits.
+        """What runs the stages, as plain JSON values: equal facts mean equal bits.
 
         Raises:
-            EngineError: see `choice`.
+            EngineError: the requested target is not available or gives wrong results here, or no target runs
+                the bundle.
         """
         return {
             "target": self.target,
@@ -124,14 +125,14 @@ class StageRunner:
 
         Args:
             stage: its name.
-            tensors: its inputs, in the order of its `StageSpec`; a batch beyond the stage's largest is
-                run in parts.
+            tensors: its inputs, in the order of its `StageSpec`; a batch above the maximum of the stage is
+                split into parts.
 
         Returns:
             Its outputs, in the order of its `StageSpec`.
 
         Raises:
-            EngineError: the engine cannot be loaded, the inputs do not fit, or the run fails.
+            EngineError: the engine cannot be loaded, the inputs do not match, or the run fails.
         """
         engine = self.engine(stage)
         spec = engine.spec
@@ -156,16 +157,16 @@ class StageRunner:
         every_latent: bool = False,
         on_estimate: OnEstimate | None = None,
     ) -> Float32:
-        """Run a whole chain; its state stays where the engine runs, if one engine runs all of it and can keep it there.
+        """Run a whole chain. Its state stays on the device if one engine runs all of it and can keep it there.
 
         Args:
-            stage: "step" or "step_guided", of all steps or of each.
-            fixed: the stages' inputs that no step changes, by name.
+            stage: "step" or "step_guided", for all steps or one per step.
+            fixed: the inputs that no step changes, by name.
             table: the sampler.
-            source: of the noise of the start, and of the steps that draw some.
-            on_step: told of each step that was taken or, by an engine that keeps the state, queued.
-            every_latent: give `on_step` the latent of every step, which such an engine then has to fetch.
-            on_estimate: told of each step's estimate; the state then leaves the engine at every step.
+            source: source of the noise for the start and for the steps that draw noise.
+            on_step: called for each step that was done or, by an engine that keeps the state, queued.
+            every_latent: pass the latent of every step to `on_step`; such an engine then has to copy it to the host.
+            on_estimate: called with the estimate of each step; the state then leaves the engine at every step.
 
         Returns:
             The last latent, (B, 3, T, h, w) float32.
@@ -215,7 +216,7 @@ class StageRunner:
         on_step: OnStep | None,
         every_latent: bool,
     ) -> Float32:
-        """`sample` by loops of the engine's own, one for each part of the batch."""
+        """`sample` with loops of the engine itself, one per part of the batch."""
         parts = _parts(len(start), self._specs[stage].batch[2])
         loops = []
         for number, part in enumerate(parts):
@@ -233,14 +234,14 @@ class StageRunner:
         return np.concatenate([loop.finish() for loop in loops])
 
     def clip_maker(self, stage: str, batch: int) -> ClipMaker | None:
-        """What makes whole clips of a batch size where the engine runs; None where stages are run one by one.
+        """What makes whole clips of a batch size on the device; None if only single stages run there.
 
         Args:
-            stage: that samples, "step" or "step_guided".
-            batch: samples that are made together.
+            stage: the sampling stage, "step" or "step_guided".
+            batch: number of samples made together.
 
         Raises:
-            EngineError: it cannot be loaded.
+            EngineError: an engine cannot be loaded.
         """
         prepare = spec_of(self.target).clip_maker
         if prepare is None or batch > self._specs[stage].batch[2]:
@@ -251,7 +252,7 @@ class StageRunner:
         return self._makers[key]
 
     def state(self) -> str:
-        """The target and the loaded stages, in a line; nothing is loaded or decided for it."""
+        """The target and the loaded stages, in one line; this loads and decides nothing."""
         target = self.__dict__["choice"].target if "choice" in self.__dict__ else self._asked
         return f"target {target}, loaded: {', '.join(self.loaded) or 'nothing yet'}"
 
@@ -284,8 +285,8 @@ def load_engine(
         bundle: the bundle.
         stage: its name.
         target: what runs it.
-        threads: on a CPU; None takes all cores.
-        device: where ONNX Runtime runs.
+        threads: threads on a CPU; None uses all cores.
+        device: device for ONNX Runtime.
 
     Raises:
         BundleError: the bundle has no such stage.
@@ -297,5 +298,5 @@ def load_engine(
 
 
 def _parts(batch: int, largest: int) -> list[slice]:
-    """A batch in parts of at most the largest."""
+    """Split a batch into parts of at most `largest` samples."""
     return [slice(start, start + largest) for start in range(0, batch, largest)]

@@ -1,4 +1,4 @@
-"""Free text -> tokens, with the tokenizer that a bundle brings."""
+"""Convert free text to tokens with the tokenizer in a bundle."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def tokenizer_installed() -> bool:
 
 
 def tokenize(folder: Path, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Tokenise with special tokens, padded to the longest text.
+    """Tokenize with special tokens, padded to the longest text.
 
     Args:
         folder: the bundle's tokenizer folder.
-        texts: one a sample.
+        texts: one per sample.
 
     Returns:
         Token ids and attention mask, both (B, L) int64.
 
     Raises:
         BundleError: the tokenizer cannot be read.
-        InputError: a text is empty, or longer than the text encoder takes.
+        InputError: a text is empty, or too long for the text encoder.
         MissingDependencyError: the package tokenizers is not installed.
     """
     try:
@@ -41,7 +41,7 @@ def tokenize(folder: Path, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDA
     path = folder / TOKENIZER_FILE
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except BaseException as error:  # tokenizers raises bare Exception, and a panic that is not even one
+    except BaseException as error:  # tokenizers raises bare Exception, and its panics are not even that
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise BundleError(f"{path} is no tokenizer ({error}); export again") from error

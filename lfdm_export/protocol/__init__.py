@@ -1,1 +1,1 @@
-"""What client and server share."""
+"""What clients and the server share."""

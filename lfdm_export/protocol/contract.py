@@ -1,8 +1,8 @@
-"""What clients and server say to each other: models, tensors, parameters, and what an answer means.
+"""The interface between clients and the server: models, tensors, parameters, and the meaning of responses.
 
-NumPy only. Server, clients and the emitted `config.pbtxt` files all take names, data types and shapes from here; those
-of the stages themselves (`skip_0`, `latent`, `frames` …) are spelt as `lfdm_export.stages` does.
-`lfdm_export.protocol.requests` checks what a request holds.
+NumPy only. The server, the clients and the generated `config.pbtxt` files take all names, data types and shapes from
+here. The names of the stages (`skip_0`, `latent`, `frames` …) are those of `lfdm_export.stages`.
+`lfdm_export.protocol.requests` checks the content of a request.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Array: TypeAlias = NDArray[Any]
 CLIP_MODEL = "lfdm"
 #: The decoupled model: previews, then frames in chunks as they are decoded. gRPC streams only.
 STREAM_MODEL = "lfdm_stream"
-# What the ensemble is made of.
+# The models in the ensemble.
 PREPROCESS_MODEL = "lfdm_preprocess"
 CONDITION_MODEL = "lfdm_condition"
 ENCODE_MODEL = "lfdm_encode"
@@ -34,37 +34,37 @@ SAMPLE_MODEL = "lfdm_sample"
 DECODE_MODEL = "lfdm_decode"
 #: In the order in which a clip passes through them.
 STEP_MODELS = (PREPROCESS_MODEL, CONDITION_MODEL, ENCODE_MODEL, SAMPLE_MODEL, DECODE_MODEL)
-#: Those that a client may call by themselves, for a motion that it has: nothing is sampled, nothing shared with others.
+#: Models that a client may call directly, for a motion that it already has: no sampling, nothing shared with others.
 MOTION_MODELS = (ENCODE_MODEL, DECODE_MODEL)
 
 # --- Request parameters ---------------------------------------------------------------------------
 
-#: Custom request parameter, an integer: higher goes first; 0 if absent.
+#: Custom request parameter, an integer: higher runs first; the default is 0.
 PRIORITY_PARAMETER = "lfdm_priority"
-#: Priorities beyond this, either way, are refused.
+#: The largest priority allowed, positive or negative.
 MAX_PRIORITY = 1000
 #: Seeds travel as signed 64-bit integers.
 MAX_SEED = 2**63 - 1
-# The deadline is Triton's own `timeout` in microseconds, counted from the request's arrival at the sampler.
+# The deadline is the `timeout` of Triton in microseconds, from the arrival of the request at the sampler.
 
-# --- Answers --------------------------------------------------------------------------------------
+# --- Responses ------------------------------------------------------------------------------------
 
 #: Responses of the stream by their `kind`.
 StreamKind = Literal["progress", "preview", "frames", "done"]
-#: Elements of `timings`: seconds waited for a slot, seconds of sampling, sampling steps, seconds of decoding.
+#: Elements of `timings`: seconds in the queue, seconds of sampling, number of sampling steps, seconds of decoding.
 TIMINGS = ("queue_seconds", "sampling_seconds", "steps", "decode_seconds")
-#: How the message of a missed deadline begins. Its status is UNAVAILABLE: Triton's models know no DEADLINE_EXCEEDED.
+#: Start of the message for a missed deadline. Its status is UNAVAILABLE: models in Triton have no DEADLINE_EXCEEDED.
 DEADLINE_MESSAGE = "deadline exceeded"
-#: How the message of a full queue begins; its status is UNAVAILABLE.
+#: Start of the message for a full queue; its status is UNAVAILABLE.
 QUEUE_FULL_MESSAGE = "queue full"
-#: How the message of a server that is being stopped begins; its status is UNAVAILABLE.
+#: Start of the message of a server that is stopping; its status is UNAVAILABLE.
 DRAINING_MESSAGE = "server is stopping"
 
 # --- Metrics --------------------------------------------------------------------------------------
 
-#: Gauge: requests of a model (label `model`) that have not had their last response.
+#: Gauge: requests of a model (label `model`) whose last response is not sent yet.
 IN_FLIGHT = "lfdm_in_flight"
-#: Our own metrics are as old as this at most, in seconds.
+#: Maximum age of our own metrics, in seconds.
 METRICS_INTERVAL = 0.5
 
 _NUMPY: Mapping[WireType, type[np.generic]] = {
@@ -78,11 +78,11 @@ _NUMPY: Mapping[WireType, type[np.generic]] = {
 
 
 class RequestCancelledError(LfdmExportError):
-    """The client gave up its request; answered as CANCELLED."""
+    """The client canceled its request; the status is CANCELLED."""
 
 
 class OverloadedError(LfdmExportError):
-    """The server cannot serve the request now; answered as UNAVAILABLE."""
+    """The server cannot serve the request now; the status is UNAVAILABLE."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ class WireTensor:
 
     Attributes:
         name: its name on the wire.
-        datatype: Triton's name of its type; BYTES are variable-length strings.
-        shape: ints for fixed axes, names for those that depend on the bundle or the request.
-        optional: a request may leave it out; of a response, it comes when asked for.
-        about: one line for people.
+        datatype: its type in Triton; BYTES are strings of variable length.
+        shape: ints for fixed axes, names for axes that depend on the bundle or the request.
+        optional: a request may omit it; a response holds it only on request.
+        about: description, one line.
     """
 
     name: str
@@ -105,7 +105,7 @@ class WireTensor:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """NumPy's type; object, holding `bytes`, for BYTES."""
+        """The NumPy dtype; object, holding `bytes`, for BYTES."""
         return np.dtype(_NUMPY[self.datatype])
 
 
@@ -113,18 +113,18 @@ def _option(name: str, datatype: WireType, about: str) -> WireTensor:
     return WireTensor(name, datatype, (1,), optional=True, about=about)
 
 
-#: One of these two.
+#: Exactly one of these is required.
 IMAGE_INPUTS = (
     _option("image_bytes", "BYTES", "an encoded picture (JPEG, PNG …), or its base64 text"),
     WireTensor("image", "UINT8", ("height", "width", 3), optional=True, about="RGB pixels, of any size"),
 )
-#: One of these three.
+#: Exactly one of these is required.
 CONDITION_INPUTS = (
     _option("label", "BYTES", "one of the bundle's labels, UTF-8"),
     _option("text", "BYTES", "free text, UTF-8, for bundles with a text encoder"),
     WireTensor("text_embedding", "FP32", ("text_width",), optional=True, about="finite values"),
 )
-#: Each has a default: the bundle's own. A seed is drawn, and `USED_SEED` tells it.
+#: All have defaults in the bundle, except the seed: it is drawn, and `USED_SEED` returns it.
 SAMPLING_INPUTS = (
     _option("seed", "INT64", "0 to 2^63 - 1"),
     _option("steps", "INT32", "sampling steps, from 1"),
@@ -133,7 +133,7 @@ SAMPLING_INPUTS = (
     _option("guidance_scale", "FP32", "1: as trained; above 1: more of the label"),
 )
 CLIP_INPUTS = (*IMAGE_INPUTS, *CONDITION_INPUTS, *SAMPLING_INPUTS)
-#: The seed that the clip was sampled with; a name of its own, for an ensemble's inputs and outputs share theirs.
+#: The seed of the clip. It needs its own name, because the inputs and outputs of an ensemble share theirs.
 USED_SEED = WireTensor("used_seed", "INT64", (1,), optional=True, about="the seed, given or drawn")
 CLIP_OUTPUTS = (
     WireTensor("frames", "UINT8", ("frames", "size", "size", 3), about="the clip, RGB"),
@@ -150,7 +150,7 @@ STREAM_INPUTS = (
     ),
 )
 #: `kind`, `step` and `steps` are in each response; `frame_indices` and `frames` in previews and frames; the rest in the
-#: response of kind done, which is the last one.
+#: last response, of kind done.
 STREAM_OUTPUTS = (
     WireTensor("kind", "BYTES", (1,), about="progress, preview, frames or done"),
     WireTensor("step", "INT32", (1,), about="steps that are done"),
@@ -161,17 +161,17 @@ STREAM_OUTPUTS = (
     WireTensor("timings", "FP32", (len(TIMINGS),), optional=True, about=", ".join(TIMINGS)),
     USED_SEED,
 )
-#: A request to the sampler with this alone cancels another one: cancellation does not reach into a running ensemble.
+#: A request to the sampler with this input alone cancels another one: cancellation does not reach a running ensemble.
 CANCEL_INPUT = _option("cancel_request_id", "BYTES", "id of the request to cancel")
-#: The answer to it: whether a request of that id was waiting or running.
+#: The response: whether a request with that id was waiting or running.
 CANCEL_OUTPUT = WireTensor("cancelled", "BOOL", (1,), optional=True, about="whether there was such a request")
 
 
 def preview_indices(frames: int, chunk: int) -> NDArray[np.int32]:
-    """Which frames a preview shows: as many as one run of `decode` gives, spread evenly over the clip.
+    """Indices of the frames in a preview: as many as one run of `decode` returns, evenly spaced over the clip.
 
     Args:
-        frames: T, of the clip.
-        chunk: frames of one run of `decode`; at most T.
+        frames: frames T of the clip.
+        chunk: frames per run of `decode`; at most T.
     """
     return np.linspace(0, frames - 1, chunk).round().astype(np.int32)

@@ -1,6 +1,6 @@
-"""What a served model tells about itself: a parameter of its Triton configuration, read by clients.
+"""What a served model reports about itself: a parameter of its Triton configuration, read by clients.
 
-NumPy only, as the contract is.
+NumPy only, as in `lfdm_export.protocol.contract`.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ from lfdm_export.pictures.preprocess import Preprocessing
 from lfdm_export.sampling.options import SamplingOptions
 from lfdm_export.wording import count, shortened
 
-#: Key among the `parameters` of the configurations of the clip's and the stream's models.
+#: Key among the `parameters` in the configurations of the clip model and the stream model.
 FACTS_PARAMETER = "lfdm_facts"
 
 
 @dataclass(frozen=True, repr=False)
 class ModelFacts:
-    """The facts of a bundle that a client has use for.
+    """The facts about a bundle that a client uses.
 
     Attributes:
         labels: known labels.
-        has_text: whether it takes free text.
+        has_text: whether it accepts free text.
         text_width: elements of a text embedding.
-        frames: T, of a clip.
+        frames: frames T per clip.
         image_size: rows and columns of a frame.
         latent_size: rows and columns of the latent.
-        residual_flow: what the latent's grid is; see `lfdm_export.pictures.clip.Clip`.
-        preprocessing: what happens to a photograph before it is an image for the model.
+        residual_flow: meaning of the grid in the latent; see `lfdm_export.pictures.clip.Clip`.
+        preprocessing: how a photograph becomes an image for the model.
         sampler: defaults of generation.
-        precision: of the graphs.
-        trained: whether the weights are trained; None where nobody said.
-        bundle_id: which bundle it is, see `lfdm_export.bundle.manifest.Manifest.bundle_id`; None from an older server.
+        precision: precision of the graphs.
+        trained: whether the weights are trained; None if unknown.
+        bundle_id: identity of the bundle, as in `lfdm_export.bundle.manifest.Manifest.bundle_id`; None from an older
+            server.
     """
 
     labels: tuple[str, ...]
@@ -58,7 +59,7 @@ class ModelFacts:
 
     @classmethod
     def of(cls, manifest: Manifest) -> ModelFacts:
-        """Those of a bundle."""
+        """The facts of a bundle."""
         geometry, trained = manifest.geometry, manifest.provenance.get("trained")
         return cls(
             labels=manifest.labels,
@@ -81,10 +82,10 @@ class ModelFacts:
 
     @classmethod
     def from_json(cls, text: str) -> ModelFacts:
-        """What `to_json` gave.
+        """Read the output of `to_json`.
 
         Raises:
-            LfdmExportError: it is something else.
+            LfdmExportError: the text is not valid.
         """
         try:
             return from_plain(cls, json.loads(text), FACTS_PARAMETER)

@@ -1,4 +1,4 @@
-"""A request's tensors, checked and read: everything that can be said about them without the bundle. NumPy only."""
+"""Checks and reads the tensors of a request, as far as this needs no bundle. NumPy only."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from lfdm_export.sampling.options import SamplingOptions
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server accepts.
+    """Limits on requests to a server.
 
     Attributes:
-        image_bytes: of an encoded picture.
-        image_pixels: of a picture, looked at before it is decoded.
+        image_bytes: bytes of an encoded picture.
+        image_pixels: pixels of a picture, checked before it is decoded.
         steps: sampling steps.
-        guidance_scale: largest; the smallest is 0.
-        text_bytes: of a label or a text.
+        guidance_scale: largest guidance scale; the smallest is 0.
+        text_bytes: bytes of a label or a text.
     """
 
     image_bytes: int = 20 << 20
@@ -46,7 +46,7 @@ class Limits:
         """Check ranges.
 
         Raises:
-            InputError: a limit would refuse everything.
+            InputError: a limit would reject every request.
         """
         for name in ("image_bytes", "image_pixels", "steps", "guidance_scale", "text_bytes"):
             if not getattr(self, name) >= 1:
@@ -55,14 +55,14 @@ class Limits:
 
 @dataclass(frozen=True, eq=False)
 class GenerationRequest:
-    """What a request asks for; None where it leaves the choice to the bundle, or lets the seed be drawn.
+    """The content of a request. None uses the default of the bundle, or draws the seed.
 
     Attributes:
-        image_bytes: an encoded picture (base64 already undone); else `image` is there.
+        image_bytes: an encoded picture, after base64 decoding; None if `image` is set.
         image: (H, W, 3) uint8.
-        label, text, text_embedding: exactly one is there; the embedding is (text_width,) float32, finite.
+        label, text, text_embedding: exactly one is set; the embedding is (text_width,) float32, finite.
         seed: 0 … 2^63 - 1.
-        options: how it is sampled.
+        options: sampling options.
         preview_every, progress_every: in steps; 0 for none.
     """
 
@@ -78,10 +78,10 @@ class GenerationRequest:
 
 
 def check_request(tensors: Mapping[str, Array], known: Sequence[WireTensor]) -> None:
-    """Compare tensors with what a model takes: names, types, shapes.
+    """Compare tensors with the inputs of a model: names, types, shapes.
 
     Raises:
-        InputError: one is unknown, missing, or of another type or shape.
+        InputError: a tensor is unknown, missing, or has another type or shape.
     """
     specs = {spec.name: spec for spec in known}
     for name, array in tensors.items():
@@ -109,10 +109,10 @@ def check_tensor(spec: WireTensor, array: Array) -> None:
 
 
 def parse_image(tensors: Mapping[str, Array], limits: Limits) -> GenerationRequest:
-    """A request of nothing but `image_bytes` or `image`.
+    """Read `image_bytes` or `image` from a request.
 
     Raises:
-        InputError: none or both are there, or it is too large.
+        InputError: none or both are set, or the image is too large.
     """
     _exactly_one(tensors, IMAGE_INPUTS)
     if "image_bytes" in tensors:
@@ -127,10 +127,10 @@ def parse_image(tensors: Mapping[str, Array], limits: Limits) -> GenerationReque
 
 
 def parse_condition(tensors: Mapping[str, Array], limits: Limits) -> GenerationRequest:
-    """A request of nothing but `label`, `text` or `text_embedding`.
+    """Read `label`, `text` or `text_embedding` from a request.
 
     Raises:
-        InputError: not exactly one is there, it is no text in UTF-8, too long, or has values that are not finite.
+        InputError: not exactly one is set, or it is not UTF-8 text, too long, or has values that are not finite.
     """
     _exactly_one(tensors, CONDITION_INPUTS)
     if "label" in tensors:
@@ -144,7 +144,7 @@ def parse_condition(tensors: Mapping[str, Array], limits: Limits) -> GenerationR
 
 
 def parse_sampling(tensors: Mapping[str, Array], limits: Limits) -> GenerationRequest:
-    """A request of nothing but what has a default.
+    """Read the tensors that have a default from a request.
 
     Raises:
         InputError: a value is out of range.
@@ -164,13 +164,13 @@ def parse_sampling(tensors: Mapping[str, Array], limits: Limits) -> GenerationRe
 
 
 def parse_priority(parameters: Mapping[str, object]) -> int:
-    """The request's priority.
+    """Return the priority of a request.
 
     Args:
-        parameters: the request's custom parameters.
+        parameters: custom parameters of the request.
 
     Raises:
-        InputError: it is no integer, or out of range.
+        InputError: it is not an integer, or out of range.
     """
     value = parameters.get(PRIORITY_PARAMETER, 0)
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) > MAX_PRIORITY:
@@ -182,9 +182,9 @@ def parse_priority(parameters: Mapping[str, object]) -> int:
 
 
 def image_file(data: bytes, limits: Limits) -> bytes:
-    """An encoded picture out of `image_bytes`, whose base64 (as JSON needs it) is undone.
+    """Return the encoded picture in `image_bytes`, after base64 decoding (JSON needs base64).
 
-    No picture format consists of base64's characters alone, so the two cannot be mistaken for each other.
+    No picture format uses base64 characters only, so the two cannot be confused.
 
     Raises:
         InputError: it is empty or too large.
@@ -200,7 +200,7 @@ def image_file(data: bytes, limits: Limits) -> bytes:
 
 
 def most_encoded_bytes(limits: Limits) -> int:
-    """Of `image_bytes` as they come: base64 takes 4 bytes for 3; there is room for line ends and a data URL's head."""
+    """Most bytes of `image_bytes` as received: base64 uses 4 bytes for 3, plus line ends and a data URL header."""
     return limits.image_bytes * 4 // 3 + limits.image_bytes // 16 + 128
 
 
@@ -259,6 +259,6 @@ def _number(tensors: Mapping[str, Array], name: str, most: float) -> float | Non
     if name not in tensors:
         return None
     value = float(tensors[name][0])
-    if not 0.0 <= value <= most:  # NaN fails too
+    if not 0.0 <= value <= most:  # NaN also fails
         raise InputError(f"{name} is {value}, expected 0 to {most:g}")
     return value

@@ -1,7 +1,7 @@
 """One sampling step in NumPy, and the loop that every engine shares.
 
-The samplers themselves are tables of coefficients (`lfdm_export.sampling.tables`, where the arithmetic of
-a step is written down), their noise comes from `lfdm_export.sampling.noise`.
+The samplers are tables of coefficients (`lfdm_export.sampling.tables`; `lfdm_export.sampling.rows` gives the
+arithmetic of a step). Their noise comes from `lfdm_export.sampling.noise`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lfdm_export.sampling.rows import (
 
 
 class Step(Protocol):
-    """One sampling step of a batch, such as an engine's stage `step` with its other inputs bound."""
+    """One sampling step of a batch, such as the stage `step` of an engine with its other inputs bound."""
 
     def __call__(
         self,
@@ -42,11 +42,11 @@ class Step(Protocol):
         noise: Float32Array,
         coefficients: Float32Array,
     ) -> tuple[Float32Array, Float32Array]:
-        """Take (B,3,T,h,w), (B,), (B,2,3,T,h,w), (B,3,T,h,w), (B,11); give the next latent and history."""
+        """Take (B,3,T,h,w), (B,), (B,2,3,T,h,w), (B,3,T,h,w), (B,11); return the next latent and history."""
 
 
 def quantile_rank(elements: int) -> tuple[int, np.float32]:
-    """Index of the order statistic at or below the 0.9 quantile of that many values, and its upper neighbour's weight.
+    """Index of the order statistic at or below the 0.9 quantile of `elements` values, and the weight of the next one.
 
     The rank is 0.9 * (n - 1) in float32, as in ``torch.quantile``.
     """
@@ -56,13 +56,13 @@ def quantile_rank(elements: int) -> tuple[int, np.float32]:
 
 
 def quantile_0_9(magnitudes: Float32Array) -> Float32Array:
-    """The 0.9 quantile over all elements of each sample, interpolated linearly.
+    """The 0.9 quantile over all elements of each sample, with linear interpolation.
 
-    Between the order statistics a and b that enclose `quantile_rank` the value is that of ``torch.lerp``,
-    a + w (b - a) or, for w >= 0.5, b - (b - a)(1 - w). Where torch runs on fused multiply-adds its last bit can differ.
+    Between the order statistics a and b that enclose `quantile_rank`, the value is that of ``torch.lerp``:
+    a + w (b - a), or b - (b - a)(1 - w) for w >= 0.5. Where torch uses fused multiply-adds, the last bit can differ.
 
     Args:
-        magnitudes: float32 (B, …), with one element a sample or more.
+        magnitudes: float32 (B, …), with at least one element per sample.
 
     Returns:
         float32 (B,).
@@ -76,7 +76,7 @@ def quantile_0_9(magnitudes: Float32Array) -> Float32Array:
 
 
 def threshold(x0: Float32Array) -> Float32Array:
-    """Dynamic thresholding: clamp each sample to its own 0.9 quantile q of |x0|, divide by q; q is at least 1.
+    """Dynamic thresholding: clamp each sample to its 0.9 quantile q of |x0|, at least 1, and divide by q.
 
     Args:
         x0: float32 (B, …).
@@ -97,14 +97,14 @@ def apply_step(
     noise: Float32Array,
     coefficients: Float32Array,
 ) -> tuple[Float32Array, Float32Array]:
-    """The update after the network: the reference of what the stages `step` and `step_guided` fuse.
+    """The update after the network: the reference for what the stages `step` and `step_guided` fuse.
 
     Args:
         latent: float32 (B, …), usually (B, 3, T, h, w).
-        predicted_noise: float32, of the same shape.
-        history: float32 (B, 2, …): the carry, and the previous x0 estimate.
+        predicted_noise: float32, same shape.
+        history: float32 (B, 2, …): the carry and the previous x0 estimate.
         noise: float32, of the shape of `latent`.
-        coefficients: float32 (B, 11), each sample's own row.
+        coefficients: float32 (B, 11), one row per sample.
 
     Returns:
         The next latent and the next history.
@@ -125,10 +125,10 @@ def apply_step(
 
 
 def step_from_denoiser(denoise: Callable[[Float32Array, Int64Array], Float32Array]) -> Step:
-    """A step out of a network alone.
+    """Make a step from a network alone.
 
     Args:
-        denoise: takes the noisy latent (B,3,T,h,w) and the timestep (B,), gives the predicted noise (B,3,T,h,w).
+        denoise: takes the noisy latent (B,3,T,h,w) and the timestep (B,), returns the predicted noise (B,3,T,h,w).
     """
 
     def step(
@@ -152,21 +152,21 @@ def sample(
     *,
     on_step: Callable[[int, Float32Array, Float32Array], None] | None = None,
 ) -> Float32Array:
-    """Run a chain, all samples of a batch together.
+    """Run a chain for all samples of a batch together.
 
     Args:
-        step: called once a row of the table.
+        step: called once per row of the table.
         table: the sampler.
         start: float32 (B, 3, T, h, w), standard normal.
-        noise: a source (`seeded_noise`, `handed_noise`), or an iterator over the draws that follow the
-            start. It is asked only where ``table.draws_noise``; what it holds beyond that stays in it.
-        on_step: called after each step with its index, the latent and the history that it gave.
+        noise: a source (`seeded_noise`, `handed_noise`), or an iterator over the draws after the start. It is
+            called only where ``table.draws_noise`` is true; further draws stay in it.
+        on_step: called after each step with its index and the latent and history that the step returned.
 
     Returns:
         The last latent, float32 (B, 3, T, h, w).
 
     Raises:
-        InputError: the start is no float32 batch, or the noise runs out or does not fit it.
+        InputError: the start is not a float32 batch, or the noise runs out or does not match it.
     """
     if start.dtype != np.float32 or start.ndim < 2:
         raise InputError(

@@ -1,6 +1,6 @@
-"""Where a sampler's noise comes from: seeds, or draws that the caller hands in. NumPy only.
+"""The noise of a sampler: from seeds, or from draws that the caller passes. NumPy only.
 
-A source of noise is a callable: ``source(START)`` is the latent that sampling starts from, ``source(i)``
+A noise source is a callable: ``source(START)`` returns the latent that sampling starts from, ``source(i)``
 the noise of step i, each float32 (B, 3, T, h, w).
 """
 
@@ -19,37 +19,37 @@ from lfdm_export.errors import InputError
 Float32Array: TypeAlias = NDArray[np.float32]
 NoiseSource: TypeAlias = Callable[[int], Float32Array]
 
-#: The `step` that stands for the start of a chain.
+#: The value of `step` for the start of a chain.
 START = -1
 
 
 def noise_for(seeds: Sequence[int], step: int, shape: Sequence[int]) -> Float32Array:
-    """Standard normal noise that depends on nothing but each sample's seed, the step and the element.
+    """Standard normal noise that depends only on the seed of each sample, the step and the element.
 
-    The recipe, so that other programs (a GPU kernel) can draw the same values. For seed s, step i
-    (START is -1) and element e, counted in C order over one sample's shape:
+    The recipe lets other programs (a GPU kernel) draw the same values. For seed s, step i
+    (START is -1) and element e, in C order over the shape of one sample:
 
-    1. Philox4x64-10 with key (s, 0). Block j, of counter (j + 1, 0, i + 1, 0), gives the 64-bit words
-       4j … 4j+3, in the order of the counter's words. In NumPy these are the words of
+    1. Philox4x64-10 with key (s, 0). Block j, with counter (j + 1, 0, i + 1, 0), gives the 64-bit words
+       4j … 4j+3, in the order of the words of the counter. In NumPy these are the words of
        ``Philox(key=s, counter=[0, 0, i + 1, 0]).random_raw(n)``.
-    2. A word w becomes the uniform u = ((w >> 12) + 0.5) * 2^-52, which float64 holds exactly, in (0, 1).
+    2. A word w becomes the uniform u = ((w >> 12) + 0.5) * 2^-52, exact in float64, in (0, 1).
     3. Box-Muller on the words of each pair, u from word 2k and v from word 2k+1, in float64:
        r = sqrt(-2 log(u)), angle = (2 pi) * v; element 2k is r cos(angle), element 2k+1 r sin(angle).
-    4. Rounded to float32. For an odd number of elements the last sine is dropped.
+    4. Round to float32. For an odd number of elements the last sine is dropped.
 
-    The words are the same everywhere. Mathematical libraries may differ in the last bits of a float64
-    logarithm or cosine, which after the rounding shows in about one element of 10^8, by one float32 ulp.
+    The words are the same everywhere. Math libraries may differ in the last bits of a float64 logarithm or
+    cosine; after rounding this changes about one element in 10^8, by one float32 ulp.
 
     Args:
-        seeds: one a sample, each in 0 … 2^64-1.
-        step: of the chain, from 0; or START.
-        shape: of one sample.
+        seeds: one per sample, each in 0 … 2^64-1.
+        step: index in the chain, from 0; or START.
+        shape: shape of one sample.
 
     Returns:
         (B, *shape), in the order of `seeds`.
 
     Raises:
-        InputError: a seed is no integer or out of range.
+        InputError: a seed is not an integer or out of range.
 
     Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (Philox); Box and Muller, 1958.
     """
@@ -66,24 +66,24 @@ def noise_for(seeds: Sequence[int], step: int, shape: Sequence[int]) -> Float32A
 
 
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> NoiseSource:
-    """The source whose draws are `noise_for` these seeds; `shape` is that of one sample.
+    """A source that draws `noise_for` these seeds; `shape` is the shape of one sample.
 
     Raises:
-        InputError: a seed is no integer or out of range.
+        InputError: a seed is not an integer or out of range.
     """
     checked = check_seeds(seeds)
     return lambda step: noise_for(checked, step, shape)
 
 
 def handed_noise(draws: Iterable[Float32Array], shape: Sequence[int]) -> NoiseSource:
-    """The source that takes the caller's draws one after the other, in the order in which they are asked for.
+    """A source that returns the draws of the caller in order.
 
     Args:
-        draws: float32 arrays: the start, then one for each step that draws noise.
-        shape: (B, 3, T, h, w), which each of them must have.
+        draws: float32 arrays: the start, then one per step that draws noise.
+        shape: (B, 3, T, h, w), required of each draw.
 
     Returns:
-        A source that raises InputError when the draws run out, or one is of another dtype or shape, or not finite.
+        A source that raises InputError when the draws run out, or a draw has another dtype or shape or is not finite.
     """
     stream = iter(draws)
     expected = f"float32 {tuple(shape)}"
@@ -108,15 +108,15 @@ def handed_noise(draws: Iterable[Float32Array], shape: Sequence[int]) -> NoiseSo
 
 
 def draw_seed() -> int:
-    """The seed of a clip for which nobody gave one: 32 bits, which people can type and every door takes."""
+    """Draw a seed for a clip without one: 32 bits, which people can type and every interface accepts."""
     return secrets.randbits(32)
 
 
 def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
-    """The seeds as plain integers.
+    """Return the seeds as plain integers.
 
     Raises:
-        InputError: one is no integer or out of range.
+        InputError: a seed is not an integer or out of range.
     """
     checked = []
     for seed in seeds:

@@ -1,7 +1,7 @@
-"""How a clip is to be sampled, as a caller or a bundle says it. NumPy only.
+"""Sampling options of a clip, from a caller or a bundle. NumPy only.
 
-What can be said without a model is checked when options are made; the rest when `SamplingOptions.table` looks at its
-schedule.
+Checks that need no model run when options are made; `SamplingOptions.table` checks the rest against the schedule
+of the model.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from lfdm_models.schedule import Schedule
 
 #: The interval in which guidance acts at every step.
 WHOLE = (0.0, 1.0)
-#: The guidance scale of the conditional prediction alone.
+#: The guidance scale that uses the conditional prediction alone.
 AS_TRAINED = 1.0
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """None leaves the choice to the bundle, whose steps and eta count for its own default sampler alone.
+    """None leaves the choice to the bundle. Steps and eta of the bundle apply to its default sampler only.
 
     Attributes:
         sampler: a name of `lfdm_export.sampling.tables.SAMPLERS`, or "tuned".
         steps: sampling steps.
-        eta: share of fresh noise, 0 … 1, of samplers that have one.
+        eta: share of fresh noise, 0 … 1, for samplers that have an eta.
         guidance_scale: 1 for the conditional prediction, 0 for the unconditional one, above 1 for more of the label.
-        guidance_interval: (low, high), shares of the schedule, 0 (no noise) … 1 (nothing but noise): where guidance
-            acts. Steps at other times run the conditional prediction alone.
+        guidance_interval: (low, high), shares of the schedule, 0 (no noise) … 1 (pure noise), in which guidance acts.
+            Steps outside it use the conditional prediction alone.
     """
 
     sampler: str | None = None
@@ -49,10 +49,10 @@ class SamplingOptions:
     guidance_interval: tuple[float, float] = field(default=WHOLE, metadata=LATER)
 
     def __post_init__(self) -> None:
-        """Check what needs no model, and keep plain numbers.
+        """Check what needs no model, and convert to plain numbers.
 
         Raises:
-            InputError: the sampler is unknown, or a number is none or out of range.
+            InputError: the sampler is unknown, or a value is not a number or out of range.
         """
         checks: Mapping[str, Callable[[Any], object]] = {
             "sampler": lambda name: known_sampler(name, sampler_names()),
@@ -68,11 +68,11 @@ class SamplingOptions:
 
     @property
     def scale(self) -> float:
-        """The guidance scale, as trained where nobody said another."""
+        """The guidance scale; as trained by default."""
         return AS_TRAINED if self.guidance_scale is None else self.guidance_scale
 
     def over(self, defaults: SamplingOptions) -> SamplingOptions:
-        """What these options mean where `defaults` hold; eta is there if the sampler has one, steps if anybody said."""
+        """Fill in `defaults`. The result has an eta if the sampler has one, and steps if either side sets them."""
         sampler, steps, eta = self.sampler, self.steps, self.eta
         if sampler is None or sampler == defaults.sampler:
             sampler = defaults.sampler
@@ -84,14 +84,14 @@ class SamplingOptions:
         return replace(self, sampler=sampler, steps=steps, eta=eta, guidance_scale=scale)
 
     def table(self, schedule: Schedule, tuned: TunedSampler | None = None) -> SamplerTable:
-        """The steps of the sampler that these options name.
+        """The steps of the sampler that these options select.
 
         Args:
-            schedule: the model's own.
-            tuned: the bundle's, if it has one.
+            schedule: the schedule of the model.
+            tuned: the tuned sampler of the bundle, if it has one.
 
         Raises:
-            InputError: it is not there, or cannot do with these steps or this eta.
+            InputError: the sampler is not available, or does not support these steps or this eta.
         """
         name = known_sampler(self.sampler, sampler_names())
         if name != TUNED:
@@ -106,15 +106,15 @@ class SamplingOptions:
         return tuned.table(schedule, self.steps)
 
     def given(self) -> dict[str, Any]:
-        """What is not left to the bundle, as keywords of `lfdm_export.generate.pipeline.Pipeline.generate`."""
+        """The options that are set, as keywords of `lfdm_export.generate.pipeline.Pipeline.generate`."""
         return {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
 
 
 def finite_number(value: float, name: str) -> float:
-    """`value` as a float.
+    """Return `value` as a float.
 
     Raises:
-        InputError: it is no number, or not finite.
+        InputError: it is not a number, or not finite.
     """
     try:
         number = float(value)
@@ -126,10 +126,10 @@ def finite_number(value: float, name: str) -> float:
 
 
 def interval_ends(interval: tuple[float, float]) -> tuple[float, float]:
-    """Low and high of an interval of guidance.
+    """Return low and high of a guidance interval.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not an interval.
     """
     try:
         low, high = (finite_number(end, "guidance_interval") for end in interval)
@@ -146,12 +146,12 @@ def takes_both_branches(scale: float) -> bool:
 
 
 def guided_steps(timesteps: NDArray[np.int64], training_steps: int, interval: tuple[float, float]) -> NDArray[np.bool_]:
-    """Which steps guidance acts at: those whose time, as a share of the schedule, lies in the interval.
+    """Select the steps at which guidance acts: those whose time, as a share of the schedule, lies in the interval.
 
     Args:
         timesteps: (S,) int64.
-        training_steps: of the schedule; time t of N is the share t / (N - 1).
-        interval: (low, high), each 0 … 1, both counted in.
+        training_steps: number N of the schedule; time t is the share t / (N - 1).
+        interval: (low, high), each 0 … 1, both inclusive.
 
     Returns:
         (S,) bool.
@@ -164,13 +164,13 @@ def guided_steps(timesteps: NDArray[np.int64], training_steps: int, interval: tu
 
 
 def _some_steps(steps: int) -> int:
-    """A number of steps that some schedule allows."""
+    """Return a number of steps that some schedule allows."""
     if not 1 <= whole_steps(steps) <= MOST_TRAINING_STEPS:
         raise InputError(f"steps: found {steps}, expected 1 to {MOST_TRAINING_STEPS}; choose a number in that range")
     return int(steps)
 
 
-#: What holds where neither the caller nor whoever made the bundle says anything.
+#: Used where neither the caller nor the bundle sets a value.
 DEFAULTS = SamplingOptions("ddim", steps=10, eta=1.0, guidance_scale=AS_TRAINED)
-#: Options that are one word or number each: servers, tables of jobs and forms take these.
+#: Options that are a single word or number: servers, job tables and forms accept these.
 OPTION_NAMES = tuple(one.name for one in fields(SamplingOptions) if one.default is None)

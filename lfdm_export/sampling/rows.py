@@ -1,14 +1,14 @@
-"""A sampler as a table of coefficients, one row a step. NumPy only; the loop is in `lfdm_export.sampling.loop`.
+"""A sampler as a table of coefficients, one row per step. NumPy only; the loop is in `lfdm_export.sampling.loop`.
 
-Every sampler here is the same arithmetic with other numbers. With the noisy latent x, the predicted
-noise e, the draw of noise n, and the history [P, m] of one sample, a step with coefficients c is
+All samplers share the same arithmetic with different numbers. With the noisy latent x, the predicted
+noise e, the noise draw n, and the history [P, m] of one sample, a step with coefficients c is
 
     x0 = threshold(c[0] x + c[1] e)
     x  <- c[2] x + c[3] x0 + c[4] e + c[5] P + c[6] m + c[7] n
     P  <- c[8] P + c[9] x0 + c[10] m
     m  <- x0
 
-so that one graph with a `coefficients` input serves all of them. History is zeros at the start.
+so one graph with a `coefficients` input serves all samplers. The history starts at zero.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lfdm_models.schedule import Schedule
 Float32Array: TypeAlias = NDArray[np.float32]
 Int64Array: TypeAlias = NDArray[np.int64]
 
-#: Columns of `coefficients`: what is multiplied, and what the product is added to.
+#: Columns of `coefficients`: which factor, and which sum the product is added to.
 X0_FROM_LATENT = 0
 X0_FROM_PREDICTED_NOISE = 1
 NEXT_FROM_LATENT = 2
@@ -46,10 +46,10 @@ class SamplerTable:
 
     Attributes:
         name: a key of `lfdm_export.sampling.tables.SAMPLERS`.
-        timesteps: int64 (S,), the training step that the network is asked about, falling.
+        timesteps: int64 (S,), the training timestep passed to the network, decreasing.
         coefficients: float32 (S, 11), in the columns of this module.
-        draws_noise: bool (S,), whether the step takes a draw from the stream of noise. It may take one
-            and weigh it with 0, as the released program does.
+        draws_noise: bool (S,), whether the step draws noise. It may weight the draw with 0, as the released
+            program does.
     """
 
     name: str
@@ -63,10 +63,10 @@ class SamplerTable:
         return len(self.timesteps)
 
     def check(self) -> None:
-        """Compare the rows with each other, where they come from elsewhere than `SAMPLERS`.
+        """Check that the rows are consistent, for tables that do not come from `SAMPLERS`.
 
         Raises:
-            InputError: there is no step, a row is missing, of another type, or not finite.
+            InputError: there is no step, or a row is missing, has another type, or is not finite.
         """
         steps = self.steps
         if steps < 1:
@@ -83,7 +83,7 @@ class SamplerTable:
 
 
 def estimating_rows(schedule: Schedule, timesteps: Int64Array) -> NDArray[np.float64]:
-    """Coefficients (S, 11) that give the x0 estimate at these times, and are 0 elsewhere."""
+    """Coefficients (S, 11) that give the x0 estimate at these times; all others are 0."""
     rows = np.zeros((len(timesteps), COEFFICIENTS))
     rows[:, X0_FROM_LATENT] = schedule.sqrt_recip_alphas_cumprod[timesteps]
     rows[:, X0_FROM_PREDICTED_NOISE] = -schedule.sqrt_recipm1_alphas_cumprod[timesteps]
@@ -93,5 +93,5 @@ def estimating_rows(schedule: Schedule, timesteps: Int64Array) -> NDArray[np.flo
 def make_table(
     name: str, timesteps: Int64Array, rows: NDArray[np.float64], draws_noise: NDArray[np.bool_]
 ) -> SamplerTable:
-    """The table of rows (S, 11) computed in float64."""
+    """Make a table from rows (S, 11) computed in float64."""
     return SamplerTable(name, timesteps.astype(np.int64), rows.astype(np.float32), draws_noise)

@@ -1,6 +1,6 @@
-"""Every sampler by name, and the tables of those that the released program runs.
+"""Every sampler by name, and the tables of the samplers in the released program.
 
-Others are in `lfdm_export.sampling.solvers`; what a table is, in `lfdm_export.sampling.rows`.
+The others are in `lfdm_export.sampling.solvers`; `lfdm_export.sampling.rows` defines a table.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from lfdm_models.schedule import Schedule
 
 @dataclass(frozen=True)
 class Sampler:
-    """One sampler; adding one means writing its table and listing it in `SAMPLERS`.
+    """One sampler. To add one, write its table and list it in `SAMPLERS`.
 
     Attributes:
         description: one line.
         table: makes the table for a schedule, a number of steps, and eta, which is ignored where `default_eta` is None.
         most_steps: the largest number of steps that a schedule allows.
-        default_steps: steps where none are requested; None: `most_steps`, which is then the only number allowed.
-        default_eta: eta where none is requested; None where the sampler has none.
+        default_steps: steps by default; None: `most_steps`, which is then the only number allowed.
+        default_eta: eta by default; None if the sampler has no eta.
     """
 
     description: str
@@ -45,17 +45,17 @@ class Sampler:
 
 
 def sampler_table(name: str, schedule: Schedule, steps: int | None = None, eta: float | None = None) -> SamplerTable:
-    """The table of a sampler by name.
+    """Make the table of a sampler by name.
 
     Args:
         name: a key of SAMPLERS.
-        schedule: the model's own.
-        steps: how many; None for the sampler's default, or as many as the schedule allows if that is fewer.
-        eta: 0 … 1, for samplers that have one; None for the sampler's default.
+        schedule: the schedule of the model.
+        steps: number of steps; None for the default of the sampler, or for the maximum of the schedule if lower.
+        eta: 0 … 1, for samplers that have an eta; None for the default of the sampler.
 
     Raises:
-        InputError: the name is unknown, the schedule does not allow so many steps, or eta is out of range
-            or given to a sampler that has none.
+        InputError: the name is unknown, the schedule does not allow this number of steps, or eta is out of range
+            or set for a sampler without eta.
     """
     sampler = SAMPLERS[known_sampler(name, SAMPLERS)]
     if eta is not None and sampler.default_eta is None:
@@ -85,9 +85,9 @@ def sampler_table(name: str, schedule: Schedule, steps: int | None = None, eta: 
 
 
 def ddpm_table(schedule: Schedule) -> SamplerTable:
-    """Ancestral sampling: every training step, from the last to the first.
+    """Ancestral sampling: every training timestep, from the last to the first.
 
-    Parity: the last step draws noise as the others do, and weighs it with 0.
+    Parity: the last step draws noise as the others do, and weights it with 0.
 
     Source: Ho et al., Denoising Diffusion Probabilistic Models, equations 6 and 7.
     """
@@ -101,14 +101,14 @@ def ddpm_table(schedule: Schedule) -> SamplerTable:
 
 
 def ddim_table(schedule: Schedule, steps: int, eta: float = 1.0) -> SamplerTable:
-    """DDIM as the released program runs it, in its float32 arithmetic.
+    """DDIM as in the released program, in its float32 arithmetic.
 
-    Parity: alpha is taken from `alphas_cumprod_prev`, one training step off, while the x0 estimate uses
+    Parity: alpha comes from `alphas_cumprod_prev`, one training step off, while the x0 estimate uses
     `alphas_cumprod`; the times are those of a float32 linspace; a step draws noise even where eta
-    is 0, unless it ends at time 0; the predicted noise is not derived anew from the thresholded x0.
+    is 0, unless it ends at time 0; the predicted noise is not recomputed from the thresholded x0.
 
     Args:
-        schedule: of N training steps.
+        schedule: a schedule with N training steps.
         steps: 1 … N-1.
         eta: 0 (deterministic) … 1 (as noisy as ancestral sampling).
 
@@ -125,17 +125,17 @@ def ddim_table(schedule: Schedule, steps: int, eta: float = 1.0) -> SamplerTable
     sigma = np.float32(eta) * np.sqrt((one - alpha / alpha_end) * (one - alpha_end) / (one - alpha))
     rows = estimating_rows(schedule, timesteps)
     rows[:, NEXT_FROM_X0] = np.sqrt(alpha_end)
-    # Never below 0 but for the rounding of float32.
+    # Below 0 only through float32 rounding.
     rows[:, NEXT_FROM_PREDICTED_NOISE] = np.sqrt(np.maximum(one - alpha_end - sigma**2, 0))
     rows[:, NEXT_FROM_NOISE] = np.where(ends > 0, sigma, 0)
     return make_table("ddim", timesteps, rows, ends > 0)
 
 
 def _ddim_times(training_steps: int, steps: int) -> Int64Array:
-    """The S + 1 times of DDIM, falling to 0: a float32 linspace(0, N, S + 2) without its end, truncated.
+    """The S + 1 times of DDIM, decreasing to 0: a float32 linspace(0, N, S + 2) without its end, truncated.
 
-    Parity: values that fall just short of an integer are truncated to the one below, and which ones do depends on
-    precision and order of the arithmetic: ``numpy.linspace`` differs for S = 25, 37, 51 … at N = 1000.
+    Parity: values just below an integer are truncated to the next lower one. Which values are affected depends on
+    the precision and order of the arithmetic: ``numpy.linspace`` differs for S = 25, 37, 51 … at N = 1000.
     """
     points, end = steps + 2, np.float32(training_steps)
     step = end / np.float32(points - 1)
@@ -146,10 +146,10 @@ def _ddim_times(training_steps: int, steps: int) -> Int64Array:
 
 
 def known_sampler(name: str | None, known: Collection[str]) -> str:
-    """The name as it is.
+    """Return the name unchanged.
 
     Raises:
-        InputError: it is none of the known ones.
+        InputError: the name is not in `known`.
     """
     if name is None or name not in known:
         raise InputError(f"sampler: found {name!r}, expected one of {', '.join(known)}; choose one of these")
@@ -157,17 +157,17 @@ def known_sampler(name: str | None, known: Collection[str]) -> str:
 
 
 def whole_steps(steps: int) -> int:
-    """A number of steps as a plain integer.
+    """Return a number of steps as a plain integer.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not an integer.
     """
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
         raise InputError(f"steps: found {steps!r}, expected an integer; pass a whole number of steps")
     return int(steps)
 
 
-#: All samplers by name. One more, of a bundle's own, is `lfdm_export.sampling.tuned`.
+#: All samplers by name, except the tuned sampler of a bundle (`lfdm_export.sampling.tuned`).
 SAMPLERS: Mapping[str, Sampler] = {
     "ddpm": Sampler(
         "ancestral sampling over every training step; slowest, the released demos' own",

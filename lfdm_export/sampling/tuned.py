@@ -1,4 +1,4 @@
-"""Tables of few steps, learned for one model's weights; `lfdm_export.evaluation.tuning` learns them."""
+"""Tables with few steps, learned for the weights of one model by `lfdm_export.evaluation.tuning`."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from lfdm_export.sampling.rows import (
 from lfdm_export.sampling.tables import SAMPLERS
 from lfdm_models.schedule import Schedule
 
-#: What the sampler is called, beside the names of `lfdm_export.sampling.tables.SAMPLERS`.
+#: Name of the sampler, in addition to the names in `lfdm_export.sampling.tables.SAMPLERS`.
 TUNED = "tuned"
-#: The most steps of a table: beyond it the exact samplers do as well.
+#: Maximum number of steps per table: with more, the exact samplers are as good.
 MOST_STEPS = 20
-# A gain beyond it would be an error; dynamic thresholding bounds what it does.
+# A larger gain is an error; dynamic thresholding limits its effect.
 _LARGEST_GAIN = 100.0
-# A file of tables has some kilobytes.
+# A file of tables has a few kilobytes.
 _LARGEST_FILE = 1 << 20
 
 
 def sampler_names() -> tuple[str, ...]:
-    """Every name that a sampler may be requested by."""
+    """All sampler names."""
     return (*SAMPLERS, TUNED)
 
 
@@ -45,13 +45,13 @@ def sampler_names() -> tuple[str, ...]:
 class TunedSteps:
     """The learned numbers of a chain of S steps.
 
-    A step estimates x0, multiplies it by its gain, thresholds it, and goes to the noise level of the next time, where a
-    share of the noise is drawn anew. With gains of 1 these are DDIM's steps, with eta between 0 and beyond 1.
+    A step estimates x0, multiplies it by its gain, thresholds it, and goes to the noise level of the next time, where
+    part of the noise is drawn again. With gains of 1 these are DDIM steps, with eta from 0 to above 1.
 
     Attributes:
-        times: (S,), the training step that the network is asked about, falling.
-        gains: (S,), of the x0 estimates, above 0.
-        fresh: (S - 1,), share of the noise's variance at the next time that is drawn anew, 0 … 1.
+        times: (S,), the training timestep passed to the network, decreasing.
+        gains: (S,), factors of the x0 estimates, above 0.
+        fresh: (S - 1,), share of the noise variance at the next time that is drawn again, 0 … 1.
     """
 
     times: tuple[int, ...]
@@ -62,7 +62,7 @@ class TunedSteps:
         """Check the numbers.
 
         Raises:
-            ValueError: they are not as many as they must be, out of range, or the times do not fall.
+            ValueError: the lengths do not match, a number is out of range, or the times do not decrease.
         """
         steps = len(self.times)
         if not 1 <= steps <= MOST_STEPS or (len(self.gains), len(self.fresh)) != (steps, steps - 1):
@@ -107,11 +107,11 @@ class TunedSampler:
     """Tables for one model's weights.
 
     Attributes:
-        version: of what the numbers mean.
-        dm_sha256: of the DM's checkpoint that they were learned for.
-        guidance_scale: that they were learned with.
-        tables: one for each number of steps, rising.
-        found: how they were learned: a line for people.
+        version: version of what the numbers mean.
+        dm_sha256: SHA-256 of the DM checkpoint that they were learned for.
+        guidance_scale: guidance scale that they were learned with.
+        tables: one per number of steps, increasing.
+        found: how they were learned, one line for people.
     """
 
     dm_sha256: str
@@ -121,10 +121,10 @@ class TunedSampler:
     version: int = 1
 
     def __post_init__(self) -> None:
-        """Check what the types do not.
+        """Check the values.
 
         Raises:
-            ValueError: another version, no table, two of as many steps, or no SHA-256.
+            ValueError: another version, no table, two tables with the same number of steps, or no SHA-256.
         """
         if self.version != 1:
             raise ValueError(f"tuned.version is {self.version}, this program knows version 1; tune again")
@@ -137,10 +137,10 @@ class TunedSampler:
             raise ValueError("tuned.guidance_scale is not finite")
 
     def save(self, path: Path) -> None:
-        """Write the tables as a JSON file, which `lfdm-export --tuned` puts into other bundles of these weights.
+        """Write the tables as a JSON file. `lfdm-export --tuned` adds it to other bundles of these weights.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         write_file(path, (json.dumps(to_plain(self), indent=2) + "\n").encode())
 
@@ -149,7 +149,7 @@ class TunedSampler:
         """Read what `save` wrote.
 
         Raises:
-            InputError: it cannot be read, or is no such file.
+            InputError: the file cannot be read or does not hold tables.
         """
         try:
             with path.open("rb") as file:
@@ -161,13 +161,13 @@ class TunedSampler:
             ) from error
 
     def require_weights(self, dm_sha256: str | None) -> None:
-        """Refuse other weights than these tables were learned for.
+        """Refuse weights other than those that the tables were learned for.
 
         Args:
-            dm_sha256: of the checkpoint that the DM's weights come from, if it is known.
+            dm_sha256: SHA-256 of the DM checkpoint, if known.
 
         Raises:
-            ValueError: it is not the one; the message says what to do.
+            ValueError: it does not match; the message says what to do.
         """
         if dm_sha256 != self.dm_sha256:
             found = "unknown" if dm_sha256 is None else dm_sha256[:12]
@@ -177,10 +177,10 @@ class TunedSampler:
             )
 
     def table(self, schedule: Schedule, steps: int | None = None) -> SamplerTable:
-        """The table of so many steps; the longest where none are requested.
+        """Return the table with this number of steps; the longest by default.
 
         Raises:
-            InputError: there is none of so many.
+            InputError: no table has this number of steps.
         """
         steps = self.tables[-1].steps if steps is None else steps
         for found in self.tables:
@@ -192,10 +192,10 @@ class TunedSampler:
         )
 
     def step_counts(self) -> str:
-        """Numbers of steps that there are tables of, in words."""
+        """The available numbers of steps, in words."""
         return ", ".join(str(table.steps) for table in self.tables)
 
     def with_tables(self, tables: Sequence[TunedSteps]) -> tuple[TunedSteps, ...]:
-        """The tables, those of as many steps replaced by newer ones."""
+        """Return the tables, with `tables` replacing those with the same number of steps."""
         merged = {table.steps: table for table in (*self.tables, *tables)}
         return tuple(merged[steps] for steps in sorted(merged))

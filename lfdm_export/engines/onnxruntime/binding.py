@@ -1,6 +1,6 @@
-"""Sampling under ONNX Runtime with its state in device memory: between steps nothing visits the host but fresh noise.
+"""Sampling in ONNX Runtime with the state in device memory: between steps only fresh noise leaves the host.
 
-Works on any device of ONNX Runtime; on a CPU it saves two copies a step. Not measured on a GPU.
+Works on any device of ONNX Runtime; on a CPU it saves two copies per step. Not measured on a GPU.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from lfdm_export.stages import BATCH, COEFFICIENTS, StageSpec
 
 Float32: TypeAlias = NDArray[np.float32]
 
-#: A sampling stage's outputs, and the inputs of the next step that they are.
+#: Outputs of a sampling stage, and the inputs of the next step that they become.
 STATE = {"next_latent": "noisy_latent", "next_history": "history"}
 _EACH_STEP = ("timestep", "noise", "coefficients")
 
 
 class BoundOnnxRuntimeEngine(OnnxRuntimeEngine):
-    """An engine that can keep the state of sampling on its device."""
+    """An engine that can keep the sampling state on its device."""
 
     def __init__(
         self,
@@ -38,20 +38,20 @@ class BoundOnnxRuntimeEngine(OnnxRuntimeEngine):
         device: Device = "cuda",
         tf32: bool = False,
     ) -> None:
-        """Load a graph; see `OnnxRuntimeEngine`.
+        """Load a graph, as `OnnxRuntimeEngine` does.
 
         Raises:
-            EngineError: see `OnnxRuntimeEngine`.
+            EngineError: the file cannot be loaded, is another stage, or the device is missing or cannot run all of it.
             MissingDependencyError: onnxruntime is not installed.
         """
         super().__init__(path, spec, threads=threads, device=device, tf32=tf32)
         self.device: Device = device
 
     def denoise_loop(self, batch: int) -> BoundLoop:
-        """A loop for a batch size.
+        """Make a loop for a batch size.
 
         Raises:
-            EngineError: this is no sampling stage, or its memory cannot be had.
+            EngineError: the stage is not a sampling stage, or there is not enough memory.
         """
         if not set(STATE) <= {tensor.name for tensor in self.spec.outputs}:
             raise EngineError(
@@ -61,13 +61,13 @@ class BoundOnnxRuntimeEngine(OnnxRuntimeEngine):
 
 
 class BoundLoop:
-    """Chains of one batch size; see `engines.interface.StateLoop`.
+    """Chains of one batch size; implements `engines.interface.StateLoop`.
 
     There are two sets of state tensors: each step reads one and writes the other.
     """
 
     def __init__(self, engine: BoundOnnxRuntimeEngine, session: Any, batch: int) -> None:
-        """Take the memory of all tensors."""
+        """Allocate the memory of all tensors."""
         self._engine, self._spec, self._session, self._batch = engine, engine.spec, session, batch
         self._inputs = {tensor.name: tensor for tensor in self._spec.inputs}
         self._fixed = {name: self._empty(name) for name in self._inputs if name not in (*STATE.values(), *_EACH_STEP)}
@@ -80,10 +80,10 @@ class BoundLoop:
         self._turn = 0
 
     def begin(self, start: Float32, fixed: Mapping[str, Array], table: SamplerTable) -> None:
-        """Begin a chain; see `StateLoop`.
+        """Start a chain; see `StateLoop`.
 
         Raises:
-            EngineError: the start or a fixed input does not fit the stage.
+            EngineError: the start or a fixed input does not match the stage.
         """
         state = {"noisy_latent": start, "history": self._zeros("history")}
         changing = {name: self._zeros(name) for name in _EACH_STEP}
@@ -96,10 +96,10 @@ class BoundLoop:
         self._table, self._turn = table, 0
 
     def step(self, index: int, noise: Float32 | None) -> None:
-        """Take a step; see `StateLoop`.
+        """Run a step; see `StateLoop`.
 
         Raises:
-            EngineError: no chain has begun, or the run fails.
+            EngineError: no chain was started, or the run fails.
         """
         if self._table is None:
             raise EngineError(
@@ -114,7 +114,7 @@ class BoundLoop:
         binding.bind_ortvalue_input("noise", self._silence if noise is None else self._each["noise"])
         try:
             self._session.run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime's exceptions share no other base
+        except Exception as error:  # the exceptions of onnxruntime share no other base
             text = " ".join(str(error).split())[:500]
             raise EngineError(f"stage {self._spec.name!r} failed in ONNX Runtime: {text}") from error
         self._turn = 1 - self._turn
@@ -125,7 +125,7 @@ class BoundLoop:
         return latent
 
     def finish(self) -> Float32:
-        """The latent of a chain that is done; see `StateLoop`."""
+        """The latent of a complete chain; see `StateLoop`."""
         latent, self._table = self.latent(), None
         return latent
 
@@ -142,12 +142,12 @@ class BoundLoop:
         return np.zeros(tensor.concrete(**{BATCH: self._batch}), tensor.dtype)
 
     def _empty(self, name: str) -> Any:
-        """An input's memory on the device."""
+        """Memory on the device for an input."""
         import onnxruntime
 
         zeros = self._zeros(name)
         memory = MEMORY[self._engine.device]
         try:
             return onnxruntime.OrtValue.ortvalue_from_shape_and_type(zeros.shape, zeros.dtype, memory, 0)
-        except Exception as error:  # onnxruntime's exceptions share no other base
+        except Exception as error:  # the exceptions of onnxruntime share no other base
             raise EngineError(f"stage {self._spec.name!r}: no memory for {name} on {memory!r}") from error

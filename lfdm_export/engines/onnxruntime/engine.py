@@ -1,4 +1,4 @@
-"""A stage's graph run by ONNX Runtime."""
+"""Runs the graph of a stage in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lfdm_export.machine import available_cores
 from lfdm_export.stages import StageSpec
 from lfdm_export.wording import one_line
 
-#: Where a device's tensors lie, as ONNX Runtime calls it.
+#: Memory of the tensors of a device, as ONNX Runtime names it.
 MEMORY = {device: "cpu" if device == "cpu" else "cuda" for device in PROVIDERS}
 _CUDA = "CUDAExecutionProvider"
 _ERRORS_ONLY = 3
@@ -28,8 +28,7 @@ _ERRORS_ONLY = 3
 class OnnxRuntimeEngine:
     """One loaded stage.
 
-    Loading optimises the graph and takes memory for its weights; `run` may be called from one
-    thread at a time.
+    Loading optimizes the graph and allocates memory for its weights. Call `run` from one thread at a time.
     """
 
     def __init__(
@@ -42,20 +41,20 @@ class OnnxRuntimeEngine:
         allow_spinning: bool = True,
         tf32: bool = False,
     ) -> None:
-        """Load a graph whose interface is the stage's.
+        """Load a graph and compare its interface with the stage.
 
         Args:
-            path: the .onnx file; external data lies beside it.
-            spec: the stage that it is meant to be.
-            threads: threads of one run; None takes every core that this process may use.
-            device: "cpu", "cuda", or an execution provider on it, "tensorrt" or "tensorrt-rtx". On a GPU the operators
-                get the bodies that suit it, and none may be left to the CPU.
-            allow_spinning: let idle threads wait busily, which is faster as long as this engine alone uses the
-                cores; threads that outnumber the cores never do.
-            tf32: let CUDA take products in TF32, which it does by default.
+            path: the .onnx file; external data is in the same folder.
+            spec: the expected stage.
+            threads: threads per run; None uses every core that this process may use.
+            device: "cpu", "cuda", or an execution provider on it, "tensorrt" or "tensorrt-rtx". On a GPU, operators
+                use the bodies for a GPU, and none may run on the CPU.
+            allow_spinning: let idle threads busy-wait, which is faster while no other engine uses the cores;
+                ignored if there are more threads than cores.
+            tf32: let CUDA compute matrix products in TF32, its default.
 
         Raises:
-            EngineError: the file cannot be loaded, is another stage, or the device cannot be had or not run all of it.
+            EngineError: the file cannot be loaded, is another stage, or the device is missing or cannot run all of it.
             MissingDependencyError: onnxruntime is not installed.
         """
         self.path, self.spec = Path(path), spec
@@ -68,20 +67,20 @@ class OnnxRuntimeEngine:
         """Run the stage once.
 
         Args:
-            feeds: exactly the stage's inputs, by name, of its dtypes and shapes.
+            feeds: exactly the inputs of the stage, by name, with its dtypes and shapes.
 
         Returns:
-            The stage's outputs, by name.
+            The outputs of the stage, by name.
 
         Raises:
-            EngineError: the feeds do not fit the stage, or the run fails (out of memory, for one).
+            EngineError: the feeds do not match the stage, or the run fails (for example, out of memory).
         """
         axes = check_feeds(self.spec, feeds)
         names = [tensor.name for tensor in self.spec.outputs]
         contiguous = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
         try:
             values = self._session.run(names, contiguous)
-        except Exception as error:  # onnxruntime's exceptions share no other base
+        except Exception as error:  # the exceptions of onnxruntime share no other base
             raise EngineError(f"stage {self.spec.name!r} failed in ONNX Runtime: {one_line(error)}") from error
         outputs = cast(dict[str, Array], dict(zip(names, values, strict=True)))
         check_outputs(self.spec, outputs, axes)
@@ -96,7 +95,7 @@ def open_session(
     allow_spinning: bool = True,
     tf32: bool = False,
 ) -> Any:
-    """An `onnxruntime.InferenceSession` as every graph of a bundle is run; for the arguments see `OnnxRuntimeEngine`.
+    """Open an `onnxruntime.InferenceSession` with the options for every graph in a bundle; see `OnnxRuntimeEngine`.
 
     Raises:
         EngineError: the file cannot be loaded, or the device is not available or cannot run all of it.
@@ -112,17 +111,17 @@ def _options(threads: int, allow_spinning: bool) -> Any:
     ort = _onnxruntime()
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    # The pattern allocator maps and unmaps the whole arena each run: some 40,000 page faults for a UNet step.
+    # The pattern allocator maps and unmaps the whole arena per run: some 40,000 page faults for a UNet step.
     options.enable_mem_pattern = False
     options.inter_op_num_threads = 1
     options.log_severity_level = _ERRORS_ONLY
-    # Left to itself it counts the machine's processors, and pins its threads to them whether they are allowed or not.
+    # By default it counts the processors of the machine, and pins its threads to them whether this is allowed or not.
     options.intra_op_num_threads = threads
     spins = allow_spinning and threads <= available_cores()
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spins else "0")
-    # Else its idle threads would go on waiting busily while the next stage's engine runs.
+    # Else its idle threads busy-wait while the engine of the next stage runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # It drops a Relu before a float8 QuantizeLinear as if that had no negative values (1.32).
+    # It drops a Relu before a float8 QuantizeLinear, as if float8 had no negative values (1.32).
     options.add_session_config_entry("optimization.disable_specified_optimizers", "ReluQuantRewrite")
     return options
 
@@ -147,13 +146,13 @@ def _load(path: Path, options: Any, providers: Sequence[str], *, on_gpu: bool, t
         raise EngineError(f"there is no graph at {path}; export again")
     name = require_utf8(path, "ONNX Runtime")
     graph = gpu_graph(path, options) if on_gpu else name
-    # Source: ONNX Runtime's options of the CUDA provider.
+    # Source: options of the CUDA provider of ONNX Runtime.
     told = [{"use_tf32": str(int(tf32))} if provider == _CUDA else {} for provider in providers]
     try:
         session = _onnxruntime().InferenceSession(graph, options, providers=list(providers), provider_options=told)
-    except Exception as error:  # onnxruntime's exceptions share no other base
+    except Exception as error:  # the exceptions of onnxruntime share no other base
         raise EngineError(f"ONNX Runtime cannot load {path}: {one_line(error)}; export again") from error
-    if session.get_providers()[0] != providers[0]:  # it falls back to the CPU with no more than a log line
+    if session.get_providers()[0] != providers[0]:  # it falls back to the CPU with only a log line
         raise EngineError(
             f"ONNX Runtime could not start {providers[0]} for {path}; check the GPU's driver and libraries"
         )

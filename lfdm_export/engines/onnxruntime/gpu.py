@@ -1,4 +1,4 @@
-"""Graphs for ONNX Runtime's GPU providers: bodies that suit a GPU, and proof that a GPU runs them."""
+"""Graphs for the GPU providers of ONNX Runtime: bodies for a GPU, and a check that the GPU runs all of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.files.names import require_utf8
 
-# What ONNX Runtime computes of shapes it places on the CPU on purpose: the host needs them to start kernels. Of floats
-# a GPU provider has kernels for all of these.
+# ONNX Runtime deliberately computes shapes on the CPU: the host needs them to start kernels. For float inputs,
+# the GPU providers have kernels for all of these operators.
 # fmt: off
 _OF_SHAPES = frozenset({
     "Add", "Cast", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Max", "Min", "Mod",
@@ -23,17 +23,17 @@ _CPU = "CPUExecutionProvider"
 
 
 def gpu_graph(path: Path, options: Any) -> bytes:
-    """A stored graph with the operators' bodies for a GPU, which take fewer kernels than those for a CPU.
+    """Load a stored graph with operator bodies for a GPU, which need fewer kernels than those for a CPU.
 
     Args:
-        path: the .onnx file, which was checked; external data lies beside it.
-        options: `onnxruntime.SessionOptions`, which are told where that is, and to record where nodes are placed.
+        path: the checked .onnx file; external data is in the same folder.
+        options: `onnxruntime.SessionOptions`, changed in place: they get that folder, and record where nodes run.
 
     Returns:
         The serialized model.
 
     Raises:
-        EngineError: the file is no graph.
+        EngineError: the file is not a graph.
         MissingDependencyError: onnx is not installed.
     """
     try:
@@ -55,10 +55,10 @@ def gpu_graph(path: Path, options: Any) -> bytes:
 
 
 def require_on_gpu(session: Any, path: Path) -> None:
-    """Refuse a loaded session that would run part of its graph on the CPU.
+    """Reject a loaded session that would run part of its graph on the CPU.
 
     Raises:
-        EngineError: some nodes were placed there; or this ONNX Runtime cannot say.
+        EngineError: some nodes would run there; or this ONNX Runtime cannot report it.
     """
     if not hasattr(session, _PLACEMENT):
         raise EngineError(

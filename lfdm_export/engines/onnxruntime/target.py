@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from lfdm_export.engines.interface import Engine
 
 Device = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
-#: Execution providers by device; the first has to be there, the next takes what it cannot run. TensorRT keeps no engine
-#: from one load to the next: the provider's own cache would not notice other weights in the same graph.
+#: Execution providers by device; the first is required, the next runs what it cannot. TensorRT keeps no engine
+#: between loads: the cache of the provider would not notice other weights in the same graph.
 PROVIDERS: Mapping[Device, tuple[str, ...]] = {
     "cpu": ("CPUExecutionProvider",),
     "cuda": ("CUDAExecutionProvider",),
@@ -27,7 +27,7 @@ def _load(bundle: Bundle, stage: str, threads: int | None, device: str) -> Engin
     from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 
     path, spec = bundle.stage_path(stage), bundle.stages[stage]
-    # On a CPU a chain whose values are not finite is better stopped at once than kept where it is.
+    # On a CPU it is better to stop a chain with non-finite values at once than to keep its state in place.
     on_gpu = device != "cpu" and set(STATE) <= {tensor.name for tensor in spec.outputs}
     kind = BoundOnnxRuntimeEngine if on_gpu else OnnxRuntimeEngine
     tf32 = bundle.manifest.precision == "tf32"
@@ -41,7 +41,7 @@ ONNXRUNTIME = TargetSpec(
     packages={"onnxruntime": ("onnxruntime", "onnxruntime-gpu")},
     takes="graphs",
     load=_load,
-    # Tried with 1.32, which has no bf16 convolution there.
+    # Tested with 1.32, which has no bf16 convolution on a CPU.
     cpu_precisions=("fp32", "tf32", "fp16", "int8", "fp8"),
     cpu_notes={"int8": "rounded to int8, convolved in float32", "fp8": "rounded to fp8, multiplied in float32"},
     devices=tuple(PROVIDERS),

@@ -1,4 +1,4 @@
-"""The key of what OpenVINO compiled in `lfdm_export.engines.compiled_cache`."""
+"""The key of an OpenVINO entry in `lfdm_export.engines.compiled_cache`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lfdm_export.machine import package_versions, processor_facts
 
 
 def cache_key(graph: bytes, weights: Mapping[str, NDArray[np.uint8]], options: Mapping[str, object]) -> str:
-    """SHA-256 of everything that decides what is compiled.
+    """SHA-256 of everything that determines the compiled code.
 
     Args:
         graph: the graph, or a digest of it.
-        weights: files of weights by name.
-        options: of the compiler.
+        weights: files of weights, by name.
+        options: options of the compiler.
     """
     digest = hashlib.sha256()
     facts = {

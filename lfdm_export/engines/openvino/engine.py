@@ -1,4 +1,4 @@
-"""A stage's graph run by OpenVINO on the CPU."""
+"""Runs the graph of a stage in OpenVINO on the CPU."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from lfdm_export.stages import BATCH, StageSpec
 from lfdm_export.telemetry import import_openvino
 from lfdm_export.wording import one_line
 
-# Precisions in which the plugin may compute in bf16 where the graph says float32; a graph of fp16 says what is rounded.
+# Precisions in which the plugin may compute float32 operators in bf16; a graph of fp16 marks what is rounded.
 _HINTED = ("bf16", "int8")
 _DEVICE = "CPU"
-# How a graph says that its weights lie in this process's memory, where this module has mapped their file.
+# Marks in a graph that its weights are in the memory of this process, where this module has mapped their file.
 _MAPPED = "*/_ORT_MEM_ADDR_/*"
 
 
 class OpenVinoEngine:
     """One loaded stage.
 
-    Loading reads the graph; it is compiled when the first run shows its batch: for the stage's usual batch with
-    fixed shapes, which is faster (the published UNet's step by a sixth), and once for all others. `run` may be
-    called from one thread at a time.
+    Loading reads the graph. The first run with a batch compiles it: for the typical batch of the stage with
+    fixed shapes, which is faster (the published UNet step by a sixth), and once for all others. Call `run`
+    from one thread at a time.
     """
 
     def __init__(
@@ -48,22 +48,22 @@ class OpenVinoEngine:
         precision: str = "fp32",
         cache: CompiledCache | None = None,
     ) -> None:
-        """Load a graph and compare its interface with the stage's.
+        """Load a graph and compare its interface with the stage.
 
         Args:
-            path: the .onnx file; external data lies beside it.
-            spec: the stage that it is meant to be.
-            threads: threads of one run; None takes every core that this process may use.
-            precision: "fp32", "tf32" and "fp16" compute in float32 what the graph leaves open; "bf16" lets the
-                plugin compute in bf16 wherever that is faster, but for the update of the sampler, the sampling
-                coordinates and what follows the last convolution; "int8" does the same with what an int8 graph
-                does not quantise, where the processor has bf16.
-            cache: of what was compiled, read only where graph, weights, versions, processor and options are the
-                same. None compiles anew each time.
+            path: the .onnx file; external data is in the same folder.
+            spec: the expected stage.
+            threads: threads per run; None uses every core that this process may use.
+            precision: "fp32", "tf32" and "fp16" compute in float32 where the graph leaves it open; "bf16" lets the
+                plugin compute in bf16 wherever that is faster, except for the update of the sampler, the sampling
+                coordinates and everything after the last convolution; "int8" does the same with everything that an
+                int8 graph does not quantize, if the processor has bf16.
+            cache: cache of compiled graphs, read only if graph, weights, versions, processor and options are the
+                same. None compiles each time.
 
         Raises:
-            EngineError: the file cannot be loaded, is another stage, or the processor has not got the precision.
-            MissingDependencyError: OpenVINO, or what it takes to prepare a graph for it, is not installed.
+            EngineError: the file cannot be loaded, is another stage, or the processor lacks the precision.
+            MissingDependencyError: OpenVINO, or a package that prepares graphs for it, is not installed.
         """
         self.path, self.spec = Path(path), spec
         if threads is not None and threads < 1:
@@ -81,19 +81,19 @@ class OpenVinoEngine:
         """Run the stage once.
 
         Args:
-            feeds: exactly the stage's inputs, by name, of its dtypes and shapes.
+            feeds: exactly the inputs of the stage, by name, with its dtypes and shapes.
 
         Returns:
-            The stage's outputs, by name.
+            The outputs of the stage, by name.
 
         Raises:
-            EngineError: the feeds do not fit the stage, or the run fails (out of memory, for one).
+            EngineError: the feeds do not match the stage, or the run fails (for example, out of memory).
         """
         axes = check_feeds(self.spec, feeds)
         contiguous = {name: np.ascontiguousarray(array) for name, array in feeds.items() if name in self._used}
         try:
             values = self._request(axes).infer(contiguous, share_inputs=True, share_outputs=True)
-            # Copied, for the request writes into the same arrays when it runs again.
+            # Copied, because the next run of the request writes into the same arrays.
             outputs: dict[str, Array] = {t.name: np.array(values[t.name]) for t in self.spec.outputs}
         except RuntimeError as error:
             raise EngineError(f"stage {self.spec.name!r} failed in OpenVINO: {one_line(error)}") from error
@@ -108,21 +108,21 @@ class OpenVinoEngine:
         return self._requests[batch]
 
     def _compiled(self, batch: int | None) -> Any:
-        """The graph compiled for a batch, or for any."""
+        """The graph compiled for a batch, or for any batch."""
         if self._cache is None:
             return self._core.compile_model(self._model(batch), _DEVICE, self._options)
         key = cache_key(self._identity, self._weights, {**self._options, "batch": batch})
         entry = f"{self.spec.name}-{'any' if batch is None else batch}"
         blob = self._cache.read(entry, key)
         if blob is not None:
-            with contextlib.suppress(RuntimeError):  # of a plugin that says it is the same, and is not: compile anew
+            with contextlib.suppress(RuntimeError):  # the plugin claims to be the same, but is not: compile again
                 return self._core.import_model(blob, _DEVICE, self._options)
         compiled = self._core.compile_model(self._model(batch), _DEVICE, self._options)
         self._cache.write(entry, key, compiled.export_model().getbuffer())
         return compiled
 
     def _model(self, batch: int | None) -> Any:
-        """The graph as the plugin shall compile it."""
+        """The graph that the plugin compiles."""
         try:
             model = self._core.read_model(model=self._graph)
         except RuntimeError as error:
@@ -135,13 +135,13 @@ class OpenVinoEngine:
 
 
 def keep_coordinates(model: Any) -> None:
-    """Make every sampling grid an output, so that under the bf16 hint it is computed in float32.
+    """Make every sampling grid an output, so that the bf16 hint leaves its computation in float32.
 
-    The plugin rounds nothing on the way to an output behind the last product, convolution or Resize: its rule to
-    keep the tail of a network exact. Measured on the published decoder: 46 dB become 61 dB.
+    The plugin rounds nothing on the path to an output after the last product, convolution or Resize: its rule to
+    keep the tail of a network exact. Measured on the published decoder: 61 dB instead of 46 dB.
 
     Args:
-        model: an `openvino.Model`; it is changed.
+        model: an `openvino.Model`, changed in place.
     """
     grids = {}
     for node in model.get_ops():
@@ -162,7 +162,7 @@ def _options(core: Any, threads: int, precision: str) -> dict[str, Any]:
         if precision == "bf16":
             raise EngineError("this processor has no bf16 for OpenVINO (AVX-512 BF16 or AMX); export fp32 and use that")
         hint = "f32"
-    # Pinned threads would fight for their cores with those of the other stages' engines.
+    # Pinned threads would compete for cores with those of the engines of other stages.
     return {
         "INFERENCE_PRECISION_HINT": hint,
         "INFERENCE_NUM_THREADS": threads,
@@ -172,7 +172,7 @@ def _options(core: Any, threads: int, precision: str) -> dict[str, Any]:
 
 
 def _graph_and_weights(path: Path, spec: StageSpec) -> tuple[bytes, dict[str, NDArray[np.uint8]], bytes]:
-    """The stage's graph with the bodies that suit OpenVINO, its mapped weights by file, and what tells it from others.
+    """The graph of a stage with bodies for OpenVINO, its mapped weights by file, and what identifies the graph.
 
     The graph refers to the mapped memory. Stages of one network map the same file, so its pages are in memory once.
     """
@@ -203,14 +203,14 @@ def _graph_and_weights(path: Path, spec: StageSpec) -> tuple[bytes, dict[str, ND
         for key, value in (("location", _MAPPED), ("offset", address), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
     serialized = model.SerializeToString()
-    # OpenVINO would take any address of this process that a graph of a stranger's names.
+    # OpenVINO would accept any address in this process that a graph from a stranger contains.
     if sum(data.location == _MAPPED for data in walk(serialized).external) != mapped:
         raise EngineError(f"{path} keeps weights outside of its initializers, which OpenVINO cannot map; export again")
     return serialized, weights, identity
 
 
 def _mapped(path: Path, name: str) -> NDArray[np.uint8]:
-    """A file of weights beside a graph."""
+    """Map a file of weights in the folder of a graph."""
     try:
         return np.memmap(path.parent / name, np.uint8, mode="r")
     except (OSError, ValueError) as error:
@@ -219,10 +219,10 @@ def _mapped(path: Path, name: str) -> NDArray[np.uint8]:
 
 @functools.cache
 def shared_core() -> Any:
-    """The `openvino.Core` of this process; it is never let go.
+    """The `openvino.Core` of this process; it is never released.
 
-    Its CPU plugin gives the loading thread a stack for signals, and takes the memory back when the last core that
-    holds it is gone, but leaves the thread with it: the next signal would write to whatever is there by then.
+    Its CPU plugin gives the loading thread a stack for signals, and frees the memory with the last core that
+    uses it, but does not remove it from the thread: the next signal would write to whatever is there by then.
     Observed with OpenVINO 2026.4 on a processor with AMX: a crash at SIGTERM, or freed memory overwritten.
 
     Raises:

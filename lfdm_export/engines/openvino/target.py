@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lfdm_export.bundle.reader import Bundle
     from lfdm_export.engines.interface import Engine
 
-# Without one of these it has no bf16, or only an imitation that is slower than float32.
+# Without one of these it has no bf16, or only an emulation that is slower than float32.
 _BF16_PROCESSORS = ("avx512_bf16", "amx_bf16")
 # Without one of these it adds pairs of 8-bit products in 16 bits, which saturate: see docs/precision.md.
 _INT8_PROCESSORS = ("avx512_vnni", "avx_vnni", "amx_int8")
@@ -49,7 +49,7 @@ OPENVINO = TargetSpec(
     packages={"openvino": ("openvino",), "onnx": ("onnx",)},
     takes="graphs",
     load=_load,
-    # Tried with 2026.4.
+    # Tested with 2026.4.
     cpu_precisions=("fp32", "tf32", "fp16", "bf16", "int8"),
     bodies="openvino",
     lacks=_lacks,

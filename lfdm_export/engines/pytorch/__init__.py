@@ -1,1 +1,1 @@
-"""The target "torch": a bundle's stages as PyTorch compiles them for this machine, on a GPU or a CPU."""
+"""The target "torch": the stages of a bundle, compiled by PyTorch for this machine, on a GPU or a CPU."""

@@ -1,4 +1,4 @@
-"""Whole clips on a GPU: an image, an embedding and a seed go up, 8-bit pictures come down; nothing waits in between."""
+"""Whole clips on a GPU: image, embedding and seed are uploaded, 8-bit pictures downloaded, with no wait in between."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from lfdm_export.rewrite.lfae import Decode
 from lfdm_export.stages import StageSpec
 from lfdm_export.wording import one_line
 
-# Frames of all samples that are decoded at once; more fill no GPU better, and take memory.
+# Frames of all samples decoded at once; more do not use a GPU better, but need memory.
 _DECODED_AT_ONCE = 320
 
 
 class TorchClipMaker:
-    """Makes clips for one sampling stage and batch size; any thread may use it, one at a time does."""
+    """Makes clips for one sampling stage and batch size; any thread may use it, one at a time."""
 
     def __init__(self, session: TorchSession, encode: StageSpec, sampling: StageSpec, batch: int) -> None:
-        """Compile and capture encoder, step and decoder.
+        """Compile and capture the encoder, the step and the decoder.
 
         Args:
-            session: of a bundle; without a GPU its kernels need a stand-in.
-            encode: the stage.
+            session: session of a bundle; without a GPU its kernels need a stand-in.
+            encode: the stage `encode`.
             sampling: `step` or `step_guided`.
-            batch: samples that are made together.
+            batch: number of samples made together.
 
         Raises:
-            EngineError: one cannot be compiled, or there is not enough memory.
+            EngineError: a stage cannot be compiled, or there is not enough memory.
         """
         self._session, self.batch = session, batch
         self._loop = TorchLoop(session, sampling, batch)
@@ -71,11 +71,11 @@ class TorchClipMaker:
         """Make clips.
 
         Args:
-            request: of `batch` samples.
-            on_step: called after each step that was queued.
+            request: a request of `batch` samples.
+            on_step: called after each queued step.
 
         Raises:
-            EngineError: the run fails, or gives values that are not finite.
+            EngineError: the run fails, or returns values that are not finite.
         """
         try:
             with self._session.owned():
@@ -112,16 +112,16 @@ class TorchClipMaker:
 
 
 def clip_maker(bundle: Bundle, stage: str, batch: int, *, threads: int | None = None) -> TorchClipMaker | None:
-    """What makes whole clips where the bundle runs on a GPU; None on a CPU, where stages are as good.
+    """What makes whole clips if the bundle runs on a GPU; None on a CPU, where single stages are as fast.
 
     Args:
-        bundle: exported for the target torch.
-        stage: that samples.
-        batch: samples that are made together.
-        threads: of the bundle's session, which the stages' engines share.
+        bundle: a bundle exported for the target torch.
+        stage: the sampling stage.
+        batch: number of samples made together.
+        threads: threads of the session, which the engines of the bundle share.
 
     Raises:
-        EngineError: see `TorchClipMaker`.
+        EngineError: a stage cannot be compiled, or there is not enough memory.
     """
     session = torch_session(bundle, threads=threads)
     if not session.on_gpu:
@@ -130,6 +130,6 @@ def clip_maker(bundle: Bundle, stage: str, batch: int, *, threads: int | None = 
 
 
 def _chunk(frames: int, batch: int) -> int:
-    """Frames of a clip that are decoded at once: a divisor of all of them."""
+    """Frames of a clip decoded at once: a divisor of their number."""
     most = max(1, _DECODED_AT_ONCE // batch)
     return max(part for part in range(1, frames + 1) if frames % part == 0 and part <= most)

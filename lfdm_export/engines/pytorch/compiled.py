@@ -1,4 +1,4 @@
-"""A module -> a program that PyTorch compiled for this machine."""
+"""Compiles a module with PyTorch for this machine."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from lfdm_export.machine import package_versions, processor_facts
 
 logger = logging.getLogger(__name__)
 
-#: Takes a module's inputs, of exactly the shapes that it was made for, and gives its outputs.
+#: Takes the inputs of a module, with exactly the shapes that it was compiled for, and returns its outputs.
 Program: TypeAlias = Callable[..., tuple[Tensor, ...]]
-#: How the modules are compiled, one of `MODES`.
+#: Sets how the modules are compiled: one of `MODES`.
 VARIABLE = "LFDM_TORCH_COMPILE"
-#: "aot": ahead of time by AOTInductor, kept in the user's cache, the default on a CPU and not to be had on a GPU, where
-#: such a program has crashed the process (PyTorch 2.11, an H200); "jit": by torch.compile, traced anew in each process
-#: (Inductor keeps kernels in a cache of its own), the default on a GPU; "0": not at all, slower, without a compiler.
+#: "aot": ahead of time by AOTInductor, kept in the user cache, the default on a CPU and not available on a GPU,
+#: where such a program has crashed the process (PyTorch 2.11, an H200); "jit": by torch.compile, traced again in each
+#: process (Inductor has its own cache of kernels), the default on a GPU; "0": not compiled, slower, needs no compiler.
 MODES = ("aot", "jit", "0")
-# Shapes that a module is compiled for in one process; beyond that torch.compile gives up.
+# Maximum number of shapes per module and process; torch.compile gives up beyond it.
 _MOST_SHAPES = 64
-# What the modules are written in; other code may compile to another program.
+# The source code of the modules; other code may compile to another program.
 _SOURCES = (
     (Path(lfdm_export.__file__).parent, ("ops", "rewrite")),
     (Path(lfdm_models.__file__).parent, ("",)),
@@ -42,10 +42,10 @@ _SOURCES = (
 
 
 def mode(device: torch.device) -> str:
-    """One of `MODES`: what the environment says, else the device's default.
+    """One of `MODES`: from the environment, else the default of the device.
 
     Raises:
-        InputError: it says something else.
+        InputError: the environment holds another value.
     """
     said = os.environ.get(VARIABLE, "jit" if device.type == "cuda" else "aot")
     if said not in MODES:
@@ -63,20 +63,20 @@ def make_program(
     identity: Mapping[str, object],
     cache: CompiledCache | None,
 ) -> Program:
-    """Compile a module for inputs like these, or take what was compiled before.
+    """Compile a module for inputs like the examples, or load the program from the cache.
 
     Args:
         module: in eval mode, on the device of the examples.
-        examples: one of each input; their shapes and dtypes are fixed in the program.
-        name: of the program, for messages and the cache.
-        identity: what decides what is compiled beside code, shapes, versions and machine: the weights, for one.
-        cache: where it is kept; None compiles anew each time.
+        examples: one per input; the program fixes their shapes and dtypes.
+        name: name of the program, for messages and the cache.
+        identity: what determines the program besides code, shapes, versions and machine, such as the weights.
+        cache: the cache to use; None compiles each time.
 
     Returns:
         The program; see `MODES`.
 
     Raises:
-        EngineError: PyTorch cannot compile it here.
+        EngineError: PyTorch cannot compile the module here.
     """
     how = mode(examples[0].device)
     if how == "0":
@@ -100,7 +100,7 @@ def make_program(
 
 
 def _by_torch_compile(module: nn.Module, name: str) -> Program:
-    # Whole: a part that cannot be compiled is an error, as is a shape too many; neither may go on slowly.
+    # Full graph: a part that cannot be compiled is an error, as is one shape too many; neither may run slowly instead.
     function = _in_tuples(torch.compile(module, dynamic=False, fullgraph=True))
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -124,10 +124,10 @@ def _in_tuples(function: Callable[..., Any]) -> Program:
 def _compile(module: nn.Module, examples: tuple[Tensor, ...], package: Path, name: str) -> None:
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its own workings
+            warnings.simplefilter("ignore")  # about its internals
             program = torch.export.export(module, examples, strict=False)
             torch._inductor.aoti_compile_and_package(program, package_path=str(package))
-    except Exception as error:  # compilers fail in many ways, none of which shares a base
+    except Exception as error:  # errors of compilers share no base
         raise _cannot_compile(name, error) from error
 
 
@@ -140,7 +140,7 @@ def _cannot_compile(name: str, error: Exception) -> EngineError:
 
 
 def _key(examples: Sequence[Tensor], identity: Mapping[str, object]) -> str:
-    """SHA-256 of everything that decides what is compiled."""
+    """SHA-256 of everything that determines the program."""
     facts: dict[str, Any] = {
         **{name: str(value) for name, value in sorted(identity.items())},
         "inputs": [(str(tensor.dtype), tuple(tensor.shape), tensor.stride()) for tensor in examples],
@@ -153,7 +153,7 @@ def _key(examples: Sequence[Tensor], identity: Mapping[str, object]) -> str:
 
 @functools.cache
 def _sources() -> str:
-    """SHA-256 of the modules' code, so that a change of it is never answered with an older program."""
+    """SHA-256 of the code of the modules, so that a change of it never loads an older program."""
     digest = hashlib.sha256()
     for root, folders in _SOURCES:
         for folder in folders:

@@ -1,4 +1,4 @@
-"""A stage as PyTorch compiled it."""
+"""Runs a stage compiled by PyTorch."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from lfdm_export.rewrite.lfae import Decode
 from lfdm_export.stages import StageSpec
 from lfdm_export.wording import one_line
 
-#: Stages whose module is another's, and those of its outputs that they are.
+#: Stages that use the module of another stage, and which of its outputs are theirs.
 _PART_OF = {"denoise": ("step", slice(0, 1)), "denoise_guided": ("step_guided", slice(0, 1))}
 _OUTPUTS = {"step": slice(1, 3), "step_guided": slice(1, 3)}
 
 
 class TorchEngine:
-    """One stage. A program is made for a single sample, and runs for each: a sample's bits depend on no other.
+    """One stage. Its program takes one sample and runs once per sample, so the bits of a sample depend on no other.
 
     Any thread may run it, and waits while another uses an engine of the same session.
     """
 
     def __init__(self, session: TorchSession, spec: StageSpec, whole: StageSpec) -> None:
-        """Use a session; the stage is compiled by its first run.
+        """Use a session; the first run compiles the stage.
 
         Args:
-            session: of the bundle.
+            session: session of the bundle.
             spec: the stage.
-            whole: the stage whose module it is a part of; the stage itself for most.
+            whole: the stage whose module it is a part of; for most, the stage itself.
         """
         self.spec, self._session, self._whole = spec, session, whole
         self._outputs = _PART_OF[spec.name][1] if spec.name in _PART_OF else _OUTPUTS.get(spec.name, slice(None))
@@ -48,20 +48,20 @@ class TorchEngine:
         """Run the stage once.
 
         Args:
-            feeds: exactly the stage's inputs, by name, of its dtypes and shapes.
+            feeds: exactly the inputs of the stage, by name, with its dtypes and shapes.
 
         Returns:
-            The stage's outputs, by name.
+            The outputs of the stage, by name.
 
         Raises:
-            EngineError: the feeds do not fit the stage, it cannot be compiled, or the run fails.
+            EngineError: the feeds do not match the stage, it cannot be compiled, or the run fails.
         """
         axes = check_feeds(self.spec, feeds)
         batch = len(next(iter(feeds.values())))
         try:
             with self._session.owned():
                 rows = [self._run_one({name: array[i : i + 1] for name, array in feeds.items()}) for i in range(batch)]
-        except RuntimeError as error:  # torch's exceptions, out of memory too, descend from it
+        except RuntimeError as error:  # the exceptions of torch, out of memory too, derive from it
             raise EngineError(f"stage {self.spec.name!r} failed in PyTorch: {one_line(error, 300)}") from error
         outputs = {
             tensor.name: np.concatenate([row[index] for row in rows]) for index, tensor in enumerate(self.spec.outputs)
@@ -72,7 +72,7 @@ class TorchEngine:
     def _run_one(self, feeds: Mapping[str, Array]) -> list[Array]:
         inputs = []
         for tensor in self._whole.inputs:
-            # A part does without some inputs of the whole, which change none of its outputs.
+            # A part lacks some inputs of the whole, which change none of its outputs.
             array = feeds.get(tensor.name, np.zeros(tensor.concrete(batch=1), tensor.dtype))
             inputs.append(torch.from_numpy(np.ascontiguousarray(array)).to(self._session.device))
         if self._program is None:
@@ -81,29 +81,29 @@ class TorchEngine:
         return [_array(result) for result in results]
 
     def _module(self) -> nn.Module:
-        """The stage's module, as its callers see it."""
+        """The module of the stage, as its callers see it."""
         module = self._session.module(self._whole.name)
         return FloatDecode(module) if isinstance(module, Decode) else module
 
 
 class TorchSampler(TorchEngine):
-    """A sampling stage on a GPU, where the state of its chains stays."""
+    """A sampling stage on a GPU, where the state of its chains remains."""
 
     def denoise_loop(self, batch: int) -> TorchLoop:
-        """A loop for a batch size.
+        """Make a loop for a batch size.
 
         Raises:
-            EngineError: it cannot be compiled, or there is not enough memory.
+            EngineError: the stage cannot be compiled, or there is not enough memory.
         """
         return TorchLoop(self._session, self.spec, batch)
 
 
 def open_engine(bundle: Bundle, stage: str, *, threads: int | None = None) -> Engine:
-    """The engine of a stage; the text encoder, which runs once for a clip, is ONNX Runtime's.
+    """The engine of a stage; the text encoder, which runs once per clip, uses ONNX Runtime.
 
     Raises:
         EngineError: the bundle has no weights for PyTorch, or the stage cannot be loaded.
-        MissingDependencyError: a package is missing.
+        MissingDependencyError: a package is not installed.
     """
     spec = bundle.stages[stage]
     if "input_ids" in {tensor.name for tensor in spec.inputs}:
@@ -118,6 +118,6 @@ def open_engine(bundle: Bundle, stage: str, *, threads: int | None = None) -> En
 
 
 def _array(tensor: Tensor) -> Any:
-    """A result as callers see it: the encoder's are of the weights' dtype."""
+    """Convert a result for callers: the encoder returns the dtype of the weights."""
     wide = tensor.to(torch.float32) if tensor.is_floating_point() else tensor
     return wide.contiguous().cpu().numpy()

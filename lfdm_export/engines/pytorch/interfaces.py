@@ -1,4 +1,4 @@
-"""Modules around the deployable ones that take and give what a stage's callers see."""
+"""Modules around the deployable ones, with the inputs and outputs that callers of a stage see."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from lfdm_export.rewrite.lfae import Decode
 
 
 class FloatDecode(nn.Module):
-    """`Decode` for skips in float32."""
+    """`Decode` with float32 skips."""
 
     def __init__(self, decode: Decode) -> None:
         super().__init__()
         self.decode = decode
 
     def forward(self, image: Tensor, *skips_and_latent: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Decode`; all of it float32."""
+        """As `Decode`, all float32."""
         *skips, latent = skips_and_latent
         frames, warped = self.decode(image, *(skip.to(self.decode.final.dtype) for skip in skips), latent)
         return frames, warped
 
 
 class PictureDecode(nn.Module):
-    """`Decode` with 8-bit pictures as results: clamped to [0, 1], times 255, truncated.
+    """`Decode` with 8-bit pictures as outputs: clamped to [0, 1], times 255, truncated.
 
     Source: the rule of `lfdm_export.pictures.preprocess.to_uint8`.
     """
@@ -33,7 +33,7 @@ class PictureDecode(nn.Module):
         self.decode = decode
 
     def forward(self, image: Tensor, *skips_and_latent: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Decode`; skips of the weights' dtype. -> frames and warped images (B, F, H, W, 3) uint8."""
+        """As `Decode`; skips have the dtype of the weights. -> frames and warped images (B, F, H, W, 3) uint8."""
         frames, warped = self.decode(image, *skips_and_latent)
         return _pictures(frames), _pictures(warped)
 

@@ -1,4 +1,4 @@
-"""The denoising loop with its state on the GPU, a step being one CUDA graph that finds its own row of the table."""
+"""The denoising loop with its state on the GPU. A step is one CUDA graph that finds its row of the table itself."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from lfdm_export.stages import COEFFICIENTS, StageSpec
 class TorchLoop:
     """Chains of `step` or `step_guided` for one batch size, one after the other.
 
-    Any thread may call any method, and waits while another uses the same session; a chain's own order is the caller's
-    business. Between `begin` and `latent` nothing visits the host but noise that the caller hands over, and nothing
-    waits.
+    Any thread may call any method, and waits while another uses the same session; the caller is responsible for the
+    order of calls in a chain. Between `begin` and `latent` only noise from the caller is copied from the host, and
+    nothing waits.
     """
 
     def __init__(self, session: TorchSession, spec: StageSpec, batch: int) -> None:
-        """Compile the step for a batch, and capture it.
+        """Compile and capture the step for a batch.
 
         Args:
-            session: of a bundle; without a GPU its kernels need a stand-in.
+            session: session of a bundle; without a GPU its kernels need a stand-in.
             spec: the stage.
-            batch: samples of each chain.
+            batch: number of samples per chain.
 
         Raises:
-            EngineError: it cannot be compiled, or there is not enough memory.
+            EngineError: the step cannot be compiled, or there is not enough memory.
         """
         self._session, self._spec, self._batch = session, spec, batch
         self._rows = session.manifest.config.dm.training_steps
@@ -49,7 +49,7 @@ class TorchLoop:
     def _make(self) -> None:
         device, batch = self._session.device, self._batch
         dtypes = {"float32": torch.float32, "int64": torch.int64}
-        #: Inputs of the network, at addresses that stay.
+        #: Inputs of the network, at fixed addresses.
         self.inputs: dict[str, Tensor] = {
             tensor.name: torch.zeros(tensor.concrete(batch=batch), dtype=dtypes[tensor.dtype], device=device)
             for tensor in self._spec.inputs
@@ -66,24 +66,24 @@ class TorchLoop:
         self._silent = False
 
     def begin(self, start: Float32, fixed: Mapping[str, Array], table: SamplerTable) -> None:
-        """Queue what a chain starts from. A chain that was left half done is given up.
+        """Queue the start of a chain, and drop an incomplete one.
 
         Args:
             start: (batch, 3, T, h, w).
             fixed: the inputs that no step changes, by name.
-            table: the sampler; each of its rows serves all samples.
+            table: the sampler; each of its rows applies to all samples.
         """
         with self._session.owned():
             self._begin(fixed, table)
             self._upload(self.inputs["noisy_latent"], start)
 
     def begin_seeded(self, seeds: Sequence[int], fixed: Mapping[str, Array | Tensor], table: SamplerTable) -> None:
-        """Likewise from a start that is drawn on the GPU, as is the noise of every step.
+        """Like `begin`, with a start drawn on the GPU, as is the noise of every step.
 
         Args:
-            seeds: one a sample, 0 to 2^64 - 1.
-            fixed: see `begin`; tensors may be on the GPU already.
-            table: see `begin`.
+            seeds: one per sample, 0 to 2^64 - 1.
+            fixed: as for `begin`; tensors may already be on the GPU.
+            table: as for `begin`.
         """
         with self._session.owned():
             self._begin(fixed, table)
@@ -108,8 +108,8 @@ class TorchLoop:
         """Queue one step.
 
         Args:
-            index: of the sampler's row.
-            noise: (batch, 3, T, h, w), which may be changed as soon as this returns; None for none.
+            index: row of the sampler.
+            noise: (batch, 3, T, h, w), which may change as soon as this returns; None for none.
         """
         with self._session.owned():
             if noise is not None:
@@ -120,7 +120,7 @@ class TorchLoop:
             self._take(index)
 
     def step_seeded(self, index: int, *, draws: bool) -> None:
-        """Queue one step of a chain of `begin_seeded`, with noise drawn on the GPU, or without."""
+        """Queue one step of a chain from `begin_seeded`, with noise drawn on the GPU, or without."""
         with self._session.owned():
             if draws:
                 self._find(index)
@@ -131,13 +131,13 @@ class TorchLoop:
             self._take(index)
 
     def latent(self) -> Float32:
-        """Wait for all that was queued; the latent (batch, 3, T, h, w) after the last step."""
+        """Wait for all queued work; return the latent (batch, 3, T, h, w) after the last step."""
         with self._session.owned():
             latent: NDArray[np.float32] = self.inputs["noisy_latent"].cpu().clone().numpy()
             return latent
 
     def finish(self) -> Float32:
-        """`latent` of a chain that is done."""
+        """Return the `latent` of a complete chain."""
         return self.latent()
 
     def _without_noise(self) -> None:
@@ -151,7 +151,7 @@ class TorchLoop:
         self._next = index + 1
 
     def _find(self, index: int) -> None:
-        """The row that the next graph takes; a step advances it by itself."""
+        """Set the row for the next graph; a step advances it itself."""
         if index != self._next:
             self._index.fill_(index)
             self._next = index
@@ -172,6 +172,6 @@ class TorchLoop:
         return ()
 
     def _upload(self, target: Tensor, values: Array | Tensor) -> None:
-        """Queue a copy; one from the host's ordinary memory has been read when this returns."""
+        """Queue a copy; one from pageable host memory has been read when this returns."""
         source = values if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(values))
         target.copy_(source, non_blocking=source.is_cuda)

@@ -21,30 +21,30 @@ from lfdm_export.errors import EngineError
 from lfdm_export.machine import available_cores
 from lfdm_export.rewrite.precision import channels_last
 
-# Algorithms that cuDNN tries for each convolution that is new: 10 by default, of some 30 ms each.
+# Algorithms that cuDNN tries per new convolution: 10 by default, of some 30 ms each.
 _TRIED_ALGORITHMS = 4
 # Runs before a capture: libraries load kernels and choose algorithms, which cannot be captured.
 _WARM_UP = 3
 
 
 class TorchSession:
-    """The modules of a bundle on a device. Any thread may use it; `owned` lets one in at a time.
+    """The modules of a bundle on a device. Any thread may use it; `owned` admits one at a time.
 
     Attributes:
-        manifest: of the bundle.
+        manifest: manifest of the bundle.
         device: the first GPU that PyTorch sees, else the CPU.
     """
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, modules: dict[str, nn.Module] | None = None):
-        """Load the modules; nothing is compiled yet.
+        """Load the modules, without compiling them.
 
         Args:
-            bundle: exported for the target torch.
-            threads: of one run on a CPU; None takes every core that this process may use.
-            modules: by stage, in the bundle's precision and on `find_device`; None for the bundle's own.
+            bundle: a bundle exported for the target torch.
+            threads: threads per run on a CPU; None uses every core that this process may use.
+            modules: by stage, in the precision of the bundle and on `find_device`; None loads those of the bundle.
 
         Raises:
-            EngineError: the bundle has no weights for PyTorch, or this PyTorch has no CUDA where there is a GPU.
+            EngineError: the bundle has no weights for PyTorch, or there is a GPU but this PyTorch has no CUDA.
         """
         if threads is not None and threads < 1:
             raise EngineError(f"threads is {threads}, expected 1 or more, or None for all cores")
@@ -60,17 +60,17 @@ class TorchSession:
 
     @property
     def precision(self) -> str:
-        """Of the bundle."""
+        """The precision of the bundle."""
         return self.manifest.precision
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the device is one."""
+        """Whether the device is a GPU."""
         return self.device.type == "cuda"
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
-        """Let this thread alone use the session, with the precision's settings of PyTorch and the session's stream."""
+        """Reserve the session for this thread, with its stream and the PyTorch settings of its precision."""
         with self._lock, torch.no_grad(), contextlib.ExitStack() as context:
             if not self.on_gpu:
                 before = torch.get_num_threads()
@@ -102,10 +102,10 @@ class TorchSession:
         return self._modules[stage]
 
     def program(self, name: str, module: nn.Module, examples: Sequence[Tensor]) -> Program:
-        """The compiled program of a module for inputs like these; to be called while the session is owned.
+        """The compiled program of a module for inputs like the examples; call it while the session is owned.
 
         Raises:
-            EngineError: PyTorch cannot compile it here.
+            EngineError: PyTorch cannot compile the module here.
         """
         key = (name, *((tensor.dtype, tuple(tensor.shape)) for tensor in examples))
         if key not in self._programs:
@@ -114,10 +114,10 @@ class TorchSession:
         return self._programs[key]
 
     def captured(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-        """Work on tensors that stay where they are, on a GPU as a CUDA graph; to be called while the session is owned.
+        """Prepare work on tensors with fixed addresses, on a GPU as a CUDA graph; call it while the session is owned.
 
         Returns:
-            What does the work, and its results, which every call writes anew to the same places.
+            A function that does the work, and its results, which every call overwrites in place.
         """
         if not self.on_gpu:
             places = run()
@@ -126,7 +126,7 @@ class TorchSession:
             run()
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        # What other threads do with the GPU meanwhile is their own.
+        # Other threads may use the GPU meanwhile.
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             results = run()
         return graph.replay, results
@@ -138,7 +138,7 @@ def _write(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def find_device() -> torch.device:
-    """Where the target torch runs: the first GPU that is visible, else the CPU.
+    """The device of the target torch: the first visible GPU, else the CPU.
 
     Raises:
         EngineError: there is a GPU, but this PyTorch cannot use it.
@@ -159,7 +159,7 @@ _SESSIONS_LOCK = threading.Lock()
 
 
 def torch_session(bundle: Bundle, *, threads: int | None = None) -> TorchSession:
-    """The session of an opened bundle, made when first asked for; see `TorchSession`."""
+    """The session of an open bundle, created on first use."""
     with _SESSIONS_LOCK:
         sessions = _SESSIONS.setdefault(bundle, {})
         if threads not in sessions:

@@ -41,10 +41,10 @@ PYTORCH = TargetSpec(
     packages={"torch": ("torch",), "einops": ("einops",), "safetensors": ("safetensors",)},
     takes="weights",
     load=_load,
-    cpu_precisions=("fp32", "tf32", "bf16"),  # its 16-bit floats of a CPU are bfloat16
+    cpu_precisions=("fp32", "tf32", "bf16"),  # on a CPU its 16-bit floats are bfloat16
     gpu_precisions=("fp32", "tf32", "fp16", "bf16"),
     lacks=_lacks,
     clip_maker=_clip_maker,
-    auto_on_cpu=False,  # there the others are as fast, and need no compiler
+    auto_on_cpu=False,  # on a CPU the others are as fast, and need no compiler
     note="of a bundle exported with `--target torch`; compiled where it runs; whole clips without a wait on a GPU",
 )

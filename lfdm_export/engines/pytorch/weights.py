@@ -1,7 +1,7 @@
-"""The networks' weights in a bundle: plain tensors, from which the deployable modules are made again.
+"""The weights of the networks in a bundle: plain tensors, from which the deployable modules are made again.
 
-They are the networks' own, float32, so that a bundle outlives every change of how modules are rewritten. A bundle
-carries no code, and nothing that was compiled: both are this program's own.
+They are the original weights of the networks, float32, so a bundle remains valid when the rewriting of modules changes.
+A bundle carries no code and nothing compiled: both come from this program.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from lfdm_models.lfae import Lfae
 from lfdm_models.model import LfdmModel
 
 _NARROW = {"fp16": torch.float16, "bf16": torch.bfloat16}
-#: Of weights and activations, by a bundle's precision.
+#: Dtype of weights and activations, by the precision of a bundle.
 DTYPES: Mapping[str, torch.dtype] = {name: _NARROW.get(name, torch.float32) for name in PYTORCH.precisions}
-#: Stages that have a module of their own; `denoise` and `denoise_guided` are parts of two of them.
+#: Stages that have their own module; `denoise` and `denoise_guided` are parts of two of them.
 _STAGES = ("encode", "step", "step_guided", "decode", DRIVE_STAGE)
 
 
 def write_weights(model: LfdmModel, path: Path) -> None:
-    """Store the weights of a model's networks.
+    """Write the network weights of a model.
 
     Args:
         model: both networks, float32.
-        path: the .safetensors file to write; its folder is made.
+        path: the .safetensors file to write; its folder is created.
     """
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     networks = {"lfae": model.lfae, "diffusion": model.diffusion}
-    # Cloned, for safetensors stores no tensor twice, and networks share some.
+    # Cloned, because safetensors stores no tensor twice, and networks share some.
     save_file(
         {f"{name}.{key}": t.detach().clone() for name, one in networks.items() for key, t in one.state_dict().items()},
         path,
@@ -50,25 +50,25 @@ def write_weights(model: LfdmModel, path: Path) -> None:
 
 
 def check_torch_precision(precision: str) -> None:
-    """Refuse a precision that the target torch does not have.
+    """Reject a precision that the target torch does not have.
 
     Raises:
-        InputError: it has not.
+        InputError: the target torch does not have it.
     """
     if precision not in DTYPES:
         raise InputError(f"the target 'torch' has no {precision}; expected {', '.join(DTYPES)}")
 
 
 def load_modules(bundle: Bundle, device: torch.device) -> dict[str, nn.Module]:
-    """The deployable modules of a bundle by stage, in its precision, in eval mode.
+    """Load the deployable modules of a bundle by stage, in its precision, in eval mode.
 
     Args:
-        bundle: exported for the target torch.
-        device: where they shall be.
+        bundle: a bundle exported for the target torch.
+        device: device of the modules.
 
     Raises:
-        EngineError: the bundle has no weights for PyTorch, or they are not those of its networks.
-        InputError: the target torch has no such precision.
+        EngineError: the bundle has no weights for PyTorch, or they do not match its networks.
+        InputError: the target torch does not have the precision.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -79,7 +79,7 @@ def load_modules(bundle: Bundle, device: torch.device) -> dict[str, nn.Module]:
     manifest = bundle.manifest
     check_torch_precision(manifest.precision)
     path = bundle.path / TORCH_WEIGHTS
-    with torch.random.fork_rng(devices=[]):  # what they draw is replaced at once
+    with torch.random.fork_rng(devices=[]):  # the random weights are replaced immediately
         lfae, diffusion = Lfae(manifest.config.lfae), Diffusion(manifest.config.dm)
     try:
         stored = load_file(path)

@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT for RTX: plans, and what runs them."""
+"""TensorRT and TensorRT for RTX: plans, and the engines that run them."""

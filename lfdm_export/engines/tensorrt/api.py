@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT for RTX as one module each, of nearly the same names."""
+"""TensorRT and TensorRT for RTX: one Python module each, with nearly the same names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lfdm_export.errors import EngineError, MissingDependencyError
 
 _log = logging.getLogger(__name__)
 
-# RTX says so once a process, whatever one does; it means nothing.
+# RTX logs this once per process in any case; it is harmless.
 _NOISE = "Thread context has not been set"
 
 
@@ -30,8 +30,8 @@ class Api:
     Attributes:
         target: "tensorrt" or "tensorrt-rtx".
         module: its Python module.
-        version: of its libraries.
-        logger: an `ILogger`, whose ``errors`` holds what was logged as an error since `take_errors`.
+        version: version of its libraries.
+        logger: an `ILogger`; its ``errors`` holds the errors logged since the last `take_errors`.
     """
 
     target: Target
@@ -55,8 +55,8 @@ def load_api(target: Target) -> Api:
     """Load the libraries and the module.
 
     Raises:
-        MissingDependencyError: a package is missing.
-        EngineError: the packages do not fit together, or a library cannot be loaded.
+        MissingDependencyError: a package is not installed.
+        EngineError: the packages do not match, or a library cannot be loaded.
     """
     spec = spec_of(target)
     try:
@@ -76,10 +76,10 @@ def load_api(target: Target) -> Api:
 
 
 def refit_engine(api: Api, engine: Any, graph: bytes, weights_beside: str) -> None:
-    """Give a loaded engine the weights of a graph of the same structure.
+    """Load the weights of a graph of the same structure into a loaded engine.
 
     Raises:
-        EngineError: the graph does not fit, or lacks weights.
+        EngineError: the graph does not match, or lacks weights.
     """
     refitter = api.module.Refitter(engine, api.logger)
     parser = api.module.OnnxParserRefitter(refitter, api.logger)
@@ -88,12 +88,12 @@ def refit_engine(api: Api, engine: Any, graph: bytes, weights_beside: str) -> No
 
 
 def _load_rtx() -> Any:
-    """The bindings, with the libraries that the other package brings: importing that one loads them."""
+    """Load the bindings, with the libraries from the other package: importing that one loads them."""
     libraries = importlib.import_module(RTX_LIBRARIES)
     module = importlib.import_module(RTX_BINDINGS)
     expected = ".".join(str(module.__version__).split(".")[:3])
     folder = Path(str(libraries.__file__)).parent
-    # Bindings and library of different versions crash, or read each other's structures wrongly.
+    # Bindings and library of different versions crash, or misread each other's structures.
     found = sorted(path.name.partition(".so.")[2] for path in folder.glob("libtensorrt_rtx.so.*.*"))
     if found and expected not in found:
         raise EngineError(
@@ -108,11 +108,11 @@ def _logger(module: Any) -> Any:
     levels: dict[Any, Callable[..., None]] = {
         severity.INTERNAL_ERROR: _log.error,
         severity.ERROR: _log.error,
-        severity.WARNING: _log.debug,  # hundreds a graph, of names that repeat
+        severity.WARNING: _log.debug,  # hundreds per graph, about repeated names
     }
 
     class Logger(module.ILogger):
-        """Passes messages on to Python's logging, and keeps errors for the exception that follows."""
+        """Forwards messages to the logging of Python, and keeps errors for the exception that follows."""
 
         def __init__(self) -> None:
             super().__init__()

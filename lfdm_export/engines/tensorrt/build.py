@@ -1,6 +1,6 @@
-"""One stage's graph -> plan, by TensorRT or TensorRT for RTX, in a process of its own.
+"""Builds a plan from the graph of a stage, with TensorRT or TensorRT for RTX, in a separate process.
 
-A builder takes gigabytes and may crash: its process gives the memory back, and its crash is an error of the parent.
+A builder uses gigabytes and may crash: its process frees the memory, and its crash is an error in the parent.
 ``python -m lfdm_export.engines.tensorrt.build FOLDER`` reads FOLDER/request.json and FOLDER/graph.onnx, and writes
 FOLDER/plan, FOLDER/layers.json and FOLDER/result.json.
 """
@@ -33,25 +33,25 @@ from lfdm_export.files.json_codec import from_plain, to_plain
 from lfdm_export.stages import BATCH, TOKENS, StageSpec
 
 GRAPH, REQUEST, RESULT, PLAN, LAYERS = "graph.onnx", "request.json", "result.json", "plan", "layers.json"
-#: Smallest, usual and largest number of tokens of a text.
+#: Smallest, typical and largest number of tokens of a text.
 TOKENS_PROFILE = (1, 16, 512)
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What the builder is to do.
+    """The input of the builder.
 
     Attributes:
         target: "tensorrt" or "tensorrt-rtx".
-        stage: its name, for messages.
-        weights_beside: path beside which the graph's external weights lie: the stored graph's.
-        profile: smallest, usual and largest shape of each input, by name.
-        tf32: let float32 products run as TF32.
-        gpus: architectures that RTX shall build for.
-        options: see there.
+        stage: name of the stage, for messages.
+        weights_beside: path of the stored graph; the external weights are in its folder.
+        profile: smallest, typical and largest shape of each input, by name.
+        tf32: compute float32 products in TF32.
+        gpus: architectures that RTX builds for.
+        options: options of the builder, as `BuildOptions` describes.
         timing_cache: file to read and write; "" for none.
-        refit: a plan of the same structure that gets this graph's weights in place of a build; "" to build.
+        refit: a plan of the same structure that receives the weights of this graph instead of a build; "" to build.
     """
 
     target: Target
@@ -67,13 +67,13 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What became of it.
+    """The result of a build.
 
     Attributes:
         error: "" if the plan was written.
-        seconds: of parsing and building.
-        peak_bytes: of the process's memory.
-        layers: what was built, in numbers.
+        seconds: time of parsing and building.
+        peak_bytes: peak memory of the process.
+        layers: numbers about the plan.
     """
 
     error: str = ""
@@ -83,7 +83,7 @@ class BuildResult:
 
 
 def profile_of(spec: StageSpec) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-    """Smallest, usual and largest shape of each input."""
+    """Smallest, typical and largest shape of each input."""
     sizes = [{BATCH: batch, TOKENS: tokens} for batch, tokens in zip(spec.batch, TOKENS_PROFILE, strict=True)]
     return {
         tensor.name: (tensor.concrete(**sizes[0]), tensor.concrete(**sizes[1]), tensor.concrete(**sizes[2]))
@@ -95,13 +95,14 @@ def build_in_child(folder: Path, request: BuildRequest, graph: bytes) -> BuildRe
     """Build in a child process.
 
     Args:
-        folder: an empty folder; the plan is FOLDER/plan afterwards, the inspector's words FOLDER/layers.json.
-        request: what to do.
-        graph: the ONNX model that the builder shall read; its large weights are external.
+        folder: an empty folder; receives the plan as FOLDER/plan, and the output of the inspector as
+            FOLDER/layers.json.
+        request: the request.
+        graph: the ONNX model for the builder; its large weights are external.
 
     Raises:
-        EngineError: the builder refuses the graph, or its process dies.
-        OSError: the folder cannot be written.
+        EngineError: the builder rejects the graph, or its process dies.
+        OSError: the folder is not writable.
     """
     (folder / GRAPH).write_bytes(graph)
     (folder / REQUEST).write_text(json.dumps(to_plain(request)), encoding="utf-8")
@@ -140,7 +141,7 @@ def _end(status: int) -> str:
 
 
 def main(folder: str) -> int:
-    """The child: build what the request says; whatever fails is told in the result."""
+    """The child process: build the request, and report any failure in the result."""
     _die_with_parent()
     work = Path(folder)
     try:
@@ -173,7 +174,7 @@ def _build(request: BuildRequest, work: Path) -> BuildResult:
 
 
 def _built(api: Api, request: BuildRequest, graph: bytes) -> tuple[Any, dict[str, object]]:
-    """The serialised plan, and its network in numbers."""
+    """The serialized plan, and numbers about its network."""
     trt = api.module
     builder = trt.Builder(api.logger)
     if builder is None:
@@ -195,7 +196,7 @@ def _built(api: Api, request: BuildRequest, graph: bytes) -> tuple[Any, dict[str
     if plan is None:
         raise EngineError(api.take_errors())
     if cache is not None:
-        with contextlib.suppress(OSError):  # only the next build would have gained
+        with contextlib.suppress(OSError):  # it only helps the next build
             write_file(request.timing_cache, bytes(config.get_timing_cache().serialize()))
     return plan, {**_layers(network), "grid samples that the parser misread": misread}
 
@@ -221,7 +222,7 @@ def _configure(api: Api, config: Any, request: BuildRequest) -> None:
         config.num_compute_capabilities = len(request.gpus)
         for index, gpu in enumerate(request.gpus):
             config.set_compute_capability(getattr(trt.ComputeCapability, gpu), index)
-        # Else a stream that runs the plan could not be captured into a CUDA graph.
+        # Else a stream that runs the plan cannot be captured in a CUDA graph.
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         return
     levels = trt.HardwareCompatibilityLevel
@@ -238,7 +239,7 @@ def _configure(api: Api, config: Any, request: BuildRequest) -> None:
 
 
 def _timing_cache(config: Any, path: str) -> Any:
-    """Measured kernels of earlier builds; one of another GPU or version is left aside by TensorRT itself."""
+    """Kernel timings of earlier builds; TensorRT itself ignores those of another GPU or version."""
     if not path:
         return None
     try:
@@ -253,7 +254,7 @@ def _timing_cache(config: Any, path: str) -> Any:
 
 
 def _refitted(api: Api, plan: Path, graph: bytes, weights_beside: str) -> Any:
-    """The plan with this graph's weights."""
+    """The plan with the weights of this graph."""
     runtime = api.module.Runtime(api.logger)
     engine = runtime.deserialize_cuda_engine(plan.read_bytes())
     if engine is None:
@@ -263,7 +264,7 @@ def _refitted(api: Api, plan: Path, graph: bytes, weights_beside: str) -> Any:
 
 
 def _inspected(api: Api, plan: Any) -> str | None:
-    """What the inspector says of the plan, as JSON; None where the plan cannot be loaded, as RTX's without a GPU."""
+    """Inspector output for the plan, as JSON; None if the plan cannot be loaded, as for RTX without a GPU."""
     from lfdm_export.engines.cuda_driver import find_gpus
 
     if not find_gpus()[0]:
@@ -276,7 +277,7 @@ def _inspected(api: Api, plan: Any) -> str | None:
 
 
 def _layers(network: Any) -> dict[str, object]:
-    """The network as the builder read it: how many layers, of which kinds, giving which data types."""
+    """The network as the builder read it: number of layers, by kind and by output data type."""
     kinds: Counter[str] = Counter()
     types: Counter[str] = Counter()
     for index in range(network.num_layers):
@@ -299,7 +300,7 @@ def _peak_bytes() -> int:
 
 
 def _die_with_parent() -> None:
-    """A parent that is killed takes its builder along (Linux)."""
+    """End the builder when its parent is killed (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""The denoising loop with its state on the GPU: the host only draws noise and queues."""
+"""The denoising loop with its state on the GPU: the host only draws noise and queues work."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from lfdm_export.stages import StageSpec
 
 Float32: TypeAlias = NDArray[np.float32]
 
-#: What the host may pin for noise that waits for its step. Ten steps of 32 clips of the published size take 157 MB.
+#: Maximum pinned host memory for noise that waits for its step. Ten steps of 32 published-size clips take 157 MB.
 NOISE_BYTES = 256 << 20
 
 
 class DeviceLoop:
     """Chains of `step` or `step_guided` for one batch size, one after the other.
 
-    Any thread may call any method, and waits while another uses an engine or loop of the same session; a chain's own
-    order is the caller's business.
+    Any thread may call any method, and waits while another uses an engine or loop of the same session; the caller is
+    responsible for the order of calls in a chain.
 
-    Between `begin` and `latent` nothing visits the host and nothing waits: noise is drawn into pinned memory while
-    the GPU is at earlier steps. With TensorRT a step, and the copies that make its results the next one's inputs,
-    are captured as one CUDA graph, once; TensorRT for RTX captures its engines by itself.
+    Between `begin` and `latent` only noise is copied from the host, and nothing waits: noise is drawn into pinned
+    memory while the GPU runs earlier steps. With TensorRT a step, and the copies that make its results the next inputs,
+    are captured once as one CUDA graph; TensorRT for RTX captures its engines itself.
     """
 
     def __init__(self, session: GpuSession, context: PlanContext, spec: StageSpec, batch: int) -> None:
-        """Take memory for the state.
+        """Allocate memory for the state.
 
         Args:
-            session: of the GPU.
-            context: of the stage's engine, which nobody else uses.
+            session: session of the GPU.
+            context: context of the stage's engine, not used by others.
             spec: the stage.
-            batch: samples of each chain; at most the stage's largest.
+            batch: number of samples per chain; at most the maximum of the stage.
 
         Raises:
             EngineError: there is not enough memory.
@@ -63,12 +63,12 @@ class DeviceLoop:
         self._silent = self._warm = self._running = False
 
     def begin(self, start: Float32, fixed: Mapping[str, Array], table: SamplerTable) -> None:
-        """Queue what a chain starts from. A chain that was left half done is given up.
+        """Queue the start of a chain, and drop an incomplete one.
 
         Args:
             start: (batch, 3, T, h, w).
             fixed: the inputs that no step changes, by name.
-            table: the sampler; each of its rows serves all samples.
+            table: the sampler; each of its rows applies to all samples.
         """
         with self._session.owned():
             self._begin(start, fixed, table)
@@ -97,8 +97,8 @@ class DeviceLoop:
         """Queue one step.
 
         Args:
-            index: of the sampler's row.
-            noise: (batch, 3, T, h, w), which may be changed as soon as this returns; None for none.
+            index: row of the sampler.
+            noise: (batch, 3, T, h, w), which may change as soon as this returns; None for none.
         """
         with self._session.owned():
             self._take_step(index, noise)
@@ -118,7 +118,7 @@ class DeviceLoop:
         self._advance()
 
     def latent(self) -> Float32:
-        """Wait for all that was queued; the latent (batch, 3, T, h, w) after the last step."""
+        """Wait for all queued work; return the latent (batch, 3, T, h, w) after the last step."""
         memory = self._memory["noisy_latent"]
         with self._session.owned():
             staging = self._staged("the latent", self._inputs["noisy_latent"], np.dtype(np.float32))
@@ -127,7 +127,7 @@ class DeviceLoop:
             return staging.array.copy()
 
     def finish(self) -> Float32:
-        """`latent` of a chain that is done."""
+        """Return the `latent` of a complete chain."""
         with self._session.owned():
             latent = self.latent()
             self._settle()
@@ -135,18 +135,18 @@ class DeviceLoop:
             return latent
 
     def _settle(self) -> None:
-        """What was queued is done."""
+        """Record that all queued work is done."""
         self._running = False
         if self._noise is not None:
             self._noise.settle()
 
     def _advance(self) -> None:
-        """Queue the network, and its results as the next step's state: as a graph, from the second time on."""
+        """Queue the network, and the copies of its results into the next state; as a graph from the second run on."""
         if self._context.prepare(self._inputs):
             self._context.bind({name: memory.pointer for name, memory in self._memory.items()})
             self._graph, self._warm = None, False
         if self._session.api.target == TENSORRT_RTX.name or not self._warm:
-            # TensorRT does things in a first run that cannot be captured.
+            # The first run of TensorRT does work that cannot be captured.
             self._queue()
             self._warm = True
             return

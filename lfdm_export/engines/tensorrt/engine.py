@@ -1,4 +1,4 @@
-"""A stage's plan run by TensorRT or TensorRT for RTX, and the denoising loop that stays on the GPU."""
+"""Runs the plan of a stage in TensorRT or TensorRT for RTX, and makes denoising loops that stay on the GPU."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from lfdm_export.stages import StageSpec, TensorSpec
 
 
 class TensorRtEngine:
-    """One loaded plan; for any thread, which waits while another uses an engine or loop of the same session.
+    """One loaded plan. Any thread may use it, and waits while another uses an engine or loop of the same session.
 
     Attributes:
-        path: of the plan.
+        path: path of the plan.
         spec: the stage.
-        session: what it shares with the other engines.
+        session: the state shared with the other engines.
     """
 
     def __init__(
@@ -40,14 +40,15 @@ class TensorRtEngine:
         host_code: bool = False,
         weights: tuple[bytes, str] | None = None,
     ) -> None:
-        """Load a plan and compare its interface with the stage's.
+        """Load a plan and compare its interface with the stage.
 
         Args:
-            path: the .plan file; `open_engine` looks whether it fits the bundle.
-            spec: the stage that it is meant to be.
-            session: of the GPU.
-            host_code: the plan holds a runtime of its own.
-            weights: the graph that holds the weights of a stripped plan, and the path beside which its files lie.
+            path: the .plan file; `open_engine` checks that it matches the bundle.
+            spec: the expected stage.
+            session: session of the GPU.
+            host_code: whether the plan holds its own runtime.
+            weights: for a stripped plan, the graph with its weights, and the path of the stored graph, whose folder
+                holds their files.
 
         Raises:
             EngineError: the plan cannot be loaded, or is another stage.
@@ -63,7 +64,7 @@ class TensorRtEngine:
         self._staging: dict[str, PinnedArray] = {}
 
     def context(self) -> PlanContext:
-        """Another way of running the engine, whose weights they share: a captured CUDA graph wants one to itself.
+        """Make another execution context with the same weights: a captured CUDA graph needs its own.
 
         Raises:
             EngineError: there is not enough memory.
@@ -72,7 +73,7 @@ class TensorRtEngine:
             return PlanContext(self.session, self._engine, self.path, self.spec)
 
     def denoise_loop(self, batch: int) -> DeviceLoop:
-        """Chains of this stage whose state stays on the GPU.
+        """Make a loop for this stage whose state remains on the GPU.
 
         Raises:
             EngineError: there is not enough memory.
@@ -80,16 +81,16 @@ class TensorRtEngine:
         return DeviceLoop(self.session, self.context(), self.spec, batch)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the stage once: up, compute, down.
+        """Run the stage once: upload, compute, download.
 
         Args:
-            feeds: exactly the stage's inputs, by name, of its dtypes and shapes.
+            feeds: exactly the inputs of the stage, by name, with its dtypes and shapes.
 
         Returns:
-            The stage's outputs, by name.
+            The outputs of the stage, by name.
 
         Raises:
-            EngineError: the feeds do not fit the stage, or the run fails (out of memory, for one).
+            EngineError: the feeds do not match the stage, or the run fails (for example, out of memory).
         """
         axes = check_feeds(self.spec, feeds)
         with self.session.owned():
@@ -129,11 +130,11 @@ class TensorRtEngine:
 
 
 def open_engine(bundle: Bundle, stage: str, target: Target) -> TensorRtEngine:
-    """The engine of a stage's plan, if the plan is one of this bundle, this version and this GPU.
+    """The engine of a stage, if its plan is for this bundle, this version and this GPU.
 
     Raises:
         EngineError: there is no such plan, or it cannot be loaded; the message says what to run.
-        MissingDependencyError: a package is missing.
+        MissingDependencyError: a package is not installed.
     """
     session = gpu_session(target)
     path, record = plan_to_run(bundle, stage, target, session.api.title, session.gpu)
@@ -155,7 +156,7 @@ def open_engine(bundle: Bundle, stage: str, target: Target) -> TensorRtEngine:
 
 
 def _check_interface(trt: Any, engine: Any, path: Path, spec: StageSpec) -> None:
-    """A plan lists its tensors in an order of its own."""
+    """Compare names, dtypes and shapes, but not the order: a plan lists its tensors in its own order."""
     types = {trt.DataType.FLOAT: TYPES["float32"], trt.DataType.INT64: TYPES["int64"]}
     order = {tensor.name: place for place, tensor in enumerate((*spec.inputs, *spec.outputs))}
     values: dict[Any, list[Value]] = {trt.TensorIOMode.INPUT: [], trt.TensorIOMode.OUTPUT: []}

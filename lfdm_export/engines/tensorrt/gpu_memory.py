@@ -1,4 +1,4 @@
-"""Memory of the GPU and of the host that copies run between, given back when nobody holds it any more."""
+"""GPU memory and pinned host memory, freed when no object uses it any more."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ class DeviceBuffer:
     """Bytes on the GPU."""
 
     def __init__(self, driver: CudaDriver, size: int) -> None:
-        """Take them.
+        """Allocate them.
 
         Raises:
-            EngineError: there are not enough.
+            EngineError: there is not enough memory.
         """
         self.size = size
         self.pointer: DevicePointer = driver.allocate(max(size, 1))
         self._release = weakref.finalize(self, quietly, driver.free, self.pointer)
-        self._release.atexit = False  # the driver may be gone by then, and gives all back itself
+        self._release.atexit = False  # the driver may be gone by then, and frees everything itself
 
 
 class PinnedArray:
-    """An array in memory of the host that copies run from and to by themselves.
+    """An array in pinned host memory, for asynchronous copies.
 
     Attributes:
-        array: what is in it; not to be kept beyond this object.
+        array: its content; do not use it after this object is gone.
     """
 
     def __init__(self, driver: CudaDriver, shape: tuple[int, ...], dtype: DTypeLike) -> None:
-        """Take the memory.
+        """Allocate the memory.
 
         Raises:
-            EngineError: there is not enough.
+            EngineError: there is not enough memory.
         """
         size = byte_count(shape, dtype)
         self.address = driver.allocate_pinned(max(size, 1))
@@ -53,21 +53,21 @@ class PinnedArray:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return self.array.nbytes
 
 
 class PinnedRing:
-    """Pinned arrays of one shape, taken in turn, so that a copy runs while the next array is filled.
+    """Pinned arrays of one shape, used in turn, so that a copy runs while the next array is filled.
 
-    No more is waited for than the copy that last ran from the array whose turn it is.
+    It waits only for the last copy from the array whose turn it is.
     """
 
     def __init__(self, driver: CudaDriver, shape: tuple[int, ...], dtype: DTypeLike, slots: int) -> None:
-        """Take the memory of all slots.
+        """Allocate the memory of all slots.
 
         Raises:
-            EngineError: there is not enough.
+            EngineError: there is not enough memory.
         """
         self._driver = driver
         self._arrays = [PinnedArray(driver, shape, dtype) for _ in range(slots)]
@@ -76,18 +76,18 @@ class PinnedRing:
 
     @property
     def slots(self) -> int:
-        """How many arrays there are."""
+        """Number of arrays."""
         return len(self._arrays)
 
     def settle(self) -> None:
-        """The stream was waited for: no array is busy any more."""
+        """Record that the stream is idle: no array is in use any more."""
         for turn, busy in enumerate(self._busy):
             if busy is not None:
                 self._busy[turn] = None
                 self._driver.forget(busy)
 
     def upload(self, target: DevicePointer, values: NDArray[Any], stream: Handle) -> None:
-        """Queue a copy of `values`, which may be changed as soon as this returns."""
+        """Queue a copy of `values`, which may change as soon as this returns."""
         slot, busy = self._arrays[self._turn], self._busy[self._turn]
         if busy is not None:
             self._busy[self._turn] = None
@@ -99,11 +99,11 @@ class PinnedRing:
 
 
 def byte_count(shape: tuple[int, ...], dtype: DTypeLike) -> int:
-    """Bytes of an array."""
+    """Size of an array in bytes."""
     return np.dtype(dtype).itemsize * math.prod(shape)
 
 
 def quietly(release: Callable[[int], None], address: int) -> None:
-    """Give something back while an error is on its way, or the driver may be gone."""
+    """Release something during an error, or when the driver may be gone."""
     with contextlib.suppress(EngineError):
         release(address)

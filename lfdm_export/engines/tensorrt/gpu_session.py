@@ -1,4 +1,4 @@
-"""What all plans that one process runs have in common: GPU, stream, memory for activations, compiled kernels."""
+"""What all plans in one process share: GPU, stream, memory for activations, compiled kernels."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ _one_session = threading.Lock()
 
 
 class GpuSession:
-    """The first GPU, one stream on it, and TensorRT's runtime; for any thread, one at a time.
+    """The first GPU, one stream on it, and the TensorRT runtime; for any thread, one at a time.
 
-    Everything runs on the one stream, so one piece of memory serves the activations of all engines, each in its turn.
-    Whoever uses the session, its driver, or what was made from them holds `owned` meanwhile. Engines and loops of this
-    package do that in each of their public methods.
+    Everything runs on the one stream, so the activations of all engines use the same memory, one engine at a time.
+    Code that uses the session, its driver, or objects made from them holds `owned` meanwhile. Engines and loops of this
+    package do so in each public method.
 
     Attributes:
         api: TensorRT, or TensorRT for RTX.
-        driver: the GPU's.
-        gpu: that is used.
-        stream: that all work is queued on.
-        activations_moved: how often the memory for activations was replaced; a CUDA graph that was captured
-            before knows the old one and must be captured again.
+        driver: driver of the GPU.
+        gpu: the GPU in use.
+        stream: stream of all work.
+        activations_moved: how often the memory for activations was replaced; a CUDA graph captured before
+            refers to the old memory and must be captured again.
     """
 
     def __init__(self, api: Api, driver: CudaDriver) -> None:
-        """Take the GPU.
+        """Start using the GPU.
 
         Raises:
-            EngineError: there is none.
+            EngineError: there is no GPU.
         """
         self.api, self.driver = api, driver
         self._lock = threading.RLock()
@@ -63,9 +63,9 @@ class GpuSession:
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
-        """Keep other threads out, and make the GPU's context the calling thread's.
+        """Keep other threads out, and make the context of the GPU current in the calling thread.
 
-        A thread that waits for the GPU meanwhile makes the others wait too: all work is on the one stream anyway.
+        A thread that waits for the GPU meanwhile makes the others wait too: all work is on one stream anyway.
 
         Raises:
             EngineError: the driver reports an error.
@@ -75,24 +75,24 @@ class GpuSession:
             yield
 
     def activations(self, size: int) -> DeviceBuffer:
-        """Memory of at least that many bytes; the same for every engine."""
+        """Memory of at least `size` bytes, shared by all engines."""
         if self._activations is None or self._activations.size < size:
             if self._activations is not None:
-                self.driver.synchronize(self.stream)  # it may be in use
-            self._activations = None  # given back before more is taken
+                self.driver.synchronize(self.stream)  # the memory may be in use
+            self._activations = None  # free before allocating more
             self._activations = DeviceBuffer(self.driver, size)
             self.activations_moved += 1
         return self._activations
 
     def load(self, plan: Path, *, host_code: bool) -> Any:
-        """A plan as an engine.
+        """Load a plan as an engine.
 
         Args:
             plan: the file.
-            host_code: it holds a runtime of its own, as version-compatible plans do.
+            host_code: whether it holds its own runtime, as version-compatible plans do.
 
         Raises:
-            EngineError: it cannot be loaded.
+            EngineError: the plan cannot be loaded.
         """
         if host_code:
             self.runtime.engine_host_code_allowed = True
@@ -102,16 +102,16 @@ class GpuSession:
         return engine
 
     def context(self, engine: Any, plan: Path) -> Any:
-        """An execution context whose activations are the session's.
+        """Make an execution context whose activations use the memory of the session.
 
         Raises:
-            EngineError: there is not enough memory, for one.
+            EngineError: for example, there is not enough memory.
         """
         trt = self.api.module
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self.api.target == TENSORRT_RTX.name:
-            # RTX compiles kernels for a shape when it first comes: at once, so that the first run is as the others.
+            # RTX compiles kernels for a new shape: eager, so that the first run does not differ from later ones.
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             config.set_runtime_cache(
@@ -134,7 +134,7 @@ class GpuSession:
         return self._kernels
 
     def keep_kernels(self) -> None:
-        """Write the runtime cache, if it has grown, where the bundle can be written."""
+        """Write the runtime cache if it has grown and the bundle is writable."""
         if self._kernels is None or self._kernels_path is None:
             return
         data = bytes(self._kernels.serialize())
@@ -148,13 +148,13 @@ class GpuSession:
 
 
 def gpu_session(target: Target) -> GpuSession:
-    """This process's session for a target; for any thread.
+    """The session of this process for a target; any thread may call this.
 
     Raises:
         EngineError: no driver, no GPU, or the target cannot be loaded.
-        MissingDependencyError: a package is missing.
+        MissingDependencyError: a package is not installed.
     """
-    with _one_session:  # two threads that come first at the same time get the same one
+    with _one_session:  # two threads that call this first get the same session
         return _session(target)
 
 

@@ -1,8 +1,8 @@
-"""How plans sample pictures: said to the builder, whatever its parser made of the graph.
+"""Sets how plans sample pictures, regardless of how the parser reads the graph.
 
-Some parsers of TensorRT read ONNX GridSample of mode "linear", as opset 20 calls it, as *nearest* (reported for
-TensorRT 10.13 and 11.1, onnx-tensorrt issue 1060; that of TensorRT for RTX 1.7.1 reads it rightly). Every warp is such
-a sample.
+Some parsers of TensorRT read ONNX GridSample with mode "linear", the name in opset 20, as *nearest* (reported for
+TensorRT 10.13 and 11.1, onnx-tensorrt issue 1060; the parser of TensorRT for RTX 1.7.1 is correct). Every warp uses
+such a sample.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from lfdm_export.errors import EngineError
 if TYPE_CHECKING:
     import onnx
 
-#: How every grid-sample layer of a plan samples, as fingerprints say it.
+#: How every grid-sample layer of a plan samples, as written in fingerprints.
 GRID_SAMPLING = "linear, zeros outside, corners not aligned"
-# The same as attributes of GridSample, with what stands for an attribute that is left out. Opsets before 20 say
+# The same as attributes of GridSample, with the default of an omitted attribute. Opsets before 20 say
 # "bilinear".
 _ATTRIBUTES = {
     "mode": ("linear", ("linear", "bilinear")),
@@ -27,10 +27,10 @@ _ATTRIBUTES = {
 
 
 def require_grid_sampling(model: onnx.ModelProto) -> None:
-    """Refuse a graph that samples in another way than plans do.
+    """Reject a graph that samples differently from plans.
 
     Raises:
-        EngineError: a GridSample of the graph, or of one of its functions, has other attributes.
+        EngineError: a GridSample in the graph, or in one of its functions, has other attributes.
     """
     import onnx
 
@@ -47,17 +47,17 @@ def require_grid_sampling(model: onnx.ModelProto) -> None:
 
 
 def set_grid_sampling(trt: Any, network: Any) -> int:
-    """Set how each grid-sample layer of a parsed network samples, and read it back.
+    """Set how each grid-sample layer of a parsed network samples, and verify it.
 
     Args:
-        trt: the module of TensorRT or of TensorRT for RTX.
-        network: that the parser filled.
+        trt: the Python module of TensorRT or of TensorRT for RTX.
+        network: a network from the parser.
 
     Returns:
-        How many layers the parser had read otherwise.
+        Number of layers that the parser had read differently.
 
     Raises:
-        EngineError: a layer does not keep what it was told.
+        EngineError: a layer does not keep its setting.
     """
     wanted = {
         "interpolation_mode": trt.InterpolationMode.LINEAR,
@@ -85,5 +85,5 @@ def set_grid_sampling(trt: Any, network: Any) -> int:
 
 
 def _as_grid_sample(trt: Any, layer: Any) -> None:
-    """A network gives its layers as of their common class, which has none of the properties of their own."""
+    """Cast a layer to its own class: a network returns layers as their base class, without their properties."""
     layer.__class__ = trt.IGridSampleLayer

@@ -1,4 +1,4 @@
-"""Whether a plan is one of a bundle's stage, for this version and GPU, and whole: asked before anything runs it."""
+"""Checks, before a plan runs, that it matches the stage of a bundle, this version and GPU, and is complete."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _ALTERED = "is not what its record says: it was altered, or cut off"
 
 
 def plan_to_run(bundle: Bundle, stage: str, target: Target, library: str, gpu: Gpu) -> tuple[Path, PlanRecord]:
-    """The plan of a stage, if it is one of this graph, for this version and this GPU.
+    """The plan of a stage, if it matches this graph, this version and this GPU.
 
     Args:
-        bundle: whose files were found whole.
-        stage: its name.
-        target: that shall run it.
+        bundle: a bundle with verified files.
+        stage: name of the stage.
+        target: target that runs the plan.
         library: name and version of the target here.
-        gpu: that it shall run on.
+        gpu: GPU that runs the plan.
 
     Raises:
-        EngineError: there is none, or it was made of something else or for something else; the message says what
+        EngineError: there is no plan, or it was made from or for something else; the message says what
             to run.
     """
     folder = PlanFolder(bundle.path, target)
@@ -46,23 +46,23 @@ def plan_to_run(bundle: Bundle, stage: str, target: Target, library: str, gpu: G
 def check_plan_alone(
     bundle: Bundle, stage: str, target: Target, plan: Path, record_path: Path, gpus: Collection[Gpu] = ()
 ) -> PlanRecord:
-    """Whether another program can be given a plan, which then runs without this one.
+    """Check that another program can run a plan without this one.
 
-    Which version of the target that program has is not known here: it refuses plans of others by itself.
+    The target version of that program is not known here: the program itself rejects plans of other versions.
 
     Args:
-        bundle: whose files were found whole.
-        stage: its name.
-        target: that shall run it.
-        plan: the file.
-        record_path: the record of it.
-        gpus: that it shall run on, as far as they are known.
+        bundle: a bundle with verified files.
+        stage: name of the stage.
+        target: target that runs the plan.
+        plan: the plan file.
+        record_path: its record.
+        gpus: GPUs that run the plan, as far as they are known.
 
     Returns:
         The record.
 
     Raises:
-        EngineError: it was made of something else, for something else, lacks its weights, or is not whole; the message
+        EngineError: it was made from or for something else, lacks its weights, or is incomplete; the message
             says what to run.
     """
     record = _record_of(bundle, stage, target, plan, record_path)
@@ -90,7 +90,7 @@ def _record_of(bundle: Bundle, stage: str, target: Target, plan: Path, record_pa
 
 
 def _made_of_another(made: Fingerprint, bundle: Bundle, stage: str, target: Target) -> str:
-    """Why a plan is none of a bundle's stage; "" if it is one."""
+    """Why a plan does not match the stage of a bundle; "" if it does."""
     spec = bundle.stages[stage]
     for what, found, expected in (
         ("target", made.target, target),
@@ -123,7 +123,7 @@ def _made_for_another_gpu(made: Fingerprint, gpu: Gpu) -> str:
 
 
 def _later(made: Fingerprint, library: str) -> bool:
-    """Whether a version-compatible plan may be run by another version: a later one of the same major number."""
+    """Whether this version may run a version-compatible plan: a later version with the same major number may."""
     (name, _, old), (other, _, new) = made.library.rpartition(" "), library.rpartition(" ")
     if not made.options.version_compatible or name != other:
         return False

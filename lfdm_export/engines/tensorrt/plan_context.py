@@ -14,26 +14,26 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
 class PlanContext:
-    """One way of running an engine: shapes, addresses, and the session's memory for activations."""
+    """An execution context of an engine: shapes, addresses, and the activation memory of the session."""
 
     def __init__(self, session: GpuSession, engine: Any, path: Path, spec: StageSpec) -> None:
-        """Make the execution context; see `TensorRtEngine.context`."""
+        """Create the context, as `TensorRtEngine.context` describes."""
         self.session, self.spec = session, spec
         self._context = session.context(engine, path)
         self._shapes: Shapes = {}
         self._prepared_for = -1
 
     def prepare(self, shapes: Shapes) -> bool:
-        """Set the inputs' shapes, and give the context memory for them.
+        """Set the shapes of the inputs, and give the context memory for them.
 
         Args:
-            shapes: of all inputs, by name.
+            shapes: shapes of all inputs, by name.
 
         Returns:
-            Whether anything had to be done.
+            Whether anything changed.
 
         Raises:
-            EngineError: a shape is outside the plan's profile, or there is not enough memory.
+            EngineError: a shape is outside the profile of the plan, or there is not enough memory.
         """
         if self._shapes == shapes and self._prepared_for == self.session.activations_moved:
             return False
@@ -46,20 +46,20 @@ class PlanContext:
         return True
 
     def bind(self, pointers: Mapping[str, int]) -> None:
-        """Say where on the GPU inputs and outputs lie.
+        """Set the GPU addresses of inputs and outputs.
 
         Raises:
-            EngineError: an address is refused.
+            EngineError: TensorRT rejects an address.
         """
         for name, pointer in pointers.items():
             if not self._context.set_tensor_address(name, pointer):
                 raise self._failure(f"refuses the address of {name}")
 
     def enqueue(self) -> None:
-        """Queue one run with what is bound.
+        """Queue one run with the bound tensors.
 
         Raises:
-            EngineError: it cannot be queued.
+            EngineError: the run cannot be queued.
         """
         if not self._context.execute_async_v3(self.session.stream):
             raise self._failure("failed")

@@ -1,4 +1,4 @@
-"""A stage's graph as a builder reads it, and what of it does not change with the weights' values."""
+"""The graph of a stage for a builder, and the part of it that does not depend on the values of the weights."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lfdm_export.errors import MissingDependencyError
 
 
 def builder_graph(bundle: Bundle, stage: str, target: Target) -> tuple[bytes, str, tuple[str, ...]]:
-    """A stage's graph with the bodies that suit a target.
+    """The graph of a stage with the operator bodies for a target.
 
     Returns:
-        The serialised model, whose large weights are external; SHA-256 of what is left of it without the values of
+        The serialized model, whose large weights are external; SHA-256 of the model without the values of
         its floating-point weights; names of the files that hold its large weights.
 
     Raises:
-        EngineError: the graph is another stage's, damaged, reads what is not beside it, or samples pictures otherwise
-            than plans do.
+        EngineError: the graph is that of another stage, is damaged, reads files outside its folder, or samples pictures
+            differently from plans.
         MissingDependencyError: onnx is not installed.
     """
     try:

@@ -1,12 +1,12 @@
-"""Plans on disk: what each was made of and for, beside it; used only where all of that fits.
+"""Plans on disk, each with a record of what it was made from and for; a plan is used only if all of that matches.
 
 Layout::
 
     BUNDLE/plans/TARGET/STAGE.plan          what the target runs
-    BUNDLE/plans/TARGET/STAGE.json          its record; the last thing that is written
-    BUNDLE/plans/TARGET/STAGE.layers.json   what the target's inspector says of it, where it could be asked
+    BUNDLE/plans/TARGET/STAGE.json          its record, written last
+    BUNDLE/plans/TARGET/STAGE.layers.json   the inspector output of the target, if available
 
-Plans belong to no manifest: they can be made anew from the graphs, and are for one kind of GPU.
+Plans are not in the manifest: they can be rebuilt from the graphs, and are for one kind of GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lfdm_export.errors import EngineError
 from lfdm_export.files.atomic import folder_made, locked, sync_path, temporary_folder
 from lfdm_export.files.json_codec import from_plain, to_plain
 
-# A record is some kilobytes; a file far beyond that is not one.
+# A record has a few kilobytes; a much larger file is not a record.
 _LARGEST_RECORD = 1 << 20
 
 Compatibility = Literal["none", "ampere+", "same-capability"]
@@ -35,13 +35,13 @@ Compatibility = Literal["none", "ampere+", "same-capability"]
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What the builder is told beside graph and batch profile.
+    """The options of a builder besides graph and batch profile.
 
     Attributes:
-        optimization_level: 0 … 5, more is slower to build; None for the builder's own.
-        hardware_compatible: TensorRT: which GPUs beside the builder's the plan shall run on.
-        version_compatible: TensorRT: run under later versions of the same major number too.
-        strip: TensorRT: leave the weights out; they are read from the graphs when the plan is loaded, so that new
+        optimization_level: 0 … 5, higher builds more slowly; None for the default of the builder.
+        hardware_compatible: TensorRT: which GPUs, besides that of the builder, run the plan.
+        version_compatible: TensorRT: also run under later versions with the same major number.
+        strip: TensorRT: omit the weights; they are read from the graphs when the plan is loaded, so that new
             weights of the same architecture need no new plan, and the stages of one network share them on disk.
     """
 
@@ -53,18 +53,18 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a plan was made of and for. Plans of equal fingerprints can stand for each other.
+    """What a plan was made from and for. Plans with equal fingerprints are interchangeable.
 
     Attributes:
-        target: that runs it.
-        stage: its name.
-        precision: of the graph.
-        sources: SHA-256 of the graph and of the files of its weights, by path in the bundle; none if stripped.
+        target: the target that runs it.
+        stage: name of the stage.
+        precision: precision of the graph.
+        sources: SHA-256 of the graph and of the files of its weights, by path in the bundle; empty if stripped.
         structure: SHA-256 of the graph that the builder read, without the values of its weights.
-        batch: smallest, usual and largest batch.
-        library: the target's name and version.
-        gpus: what it was built for: architectures (RTX), or the one GPU's architecture and name.
-        options: that the builder was given.
+        batch: smallest, typical and largest batch.
+        library: name and version of the target.
+        gpus: what it was built for: architectures (RTX), or the architecture and name of the one GPU.
+        options: options of the builder.
         grid_sampling: how its layers sample pictures; see `grid_samples`.
     """
 
@@ -82,14 +82,14 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class PlanRecord:
-    """The file beside a plan.
+    """The record of a plan.
 
     Attributes:
-        fingerprint: what it was made of and for.
+        fingerprint: what the plan was made from and for.
         plan: SHA-256 and size of the plan.
-        seconds: that the builder took.
-        peak_bytes: memory that the builder's process took at its peak.
-        layers: what was built, in numbers: by kind of layer and by data type of its outputs.
+        seconds: time of the build.
+        peak_bytes: peak memory of the builder process.
+        layers: numbers about the plan: by kind of layer and by data type of its outputs.
     """
 
     fingerprint: Fingerprint
@@ -108,27 +108,27 @@ class PlanFolder:
 
     @property
     def path(self) -> Path:
-        """The folder; need not exist."""
+        """The folder; it may not exist."""
         return self.bundle / PLANS_FOLDER / self.target
 
     def plan(self, stage: str) -> Path:
-        """A stage's plan."""
+        """The path of a stage's plan."""
         return self.path / f"{stage}.plan"
 
     def record_path(self, stage: str) -> Path:
-        """What is written beside it."""
+        """The path of its record."""
         return self.path / f"{stage}.json"
 
     def layers_path(self, stage: str) -> Path:
-        """The inspector's words."""
+        """The path of the inspector output."""
         return self.path / f"{stage}.layers.json"
 
     def record(self, stage: str) -> PlanRecord | None:
-        """The record of a stage's plan; None where there is none, or none that this program reads."""
+        """The record of a stage's plan; None if there is none, or none that this program reads."""
         return read_record(self.record_path(stage))
 
     def reusable(self, wanted: Fingerprint) -> PlanRecord | None:
-        """The record of the plan that is there, if it has exactly that fingerprint and is whole."""
+        """The record of the existing plan, if it has exactly this fingerprint and is complete."""
         record = self.record(wanted.stage)
         if record is None or record.fingerprint != wanted or not is_whole(self.plan(wanted.stage), record):
             return None
@@ -138,10 +138,10 @@ class PlanFolder:
     def workshop(self) -> Iterator[Path]:
         """A folder to build in, on the same file system; one builder at a time, others wait.
 
-        What a killed builder left behind is removed.
+        Files from a killed builder are removed.
 
         Raises:
-            EngineError: the bundle cannot be written.
+            EngineError: the bundle is not writable.
         """
         try:
             with folder_made(self.path), locked(self.path), temporary_folder(self.path / "building") as folder:
@@ -150,10 +150,10 @@ class PlanFolder:
             raise EngineError(f"plans cannot be written to {self.path}: {error.strerror or error}") from error
 
     def install(self, record: PlanRecord, plan: Path, layers: Path | None, workshop: Path) -> None:
-        """Put a whole plan in its place; its record last, so that none is ever believed beside another plan.
+        """Move a complete plan into place; its record last, so that a record never belongs to another plan.
 
         Raises:
-            OSError: the disk is full, for one; the old plan is still there, or neither has a record.
+            OSError: for example, the disk is full; the old plan is still there, or there is no record.
         """
         stage = record.fingerprint.stage
         written = workshop / f"{stage}.json"
@@ -169,12 +169,12 @@ class PlanFolder:
         sync_path(self.path)
 
     def stages(self) -> tuple[str, ...]:
-        """The stages that have a plan and a record, fit or not."""
+        """The stages that have a plan and a record, whether they match or not."""
         return tuple(sorted(path.stem for path in self.path.glob("*.plan") if self.record_path(path.stem).is_file()))
 
 
 def read_record(path: Path) -> PlanRecord | None:
-    """The record in a file; None where there is none, or none that this program reads."""
+    """The record in a file; None if there is none, or none that this program reads."""
     try:
         if path.stat().st_size > _LARGEST_RECORD:
             return None
@@ -192,12 +192,12 @@ def is_whole(path: Path, record: PlanRecord) -> bool:
 
 
 def remake(bundle: Path, target: Target) -> str:
-    """The command that makes a bundle's plans."""
+    """The command that rebuilds the plans of a bundle."""
     return f"lfdm-export --plans {bundle} --target {target}"
 
 
 def gpus_of(target: Target, architectures: tuple[str, ...], gpu: Gpu | None) -> tuple[str, ...]:
-    """What a plan built here is for, as its fingerprint says it."""
+    """What a plan built here is for, as written in its fingerprint."""
     if target == TENSORRT_RTX.name:
         return architectures
     assert gpu is not None, "TensorRT was chosen without a GPU"

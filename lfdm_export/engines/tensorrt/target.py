@@ -13,21 +13,21 @@ if TYPE_CHECKING:
     from lfdm_export.bundle.reader import Bundle
     from lfdm_export.engines.interface import Engine
 
-#: The oldest TensorRT that takes every strongly typed graph of a bundle.
+#: The oldest TensorRT that supports every strongly typed graph of a bundle.
 OLDEST_TENSORRT = (10, 12)
-#: Bindings and libraries of TensorRT for RTX come in two packages, and must be of the same version.
+#: Bindings and libraries of TensorRT for RTX come in two packages, which must have the same version.
 RTX_BINDINGS, RTX_LIBRARIES = "tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx"
 #: GPU architectures that TensorRT for RTX 1.7 can build for.
 RTX_ARCHITECTURES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
-#: Those that a plan is built for by default: all but Turing, which has no bf16 and no TF32.
+#: Default architectures of a plan: all but Turing, which has no bf16 and no TF32.
 RTX_DEFAULT = ("SM80", "SM86", "SM89", "SM120", "SM121")
 
 
 def rtx_architectures(precision: str, gpus: Collection[str] | None = None) -> tuple[str, ...]:
-    """What a plan of TensorRT for RTX is built for: those requested, or all of `RTX_DEFAULT` that have the precision.
+    """The architectures of a plan of TensorRT for RTX: those requested, or all of `RTX_DEFAULT` with the precision.
 
     Raises:
-        InputError: a requested one is unknown or has no such precision.
+        InputError: a requested one is unknown or lacks the precision.
     """
     for gpu in gpus or ():
         if gpu not in RTX_ARCHITECTURES:
@@ -75,13 +75,13 @@ def _no_gpu(spec: TargetSpec, need: str, machine: Machine) -> str:
 
 
 def _has(architecture: str, precision: str) -> bool:
-    """Whether an architecture multiplies in a precision; "SM120" is compute capability (12, 0)."""
+    """Whether an architecture has matrix products in a precision; "SM120" is compute capability (12, 0)."""
     digits = architecture.removeprefix("SM")
     return (int(digits[:-1]), int(digits[-1])) >= FIRST_CAPABILITY[precision]
 
 
 def _numbers(version: str) -> tuple[int, int]:
-    """The first two numbers of a version; (0, 0) where it has none."""
+    """The first two numbers of a version; (0, 0) if it has none."""
     parts = version.split(".")
     return (int(parts[0]), int(parts[1])) if len(parts) > 1 and all(part.isdigit() for part in parts[:2]) else (0, 0)
 
