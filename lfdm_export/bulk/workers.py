@@ -52,6 +52,7 @@ class _Team:
         self._units = iter(units)
         self._again: list[Unit] = []
         self._deaths: collections.Counter[str] = collections.Counter()
+        self._suspected: list[tuple[Unit, str]] = []
         self._answered = False
         self.at_work: dict[Connection, tuple[BaseProcess, Unit]] = {}
 
@@ -84,6 +85,8 @@ class _Team:
                 self.at_work[connection] = process, unit  # ended with the others
                 raise LfdmExportError(answer)
             self._answered = True
+            while self._suspected:
+                yield from self._give_up(*self._suspected.pop())
             following = self._next_unit()
             if following is None:
                 connection.close()  # which tells it that nothing is left
@@ -115,9 +118,18 @@ class _Team:
         self._deaths[unit[0].id] += 1
         if self._deaths[unit[0].id] < MOST_DEATHS:
             self._again.append(unit)
-        elif not self._answered:
+        elif self._answered:
+            yield from self._give_up(unit, gone)
+        elif (
+            self.at_work and not self._suspected
+        ):  # the first answer of another worker shows that the jobs are at fault
+            self._suspected.append((unit, gone))
+        else:
             raise EngineError(f"no worker does anything: each {gone}; try --workers 1, and look at its memory")
-        elif len(unit) > 1:  # the others shall not suffer from one
+
+    def _give_up(self, unit: Unit, gone: str) -> Iterator[list[Record]]:
+        """Make each of several jobs by itself, because one of them may be at fault; record a single one as failed."""
+        if len(unit) > 1:
             self._again.extend((job,) for job in unit)
         else:
             sentence = f"{MOST_DEATHS} workers died at this row: the last one {gone}; it may need more memory"

@@ -272,21 +272,21 @@ class AsyncClient:
             ...     async for event in stream:
             ...         print(event)
         """
-        asked = Asked(
-            image=image,
-            crop=crop,
-            label=label,
-            text=text,
-            text_embedding=text_embedding,
-            options=SamplingOptions(sampler, steps, eta, guidance_scale),
-            seed=seed,
-            priority=priority,
-            deadline=deadline,
-            request_id=request_id,
-        )
         seconds = self.settings.timeout if deadline is None else deadline
 
         async def begin() -> AsyncStream:
+            asked = Asked(
+                image=image,
+                crop=crop,
+                label=label,
+                text=text,
+                text_embedding=text_embedding,
+                options=SamplingOptions(sampler, steps, eta, guidance_scale),
+                seed=seed,
+                priority=priority,
+                deadline=deadline,
+                request_id=request_id,
+            )
             facts = await self.facts()
             plan, job = await self._connection.waiting.aside(
                 partial(plan_stream, asked, facts, preview_every=preview_every, progress_every=progress_every)

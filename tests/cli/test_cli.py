@@ -303,9 +303,9 @@ def test_generate_by_motion_transfer(bundle: Bundle, photo: str, tmp_path: Path)
         (["--label", "Anger", "-o", "a.gif", "--steps", "0"], "steps: found 0"),
         (["--label", "Anger", "-o", "a.gif", "--threads", "0"], "threads is 0"),
         (["--label", "Anger", "-o", "a.txt"], "the ending of a.txt is not a clip format"),
-        (["--label", "Anger", "-o", "clip"], "the ending of clip is none"),
+        (["--label", "Anger", "-o", "clip"], "the ending of clip is not a clip format"),
         (["--label", "Anger", "-o", "a.gif", "--fps", "0"], "fps is 0"),
-        (["--label", "Anger", "-o", "a.npz", "--panels"], "npz archive does not hold"),
+        (["--label", "Anger", "-o", "a.npz", "--panels"], "npz and motion files hold neither panels"),
         (["--label", "Anger", "-o", "frames/", "--format", "gif"], "frames/ names a folder"),
     ],
 )

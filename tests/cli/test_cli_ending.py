@@ -19,6 +19,7 @@ from lfdm_export.cli import export_main, generate_main, verify_main
 from lfdm_export.errors import BundleError, InputError
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.pictures.clip import Clip
+from lfdm_export.sampling.options import SamplingOptions
 from lfdm_export.serving.triton.repository import require_apart
 from tests.fake_bundle import EMBEDDINGS, write_fake_bundle
 
@@ -243,8 +244,8 @@ def pipeline(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Any:
         def __init__(self) -> None:
             self.bundle = bundle
 
-        def sampler_table(self, *_: object) -> SimpleNamespace:
-            return SimpleNamespace(name="ddim", steps=2)
+        def resolve(self, options: SamplingOptions) -> tuple[SamplingOptions, SimpleNamespace]:
+            return options, SimpleNamespace(name="ddim", steps=2)
 
         def generate(self, *_: object, **__: object) -> Clip:
             return Clip(

@@ -134,7 +134,7 @@ def test_scale_enlarges_and_titles_stand_above_the_panels(tmp_path: Path):
     for scale in wrong:
         with pytest.raises(InputError, match="scale is"):
             clip().save(tmp_path / "c.gif", scale=scale)
-    with pytest.raises(InputError, match="npz archive does not hold"):
+    with pytest.raises(InputError, match="npz and motion files hold neither panels"):
         clip().save(tmp_path / "c.npz", scale=2)
 
 
