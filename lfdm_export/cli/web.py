@@ -14,7 +14,7 @@ from lfdm_export.files.names import user_path
 from lfdm_export.machine import CACHE_NAME, user_cache
 
 PROGRAM = "lfdm-web"
-# Connections that may wait to be taken.
+# Length of the queue of new connections.
 _WAITING = 128
 _EXAMPLES = """\
   lfdm-web characters
@@ -32,12 +32,18 @@ def web_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "bundle", metavar="BUNDLE", help="a folder, org/name on the Hugging Face hub, or characters: the shipped model"
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine alone)")
-    parser.add_argument("--port", type=int, default=8080, metavar="N", help="0: any that is free (%(default)s)")
-    parser.add_argument("--state", metavar="DIR", help="folder of the videos, which outlive the server (user's cache)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, only this machine)"
+    )
+    parser.add_argument("--port", type=int, default=8080, metavar="N", help="0: any free port (default: %(default)s)")
+    parser.add_argument(
+        "--state", metavar="DIR", help="folder of the videos, kept after a restart (default: the user's cache)"
+    )
     parser.add_argument("--token-env", metavar="NAME", help="environment variable that holds a bearer token")
-    parser.add_argument("--queue", type=int, default=32, metavar="N", help="videos that may wait or run (%(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (all cores)")
+    parser.add_argument(
+        "--queue", type=int, default=32, metavar="N", help="videos that may be queued or running (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="threads per engine (default: all cores)")
     add_target_option(parser)
     add_common_options(parser)
     args = parser.parse_args(argv)
@@ -64,7 +70,7 @@ def _serve(args: argparse.Namespace) -> int:
     app = make_app(pipeline, Store(_state(args)), options)
     server = uvicorn.Server(uvicorn.Config(app, args.host, args.port, log_level="warning", server_header=False))
     socket = server.config.bind_socket()
-    socket.listen(_WAITING)  # from now on connections wait, whatever still starts
+    socket.listen(_WAITING)  # from now on connections wait until the start is done
     say(args, f"videos  http://{args.host}:{socket.getsockname()[1]}/v1/videos")
     server.run(sockets=[socket])
     return OK
