@@ -30,9 +30,9 @@ class JobSettings:
 
     Attributes:
         options: options of sampling.
-        crop: see `lfdm_export.generate.pipeline.Pipeline.generate`.
-        format: one of `lfdm_export.pictures.clip_files.FORMATS`.
-        fps, scale, panels: see `lfdm_export.pictures.clip.Clip.save`.
+        crop: region of the image to use: "center", or (x, y, width, height) in pixels; None uses the whole image.
+        format: file format, one of `lfdm_export.pictures.clip_files.FORMATS`.
+        fps, scale, panels: arguments of `lfdm_export.pictures.clip.Clip.save`.
     """
 
     options: SamplingOptions = SamplingOptions()

@@ -41,7 +41,7 @@ class MakerSettings:
 
     Attributes:
         bundle: path of the bundle, whose files are already verified.
-        bundle_id: see `lfdm_export.bundle.manifest.Manifest.bundle_id`.
+        bundle_id: ID of the bundle, `lfdm_export.bundle.manifest.Manifest.bundle_id`.
         out: folder of the clips.
         target, device, threads: arguments of `lfdm_export.generate.pipeline.Pipeline.open`.
     """

@@ -46,7 +46,7 @@ def make_on_ray(
     Raises:
         MissingDependencyError: Ray is not installed.
         EngineError: the cluster is unreachable, or has too few cores or GPUs.
-        LfdmExportError: a worker cannot run; see `lfdm_export.bulk.maker.Maker.make`.
+        LfdmExportError: an actor cannot load an engine or write a clip.
     """
     if not units:
         return

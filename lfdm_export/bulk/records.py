@@ -32,8 +32,8 @@ class Record:
         id: ID of the job.
         state: "made" or "failed".
         file: path of the clip, relative to the folder of the run.
-        digest: digest of the job; see `lfdm_export.bulk.job.Job.digest`.
-        content: digest of the inputs; see `content_of`.
+        digest: digest of the job, from `lfdm_export.bulk.job.Job.digest`.
+        content: digest of the inputs, from `content_of`.
         stamps: stamps of the inputs, taken before reading.
         error: error message of a failed job.
         seconds: duration; for a batch, the job's share.

@@ -148,7 +148,8 @@ class AsyncClient:
 
         Args:
             image: a path, a PIL image, (H,W,3) uint8, or (B,H,W,3) uint8 for a batch.
-            crop: region of the image to use; see `lfdm_export.generate.pipeline.Pipeline.generate`.
+            crop: region of the image to use: "center", the largest square in its middle, or (x, y, width, height) in
+                pixels. None keeps the whole image, and pads it to a square with black bars.
             label: a label of the model, or one per sample.
             text: free text, or one per sample; only for models with a text encoder.
             text_embedding: (text_width,) or (B, text_width).
@@ -201,7 +202,7 @@ class AsyncClient:
         crop: Crop | None = None,
         deadline: float | None = None,
     ) -> Clip:
-        """Generate a clip of `image` with a saved motion; see `lfdm_export.generate.pipeline.Pipeline.animate`.
+        """Generate a clip of `image` with a saved motion, as `lfdm_export.generate.pipeline.Pipeline.animate` does.
 
         Nothing is sampled: the server encodes the image and decodes the motion's latent. For the image of the clip that
         the motion comes from, on the same server, the frames are bit-identical.
@@ -209,7 +210,8 @@ class AsyncClient:
         Args:
             image: a path, a PIL image or (H,W,3) uint8.
             motion: ``clip.motion`` of a clip generated with ``latent=True``, or the path of a saved ``.motion`` file.
-            crop: region of the image to use; see `lfdm_export.generate.pipeline.Pipeline.generate`.
+            crop: region of the image to use: "center", the largest square in its middle, or (x, y, width, height) in
+                pixels. None keeps the whole image, and pads it to a square with black bars.
             deadline: seconds for both requests together; None uses `Settings.timeout`.
 
         Raises:

@@ -62,7 +62,7 @@ class Plan:
         words: label or text of each sample, if any.
         seeds: seed of each sample.
         priority: priority of all requests.
-        settings: settings of the generation; see `lfdm_export.pictures.clip.Clip`.
+        settings: settings of the generation, plain JSON values by name.
     """
 
     jobs: tuple[Job, ...]

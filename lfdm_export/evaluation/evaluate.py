@@ -33,7 +33,7 @@ from lfdm_models.training.procedural import HELD_OUT_SEEDS, LABELS, sample_clip
 UInt8Array = NDArray[np.uint8]
 Float64Array = NDArray[np.float64]
 
-# First held-out character: for reconstruction and generation; and for the real clips of the comparison.
+# Index of the first held-out character: for reconstruction and generation; for the real clips of the comparison.
 _SHOWN, _REAL = 0, 1_000_000
 # Largest difference, on the scale 0 … 255, of a still pixel from the first frame.
 _STILL = 2

@@ -458,7 +458,7 @@ def test_a_graph_knows_its_own_context_and_addresses(tmp_path: Path, monkeypatch
     host = StageRunner(place.bundle, threads=1, target="onnxruntime")
     for batch in (1, 2, 1):
         engine = place.runner.engine("step")
-        engine.run(feeds_for(engine.spec, batch=3))  # the same engine, between two steps
+        engine.run(feeds_for(engine.spec, batch=3))  # a single run of the same engine, before the chain
         assert_same_floats(chain(place.runner, batch=batch)[0], chain(host, batch=batch)[0])
     assert len(place.gpu.loaded["step"].contexts) == 3, "the engine's own, and one for each batch"
 
