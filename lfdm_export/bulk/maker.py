@@ -59,7 +59,7 @@ class _Ready:
     """A job and its inputs.
 
     Attributes:
-        job: the job.
+        job: job of the clip.
         picture: (size, size, 3) uint8.
         moved_by: an embedding (text_width,), a motion, or None.
         content: result of `content_of`.

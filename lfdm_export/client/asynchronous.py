@@ -152,7 +152,7 @@ class AsyncClient:
                 pixels. None keeps the whole image, and pads it to a square with black bars.
             label: a label of the model, or one per sample.
             text: free text, or one per sample; only for models with a text encoder.
-            text_embedding: (text_width,) or (B, text_width).
+            text_embedding: embedding of the text, (text_width,) or (B, text_width).
             sampler: a name of `lfdm_export.sampling.tables.SAMPLERS`. For this and the next three arguments, None uses
                 the model's default.
             steps: sampling steps.
@@ -255,7 +255,7 @@ class AsyncClient:
             crop: region of the image to use.
             label: a label of the model.
             text: free text.
-            text_embedding: (text_width,).
+            text_embedding: embedding of the text, (text_width,).
             sampler: name of the sampler.
             steps: sampling steps.
             eta: DDIM's share of fresh noise.

@@ -49,7 +49,7 @@ class Frames:
     """Final frames of the clip.
 
     Attributes:
-        indices: (n,) int32, which frames of the clip these are.
+        indices: (n,) int32, positions of the frames in the clip.
         frames: (n, H, W, 3) uint8.
     """
 

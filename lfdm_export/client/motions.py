@@ -39,7 +39,7 @@ class MotionPlan:
 
     Attributes:
         source: (1, size, size, 3) uint8, the prepared image.
-        motion: the motion.
+        motion: saved motion that is decoded.
         facts: facts of the served model.
         request_id: ID of the decode request.
     """

@@ -255,7 +255,7 @@ def import_protocol() -> tuple[Any, Any]:
     """Return Triton's protobuf messages and gRPC stubs: `service_pb2`, `service_pb2_grpc`.
 
     Raises:
-        MissingDependencyError: they are not installed.
+        MissingDependencyError: the packages are not installed.
     """
     try:
         from tritonclient.grpc import service_pb2, service_pb2_grpc
