@@ -1,22 +1,22 @@
 """Export of latent flow diffusion models (LFDM) to ONNX bundles, and generation of clips with them.
 
 Examples:
-    The model that comes with the package, which needs neither torch nor onnx:
+    The model that comes with the package requires neither torch nor onnx:
 
     >>> from lfdm_export import Pipeline
     >>> pipeline = Pipeline("characters")
     >>> clip = pipeline.generate("face.png", label="nod", steps=10, seed=1)
     >>> paths = clip.save("nod.gif")
 
-    Checkpoints of your own become a bundle first:
+    Your own checkpoints are exported to a bundle first:
 
     >>> from lfdm_export import export_bundle, load_model
     >>> model = load_model("RegionMM_mug.pth", "flowdiff_mug.pth", dataset="mug")
     >>> bundle = export_bundle(model, "mug", dataset="mug")
     >>> paths = Pipeline(bundle).generate("face.jpg", label="happiness", seed=0).save("happiness.gif")
 
-Importing the package is light: what needs torch or onnxruntime is imported when it is first used. It turns off the
-telemetry of these packages (see `lfdm_export.telemetry`).
+Importing the package is fast: torch and onnxruntime are imported on first use. The import turns off the telemetry of
+these packages (see `lfdm_export.telemetry`).
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> object:
-    """Import a name of the interface on first use (PEP 562).
+    """Import a public name on first use (PEP 562).
 
     Raises:
-        AttributeError: there is no such name.
-        MissingDependencyError: it needs a package that is not installed.
+        AttributeError: the name does not exist.
+        MissingDependencyError: the name requires a package that is not installed.
     """
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -93,5 +93,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    """All public names, loaded or not."""
+    """List all public names, loaded or not."""
     return sorted({*globals(), *__all__})

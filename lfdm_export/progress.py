@@ -1,15 +1,15 @@
-"""How callers hear of progress."""
+"""Progress callbacks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeAlias
 
-#: Called with the stage at work, how much of it is done, and out of how much.
+#: Called as ``progress(stage, done, total)``.
 Progress: TypeAlias = Callable[[str, int, int], None]
 
 
 def report(progress: Progress | None, stage: str, done: int, total: int) -> None:
-    """Call it, if there is one."""
+    """Call `progress`, unless it is None."""
     if progress is not None:
         progress(stage, done, total)

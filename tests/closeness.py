@@ -1,4 +1,4 @@
-"""When two float32 results count as the same."""
+"""Comparison of float32 results up to rounding."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ ROUNDING = 2.0**-24
 
 
 def assert_same_floats(found: Any, expected: Any, *, roundings: int = 32) -> None:
-    """Compare what the same operators give in other memory, another batch, or through another interface.
+    """Compare results of the same operators in other memory, another batch, or through another interface.
 
-    A library picks its loops by the processor, by how memory is aligned and by sizes, and each order of summing rounds
-    otherwise. Bits are therefore not compared, but errors of so many roundings of the largest value: 2e-6 of it where
-    a result takes a few sums. What is wrong (another weight, a row of a neighbor, a step that was lost) is off by 1e-3
-    and more.
+    A library chooses its loops by processor, memory alignment and sizes, and each order of summation rounds
+    differently. The tolerance is therefore a number of roundings of the largest value: 2e-6 of it for results of a few
+    sums. Wrong results (another weight, a neighbor's row, a lost step) differ by 1e-3 and more.
 
     Args:
         found: floats of any shape.
         expected: floats of the same shape.
-        roundings: allowed, each of 2^-24 of the largest expected value, or of 1 where that is smaller.
+        roundings: allowed number of roundings, each 2^-24 of the largest expected value, or of 1 if that is smaller.
     """
     found, expected = np.asarray(found), np.asarray(expected)
     assert found.dtype == expected.dtype

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.running_server import RunningServer
 
 ROOT = Path(__file__).resolve().parents[1]
-#: What a user's shell, a CI system or a container may set, and what would change what programs do or print.
+#: Environment variables of shells, CI systems or containers that change how programs behave or print.
 FOREIGN = (
     "COLUMNS", "FORCE_COLOR", "LINES", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "PYTHONDEVMODE",
     "PYTHONFAULTHANDLER", "PYTHONWARNINGS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "WORLD_SIZE", "RANK",
@@ -27,29 +27,29 @@ FOREIGN = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Before torch and rich are imported, and inherited by the commands that tests start.
+    # Must precede the imports of torch and rich; commands that tests start inherit it.
     for name in FOREIGN:
         os.environ.pop(name, None)
     os.environ["TERM"] = "xterm-256color"
-    # A shell that starts the tests in the background has it ignored; tests interrupt themselves and what they start.
+    # A shell that starts the tests in the background has SIGINT ignored; tests interrupt themselves and their children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # The small models of the ordinary tests run faster on one thread; the full-size chains want every core.
+    # The small models of the default tests run faster on one thread; the full-size chains need every core.
     if config.option.markexpr != "full":
         os.environ["OMP_NUM_THREADS"] = "1"
-    # What tests compile is of no use to whoever runs them.
+    # Engines that tests compile are of no use in the user's cache.
     os.environ.setdefault("LFDM_CACHE_SIZE", "0")
-    # Engines are compared where tests ask for it; none of the others loads two of them in order to choose.
+    # Only tests that request the self-check compare engines; the others do not load two engines to choose one.
     os.environ.setdefault("LFDM_SELF_CHECK", "0")
 
 
 @pytest.fixture(autouse=True)
 def same_random_numbers() -> None:
-    """A test's draws from torch's global state do not depend on the tests that ran before it."""
+    """Seed torch's global state, so that a test's draws do not depend on earlier tests."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
 
 
-#: Largest absolute errors against golden arrays, by what was compared; printed when the tests are done.
+#: Largest absolute errors against golden arrays, by name of the comparison; printed after the tests.
 GOLDEN_ERRORS = pytest.StashKey[dict[str, float]]()
 
 
@@ -68,7 +68,7 @@ def golden_errors(request: pytest.FixtureRequest) -> dict[str, float]:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """The folder of golden cases and photographs, which lies beside the repository."""
+    """Folder of golden cases and images, beside the repository."""
     path = ROOT.parent / "shared"
     assert path.is_dir(), f"{path} is missing: the golden cases lie beside the repository"
     return path
@@ -78,7 +78,7 @@ def shared_dir() -> Path:
 def golden_checkpoints(
     shared_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, tuple[Path, Path]]]:
-    """(LFAE, DM) of published size for each golden variant: 0.9 GB in all, removed at the end."""
+    """Checkpoints (LFAE, DM) of published size per golden variant: 0.9 GB in all, removed at the end."""
     make = runpy.run_path(str(shared_dir / "golden" / "make_checkpoints.py"))["make"]
     folder = tmp_path_factory.mktemp("golden")
     yield {name: make(name, folder / name) for name in ("mug128", "natops128")}
@@ -87,7 +87,7 @@ def golden_checkpoints(
 
 @pytest.fixture(scope="session")
 def small_model() -> LfdmModel:
-    """The small untrained model; not to be changed."""
+    """The small untrained model; read-only."""
     from lfdm_models.demo import untrained_model
 
     return untrained_model()
@@ -95,7 +95,7 @@ def small_model() -> LfdmModel:
 
 @pytest.fixture(scope="session")
 def small_bundle(small_model: LfdmModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A bundle of it, of 10 frames of 64 pixels, whose last decoded chunk is not full; not to be changed."""
+    """Bundle of the small model: 10 frames of 64 pixels, with a partial last chunk of decoding; read-only."""
     from lfdm_export import Bundle, export_bundle
     from lfdm_export.files.atomic import locked
 
@@ -109,7 +109,7 @@ def small_bundle(small_model: LfdmModel, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def traced_already(small_bundle: Bundle) -> Iterator[None]:
-    """Exports of 10 frames of a model like the small one take the graphs that were traced for the small bundle."""
+    """Reuse the graphs of the small bundle for exports of 10 frames of a model with the small architecture."""
     import onnx_ir as ir
 
     from lfdm_export.export import bundle_export
@@ -128,7 +128,7 @@ def traced_already(small_bundle: Bundle) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps what OpenVINO compiles as long as the tests run, for all files of tests whose graphs are the same."""
+    """Cache OpenVINO's compiled models during the tests, shared by all test files with equal graphs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LFDM_CACHE_SIZE", "2GB")
         patch.setenv("XDG_CACHE_HOME", os.fspath(shared_folder(tmp_path_factory) / "cache"))
@@ -136,7 +136,7 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the processes among which pytest-xdist shares the tests: each has one of its own, inside of this one."""
+    """Folder shared by the worker processes of pytest-xdist; each worker's own folder is inside."""
     root = tmp_path_factory.getbasetemp()
     return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
@@ -152,11 +152,11 @@ def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
 
 @pytest.fixture(scope="session")
 def triton_server(small_bundle: Bundle) -> Iterator[RunningServer]:
-    """A real Triton server on the small bundle, for requests that leave it as it is: one for all files of tests."""
+    """A real Triton server on the small bundle, shared by all test files; only for requests that do not change it."""
     from lfdm_export.serving.server.files import install_server
     from tests.running_server import ServeCommand
 
-    install_server()  # nothing is fetched where it is there, as after `make server`
+    install_server()  # downloads nothing if installed, as after `make server`
     command = ServeCommand(small_bundle.path, "--threads=1", "--slots=4")
     try:
         yield command.server

@@ -1,4 +1,4 @@
-"""A bundle of tiny graphs whose arithmetic a test can follow by hand, for what needs no real networks."""
+"""A bundle of tiny graphs with simple arithmetic, for tests that need no real networks."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ _CONSTANTS = {
 
 
 def fake_graph(spec: StageSpec, body: str | None = None) -> onnx.ModelProto:
-    """The stage's fake graph, or one with its interface and another body."""
+    """Return the stage's fake graph, or one with the same interface and another body."""
     body = BODIES[spec.name] if body is None else body
 
     def signature(tensors: tuple[TensorSpec, ...]) -> str:
@@ -176,7 +176,7 @@ def fake_graph(spec: StageSpec, body: str | None = None) -> onnx.ModelProto:
 
 
 def feeds_for(spec: StageSpec, **axes: int) -> Feeds:
-    """Random inputs of a stage, the same every time."""
+    """Return random inputs of a stage, from a fixed seed."""
     rng = np.random.default_rng(0)
     return {
         tensor.name: rng.standard_normal(tensor.concrete(**axes)).astype(np.float32)
@@ -187,7 +187,7 @@ def feeds_for(spec: StageSpec, **axes: int) -> Feeds:
 
 
 def with_input(spec: StageSpec, change: Callable[[TensorSpec], TensorSpec]) -> StageSpec:
-    """The stage with another first input: to a graph of the real one, it is a stranger."""
+    """Return the stage with a changed first input, which graphs of the original stage do not match."""
     return replace(spec, inputs=(change(spec.inputs[0]), *spec.inputs[1:]))
 
 
@@ -225,7 +225,7 @@ def write_fake_bundle(target: Path, manifest: Manifest | None = None, **bodies: 
 def predicted_noise(
     noisy_latent: Float32, context: Float32, embedding: Float32, timestep: NDArray[np.int64], scale: float = 1.0
 ) -> Float32:
-    """What the fake denoiser predicts."""
+    """Return the prediction of the fake denoiser."""
 
     def per_sample(values: NDArray[np.floating]) -> Float32:
         return values.astype(np.float32).reshape(-1, 1, 1, 1, 1)
@@ -241,7 +241,7 @@ def predicted_noise(
 def update(
     latent: Float32, predicted: Float32, history: Float32, noise: Float32, coefficients: Float32
 ) -> tuple[Float32, Float32]:
-    """What the fake steps do after the denoiser."""
+    """Return the result of the fake steps' update after the denoiser."""
     c = coefficients.T.reshape(11, -1, 1, 1, 1, 1)
     carry, previous = history[:, 0], history[:, 1]
     x0 = np.clip(c[0] * latent + c[1] * predicted, -1, 1)

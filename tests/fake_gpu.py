@@ -1,10 +1,10 @@
-"""A driver and a TensorRT of Python, strict about order: what a test can know of a GPU without one.
+"""Fakes of the CUDA driver and TensorRT in Python, strict about order, for tests without a GPU.
 
-A context is current for the thread that made it so, and calls from other threads fail, as the driver's do.
+A context is current only for the thread that set it; calls from other threads fail, as with the driver.
 
-Work on a stream is not done when it is queued but when somebody waits for it, so that whoever reads too early, or
-changes what a copy has yet to read, gets wrong values. Memory of the GPU is memory of the host whose bounds are
-checked; copies to and from the host need pinned memory.
+Work on a stream runs when it is waited for, not when it is queued: reading too early, or changing the source of a
+queued copy, gives wrong values. GPU memory is host memory with checked bounds; copies to and from the host require
+pinned memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TEXTS = {
     INVALID_CONTEXT: b"invalid device context",
     ILLEGAL_ADDRESS: b"an illegal memory access was encountered",
 }
-#: What can be called before there is a context.
+#: Functions that need no context.
 _WITHOUT_CONTEXT = ("cuInit", "cuGetErrorString", "cuDriverGetVersion", "cuDevice", "cuCtxSetCurrent")
 
 Work = Callable[[], object]
@@ -43,7 +43,7 @@ Work = Callable[[], object]
 
 @dataclass
 class FakeStream:
-    """Work that waits, and the graph that is being captured, if one is."""
+    """Queued work, and the graph being captured, if any."""
 
     queue: list[Work] = field(default_factory=list)
     done: int = 0
@@ -53,7 +53,7 @@ class FakeStream:
         (self.queue if self.captured is None else self.captured).append(work)
 
     def run(self, until: int | None = None) -> None:
-        """Do what was queued, up to the `until`-th piece of work since the beginning."""
+        """Run the queued work, up to the `until`-th piece since the start."""
         count = len(self.queue) if until is None else max(0, until - self.done)
         for work in self.queue[:count]:
             work()
@@ -62,7 +62,7 @@ class FakeStream:
 
 
 class FakeLibrary:
-    """What `ctypes.CDLL("libcuda.so.1")` would be; ``calls`` is what it was asked to do, in order."""
+    """Fake of `ctypes.CDLL("libcuda.so.1")`; ``calls`` lists the calls in order."""
 
     def __init__(self, *gpus: tuple[str, tuple[int, int]], memory: int = 1 << 40) -> None:
         self.gpus, self.memory = gpus or (("NVIDIA L4", (8, 9)),), memory
@@ -83,7 +83,7 @@ class FakeLibrary:
         function = getattr(self, f"_{name}")
 
         def call(*arguments: Any) -> int:
-            if name != "cuCtxSetCurrent":  # as often as whoever calls likes
+            if name != "cuCtxSetCurrent":  # may be called any number of times
                 self.calls.append(name)
             if not name.startswith(_WITHOUT_CONTEXT) and not self.has_context():
                 return INVALID_CONTEXT
@@ -101,18 +101,18 @@ class FakeLibrary:
         return self._handles
 
     def has_context(self) -> bool:
-        """Whether the calling thread has one."""
+        """Whether the calling thread has a context."""
         return getattr(self._thread, "context", 0) in self._contexts.values()
 
     def at(self, address: int, size: int, *, pinned: bool = False) -> Any:
-        """That memory, if all of it was allocated."""
+        """Return the memory at an address; fails unless all of it is allocated."""
         for start, buffer in (self.pinned if pinned else self.device).items():
             if start <= address and address + size <= start + len(buffer):
                 return (ctypes.c_ubyte * size).from_address(address)
         raise IndexError(address)
 
     def array(self, address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """An array in the GPU's memory."""
+        """Return an array in GPU memory."""
         return np.ndarray(shape, dtype, memoryview(self.at(address, int(np.prod(shape)) * np.dtype(dtype).itemsize)))
 
     # ------------------------------------------------------------------------------------ the device
@@ -319,7 +319,7 @@ class FakeRuntimeConfig:
 
 
 class FakeContext:
-    """Runs the stage's graph with ONNX Runtime, when the stream comes to it."""
+    """Runs the stage's graph with ONNX Runtime when the stream reaches it."""
 
     def __init__(self, engine: FakeEngine, config: FakeRuntimeConfig) -> None:
         self.engine, self.config = engine, config
@@ -363,7 +363,7 @@ class FakeContext:
             return False
         assert self.config.strategy == _Strategy.USER_MANAGED
         assert self.memory is not None, "no memory for activations"
-        gpu.library.at(*self.memory)  # still allocated
+        gpu.library.at(*self.memory)  # must still be allocated
         arrays = {
             tensor.name: gpu.library.array(self.addresses[tensor.name], tensor.concrete(batch=self.batch), tensor.dtype)
             for tensor in (*spec.inputs, *spec.outputs)
@@ -464,14 +464,14 @@ class FakeLogger:
 
 
 class FakeGpu:
-    """A session whose driver and TensorRT are fakes.
+    """A session with fakes of driver and TensorRT.
 
     Attributes:
-        library: the driver.
-        log: what was asked of TensorRT's contexts, in order.
+        library: fake driver.
+        log: calls of TensorRT's contexts, in order.
         loaded: engines by stage.
-        activation_bytes: that an engine wants for each sample.
-        failing: executions fail.
+        activation_bytes: activation memory of an engine per sample.
+        failing: whether executions fail.
     """
 
     def __init__(self, target: Target, specs: Mapping[str, StageSpec], *gpus: tuple[str, tuple[int, int]]) -> None:
@@ -494,6 +494,6 @@ class FakeGpu:
 
 
 def fake_plan(bundle: Bundle, stage: str, path: Path) -> Path:
-    """Write what `FakeRuntime` takes for a plan of a stage."""
+    """Write a plan of a stage for `FakeRuntime`."""
     path.write_text(json.dumps({"stage": stage, "graph": str(bundle.stage_path(stage))}), encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""A Hugging Face hub of this machine: the parts of its interface by which bundles are fetched and published."""
+"""A local Hugging Face hub: the parts of its API that download and publish bundles."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Files = dict[str, bytes]
 
 @dataclass
 class Repository:
-    """One repository: its commits, and what its branches and tags point to."""
+    """One repository: its commits, branches and tags."""
 
     private: bool = False
     commits: dict[str, Files] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Repository:
 
 
 class FakeHub:
-    """The hub: repositories by name, and the requests that came."""
+    """The hub: repositories by name, and the received requests."""
 
     def __init__(self, token: str = "secret") -> None:
         self.repositories: dict[str, Repository] = {}
@@ -55,7 +55,7 @@ class FakeHub:
         self._thread.join()
 
     def fetched(self) -> list[str]:
-        """Files whose content was asked for."""
+        """Files whose content was requested."""
         reads = [request for request in self.requests if re.match("GET .*/resolve/", request)]
         return [request.rpartition("/resolve/")[2].partition("/")[2] for request in reads]
 

@@ -1,4 +1,4 @@
-"""A gRPC server in this process that speaks Triton's protocol, makes clips by simple arithmetic, and fails as told."""
+"""An in-process gRPC server with Triton's protocol: computes clips by simple arithmetic, and fails on demand."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ FACTS = ModelFacts(
     precision="fp32",
     trained=False,
 )
-#: What a request is answered with in place of a clip: a status and its message.
+#: Response in place of a clip: a status and its message.
 Refusal = tuple[str, str]
 
 
 class RefusedError(Exception):
-    """A request that the fake was told to refuse."""
+    """A request that the fake must refuse."""
 
     def __init__(self, code: str, details: str) -> None:
         super().__init__(f"[{code}] {details}")
@@ -66,7 +66,7 @@ class RefusedError(Exception):
 
 
 def parse_request(tensors: Mapping[str, Array], inputs: tuple[WireTensor, ...]) -> GenerationRequest:
-    """A whole request, which the server's models read in parts."""
+    """Parse a whole request, which the server's models parse in parts."""
     limits = Limits()
     check_request(tensors, inputs)
     image, condition = parse_image(tensors, limits), parse_condition(tensors, limits)
@@ -81,7 +81,7 @@ def parse_request(tensors: Mapping[str, Array], inputs: tuple[WireTensor, ...]) 
 
 
 def clip_of(request: GenerationRequest) -> Array:
-    """The fake clip: depends on everything that a request says."""
+    """Compute the fake clip, which depends on every field of the request."""
     assert request.image is not None
     words = (request.label or request.text or "").encode()
     embedding = 0 if request.text_embedding is None else int(request.text_embedding.sum())
@@ -94,7 +94,7 @@ def clip_of(request: GenerationRequest) -> Array:
 
 @dataclass
 class Seen:
-    """One request as it came."""
+    """One received request."""
 
     model: str
     request_id: str
@@ -107,20 +107,20 @@ class Seen:
 
 @dataclass
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """Answers rightly but for what is told here.
+    """Responds correctly, except as set by these attributes.
 
     Attributes:
-        refusals: the next requests for clips are refused with these, one each.
-        gate: requests for clips wait until it is set.
-        refused_at_once: the first request is refused with this, when another one has come.
+        refusals: refusals of the next requests for clips, one each.
+        gate: event that requests for clips wait for.
+        refused_at_once: refusal of the first request, sent when another one has arrived.
         change: applied to the response of each clip.
-        break_stream_after: a stream ends with `stream_end` after so many responses.
-        stream_end: a status, or None to end it as if all were well.
-        token: refuse whoever does not send it.
+        break_stream_after: number of responses after which a stream ends with `stream_end`.
+        stream_end: a status, or None to end the stream without an error.
+        token: requests without this token are refused.
         facts: sent as the model's configuration.
-        seen: every request for a clip.
-        cancelled: ids of which the sampler was told.
-        unknown_for: so many times the sampler does not know of a request, for it has not come there yet.
+        seen: all requests for clips.
+        cancelled: IDs of the cancellations received by the sampler.
+        unknown_for: number of cancellations for which the sampler does not know the request yet.
     """
 
     refusals: list[Refusal] = field(default_factory=list)
@@ -202,7 +202,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         except InputError as error:
             yield service_pb2.ModelStreamInferResponse(error_message=f"[INVALID_ARGUMENT] {error}")
             return
-        except RefusedError as refused:  # as Triton does: the stream itself ends as if all were well
+        except RefusedError as refused:  # as in Triton, the stream itself ends without an error
             yield service_pb2.ModelStreamInferResponse(error_message=str(refused))
             return
         for index, tensors in enumerate(stream_tensors(parsed)):
@@ -244,7 +244,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
 
 def stream_tensors(request: GenerationRequest) -> Iterator[dict[str, Array]]:
-    """The responses of a stream: progress, previews, then frames by two, of which the last overlap."""
+    """Yield the responses of a stream: progress, previews, then pairs of frames, of which the last two overlap."""
     frames, total = clip_of(request), request.options.steps or 4
     for step in range(1, total + 1):
         tensors: dict[str, Array] = {
@@ -272,7 +272,7 @@ def text(value: str) -> Array:
 
 
 def request_tensors(request: Any, inputs: tuple[WireTensor, ...]) -> dict[str, Array]:
-    """A request's tensors; requests and responses hold them alike."""
+    """Return a request's tensors, stored as in responses."""
     as_response = service_pb2.ModelInferResponse(id=request.id, raw_output_contents=request.raw_input_contents)
     for tensor in request.inputs:
         as_response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
@@ -289,7 +289,7 @@ def answer(model: str, request_id: str, tensors: dict[str, Array], outputs: tupl
 
 
 class Port:
-    """A port of this machine's own on which nobody listens: connections are refused, and no other program takes it."""
+    """A reserved local port without a listener: connections are refused, and no other program can use it."""
 
     def __init__(self) -> None:
         self._socket = socket.socket()
@@ -306,12 +306,12 @@ class Port:
 
 
 class Serving:
-    """A fake server on a port of its own, for as long as the context lasts."""
+    """A fake server on its own port, within a context."""
 
     def __init__(self, fake: FakeTriton, credentials: Any = None, port: int = 0) -> None:
-        """Serve at once, on a free port if it is 0, else on one that a `Port` keeps."""
+        """Start serving, on a free port if `port` is 0, else on one reserved by a `Port`."""
         self._pool = ThreadPoolExecutor(24)
-        # With a port that `Port` keeps, both sides must say that they share it.
+        # To share a port reserved by `Port`, both sockets must set this option.
         self._server = grpc.server(self._pool, options=[("grpc.so_reuseport", int(port != 0))])
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(fake, self._server)
         host = "127.0.0.1" if port else "localhost"

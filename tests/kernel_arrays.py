@@ -1,4 +1,4 @@
-"""What the tests of kernels share: arrays of 16-bit floats as their bits, and the kernels there are."""
+"""Shared by the tests of kernels: arrays of 16-bit floats as bits, and the list of kernels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KERNELS: tuple[Kernel, ...] = (
     *(count_kernel(*storages, number) for storages in STORAGES for number in range(PASSES)),
     *(update_kernel(*storages) for storages in STORAGES),
     noise_kernel(),
-    # Of the published network, of the small one, and others.
+    # Sizes of the published network, of the small one, and others.
     *(core_kernel("float16", *sizes) for sizes in ((32, 40), (16, 8), (32, 16), (32, 64), (64, 40))),
     *(core_kernel("bfloat16", *sizes) for sizes in ((32, 40), (16, 8))),
     *(norm.statistics_kernel(storage) for storage in TORCH),
@@ -42,7 +42,7 @@ KERNELS: tuple[Kernel, ...] = (
 
 
 def stored(tensor: torch.Tensor, storage: Storage, layout: Layout = "planar") -> NDArray[Any]:
-    """The tensor as a kernel reads it; 16-bit floats as their bits."""
+    """Convert a tensor to the array that a kernel reads; 16-bit floats as bits."""
     values = tensor.to(TORCH[storage])
     if layout == "channels_last":
         values = values.permute(0, 2, 3, 1)
@@ -51,12 +51,12 @@ def stored(tensor: torch.Tensor, storage: Storage, layout: Layout = "planar") ->
 
 
 def empty(shape: tuple[int, ...], storage: Storage, layout: Layout = "planar") -> NDArray[Any]:
-    """Memory for a result, filled with NaN, so that what is not written shows."""
+    """Allocate memory for a result, filled with NaN to reveal unwritten elements."""
     return stored(torch.full(shape, torch.nan), storage, layout)
 
 
 def values_of(array: NDArray[Any], storage: Storage, layout: Layout = "planar") -> torch.Tensor:
-    """What a kernel stored, as planar float64."""
+    """Convert a kernel's output to planar float64."""
     tensor = torch.from_numpy(array)
     if storage != "float32":
         tensor = tensor.view(TORCH[storage])
@@ -66,6 +66,6 @@ def values_of(array: NDArray[Any], storage: Storage, layout: Layout = "planar") 
 
 
 def addresses(arrays: Sequence[NDArray[Any]]) -> list[int]:
-    """Where they lie in memory, in C order."""
+    """Return the memory addresses of arrays in C order."""
     assert all(array.flags.c_contiguous for array in arrays)
     return [array.ctypes.data for array in arrays]

@@ -1,15 +1,15 @@
-"""Drives TensorRT's own Python layer for quickly deployable plugins, without TensorRT's libraries or a GPU.
+"""Drives TensorRT's Python layer for quickly deployable plugins, without TensorRT's libraries or a GPU.
 
-A program of its own, because it puts stand-ins into the process: empty functions for the nine that the bindings need to
-be loaded, a registry, and symbolic dimensions. Everything between the plugin and those is NVIDIA's code: signatures
-are checked, types are combined, kernels asked for.
+Runs as a separate program, because it puts stubs into the process: empty versions of the nine functions that the
+bindings need to load, a registry, and symbolic dimensions. Everything between the plugin and those is NVIDIA's code: it
+checks signatures, combines types and requests kernels.
 
     python tests/plugin_driver.py FOLDER COMPILER
 
-FOLDER takes the stand-ins' libraries; cases are read from FOLDER/cases.json, results go to FOLDER/results.json. A
-case is {"op", "inputs": [{"shape", "type"}], "attributes", "batch"}; a dimension that is null is dynamic, and has the
-value of "batch" for that input when the engine runs. A result has the plugin's answers for each combination of types
-and layouts.
+The stubs' libraries are written to FOLDER; cases are read from FOLDER/cases.json, results are written to
+FOLDER/results.json. A case is {"op", "inputs": [{"shape", "type"}], "attributes", "batch"}; a null dimension is
+dynamic, and has the value of "batch" for that input when the engine runs. A result has the plugin's outputs for each
+combination of types and layouts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FUNCTIONS = (
 
 
 def load_bindings(folder: Path, compiler: str) -> Any:
-    """`tensorrt`, on libraries that have the functions which it is linked to, and nothing in them."""
+    """Import `tensorrt` on libraries with empty versions of the functions that it is linked to."""
     source = folder / "nothing.c"
     source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in FUNCTIONS))
     for name in LIBRARIES:
@@ -49,7 +49,7 @@ def load_bindings(folder: Path, compiler: str) -> Any:
 
 
 class Dimension:
-    """A symbolic dimension: a value that is known only when the engine runs, or a constant."""
+    """A symbolic dimension: a constant, or a value known only when the engine runs."""
 
     def __init__(self, value: int, constant: bool) -> None:
         self.value, self.constant = value, constant
@@ -66,7 +66,7 @@ class Dimension:
 
 
 class Builder:
-    """What makes expressions."""
+    """Builds expressions."""
 
     def __init__(self, trt: Any) -> None:
         kinds = trt.DimensionOperation
@@ -89,7 +89,7 @@ class Builder:
 
 
 class Registry:
-    """Keeps plugin creators."""
+    """Stores plugin creators."""
 
     def __init__(self) -> None:
         self.creators: dict[tuple[str, str, str], Any] = {}
@@ -103,11 +103,11 @@ class Registry:
 
 
 class SymbolicArgument:
-    """Stands for `ISymExpr`, whose expression must be TensorRT's own."""
+    """Replaces `ISymExpr`, whose expression must be an object of TensorRT."""
 
 
 class Setter:
-    """Receives the scalars."""
+    """Collects the scalars."""
 
     def __init__(self) -> None:
         self.nbSymExprs = 0
@@ -118,7 +118,7 @@ class Setter:
 
 
 def run_case(trt: Any, registry: Registry, case: dict[str, Any]) -> dict[str, Any]:
-    """A plugin from its creation by the parser to its kernels."""
+    """Run a plugin from its creation by the parser to its kernels."""
     creator = registry.get_creator(case["op"], "1", "lfdm")
     fields = creator.field_names
     names = [field.name for field in fields]
@@ -153,12 +153,12 @@ def run_case(trt: Any, registry: Registry, case: dict[str, Any]) -> dict[str, An
 
 
 def output_shapes_of(plugin: Any, dimensions: list[list[Dimension]], builder: Builder) -> list[list[Dimension]]:
-    """Shapes of the outputs, in the plugin's own expressions."""
+    """Return the shapes of the outputs, as the plugin's expressions."""
     return [list(shape) for shape in plugin.get_output_shapes(dimensions, [], builder)]
 
 
 def parser_fields(trt: Any, names: list[str], attributes: dict[str, Any]) -> Any:
-    """Attributes as the ONNX parser hands them over: in the creator's order, INT as int32, FLOAT as float32."""
+    """Return attributes as the ONNX parser passes them: in the creator's order, INT as int32, FLOAT as float32."""
     import numpy as np
 
     fields = []
@@ -171,7 +171,7 @@ def parser_fields(trt: Any, names: list[str], attributes: dict[str, Any]) -> Any
 
 
 def description(trt: Any, shape: list[int], chosen: Any) -> Any:
-    """A tensor as autotuning and the build describe it."""
+    """Describe a tensor as autotuning and the build do."""
     dynamic = trt.DynamicPluginTensorDesc()
     desc = trt.PluginTensorDesc()
     desc.dims = shape
@@ -185,7 +185,7 @@ def description(trt: Any, shape: list[int], chosen: Any) -> Any:
 def run_combination(
     trt: Any, plugin: Any, shapes: list[list[int]], chosen: list[Any], inputs: int, builder: Builder
 ) -> dict[str, Any]:
-    """Tactics, launch, scalars and kernel of one combination of types and layouts."""
+    """Return tactics, launch, scalars and kernel of one combination of types and layouts."""
     described = [description(trt, shape, one) for shape, one in zip(shapes, chosen, strict=True)]
     plugin.configure_plugin(described[:inputs], described[inputs:])
     tactics = plugin.get_valid_tactics()
@@ -209,14 +209,14 @@ def run_combination(
 
 
 def main() -> int:
-    """Run the cases."""
+    """Run all cases."""
     folder, compiler = Path(sys.argv[1]), sys.argv[2]
     trt = load_bindings(folder, compiler)
     registry = Registry()
     trt.get_plugin_registry = lambda: registry
     trt.IDimensionExpr, trt.ISymExpr = Dimension, SymbolicArgument
 
-    class Shapes(list):  # in place of DimsExprs, which holds TensorRT's own expressions
+    class Shapes(list):  # replaces DimsExprs, which holds only TensorRT's expressions
         def __init__(self, size: int) -> None:
             super().__init__([None] * size)
 

@@ -1,4 +1,4 @@
-"""A real server on a small bundle, started as people start it, and what tests ask it with."""
+"""A real server on a small bundle, started by `lfdm-serve`, and helpers for requests."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ import tritonclient.grpc as triton
 from lfdm_export.protocol.contract import CLIP_MODEL, STREAM_INPUTS, WireTensor
 from lfdm_export.serving.server.control import open_directly
 
-#: Options of gRPC for a server of this machine: a proxy in the environment is for others.
+#: gRPC options for a local server: ignore a proxy in the environment.
 DIRECT = [("grpc.enable_http_proxy", 0)]
-#: A request of the tests that takes longer is lost.
+#: Timeout of requests, in seconds.
 DEADLINE = 120.0
 _SPECS: Mapping[str, WireTensor] = {spec.name: spec for spec in STREAM_INPUTS}
 
 
 def tensor(spec: WireTensor, value: Any) -> np.ndarray:
-    """A plain value as the array that a tensor takes."""
+    """Convert a plain value to the array of a tensor."""
     if isinstance(value, np.ndarray):
         return value
     values = value if isinstance(value, list) else [value]
@@ -39,7 +39,7 @@ def tensor(spec: WireTensor, value: Any) -> np.ndarray:
 
 
 def inputs_of(values: Mapping[str, Any]) -> list[triton.InferInput]:
-    """A request's inputs for tritonclient; numbers and strings become what the contract says."""
+    """Return a request's inputs for tritonclient; converts numbers and strings to the types of the contract."""
     found = []
     for name, value in values.items():
         spec = _SPECS[name]
@@ -51,7 +51,7 @@ def inputs_of(values: Mapping[str, Any]) -> list[triton.InferInput]:
 
 
 def json_input(name: str, value: Any) -> dict[str, Any]:
-    """An input in Triton's JSON."""
+    """Return an input in Triton's JSON format."""
     array = np.asarray(value if isinstance(value, list) else [value])
     datatype = _SPECS[name].datatype
     return {"name": name, "datatype": datatype, "shape": list(array.shape), "data": array.ravel().tolist()}
@@ -59,14 +59,14 @@ def json_input(name: str, value: Any) -> dict[str, Any]:
 
 @dataclass
 class RunningServer:
-    """Addresses of a running server, and short ways to ask it."""
+    """Addresses of a running server, and helpers for requests."""
 
     grpc: str
     http: str
     metrics_url: str
 
     def client(self) -> triton.InferenceServerClient:
-        """A new gRPC client."""
+        """Return a new gRPC client."""
         return triton.InferenceServerClient(self.grpc, channel_args=DIRECT)
 
     def infer(
@@ -78,7 +78,7 @@ class RunningServer:
         model: str = CLIP_MODEL,
         **options: Any,
     ) -> dict[str, np.ndarray]:
-        """One request over gRPC, and the outputs that were asked for."""
+        """Send one request over gRPC, and return the requested outputs."""
         asked = [triton.InferRequestedOutput(name) for name in outputs]
         result = client.infer(
             model, inputs_of(values), outputs=asked, client_timeout=options.pop("client_timeout", DEADLINE), **options
@@ -86,7 +86,7 @@ class RunningServer:
         return {name: result.as_numpy(name) for name in outputs}
 
     def post(self, model: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> tuple[int, Any]:
-        """Status and answer of a request in JSON."""
+        """Send a request in JSON, and return status and response."""
         request = urllib.request.Request(
             f"{self.http}/v2/models/{model}/infer", json.dumps(body).encode(), dict(headers or {})
         )
@@ -97,24 +97,24 @@ class RunningServer:
             return error.code, json.loads(error.read())
 
     def metrics(self) -> dict[str, float]:
-        """The metrics page: values by name with labels; of our own, what was handed over up to now."""
+        """Return the metrics page: values by name with labels; this project's metrics as reported so far."""
         with open_directly(self.metrics_url, DEADLINE) as answer:
             lines = answer.read().decode().splitlines()
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
 
     def metric(self, name: str, **labels: str) -> float:
-        """One value of the page; 0 if it is not there yet."""
+        """Return one value of the metrics page; 0 if missing."""
         text = ",".join(f'{label}="{value}"' for label, value in labels.items())
         return self.metrics().get(f"{name}{{{text}}}", 0)
 
     def answered(self, client: triton.InferenceServerClient, model: str) -> int:
-        """How many requests a model has answered well; the server itself counts them, at once."""
+        """Return the number of a model's successful requests, which the server itself counts without delay."""
         statistics = client.get_inference_statistics(model).model_stats[0].inference_stats
         return int(statistics.success.count)
 
 
 def eventually(condition: Callable[[], bool], what: str) -> None:
-    """Wait until it is so; nothing takes as long as the patience of tests."""
+    """Wait until a condition holds; fails after `DEADLINE` seconds."""
     end = time.monotonic() + DEADLINE
     while not condition():
         assert time.monotonic() < end, f"not within {DEADLINE:.0f} s: {what}"
@@ -122,10 +122,10 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
 
 
 class ServeCommand:
-    """``lfdm-serve`` as a process of its own."""
+    """``lfdm-serve`` in its own process."""
 
     def __init__(self, bundle: Path, *options: str) -> None:
-        """Start it and wait until it says that it is ready."""
+        """Start the server and wait until it reports that it is ready."""
         code = "import sys; from lfdm_export.cli import serve_main; sys.exit(serve_main())"
         ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
         self.process = subprocess.Popen(
@@ -154,7 +154,7 @@ class ServeCommand:
         self.errors.extend(line.rstrip() for line in self.process.stderr)
 
     def stop(self) -> str:
-        """End it as a terminal does; what it wrote on stderr."""
+        """Stop the server as a terminal does, and return its stderr."""
         self.process.send_signal(signal.SIGINT)
         self.process.wait(120)
         self._reader.join(10)

@@ -1,4 +1,4 @@
-"""Fast, exact stages in NumPy, a clock that is set by hand, and what collects a sampler's answers."""
+"""Fakes for tests of the sampler: exact stages in NumPy, a manual clock, and a collector of results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_job(
     progress_every: int | None = None,
     context: Float32 | None = None,
 ) -> SampleJob:
-    """A job whose context and embedding are its seed's own."""
+    """Return a job whose context and embedding depend on its seed."""
     random = np.random.default_rng(seed)
     side = GEOMETRY.latent_size
     return SampleJob(
@@ -53,7 +53,7 @@ def make_job(
 
 
 def expected_latent(job: SampleJob, on_step: Callable[[int, Float32, Float32], None] | None = None) -> Float32:
-    """What the job gives, by the loop that everything else uses."""
+    """Compute the job's latent with the sampling loop of the library."""
     stages = NumpyStages()
     embedding = (NULL if job.guidance_scale == 0 else job.embedding)[None]
     guidance = [np.array([job.guidance_scale], np.float32)] if job.guided else []
@@ -75,10 +75,10 @@ def expected_latent(job: SampleJob, on_step: Callable[[int, Float32, Float32], N
 
 @dataclass
 class NumpyStages:
-    """The fake bundle's steps, row by row, so that no row depends on the others.
+    """The fake bundle's steps, computed row by row, so that rows are independent.
 
     Attributes:
-        before: called with the stage and its inputs before each run; may block or raise.
+        before: called with stage and inputs before each run; may block or raise.
         runs: stage and number of rows of each run.
     """
 
@@ -102,7 +102,7 @@ class NumpyStages:
 
 
 class Clock:
-    """Stands still until it is set."""
+    """Clock that only advances when set."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -112,7 +112,7 @@ class Clock:
 
 
 class Answers:
-    """Collects what becomes of jobs: `done` and `errors` by name, in `order`; previews and progress by name."""
+    """Collects results of jobs: `done` and `errors` by name, in `order`; previews and progress by name."""
 
     def __init__(self) -> None:
         self.done: dict[Any, Sampled] = {}
@@ -149,7 +149,7 @@ class Answers:
 
 
 class Events:
-    """An observer that keeps everything."""
+    """An observer that stores all events."""
 
     def __init__(self) -> None:
         self.rejections = 0

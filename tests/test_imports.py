@@ -1,4 +1,4 @@
-"""Which room may import which: one strict order, and what must import on a bare machine."""
+"""Imports between rooms follow one strict order, and light modules import on a bare machine."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (ROOT, ROOT / "models")
 PACKAGES = ("lfdm_export", "lfdm_models")
 
-#: The rooms of `lfdm_export`, from the bottom up: a module imports from its own room or from those before it, inside of
-#: functions too; only what type checkers alone see is free. `lfdm_models` lies below all of them.
+#: Rooms of `lfdm_export`, from the bottom up: a module imports only from its own room or from earlier ones, also inside
+#: functions; imports for type checkers are exempt. `lfdm_models` is below all rooms.
 ROOMS = (
     "errors", "dependencies", "telemetry", "wording", "progress", "stages", "machine",
     "files", "sampling", "pictures", "checkpoints", "ops", "rewrite", "graphs", "bundle", "reference", "engines",
     "quantize", "export", "generate", "bulk", "parity", "protocol", "batching", "client", "serving", "web",
     "evaluation", "cli",
 )  # fmt: skip
-#: Modules that others may import by the names that they had before they moved into rooms; nothing here does.
+#: Former module names, kept for other projects; this project does not import them.
 FORMER = ("bundle_writer", "media", "preprocess")
-#: Of the networks' package, plain facts that import no network.
+#: Modules of `lfdm_models` with plain facts, which import no network.
 FACTS = (
     "lfdm_models.command_line", "lfdm_models.config", "lfdm_models.labels", "lfdm_models.pictures",
     "lfdm_models.schedule",
 )  # fmt: skip
 
-#: Not in the core's dependencies: no light module may need them to be imported.
+#: Packages outside the core's dependencies; no light module may import them.
 OPTIONAL = (
     "aiohttp", "av", "diffusers", "einops", "fastapi", "gradio", "grpc", "onnx", "onnxruntime",
     "onnxruntime_ep_nv_tensorrt_rtx", "onnxscript", "openvino", "polygraphy", "pyarrow", "ray", "safetensors",
     "starlette", "tensorrt", "tensorrt_rtx_bindings", "tokenizers", "torch", "transformers", "tritonclient", "uvicorn",
 )  # fmt: skip
 
-#: The modules that may import optional packages at their top; every other one must do without.
+#: Modules that may import optional packages at the top level; all others must not.
 HEAVY = (
     "lfdm_export.checkpoints.load",
     "lfdm_export.checkpoints.model_folder",
@@ -59,15 +59,15 @@ HEAVY = (
     "lfdm_export.quantize",
     "lfdm_export.reference.pytorch",
     "lfdm_export.rewrite",
-    # What a server needs, and who starts one imports when it does.
+    # Required by a server; imported when one starts.
     "lfdm_export.serving.front",
-    # Run inside Triton alone, whose package they import.
+    # Run only inside Triton, whose package they import.
     "lfdm_export.serving.models",
     "lfdm_export.web.app",
     "lfdm_export.web.page.layout",
     "lfdm_export.web.page.site",
 )
-#: Of the networks' package, only these do without.
+#: The only modules of `lfdm_models` without optional packages.
 LIGHT_NETWORKS = (
     "lfdm_models", "lfdm_models.command_line", "lfdm_models.config", "lfdm_models.labels", "lfdm_models.patience",
     "lfdm_models.pictures", "lfdm_models.pictures.errors", "lfdm_models.pictures.formats",
@@ -92,7 +92,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 """
 
-#: Each module in a process of its own; only Python and the core's own requirements are loaded once for all.
+#: Imports each module in a forked process; only Python and the core's requirements are loaded once for all.
 EACH_ALONE = """
 import importlib, json, os, traceback
 import numpy, PIL.Image, rich.console
@@ -132,19 +132,19 @@ def modules() -> dict[str, Path]:
 
 
 def room_of(module: str) -> int:
-    """Where a module stands in the order; the networks' package below all rooms."""
+    """Return a module's position in the order; `lfdm_models` is below all rooms."""
     package, _, inside = module.partition(".")
     return -1 if package == "lfdm_models" else (*ROOMS, *FORMER).index(inside.partition(".")[0])
 
 
 def for_type_checkers(tree: ast.Module) -> set[ast.AST]:
-    """Everything below an ``if TYPE_CHECKING:``."""
+    """Return all nodes below ``if TYPE_CHECKING:``."""
     guards = (node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
     return {inside for guard in guards for inside in ast.walk(guard)}
 
 
 def own_imports(path: Path, known: set[str]) -> Iterator[str]:
-    """Every module of this project that a file imports when it runs, in functions too."""
+    """Yield every module of this project that a file imports at run time, also in functions."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     free = for_type_checkers(tree)
     for node in ast.walk(tree):
@@ -180,10 +180,10 @@ def test_imports_point_one_way():
     wrong = []
     for module, path in MODULES.items():
         if module == "lfdm_export":
-            continue  # the facade; it has a test of its own
+            continue  # the facade has its own test
         for imported in own_imports(path, set(MODULES)):
             if imported == "lfdm_export":
-                continue  # `from lfdm_export import __version__`; what else it gives is lazy
+                continue  # `from lfdm_export import __version__`; its other names are lazy
             if room_of(imported) > room_of(module):
                 wrong.append(f"{module} imports {imported}")
     assert wrong == []
@@ -272,7 +272,7 @@ def test_the_facade_names_are_real():
 
 @pytest.fixture(scope="module")
 def imports() -> dict[str, str]:
-    """What each light module says when it is imported on a bare machine: nothing, or the error."""
+    """Output of importing each light module on a bare machine: empty, or the error."""
     done = run_python(BLOCKER.format(optional=set(OPTIONAL)) + EACH_ALONE.format(modules=LIGHT))
     assert done.returncode == 0, done.stderr
     found: dict[str, str] = json.loads(done.stdout)

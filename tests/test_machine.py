@@ -1,4 +1,4 @@
-"""What of a machine a process may use: cores within masks and quotas, the user's cache folder."""
+"""Resources available to a process: cores within masks and quotas, and the user's cache folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lfdm_export import machine
 
 
 def fake_process(folder: Path, version: int, path: str, *, root: str = "/") -> tuple[Path, Path]:
-    """A process's folder in /proc, and where its tree of cgroups is mounted."""
+    """Create a process's folder in /proc, and the mount point of its cgroups."""
     process, mount = folder / "self", folder / "cgroups"
     process.mkdir()
     mount.mkdir()
@@ -52,7 +52,7 @@ def test_a_cgroups_quota_counts_and_so_do_those_around_it(tmp_path: Path, versio
 @pytest.mark.parametrize("root", ["/", "/docker/1f2e"])
 def test_a_container_that_sees_the_hosts_path(tmp_path: Path, version: int, root: str):
     process, mount = fake_process(tmp_path, version, "/docker/1f2e", root=root)
-    limit(mount, version, 150_000)  # its own group is what is mounted
+    limit(mount, version, 150_000)  # the mount point is its own group
     assert machine._cgroup_quota(process) == 1.5
 
 
@@ -70,7 +70,7 @@ def test_available_cores_are_those_of_mask_and_quota(monkeypatch: pytest.MonkeyP
 def test_hardware_threads_of_one_core_are_one_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(machine, "_CPUS", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1, 2, 5}, raising=False)
-    assert machine._cores_of_mask() == 4  # nobody says which belong together
+    assert machine._cores_of_mask() == 4  # no file says which hardware threads share a core
     for number, siblings in {0: "0,2", 1: "1,3", 2: "0,2", 5: "5,7"}.items():
         folder = tmp_path / f"cpu{number}" / "topology"
         folder.mkdir(parents=True)
@@ -90,7 +90,7 @@ def test_a_mask_of_one_processor_leaves_one_core():
 
 def test_math_libraries_keep_to_a_quota(monkeypatch: pytest.MonkeyPatch):
     for name in machine._THREAD_VARIABLES:
-        monkeypatch.setenv(name, "placeholder")  # so that what is set below is undone
+        monkeypatch.setenv(name, "placeholder")  # registers the variable, so that monkeypatch restores it
         monkeypatch.delenv(name)
     monkeypatch.setattr(machine, "_cores_of_mask", lambda: 8)
     monkeypatch.setattr(machine, "_cgroup_quota", lambda _process: None)
@@ -184,7 +184,7 @@ def test_every_engine_is_given_its_number_of_threads(
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     ort_engine.OnnxRuntimeEngine(path, SPECS["denoise"], threads=threads)
-    # Threads that outnumber the cores would spin in each other's way.
+    # With more threads than cores, spinning threads would block each other.
     assert given == [(expected, 1, "1" if expected <= 3 else "0")]
     options = openvino_engine.OpenVinoEngine(path, SPECS["denoise"], threads=threads)._options
     assert (options["INFERENCE_NUM_THREADS"], options["ENABLE_CPU_PINNING"]) == (expected, False)
@@ -202,6 +202,6 @@ def test_pytorch_keeps_to_the_cores_and_gets_its_own_back(monkeypatch: pytest.Mo
         assert torch.get_num_threads() == 4
         monkeypatch.setattr(machine, "available_cores", lambda: 64)
         with machine.torch_threads():
-            assert torch.get_num_threads() == 4  # fewer is the user's choice
+            assert torch.get_num_threads() == 4  # fewer threads are the user's choice
     finally:
         torch.set_num_threads(before)

@@ -1,1 +1,1 @@
-"""Tables of clips to make: read, shared out, made, and finished after whatever ends a run."""
+"""Bulk generation: reads a table of jobs, distributes and generates the clips, and resumes interrupted runs."""

@@ -1,4 +1,4 @@
-"""One clip to make, and what decides its bits."""
+"""One clip to generate, and everything that determines its bits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lfdm_export.pictures.crop import Crop
 from lfdm_export.pictures.enlarge import check_scale
 from lfdm_export.sampling.options import SamplingOptions
 
-#: What says how the picture moves.
+#: Input that determines the motion.
 Condition = Literal["label", "text", "embedding", "motion"]
 CONDITIONS: tuple[Condition, ...] = get_args(Condition)
 _ID_PART = re.compile(r"\w[\w.+=@ -]*")
@@ -26,13 +26,13 @@ _LONGEST_ID = 200
 
 @dataclass(frozen=True)
 class JobSettings:
-    """How a clip is sampled and written; jobs that agree in them can be made together.
+    """How a clip is sampled and written; jobs with equal settings can share a batch.
 
     Attributes:
-        options: how it is sampled.
-        crop: see `lfdm_export.generate.pipeline.Pipeline.generate`.
-        format: one of `lfdm_export.pictures.clip_files.FORMATS`.
-        fps, scale, panels: see `lfdm_export.pictures.clip.Clip.save`.
+        options: options of sampling.
+        crop: region of the image to use: "center", or (x, y, width, height) in pixels; None uses the whole image.
+        format: file format, one of `lfdm_export.pictures.clip_files.FORMATS`.
+        fps, scale, panels: arguments of `lfdm_export.pictures.clip.Clip.save`.
     """
 
     options: SamplingOptions = SamplingOptions()
@@ -43,7 +43,7 @@ class JobSettings:
     panels: bool = False
 
     def __post_init__(self) -> None:
-        """Check what can be checked without a bundle.
+        """Validate what needs no bundle.
 
         Raises:
             InputError: a value is out of range.
@@ -61,14 +61,14 @@ class Job:
     """A row of the table.
 
     Attributes:
-        id: names the clip's file, and decides its seed where none is given.
-        image: the photograph.
-        condition: what says how it moves.
-        value: the label or the text; "" for the others.
-        moved_by: where the embedding or the motion lies.
-        seed: of the noise.
-        settings: the rest.
-        fault: a sentence about a row that cannot be used; "" if it can.
+        id: names the clip's file, and determines the seed if the row has none.
+        image: source of the reference image.
+        condition: input that determines the motion.
+        value: the label or the text; "" for other conditions.
+        moved_by: source of the embedding or the motion.
+        seed: seed of the noise.
+        settings: settings of sampling and writing.
+        fault: error message of an invalid row; "" for a valid row.
     """
 
     id: str
@@ -82,44 +82,44 @@ class Job:
 
     @property
     def file(self) -> str:
-        """The clip's file, below the folder of the run."""
+        """Path of the clip's file, relative to the folder of the run."""
         return f"{self.id}.{self.settings.format}"
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """All that it reads."""
+        """All files and cells that the job reads."""
         return (self.image,) if self.moved_by is None else (self.image, self.moved_by)
 
     @property
     def group(self) -> tuple[object, ...]:
-        """Jobs that agree in it can be made together."""
+        """Key of jobs that can share a batch."""
         motion = self.moved_by if self.condition == "motion" else None
         return self.settings, self.condition, motion
 
     def digest(self, bundle_id: str) -> str:
-        """SHA-256 of everything that decides the clip but the content of its `sources`.
+        """Return the SHA-256 of everything that determines the clip, except the content of its `sources`.
 
         Args:
-            bundle_id: of the bundle that makes it.
+            bundle_id: ID of the bundle that generates the clip.
         """
         settings = to_plain(self.settings)
         facts = {
             "bundle_id": bundle_id,
             "condition": self.condition,
             "value": self.value,
-            # Motions that lie elsewhere but hold the same are the same: their content counts.
+            # Two files of equal content are the same motion, so only the content counts.
             "seed": None if self.condition == "motion" else self.seed,
-            "settings": {**settings.pop("options"), **settings},  # flat, as runs that were begun before know it
+            "settings": {**settings.pop("options"), **settings},  # flat, as in earlier versions, whose runs must resume
             "fault": self.fault,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def check_id(name: str) -> str:
-    """An id as it is.
+    """Return an ID if it is valid.
 
     Raises:
-        InputError: it cannot be part of a file's name on every system, or would lead out of the folder.
+        InputError: the ID cannot be part of a file name on every system, or would leave the folder.
     """
     parts = name.split("/")
     if len(name.encode()) > _LONGEST_ID or not all(
@@ -133,10 +133,10 @@ def check_id(name: str) -> str:
 
 
 def seed_of(name: str) -> int:
-    """The seed of a job that gives none: the first 32 bits of its id's SHA-256."""
+    """Return the default seed of a job: the first 32 bits of the SHA-256 of its ID."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
 def nowhere() -> InFile:
-    """The source of a row that names no picture, and so has a fault."""
+    """Return the source of a row without an image; such a row has a fault."""
     return InFile("")

@@ -1,4 +1,4 @@
-"""Makes the clips of jobs, and says what became of each: the same for one process, several, and a cluster."""
+"""Generates the clips of jobs and records each result: shared by one process, several, and a cluster."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from lfdm_export.pictures.preprocess import prepare_image, read_stream
 from lfdm_export.sampling.options import takes_both_branches
 from lfdm_export.wording import describe_error
 
-#: In a clip's metadata: `job_key` of the job that it was made for.
+#: Key in a clip's metadata of the `job_key` of its job.
 JOB = "job"
 
 
 @dataclass(frozen=True)
 class MakerSettings:
-    """What a worker needs to know.
+    """Settings of a worker.
 
     Attributes:
-        bundle: path of the bundle, whose files were checked.
-        bundle_id: see `lfdm_export.bundle.manifest.Manifest.bundle_id`.
+        bundle: path of the bundle, whose files are already verified.
+        bundle_id: ID of the bundle, `lfdm_export.bundle.manifest.Manifest.bundle_id`.
         out: folder of the clips.
-        target, device, threads: see `Pipeline.open`.
+        target, device, threads: arguments of `lfdm_export.generate.pipeline.Pipeline.open`.
     """
 
     bundle: str
@@ -56,14 +56,14 @@ class MakerSettings:
 
 @dataclass(frozen=True, eq=False)
 class _Ready:
-    """A job whose inputs were read.
+    """A job and its inputs.
 
     Attributes:
-        job: the job.
+        job: job of the clip.
         picture: (size, size, 3) uint8.
         moved_by: an embedding (text_width,), a motion, or None.
-        content: of `content_of`.
-        stamps: of what was read.
+        content: result of `content_of`.
+        stamps: stamps of the sources.
     """
 
     job: Job
@@ -74,18 +74,18 @@ class _Ready:
 
 
 def job_key(digest: str, content: str) -> str:
-    """Which clip it is: the job's digest and that of what it reads."""
+    """Return the key of a clip: the job's digest and the digest of the content it reads."""
     return content_of([digest.encode(), content.encode()])
 
 
 class Maker:
-    """Makes clips with one pipeline. Not for several threads at once."""
+    """Generates clips with one pipeline. Not thread-safe."""
 
     def __init__(self, settings: MakerSettings, pipeline: Pipeline | None = None) -> None:
-        """Use a pipeline, or open the bundle that the settings name.
+        """Use a pipeline, or open the bundle of the settings.
 
         Raises:
-            BundleError: there is no whole bundle.
+            BundleError: the bundle is missing or incomplete.
         """
         self._pipeline = pipeline or Pipeline.open(
             Bundle.open(settings.bundle, check_hashes=False),
@@ -99,14 +99,14 @@ class Maker:
         self._worker = f"{socket.gethostname()}:{os.getpid()}"
 
     def make(self, unit: Sequence[Job]) -> list[Record]:
-        """Make the clips of jobs that agree in their `group`, together; those that are there already are left alone.
+        """Generate the clips of jobs of one `group` as a batch; existing clips are not written again.
 
-        A job that fails has a record that says why. All are computed even if some are there, because what is
-        computed together decides the last bits.
+        The record of a failed job holds the error. All clips are computed even if some exist, because the last bits
+        depend on the batch.
 
         Raises:
             EngineError: an engine cannot be loaded.
-            InputError: a clip cannot be written.
+            InputError: a clip cannot be written to disk.
         """
         began = time.monotonic()
         records: dict[str, Record] = {}
@@ -116,7 +116,7 @@ class Maker:
             read: list[bytes] = []
             try:
                 ready.append(self._read(job, stamps, read))
-            except Exception as error:  # noqa: BLE001 (each row has its own end)
+            except Exception as error:  # noqa: BLE001 (one row must not stop the others)
                 records[job.id] = self._record(job, content_of(read), stamps, error)
         missing = [one for one in ready if not self._is_there(one)]
         self._load_engines([one.job for one in missing])
@@ -130,7 +130,7 @@ class Maker:
         return [replace(records[job.id], seconds=round(share, 4), at=time.time()) for job in unit]
 
     def _load_engines(self, jobs: Sequence[Job]) -> None:
-        """Load what jobs need: what cannot be loaded ends the run, and is no job's own fault."""
+        """Load the engines first: an engine that fails to load must end the run, not fail single jobs."""
         defaults = self._pipeline.bundle.manifest.sampler
         stages = {"encode", "decode"} if jobs else set()
         for job in jobs:
@@ -141,7 +141,7 @@ class Maker:
             self._pipeline.stages.engine(stage)
 
     def _read(self, job: Job, stamps: tuple[Stamp, ...], read: list[bytes]) -> _Ready:
-        """Read and check what a job needs; `read` gets the content as far as it was read."""
+        """Read and validate the inputs of a job; appends to `read` all content read so far."""
         if job.fault:
             raise InputError(job.fault)
         manifest = self._pipeline.bundle.manifest
@@ -163,7 +163,7 @@ class Maker:
         return _Ready(job, picture, moved_by, content, stamps)
 
     def _is_there(self, ready: _Ready) -> bool:
-        """Whether the clip was written before, by a run that was cut off before it could say so."""
+        """Whether the clip was written by a run that ended before it could record this."""
         path = self._out / ready.job.file
         if not path.is_file():
             return False
@@ -173,10 +173,10 @@ class Maker:
             return False
 
     def _clips(self, ready: Sequence[_Ready]) -> list[tuple[_Ready, Clip | Exception]]:
-        """Each job's clip; where they cannot be made together, one by one."""
+        """Generate the clips as a batch; if the batch fails, one by one."""
         try:
             clip = self._together(ready)
-        except Exception as error:  # noqa: BLE001 (each row has its own end)
+        except Exception as error:  # noqa: BLE001 (one row must not stop the others)
             if len(ready) == 1:
                 return [(ready[0], error)]
             return [found for one in ready for found in self._clips([one])]

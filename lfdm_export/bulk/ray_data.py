@@ -1,4 +1,4 @@
-"""The same jobs as a Ray dataset: an actor per some cores or per GPU, streamed, and gone on with like any other run."""
+"""Bulk generation on a Ray cluster: jobs as a streamed dataset, one actor per GPU or per group of cores. Resumable."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from lfdm_export.files.json_codec import from_plain, to_plain
 from lfdm_export.machine import available_cores
 from lfdm_export.wording import count, describe_error
 
-#: The address of a cluster that is started here, and ends with the run.
+#: Address that starts a cluster on this machine for the time of the run.
 LOCAL = "local"
-#: What Ray does of its own accord and nobody requested.
+#: Turns off Ray's usage statistics, progress bars and log lines.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_BACKEND_LOG_LEVEL": "fatal"}
-# Seconds in which a cluster must answer.
+# Seconds within which a cluster must answer.
 _PATIENCE = 10.0
-# Blocks of a dataset, each of which is a task.
+# Most blocks of a dataset; each block is a task.
 _MOST_BLOCKS = 20_000
 
 
 def make_on_ray(
     settings: MakerSettings, units: Sequence[Sequence[Job]], *, address: str, workers: int
 ) -> Iterator[list[Record]]:
-    """Make jobs on a Ray cluster; the folders of bundle, table and clips must be there on all of its machines.
+    """Run jobs on a Ray cluster; the folders of bundle, table and clips must exist on all of its machines.
 
-    An actor that dies is started again, and what it was at is tried again; clips that it had written are found.
+    An actor that dies is restarted and its units are retried; clips that it had written are found.
 
     Args:
-        settings: of each actor.
-        units: jobs that are made together.
-        address: of the cluster, such as "auto" or "ray://head:10001"; or `LOCAL`.
-        workers: actors.
+        settings: settings of each actor.
+        units: batches of jobs.
+        address: address of the cluster, such as "auto" or "ray://head:10001"; or `LOCAL`.
+        workers: number of actors.
 
     Yields:
-        The records of each unit, in the order in which they come.
+        The records of each unit, in order of completion.
 
     Raises:
         MissingDependencyError: Ray is not installed.
-        EngineError: the cluster cannot be reached, or has too few cores or GPUs.
-        LfdmExportError: see `Maker.make`.
+        EngineError: the cluster is unreachable, or has too few cores or GPUs.
+        LfdmExportError: an actor cannot load an engine or write a clip.
     """
     if not units:
         return
@@ -59,7 +59,7 @@ def make_on_ray(
         _check_room(ray, workers, cores=cores if settings.device == "cpu" else 1, gpus=settings.device != "cpu")
         rows = ray.data.from_items(
             [{"unit": json.dumps([to_plain(job) for job in unit])} for unit in units],
-            # One task per unit, as far as Ray takes so many: what an actor was at when it died is then one unit.
+            # One task per unit, up to the limit: an actor that dies then loses only one unit.
             override_num_blocks=min(len(units), _MOST_BLOCKS),
         )
         made = rows.map_batches(
@@ -83,7 +83,7 @@ def make_on_ray(
 
 
 class _Actor:
-    """What Ray calls with some units at a time; what ends the run it answers, because Ray would hide it."""
+    """Actor that Ray calls with some units at a time; returns fatal errors, because Ray would hide them."""
 
     def __init__(self, settings: MakerSettings) -> None:
         self._settings = settings
@@ -120,7 +120,7 @@ def _import_ray() -> Any:
 def _connect(ray: Any, address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
-        if host and port.isdigit():  # Ray itself would try for minutes
+        if host and port.isdigit():  # Ray itself would retry for minutes
             socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
         ray.init(
             address=address,
@@ -134,12 +134,12 @@ def _connect(ray: Any, address: str) -> None:
             f"the Ray cluster at {address!r} cannot be reached ({str(error).splitlines()[0]}); start one with "
             "`ray start --head`, or leave the address out for one of this machine alone"
         ) from error
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its progress is told as ours
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress is reported by `run_jobs`
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
 def _check_room(ray: Any, workers: int, *, cores: int, gpus: bool) -> None:
-    """Refuse what would wait for ever: the whole cluster has less than one actor needs."""
+    """Raise if the whole cluster has less than one actor needs; Ray would wait forever."""
     there = ray.cluster_resources()
     for found, wanted, noun in ((there.get("CPU", 0), cores, "core"), (there.get("GPU", 0), int(gpus), "GPU")):
         if wanted > found:

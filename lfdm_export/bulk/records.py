@@ -1,4 +1,4 @@
-"""What became of jobs, in files to which every run appends, and which the next run reads."""
+"""Records of jobs, in files that every run appends to and the next run reads."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from lfdm_export.errors import InputError
 logger = logging.getLogger(__name__)
 
 MADE, FAILED = "made", "failed"
-#: Below the folder of the run.
+#: Folder of the records, below the folder of the run.
 JOURNAL_FOLDER = "journal"
 _ENDING = ".jsonl"
 
 
 @dataclass(frozen=True)
 class Record:
-    """What became of one job.
+    """Result of one job.
 
     Attributes:
-        id: of the job.
+        id: ID of the job.
         state: "made" or "failed".
-        file: the clip's, below the folder of the run.
-        digest: of the job; see `Job.digest`.
-        content: of what it read; see `content_of`.
-        stamps: of what it read, before it was read.
-        error: the sentence that says why it failed.
-        seconds: that it took; its share, of jobs that were made together.
-        worker: host and process that did it.
-        at: when, in seconds of the epoch.
+        file: path of the clip, relative to the folder of the run.
+        digest: digest of the job, from `lfdm_export.bulk.job.Job.digest`.
+        content: digest of the inputs, from `content_of`.
+        stamps: stamps of the inputs, taken before reading.
+        error: error message of a failed job.
+        seconds: duration; for a batch, the job's share.
+        worker: host and process of the worker.
+        at: time of the record, in seconds since the epoch.
     """
 
     id: str
@@ -53,12 +53,12 @@ class Record:
     at: float = 0.0
 
     def to_json(self) -> str:
-        """One line."""
+        """Return the record as one line of JSON."""
         return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Record | None:
-        """What `to_json` gave; None if it is something else."""
+        """Read the output of `to_json`; None for any other text."""
         try:
             plain = json.loads(text)
             plain["stamps"] = tuple(None if stamp is None else tuple(map(int, stamp)) for stamp in plain["stamps"])
@@ -69,10 +69,10 @@ class Record:
         return record if sound and record.state in (MADE, FAILED) else None
 
     def still_holds(self, job: Job, bundle_id: str, out: Path) -> bool:
-        """Whether the job is still the one that this was written of, and its clip is there.
+        """Whether the record still describes the job, and the clip exists.
 
-        What it read is compared by its files' sizes and times, and by content where these have changed. A clip whose
-        photograph is gone is kept.
+        Inputs are compared by file size and time, and by content if these differ. A clip whose image was deleted is
+        kept.
         """
         if self.digest != job.digest(bundle_id) or self.file != job.file:
             return False
@@ -90,7 +90,7 @@ class Record:
 
 
 def failed_record(job: Job, bundle_id: str, error: str) -> Record:
-    """The record of a job that nobody lived to write of."""
+    """Return the record of a job whose workers died."""
     stamps = tuple(source.stamp() for source in job.sources)
     return Record(job.id, FAILED, job.file, job.digest(bundle_id), "", stamps, error, at=time.time())
 
@@ -99,7 +99,7 @@ _TYPES: Mapping[str, type | tuple[type, ...]] = {"str": str, "float": (int, floa
 
 
 def content_of(read: Iterable[bytes]) -> str:
-    """SHA-256 of all that a job reads."""
+    """Return the SHA-256 of everything that a job reads."""
     digest = hashlib.sha256()
     for part in read:
         digest.update(hashlib.sha256(part).digest())
@@ -107,17 +107,17 @@ def content_of(read: Iterable[bytes]) -> str:
 
 
 class Journal:
-    """The records of a folder. Every writer has a file of its own there, so that any number may write at a time."""
+    """Records of a folder. Each writer appends to its own file, so any number of writers can run concurrently."""
 
     def __init__(self, out: Path) -> None:
-        """Use the folder of a run; nothing is written yet."""
+        """Use the folder of a run; writes nothing yet."""
         self._folder = out / JOURNAL_FOLDER
         self._file: TextIO | None = None
 
     def read(self) -> dict[str, Record]:
-        """The newest record of each job.
+        """Return the newest record of each job.
 
-        Lines that are cut off, as the last one of a killed run, are passed over.
+        Incomplete lines, such as the last one of a killed run, are skipped.
         """
         newest: dict[str, Record] = {}
         for path in sorted(self._folder.glob(f"*{_ENDING}")):
@@ -144,6 +144,6 @@ class Journal:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file that was written."""
+        """Close this writer's file."""
         if self._file is not None:
             self._file.close()

@@ -1,4 +1,4 @@
-"""A table of jobs becomes a folder of clips, on this machine or on a Ray cluster, whatever ends a run in between."""
+"""Generates a folder of clips from a table of jobs, on this machine or on a Ray cluster; interrupted runs resume."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from lfdm_export.pictures.clip import rehearse_saving
 
 @dataclass(frozen=True)
 class Shard:
-    """Each `count`-th row, from row `index` on.
+    """Every `count`-th row, starting at row `index`.
 
     Attributes:
-        index: from 0.
-        count: shards in all.
+        index: index of the shard, from 0.
+        count: number of shards.
     """
 
     index: int = 0
@@ -43,7 +43,7 @@ class Shard:
         """Check ranges.
 
         Raises:
-            InputError: there is no such shard.
+            InputError: the index is not below the count.
         """
         if not 0 <= self.index < self.count:
             raise InputError(
@@ -52,10 +52,10 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """``I/N``.
+        """Parse ``I/N``.
 
         Raises:
-            InputError: it is something else.
+            InputError: the text has another form.
         """
         found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
         if found is None:
@@ -64,23 +64,23 @@ class Shard:
 
     @property
     def ending(self) -> str:
-        """Of the names of its summaries; "" if it is the only one."""
+        """Suffix in the names of the shard's summaries; "" for a single shard."""
         return "" if self.count == 1 else f"-{self.index}-of-{self.count}"
 
 
 @dataclass(frozen=True)
 class BulkOptions:
-    """How a table of jobs is worked off; nothing here decides what a clip looks like, but for the last bits.
+    """How a table of jobs is run. These options do not change the clips, except for the last bits.
 
     Attributes:
-        shard: which rows.
-        workers: processes (with Ray: actors) that make clips side by side.
-        batch: clips that are sampled together, of those whose settings are equal. 1 gives the very bits of
-            `Pipeline.generate`; more keeps engines busier, and differs from it by roundings.
-        threads: of each worker; None shares the cores out.
-        target, device: see `lfdm_export.generate.pipeline.Pipeline.open`.
-        retry_failed: take up rows that failed before; else they are passed over as long as they are what they were.
-        ray: address of a Ray cluster, or "local" for one that is started here; None for none.
+        shard: rows to run.
+        workers: number of concurrent processes (with Ray: actors).
+        batch: clips of equal settings per batch. 1 gives clips bit-identical to `Pipeline.generate`; larger batches use
+            the engines better and differ by rounding.
+        threads: threads per worker; None divides the cores among the workers.
+        target, device: arguments of `lfdm_export.generate.pipeline.Pipeline.open`.
+        retry_failed: whether to retry rows that failed before; otherwise they are skipped while unchanged.
+        ray: address of a Ray cluster, or "local" to start one on this machine; None runs without Ray.
     """
 
     shard: Shard = Shard()
@@ -105,12 +105,12 @@ class BulkOptions:
 
 @dataclass(frozen=True)
 class BulkProgress:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
         total: rows of the table, or of the shard.
-        made: clips that are there, those of earlier runs included.
-        failed: rows that failed, those of earlier runs included.
+        made: existing clips, including those of earlier runs.
+        failed: failed rows, including those of earlier runs.
         rate: rows per second of this run; None before the first.
     """
 
@@ -121,16 +121,16 @@ class BulkProgress:
 
     @property
     def done(self) -> int:
-        """Rows that need no more work."""
+        """Number of finished rows."""
         return self.made + self.failed
 
     @property
     def seconds_left(self) -> float | None:
-        """At this rate."""
+        """Estimated seconds left at the current rate."""
         return (self.total - self.done) / self.rate if self.rate else None
 
 
-#: Called before the first clip, and whenever some are done.
+#: Called before the first clip, and whenever some clips are done.
 OnProgress: TypeAlias = Callable[[BulkProgress], None]
 
 
@@ -143,27 +143,27 @@ def run_jobs(
     options: BulkOptions | None = None,
     progress: OnProgress | None = None,
 ) -> Summary:
-    """Make every clip of a table of jobs that is not there yet.
+    """Generate every clip of a table of jobs that does not exist yet.
 
-    Clips are written whole or not at all, below `out`, named by the ids of their rows. What became of each row is kept
-    in ``out/journal``; a run that was ended in any way goes on when it is started again. A row is made again where it,
-    or what it reads, has changed. A row that fails is noted and stops no other.
+    Clips are written atomically below `out`, named by the IDs of their rows. ``out/journal`` records the result of
+    each row; an interrupted run resumes when it is started again. A row is generated again if it, or a file it reads,
+    has changed. A failed row is recorded and does not stop the others.
 
     Args:
         bundle: a bundle, or the path of one.
-        table: a .csv, .jsonl or .parquet file; see `lfdm_export.bulk.table`.
-        out: folder of the clips; it is made if it is missing.
-        defaults: settings where a row gives none.
-        options: how.
-        progress: see `OnProgress`.
+        table: a .csv, .jsonl or .parquet file; `lfdm_export.bulk.table` documents the columns.
+        out: folder of the clips; created if missing.
+        defaults: settings for rows that have none of their own.
+        options: how to run the table.
+        progress: called before the first clip, and whenever some clips are done.
 
     Returns:
-        What became of the rows; it lies in ``out/summary.json`` too, beside a table with a row a job.
+        The results; also written to ``out/summary.json``, beside a table with one row per job.
 
     Raises:
-        InputError: the table or an option cannot be used, or the folder cannot be written.
+        InputError: the table or an option is invalid, or the folder is not writable.
         EngineError: an engine cannot be loaded.
-        MissingDependencyError: Parquet or Ray without the extra ``bulk``.
+        MissingDependencyError: Parquet or Ray is used without the extra ``bulk``.
     """
     options = options or BulkOptions()
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -192,7 +192,7 @@ def _run(
     )
     work = _Work(jobs, _known(jobs, journal, settings, retry_failed=options.retry_failed))
     units = plan_units(jobs, work.records, options.batch)
-    if units and options.ray is None:  # found once; the machines of a cluster have each their own
+    if units and options.ray is None:  # chosen once; on a cluster each machine chooses its own
         settings = replace(settings, target=pipeline.stages.target)
     report = progress or (lambda _: None)
     try:
@@ -217,7 +217,7 @@ def _run(
 
 
 class _Work:
-    """What is known of the jobs, and how fast it becomes more."""
+    """Records of the jobs so far, and the rate of this run."""
 
     def __init__(self, jobs: Sequence[Job], records: dict[str, Record]) -> None:
         self.records = records
@@ -231,7 +231,7 @@ class _Work:
         return time.monotonic() - self._began
 
     def take(self, answer: Sequence[Record]) -> list[Record]:
-        """Add what a worker says; of jobs that were done before nothing is new."""
+        """Add the records of a worker, and return those of jobs that were not done before."""
         fresh = [record for record in answer if record.id not in self.records]
         self.records.update({record.id: record for record in fresh})
         self.now += fresh
@@ -244,7 +244,7 @@ class _Work:
 
 
 def _known(jobs: Sequence[Job], journal: Journal, settings: MakerSettings, *, retry_failed: bool) -> dict[str, Record]:
-    """The records of earlier runs that still hold, by id."""
+    """Return the valid records of earlier runs, by ID."""
     written = journal.read()
     found = {}
     for job in jobs:
@@ -257,10 +257,10 @@ def _known(jobs: Sequence[Job], journal: Journal, settings: MakerSettings, *, re
 
 
 def plan_units(jobs: Sequence[Job], known: Mapping[str, Record], batch: int) -> list[tuple[Job, ...]]:
-    """Jobs that are made together, in the order of their first rows; units of which all is known are left out.
+    """Divide jobs into batches, in the order of their first rows; omit batches that are entirely done.
 
-    Which jobs are together depends on the table alone, never on what is there already: a run that goes on gives the
-    bits that it would have given without being ended.
+    The batches depend only on the table, never on existing clips: a resumed run gives the same bits as an
+    uninterrupted one.
     """
     open_units: dict[tuple[object, ...], list[Job]] = {}
     units: list[list[Job]] = []

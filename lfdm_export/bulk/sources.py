@@ -1,4 +1,4 @@
-"""Where a job's picture, embedding or motion lies: in a file of its own, or in a cell of the table of jobs."""
+"""Sources of a job's image, embedding or motion: a file, or a cell of the table of jobs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 
 from lfdm_export.errors import InputError, MissingDependencyError
 
-#: Of a file or a cell; no picture is larger.
+#: Limit of a file or a cell; no image is larger.
 MAX_BYTES = 256 << 20
-#: Columns of JSON lines that hold a picture as text.
+#: Column of JSON lines that holds an image as text.
 BASE64 = "image_base64"
-#: Size and time of the last change of a file, in nanoseconds; None where there is none.
+#: Size in bytes and modification time in nanoseconds of a file; None if there is no file.
 Stamp = tuple[int, int] | None
 
 
@@ -27,25 +27,25 @@ class InFile:
     """A file.
 
     Attributes:
-        path: absolute.
+        path: absolute path.
     """
 
     path: str
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name for error messages."""
         return self.path
 
     def stamp(self) -> Stamp:
-        """Changes whenever the content does, as far as the file system tells."""
+        """Return a stamp that changes with the content, as far as the file system reports changes."""
         return _stamp(self.path)
 
     def read(self) -> bytes:
-        """The content.
+        """Return the content.
 
         Raises:
-            InputError: it cannot be read, or is too large.
+            InputError: the file cannot be read, or is too large.
         """
         try:
             with Path(self.path).open("rb") as file:
@@ -62,11 +62,11 @@ class InTable:
     """A cell of a table of jobs: bytes, text in base64, or numbers.
 
     Attributes:
-        table: path of the table, absolute.
+        table: absolute path of the table.
         column: name of the column.
-        part: of a Parquet file the row group; of JSON lines the byte at which the line begins.
-        row: of a Parquet file the row within the group; of JSON lines 0.
-        line: of the table, counted as people do; for messages.
+        part: row group of a Parquet file; byte offset of the line in JSON lines.
+        row: row within the group of a Parquet file; 0 in JSON lines.
+        line: row number from 1, for error messages.
     """
 
     table: str
@@ -77,25 +77,25 @@ class InTable:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name for error messages."""
         return f"{self.table}, row {self.line}, {self.column}"
 
     def stamp(self) -> Stamp:
-        """That of the table."""
+        """Return the stamp of the table."""
         return _stamp(self.table)
 
     def read(self) -> bytes:
-        """The content; numbers as JSON.
+        """Return the content; numbers as JSON.
 
         Raises:
-            InputError: it cannot be read.
-            MissingDependencyError: of a Parquet file, without pyarrow.
+            InputError: the cell cannot be read.
+            MissingDependencyError: the table is a Parquet file, and pyarrow is not installed.
         """
         if Path(self.table).suffix.lower() == ".parquet":
             value = _group(self.table, self.column, self.part)[self.row]
         else:
             value = json.loads(_line(self.table, self.part))[self.column]
-        if isinstance(value, dict):  # pictures as the `datasets` library keeps them
+        if isinstance(value, dict):  # image format of the `datasets` library
             value = value.get("bytes")
         if self.column == BASE64 and isinstance(value, str):
             try:
@@ -113,7 +113,7 @@ Source = InFile | InTable
 
 
 def import_parquet(purpose: str) -> Any:
-    """`pyarrow.parquet`.
+    """Return the module `pyarrow.parquet`.
 
     Raises:
         MissingDependencyError: pyarrow is not installed.
@@ -127,7 +127,7 @@ def import_parquet(purpose: str) -> Any:
 
 @functools.lru_cache(maxsize=2)
 def _group(table: str, column: str, group: int) -> list[object]:
-    """A column of one row group; jobs come in order, so that the next one is most often of the same."""
+    """Return a column of one row group; cached, because consecutive jobs usually read the same group."""
     parquet = import_parquet(f"reading {table}")
     try:
         with parquet.ParquetFile(table) as file:

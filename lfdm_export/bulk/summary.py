@@ -1,4 +1,4 @@
-"""What a folder of clips holds when a run ends: a summary in JSON, and a table with a row a job."""
+"""Summary of a run: a JSON file, and a table with one row per job."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _MOST_FAILURES = 100
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of a table of jobs.
+    """Results of a table of jobs.
 
     Attributes:
         jobs: rows of the table, or of this shard.
-        made: of these, clips that are there.
+        made: rows whose clip exists.
         failed: rows that failed, in this run or an earlier one.
-        left: rows that nothing is known of: the run was ended before.
-        made_now, failed_now: by this run.
-        seconds: that this run took.
-        failures: sentence by id, of all that failed.
-        table: the file with a row a job.
+        left: rows without a record, because the run ended early.
+        made_now, failed_now: the same counts for this run alone.
+        seconds: duration of this run.
+        failures: error messages of all failed rows, by ID.
+        table: name of the file with one row per job.
     """
 
     jobs: int
@@ -52,21 +52,21 @@ class Summary:
 
     @property
     def clips_per_second(self) -> float:
-        """Of this run."""
+        """Throughput of this run."""
         return self.made_now / self.seconds if self.seconds > 0 else 0.0
 
 
 def summarize(
     jobs: Sequence[Job], records: Mapping[str, Record], *, now: Sequence[Record], seconds: float, table: str
 ) -> Summary:
-    """Count.
+    """Count the results.
 
     Args:
-        jobs: of the shard.
-        records: the newest of each.
-        now: those that this run wrote.
-        seconds: that this run took.
-        table: name of the file with a row a job.
+        jobs: jobs of the shard.
+        records: newest record of each job.
+        now: records that this run wrote.
+        seconds: duration of this run.
+        table: name of the file with one row per job.
     """
     known = [records[job.id] for job in jobs if job.id in records]
     made = sum(record.state == MADE for record in known)
@@ -85,7 +85,7 @@ def summarize(
 
 
 def table_name(ending: str) -> str:
-    """``summary`` with the shard's ending, as Parquet if pyarrow is installed, else as CSV."""
+    """Return ``summary`` with the shard's suffix: a Parquet file if pyarrow is installed, else CSV."""
     return f"{NAME}{ending}" + (".parquet" if find_spec("pyarrow") else ".csv")
 
 
@@ -95,14 +95,14 @@ def write_summary(
     """Write both files.
 
     Args:
-        out: the folder.
-        ending: of their names, before the dot: of the shard.
+        out: folder of the run.
+        ending: the shard's suffix, before the dot in both names.
         summary: the counts.
-        facts: of bundle and run, plain JSON values.
-        rows: of `table_rows`.
+        facts: facts of bundle and run, as plain JSON values.
+        rows: result of `table_rows`.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: a file cannot be written.
     """
     plain = asdict(summary)
     plain["failures"] = dict(list(summary.failures.items())[:_MOST_FAILURES])
@@ -113,7 +113,7 @@ def write_summary(
 
 
 def table_rows(jobs: Sequence[Job], records: Mapping[str, Record]) -> list[dict[str, object]]:
-    """One row per job: what it is, and what became of it."""
+    """Return one row per job: its inputs and its result."""
     rows: list[dict[str, object]] = []
     for job in jobs:
         record = records.get(job.id)

@@ -1,10 +1,10 @@
-"""Tables of jobs: CSV, JSON lines and Parquet, a row a clip.
+"""Tables of jobs: CSV, JSON lines and Parquet, one row per clip.
 
-Columns: ``image`` (a path; in Parquet also bytes, or pictures as the ``datasets`` library keeps them) or, in JSON
-lines, ``image_base64``; one of ``label``, ``text``, ``embedding`` (path of a .npy file; in JSON lines and Parquet also
-a list of numbers) and ``motion`` (a path); and, where a row has its own, ``id``, ``seed``, ``sampler``, ``steps``,
-``eta``, ``guidance_scale``, ``crop``, ``format``, ``fps``, ``scale``, ``panels``. Empty cells count as absent, paths
-from the table's folder, and columns whose names begin with an underscore are left alone.
+Required: ``image`` (a path; in Parquet also bytes, or images in the format of the ``datasets`` library) or, in JSON
+lines, ``image_base64``; and one of ``label``, ``text``, ``embedding`` (path of a .npy file; in JSON lines and Parquet
+also a list of numbers) and ``motion`` (a path). Optional: ``id``, ``seed``, ``sampler``, ``steps``, ``eta``,
+``guidance_scale``, ``crop``, ``format``, ``fps``, ``scale``, ``panels``. Empty cells are absent values. Paths are
+relative to the table's folder. Columns whose names begin with an underscore are ignored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lfdm_export.pictures.crop import Crop, parse_crop
 from lfdm_export.sampling.noise import check_seeds
 from lfdm_export.sampling.options import SamplingOptions
 
-#: By the endings of their files.
+#: Supported file name extensions.
 KINDS = (".csv", ".jsonl", ".ndjson", ".parquet")
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
 _LONGEST_CELL = 64 << 20
@@ -35,11 +35,11 @@ _Reader: TypeAlias = Callable[[object, str], object]
 
 @dataclass(frozen=True)
 class _Row:
-    """One row as it lies.
+    """One row as stored in the file.
 
     Attributes:
-        line: counted from 1, without a header.
-        cells: its plain values, by column; absent ones are left out.
+        line: row number from 1, without the header.
+        cells: plain values by column, without absent ones.
         inside: columns whose values stay in the table until they are needed.
     """
 
@@ -49,17 +49,17 @@ class _Row:
 
 
 def read_jobs(path: str, defaults: JobSettings | None = None) -> tuple[Job, ...]:
-    """Every job of a table, in order; pictures and other long values stay where they are.
+    """Read every job of a table, in order; images and other long values stay in the table.
 
-    A row that cannot be used becomes a job that says why (`Job.fault`); what concerns the table itself is an error.
+    An invalid row becomes a job with an error message (`Job.fault`); an invalid table raises.
 
     Args:
         path: a .csv, .jsonl or .parquet file.
-        defaults: what holds where a row says nothing.
+        defaults: settings for rows that have none of their own.
 
     Raises:
-        InputError: the file cannot be read, has unknown columns or no rows, or an id is there twice.
-        MissingDependencyError: Parquet without pyarrow.
+        InputError: the file cannot be read, has unknown columns or no rows, or two rows have the same ID.
+        MissingDependencyError: the table is a Parquet file, and pyarrow is not installed.
     """
     table = user_path(path).absolute()
     ending = table.suffix.lower()
@@ -141,7 +141,7 @@ def _parquet_rows(table: Path) -> Iterator[_Row]:
 
 
 def _present_in(file: Any, part: int, name: str) -> list[bool]:
-    """In which rows of a row group a column has a value; if the file says that all have, it is not read for that."""
+    """Return which rows of a row group have a value in a column; does not read it if the statistics count no nulls."""
     group = file.metadata.row_group(part)
     columns = (group.column(index) for index in range(group.num_columns))
     counts = [
@@ -156,7 +156,7 @@ def _present_in(file: Any, part: int, name: str) -> list[bool]:
 
 
 def _is_long(kind: Any) -> bool:
-    """Whether values of an Arrow type stay in the table: bytes, pictures, lists."""
+    """Whether values of an Arrow type stay in the table: bytes, images, lists."""
     from pyarrow import types
 
     binary = types.is_binary(kind) or types.is_large_binary(kind)
@@ -196,7 +196,7 @@ def _check_columns(names: Any, table: Path, line: int | None = None) -> None:
 
 
 def _job(row: _Row, folder: Path, defaults: JobSettings) -> Job:
-    """A row as a job, or as one with a fault; only its id must be sound."""
+    """Convert a row to a job, with a fault if the row is invalid; only the ID must be valid."""
     given = row.cells.get("id", f"row-{row.line:06d}")
     try:
         name = check_id(str(given))
@@ -222,7 +222,7 @@ def _image(row: _Row, folder: Path) -> Source:
 
 
 def _conditioned(job: Job, row: _Row, folder: Path) -> Job:
-    """The job, and what says how its picture moves."""
+    """Return the job with its condition."""
     found: list[Condition] = [name for name in CONDITIONS if name in row.cells or name in row.inside]
     if len(found) != 1:
         raise InputError(f"found {' and '.join(found) or 'none'} of {', '.join(CONDITIONS)}, expected exactly one")
@@ -238,7 +238,7 @@ def _conditioned(job: Job, row: _Row, folder: Path) -> Job:
             raise InputError(f"a motion samples nothing, found {', '.join(needless)}; leave them empty")
         if "motion" in row.inside:
             raise InputError("motion is no path; save the motion as a file")
-        # What the run gives to all rows is for those that sample.
+        # The run's default options apply only to rows that sample.
         settings = replace(job.settings, options=SamplingOptions())
         return replace(job, condition=condition, moved_by=_source(row, condition, folder), settings=settings)
     return replace(job, condition=condition, moved_by=_source(row, condition, folder))
@@ -257,7 +257,7 @@ def _source(row: _Row, column: str, folder: Path) -> Source:
 
 
 def _whole(value: object, name: str) -> int:
-    if isinstance(value, float) and value.is_integer():  # what spreadsheets make of whole numbers
+    if isinstance(value, float) and value.is_integer():  # spreadsheets store integers as floats
         return int(value)
     return whole_number(value, name)
 
@@ -280,18 +280,18 @@ def _crop(value: object, name: str) -> Crop:
 
 
 def _read(row: _Row, columns: Mapping[str, _Reader]) -> dict[str, object]:
-    """Those of the columns that the row has, by name."""
+    """Read those of the columns that the row has, by name."""
     return {name: read(row.cells[name], name) for name, read in columns.items() if name in row.cells}
 
 
-#: Columns of `SamplingOptions`, and how their cells are read.
+#: Columns of `SamplingOptions`, and the readers of their cells.
 _SAMPLING: Mapping[str, _Reader] = {
     "sampler": _word,
     "steps": _whole,
     "eta": real_number,
     "guidance_scale": real_number,
 }
-#: The others of `JobSettings`.
+#: Other columns of `JobSettings`, and the readers of their cells.
 _WRITING: Mapping[str, _Reader] = {
     "crop": _crop,
     "format": _word,

@@ -1,4 +1,4 @@
-"""Processes of this machine that make clips side by side; one that dies is replaced, and its jobs are tried again."""
+"""Worker processes on this machine; a worker that dies is replaced, and its jobs are retried."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from lfdm_export.wording import describe_error
 logger = logging.getLogger(__name__)
 
 Unit = Sequence[Job]
-#: Workers that may die at the same jobs before these are given up.
+#: Workers that may die on the same jobs before these count as failed.
 MOST_DEATHS = 2
 
 
 def make_in_processes(settings: MakerSettings, units: Iterable[Unit], workers: int) -> Iterator[list[Record]]:
-    """Make jobs in processes of their own.
+    """Run jobs in worker processes.
 
     Args:
-        settings: of each worker.
-        units: jobs that are made together.
-        workers: how many processes.
+        settings: settings of each worker.
+        units: batches of jobs.
+        workers: number of processes.
 
     Yields:
-        The records of each unit, in the order in which they end.
+        The records of each unit, in order of completion.
 
     Raises:
-        LfdmExportError: no worker can do anything: they die at once, engines cannot be loaded, clips not be written.
+        LfdmExportError: no worker can run: it dies at once, cannot load an engine, or cannot write a clip.
     """
     with contextlib.closing(_Team(settings, units)) as team:
         team.hire(workers)
@@ -45,7 +45,7 @@ def make_in_processes(settings: MakerSettings, units: Iterable[Unit], workers: i
 
 
 class _Team:
-    """Workers, what each is at, and what is left."""
+    """Workers, the unit of each, and the units left."""
 
     def __init__(self, settings: MakerSettings, units: Iterable[Unit]) -> None:
         self._settings = settings
@@ -57,7 +57,7 @@ class _Team:
         self.at_work: dict[Connection, tuple[BaseProcess, Unit]] = {}
 
     def hire(self, workers: int) -> None:
-        """Start workers, as long as there is something for them."""
+        """Start up to `workers` workers, while units are left."""
         for _ in range(workers):
             unit = self._next_unit()
             if unit is not None:
@@ -65,10 +65,10 @@ class _Team:
                 self._send(process, connection, unit)
 
     def next_answers(self) -> Iterator[list[Record]]:
-        """Wait until a worker is done, or dead, and give the next one its work.
+        """Wait until a worker is done or dead, and send it or its successor the next unit.
 
         Raises:
-            LfdmExportError: see `make_in_processes`.
+            LfdmExportError: no worker can run.
         """
         for connection in wait(list(self.at_work)):
             assert isinstance(connection, Connection)
@@ -82,14 +82,14 @@ class _Team:
                 self.hire(1)
                 continue
             if isinstance(answer, str):
-                self.at_work[connection] = process, unit  # ended with the others
+                self.at_work[connection] = process, unit  # so that `close` ends it too
                 raise LfdmExportError(answer)
             self._answered = True
             while self._suspected:
                 yield from self._give_up(*self._suspected.pop())
             following = self._next_unit()
             if following is None:
-                connection.close()  # which tells it that nothing is left
+                connection.close()  # signals that no unit is left
                 process.join()
             else:
                 self._send(process, connection, following)
@@ -107,11 +107,11 @@ class _Team:
 
     def _send(self, process: BaseProcess, connection: Connection, unit: Unit) -> None:
         self.at_work[connection] = process, unit
-        with contextlib.suppress(OSError):  # a worker that is dead already: `recv` tells
+        with contextlib.suppress(OSError):  # a dead worker is detected by `recv`
             connection.send(unit)
 
     def _after_death(self, process: BaseProcess, unit: Unit) -> Iterator[list[Record]]:
-        """Try a dead worker's jobs again, or give them up."""
+        """Retry a dead worker's jobs, or record them as failed."""
         code = process.exitcode or 0
         gone = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         logger.warning("a worker %s at %s", gone, ", ".join(job.id for job in unit[:3]))
@@ -120,9 +120,7 @@ class _Team:
             self._again.append(unit)
         elif self._answered:
             yield from self._give_up(unit, gone)
-        elif (
-            self.at_work and not self._suspected
-        ):  # the first answer of another worker shows that the jobs are at fault
+        elif self.at_work and not self._suspected:  # an answer of another worker would show that the jobs are at fault
             self._suspected.append((unit, gone))
         else:
             raise EngineError(f"no worker does anything: each {gone}; try --workers 1, and look at its memory")
@@ -141,13 +139,13 @@ def _start(settings: MakerSettings) -> tuple[BaseProcess, Connection]:
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(settings, theirs), name="lfdm-bulk-worker", daemon=True)
     process.start()
-    theirs.close()  # else its end would not show
+    theirs.close()  # otherwise the worker's end would not be detected
     return process, ours
 
 
 def _work(settings: MakerSettings, connection: Connection) -> None:
-    """A worker: makes what it is sent, until nobody sends any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it, which ends this one
+    """Run a worker: process units until the connection closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C and ends this one
     maker = None
     with contextlib.suppress(EOFError, OSError):
         while True:

@@ -1,7 +1,6 @@
-"""`manifest.json` of a bundle: everything that is known about it, as a frozen dataclass.
+"""`manifest.json` of a bundle: all its metadata, as a frozen dataclass.
 
-A manifest that was read is whole and consistent, or reading it raised: whoever holds a `Manifest`
-need not check it again.
+Reading an incomplete or inconsistent manifest raises, so a `Manifest` needs no further checks.
 """
 
 from __future__ import annotations
@@ -21,25 +20,25 @@ from lfdm_export.stages import DRIVE_STAGE, Geometry, StageSpec, stage_specs
 from lfdm_export.wording import count, shortened
 from lfdm_models.config import LfdmConfig
 
-#: Raised when a bundle's layout changes so that older programs cannot read it.
+#: Incremented when a bundle's layout changes so that older programs cannot read it.
 FORMAT_VERSION = 1
-#: What tells a bundle's manifest from any other `manifest.json`.
+#: Distinguishes a bundle's manifest from any other `manifest.json`.
 FORMAT = "lfdm-bundle"
 #: The optional stage that only a bundle with a text encoder has.
 TEXT_STAGE = "text"
-#: What a bundle may have of labels; each of them is a row of its table, and stands in messages.
+#: Most labels of a bundle, and most characters of a label. Each label is a row of the table, and appears in messages.
 MOST_LABELS, LONGEST_LABEL = 10_000, 512
-#: The largest that any size of a geometry, batch or step count may be.
+#: Largest size of a geometry, batch or step count, and largest width.
 _LARGEST_SIZE, _LARGEST_WIDTH = 1 << 13, 1 << 16
-#: Of one part of a path, in bytes, on the usual file systems.
+#: Limit of most file systems for one part of a path, in bytes.
 _LONGEST_NAME = 255
-#: A manifest is some tens of kilobytes; a file far beyond that is not one.
+#: A manifest has some tens of kilobytes; a much larger file is not a manifest.
 MAX_MANIFEST_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """Fingerprint of one file of a bundle: its SHA-256 in hexadecimal, and its size in bytes."""
+    """Fingerprint of one file of a bundle: SHA-256 in hexadecimal, and size in bytes."""
 
     sha256: str
     bytes: int
@@ -47,21 +46,21 @@ class FileEntry:
 
 @dataclass(frozen=True, repr=False)
 class Manifest:
-    """What a bundle is and holds.
+    """Metadata of a bundle.
 
     Attributes:
         config: architecture of the networks.
         geometry: sizes of all stages.
-        precision: of the graphs, a key of every stage's tolerances, e.g. "fp32".
-        stages: in the order in which a clip passes through them.
-        labels: known labels, in the order of the rows of the embedding table.
-        preprocessing: what happens to a photograph before it is an image for the model.
-        sampler: defaults of generation.
-        tuned: tables of few steps that were learned for these weights, if any were.
-        provenance: where the weights come from; plain JSON values.
-        versions: of the programs that made the bundle, by name.
-        files: every file of the bundle but the manifest and the parity report, by relative POSIX path.
-        format, format_version: of the bundle.
+        precision: precision of the graphs, a key of every stage's tolerances, e.g. "fp32".
+        stages: stages, in the order of execution.
+        labels: labels, in the order of the rows of the embedding table.
+        preprocessing: how a photograph becomes a reference image.
+        sampler: default options of sampling.
+        tuned: sampler tables of few steps tuned for these weights, if any.
+        provenance: origin of the weights, as plain JSON values.
+        versions: versions of the programs that wrote the bundle, by name.
+        files: every file of the bundle except the manifest and the parity report, by relative POSIX path.
+        format, format_version: format of the bundle, and its version.
     """
 
     config: LfdmConfig
@@ -79,10 +78,10 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        """Check that the parts agree with each other.
+        """Validate that the parts are consistent.
 
         Raises:
-            ValueError: they do not; the message says where.
+            ValueError: they are not; the message says where.
         """
         _check_geometry(self.geometry, self.config)
         _check_stages(self.stages, self.geometry, self.precision)
@@ -99,7 +98,7 @@ class Manifest:
         return f"<Manifest: {self.summary()}>"
 
     def summary(self) -> str:
-        """Precision, sizes and labels, in a line."""
+        """Return precision, sizes and labels in one line."""
         size = self.geometry.image_size
         labels = f"{count(len(self.labels), 'label')} ({shortened(self.labels)})" if self.labels else "no labels"
         text = ", free text" if self.has_text else ""
@@ -107,30 +106,30 @@ class Manifest:
 
     @property
     def bundle_id(self) -> str:
-        """Which bundle it is: the SHA-256 of lines ``HASH  NAME`` of all its files, in order of their names."""
+        """ID of the bundle: the SHA-256 of the lines ``HASH  NAME`` of all its files, sorted by name."""
         lines = (f"{entry.sha256}  {name}\n" for name, entry in sorted(self.files.items()))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @property
     def has_text(self) -> bool:
-        """Whether the bundle takes free text."""
+        """Whether the bundle supports free text."""
         return any(spec.name == TEXT_STAGE for spec in self.stages)
 
     @property
     def has_drive(self) -> bool:
-        """Whether the bundle transfers motions."""
+        """Whether the bundle supports motion transfer."""
         return any(spec.name == DRIVE_STAGE for spec in self.stages)
 
     @property
     def dm_sha256(self) -> str | None:
-        """SHA-256 of the checkpoint that the DM's weights come from, if the provenance says it."""
+        """SHA-256 of the DM's checkpoint, if the provenance has it."""
         return dm_sha256_of(self.provenance)
 
     def to_json(self) -> str:
-        """The manifest as an indented JSON document.
+        """Return the manifest as an indented JSON document.
 
         Raises:
-            BundleError: provenance or preprocessing hold what JSON cannot.
+            BundleError: provenance or preprocessing contain values that JSON does not support.
         """
         try:
             return json.dumps(to_plain(self), indent=2, allow_nan=False) + "\n"
@@ -139,10 +138,10 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
-        """Read what `to_json` wrote.
+        """Read a document written by `to_json`.
 
         Raises:
-            BundleError: it is no JSON, no manifest, of another format version, incomplete or inconsistent.
+            BundleError: the text is not JSON, not a manifest, of another format version, incomplete or inconsistent.
         """
         try:
             plain = json.loads(text)
@@ -162,14 +161,14 @@ class Manifest:
 
 
 def dm_sha256_of(provenance: Mapping[str, object]) -> str | None:
-    """SHA-256 of the checkpoint that a DM's weights come from, if the provenance says it."""
+    """Return the SHA-256 of the DM's checkpoint, if the provenance has it."""
     found = provenance.get("dm")
     digest = found.get("sha256") if isinstance(found, Mapping) else None
     return digest if isinstance(digest, str) else None
 
 
 def _check_defaults(sampler: SamplingOptions) -> None:
-    """Steps and eta may be the sampler's own; a server knows no interval of guidance."""
+    """Validate the default options: steps and eta may be unset; servers do not support a guidance interval."""
     if sampler.sampler is None or sampler.guidance_scale is None or sampler.guidance_interval != WHOLE:
         raise ValueError("sampler names no sampler, no guidance_scale, or a guidance_interval")
     if abs(sampler.guidance_scale) > _LARGEST_WIDTH:
@@ -216,10 +215,10 @@ def _check_stages(stages: tuple[StageSpec, ...], geometry: Geometry, precision: 
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """See that labels can be told from each other and printed.
+    """Validate that labels are distinct and printable.
 
     Raises:
-        ValueError: one is empty, too long, not printable, or there twice; the message says which.
+        ValueError: a label is empty, too long, not printable, or given twice; the message names it.
     """
     if len(labels) > MOST_LABELS:
         raise ValueError(f"there are {len(labels)} labels, expected at most {MOST_LABELS}")
@@ -238,13 +237,13 @@ def check_labels(labels: Sequence[str]) -> None:
 
 
 def _check_file_name(name: str) -> None:
-    """Refuse a path that could lead out of the bundle, on any system."""
+    """Raise if a path could leave the bundle, on any system."""
     windows = PureWindowsPath(name)
     parts = name.split("/")
     if (
         not name
         or "\\" in name
-        or not name.isprintable()  # control characters and lone surrogates among them
+        or not name.isprintable()  # includes control characters and lone surrogates
         or any(len(part.encode()) > _LONGEST_NAME for part in parts)
         or PurePosixPath(name).is_absolute()
         or windows.drive

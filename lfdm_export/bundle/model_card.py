@@ -1,4 +1,4 @@
-"""The page of a bundle on the Hugging Face hub, written from what the bundle says of itself."""
+"""Model card of a bundle on the Hugging Face hub, written from the bundle's metadata."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lfdm_export import __version__
 from lfdm_export.bundle.manifest import Manifest
 from lfdm_export.wording import count
 
-# Of a bundle's own report; see `lfdm_export.parity.report`.
+# Path in a bundle of the report that `lfdm_export.parity.report` writes.
 _REPORT = "parity/report.json"
 _LONGEST_REPORT = 4 << 20
 _HEAD = """\
@@ -25,14 +25,14 @@ tags:
 
 
 def model_card(manifest: Manifest, folder: Path, repository: str, *, clip: str | None, clip_words: str = "") -> str:
-    """The card, in Markdown with the hub's metadata.
+    """Return the card in Markdown, with the hub's metadata.
 
     Args:
-        manifest: of the bundle.
-        folder: of the bundle, whose report of verification is told of if it is there.
-        repository: ``org/name``.
+        manifest: manifest of the bundle.
+        folder: folder of the bundle; the card summarizes its parity report, if there is one.
+        repository: ``org/name`` on the hub.
         clip: file of a clip beside the card.
-        clip_words: what the clip shows.
+        clip_words: description of the clip.
     """
     geometry, sampler = manifest.geometry, manifest.sampler
     label = f' --label "{manifest.labels[0]}"' if manifest.labels else " --embedding embedding.npy"
@@ -78,7 +78,7 @@ def _steps(steps: int | None) -> str:
 
 
 def _verification(folder: Path) -> list[str]:
-    """Rows about the comparison with PyTorch, if the bundle was verified."""
+    """Return the rows about the comparison with PyTorch, if the bundle was verified."""
     path = folder / _REPORT
     try:
         if path.stat().st_size > _LONGEST_REPORT:
@@ -91,5 +91,5 @@ def _verification(folder: Path) -> list[str]:
 
 
 def _plain(text: object) -> str:
-    """Text that Markdown leaves as it is, in a cell of a table."""
+    """Escape text for a cell of a Markdown table."""
     return "".join(f"\\{character}" if character in "\\`*_{}[]<>|!#" else character for character in str(text)[:500])

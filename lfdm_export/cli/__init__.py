@@ -1,12 +1,12 @@
-"""The commands: each parses, calls the library, prints, and returns the exit status.
+"""Commands: each parses its arguments, calls the library, prints, and returns the exit status.
 
-0: done; 1: an error, told in one line; 2: wrong usage; 3: the export differs from its reference by more than
-its tolerance; 130: interrupted (128 and the number of any signal that ends it: 143, 129).
+0: done; 1: an error, printed in one line; 2: wrong usage; 3: the export differs from its reference by more than
+its tolerance; 130: interrupted (128 plus the number of the signal that ended it: also 143, 129).
 """
 
 from lfdm_export.machine import limit_math_threads
 
-limit_math_threads()  # NumPy's and PyTorch's libraries count their threads when they are loaded, which is below
+limit_math_threads()  # must precede the imports below: NumPy's and PyTorch's libraries set their threads on load
 
 from lfdm_export.cli.export import export_main  # noqa: E402
 from lfdm_export.cli.generate import generate_main  # noqa: E402

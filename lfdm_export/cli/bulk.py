@@ -17,37 +17,43 @@ if TYPE_CHECKING:
     from lfdm_export.bulk.summary import Summary
 
 PROGRAM = "lfdm-generate"
-#: Options of one clip, which each row of a table has of its own.
+#: Options of a single clip; with --jobs, columns of the table replace them.
 _OF_A_ROW = ("image", "label", "text", "embedding", "drive", "motion", "labels_all", "seed", "seeds", "cache", "url")
-#: Options that mean something only with --jobs.
+#: Options that require --jobs.
 _OF_JOBS = ("shard", "workers", "batch", "retry_failed", "ray")
-#: Seconds between lines of progress where there is no terminal to draw on.
+#: Seconds between lines of progress without a terminal.
 _LINE_INTERVAL = 30.0
 _SHOWN_FAILURES = 5
 
 
 def add_bulk_options(parser: argparse.ArgumentParser) -> None:
-    """Add --jobs and what goes with it."""
+    """Add --jobs and its options."""
     group = parser.add_argument_group("many clips (in place of --image and a motion)")
     group.add_argument(
-        "--jobs", metavar="TABLE", help="a row a clip: .csv, .jsonl or .parquet; --out is a folder; see docs/bulk.md"
+        "--jobs",
+        metavar="TABLE",
+        help="one row per clip: .csv, .jsonl or .parquet; --out is a folder; see docs/bulk.md",
     )
-    group.add_argument("--shard", metavar="I/N", help="of N shares of the rows the one of index I, from 0")
-    group.add_argument("--workers", type=int, metavar="K", help="processes, or actors of Ray, side by side (1)")
+    group.add_argument("--shard", metavar="I/N", help="run share I (from 0) of N shares of the rows")
+    group.add_argument("--workers", type=int, metavar="K", help="concurrent processes, or Ray actors (default: 1)")
     group.add_argument(
         "--batch",
         type=int,
         metavar="N",
-        help="clips of equal settings sampled together; more than 1 rounds otherwise (1)",
+        help="clips of equal settings per batch; above 1 the rounding differs (default: 1)",
     )
-    group.add_argument("--retry-failed", action="store_true", help="take up rows that failed in an earlier run")
+    group.add_argument("--retry-failed", action="store_true", help="retry rows that failed in an earlier run")
     group.add_argument(
-        "--ray", nargs="?", const="local", metavar="ADDRESS", help="make them on a Ray cluster (one of this machine)"
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="run on a Ray cluster (without ADDRESS: one started on this machine)",
     )
 
 
 def check_bulk_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse combinations that mean nothing: prints the usage and exits with status 2."""
+    """Reject invalid combinations: prints the usage and exits with status 2."""
     missing = ["--image"] * (args.jobs is None and args.image is None) + ["-o/--out"] * (args.out is None)
     if missing:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
@@ -64,7 +70,7 @@ def check_bulk_options(parser: argparse.ArgumentParser, args: argparse.Namespace
 
 
 def generate_in_bulk(args: argparse.Namespace) -> int:
-    """Make the clips of the table, say what became of them; returns the exit status."""
+    """Generate the clips of the table and print the summary; returns the exit status."""
     from lfdm_export.bulk.job import JobSettings
     from lfdm_export.bulk.run import BulkOptions, Shard, run_jobs
 
@@ -107,10 +113,10 @@ def _say_summary(args: argparse.Namespace, summary: Summary) -> None:
 
 
 class BulkBar:
-    """How far a run is, on stderr: a bar on a terminal, else a line every half minute; nothing if quiet."""
+    """Progress of a run on stderr: a bar on a terminal, otherwise a line every half minute; nothing if quiet."""
 
     def __init__(self, *, quiet: bool) -> None:
-        """Draw nothing yet."""
+        """Create the bar without drawing it."""
         console = make_console(stderr=True)
         self._lines = not quiet and not console.is_terminal
         self._progress = Progress(
@@ -131,11 +137,11 @@ class BulkBar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar from the screen."""
         self._progress.stop()
 
     def __call__(self, progress: BulkProgress) -> None:
-        """Show how far it is."""
+        """Show the progress."""
         text = describe_progress(progress)
         self._progress.update(self._task, total=progress.total, completed=progress.done, description=text)
         if self._lines and time.monotonic() - self._said >= _LINE_INTERVAL:
@@ -144,7 +150,7 @@ class BulkBar:
 
 
 def describe_progress(progress: BulkProgress) -> str:
-    """Rate, time left and failures: "12.0 clips/min, 1 h 20 min left, 3 failed"."""
+    """Return rate, time left and failures, as "12.0 clips/min, 1 h 20 min left, 3 failed"."""
     parts = []
     if progress.rate is not None and progress.seconds_left is not None:
         per_minute = 60 * progress.rate

@@ -1,4 +1,4 @@
-"""What the commands have in common: common options, errors in one line, progress bars."""
+"""Shared parts of the commands: common options, errors in one line, progress bars."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Formatter(logging.Formatter):
 
 
 class _Console(Console):
-    """A console on which names, files and servers cannot play: it prints their control characters as escapes."""
+    """A console safe from control characters in names, files and server messages: it prints them as escapes."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -44,7 +44,7 @@ class _Console(Console):
 
 
 def make_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
-    """A parser whose help ends in examples."""
+    """Return a parser whose help ends with examples."""
     return _Parser(
         prog=program,
         description=description,
@@ -54,30 +54,30 @@ def make_parser(program: str, description: str, examples: str) -> argparse.Argum
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every command has."""
+    """Add the options of all commands."""
     common = parser.add_argument_group("output")
-    common.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    common.add_argument("-q", "--quiet", action="store_true", help="print only errors")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     common.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
 
 def run(program: str, args: argparse.Namespace, command: Callable[[], int], *, extra: str = "run") -> int:
-    """Run a command's body; turn whatever it raises into a line on stderr and an exit status.
+    """Run a command's body; convert an exception into one line on stderr and an exit status.
 
-    A signal that ends it gives 128 and its number.
+    A signal that ends the command gives 128 plus its number.
 
     Args:
         program: name of the command.
-        args: its options; `debug` counts.
-        command: the body; gives the exit status.
-        extra: the project's extra that is meant for this command, named where a package is missing.
+        args: options of the command; only `debug` is used.
+        command: body of the command; returns the exit status.
+        extra: the project's extra for this command, named in the error when a package is missing.
 
     Raises:
-        BaseException: whatever the body raised, with ``--debug``.
+        BaseException: with ``--debug``, any exception of the body.
     """
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd EXIF and the like, which does no harm
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # e.g. about unusual EXIF data, which is harmless
     if args.quiet:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when the hub's client is imported
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # the hub's client reads it on import
     with orderly():
         handler = logging.StreamHandler()
         handler.setFormatter(_Formatter(f"{program}: %(levelname)s: %(message)s"))
@@ -109,9 +109,9 @@ def complain(program: str, message: str) -> None:
 
 
 def say(args: argparse.Namespace, text: object) -> None:
-    """Print a result, unless quiet. Text is printed as it is; tables may be rich's.
+    """Print a result, unless quiet. Text is printed unchanged; tables may be objects of rich.
 
-    It goes to stdout; where the command's output itself goes there (``--out /dev/stdout``), to stderr.
+    Prints to stdout; to stderr if the clip itself goes to stdout (``--out /dev/stdout``).
     """
     if not args.quiet:
         console = _Console(stderr=is_stdout(getattr(args, "out", None)), soft_wrap=isinstance(text, str))
@@ -119,18 +119,18 @@ def say(args: argparse.Namespace, text: object) -> None:
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """A console on which names, files and servers cannot play."""
+    """Return a console that prints control characters as escapes."""
     return _Console(stderr=stderr)
 
 
 class Bars:
-    """Progress bars on stderr, one a stage; none if quiet, or where nobody sees them.
+    """Progress bars on stderr, one per stage; none if quiet, or without a terminal.
 
-    Call it as the library's ``progress(stage, done, total)``.
+    Callable as the library's ``progress(stage, done, total)``.
     """
 
     def __init__(self, *, quiet: bool, names: dict[str, str] | None = None) -> None:
-        """Name stages otherwise than the library does, with `names`."""
+        """Create bars; `names` replaces the library's names of stages."""
         console = _Console(stderr=True)
         self._names = names or {}
         self._tasks: dict[str, TaskID] = {}
@@ -152,20 +152,20 @@ class Bars:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the bars off the screen."""
+        """Remove the bars from the screen."""
         self._progress.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show that `done` of `total` of a stage are done."""
+        """Show `done` of `total` of a stage."""
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(self._names.get(stage, stage), total=total)
         self._progress.update(self._tasks[stage], completed=done, total=total)
 
 
 class OneBar(Bars):
-    """A single bar, whose text is the stage at work: for stages that are counted together."""
+    """A single bar labeled with the current stage, for stages that are counted together."""
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show that `done` of `total` stages are done and `stage` is at work."""
+        """Show `done` of `total` stages, and the current `stage`."""
         super().__call__("", done, total)
         self._progress.update(self._tasks[""], description=self._names.get(stage, stage))

@@ -1,4 +1,4 @@
-"""How a command ends: by a signal, or when nobody reads what it prints."""
+"""How a command ends on a signal, or when its output has no reader."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from typing import Any, TextIO
 
 from lfdm_export.files.names import user_path
 
-#: Signals that end a command, where the system has them.
+#: Signals that end a command, if the system has them.
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
-#: A signal of so many ends the process at once, whatever it is cleaning up.
+#: Number of signals that end the process at once, without cleanup.
 _IMPATIENT = 3
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ends the command; contexts clean up as after Ctrl-C.
+    """A signal ends the command; context managers clean up as after Ctrl-C.
 
     Attributes:
-        number: of the signal.
+        number: number of the signal.
     """
 
     def __init__(self, number: int) -> None:
-        """Keep the signal's number."""
+        """Store the signal's number."""
         super().__init__(signal.Signals(number).name)
         self.number = number
 
     @property
     def status(self) -> int:
-        """The exit status by which a shell tells it."""
+        """Exit status of a shell for this signal."""
         return 128 + self.number
 
 
 @contextlib.contextmanager
 def orderly() -> Iterator[None]:
-    """For the whole of a command: signals raise `Stopped`, and output that cannot be printed is no error.
+    """Within the context, signals raise `Stopped`, and output that cannot be printed is not an error.
 
-    Readers who have enough (``| head -1``) are nobody's fault; a full disk is told once on stderr. Use it as a
-    decorator, too.
+    A closed pipe (``| head -1``) is ignored; a full disk is reported once on stderr. Also usable as a decorator, around
+    a whole command.
     """
     _open_standard_files()
     with _patient_output(), _stopping_signals():
@@ -51,7 +51,7 @@ def orderly() -> Iterator[None]:
 
 
 def is_stdout(path: object) -> bool:
-    """Whether what is written to a path goes where this process prints its results, as /dev/stdout does."""
+    """Whether a path leads to the stdout of this process, as /dev/stdout does."""
     if not isinstance(path, str | os.PathLike):
         return False
     with contextlib.suppress(OSError, ValueError):
@@ -63,17 +63,17 @@ def is_stdout(path: object) -> bool:
 
 
 def _open_standard_files() -> None:
-    """Without these, the next file that is opened would be the one that libraries print to."""
+    """Open missing standard files; otherwise libraries would print to the next file that is opened."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor
 
 
 @contextlib.contextmanager
 def _stopping_signals() -> Iterator[None]:
-    """Signals that would end the process raise `Stopped`; those that are ignored (nohup) or handled stay so."""
+    """Let signals that would end the process raise `Stopped`; ignored (nohup) and handled signals stay unchanged."""
     before: dict[signal.Signals, Any] = {}
     came: list[int] = []
 
@@ -100,7 +100,7 @@ def _stopping_signals() -> Iterator[None]:
 @contextlib.contextmanager
 def _patient_output() -> Iterator[None]:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without ✓ gets a ?, and its result
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ✓ shows ? instead of failing
     before = sys.stdout, sys.stderr
     errors = None if sys.stderr is None else _Patient(sys.stderr, None)
     results = None if sys.stdout is None else _Patient(sys.stdout, errors)
@@ -115,20 +115,20 @@ def _patient_output() -> Iterator[None]:
 
 
 class _Patient:
-    """A text stream that goes on where its reader is gone, or its disk is full."""
+    """A text stream that survives a closed reader or a full disk."""
 
     def __init__(self, stream: TextIO, complaints: _Patient | None) -> None:
-        """Tell `complaints`, if there are any, once why nothing more is printed."""
+        """Wrap `stream`; report once on `complaints`, unless None, why nothing more is printed."""
         self._stream, self._complaints = stream, complaints
 
     def write(self, text: str) -> int:
-        """Write, if that is possible."""
+        """Write, if possible."""
         with self._until_it_fails():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush, if that is possible."""
+        """Flush, if possible."""
         with self._until_it_fails():
             self._stream.flush()
 
@@ -136,16 +136,16 @@ class _Patient:
     def _until_it_fails(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # ValueError: it was closed
+        except (OSError, ValueError) as error:  # ValueError: the stream was closed
             if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) and self._complaints is not None:
                 self._complaints.write(f"warning: results cannot be printed: {error.strerror or error}\n")
             self._complaints = None
-            # What it still holds would fail again, at the latest when the interpreter ends.
+            # The buffered text would fail again, at the latest on interpreter exit.
             with contextlib.suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._stream.fileno())
                 os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else is the stream's own."""
+        """Forward everything else to the stream."""
         return getattr(self._stream, name)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lfdm_export.sampling.tuned import TunedSampler
 
 PROGRAM = "lfdm-export"
-#: A label is a few words.
+#: Limit in bytes of a label file; a label has a few words.
 _LARGEST_LABEL_FILE = 4 << 20
 _EXAMPLES = """\
   lfdm-export                                   the small trained model that is shipped
@@ -55,39 +55,41 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_model_options(parser, "Both checkpoints, or a model folder; none means the small trained one that is shipped.")
     group = parser.add_argument_group("bundle")
-    group.add_argument("-o", "--out", default="bundle", metavar="DIR", help="where to (%(default)s)")
+    group.add_argument(
+        "-o", "--out", default="bundle", metavar="DIR", help="folder of the bundle (default: %(default)s)"
+    )
     group.add_argument(
         "--engine",
         default="fp32",
         metavar="PRECISION",
-        help=f"of weights and activations: {', '.join(PRECISIONS)} (%(default)s); see docs/precision.md",
+        help=f"precision of the graphs: {', '.join(PRECISIONS)} (default: %(default)s); see docs/precision.md",
     )
-    group.add_argument("--frames", type=int, metavar="T", help="frames of a clip (as trained, else 40)")
-    group.add_argument("--image-size", type=int, metavar="N", help="pixels a side (as trained, else 128)")
-    group.add_argument("--labels", metavar="FILE|A,B,C", help="the labels: a file with one a line, or a list")
+    group.add_argument("--frames", type=int, metavar="T", help="frames per clip (default: as trained, else 40)")
+    group.add_argument("--image-size", type=int, metavar="N", help="pixels per side (default: as trained, else 128)")
+    group.add_argument("--labels", metavar="FILE|A,B,C", help="labels: a file with one per line, or a list")
     group.add_argument(
         "--text-encoder",
         metavar="FOLDER|NAME",
-        help="the BERT of the DM's training: embeds the labels, and lets the bundle take free text; "
-        f"with --dataset it is {PUBLISHED_ENCODER}; {NO_ENCODER!r} exports without labels and text",
+        help="the BERT model of the DM's training: embeds the labels and enables free text; "
+        f"default with --dataset: {PUBLISHED_ENCODER}; {NO_ENCODER!r} exports without labels and text",
     )
     group.add_argument(
         "--without-drive",
         action="store_true",
-        help="leave out what --drive of lfdm-generate needs: half of a bundle of the published size",
+        help="omit the stages for lfdm-generate --drive: half of a bundle of the published size",
     )
     group.add_argument(
-        "--tuned", metavar="FILE", help="tables of few steps for these weights, which lfdm-train schedule --out wrote"
+        "--tuned", metavar="FILE", help="sampler tables for these weights, written by lfdm-train schedule --out"
     )
-    group.add_argument("--triton", metavar="DIR", help="write a Triton model repository that serves it, too")
-    group.add_argument("--no-verify", action="store_true", help="do not run PyTorch and compare")
+    group.add_argument("--triton", metavar="DIR", help="also write a Triton model repository that serves the bundle")
+    group.add_argument("--no-verify", action="store_true", help="skip the comparison with PyTorch")
     add_plan_options(parser)
     add_common_options(parser)
     return parser
 
 
 def _make_plans(args: argparse.Namespace) -> int:
-    """The plans of a bundle that is there."""
+    """Make the plans of an existing bundle."""
     from lfdm_export.bundle.reader import Bundle
 
     bundle = Bundle.open(args.plans)
@@ -96,7 +98,7 @@ def _make_plans(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    # Read before the model is loaded: a misspelt file name shows at once.
+    # Read before the model is loaded, so that a misspelled file name fails at once.
     labels = None if args.labels is None else read_labels(args.labels)
     if args.lfae is None and args.model is None:
         say(args, f"no checkpoints given: exporting the shipped model {SHIPPED!r}")
@@ -107,7 +109,7 @@ def _export(args: argparse.Namespace) -> int:
     from lfdm_export.export.bundle_export import export_bundle
     from lfdm_export.export.precisions import check_precision
 
-    # Before minutes of exporting: what cannot be had shows at once.
+    # Checked before minutes of exporting, so that an unavailable option fails at once.
     check_precision(args.engine)
     choice = choose_target(args, args.engine)
     tuned = _tuned(args)
@@ -142,7 +144,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _tuned(args: argparse.Namespace) -> TunedSampler | None:
-    """The tuned sampler that is named; else, of the shipped model, that which comes with it."""
+    """Return the tuned sampler of --tuned; by default, the one shipped with the shipped model."""
     from lfdm_export.bundle.ready import MODEL
     from lfdm_export.sampling.tuned import TunedSampler
 
@@ -154,10 +156,10 @@ def _tuned(args: argparse.Namespace) -> TunedSampler | None:
 
 
 def _text_encoder(args: argparse.Namespace) -> Path | None:
-    """The folder of the text encoder's files, fetched from the hub where its name is one there; None for none.
+    """Return the text encoder's folder, downloaded if its name is one on the hub; None for no text encoder.
 
     Raises:
-        InputError: it is not available; the message names both ways out.
+        InputError: the text encoder is not available; the message names both remedies.
     """
     from lfdm_models import text_files
 
@@ -173,7 +175,7 @@ def _text_encoder(args: argparse.Namespace) -> Path | None:
 
 
 def _tell_sensitivity(args: argparse.Namespace, bundle: Bundle) -> None:
-    """Which layers of an 8-bit bundle are quantized, and which of them cost most."""
+    """Print which layers of an 8-bit bundle are quantized, and which of them cost the most accuracy."""
     if bundle.manifest.precision not in ("int8", "fp8"):
         return
     from lfdm_export.bundle.reader import PARITY_FOLDER
@@ -184,12 +186,12 @@ def _tell_sensitivity(args: argparse.Namespace, bundle: Bundle) -> None:
 
 
 def read_labels(value: str) -> tuple[str, ...]:
-    """Labels out of a file with one a line, or out of a list with commas.
+    """Read labels from a file with one per line, or from a comma-separated list.
 
-    A byte-order mark, the line ends of Windows and blank lines do not matter.
+    A byte-order mark, Windows line endings and blank lines are ignored.
 
     Raises:
-        InputError: the file cannot be read, or there are no labels, or one is there twice or cannot be printed.
+        InputError: the file cannot be read, there are no labels, or a label is given twice or not printable.
     """
     if _is_file(value):
         try:
@@ -217,12 +219,12 @@ def read_labels(value: str) -> tuple[str, ...]:
 def _is_file(value: str) -> bool:
     try:
         return user_path(value).is_file()
-    except (OSError, ValueError, RuntimeError):  # a list of labels is longer than any file's name, for one
+    except (OSError, ValueError, RuntimeError):  # e.g. a list of labels longer than any file name
         return False
 
 
 def describe(bundle: Bundle) -> str:
-    """A bundle in a few words."""
+    """Describe a bundle in a few words."""
     manifest = bundle.manifest
     megabytes = sum(entry.bytes for entry in manifest.files.values()) / 1e6
     size, count = manifest.geometry.image_size, len(manifest.labels)

@@ -39,9 +39,9 @@ _EXAMPLES = """\
   lfdm-generate mug --jobs jobs.csv -o clips/ --workers 4
   lfdm-generate --url localhost:8001 --image face.jpg --label happiness -o happiness.gif
 """
-#: Options of sampling, which a motion that is there already has none of.
+#: Options of sampling, which are invalid with an existing motion.
 _SAMPLING = ("seed", "seeds", "steps", "sampler", "eta", "guidance", "guidance_interval")
-# Clips that are sampled together: at most so many, and so many values (frames times rows times columns of latents).
+# Limits of a batch: clips, and values (frames times rows times columns of the latents).
 _LARGEST_BATCH, _BATCH_VALUES = 8, 4 * 40 * 32 * 32
 _STAGES = {"estimate_motion": "estimate motion"}
 
@@ -57,7 +57,7 @@ def generate_main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--{name} samples nothing: leave out {options}")
     check_bulk_options(parser, args)
     if args.bundle is None and args.url is None and len(args.label or ()) > 1:
-        args.bundle = args.label.pop()  # lfdm-generate --label nod BUNDLE
+        args.bundle = args.label.pop()  # for the order: lfdm-generate --label nod BUNDLE
     check_remote_options(parser, args)
     return run(PROGRAM, args, lambda: _generate(args) if args.jobs is None else generate_in_bulk(args))
 
@@ -72,55 +72,59 @@ def _parser() -> argparse.ArgumentParser:
         metavar="BUNDLE",
         help="a folder, org/name on the Hugging Face hub, or characters: the shipped model; not with --url",
     )
-    parser.add_argument("--image", metavar="PHOTO", help=f"the photograph: {FORMAT_NAMES}")
+    parser.add_argument("--image", metavar="PHOTO", help=f"reference image: {FORMAT_NAMES}")
     parser.add_argument(
         "--crop",
         type=crop_of,
         metavar="center|X,Y,W,H",
-        help="cut this out of it (center: the largest square), in place of black bars around what is not square",
+        help="region of the image to use (center: the largest square) instead of padding it with black bars",
     )
-    parser.add_argument("-o", "--out", metavar="FILE", help=f"the clip: .{', .'.join(FORMATS)}, or FOLDER/")
+    parser.add_argument("-o", "--out", metavar="FILE", help=f"file of the clip: .{', .'.join(FORMATS)}, or FOLDER/")
     motion = parser.add_argument_group("motion (one of these)").add_mutually_exclusive_group()
     motion.add_argument(
-        "--label", nargs="+", action="extend", metavar="LABEL", help="of the bundle's labels; a clip for each"
+        "--label", nargs="+", action="extend", metavar="LABEL", help="labels of the bundle; one clip per label"
     )
-    motion.add_argument("--text", help="free text, if the bundle has a text encoder")
+    motion.add_argument("--text", help="free text; requires a bundle with a text encoder")
     motion.add_argument("--embedding", metavar="FILE.npy", help="a text embedding")
-    motion.add_argument("--drive", metavar="CLIP", help="a clip whose motion is transferred")
-    motion.add_argument("--motion", metavar="FILE", help="the motion of an earlier clip, which was saved as .motion")
-    motion.add_argument("--labels-all", action="store_true", help="a clip for each label that the bundle knows")
+    motion.add_argument("--drive", metavar="CLIP", help="clip whose motion is transferred")
+    motion.add_argument("--motion", metavar="FILE", help="motion of an earlier clip, saved as .motion")
+    motion.add_argument("--labels-all", action="store_true", help="one clip per label of the bundle")
     sampling = parser.add_argument_group("sampling (the bundle's defaults where not given)")
     seed = sampling.add_mutually_exclusive_group()
-    seed.add_argument("--seed", type=int, metavar="N", help="of the noise (one is drawn)")
+    seed.add_argument("--seed", type=int, metavar="N", help="seed of the noise (default: random)")
     seed.add_argument(
-        "--seeds", type=seeds_of, nargs="+", action="extend", metavar="N|N-M", help="a clip for each, of each label"
+        "--seeds", type=seeds_of, nargs="+", action="extend", metavar="N|N-M", help="one clip per seed and label"
     )
     sampling.add_argument("--steps", type=int, metavar="S", help="sampling steps")
     sampling.add_argument("--sampler", choices=sampler_names())
     sampling.add_argument("--eta", type=float, help="DDIM's share of fresh noise, 0 to 1")
-    sampling.add_argument("--guidance", type=float, metavar="SCALE", help="1: as trained; above 1: more of the label")
+    sampling.add_argument(
+        "--guidance", type=float, metavar="SCALE", help="guidance scale; 1: as trained; above 1: stronger label"
+    )
     sampling.add_argument(
         "--guidance-interval",
         nargs=2,
         type=float,
         metavar=("LOW", "HIGH"),
-        help="shares of the schedule, 0 to 1 (nothing but noise), between which guidance acts (0 1)",
+        help="interval of the schedule with guidance, from 0 to 1 (pure noise) (default: 0 1)",
     )
     output = parser.add_argument_group("clip")
-    output.add_argument("--format", choices=FORMATS, help="in place of the file's ending")
+    output.add_argument("--format", choices=FORMATS, help="file format (default: by the file name extension)")
     output.add_argument(
-        "--fps", type=float, help="frames per second (10; with --drive the clip's own, or the rate it is resampled to)"
+        "--fps",
+        type=float,
+        help="frames per second (default: 10; with --drive the rate of CLIP, or the rate it is resampled to)",
     )
-    output.add_argument("--scale", type=int, default=1, metavar="N", help="enlarge the pictures N times (1 to 8)")
+    output.add_argument(
+        "--scale", type=int, default=1, metavar="N", help="enlarge the frames N times, 1 to 8 (default: 1)"
+    )
     output.add_argument(
         "--panels",
         action="store_true",
-        help="show source, clip, warped image, deformed grid and occlusion side by side, with titles",
+        help="show source, clip, warped image, deformed grid and occlusion map side by side, with titles",
     )
-    output.add_argument(
-        "--cache", metavar="DIR", help="keep clips in this folder, and take from it what was made before (4 GB at most)"
-    )
-    output.add_argument("--threads", type=int, metavar="N", help="threads (all cores)")
+    output.add_argument("--cache", metavar="DIR", help="cache clips in this folder (4 GB at most), and reuse them")
+    output.add_argument("--threads", type=int, metavar="N", help="threads per engine (default: all cores)")
     add_target_option(output)
     add_bulk_options(parser)
     add_remote_options(parser)
@@ -129,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    # Before minutes of sampling: a clip that could not be written, or would replace an input, shows at once.
+    # Checked before minutes of sampling: an output that is not writable, or would replace an input, fails at once.
     if not wants_many(args):
         refuse_inputs(args.out, inputs_of(args))
     rehearse_saving(example_name(args), format=args.format, panels=args.panels, fps=args.fps, scale=args.scale)
@@ -140,7 +144,7 @@ def _generate(args: argparse.Namespace) -> int:
     pipeline = Pipeline.open(args.bundle, threads=args.threads, target=args.target, cache=args.cache)
     with Bars(quiet=args.quiet, names=_STAGES) as progress:
         making = Making(args, wishes(args, pipeline.bundle.labels))
-        # A clip that is kept is found again whatever else is made beside it.
+        # A batch of 1, because the key of a cached clip must not depend on the other clips of the command.
         batch = 1 if args.cache else batch_size(pipeline.bundle.manifest.geometry)
         parts = [making.wanted[start : start + batch] for start in range(0, len(making.wanted), batch)]
         for done, part in enumerate(parts):
@@ -164,12 +168,12 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def batch_size(geometry: Geometry) -> int:
-    """Clips that are sampled together: as many as take little memory beside the engines."""
+    """Return the clips per batch: as many as need little memory beside the engines."""
     return max(1, min(_LARGEST_BATCH, _BATCH_VALUES // (geometry.frames * geometry.latent_size**2)))
 
 
 def _make(pipeline: Pipeline, args: argparse.Namespace, part: Sequence[Wish], making: Making, progress: Bars) -> None:
-    """Make some clips together; where that fails, one by one, so that those that can be made are."""
+    """Generate clips as a batch; if the batch fails, one by one, so that one clip does not fail the others."""
     if len(making.wanted) > 1:
         part = [wish for wish in part if _label_is_known(pipeline, wish, making)]
     if len(part) > 1:

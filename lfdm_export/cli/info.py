@@ -1,4 +1,4 @@
-"""``lfdm-info``: what a bundle is, and what runs it here."""
+"""``lfdm-info``: describes a bundle, and the targets that run it on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs the clips of one command: failures of single clips are kept for the end, and the summary is printed."""
+"""Generates the clips of one command, collects failures of single clips, and prints the summary."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lfdm_export.wording import count, describe_error, shortened
 
 @dataclass
 class Making:
-    """What became of the clips of one command.
+    """Results of the clips of one command.
 
     Attributes:
-        args: of the command.
-        wanted: its clips.
-        made: files of the clips that were written.
-        failures: what went wrong, by clip.
-        steps: sampling steps of each, as a server reported them.
+        args: arguments of the command.
+        wanted: clips of the command.
+        made: files of the written clips.
+        failures: errors by clip.
+        steps: sampling steps of each clip, as reported by a server.
     """
 
     args: argparse.Namespace
@@ -34,10 +34,10 @@ class Making:
     _started: float = field(default_factory=time.monotonic)
 
     def attempt(self, wish: Wish, make: Callable[[], Clip]) -> None:
-        """Make and write one clip; if there are others, an error is kept for `finish`.
+        """Generate and write one clip; if there are others, store an error for `finish`.
 
         Raises:
-            Exception: the only clip failed, or --debug asks for tracebacks.
+            Exception: the only clip failed, or --debug is set.
         """
         try:
             self.write(wish, make())
@@ -48,14 +48,14 @@ class Making:
 
     @property
     def alone(self) -> bool:
-        """Whether the first error ends the command: there is one clip alone, or --debug asks for its traceback."""
+        """Whether the first error ends the command: there is only one clip, or --debug is set."""
         return len(self.wanted) == 1 or self.args.debug
 
     def write(self, wish: Wish, clip: Clip) -> None:
         """Write one clip.
 
         Raises:
-            LfdmExportError: it cannot be written.
+            LfdmExportError: the clip cannot be written.
         """
         args = self.args
         self.made[wish] = clip.save(wish.out, format=args.format, panels=args.panels, fps=args.fps, scale=args.scale)
@@ -63,10 +63,10 @@ class Making:
             self.steps = int(clip.timings[0]["steps"])
 
     def fail(self, wish: Wish, error: Exception) -> None:
-        """Keep an error for `finish`.
+        """Store an error for `finish`.
 
         Raises:
-            Exception: that error, if there is one clip alone, or with --debug.
+            Exception: that error, if there is only one clip, or with --debug.
         """
         if self.alone:
             raise error
@@ -96,7 +96,7 @@ class Making:
 
 
 def _grouped(failures: Iterable[tuple[Wish, Exception]]) -> dict[str, list[Wish]]:
-    """Clips by what went wrong with them."""
+    """Group clips by error message."""
     found: dict[str, list[Wish]] = {}
     for wish, error in failures:
         found.setdefault(describe_error(error), []).append(wish)

@@ -1,4 +1,4 @@
-"""The options that name a model, and the model that they name."""
+"""The options that select a model, and the loading of this model."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from lfdm_models.labels import DATASETS
 if TYPE_CHECKING:
     from lfdm_models.model import LfdmModel
 
-#: The small trained model that comes with the package.
+#: The small trained model shipped with the package.
 SHIPPED = "characters"
-#: A small model with untrained weights, made on the spot.
+#: A small model with random weights, created on demand.
 UNTRAINED = "untrained"
 
 
@@ -24,24 +24,24 @@ def add_model_options(parser: argparse.ArgumentParser, purpose: str) -> None:
     group.add_argument(
         "--model",
         metavar="NAME_OR_FOLDER",
-        help=f"a model folder, {SHIPPED!r} (the small trained one that is shipped) or {UNTRAINED!r} (smaller still)",
+        help=f"a model folder, {SHIPPED!r} (the shipped small trained model) or {UNTRAINED!r} (even smaller)",
     )
     group.add_argument(
         "--dataset",
         choices=tuple(DATASETS),
-        help="what the checkpoints were trained on: gives the labels, preprocessing and --region-pad",
+        help="data set of the training: sets labels, preprocessing and --region-pad",
     )
     group.add_argument("--residual-flow", action="store_true", help="the DM was trained on residual flow")
     group.add_argument(
         "--region-pad",
         type=int,
         metavar="N",
-        help="padding of the region predictor's last conv: 3 for MUG, 0 for MHAD and NATOPS",
+        help="padding of the region predictor's last convolution: 3 for MUG, 0 for MHAD and NATOPS",
     )
 
 
 def check_model_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse combinations that mean nothing: prints the usage and exits with status 2."""
+    """Reject invalid combinations: prints the usage and exits with status 2."""
     if (args.lfae is None) != (args.dm is None):
         parser.error("--lfae and --dm belong together: give both, or neither")
     if args.model is not None and args.lfae is not None:
@@ -51,10 +51,10 @@ def check_model_options(parser: argparse.ArgumentParser, args: argparse.Namespac
 
 
 def open_model(args: argparse.Namespace) -> LfdmModel:
-    """The model that the options name; the shipped one if they name none.
+    """Load the selected model; by default, the shipped one.
 
     Raises:
-        CheckpointError: it cannot be loaded.
+        CheckpointError: the model cannot be loaded.
     """
     if args.lfae is not None:
         from lfdm_export.checkpoints.load import load_model

@@ -1,4 +1,4 @@
-"""What the command says and is told of the photograph."""
+"""The option --crop, and the message about black bars."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lfdm_export.pictures.preprocess import Preprocessing, picture_size
 
 
 def crop_of(text: str) -> Crop:
-    """The value of --crop.
+    """Parse the value of --crop.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: the value is invalid.
     """
     try:
         return parse_crop(text)
@@ -24,7 +24,7 @@ def crop_of(text: str) -> Crop:
 
 
 def say_bars(args: argparse.Namespace, rule: Preprocessing) -> None:
-    """Say where black bars came into the clip: where the photograph is not square, nor the data set's camera's."""
+    """Report black bars: added to an image that is neither square nor of the data set's aspect ratio."""
     if args.crop is not None or rule.resize_first is not None or not Path(args.image).is_file():
         return
     size = picture_size(args.image)

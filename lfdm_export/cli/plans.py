@@ -1,4 +1,4 @@
-"""The options of targets and plans, and the making of plans."""
+"""Options of targets and plans, and the building of plans."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ if TYPE_CHECKING:
     from lfdm_export.bundle.reader import Bundle
     from lfdm_export.engines.tensorrt.plans import BuildOptions
 
-#: Value of --target that asks for graphs alone.
+#: Value of --target that exports only graphs.
 NO_TARGET = "none"
 _COMPATIBLE = ("ampere+", "same-capability")
-# Options that say how plans are made.
+# Options of the plan builders.
 _BUILDING = ("gpus", "optimization_level", "hardware_compatible", "version_compatible", "strip")
 
 
 def add_target_option(parser: argparse._ActionsContainer) -> None:
-    """Add --target of a command that runs a bundle."""
+    """Add --target to a command that runs a bundle."""
     parser.add_argument(
         "--target",
         choices=(AUTO, *target_names()),
         default=AUTO,
-        help=f"what runs the stages; auto: {target_titles('plans', 'weights')}, where the bundle holds plans or "
-        f"weights for it and a GPU is there, else {target_titles('graphs')}, whichever is faster",
+        help=f"what runs the stages; auto: {target_titles('plans', 'weights')}, if the bundle has plans or "
+        f"weights for it and a GPU is available, else {target_titles('graphs')}, whichever is faster",
     )
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
-    """Add --target, --plans and how plans are built."""
+    """Add --target, --plans and the options of the plan builders."""
     group = parser.add_argument_group(
         "plans",
         "Built for a GPU, beside the graphs, which are always there; which target takes which is listed below.",
@@ -40,30 +40,30 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--target",
         choices=(AUTO, *target_names(), NO_TARGET),
-        help=f"make plans for it, or add weights ({', '.join(target_names('weights'))}); auto (the default below "
-        f"fp32): plans of {target_titles('plans')}, the first that can make them here; none (the default of fp32)",
+        help=f"target to make plans for, or to add weights for ({', '.join(target_names('weights'))}); auto (the "
+        f"default below fp32): plans of {target_titles('plans')}, the first available here; none (the default of fp32)",
     )
-    group.add_argument("--plans", metavar="BUNDLE", help="make the plans of a bundle that is there; export nothing")
+    group.add_argument("--plans", metavar="BUNDLE", help="make plans for an existing bundle; export nothing")
     group.add_argument(
         "--gpus",
         type=lambda text: tuple(name.strip().upper() for name in text.split(",")),
         metavar="SM89,...",
-        help=f"TensorRT for RTX: architectures to build for, of {', '.join(RTX_ARCHITECTURES)} (all but SM75)",
+        help=f"TensorRT for RTX: architectures to build for, of {', '.join(RTX_ARCHITECTURES)} (default: all but SM75)",
     )
-    group.add_argument("--optimization-level", type=int, metavar="0-5", help="more builds longer (the builder's own)")
     group.add_argument(
-        "--hardware-compatible", choices=_COMPATIBLE, help="TensorRT: other GPUs that the plans shall run on"
+        "--optimization-level", type=int, metavar="0-5", help="higher levels build longer (default: the builder's)"
     )
-    group.add_argument("--version-compatible", action="store_true", help="TensorRT: run under later versions too")
+    group.add_argument("--hardware-compatible", choices=_COMPATIBLE, help="TensorRT: other GPUs that run the plans")
+    group.add_argument("--version-compatible", action="store_true", help="TensorRT: plans also run with later versions")
     group.add_argument(
         "--strip",
         action="store_true",
-        help="TensorRT: plans without weights, which are read from the graphs: new weights need no new plans",
+        help="TensorRT: plans without weights, read from the graphs: new weights need no new plans",
     )
 
 
 def check_plan_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse combinations that mean nothing: prints the usage and exits with status 2."""
+    """Reject invalid combinations: prints the usage and exits with status 2."""
     if args.plans is not None and args.target == NO_TARGET:
         parser.error("--plans makes plans: leave out --target none")
     given = [name for name in _BUILDING if getattr(args, name)]
@@ -75,10 +75,10 @@ def check_plan_options(parser: argparse.ArgumentParser, args: argparse.Namespace
 
 
 def choose_target(args: argparse.Namespace, precision: str) -> Choice | None:
-    """What plans are made for, and why; None where nobody asked for any.
+    """Choose the target of the plans, with the reason; None if no plans are requested.
 
     Raises:
-        EngineError: what was asked for cannot be had here.
+        EngineError: the requested target is not available on this machine.
     """
     name = args.target
     if name is None:
@@ -90,7 +90,7 @@ def choose_target(args: argparse.Namespace, precision: str) -> Choice | None:
 
 
 def make_bundle_plans(args: argparse.Namespace, bundle: Bundle, choice: Choice | None) -> tuple[str, ...]:
-    """Make the plans that were asked for, and tell what became of them; gives the targets to verify the bundle with."""
+    """Make the requested plans and print the result; returns the targets to verify the bundle with."""
     if choice is None:
         return (AUTO,)
     if choice.target is None:

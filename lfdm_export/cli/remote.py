@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lfdm_export.client import Client, Settings
 
 PROGRAM = "lfdm-generate"
-#: Options that mean something only with --url.
+#: Options that require --url.
 _REMOTE = (
     "stream", "tls", "tls_ca", "tls_key", "tls_cert", "tls_name", "token_env", "allow_plain_token", "timeout",
     "priority", "compression",
@@ -32,30 +32,32 @@ _STAGES = {"clips": "clip", "denoise": "denoise", "decode": "decode"}
 
 
 def add_remote_options(parser: argparse.ArgumentParser) -> None:
-    """Add --url and what goes with it."""
+    """Add --url and its options."""
     group = parser.add_argument_group("server (in place of BUNDLE)")
     group.add_argument(
-        "--url", metavar="HOST:PORT", help="gRPC port of an lfdm-serve or of Triton, such as localhost:8001"
+        "--url", metavar="HOST:PORT", help="gRPC address of lfdm-serve or Triton, such as localhost:8001"
     )
-    group.add_argument("--stream", action="store_true", help="show the steps and frames as they are made")
-    group.add_argument("--timeout", type=float, metavar="S", help="seconds that the clip may take (300)")
-    group.add_argument("--priority", type=int, metavar="N", help="-1000 to 1000, higher goes first (0)")
-    group.add_argument("--tls", action="store_true", help="encrypt; trust the public authorities")
-    group.add_argument("--tls-ca", metavar="PEM", help="encrypt; trust the authorities in this file")
-    group.add_argument("--tls-cert", metavar="PEM", help="the client's certificate, where the server asks for one")
-    group.add_argument("--tls-key", metavar="PEM", help="its private key")
+    group.add_argument("--stream", action="store_true", help="show steps and frames during generation")
+    group.add_argument("--timeout", type=float, metavar="S", help="timeout of a clip in seconds (default: 300)")
+    group.add_argument("--priority", type=int, metavar="N", help="-1000 to 1000, higher runs first (default: 0)")
+    group.add_argument("--tls", action="store_true", help="encrypt; trust public certificate authorities")
+    group.add_argument("--tls-ca", metavar="PEM", help="encrypt; trust the certificate authorities in this file")
+    group.add_argument("--tls-cert", metavar="PEM", help="certificate of the client, if the server requires one")
+    group.add_argument("--tls-key", metavar="PEM", help="private key of the client's certificate")
     group.add_argument(
-        "--tls-name", metavar="NAME", help="name in the server's certificate, if it is not the address's"
+        "--tls-name", metavar="NAME", help="name in the server's certificate, if it differs from the address"
     )
     group.add_argument("--token-env", metavar="NAME", help="environment variable that holds a bearer token")
     group.add_argument(
-        "--allow-plain-token", action="store_true", help="send the token without TLS, as where a service mesh encrypts"
+        "--allow-plain-token",
+        action="store_true",
+        help="allow the token without TLS, e.g. where a service mesh encrypts",
     )
-    group.add_argument("--compression", choices=("gzip", "deflate"), help="of what is sent and received")
+    group.add_argument("--compression", choices=("gzip", "deflate"), help="compression of requests and responses")
 
 
 def check_remote_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse combinations that mean nothing: prints the usage and exits with status 2."""
+    """Reject invalid combinations: prints the usage and exits with status 2."""
     if (args.bundle is None) == (args.url is None):
         parser.error("give either BUNDLE, to run it here, or --url, to run on a server")
     if args.url is None:
@@ -79,8 +81,8 @@ def check_remote_options(parser: argparse.ArgumentParser, args: argparse.Namespa
 
 
 def generate_remotely(args: argparse.Namespace) -> int:
-    """Make the clips on the server, save them, say where; returns the exit status."""
-    # gRPC's own lines on stderr say less than our errors do. Read when it is imported.
+    """Generate the clips on the server, save them, and print their files; returns the exit status."""
+    # gRPC's log lines say less than this project's errors. gRPC reads the variable on import.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from lfdm_export.client import Client
 
@@ -110,11 +112,11 @@ def generate_remotely(args: argparse.Namespace) -> int:
 
 
 def _together(client: Client, args: argparse.Namespace, making: Making, progress: Bars) -> None:
-    """Several clips at a time: the server makes them together; those that fail leave the others alone."""
+    """Request several clips concurrently, so that the server batches them; a failed clip does not stop the others."""
 
     def one(wish: Wish) -> Clip:
         if over:
-            raise over[0]  # no server: the others need not wait for it again
+            raise over[0]  # no server: the other clips need not wait for it too
         try:
             return _whole(client, args, wish, None)
         except (AuthenticationError, ServerUnavailableError) as error:

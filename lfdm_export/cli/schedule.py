@@ -1,4 +1,4 @@
-"""``lfdm-train schedule``: learns a sampler of few steps for a bundle."""
+"""``lfdm-train schedule``: tunes a sampler of few steps for a bundle."""
 
 from __future__ import annotations
 
@@ -34,18 +34,28 @@ def schedule_main(argv: Sequence[str]) -> int:
         "write it into the bundle's manifest: the sampler 'tuned'.",
         _EXAMPLES,
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="folder that lfdm-export wrote")
-    parser.add_argument("--steps", default="4,5,6", metavar="N,M", help="a table for each number (%(default)s)")
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder written by lfdm-export")
+    parser.add_argument("--steps", default="4,5,6", metavar="N,M", help="one table per number (default: %(default)s)")
     parser.add_argument(
-        "--images", metavar="FOLDER", help="photographs to tune on (drawn characters, for bundles of those)"
+        "--images", metavar="FOLDER", help="images to tune on (default: drawn characters, for bundles trained on these)"
     )
-    parser.add_argument("--conditions", type=int, default=64, metavar="N", help="pictures with a label (%(default)s)")
-    parser.add_argument("--clips", type=int, default=16, metavar="N", help="of each candidate (%(default)s)")
-    parser.add_argument("--generations", type=int, default=8, metavar="N", help="of candidates (%(default)s)")
-    parser.add_argument("--candidates", type=int, default=10, metavar="N", help="of a generation (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of search and noise (%(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (all cores)")
-    parser.add_argument("-o", "--out", metavar="FILE", help="write the tables here, too, for lfdm-export --tuned")
+    parser.add_argument(
+        "--conditions", type=int, default=64, metavar="N", help="pairs of image and label (default: %(default)s)"
+    )
+    parser.add_argument("--clips", type=int, default=16, metavar="N", help="clips per candidate (default: %(default)s)")
+    parser.add_argument(
+        "--generations", type=int, default=8, metavar="N", help="generations of candidates (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--candidates", type=int, default=10, metavar="N", help="candidates per generation (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of search and noise (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="threads per engine (default: all cores)")
+    parser.add_argument(
+        "-o", "--out", metavar="FILE", help="also write the tables to this file, for lfdm-export --tuned"
+    )
     add_common_options(parser)
     args = parser.parse_args(argv)
     return run(PROGRAM, args, lambda: _schedule(args), extra="train")
@@ -60,7 +70,7 @@ def _schedule(args: argparse.Namespace) -> int:
     counts = step_counts(args.steps)
     search = Search(clips=args.clips, generations=args.generations, candidates=args.candidates, seed=args.seed)
     out = None if args.out is None else user_path(args.out)
-    if out is not None:  # before minutes of tuning
+    if out is not None:  # checked before minutes of tuning
         rehearse(out)
     pipeline = Pipeline.open(args.bundle, threads=args.threads)
     pictures = None if args.images is None else read_pictures(user_path(args.images), pipeline.bundle)
@@ -79,10 +89,10 @@ def _schedule(args: argparse.Namespace) -> int:
 
 
 def step_counts(value: str) -> tuple[int, ...]:
-    """Numbers of steps out of a list with commas.
+    """Parse a comma-separated list of numbers of steps.
 
     Raises:
-        InputError: one is no number, or no table can have so many.
+        InputError: an entry is not a number, or too large for a table.
     """
     from lfdm_export.sampling.tuned import MOST_STEPS
 
@@ -96,10 +106,10 @@ def step_counts(value: str) -> tuple[int, ...]:
 
 
 def read_pictures(folder: Path, bundle: Bundle) -> NDArray[np.uint8]:
-    """All pictures of a folder, by name, (P, H, W, 3) uint8 as the bundle's model takes them.
+    """Read all images of a folder, sorted by name: (P, H, W, 3) uint8, in the format of the bundle's model.
 
     Raises:
-        InputError: there is no such folder, it holds no files, or one is no picture.
+        InputError: the folder does not exist or has no files, or a file is not an image.
     """
     import numpy as np
 

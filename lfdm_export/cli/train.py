@@ -1,4 +1,4 @@
-"""``lfdm-train``: trains (`lfdm_models.training.cli`), and measures and tunes what was trained and exported."""
+"""``lfdm-train``: trains models (`lfdm_models.training.cli`), and evaluates and tunes exported bundles."""
 
 from __future__ import annotations
 
@@ -47,20 +47,25 @@ def evaluate_main(argv: Sequence[str]) -> int:
         "other data are refused.",
         _EXAMPLES,
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="folder that lfdm-export wrote")
-    parser.add_argument("--clips", type=int, default=12, metavar="N", help="of each label (%(default)s)")
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder written by lfdm-export")
+    parser.add_argument("--clips", type=int, default=12, metavar="N", help="clips per label (default: %(default)s)")
     parser.add_argument(
-        "--samplers", default="ddim,dpm++2m,unipc", metavar="A,B", help=f"samplers, or {_NONE!r} (%(default)s)"
+        "--samplers", default="ddim,dpm++2m,unipc", metavar="A,B", help=f"samplers, or {_NONE!r} (default: %(default)s)"
     )
     parser.add_argument(
-        "--steps", default="10,25,50", metavar="N,M", help="steps of each; ddpm takes all of its own (%(default)s)"
+        "--steps",
+        default="10,25,50",
+        metavar="N,M",
+        help="steps of each sampler; ddpm always takes all steps (default: %(default)s)",
     )
-    parser.add_argument("--eta", type=float, metavar="X", help="of samplers that have one (their own)")
-    parser.add_argument("--guidance-scale", type=float, metavar="X", help="(the bundle's own)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of characters and noise (%(default)s)")
-    parser.add_argument("--classifier", metavar="FILE", help="of motions (the one that is shipped)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (all cores)")
-    parser.add_argument("-o", "--out", metavar="DIR", help="folder of the report (BUNDLE/evaluation)")
+    parser.add_argument("--eta", type=float, metavar="X", help="eta of samplers that have one (default: the sampler's)")
+    parser.add_argument("--guidance-scale", type=float, metavar="X", help="guidance scale (default: the bundle's)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of characters and noise (default: %(default)s)"
+    )
+    parser.add_argument("--classifier", metavar="FILE", help="classifier of motions (default: the shipped one)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads per engine (default: all cores)")
+    parser.add_argument("-o", "--out", metavar="DIR", help="folder of the report (default: BUNDLE/evaluation)")
     add_common_options(parser)
     args = parser.parse_args(argv)
     return run(PROGRAM, args, lambda: _evaluate(args), extra="train")
@@ -83,7 +88,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     require_drawn_characters(pipeline.bundle)
     if args.out is None:
         folder = pipeline.bundle.path / "evaluation"
-    else:  # before minutes of measuring: a folder that cannot be written shows at once
+    else:  # checked before minutes of measuring, so that a folder that is not writable fails at once
         folder = user_path(args.out)
         rehearse(folder / JSON)
     try:
@@ -101,17 +106,17 @@ def _evaluate(args: argparse.Namespace) -> int:
     except InputError as error:
         if args.out is not None:
             raise
-        complain(PROGRAM, f"warning: {error}")  # the bundle may be mounted read-only; its figures are shown
+        complain(PROGRAM, f"warning: {error}")  # the bundle may be mounted read-only; the results are still printed
     return OK
 
 
 def choose_settings(
     samplers: str, steps: str, eta: float | None, guidance_scale: float | None
 ) -> tuple[SamplingOptions, ...]:
-    """Every sampler with every number of steps; "ddpm" once, for it takes every step of the schedule.
+    """Combine every sampler with every number of steps; "ddpm" once, because it takes every step of the schedule.
 
     Raises:
-        InputError: a sampler is unknown, or steps are no numbers.
+        InputError: a sampler is unknown, or a number of steps is not a number.
     """
     if samplers == _NONE:
         return ()

@@ -1,4 +1,4 @@
-"""``lfdm-verify``: bundle against its model."""
+"""``lfdm-verify``: compares a bundle with its model."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ def verify_main(argv: Sequence[str] | None = None) -> int:
         metavar="BUNDLE",
         help="a folder, org/name on the Hugging Face hub, or characters: the shipped model",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (all cores)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads per engine (default: all cores)")
     parser.add_argument(
         "--target",
         action="append",
         choices=(EVERY_TARGET, *target_names(), SIMULATION),
-        help="what runs the stages; may be given several times (all that run this bundle on this machine); "
-        f"{SIMULATION}: on the CPU, rounded as a GPU does in fp16 or bf16",
+        help="target that runs the stages; repeatable (default: all that run this bundle on this machine); "
+        f"{SIMULATION}: on the CPU, rounding as a GPU does in fp16 or bf16",
     )
     parser.add_argument(
-        "--polygraphy", action="store_true", help="compare each engine with ONNX Runtime by NVIDIA Polygraphy as well"
+        "--polygraphy", action="store_true", help="also compare each engine with ONNX Runtime by NVIDIA Polygraphy"
     )
     add_model_options(
         parser,
         "What the bundle was exported from: PyTorch runs again, on fresh inputs. Without it the bundle is compared "
         "with what PyTorch gave at export, which is kept in it; that needs no PyTorch.",
     )
-    parser.add_argument("--text-encoder", metavar="FOLDER|NAME", help="the bundle's, where a model is given")
+    parser.add_argument("--text-encoder", metavar="FOLDER|NAME", help="text encoder of the bundle, if a model is given")
     add_common_options(parser)
     args = parser.parse_args(argv)
     check_model_options(parser, args)
@@ -88,7 +88,7 @@ def verify_and_report(
     text_encoder: str | None = None,
     polygraphy: bool = False,
 ) -> int:
-    """Verify a bundle, print the table, write the report into the bundle; returns the exit status."""
+    """Verify a bundle, print the table, write the report to the bundle; returns the exit status."""
     from lfdm_export.bundle.reader import PARITY_FOLDER
     from lfdm_export.parity.verify import verify_bundle
 
@@ -107,7 +107,7 @@ def verify_and_report(
     try:
         page = str(report.write(bundle.path / PARITY_FOLDER))
         say(args, f"report  {page}")
-    except BundleError as error:  # a bundle that is mounted read-only is as good as another
+    except BundleError as error:  # the bundle may be mounted read-only
         complain(program, f"warning: {error}")
     if not report.passed:
         complain(program, f"the bundle differs from the model by more than its tolerance; see {page}")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lfdm_export.web.app import WebOptions
 
 PROGRAM = "lfdm-web"
-# Connections that may wait to be taken.
+# Length of the queue of new connections.
 _WAITING = 128
 # Seconds that a browser's open connections may keep a server that ends.
 _GRACE = 3
@@ -48,17 +48,23 @@ def web_main(argv: Sequence[str] | None = None) -> int:
         metavar="BUNDLE",
         help="a folder, org/name on the Hugging Face hub, or characters: the shipped model; not with --url",
     )
-    remote = parser.add_argument_group("the page alone, for a server (in place of BUNDLE)")
+    remote = parser.add_argument_group("the page alone, for a server (instead of BUNDLE)")
     remote.add_argument("--url", metavar="HOST:PORT", help="gRPC port of an lfdm-serve or of Triton")
     remote.add_argument("--server-tls-ca", metavar="PEM", help="encrypt; trust the authorities in this file")
     remote.add_argument("--server-token-env", metavar="NAME", help="environment variable that holds its bearer token")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine alone)")
-    parser.add_argument("--port", type=int, default=8080, metavar="N", help="0: any that is free (%(default)s)")
-    parser.add_argument("--state", metavar="DIR", help="folder of the videos, which outlive the server (user's cache)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, only this machine)"
+    )
+    parser.add_argument("--port", type=int, default=8080, metavar="N", help="0: any free port (default: %(default)s)")
+    parser.add_argument(
+        "--state", metavar="DIR", help="folder of the videos, kept after a restart (default: the user's cache)"
+    )
     parser.add_argument("--token-env", metavar="NAME", help="environment variable that holds a bearer token")
-    parser.add_argument("--no-page", action="store_true", help="serve the video API alone")
-    parser.add_argument("--queue", type=int, default=32, metavar="N", help="videos that may wait or run (%(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (all cores)")
+    parser.add_argument("--no-page", action="store_true", help="serve only the video API")
+    parser.add_argument(
+        "--queue", type=int, default=32, metavar="N", help="videos that may be queued or running (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="threads per engine (default: all cores)")
     add_target_option(parser)
     add_common_options(parser)
     args = parser.parse_args(argv)
@@ -90,7 +96,7 @@ def _serve(args: argparse.Namespace) -> int:
     )
     server = uvicorn.Server(config)
     socket = server.config.bind_socket()
-    socket.listen(_WAITING)  # from now on connections wait, whatever still starts
+    socket.listen(_WAITING)  # from now on connections wait until the start is done
     address = f"http://{args.host}:{socket.getsockname()[1]}"
     if not args.no_page:
         say(args, f"page    {address}")

@@ -1,4 +1,4 @@
-"""Which clips one `lfdm-generate` makes: labels times seeds, and the file of each."""
+"""The clips of one `lfdm-generate` command: labels times seeds, and the file of each."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lfdm_export.files.places import refuse_inputs
 from lfdm_export.sampling.noise import draw_seed
 from lfdm_export.sampling.options import WHOLE, SamplingOptions
 
-#: Clips that one command makes at most; more are rather a slip than a wish.
+#: Most clips of one command; more are probably a typing error.
 MAX_CLIPS = 1000
-# Characters of a label in a file name; a file system takes 255 bytes in all.
+# Most characters of a label in a file name; file systems limit the whole name to 255 bytes.
 _LONGEST_WORD = 40
 
 
@@ -26,9 +26,9 @@ class Wish:
     """One clip.
 
     Attributes:
-        label: None where a text, an embedding or a clip says how it moves.
-        seed: None where nothing is sampled.
-        out: where it goes.
+        label: label; None if a text, an embedding or a clip determines the motion.
+        seed: seed; None if nothing is sampled.
+        out: file or folder of the clip.
     """
 
     label: str | None
@@ -42,10 +42,10 @@ class Wish:
 
 
 def seeds_of(word: str) -> range:
-    """A seed, or a range such as 1-8, both ends of which count.
+    """Parse a seed, or a range such as 1-8, both ends included.
 
     Raises:
-        argparse.ArgumentTypeError: it is neither, or too long.
+        argparse.ArgumentTypeError: the text is neither, or the range is too long.
     """
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
     if found is None:
@@ -57,36 +57,36 @@ def seeds_of(word: str) -> range:
 
 
 def inputs_of(args: argparse.Namespace) -> dict[str, str | None]:
-    """The files and folders that the command reads, which no clip may replace."""
+    """Return the files and folders that the command reads, which no clip may replace."""
     named = {f"--{name}": getattr(args, name) for name in ("image", "drive", "motion", "embedding")}
     return {**named, "BUNDLE": args.bundle}
 
 
 def wants_many(args: argparse.Namespace) -> bool:
-    """Whether the command names several clips, whose files then say label and seed."""
+    """Whether the command generates several clips, whose file names then include label and seed."""
     return bool(args.labels_all or len(args.label or ()) > 1 or sum(map(len, args.seeds or ())) > 1)
 
 
 def example_name(args: argparse.Namespace) -> str:
-    """A file that the command might write, to rehearse with."""
+    """Return an output file for the check that outputs are writable."""
     return _name(args.out, args.format, None, 0) if wants_many(args) and not _is_device(args) else str(args.out)
 
 
 def _is_device(args: argparse.Namespace) -> bool:
-    """Whether the output is a device or a pipe, beside which there is no other file."""
+    """Whether the output is a device or a pipe, which holds only one clip."""
     out = user_path(args.out)
     return out.exists() and not (out.is_file() or out.is_dir())
 
 
 def wishes(args: argparse.Namespace, known: Sequence[str]) -> tuple[Wish, ...]:
-    """The clips that the command names, all labels of a seed after each other.
+    """Return the clips of the command, ordered by seed, then label.
 
     Args:
-        args: of the command.
+        args: arguments of the command.
         known: labels of the bundle or of the served model.
 
     Raises:
-        InputError: there are too many, none, one of them twice, a device would have to take them all, or one would
+        InputError: there are no clips, too many, or the same clip twice; several would go to a device; or one would
             replace an input.
     """
     seeds = _seeds(args)
@@ -114,7 +114,7 @@ def wishes(args: argparse.Namespace, known: Sequence[str]) -> tuple[Wish, ...]:
         for label in labels:
             name = _name(args.out, args.format, label, seed)
             number = 2
-            while name.casefold() in made:  # two labels may differ in what no file name shows
+            while name.casefold() in made:  # two labels may have the same file name
                 name = _name(args.out, args.format, f"{_word(label or '')}-{number}", seed)
                 number += 1
             refuse_inputs(name, inputs_of(args))
@@ -123,7 +123,7 @@ def wishes(args: argparse.Namespace, known: Sequence[str]) -> tuple[Wish, ...]:
 
 
 def _seeds(args: argparse.Namespace) -> list[int | None]:
-    """Those that were given, else one that is drawn for all clips of the command; none where nothing is sampled."""
+    """Return the given seeds; by default one drawn for all clips of the command; none if nothing is sampled."""
     if args.seeds is not None:
         return [seed for part in args.seeds for seed in part]
     if args.seed is None and args.drive is None and args.motion is None:
@@ -132,7 +132,7 @@ def _seeds(args: argparse.Namespace) -> list[int | None]:
 
 
 def options_of(args: argparse.Namespace) -> SamplingOptions:
-    """How the command's clips are sampled.
+    """Return the options of sampling.
 
     Raises:
         InputError: an option is out of range.
@@ -142,7 +142,7 @@ def options_of(args: argparse.Namespace) -> SamplingOptions:
 
 
 def _name(out: str | os.PathLike[str], ending: str | None, label: str | None, seed: int | None) -> str:
-    """``a.gif`` -> ``a-nod-seed3.gif``; ``folder/`` -> ``folder/nod-seed3.gif``, without ending a folder of frames."""
+    """Name a clip: ``a.gif`` -> ``a-nod-seed3.gif``; ``folder/`` -> ``folder/nod-seed3.gif``; no ending for frames."""
     given = os.fspath(out)
     words = "-".join([*([] if label is None else [_word(label)]), f"seed{seed}"])
     if given.endswith(("/", os.sep)) or user_path(given).is_dir():
@@ -152,5 +152,5 @@ def _name(out: str | os.PathLike[str], ending: str | None, label: str | None, se
 
 
 def _word(label: str) -> str:
-    """A label as part of a file name on any system."""
+    """Convert a label to a part of a file name that is valid on any system."""
     return re.sub(r"[^\w-]+", "_", label).strip("_")[:_LONGEST_WORD] or "label"

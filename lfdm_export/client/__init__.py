@@ -1,6 +1,6 @@
-"""Clips from a server: `Client` for ordinary programs, `AsyncClient` for asyncio.
+"""Clients of a server: `Client` for synchronous programs, `AsyncClient` for asyncio.
 
-Needs Triton's client (extra `client`), and neither PyTorch nor ONNX.
+Requires Triton's client (extra `client`); requires neither PyTorch nor ONNX.
 
 Examples:
     >>> from lfdm_export.client import Client

@@ -30,9 +30,9 @@ from lfdm_export.sampling.options import SamplingOptions
 
 
 class AsyncClient:
-    """Makes clips on a server, for one event loop. `lfdm_export.client.Client` has the same methods, not to be awaited.
+    """Generates clips on a server, within one event loop. `lfdm_export.client.Client` has the same methods, blocking.
 
-    Cancelling the task that awaits a clip gives the request up, on the server too.
+    Canceling the task that awaits a clip cancels its request, on the server too.
 
     Examples:
         >>> async with AsyncClient("localhost:8001") as client:
@@ -40,15 +40,15 @@ class AsyncClient:
     """
 
     def __init__(self, address: str, settings: Settings | None = None, *, waiting: Waiting | None = None) -> None:
-        """Name a server; the connection is opened with the first request.
+        """Set the server's address; the first request opens the connection.
 
         Args:
-            address: HOST:PORT of its gRPC port.
-            settings: TLS, token, time-outs and the rest; the usual ones if None.
-            waiting: None for asyncio; `lfdm_export.client.Client` waits without it.
+            address: HOST:PORT of the server's gRPC endpoint.
+            settings: TLS, token, timeouts and limits; None uses the defaults of `Settings`.
+            waiting: how calls wait; None uses asyncio. `lfdm_export.client.Client` passes `Blocking`.
 
         Raises:
-            InputError: the address or a file of the settings cannot be used.
+            InputError: the address or a file named in the settings is invalid.
             MissingDependencyError: gRPC or Triton's client is not installed.
         """
         self._connection = Connection(address, settings or Settings(), waiting or Suspending())
@@ -56,32 +56,32 @@ class AsyncClient:
 
     @property
     def settings(self) -> Settings:
-        """Those of the connection."""
+        """Settings of the connection."""
         return self._connection.settings
 
     def __repr__(self) -> str:
         return f"<AsyncClient of {self._connection.address}>"
 
     async def __aenter__(self) -> AsyncClient:
-        """The client itself."""
+        """Return the client itself."""
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close it."""
+        """Close the client."""
         await self.close()
 
     async def close(self) -> None:
-        """Give up what is under way, on the server too, and close the connection."""
+        """Cancel the requests in progress, on the server too, and close the connection."""
         await self._connection.close()
 
     async def health(self, *, timeout: float = QUICK) -> Health:
-        """What is up; a server that cannot be reached is not an error here.
+        """Query the server's health; an unreachable server is not an error.
 
         Raises:
-            AuthenticationError: the server does not accept the token or the certificate.
-            ServerError: TLS does not fit, or it is no such server.
+            AuthenticationError: the server rejects the token or the certificate.
+            ServerError: the TLS settings do not match the server's, or the server is of another kind.
         """
         connection, (messages, _), seconds = self._connection, import_protocol(), Attempts(Retry(), timeout).begin()
         requests = {
@@ -101,10 +101,10 @@ class AsyncClient:
         return Health(live.live, ready.ready, clips.ready, about.version)
 
     async def facts(self) -> ModelFacts:
-        """What the served model is: labels, sizes, defaults. Asked for once.
+        """Labels, sizes and defaults of the served model. Requested once, then cached.
 
         Raises:
-            ServerError: the server cannot be reached, or does not say.
+            ServerError: the server is unreachable, or does not report them.
         """
         if self._facts is None:
             connection = self._connection
@@ -115,10 +115,10 @@ class AsyncClient:
         return self._facts
 
     async def labels(self) -> tuple[str, ...]:
-        """The labels that the served model knows.
+        """Labels of the served model.
 
         Raises:
-            ServerError: the server cannot be reached, or does not say.
+            ServerError: the server is unreachable, or does not report them.
         """
         return (await self.facts()).labels
 
@@ -142,35 +142,37 @@ class AsyncClient:
         request_id: str | None = None,
         progress: Progress | None = None,
     ) -> Clip:
-        """Make a clip of `image` moving as the label says, as `lfdm_export.generate.pipeline.Pipeline.generate` does.
+        """Generate a clip of `image` for a label, as `lfdm_export.generate.pipeline.Pipeline.generate` does.
 
-        Several images, labels or seeds are as many requests at once.
+        Several images, labels or seeds are sent as concurrent requests, one per sample.
 
         Args:
             image: a path, a PIL image, (H,W,3) uint8, or (B,H,W,3) uint8 for a batch.
-            crop: what is cut out of the image first; see `lfdm_export.generate.pipeline.Pipeline.generate`.
-            label: a known label, or one a sample.
-            text: free text, or one a sample; for models with a text encoder.
-            text_embedding: (text_width,) or (B, text_width).
-            sampler: a name of `lfdm_export.sampling.tables.SAMPLERS`; None for the model's default, as below.
+            crop: region of the image to use: "center", the largest square in its middle, or (x, y, width, height) in
+                pixels. None keeps the whole image, and pads it to a square with black bars.
+            label: a label of the model, or one per sample.
+            text: free text, or one per sample; only for models with a text encoder.
+            text_embedding: embedding of the text, (text_width,) or (B, text_width).
+            sampler: a name of `lfdm_export.sampling.tables.SAMPLERS`. For this and the next three arguments, None uses
+                the model's default.
             steps: sampling steps.
-            eta: DDIM's share of fresh noise, 0 … 1.
-            guidance_scale: 1 as trained, above 1 for more of the label.
-            seed: one a sample; a single one gives sample i the seed ``seed + i``. None draws one, which the clip names.
-            warped: ask for the warped images too.
-            latent: ask for the latent too.
-            priority: -1000 … 1000, higher goes first.
-            deadline: seconds for the whole call; None for the settings' `timeout`.
-            request_id: for logs, traces and `cancel`; sample i of several has ``request_id-i``. None for a new one.
+            eta: DDIM's share of fresh noise, in [0, 1].
+            guidance_scale: scale of classifier-free guidance: 1 as trained; above 1 strengthens the label.
+            seed: one per sample; a single seed gives sample i ``seed + i``. None draws one, stored in the clip.
+            warped: whether to return the warped images too.
+            latent: whether to return the latent too.
+            priority: -1000 … 1000; higher runs first.
+            deadline: seconds for the whole call; None uses `Settings.timeout`.
+            request_id: ID for logs, traces and `cancel`; sample i of several has ``request_id-i``. None creates one.
             progress: called as ``progress("clips", done, total)``.
 
         Raises:
-            InputError: an argument cannot be used, here or there.
-            ServerUnavailableError: no server is there, or it takes no more requests now.
-            DeadlineError: the clip was not there in time.
-            RequestCancelledError: `cancel` or `close` was called meanwhile.
-            AuthenticationError: the token or the certificate is not accepted.
-            ServerError: the server failed in another way.
+            InputError: the client or the server rejects an argument.
+            ServerUnavailableError: the server is unreachable, or accepts no more requests now.
+            DeadlineError: the clip did not arrive in time.
+            RequestCancelledError: `cancel` or `close` was called during the request.
+            AuthenticationError: the server rejects the token or the certificate.
+            ServerError: any other failure of the server.
         """
         facts = await self.facts()
         asked = Asked(
@@ -187,7 +189,7 @@ class AsyncClient:
             deadline=deadline,
             request_id=request_id,
         )
-        # Scaling a large photograph takes some 100 ms, in which an event loop should not stand still.
+        # Scaling a large image takes some 100 ms; the event loop must not block for so long.
         plan = await self._connection.waiting.aside(partial(make_plan, asked, facts))
         answers = await self._answers(plan, facts, self.settings.timeout if deadline is None else deadline, progress)
         return make_clip(answers, plan, facts)
@@ -200,20 +202,21 @@ class AsyncClient:
         crop: Crop | None = None,
         deadline: float | None = None,
     ) -> Clip:
-        """Make a clip of `image` moving as an earlier clip did; see `lfdm_export.generate.pipeline.Pipeline.animate`.
+        """Generate a clip of `image` with a saved motion, as `lfdm_export.generate.pipeline.Pipeline.animate` does.
 
-        Nothing is sampled: the server encodes the picture and decodes the motion's latent. With the picture of that
-        clip, on the same server, the frames are the same to the bit.
+        Nothing is sampled: the server encodes the image and decodes the motion's latent. For the image of the clip that
+        the motion comes from, on the same server, the frames are bit-identical.
 
         Args:
             image: a path, a PIL image or (H,W,3) uint8.
-            motion: ``clip.motion`` of a clip (ask for its latent), or the path of one that was saved as ``.motion``.
-            crop: what is cut out of the image first; see `lfdm_export.generate.pipeline.Pipeline.generate`.
-            deadline: seconds for both requests together; None for the settings' `timeout`.
+            motion: ``clip.motion`` of a clip generated with ``latent=True``, or the path of a saved ``.motion`` file.
+            crop: region of the image to use: "center", the largest square in its middle, or (x, y, width, height) in
+                pixels. None keeps the whole image, and pads it to a square with black bars.
+            deadline: seconds for both requests together; None uses `Settings.timeout`.
 
         Raises:
-            InputError: the image or the motion cannot be used, or the motion is of a model of other sizes.
-            ServerError: see `generate`.
+            InputError: the image or the motion is invalid, or the motion has the sizes of another model.
+            ServerError: as for `generate`.
         """
         facts = await self.facts()
         connection = self._connection
@@ -243,29 +246,29 @@ class AsyncClient:
         deadline: float | None = None,
         request_id: str | None = None,
     ) -> OpeningStream:
-        """Make one clip, and tell of it meanwhile.
+        """Generate one clip and report events meanwhile.
 
-        The request is sent when the first event is asked for. Leaving the stream early gives the request up.
+        The first iteration sends the request. Leaving the stream early cancels the request.
 
         Args:
-            image: as for `generate`, and so are the others.
-            crop: what is cut out of it first.
-            label: a known label.
+            image: as for `generate`, like the following arguments.
+            crop: region of the image to use.
+            label: a label of the model.
             text: free text.
-            text_embedding: (text_width,).
-            sampler: its name.
+            text_embedding: embedding of the text, (text_width,).
+            sampler: name of the sampler.
             steps: sampling steps.
             eta: DDIM's share of fresh noise.
-            guidance_scale: of classifier-free guidance.
-            seed: of the noise; None draws one.
-            preview_every: a `Preview` after each so many steps; 0 for none. Each costs the decoding of some frames.
-            progress_every: a `Progress` after each so many steps; 0 for none.
-            priority: higher goes first.
-            deadline: seconds; None for the settings' `timeout`.
-            request_id: None for a new one.
+            guidance_scale: scale of classifier-free guidance.
+            seed: seed of the noise; None draws one.
+            preview_every: steps between `Preview` events; 0 disables them. Each preview decodes some frames.
+            progress_every: steps between `Progress` events; 0 disables them.
+            priority: higher runs first.
+            deadline: seconds; None uses `Settings.timeout`.
+            request_id: ID of the request; None creates one.
 
         Raises:
-            InputError: an argument cannot be used. The errors of `generate` come with the events.
+            InputError: an argument is invalid. Iteration raises the errors of `generate`.
 
         Examples:
             >>> async with client.stream("face.jpg", label="happiness", progress_every=1) as stream:
@@ -296,20 +299,20 @@ class AsyncClient:
         return OpeningStream(begin)
 
     async def cancel(self, request_id: str) -> bool:
-        """Give up a request, here and on the server.
+        """Cancel a request, in this client and on the server.
 
         Returns:
-            Whether the server had it waiting or running.
+            Whether the request was queued or running on the server.
 
         Raises:
-            ServerError: the server cannot be reached.
+            ServerError: the server is unreachable.
         """
         return await self._connection.cancel(request_id, QUICK)
 
     async def _answers(
         self, plan: Plan, facts: ModelFacts, seconds: float, progress: Progress | None
     ) -> list[dict[str, Array]]:
-        """The answers of all samples; if one fails, the others are given up."""
+        """Return the responses of all samples; if one fails, cancel the others."""
         connection, total = self._connection, len(plan.jobs)
         flights = [connection.flight(job.request_id, seconds, told=True) for job in plan.jobs]
 

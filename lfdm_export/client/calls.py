@@ -1,4 +1,4 @@
-"""The messages of each call, the same for threads and asyncio. No network here."""
+"""Request and response messages of each call, shared by the blocking and the asyncio client. No network access."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from lfdm_export.protocol.contract import (
 )
 from lfdm_export.protocol.model_facts import ModelFacts
 
-#: Seconds for requests that compute nothing.
+#: Timeout in seconds of requests that compute nothing.
 QUICK = 10.0
-# Triton's header `triton_grpc_error` would give streams a status, but errors in streams then crash server 2.51 for all.
+# Triton's header `triton_grpc_error` would add a status to stream errors, but with it such errors crash server 2.51.
 
 
 @dataclass(frozen=True)
 class Calls:
-    """Builds requests and reads answers.
+    """Builds requests and reads responses.
 
     Attributes:
-        address: HOST:PORT.
-        settings: of the connection.
+        address: HOST:PORT of the server.
+        settings: settings of the connection.
     """
 
     address: str
     settings: Settings
 
     def clip_request(self, job: Job, plan: Plan, seconds: float) -> Any:
-        """The unary request of one sample, with the seconds that it has."""
+        """Build the unary request of one sample, with its timeout in seconds."""
         return infer_request(
             CLIP_MODEL,
             CLIP_INPUTS,
@@ -54,17 +54,17 @@ class Calls:
         )
 
     def clip_answer(self, response: Any, job: Job, plan: Plan, facts: ModelFacts) -> dict[str, Array]:
-        """Its answer.
+        """Read the response to `clip_request`.
 
         Raises:
-            ServerError: it is not what was asked for.
+            ServerError: the response does not match the request.
         """
         answer = decode(response, CLIP_OUTPUTS)
         check_answer(answer, plan, job, facts)
         return answer
 
     def stream_request(self, job: Job, plan: Plan, seconds: float) -> Any:
-        """The request of a streamed sample, with the seconds that it has."""
+        """Build the request of a streamed sample, with its timeout in seconds."""
         return infer_request(
             STREAM_MODEL,
             STREAM_INPUTS,
@@ -75,43 +75,43 @@ class Calls:
         )
 
     def stream_answer(self, response: Any) -> Mapping[str, Array]:
-        """The tensors of one response of a stream that is no error.
+        """Read the tensors of a stream's response that is not an error.
 
         Raises:
-            ServerError: they are not what a stream may have.
+            ServerError: a stream may not contain these tensors.
         """
         return decode(response.infer_response, STREAM_OUTPUTS)
 
     def stream_fault(self, message: str, job: Job, *, answered: bool) -> Fault:
-        """What the error message of a stream's response means: its status stands in it, for Triton sends none."""
+        """Classify the error message of a stream's response; only the message holds the status."""
         code, details = stream_status(message)
         return self.sort(code, details, request_id=job.request_id, answered=answered)
 
     def cancel_request(self, request_id: str) -> Any:
-        """The request that cancels another one."""
+        """Build the request that cancels another request."""
         return infer_request(
             SAMPLE_MODEL, (CANCEL_INPUT,), {CANCEL_INPUT.name: text_tensor(request_id)}, outputs=(CANCEL_OUTPUT.name,)
         )
 
     def cancel_answer(self, response: Any) -> bool:
-        """Whether a request of that id was waiting or running.
+        """Read whether the canceled request was queued or running.
 
         Raises:
-            ServerError: the answer does not say.
+            ServerError: the response does not say.
         """
         return bool(decode(response, (CANCEL_OUTPUT,)).get(CANCEL_OUTPUT.name, [False])[0])
 
     def config_request(self) -> Any:
-        """Asks for the configuration of the clip's model."""
+        """Build the request for the configuration of the clip's model."""
         messages, _ = import_protocol()
         return messages.ModelConfigRequest(name=CLIP_MODEL)
 
     def fault(self, error: Any, *, request_id: str = "", answered: bool = False) -> Fault:
-        """How a call ended that raised gRPC's `error`."""
+        """Classify the gRPC `error` that a call raised."""
         return self.sort(error.code().name, error.details() or "", request_id=request_id, answered=answered)
 
     def sort(self, code: str, details: str, *, request_id: str = "", answered: bool = False) -> Fault:
-        """How a call ended with this status."""
+        """Classify the status that a call ended with."""
         return read_fault(
             code,
             details,

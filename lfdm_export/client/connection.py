@@ -1,4 +1,4 @@
-"""One gRPC channel: calls that are begun anew where that is safe, and that can be given up."""
+"""One gRPC channel, whose calls are retried where that is safe, and can be canceled."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from lfdm_export.errors import InputError, LfdmExportError
 from lfdm_export.protocol.contract import RequestCancelledError
 
 logger = logging.getLogger(__name__)
-#: Seconds that telling the server of a request that is given up may take.
+#: Seconds that the server's cancellation of a request may take.
 _TELLING = 2.0
-#: Seconds until it is told again.
+#: Seconds between attempts to cancel.
 _AGAIN = 0.05
 
 
 @dataclass(eq=False)
 class Flight:
-    """A request that is under way: its attempts, and what gives it up. For any thread, if its connection is.
+    """A request in progress: its attempts, and its cancellation. Thread-safe if its connection is.
 
     Attributes:
-        request_id: of the request; "" for none.
-        attempts: those made, and the time left.
-        told: whether the server must be told that it is given up: cancellation does not reach into an ensemble.
-        cancelled: set once there are to be no more attempts.
-        why: it was cancelled.
-        over: whether the last attempt is to end too.
-        begun: whether an attempt was begun.
-        call: gRPC's, of the last attempt.
-        lock: held where `cancelled` and `begun` must not change.
+        request_id: ID of the request; "" for none.
+        attempts: counter of attempts and of the time left.
+        told: whether a cancellation must also be sent to the server: gRPC's does not reach into an ensemble.
+        cancelled: event that is set when no more attempts may start.
+        why: reason for the cancellation.
+        over: whether the last attempt must end too.
+        begun: whether an attempt has started.
+        call: gRPC call of the last attempt.
+        lock: held while `cancelled` and `begun` must not change.
     """
 
     request_id: str
@@ -54,53 +54,53 @@ class Flight:
 
     @property
     def pending(self) -> bool:
-        """Whether the server may have it, now or soon."""
+        """Whether the server may have received the request, or may receive it soon."""
         return self.begun and (self.call is None or not self.call.done())
 
     def start(self, begin: Callable[[float], Any]) -> Any:
-        """The next attempt's call.
+        """Start the next attempt and return its call.
 
         Args:
-            begin: begins it, given the seconds that it has.
+            begin: starts a call, given its timeout in seconds.
 
         Raises:
-            RequestCancelledError: there is to be none.
+            RequestCancelledError: the request was canceled.
         """
         with self.lock:
             if self.cancelled.is_set():
                 raise self.cancellation()
             self.begun = True
         self.call = begin(self.attempts.begin())
-        if self.over:  # since a moment ago
+        if self.over:  # set by another thread meanwhile
             self.call.cancel()
         return self.call
 
     def stop(self, why: str = "") -> None:
-        """Begin no more attempts."""
+        """Start no more attempts."""
         with self.lock:
             self.why = self.why or why or f"the request {self.request_id} was cancelled here"
             self.cancelled.set()
 
     def give_up(self) -> None:
-        """End it, here."""
+        """Cancel the request in this client."""
         self.stop()
         self.over = True
         if self.call is not None:
             self.call.cancel()
 
     def cancellation(self) -> RequestCancelledError:
-        """The error that says so."""
+        """Return the error that reports the cancellation."""
         return RequestCancelledError(self.why)
 
 
 class Connection:
-    """A channel, and the requests that are under way on it. For what its `waiting` is for."""
+    """A channel and its requests in progress. For threads or for asyncio, as its `waiting` is."""
 
     def __init__(self, address: str, settings: Settings, waiting: Waiting) -> None:
-        """Check everything; the channel is made by the first call.
+        """Validate the address and the settings; the first call opens the channel.
 
         Raises:
-            InputError: the address or a file of the settings cannot be used.
+            InputError: the address or a file named in the settings is invalid.
             MissingDependencyError: gRPC or Triton's client is not installed.
         """
         self.address, self.settings, self.waiting = settings.check_address(address), settings, waiting
@@ -115,27 +115,27 @@ class Connection:
         self._closed = False
 
     async def close(self) -> None:
-        """Give up what is under way, on the server too, and close the channel."""
+        """Cancel the requests in progress, on the server too, and close the channel."""
         with self._lock:
             self._closed, flights = True, list(self._flights)
         await self.abandon(flights, "the client was closed meanwhile")
         with self._lock:
             channel, self._channel, self._stub = self._channel, None, None
         closing = None if channel is None else channel.close()
-        if closing is not None:  # asyncio's
+        if closing is not None:  # only asyncio's channels return an awaitable
             await closing
 
     def flight(self, request_id: str, seconds: float, *, told: bool = False) -> Flight:
-        """A new request, which has so many seconds from now.
+        """Register a new request with a timeout of `seconds` from now.
 
         Raises:
-            InputError: it has none.
+            InputError: `seconds` leaves no time.
         """
         return Flight(request_id, Attempts(self.settings.retry, seconds), told, self.waiting.event())
 
     @contextlib.contextmanager
     def under_way(self, *flights: Flight) -> Iterator[None]:
-        """Known to `cancel` and `close` for as long.
+        """Let `cancel` and `close` find these requests within the context.
 
         Raises:
             InputError: the channel is closed.
@@ -151,21 +151,21 @@ class Connection:
                 self._flights.difference_update(flights)
 
     def begin(self, method: str, request: Any, seconds: float) -> Any:
-        """Begin a call, which has so many seconds.
+        """Start a call with a timeout of `seconds`.
 
         Args:
-            method: of the stub.
+            method: name of the stub's method.
             request: a message, or an iterator over messages for a streaming method.
-            seconds: until its deadline.
+            seconds: time until the deadline.
 
         Raises:
             InputError: the channel is closed.
         """
         with self._lock:
-            if self._stub is None or self._process != os.getpid():  # gRPC's channels do not come through a fork
+            if self._stub is None or self._process != os.getpid():  # gRPC channels do not survive a fork
                 self._stub, self._process = self._open(), os.getpid()
             call = getattr(self._stub, method)
-        # What gRPC's unary calls of threads begin at once by; all others just begin.
+        # Blocking unary calls need `future` to start without waiting; all other calls start when called.
         return getattr(call, "future", call)(
             request,
             timeout=seconds,
@@ -184,15 +184,15 @@ class Connection:
         return self._stubs.GRPCInferenceServiceStub(self._channel)
 
     async def unary(self, method: str, make_request: Callable[[float], Any], flight: Flight) -> Any:
-        """The response of a unary call, begun anew where that is safe.
+        """Return the response of a unary call, retried where that is safe.
 
         Args:
-            method: of the stub.
-            make_request: given the seconds that the call has.
-            flight: of the request.
+            method: name of the stub's method.
+            make_request: builds the message, given the call's timeout in seconds.
+            flight: the request in progress.
 
         Raises:
-            LfdmExportError: what its end means.
+            LfdmExportError: the call failed; the class depends on its status.
         """
         while True:
             try:
@@ -200,26 +200,26 @@ class Connection:
                 return await self.waiting.answer(call)
             except (self.grpc.RpcError, self.grpc.FutureCancelledError) as error:
                 fault = self.fault(flight, error)
-            except BaseException:  # Ctrl-C, or a cancelled task
+            except BaseException:  # Ctrl-C, or a canceled task
                 await self.abandon([flight])
                 raise
             await self.pause_or_raise(flight, fault)
 
     def fault(self, flight: Flight, error: Exception, *, answered: bool = False) -> Fault:
-        """How a call ended that raised gRPC's `error`.
+        """Classify the gRPC `error` that a call raised.
 
         Raises:
-            RequestCancelledError: it was given up.
+            RequestCancelledError: the request was canceled.
         """
         if flight.cancelled.is_set():
             raise flight.cancellation() from None
         return self.calls.fault(error, request_id=flight.request_id, answered=answered)
 
     async def pause_or_raise(self, flight: Flight, fault: Fault) -> None:
-        """Wait for the next attempt, or raise what the end of the last one means.
+        """Wait before the next attempt, or raise the error of the last one.
 
         Raises:
-            LfdmExportError: there is to be no other attempt.
+            LfdmExportError: no attempt is left.
         """
         pause = flight.attempts.pause_after(fault)
         logger.info("%s; attempt %d in %.1f s", fault.error, flight.attempts.made + 1, pause)
@@ -227,20 +227,20 @@ class Connection:
             raise flight.cancellation()
 
     async def cancel(self, request_id: str, seconds: float) -> bool:
-        """Give up a request, on the server and here.
+        """Cancel a request, on the server and in this client.
 
-        The server is told again and again while it does not know of a request that is under way, for it may not have
-        come to the sampler yet.
+        The cancellation is repeated while the server does not know a request in progress: the request may not have
+        reached the sampler yet.
 
         Args:
-            request_id: of the request.
-            seconds: that this may take.
+            request_id: ID of the request.
+            seconds: timeout of the cancellation.
 
         Returns:
-            Whether the server had it waiting or running.
+            Whether the request was queued or running on the server.
 
         Raises:
-            ServerError: the server cannot be told.
+            ServerError: the cancellation does not reach the server.
         """
         with self._lock:
             flights = [flight for flight in self._flights if flight.request_id == request_id]
@@ -263,7 +263,7 @@ class Connection:
                 flight.give_up()
 
     async def abandon(self, flights: Sequence[Flight], why: str = "") -> None:
-        """Give requests up; whether the server can be told of all of them in time is no matter."""
+        """Cancel requests; ignore cancellations that do not reach the server in time."""
         for flight in flights:
             flight.stop(why)
         end = time.monotonic() + _TELLING

@@ -1,4 +1,4 @@
-"""What a stream tells while a clip is made, and the clip that it amounts to. No network here."""
+"""Events of a stream during generation, and the clip assembled from them. No network access."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Progress:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Preview:
-    """Some frames as the clip would be by the estimate after `step` of `steps`.
+    """Some frames decoded from the estimate of the latent after `step` of `steps`.
 
     Attributes:
-        step: steps that are done.
-        steps: steps that there are.
-        indices: (n,) int32, which frames of the clip these are.
+        step: number of steps done.
+        steps: total number of steps.
+        indices: (n,) int32, positions of the frames in the clip.
         frames: (n, H, W, 3) uint8.
     """
 
@@ -46,10 +46,10 @@ class Preview:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Frames:
-    """Frames of the clip, final.
+    """Final frames of the clip.
 
     Attributes:
-        indices: (n,) int32, which frames of the clip these are.
+        indices: (n,) int32, positions of the frames in the clip.
         frames: (n, H, W, 3) uint8.
     """
 
@@ -61,16 +61,16 @@ class Frames:
 
     @property
     def first_frame(self) -> int:
-        """Index of the first of them."""
+        """Position of the first frame in the clip."""
         return int(self.indices[0])
 
 
 @dataclass(frozen=True, repr=False)
 class Done:
-    """The clip is whole.
+    """The clip is complete.
 
     Attributes:
-        timings: seconds, and sampling steps, by the names of `lfdm_export.protocol.contract.TIMINGS`.
+        timings: seconds per part and the number of steps, by the names of `lfdm_export.protocol.contract.TIMINGS`.
     """
 
     timings: Mapping[str, float]
@@ -83,15 +83,15 @@ Event: TypeAlias = Progress | Preview | Frames | Done
 
 
 def _listed(indices: NDArray[np.int32]) -> str:
-    """Which frames, as "frame 7" or "frames 0 ... 7"."""
+    """Name frames, as "frame 7" or "frames 0 ... 7"."""
     return f"frame {indices[0]}" if len(indices) == 1 else f"{len(indices)} frames, {indices[0]} … {indices[-1]}"
 
 
 def plan_stream(asked: Asked, facts: ModelFacts, *, preview_every: int, progress_every: int) -> tuple[Plan, Job]:
-    """The request of one streamed sample.
+    """Prepare the request of one streamed sample.
 
     Raises:
-        InputError: an argument cannot be used, or there are several samples.
+        InputError: an argument is invalid, or there are several samples.
     """
     plan = make_plan(asked, facts)
     if len(plan.jobs) != 1:
@@ -108,10 +108,10 @@ def plan_stream(asked: Asked, facts: ModelFacts, *, preview_every: int, progress
 
 
 class Assembly:
-    """Turns the responses of one stream into events, and its frames into a clip."""
+    """Converts the responses of one stream into events, and its frames into a clip."""
 
     def __init__(self, plan: Plan, job: Job, facts: ModelFacts) -> None:
-        """Nothing has come yet."""
+        """Start with no responses."""
         self._plan, self._job, self._facts = plan, job, facts
         self._frames = np.zeros((facts.frames, facts.image_size, facts.image_size, 3), np.uint8)
         self._have = np.zeros(facts.frames, bool)
@@ -119,21 +119,21 @@ class Assembly:
 
     @property
     def done(self) -> bool:
-        """Whether the last response has come."""
+        """Whether the last response has arrived."""
         return self._timings is not None
 
     def state(self) -> str:
-        """How far it is, in a few words."""
+        """Short description of the progress."""
         return "done" if self.done else f"{self._have.sum()} of {len(self._have)} frames"
 
     def take(self, tensors: Mapping[str, Array]) -> Event:
-        """The event that a response is.
+        """Convert a response into an event.
 
         Args:
-            tensors: of the response, as `lfdm_export.client.wire.decode` gave them.
+            tensors: tensors of the response, as returned by `lfdm_export.client.wire.decode`.
 
         Raises:
-            ServerError: it is none that may come here.
+            ServerError: the response is invalid at this point of the stream.
         """
         kind = tensors["kind"][0].decode() if "kind" in tensors else "nothing"
         if self.done:
@@ -154,10 +154,10 @@ class Assembly:
         raise self._wrong(f"{kind!r}")
 
     def clip(self) -> Clip:
-        """The clip, without warped images and latent.
+        """Assemble the clip, without warped images and latent.
 
         Raises:
-            ServerError: the stream is not at its end.
+            ServerError: the stream has not ended.
         """
         if self._timings is None:
             raise self._wrong(f"{self._have.sum()} of {len(self._have)} frames and no end")

@@ -1,4 +1,4 @@
-"""What went wrong, in our own classes and the server's own words; and whether to try again."""
+"""Converts gRPC statuses into this project's errors, with the server's messages, and decides about retries."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from lfdm_export.protocol.contract import (
     RequestCancelledError,
 )
 
-#: What Triton puts before a model's own sentence.
+#: Prefixes that Triton adds to a model's error message.
 _WRAPPING = re.compile(r"^(\[request id: [^\]]*\]\s*|\[StatusCode\.\w+\]\s*|in ensemble '[^']*',\s*)+", re.IGNORECASE)
-#: What Triton says, as NOT_FOUND, of a model that is loaded anew or unloaded before the server stops.
+#: Triton's message, with status NOT_FOUND, while a model is reloaded, or unloaded before the server stops.
 _RELOADED = "has no available versions"
 _STATUS = re.compile(r"\[([A-Z_]+)\] ")
-# What gRPC says, in lower case, where nothing answers, …
+# gRPC's messages, in lower case, where nothing answers, …
 _REFUSED = ("failed to connect", "connection refused", "no route to host", "network is unreachable")
 _NO_NAME = ("dns resolution", "name resolution", "could not contact dns", "domain name not found", "getaddrinfo")
 _BROKEN = (
@@ -41,7 +41,7 @@ _BROKEN = (
     "stream removed",
     "parsing http/2",
 )
-# … and where TLS does not fit.
+# … and where the TLS settings do not match.
 _NOT_TRUSTED = ("certificate_verify_failed", "certificate verify failed", "hostname verification", "peer name")
 _NOT_TLS = ("wrong_version_number", "wrong version number")
 _HANDSHAKE = ("handshake", "ssl_error")
@@ -49,13 +49,13 @@ _HANDSHAKE = ("handshake", "ssl_error")
 
 @dataclass(frozen=True)
 class Fault:
-    """How an RPC ended.
+    """How a failed RPC ended.
 
     Attributes:
         code: name of the gRPC status, such as "UNAVAILABLE".
-        details: what came with it.
-        again: whether sending the same request again is safe and may help.
-        error: to be raised if not.
+        details: message of the status.
+        again: whether a retry of the same request is safe and may help.
+        error: error to raise if there is no retry.
     """
 
     code: str
@@ -65,15 +65,15 @@ class Fault:
 
 
 def read_fault(code: str, details: str, *, address: str, tls: bool, request_id: str, answered: bool) -> Fault:
-    """Sort a status that is not OK.
+    """Classify a status other than OK.
 
     Args:
         code: name of the gRPC status.
-        details: its message.
-        address: of the server.
-        tls: whether the client speaks TLS.
-        request_id: of the request; "" for none.
-        answered: whether a part of the answer had come.
+        details: message of the status.
+        address: address of the server.
+        tls: whether the client uses TLS.
+        request_id: ID of the request; "" for none.
+        answered: whether a part of the response had arrived.
     """
     sentence = plain_sentence(details)
     again = False
@@ -106,7 +106,7 @@ def read_fault(code: str, details: str, *, address: str, tls: bool, request_id: 
 
 
 def _unavailable(sentence: str, *, address: str, tls: bool, request_id: str) -> tuple[ServerError, bool]:
-    """The error for UNAVAILABLE, and whether another attempt may help."""
+    """Return the error for UNAVAILABLE, and whether a retry may help."""
 
     def says(fragments: tuple[str, ...]) -> bool:
         return any(fragment in sentence.lower() for fragment in fragments)
@@ -146,9 +146,9 @@ def _unavailable(sentence: str, *, address: str, tls: bool, request_id: str) -> 
 
 
 def stream_status(message: str) -> tuple[str, str]:
-    """Status and sentence of an error in a stream, such as ``[INVALID_ARGUMENT] steps is 0``.
+    """Split the error of a stream, such as ``[INVALID_ARGUMENT] steps is 0``, into status and message.
 
-    Triton's own messages and some sentences of ours have no status before them.
+    Triton's own messages and some of this project's have no status in front.
     """
     sentence = plain_sentence(message)
     tagged = _STATUS.match(sentence)
@@ -159,18 +159,18 @@ def stream_status(message: str) -> tuple[str, str]:
 
 
 def plain_sentence(details: str) -> str:
-    """A server's message without what Triton puts around a model's own sentence, on one line."""
+    """Return a server's message on one line, without the prefixes that Triton adds."""
     return _WRAPPING.sub("", " ".join(details.split()))
 
 
 @dataclass
 class Attempts:
-    """Counts the attempts of one request, and the time that it has.
+    """Counts the attempts of one request and the time left.
 
     Attributes:
-        retry: when to try again.
-        seconds: for all attempts together.
-        clock, draw: replaced in tests.
+        retry: policy of retries.
+        seconds: timeout of all attempts together.
+        clock, draw: sources of time and randomness; replaced in tests.
     """
 
     retry: Retry
@@ -181,25 +181,25 @@ class Attempts:
     end: float = field(init=False)
 
     def __post_init__(self) -> None:
-        """Begin to count.
+        """Start the clock.
 
         Raises:
-            InputError: there is no time.
+            InputError: `seconds` leaves no time.
         """
         if not self.seconds > 0:
             raise InputError(f"the deadline is {self.seconds}, expected seconds above 0")
         self.end = self.clock() + self.seconds
 
     def begin(self) -> float:
-        """Begin an attempt; returns the seconds that are left for it, above 0."""
+        """Start an attempt; returns the seconds left for it, above 0."""
         self.made += 1
         return max(self.end - self.clock(), 1e-3)
 
     def pause_after(self, fault: Fault) -> float:
-        """Seconds to wait before the next attempt.
+        """Return the seconds to wait before the next attempt.
 
         Raises:
-            LfdmExportError: the fault's own error, if there is to be none.
+            LfdmExportError: `fault.error`, if no attempt is left.
         """
         if fault.again and self.made < self.retry.attempts:
             pause = self.retry.pause(self.made, self.draw())

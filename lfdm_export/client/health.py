@@ -1,4 +1,4 @@
-"""What a server says of itself."""
+"""What a server reports about itself."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Health:
-    """What is up.
+    """Health of a server.
 
-    Triton keeps its readiness even where a model's process has died: that `clips` are made is only known from one.
+    Triton reports readiness even after a model's process has died: only a clip proves that clips can be generated.
 
     Attributes:
-        live: the server answers.
-        ready: it says that it is ready, all models loaded.
-        clips: the model `lfdm` says that it is ready.
-        version: of Triton; "" where it is not live.
+        live: whether the server answers.
+        ready: whether the server reports that it is ready, with all models loaded.
+        clips: whether the model `lfdm` reports that it is ready.
+        version: version of Triton; "" if the server is not live.
     """
 
     live: bool
@@ -34,7 +34,7 @@ class Health:
 
 
 def not_up(fault: Fault) -> Health:
-    """What a failed look at a server's health means.
+    """Convert a failed health request into a `Health`.
 
     Raises:
         LfdmExportError: waiting would not help.
@@ -46,10 +46,10 @@ def not_up(fault: Fault) -> Health:
 
 
 def read_facts(response: Any, address: str) -> ModelFacts:
-    """The facts of a `ModelConfigResponse`.
+    """Read the model's facts from a `ModelConfigResponse`.
 
     Raises:
-        ServerError: it has none.
+        ServerError: the response has none.
     """
     parameters = response.config.parameters
     if FACTS_PARAMETER not in parameters:

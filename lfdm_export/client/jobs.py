@@ -1,4 +1,4 @@
-"""What a caller asks for, as the requests of its samples; and their answers, as a clip. No network here."""
+"""Converts a call into one request per sample, and their responses into a clip. No network access."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lfdm_export.sampling.options import SamplingOptions
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """The arguments of `Client.generate`, which documents them."""
+    """Arguments of `Client.generate`, documented there."""
 
     image: ImageLike
     crop: Crop | None = None
@@ -40,11 +40,11 @@ class Asked:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One sample: one request.
+    """One sample, sent as one request.
 
     Attributes:
-        tensors: the request's inputs, by name.
-        request_id: its id.
+        tensors: inputs of the request, by name.
+        request_id: ID of the request.
     """
 
     tensors: Mapping[str, Array]
@@ -56,13 +56,13 @@ class Plan:
     """All samples of a call.
 
     Attributes:
-        jobs: one a sample.
-        outputs: names of the outputs that are wanted.
+        jobs: one job per sample.
+        outputs: names of the requested outputs.
         source: (B, H, W, 3) uint8, the prepared images.
-        words: label or text of each sample, if it has any.
-        seeds: of each sample.
-        priority: of all.
-        settings: how all are made; see `lfdm_export.pictures.clip.Clip`.
+        words: label or text of each sample, if any.
+        seeds: seed of each sample.
+        priority: priority of all requests.
+        settings: settings of the generation, plain JSON values by name.
     """
 
     jobs: tuple[Job, ...]
@@ -75,17 +75,17 @@ class Plan:
 
 
 def make_plan(asked: Asked, facts: ModelFacts) -> Plan:
-    """Requests for what is asked.
+    """Prepare the requests of a call.
 
-    The photograph is scaled here, as the server would: a prepared image has 49 kB, a photograph megabytes.
+    The image is scaled here, as the server would do it: a prepared image has 49 kB, a photograph megabytes.
 
     Raises:
-        InputError: an argument cannot be used.
+        InputError: an argument is invalid.
     """
     source = prepare_images(asked.image, facts.image_size, facts.preprocessing, crop=asked.crop)
     name, words, conditions = _conditions(asked, facts)
     batch = common_batch({"images": len(source), name + "s": len(conditions), "seeds": seed_count(asked.seed)})
-    # Known before it is sent, so that a request that is sent again gives the same clip, and the caller can repeat it.
+    # Drawn before sending, so that a retry gives the same clip, and the caller can reproduce it.
     seeds = sample_seeds(asked.seed, batch)
     if max(seeds) > MAX_SEED:
         raise InputError(f"seed: found {max(seeds)}, expected 0 to 2^63 - 1; choose one in that range")
@@ -119,7 +119,7 @@ def make_plan(asked: Asked, facts: ModelFacts) -> Plan:
 
 
 def _settings(asked: Asked, facts: ModelFacts) -> dict[str, object]:
-    """What a clip's metadata say of model and sampling; the steps come with the answer."""
+    """Return the clip's metadata about model and sampling; the response adds the steps."""
     return {
         "made_by": "generate",
         "bundle_id": facts.bundle_id,
@@ -134,14 +134,14 @@ def _condition_name(asked: Asked) -> str:
 
 
 def text_tensor(value: str) -> Array:
-    """A string as a BYTES tensor of one element."""
+    """Convert a string to a BYTES tensor of one element."""
     array = np.empty(1, np.object_)
     array[0] = value.encode()
     return array
 
 
 def _conditions(asked: Asked, facts: ModelFacts) -> tuple[str, tuple[str, ...] | None, list[Array]]:
-    """Name of the input, words if it has any, and its tensor for each sample."""
+    """Return the name of the conditioning input, its words if any, and its tensor per sample."""
     given = {"label": asked.label, "text": asked.text, "text_embedding": asked.text_embedding}
     names = [name for name, value in given.items() if value is not None]
     if len(names) != 1:
@@ -149,7 +149,7 @@ def _conditions(asked: Asked, facts: ModelFacts) -> tuple[str, tuple[str, ...] |
     if asked.text_embedding is not None:
         return "text_embedding", None, list(embedding_rows(asked.text_embedding, facts.text_width))
     if asked.label is not None:
-        # The server looks for the label; what it is called there is what the clip says.
+        # The server matches the label; the clip stores the server's spelling.
         known = {label.strip().casefold(): label for label in facts.labels}
         labels = per_sample(asked.label, "label")
         words = tuple(known.get(label.strip().casefold(), label) for label in labels)
@@ -160,7 +160,7 @@ def _conditions(asked: Asked, facts: ModelFacts) -> tuple[str, tuple[str, ...] |
 
 
 def _sampling(options: SamplingOptions) -> dict[str, Array]:
-    """The inputs that all samples share; the server checks the ranges that depend on its model."""
+    """Return the inputs that all samples share; the server checks the ranges that depend on its model."""
     given = options.given()
     return {
         spec.name: text_tensor(value) if isinstance(value := given[spec.name], str) else np.array([value], spec.dtype)
@@ -170,10 +170,10 @@ def _sampling(options: SamplingOptions) -> dict[str, Array]:
 
 
 def check_answer(answer: Mapping[str, Array], plan: Plan, job: Job, facts: ModelFacts) -> None:
-    """Compare an answer with what was asked for.
+    """Check a response against the request.
 
     Raises:
-        ServerError: an output is missing, or its size is not the model's.
+        ServerError: an output is missing, or its size does not match the model.
     """
     missing = [name for name in plan.outputs if name not in answer]
     if missing:
@@ -195,9 +195,9 @@ def check_answer(answer: Mapping[str, Array], plan: Plan, job: Job, facts: Model
 
 
 def make_clip(answers: Sequence[Mapping[str, Array]], plan: Plan, facts: ModelFacts) -> Clip:
-    """The clip of all samples, from their checked answers in order."""
+    """Assemble the clip of all samples from their checked responses, in order."""
     size, small, batch = facts.image_size, facts.latent_size, len(answers)
-    # What was not asked for has no frames.
+    # Outputs that were not requested have no frames.
     absent: dict[str, Array] = {
         "warped": np.empty((0, size, size, 3), np.uint8),
         "latent": np.empty((3, 0, small, small), np.float32),
@@ -221,5 +221,5 @@ def make_clip(answers: Sequence[Mapping[str, Array]], plan: Plan, facts: ModelFa
 
 
 def read_timings(values: Array) -> dict[str, float]:
-    """Timings by name, in seconds but for `steps`."""
+    """Return the timings by name, in seconds except `steps`."""
     return {name: float(value) for name, value in zip(TIMINGS, values, strict=True)}

@@ -1,6 +1,6 @@
-"""Motions on a server: it encodes the picture, and decodes the latent with what came of that. No network here.
+"""Animates an image by a saved motion on a server, which encodes the image and decodes the latent. No network access.
 
-Both are the server's own models, which every clip passes through; nothing is sampled.
+Both requests use the server's models `encode` and `decode`, which every clip passes through; nothing is sampled.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from lfdm_export.protocol.model_facts import ModelFacts
 
 _MAP = ("batch", "channels", "rows", "columns")
 _IMAGE = WireTensor("image", "FP32", _MAP)
-# Of any number of levels: a server has as many as its model.
+# For any number of levels: the server has as many as its model.
 _ENCODED = tuple(WireTensor(name, "FP32", _MAP) for name in (*(f"skip_{level}" for level in range(9)), "feature"))
 _LATENT = WireTensor("latent", "FP32", (3, "frames", "rows", "columns"))
-# Of sampling, of which there was none.
+# Timings of sampling; zeros, because nothing is sampled.
 _SAMPLE_TIMINGS = WireTensor("sample_timings", "FP32", (3,))
 _OUTPUTS = tuple(spec for spec in CLIP_OUTPUTS if spec.name in ("frames", "warped", "timings"))
 
 
 @dataclass(frozen=True, eq=False)
 class MotionPlan:
-    """One picture, and the motion that it gets.
+    """One image and its motion.
 
     Attributes:
-        source: (1, size, size, 3) uint8, the prepared picture.
-        motion: the motion.
-        facts: of the served model.
-        request_id: of the decoding.
+        source: (1, size, size, 3) uint8, the prepared image.
+        motion: saved motion that is decoded.
+        facts: facts of the served model.
+        request_id: ID of the decode request.
     """
 
     source: NDArray[np.uint8]
@@ -50,15 +50,15 @@ class MotionPlan:
     request_id: str
 
     def encode_request(self, seconds: float) -> Any:
-        """Asks for the picture's skips."""
+        """Build the request for the image's skips and feature."""
         tensors = {_IMAGE.name: to_float(self.source)}
         return infer_request(ENCODE_MODEL, (_IMAGE,), tensors, request_id=self.request_id, seconds=seconds)
 
     def encoded(self, response: Any) -> dict[str, Array]:
-        """The skips.
+        """Read the skips and the feature from the response.
 
         Raises:
-            ServerError: the answer has none.
+            ServerError: the response has none.
         """
         found = decode(response, _ENCODED)
         if "feature" not in found:
@@ -66,7 +66,7 @@ class MotionPlan:
         return found
 
     def decode_request(self, encoded: Mapping[str, Array], seconds: float) -> Any:
-        """Asks for the frames."""
+        """Build the request for the frames."""
         tensors = {
             _IMAGE.name: to_float(self.source),
             **encoded,
@@ -83,10 +83,10 @@ class MotionPlan:
         )
 
     def clip(self, response: Any) -> Clip:
-        """The clip.
+        """Read the clip from the response.
 
         Raises:
-            ServerError: the answer is not what was asked for.
+            ServerError: the response does not match the request.
         """
         answer, size = decode(response, _OUTPUTS), self.facts.image_size
         for name in ("frames", "warped"):
@@ -116,10 +116,10 @@ class MotionPlan:
 
 
 def plan_motion(image: ImageLike, motion: Motion, facts: ModelFacts, crop: Crop | None) -> MotionPlan:
-    """What is asked of the server.
+    """Prepare the requests.
 
     Raises:
-        InputError: the picture or the motion cannot be used.
+        InputError: the image or the motion is invalid.
     """
     motion.require_fit(facts.latent_size, facts.frames, residual_flow=facts.residual_flow)
     if motion.latent.shape[1] != facts.frames:

@@ -1,4 +1,4 @@
-"""How a client reaches its server: address, TLS, token, limits, and when it tries again."""
+"""How a client connects to its server: address, TLS, token, limits and retries."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ from lfdm_export.wording import not_default
 
 Compression = Literal["gzip", "deflate"]
 
-#: Triton's usual port for gRPC.
+#: Triton's default gRPC port.
 GRPC_PORT = 8001
-#: Characters of a token in an HTTP header. Source: RFC 9110, field values; spaces and controls are left out.
+#: Characters of a token in an HTTP header. Source: RFC 9110, field values, without spaces and control characters.
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 _HEADER = re.compile(r"[a-z0-9_.-]+")
 
 
 @dataclass(frozen=True)
 class Tls:
-    """Encryption, and who proves what to whom.
+    """TLS encryption and certificates.
 
     Attributes:
-        root_certificates: PEM file of the authorities that may have signed the server's certificate; gRPC's own
-            list of public ones if None.
-        private_key: PEM file of the client's key, where the server asks clients for certificates.
-        certificate_chain: PEM file of the client's certificate, with `private_key`.
-        server_name: the name that the server's certificate carries, where it is not the address's.
+        root_certificates: PEM file of the trusted certificate authorities; None uses gRPC's list of public ones.
+        private_key: PEM file of the client's key, where the server requires client certificates.
+        certificate_chain: PEM file of the client's certificate, together with `private_key`.
+        server_name: name in the server's certificate, where it differs from the address.
     """
 
     root_certificates: str | os.PathLike[str] | None = None
@@ -41,16 +40,16 @@ class Tls:
     server_name: str | None = None
 
     def __post_init__(self) -> None:
-        """Check that key and certificate come together.
+        """Check that key and certificate are given together.
 
         Raises:
-            InputError: one is there without the other.
+            InputError: one is given without the other.
         """
         if (self.private_key is None) != (self.certificate_chain is None):
             raise InputError("a client's private key and its certificate belong together; give both, or neither")
 
     def credentials(self) -> Any:
-        """What gRPC makes of it.
+        """Return gRPC's channel credentials.
 
         Raises:
             InputError: a file cannot be read.
@@ -62,15 +61,15 @@ class Tls:
 
 @dataclass(frozen=True)
 class Retry:
-    """When a request is sent again: only if the server was not to be had, and had answered nothing.
+    """When a request is retried: only if the server was unavailable and had not answered.
 
     The pause before attempt n + 1 is drawn from 0.5 … 1 times ``first_pause * 2^(n - 1)``, at most `longest_pause`: 4
-    to 8 seconds in all, in which a server loads a model again whose process has died.
+    to 8 seconds in all. In this time a server reloads a model whose process has died.
 
     Attributes:
-        attempts: in all; 1 never tries again.
-        first_pause: seconds.
-        longest_pause: seconds.
+        attempts: total number of attempts; 1 disables retries.
+        first_pause: first pause, in seconds.
+        longest_pause: longest pause, in seconds.
     """
 
     attempts: int = 5
@@ -81,7 +80,7 @@ class Retry:
         """Check ranges.
 
         Raises:
-            InputError: out of range.
+            InputError: a value is out of range.
         """
         if self.attempts < 1:
             raise InputError(f"attempts is {self.attempts}, expected 1 or more")
@@ -91,27 +90,28 @@ class Retry:
             )
 
     def pause(self, attempt: int, draw: float) -> float:
-        """Seconds to wait after attempt number `attempt` (from 1), for a `draw` from 0 … 1."""
+        """Return the seconds to wait after attempt number `attempt` (from 1), for a `draw` in [0, 1]."""
         whole = min(self.longest_pause, self.first_pause * 2.0 ** (attempt - 1))
         return whole * (0.5 + 0.5 * draw)
 
 
 @dataclass(frozen=True, repr=False)
 class Settings:
-    """Everything about a connection but the address.
+    """Settings of a connection, except the address.
 
     Attributes:
-        tls: None for plain text.
+        tls: TLS settings; None uses plain text.
         token: sent as ``authorization: Bearer TOKEN``; never shown or logged.
-        headers: sent with every request, names in lower case; never shown or logged either.
-        plain_token: allow a token or headers over plain text to another machine, as where a service mesh encrypts.
-        timeout: seconds that a request may take in all, where it does not say so itself.
-        retry: when it is sent again.
-        compression: of what is sent, and allowed for what comes back.
-        max_message_bytes: of one answer or request. A clip of 40 frames of 128 x 128 has 2 MB, 4.5 MB with all outputs.
-        keepalive: seconds between pings on a silent connection; None for none. gRPC servers close connections that
+        headers: sent with every request, names in lower case; never shown or logged.
+        plain_token: allow a token or headers over plain text to another machine, e.g. where a service mesh encrypts.
+        timeout: seconds per request, all attempts included; the default of requests without a deadline.
+        retry: policy of retries.
+        compression: compression of requests; also accepted for responses.
+        max_message_bytes: largest request or response. A clip of 40 frames of 128 x 128 has 2 MB, 4.5 MB with all
+            outputs.
+        keepalive: seconds between pings on an idle connection; None disables pings. gRPC servers close connections that
             ping more often than they allow (by default every 300 s).
-        concurrency: samples of one batch that are under way at a time.
+        concurrency: samples of one batch requested concurrently.
     """
 
     tls: Tls | None = None
@@ -129,7 +129,7 @@ class Settings:
         """Check ranges and characters.
 
         Raises:
-            InputError: a value cannot be used; a token's or header's value is never part of the message.
+            InputError: a value is invalid; the message never contains the value of a token or header.
         """
         if self.token is not None and not _TOKEN.fullmatch(self.token):
             raise InputError("the token is empty or holds spaces or other characters that a header cannot carry")
@@ -158,25 +158,25 @@ class Settings:
         return not_default(self)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The headers of every request."""
+        """Return the headers sent with every request."""
         token = () if self.token is None else (("authorization", f"Bearer {self.token}"),)
         return (*token, *self.headers.items())
 
     def grpc_compression(self) -> Any:
-        """The compression by the name that gRPC has for it."""
+        """Return gRPC's constant for the compression."""
         kinds = import_grpc().Compression
         return {None: kinds.NoCompression, "gzip": kinds.Gzip, "deflate": kinds.Deflate}[self.compression]
 
     def channel_options(self, address: str) -> list[tuple[str, Any]]:
-        """What gRPC channels are opened with.
+        """Return the options of gRPC channels.
 
         Args:
-            address: of the server, HOST:PORT.
+            address: HOST:PORT of the server.
         """
         options: list[tuple[str, Any]] = [
             ("grpc.max_send_message_length", self.max_message_bytes),
             ("grpc.max_receive_message_length", self.max_message_bytes),
-            # A server that comes back is found within `longest_pause`; gRPC would wait up to 120 s.
+            # Reconnects to a restarted server within `longest_pause`; gRPC's default waits up to 120 s.
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 2000),
         ]
@@ -192,10 +192,10 @@ class Settings:
         return options
 
     def check_address(self, address: str) -> str:
-        """The address as gRPC takes it.
+        """Return the address as gRPC expects it.
 
         Raises:
-            InputError: it is none, or a token would travel to it in plain text.
+            InputError: the address is invalid, or a token would be sent to it in plain text.
         """
         scheme, slashes, rest = address.partition("://")
         if slashes:
@@ -214,23 +214,23 @@ class Settings:
 
 
 def uses_proxy(address: str) -> bool:
-    """Whether a connection may go through the proxy that the environment names.
+    """Whether a connection may use the proxy named in the environment.
 
-    Never to this machine itself, and not to what NO_PROXY or no_proxy lists by name, domain or HOST:PORT; gRPC, which
-    reads no_proxy alone, also knows ranges of addresses there.
+    Connections to this machine, and to what NO_PROXY or no_proxy lists by name, domain or HOST:PORT, do not use it.
+    gRPC reads only no_proxy, and also supports address ranges there.
 
     Args:
-        address: HOST:PORT.
+        address: HOST:PORT of the server.
     """
     host = address.rpartition(":")[0].strip("[]")
     return not (_is_loopback(host) or urllib.request.proxy_bypass(host) or urllib.request.proxy_bypass(address))
 
 
 def token_from_environment(name: str) -> str:
-    """The token that an environment variable holds.
+    """Return the token in an environment variable.
 
     Raises:
-        InputError: there is none.
+        InputError: the variable holds no token.
     """
     value = os.environ.get(name, "").strip()
     if not value:
@@ -239,10 +239,10 @@ def token_from_environment(name: str) -> str:
 
 
 def import_grpc() -> Any:
-    """The module `grpc`, for which Triton's client asks too.
+    """Return the module `grpc`, which Triton's client requires too.
 
     Raises:
-        MissingDependencyError: it is not installed.
+        MissingDependencyError: gRPC is not installed.
     """
     try:
         import grpc
@@ -252,14 +252,14 @@ def import_grpc() -> Any:
 
 
 def import_protocol() -> tuple[Any, Any]:
-    """Triton's protobuf messages and gRPC stubs: `service_pb2`, `service_pb2_grpc`.
+    """Return Triton's protobuf messages and gRPC stubs: `service_pb2`, `service_pb2_grpc`.
 
     Raises:
-        MissingDependencyError: they are not installed.
+        MissingDependencyError: the packages are not installed.
     """
     try:
         from tritonclient.grpc import service_pb2, service_pb2_grpc
-    except (ImportError, RuntimeError):  # RuntimeError is how tritonclient says that gRPC is missing
+    except (ImportError, RuntimeError):  # tritonclient raises RuntimeError without gRPC
         raise MissingDependencyError("tritonclient[grpc]", "talking to a server", "client") from None
     return service_pb2, service_pb2_grpc
 

@@ -1,4 +1,4 @@
-"""A clip in the making."""
+"""Streams: the events of a clip during its generation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lfdm_export.protocol.model_facts import ModelFacts
 
 
 class AsyncStream:
-    """One clip in the making: iterate over its events.
+    """A clip that is being generated: iterate over its events.
 
     Example:
         >>> async with client.stream("face.jpg", label="happiness", progress_every=1) as stream:
@@ -23,13 +23,13 @@ class AsyncStream:
         ...         print(event)
 
     Attributes:
-        request_id: of the request.
-        seed: of its noise.
-        events: what it iterates over.
+        request_id: ID of the request.
+        seed: seed of the noise.
+        events: iterator over the events.
     """
 
     def __init__(self, connection: Connection, plan: Plan, job: Job, facts: ModelFacts, seconds: float) -> None:
-        """Use `lfdm_export.client.AsyncClient.stream`."""
+        """Created by `lfdm_export.client.AsyncClient.stream`."""
         self.request_id, (self.seed,) = job.request_id, plan.seeds
         self._connection, self._plan, self._job = connection, plan, job
         self._assembly = Assembly(plan, job, facts)
@@ -40,28 +40,28 @@ class AsyncStream:
         return f"<AsyncStream {self.request_id}: seed {self.seed}, {self._assembly.state()}>"
 
     async def __aenter__(self) -> AsyncStream:
-        """The stream itself."""
+        """Return the stream itself."""
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the request up, unless it is done."""
+        """Cancel the request, unless it is done."""
         await self.close()
 
     def __aiter__(self) -> AsyncIterator[Event]:
-        """The events, up to and with `Done`."""
+        """Iterate over the events, up to and including `Done`."""
         return self.events
 
     async def close(self) -> None:
-        """Give the request up, unless it is done."""
+        """Cancel the request, unless it is done."""
         self._flight.give_up()
 
     def clip(self) -> Clip:
-        """The clip, once `Done` has come; without warped images and latent.
+        """Return the clip after `Done`, without warped images and latent.
 
         Raises:
-            ServerError: it has not come.
+            ServerError: `Done` has not arrived.
         """
         return self._assembly.clip()
 
@@ -80,7 +80,7 @@ class AsyncStream:
                         answered = True
                         yield self._assembly.take(tensors)
                     else:
-                        self._assembly.clip()  # raises if the end came too early
+                        self._assembly.clip()  # raises if the stream ended too early
                         return
                 except (connection.grpc.RpcError, connection.grpc.FutureCancelledError) as error:
                     fault = connection.fault(flight, error, answered=answered)
@@ -94,10 +94,10 @@ class AsyncStream:
 
 
 class OpeningStream:
-    """What `lfdm_export.client.AsyncClient.stream` gives: for `async with`, or to be awaited."""
+    """Returned by `lfdm_export.client.AsyncClient.stream`: enter it with `async with`, or await it."""
 
     def __init__(self, begin: Callable[[], Coroutine[Any, Any, AsyncStream]]) -> None:
-        """Nothing begins before it is entered or awaited."""
+        """Store `begin`, which runs on entering or awaiting."""
         self.begin = begin
         self._stream: AsyncStream | None = None
 
@@ -105,24 +105,24 @@ class OpeningStream:
         return "<OpeningStream: write `async with client.stream(...) as stream`>"
 
     def __await__(self) -> Generator[Any, None, AsyncStream]:
-        """The stream, whose caller closes it."""
+        """Return the stream; the caller closes it."""
         return self.begin().__await__()
 
     async def __aenter__(self) -> AsyncStream:
-        """The stream."""
+        """Return the stream."""
         self._stream = await self.begin()
         return self._stream
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the request up, unless it is done."""
+        """Cancel the request, unless it is done."""
         if self._stream is not None:
             await self._stream.close()
 
 
 class Stream:
-    """One clip in the making: iterate over its events.
+    """A clip that is being generated: iterate over its events.
 
     Example:
         >>> with client.stream("face.jpg", label="happiness", progress_every=1) as stream:
@@ -131,12 +131,12 @@ class Stream:
         ...     stream.clip().save("happiness.gif")
 
     Attributes:
-        request_id: of the request.
-        seed: of its noise.
+        request_id: ID of the request.
+        seed: seed of the noise.
     """
 
     def __init__(self, stream: AsyncStream) -> None:
-        """Use `lfdm_export.client.Client.stream`."""
+        """Created by `lfdm_export.client.Client.stream`."""
         self.request_id, self.seed = stream.request_id, stream.seed
         self._stream = stream
         self._events = self._run()
@@ -145,28 +145,28 @@ class Stream:
         return repr(self._stream).replace("AsyncStream", "Stream", 1)
 
     def __enter__(self) -> Stream:
-        """The stream itself."""
+        """Return the stream itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the request up, unless it is done."""
+        """Cancel the request, unless it is done."""
         self.close()
 
     def __iter__(self) -> Iterator[Event]:
-        """The events, up to and with `Done`."""
+        """Iterate over the events, up to and including `Done`."""
         return self._events
 
     def close(self) -> None:
-        """Give the request up, unless it is done; for any thread."""
+        """Cancel the request, unless it is done; thread-safe."""
         finish(self._stream.close())
 
     def clip(self) -> Clip:
-        """The clip, once `Done` has come; without warped images and latent.
+        """Return the clip after `Done`, without warped images and latent.
 
         Raises:
-            ServerError: it has not come.
+            ServerError: `Done` has not arrived.
         """
         return self._stream.clip()
 

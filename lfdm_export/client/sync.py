@@ -1,4 +1,4 @@
-"""The client for ordinary programs and threads."""
+"""The client for synchronous programs and threads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Here = TypeVar("Here")
 def _derived(
     method: Callable[Concatenate[AsyncClient, P], T], end: Callable[[T], Here], returns: str = ""
 ) -> Callable[Concatenate[Client, P], Here]:
-    """A method of `AsyncClient` as one of `Client`: the same arguments, text and errors, and what `end` makes of it."""
+    """Derive a method of `Client`: same arguments, docstring and errors as `method`; `end` converts the result."""
 
     @functools.wraps(method)
     def derived(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Here:
@@ -45,7 +45,7 @@ def _opened(opening: OpeningStream) -> Stream:
 
 
 class Client:
-    """Makes clips on a server: what `AsyncClient` does, waiting for it. For any number of threads.
+    """Generates clips on a server: the methods of `AsyncClient`, blocking. Thread-safe.
 
     Examples:
         >>> with Client("localhost:8001") as client:
@@ -53,34 +53,34 @@ class Client:
     """
 
     def __init__(self, address: str, settings: Settings | None = None) -> None:
-        """Name a server; the connection is opened with the first request.
+        """Set the server's address; the first request opens the connection.
 
         Args:
-            address: HOST:PORT of its gRPC port.
-            settings: TLS, token, time-outs and the rest; the usual ones if None.
+            address: HOST:PORT of the server's gRPC endpoint.
+            settings: TLS, token, timeouts and limits; None uses the defaults of `Settings`.
 
         Raises:
-            InputError: the address or a file of the settings cannot be used.
+            InputError: the address or a file named in the settings is invalid.
             MissingDependencyError: gRPC or Triton's client is not installed.
         """
         self._client = AsyncClient(address, settings, waiting=Blocking())
 
     @property
     def settings(self) -> Settings:
-        """Those of the connection."""
+        """Settings of the connection."""
         return self._client.settings
 
     def __repr__(self) -> str:
         return repr(self._client).replace("AsyncClient", "Client", 1)
 
     def __enter__(self) -> Client:
-        """The client itself."""
+        """Return the client itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close it."""
+        """Close the client."""
         self.close()
 
     close = _waited(AsyncClient.close)

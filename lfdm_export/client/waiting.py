@@ -1,7 +1,7 @@
-"""How a client waits: by blocking its thread, or for asyncio. All else here is written once, for both.
+"""How a client waits: blocking its thread, or by asyncio. The rest of the client is shared by both.
 
-Clients and streams are coroutines that wait by these methods alone. Those of `Blocking` never suspend, so that `finish`
-runs such a coroutine from beginning to end where it is called: without an event loop, and without a thread of its own.
+Clients and streams are coroutines that wait only through these methods. Those of `Blocking` never suspend, so `finish`
+runs such a coroutine to its end in the calling thread, without an event loop.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, TypeAlias, TypeVar
 from lfdm_export.client.settings import import_grpc
 
 T = TypeVar("T")
-#: Begins a piece of work that is awaited.
+#: Starts work that is awaited.
 Work = Callable[[], Coroutine[Any, Any, T]]
 
 
 def finish(work: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine that waits by `Blocking`."""
+    """Run a coroutine that waits by `Blocking`, and return its result."""
     try:
         work.send(None)
     except StopIteration as end:
@@ -30,47 +30,47 @@ def finish(work: Coroutine[Any, Any, T]) -> T:
 
 
 class Blocking:
-    """Waits in the calling thread, which may be any."""
+    """Waits by blocking the calling thread. Thread-safe."""
 
     event = threading.Event
 
     def channels(self) -> Any:
-        """The module that opens channels."""
+        """Return the module that opens channels."""
         return import_grpc()
 
     async def answer(self, call: Any) -> Any:
-        """The response of a unary call, which goes on if the wait is interrupted.
+        """Return the response of a unary call, which continues if the wait is interrupted.
 
         Raises:
-            grpc.RpcError: it failed.
-            grpc.FutureCancelledError: it was cancelled here.
+            grpc.RpcError: the call failed.
+            grpc.FutureCancelledError: this client canceled the call.
         """
         return call.result()
 
     async def message(self, call: Any) -> Any:
-        """The next response of a streaming call, None after the last one. Raises as `answer` does."""
+        """Return the next response of a streaming call, None after the last one. Raises as `answer` does."""
         return next(call, None)
 
     async def until(self, event: Any, seconds: float) -> bool:
-        """Wait for an event, so long at most; returns whether it came."""
+        """Wait for an event for at most `seconds`; returns whether it was set."""
         return bool(event.wait(seconds))
 
     async def aside(self, function: Callable[[], T]) -> T:
-        """The result of a function that computes for some 100 ms."""
+        """Run a function that computes for some 100 ms, and return its result."""
         return function()
 
     async def together(
         self, works: Sequence[Work[T]], limit: int, done: Callable[[int], None], give_up: Work[None]
     ) -> list[T]:
-        """The results of works side by side, in order.
+        """Run pieces of work concurrently and return their results, in order.
 
         Args:
-            works: what is done.
-            limit: so many are under way at a time.
-            done: called with how many are done, after each, where this was called.
-            give_up: makes all come to an end; used if one fails or the wait is interrupted.
+            works: the pieces of work.
+            limit: how many are in progress at a time, at most.
+            done: called in the calling thread after each one, with the number done.
+            give_up: ends all of them; called if one fails or the wait is interrupted.
         """
-        # Even a single one: Ctrl-C interrupts the calling thread anywhere, a call that begins there would be lost.
+        # Even for a single one: Ctrl-C interrupts the calling thread anywhere, and a call starting there would be lost.
         with ThreadPoolExecutor(min(len(works), limit), "lfdm-client") as pool:
             try:
                 futures = [pool.submit(lambda work: finish(work()), work) for work in works]
@@ -84,40 +84,40 @@ class Blocking:
 
 
 class Suspending:
-    """Waits in the running event loop, as `Blocking` does in a thread."""
+    """Waits in the running event loop; the methods correspond to those of `Blocking`."""
 
     event = asyncio.Event
 
     def channels(self) -> Any:
-        """See `Blocking`, as for all methods."""
+        """Return the module that opens channels."""
         from grpc import aio
 
         return aio
 
     async def answer(self, call: Any) -> Any:
-        """The response of a unary call."""
+        """Return the response of a unary call."""
         return await _shielded(call)
 
     async def message(self, call: Any) -> Any:
-        """The next response of a streaming call."""
+        """Return the next response of a streaming call."""
         response = await _shielded(call.read())
         return None if response is self.channels().EOF else response
 
     async def until(self, event: Any, seconds: float) -> bool:
-        """Wait for an event."""
+        """Wait for an event for at most `seconds`."""
         try:
             return bool(await asyncio.wait_for(event.wait(), seconds))
         except asyncio.TimeoutError:
             return False
 
     async def aside(self, function: Callable[[], T]) -> T:
-        """The result of a function."""
+        """Return the result of a function that runs in a thread."""
         return await asyncio.to_thread(function)
 
     async def together(
         self, works: Sequence[Work[T]], limit: int, done: Callable[[int], None], give_up: Work[None]
     ) -> list[T]:
-        """The results of works side by side."""
+        """Run pieces of work concurrently and return their results, in order."""
         slots = asyncio.Semaphore(limit)
 
         async def one(work: Work[T]) -> T:
@@ -140,7 +140,7 @@ Waiting: TypeAlias = Blocking | Suspending
 
 
 async def _shielded(call: Awaitable[T]) -> T:
-    """What a call gives; it is not cancelled with the task that waits for it, for the server is told first."""
+    """Await a call; canceling the task does not cancel the call, because the server must be notified first."""
 
     async def wait() -> T:
         return await call
@@ -156,6 +156,6 @@ async def _shielded(call: Awaitable[T]) -> T:
 
 
 def _forget(answer: asyncio.Future[Any]) -> None:
-    """Perhaps nobody asks for this answer any more, or for why there is none."""
+    """Retrieve the call's exception, because nobody may await this response any more."""
     if not answer.cancelled():
         answer.exception()

@@ -1,4 +1,4 @@
-"""Tensors to and from the messages of Triton's protocol (KServe's, version 2, over gRPC)."""
+"""Converts tensors to and from the messages of Triton's protocol (KServe's, version 2, over gRPC)."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def infer_request(
     seconds: float | None = None,
     priority: int = 0,
 ) -> Any:
-    """A `ModelInferRequest`.
+    """Build a `ModelInferRequest`.
 
     Args:
-        model: its name on the server.
-        inputs: what the model takes.
-        tensors: by name, of the types and shapes of `inputs`; BYTES as object arrays of `bytes`.
-        outputs: names of those wanted; all if none is named.
-        request_id: for logs, traces and cancellation.
-        seconds: deadline, which the server is told too.
-        priority: higher goes first.
+        model: name of the model on the server.
+        inputs: inputs of the model.
+        tensors: tensors by name, with the types and shapes of `inputs`; BYTES as object arrays of `bytes`.
+        outputs: names of the requested outputs; empty requests all.
+        request_id: ID for logs, traces and cancellation.
+        seconds: timeout, which the request carries to the server.
+        priority: higher runs first.
     """
     messages, _ = import_protocol()
     request = messages.ModelInferRequest(model_name=model, id=request_id)
@@ -53,7 +53,7 @@ def infer_request(
 
 
 def encode(array: Array) -> bytes:
-    """One tensor as raw content: little-endian, C order; BYTES elements behind their lengths."""
+    """Convert a tensor to raw content: little-endian, C order; each BYTES element follows its length."""
     if array.dtype == np.object_:
         from tritonclient.utils import serialize_byte_tensor
 
@@ -62,13 +62,13 @@ def encode(array: Array) -> bytes:
 
 
 def decode(response: Any, outputs: Sequence[WireTensor]) -> dict[str, Array]:
-    """The tensors of a `ModelInferResponse`, checked against what the model may give.
+    """Read the tensors of a `ModelInferResponse`, checked against the model's outputs.
 
     Returns:
-        Arrays of their own, by name; BYTES as object arrays of `bytes`. Outputs that are not known are left out.
+        Arrays by name that own their memory; BYTES as object arrays of `bytes`. Unknown outputs are omitted.
 
     Raises:
-        ServerError: one has another type or shape than it may have, or its content another size.
+        ServerError: the type, shape or content size of a tensor is wrong.
     """
     specs = {spec.name: spec for spec in outputs}
     if len(response.outputs) != len(response.raw_output_contents):
@@ -100,7 +100,7 @@ def _numbers(content: bytes, dtype: np.dtype[Any]) -> Array | None:
 
 
 def byte_elements(content: bytes) -> Array | None:
-    """The elements behind their lengths; None where the content ends within one."""
+    """Return the BYTES elements; None if the content ends within an element."""
     from tritonclient.utils import deserialize_bytes_tensor
 
     try:

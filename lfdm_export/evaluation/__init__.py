@@ -1,1 +1,1 @@
-"""How good the clips of a model are."""
+"""Measures the quality of a model's clips, and tunes samplers."""

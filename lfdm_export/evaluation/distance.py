@@ -1,4 +1,4 @@
-"""Distance of two sets of features."""
+"""Distance between two sets of features."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ Float64Array = NDArray[np.float64]
 
 
 def frechet_distance(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
-    """Fréchet distance of two sets of features (N, F) as if both were normally distributed: 0 for equal ones.
+    """Return the Fréchet distance of two sets of features (N, F), assuming normal distributions; 0 for equal sets.
 
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)); the trace of the root is the sum of the roots of the eigenvalues of
-    C1^(1/2) C2 C1^(1/2), which is symmetric.
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). The trace of the square root is the sum of the square roots of the
+    eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric.
     """
     means: list[Float64Array] = [np.mean(part, axis=0, dtype=np.float64) for part in (first, second)]
     covariances = [np.atleast_2d(np.cov(part.astype(np.float64), rowvar=False, bias=True)) for part in (first, second)]

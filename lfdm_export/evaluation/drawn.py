@@ -1,4 +1,4 @@
-"""Which bundles are of drawn characters, which alone are drawn and judged here."""
+"""Recognizes bundles of drawn characters, the only data that evaluation can generate and classify."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from lfdm_export.errors import InputError
 from lfdm_export.wording import shortened
 from lfdm_models.training.procedural import LABELS
 
-# What provenance calls the data of models of drawn characters: `lfdm-train --data`, and the shipped model.
+# Names of this data in the provenance: of `lfdm-train --data`, and of the shipped model.
 _DRAWN = ("procedural", "procedural characters")
 
 
 def require_drawn_characters(bundle: Bundle) -> None:
-    """Refuse a model that was trained on anything but drawn characters, which alone are drawn and judged here.
+    """Raise unless the model was trained on drawn characters, the only data that evaluation can generate and classify.
 
     Raises:
-        InputError: the bundle's provenance names other data, or, where it names none, its labels are others.
+        InputError: the bundle's provenance names other data; or it names none, and the labels differ.
     """
     data = bundle.manifest.provenance.get("data")
     others = [label for label in bundle.labels if label not in LABELS]

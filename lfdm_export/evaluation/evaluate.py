@@ -1,9 +1,9 @@
-"""How good a bundle's clips are, on procedural characters that no training has seen.
+"""Measures a bundle's clips on procedural characters held out from training.
 
-Reconstruction is the published protocol of the LFAE: mean L1 between real and rebuilt frames, the first frame as the
-reference; beside it stands what copying that frame would give. Generated clips are judged by the classifier of
-`lfdm_models.training.classifier`: does it see the label, and how far are its features from those of real clips
-(Fréchet distance). What ought to stay still is compared with the first frame.
+Reconstruction follows the published protocol of the LFAE: mean L1 between real and reconstructed frames, with the first
+frame as the reference image; the baseline copies that frame. The classifier of `lfdm_models.training.classifier` scores
+generated clips: its accuracy for the label, and the Fréchet distance of its features from those of real clips. Still
+regions are compared with the first frame.
 
 Source: Ni et al., CVPR 2023 (arXiv 2303.13744), Sec. 4; Heusel et al., GANs Trained by a Two Time-Scale Update Rule
 (arXiv 1706.08500), for the distance.
@@ -33,23 +33,23 @@ from lfdm_models.training.procedural import HELD_OUT_SEEDS, LABELS, sample_clip
 UInt8Array = NDArray[np.uint8]
 Float64Array = NDArray[np.float64]
 
-# Held-out characters by purpose: for reconstruction and generation; further ones as the real clips to compare with.
+# Index of the first held-out character: for reconstruction and generation; for the real clips of the comparison.
 _SHOWN, _REAL = 0, 1_000_000
-# Values of 0 … 255 by which a pixel that stands still may differ from the first frame.
+# Largest difference, on the scale 0 … 255, of a still pixel from the first frame.
 _STILL = 2
 _BATCH = 8
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How well the LFAE rebuilds clips from their first frame; mean absolute differences of colours in [0, 1].
+    """How well the LFAE reconstructs clips from their first frame; mean absolute differences of colors in [0, 1].
 
     Attributes:
-        clips: how many there were.
-        frame: of rebuilt frames.
-        warped: of the first frame moved by the flow alone.
-        copied: of the first frame as it is.
-        by_label: `frame` divided by `copied`, of the clips of each label.
+        clips: number of clips.
+        frame: difference of reconstructed frames.
+        warped: difference of the first frame warped by the flow alone.
+        copied: difference of the unchanged first frame.
+        by_label: `frame` divided by `copied`, for the clips of each label.
     """
 
     clips: int
@@ -66,17 +66,18 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Generation:
-    """Clips of one setting.
+    """Results for clips of one setting.
 
     Attributes:
-        setting: what they were generated with; sampler and number of steps are filled in.
-        clips: how many there were, the same number of each label.
-        accuracy: share in which the classifier sees the label asked for.
-        by_label: the same for each label.
-        confusion: clips by label asked for (rows) and seen (columns), in the order of the report's labels.
-        frechet: distance of the classifier's features from those of real clips.
-        still: mean absolute difference from the first frame where the real clip stands still.
-        seconds: of a clip, on average.
+        setting: options of sampling, with sampler and number of steps filled in.
+        clips: number of clips, the same for each label.
+        accuracy: share of clips that the classifier assigns to the requested label.
+        by_label: the same per label.
+        confusion: number of clips by requested label (rows) and predicted label (columns), in the order of the report's
+            labels.
+        frechet: Fréchet distance of the classifier's features from those of real clips.
+        still: mean absolute difference from the first frame where the real clip is still.
+        seconds: mean seconds per clip.
     """
 
     setting: SamplingOptions
@@ -91,19 +92,19 @@ class Generation:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate_bundle` found.
+    """Results of `evaluate_bundle`.
 
     Attributes:
-        labels: that were asked for; columns of confusion are all labels of the classifier, `seen`.
-        seen: the classifier's labels.
-        precision: of the bundle's graphs.
-        seed: of characters and noise.
-        data: what the bundle was measured on.
-        reconstruction: of the LFAE.
-        real_accuracy: of the classifier on real clips of held-out characters.
-        real_frechet: distance between features of two sets of real clips, of other characters.
-        real_still: `Generation.still` of what the LFAE rebuilds.
-        generations: in the order of the settings.
+        labels: requested labels, the rows of `Generation.confusion`.
+        seen: labels of the classifier, the columns of `Generation.confusion`.
+        precision: precision of the bundle's graphs.
+        seed: seed of characters and noise.
+        data: description of the test data.
+        reconstruction: results of the LFAE.
+        real_accuracy: accuracy of the classifier on real clips of held-out characters.
+        real_frechet: Fréchet distance between two sets of real clips of different characters.
+        real_still: `Generation.still` of the LFAE's reconstructions.
+        generations: results per setting, in the order of the settings.
     """
 
     labels: tuple[str, ...]
@@ -130,16 +131,16 @@ def evaluate_bundle(
     """Measure a bundle.
 
     Args:
-        pipeline: over the bundle.
-        classifier: that judges.
-        settings: what to generate with; none: the LFAE alone is measured.
-        clips: of each label.
-        seed: of characters and noise: all settings get the same.
-        progress: told of what is done.
+        pipeline: pipeline of the bundle.
+        classifier: classifier that scores the clips.
+        settings: options of sampling; empty measures the LFAE alone.
+        clips: clips per label.
+        seed: seed of characters and noise, the same for all settings.
+        progress: called as ``progress(stage, done, total)``.
 
     Raises:
-        InputError: numbers are out of range, the bundle's model is not of drawn characters, or the bundle knows none
-            of the classifier's labels and clips were to be generated.
+        InputError: a number is out of range, the bundle's model was not trained on drawn characters, or `settings` is
+            not empty and the bundle has none of the classifier's labels.
         EngineError: an engine cannot be loaded or fails.
     """
     if clips < 1 or not 0 <= seed < 100_000:
@@ -177,7 +178,7 @@ def evaluate_bundle(
 
 
 def describe_data(bundle: Bundle, labels: Sequence[str], clips: int) -> str:
-    """What a bundle is measured on, in a line."""
+    """Describe the test data in one line."""
     size, frames = bundle.manifest.geometry.image_size, bundle.manifest.geometry.frames
     return (
         f"drawn characters that no training has seen: {clips} of each of {', '.join(labels)}, {frames} frames of "
@@ -204,7 +205,7 @@ class _Real:
 
 
 def _reconstruct(pipeline: Pipeline, real: _Real, progress: Progress | None) -> tuple[Reconstruction, float]:
-    """Also the mean difference of rebuilt still parts from the first frame."""
+    """Measure the LFAE; also return the mean difference of reconstructed still regions from the first frame."""
     errors, still = np.zeros((len(real.labels), 3)), []
     for index, frames in enumerate(real.frames):
         report(progress, "reconstruction", index, len(real.labels))
@@ -216,7 +217,7 @@ def _reconstruct(pipeline: Pipeline, real: _Real, progress: Progress | None) -> 
         ]
         latent = np.ascontiguousarray(np.concatenate(motion).transpose(1, 0, 2, 3))[None]
         rebuilt, warped = (pictures[0].transpose(1, 0, 2, 3) for pictures in pipeline.decode(encoded, latent))
-        # Of the first frame nothing is to be rebuilt.
+        # The first frame is the reference image, so it does not count.
         errors[index] = [
             np.abs(found[1:] - clip[1:]).mean() for found in (rebuilt, warped, np.repeat(clip[:1], len(clip), 0))
         ]
@@ -284,9 +285,9 @@ def _generate(
 
 
 def _still_difference(found: NDArray[np.float32], real: UInt8Array) -> float:
-    """Mean absolute difference from the real first frame, of frames (T, H, W, 3) in [0, 1], where `real` stands still.
+    """Mean absolute difference of frames (T, H, W, 3) in [0, 1] from the real first frame, where `real` is still.
 
-    The border of two pixels is left out: beyond it there is nothing that a warp could fetch.
+    A border of two pixels is excluded: a warp has no pixels to sample beyond it.
     """
     offset = np.abs(real.astype(np.int16) - real[:1]).max(axis=(0, 3))
     mask = offset <= _STILL

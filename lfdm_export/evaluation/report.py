@@ -17,13 +17,13 @@ JSON, MARKDOWN, PLOT = "evaluation.json", "evaluation.md", "evaluation.png"
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> tuple[Path, ...]:
-    """Write all that can be written into a folder; the plot only if matplotlib can be imported.
+    """Write the report's files into a folder; the plot only if matplotlib is installed.
 
     Returns:
-        The paths written.
+        Paths of the written files.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder is not writable.
     """
     try:
         written = [folder / JSON, folder / MARKDOWN]
@@ -37,7 +37,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> tuple[Path, ...]:
 
 
 def markdown(evaluation: Evaluation) -> str:
-    """The tables: reconstruction, settings, labels, and the confusion of each setting."""
+    """Return the tables: reconstruction, settings, labels, and the confusion matrix of each setting."""
     found = evaluation.reconstruction
     lines = [
         f"# Evaluation ({evaluation.precision}, seed {evaluation.seed})",
@@ -90,7 +90,7 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _plot(evaluation: Evaluation, path: Path) -> bool:
-    """Accuracy and distance over steps, a line a sampler; False where matplotlib is not installed."""
+    """Plot accuracy and distance over steps, one line per sampler; returns False if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

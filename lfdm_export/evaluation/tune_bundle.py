@@ -1,4 +1,4 @@
-"""Learns a bundle's tuned sampler: pictures and labels, the long chain, and `lfdm_export.evaluation.tuning`."""
+"""Tunes a bundle's sampler: prepares images and labels, runs the long chain, calls `lfdm_export.evaluation.tuning`."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from lfdm_models.training.procedural import TRAINING_SEEDS, sample_clip
 UInt8Array = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
 
-#: The long chain: DDIM with noise.
+#: Sampler and steps of the long chain: DDIM with noise.
 LONG_SAMPLER, LONG_STEPS = "ddim", 50
-#: Chains that run together.
+#: Samples per batch.
 _BATCH = 16
-# Seeds of noise: of the long chain, and of candidates, by generation. `evaluate_bundle` uses those below.
+# First seeds of the noise: of the long chain, and of the candidates. `evaluate_bundle` uses seeds below these.
 _LONG_SEEDS, _SEEDS = 2**40, 2**41
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """Pictures and labels that chains are compared on.
+    """Images and labels for the comparison of chains.
 
     Attributes:
-        encoded: of N pictures.
+        encoded: encoder outputs of N images.
         embeddings: (N, text_width) float32.
-        groups: (N,) int64, the number of each one's label.
+        groups: (N,) int64, index of each label.
     """
 
     encoded: Encoded
@@ -47,7 +47,7 @@ class Conditions:
     groups: NDArray[np.int64]
 
     def part(self, part: slice) -> tuple[Encoded, Float32]:
-        """Pictures and embeddings of some of them."""
+        """Return encoder outputs and embeddings of a slice."""
         whole = self.encoded
         some = Encoded(whole.image[part], tuple(skip[part] for skip in whole.skips), whole.context[part])
         return some, self.embeddings[part]
@@ -62,23 +62,23 @@ def tune_bundle(
     pictures: UInt8Array | None = None,
     progress: Progress | None = None,
 ) -> TunedSampler:
-    """Learn tables of few steps for a bundle's weights, at its own guidance.
+    """Tune sampler tables of few steps for a bundle's weights, at its default guidance.
 
     Args:
-        pipeline: over the bundle.
-        step_counts: how many steps; a table for each.
-        search: how to look.
-        conditions: pairs of picture and label that the long chain runs for.
-        pictures: (P, H, W, 3) uint8 as the model takes them, which take turns. None: drawn characters of the training
-            split, for bundles of those.
-        progress: told of what is done.
+        pipeline: pipeline of the bundle.
+        step_counts: numbers of steps; one table for each.
+        search: options of the search.
+        conditions: pairs of image and label that the long chain runs for.
+        pictures: (P, H, W, 3) uint8 in the model's format, used in turn. None uses drawn characters of the training
+            split, for bundles of drawn characters.
+        progress: called as ``progress(stage, done, total)``.
 
     Returns:
-        The tables; `lfdm_export.bundle.writer.store_tuned` writes them into the bundle.
+        The tables; `lfdm_export.bundle.writer.store_tuned` writes them to the bundle.
 
     Raises:
-        InputError: the bundle has no labels or does not say where its weights come from, a number is out of range, or
-            no pictures were given for a bundle of other data than drawn characters.
+        InputError: the bundle has no labels, its provenance does not name its weights, a number is out of range, or
+            `pictures` is None for a bundle of other data than drawn characters.
         EngineError: an engine cannot be loaded or fails.
     """
     search, manifest = search or Search(), pipeline.bundle.manifest

@@ -1,9 +1,9 @@
-"""Learns times, gains and noise of a sampler of few steps for a bundle, whose weights stay as they are.
+"""Tunes times, gains and noise of a sampler of few steps for a bundle, without changing its weights.
 
-The few steps are compared with a long chain with noise of the same bundle, over the same pictures and labels: the mean
-of the latents of each label, and their spread along principal directions. An evolution strategy (CMA-ES) makes both
-distances small; it needs no gradient, so whatever engine runs the bundle serves. To match a long chain's latents one by
-one, as LD3 does, needs samplers without noise, and with those this family of models gives the worse clips.
+The few steps are compared with a long chain with noise of the same bundle, over the same images and labels: the mean of
+the latents of each label, and their spread along principal directions. An evolution strategy (CMA-ES) minimizes both
+distances; it needs no gradient, so any engine of the bundle works. Matching a long chain's latents one by one, as LD3
+does, requires samplers without noise, and with those this family of models gives worse clips.
 
 Source: Hansen, The CMA Evolution Strategy: A Tutorial (arXiv 1604.00772); for learned times Sabour et al., Align Your
     Steps (arXiv 2404.14507), and Tong et al., Learning to Discretize Denoising Diffusion ODEs (arXiv 2405.15506).
@@ -26,29 +26,29 @@ from lfdm_models.schedule import Schedule
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
-#: (table, which conditions, number of the draw) -> latents (N, 3, T, h, w).
+#: (table, slice of the conditions, index of the draw) -> latents (N, 3, T, h, w).
 Sample = Callable[[SamplerTable, slice, int], Float32]
 
-#: Latents are averaged over squares of so many elements a side before they are compared.
+#: Side of the squares over which latents are averaged before comparison, in elements.
 _POOL = 2
-#: Principal directions whose spread counts.
+#: Number of principal directions whose spread is compared.
 _DIRECTIONS = 16
-#: Where the search starts: times fall evenly between these shares of the schedule, most noise is fresh, and the first
-#: estimates are raised, for at high noise the network's are too small.
+#: Start of the search: times fall evenly between these shares of the schedule, most noise is fresh, and a gain enlarges
+#: the first estimates, because the network's estimates at high noise are too small.
 _FIRST, _LAST, _FRESH, _GAIN = 0.9, 0.166, 0.9, 1.5
-#: How far the first candidates are from there, in logits of times and noise and in logarithms of gains.
+#: Standard deviation of the first candidates, in logits of times and noise and in logarithms of gains.
 _SIGMA = 0.3
 
 
 @dataclass(frozen=True)
 class Search:
-    """How long and how broadly to look.
+    """Options of the search.
 
     Attributes:
-        clips: conditions that a candidate is tried on; more are more exact and slower.
-        generations: of the evolution strategy; each tries its candidates on other conditions.
-        candidates: of a generation.
-        seed: of the search and of all noise.
+        clips: conditions per candidate; more are more exact and slower.
+        generations: generations of the evolution strategy; each evaluates its candidates on other conditions.
+        candidates: candidates per generation.
+        seed: seed of the search and of all noise.
     """
 
     clips: int = 16
@@ -58,11 +58,11 @@ class Search:
 
 
 class Target:
-    """What a long chain gives: the latents that few steps are to resemble, by condition.
+    """Latents of the long chain, by condition; the target of the few steps.
 
     Args:
         latents: (N, 3, T, h, w) float32.
-        groups: (N,), which latents are of the same label.
+        groups: (N,), index of the label of each latent.
     """
 
     def __init__(self, latents: Float32, groups: NDArray[np.int64]) -> None:
@@ -77,7 +77,7 @@ class Target:
         self._variance = float((spread[:kept] ** 2).sum() / len(latents))
 
     def distance(self, latents: Float32, part: slice) -> float:
-        """How far latents of some of the conditions are from the long chain's of the same; 0 for the same ones."""
+        """Return the distance of latents from the long chain's for the same conditions; 0 for equal latents."""
         found, wanted, groups = self._pooled(latents), self._features[part], self._groups[part]
         gaps = [
             np.square((found[groups == group] - wanted[groups == group]).mean(axis=0)).sum()
@@ -105,22 +105,22 @@ def tune(
     search: Search,
     progress: Callable[[int, int], None],
 ) -> TunedSteps:
-    """Look for the numbers of a chain of so many steps.
+    """Search for the times, gains and noise of a chain of `steps` steps.
 
     Args:
-        schedule: the model's own.
-        steps: how many.
-        sample: runs a table on some of the conditions; the same draw's number gives the same noise.
-        target: of all conditions.
-        count: how many conditions there are.
-        search: how to look.
-        progress: told of candidates tried.
+        schedule: schedule of the model.
+        steps: number of steps.
+        sample: runs a table on a slice of the conditions; the same draw index gives the same noise.
+        target: latents of the long chain for all conditions.
+        count: number of conditions.
+        search: options of the search.
+        progress: called with the number of candidates done, and the total.
     """
-    with warnings.catch_warnings():  # it would miss matplotlib, which nothing here plots with
+    with warnings.catch_warnings():  # it warns that matplotlib, which is not used here, is missing
         warnings.simplefilter("ignore", UserWarning)
         import cma
 
-    # Draws of its own: with a seed it would set that of NumPy's global state.
+    # Its own generator: given a seed, the library would seed NumPy's global state.
     draws = np.random.RandomState(search.seed + 1).randn
     options = {"randn": draws, "seed": math.nan, "verbose": -9, "popsize": search.candidates}
     strategy = cma.CMAEvolutionStrategy(_start(steps), _SIGMA, options)
@@ -146,7 +146,7 @@ def _start(steps: int) -> list[float]:
 
 
 def _decoded(numbers: Sequence[float] | Float64, training_steps: int) -> TunedSteps:
-    """Unbounded numbers -> falls from time to time, log gains, shares of fresh noise."""
+    """Convert unbounded numbers to time decrements, log gains and shares of fresh noise."""
     steps = (len(numbers) + 1) // 3
     falls, gains, fresh = np.split(np.asarray(numbers, np.float64), [steps, 2 * steps])
     times: list[int] = []

@@ -1,4 +1,4 @@
-"""``lfdm-generate`` as a program of its own, which a test can kill."""
+"""``lfdm-generate`` as a separate program, which a test can kill."""
 
 from __future__ import annotations
 

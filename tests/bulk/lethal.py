@@ -1,4 +1,4 @@
-"""A worker that some rows kill; in a module that a new process can import."""
+"""A worker that dies on some rows; in its own module, because a new process must import it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 
 from lfdm_export.bulk.maker import Maker, MakerSettings
 
-#: Rows whose ids begin so kill their worker.
+#: Prefix of the IDs of rows that kill their worker.
 LETHAL = "lethal"
 
 

@@ -1,4 +1,4 @@
-"""Pictures, tables and runs of the tests of bulk jobs."""
+"""Images, tables and runs for the tests of bulk jobs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lfdm_export.sampling.options import SamplingOptions
 from tests.fake_bundle import SIZE
 
 LABELS = ("Anger", "happiness", "turn left")
-#: Clips of the tests hold all that is made, as it is.
+#: Clips are saved as .npz, which stores all outputs unchanged.
 NPZ = JobSettings(SamplingOptions(steps=2), format="npz")
 
 
@@ -44,7 +44,7 @@ def write_jsonl(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
 
 
 def make_rows(folder: Path, count: int, pictures: int = 4) -> list[dict[str, Any]]:
-    """Rows of several pictures and labels, half of them with a seed of their own."""
+    """Return rows of several images and labels, half of them with their own seed."""
     for index in range(min(count, pictures)):
         write_picture(folder / f"p{index}.png", index)
     return [
@@ -67,7 +67,7 @@ def frames_of(path: Path) -> NDArray[np.uint8]:
 
 
 def assert_right_clips(bundle: Bundle, folder: Path, rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Every clip is there, and is the one that `Pipeline.generate` makes."""
+    """Every clip exists, and equals the result of `Pipeline.generate`."""
     from lfdm_export.bulk.job import seed_of
 
     pipeline = Pipeline.open(bundle, threads=1, target="onnxruntime")

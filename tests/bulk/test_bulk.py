@@ -1,4 +1,4 @@
-"""Tables of jobs: every clip is right, whatever ends a run and however the rows are shared out."""
+"""Tables of jobs: every clip is correct, however a run ends and however the rows are distributed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def names(folder: Path) -> list[str]:
 
 
 def written(out: Path) -> list[Record]:
-    """Every line of every journal."""
+    """Return all records of all journals."""
     lines = [line for path in sorted((out / "journal").iterdir()) for line in path.read_text().splitlines()]
     return [record for line in lines if (record := Record.from_json(line)) is not None]
 
@@ -187,7 +187,7 @@ def test_one_that_fails_in_a_batch_leaves_the_others(bundle: Bundle, tmp_path: P
     assert names(tmp_path / "out") == ["c000.npz", "c002.npz"]
 
 
-# ------------------------------------------------------------------------------------------ going on
+# ------------------------------------------------------------------------------------------ resuming
 
 
 def test_what_is_there_is_passed_over_and_what_has_changed_is_made(bundle: Bundle, tmp_path: Path):
@@ -196,7 +196,7 @@ def test_what_is_there_is_passed_over_and_what_has_changed_is_made(bundle: Bundl
     run(bundle, table, out)
     before = times(out)
     assert run(bundle, table, out).made_now == 0
-    os.utime(tmp_path / "p0.png", ns=(1, 1))  # copied, say: the content is the same
+    os.utime(tmp_path / "p0.png", ns=(1, 1))  # e.g. copied: the content is the same
     assert run(bundle, table, out).made_now == 0
     assert times(out) == before
     write_picture(tmp_path / "p1.png", 77)
@@ -229,7 +229,7 @@ def test_a_clip_whose_photograph_is_gone_is_kept(bundle: Bundle, tmp_path: Path)
 
 
 def test_a_clip_that_no_journal_knows_is_found(bundle: Bundle, tmp_path: Path):
-    """What a run had written when it was killed before it could say so."""
+    """A run wrote it, but was killed before it could record this."""
     rows = make_rows(tmp_path, 4)
     table, out = write_csv(tmp_path / "jobs.csv", rows), tmp_path / "out"
     run(bundle, table, out)
@@ -288,7 +288,7 @@ def test_a_run_survives_kill_after_kill(bundle: Bundle, tmp_path: Path):
     assert not [path for path in out.iterdir() if path.name.startswith(".")], "what kills leave is cleared away"
 
 
-# ------------------------------------------------------------------------------------------ shared out
+# ---------------------------------------------------------------------------------------- distribution
 
 
 def test_shards_together_make_every_row_once(bundle: Bundle, tmp_path: Path):
@@ -364,7 +364,7 @@ def test_what_no_worker_can_do_ends_the_run(bundle: Bundle, tmp_path: Path):
             run(bundle, table, out, workers=count)
 
 
-# --------------------------------------------------------------------------------------------- what is told
+# ----------------------------------------------------------------------------------- messages and summaries
 
 
 def test_the_summary_counts_and_lists(bundle: Bundle, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""The examples of `deploy/bulk`: do they say what the command takes?"""
+"""The examples of `deploy/bulk` use only options that the command has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same jobs on a real Ray cluster of this machine."""
+"""Bulk jobs on a real Ray cluster on this machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def ray() -> Any:
-    """Ray with a cluster of two cores, which all tests of this file share."""
+    """Ray with a cluster of two cores, shared by all tests of this file."""
     pytest.importorskip("pyarrow", reason="the extra `bulk` is not installed: pip install '.[bulk]'")
     ray = pytest.importorskip("ray", reason="the extra `bulk` is not installed: pip install '.[bulk]'")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

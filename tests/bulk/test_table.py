@@ -112,7 +112,7 @@ def test_json_lines_keep_pictures_until_they_are_needed(tmp_path: Path):
     pictures = [write_picture(tmp_path / f"{i}.png", i).read_bytes() for i in range(3)]
     rows = [{"image_base64": base64.b64encode(one).decode(), "embedding": [i, 2.5]} for i, one in enumerate(pictures)]
     path = write_jsonl(tmp_path / "jobs.jsonl", rows)
-    path.write_text("\n" + path.read_text().replace("\n", "\n\n"))  # blank lines do not count
+    path.write_text("\n" + path.read_text().replace("\n", "\n\n"))  # blank lines are not counted
     jobs = jobs_of(path)
     assert [job.image.read() for job in jobs] == pictures
     assert [job.moved_by.read() for job in jobs if job.moved_by] == [f"[{i}, 2.5]".encode() for i in range(3)]
@@ -120,7 +120,7 @@ def test_json_lines_keep_pictures_until_they_are_needed(tmp_path: Path):
 
 
 def test_digests_are_those_of_runs_that_were_begun_before(tmp_path: Path):
-    """Else a run that goes on would make all its clips anew."""
+    """Otherwise a resumed run would generate all its clips again."""
     row = {"id": "a", "image": "a.png", "label": "nod", "seed": 3, "sampler": "ddim", "steps": 5}
     rows = [
         {**row, "eta": 0.5, "guidance_scale": 1.5, "scale": 2},
@@ -182,7 +182,7 @@ def test_a_row_that_cannot_be_used_is_a_job_that_says_why(tmp_path: Path, cells:
 def test_whole_numbers_of_spreadsheets(tmp_path: Path):
     path = tmp_path / "jobs.csv"
     path.write_text("\ufeffimage,label,seed,steps\na.png,nod,7.0,\n\na.png,nod,,5\n", encoding="utf-8")
-    # 7.0 is text in a CSV file, and no whole number.
+    # In a CSV file, 7.0 is text, not an integer.
     assert [job.fault for job in jobs_of(path)] == ["seed is '7.0', expected a whole number", ""]
     assert fault(tmp_path, seed=7.0) == ""
 

@@ -54,7 +54,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def bundle_id(folder: Path) -> str:
-    """As from `sha256sum`, of the files that the manifest lists."""
+    """Compute the ID like `sha256sum` over the files of the manifest."""
     names = sorted(json.loads((folder / "manifest.json").read_text())["files"])
     lines = (f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -416,8 +416,8 @@ class FakeReport:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> dict[str, Any]:
-    """Stand-ins for the slow library functions, which note how they were called."""
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")  # so that it is put back
+    """Fakes of the slow library functions, which record their arguments."""
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")  # registers the variable, so that monkeypatch restores it
     noted: dict[str, Any] = {"passed": True}
 
     def export_bundle(model: Any, out_dir: Any, **arguments: Any) -> Bundle:
@@ -563,7 +563,7 @@ def test_labels_from_a_file(tmp_path: Path):
 def test_labels_as_every_editor_writes_them(tmp_path: Path):
     (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbfjump\r\n\r\n run \r\n")
     assert read_labels(str(tmp_path / "labels.txt")) == ("jump", "run")
-    for labels in DATASETS.values():  # longer than any file's name
+    for labels in DATASETS.values():  # longer than any file name
         assert read_labels(",".join(labels)) == labels
     assert read_labels("up/down,left") == ("up/down", "left")
     assert len(read_labels(",".join(map(str, range(5000))))) == 5000
@@ -590,7 +590,7 @@ def test_an_encoder_that_is_not_available_shows_before_the_model_is_loaded(
     monkeypatch.setattr(text_files, "find_folder", refuse)
     assert export_main(["--lfae", "a", "--dm", "b", "--dataset", "mug", "-q"]) == 1
     assert "load" not in calls
-    # What steers a terminal is shown and not sent.
+    # Control characters are printed as escapes.
     assert capsys.readouterr().err == "lfdm-export: error: no bert-base-cased; --text-encoder none\\x1b[2J\n"
 
 

@@ -1,4 +1,4 @@
-"""How commands end: by signals, without readers, on full disks; what a terminal gets to see."""
+"""How commands end: on signals, closed pipes and full disks; and their output on a terminal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lfdm_export.cli import console
 from lfdm_export.files.atomic import replacing, temporary_folder
 args = argparse.Namespace(quiet=False, debug=False)
 """
-#: Works until it is stopped.
+#: Program that runs until it is stopped.
 _WRITING = """
 target = pathlib.Path(sys.argv[1])
 def work():
@@ -40,7 +40,7 @@ def work():
     return 0
 raise SystemExit(console.run("lfdm-test", args, work))
 """
-#: Prints, works, prints.
+#: Program that prints, works, and prints again.
 _PRINTING = """
 def work():
     console.say(args, "first" * 10_000)
@@ -68,7 +68,7 @@ def start(code: str, *arguments: object, **options: Any) -> subprocess.Popen[str
 ])  # fmt: skip
 def test_a_signal_leaves_nothing_and_is_told_by_the_status(tmp_path: Path, name: str, said: str):
     number = signal.Signals[name]
-    # A suite in the background inherits ignored signals.
+    # A test run in the background inherits ignored signals.
     process = start(_WRITING, tmp_path, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
@@ -230,7 +230,7 @@ def photo(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def pipeline(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """One that opens nothing, and makes a clip at once."""
+    """Fake of the pipeline that opens no engine and returns a clip at once."""
 
     class Choice:
         reason = "of the test"

@@ -1,4 +1,4 @@
-"""``lfdm-generate --url``."""
+"""Tests of ``lfdm-generate --url``."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_panels(address: str, photo: str, tmp_path: Path):
     out = tmp_path / "clip.gif"
     assert generate_main(["--url", address, "--image", photo, "--text", "wave", "-o", str(out), "--panels", "-q"]) == 0
     clip = load_clip(out)
-    assert clip.shape == (5, 32, 80, 3)  # titles above
+    assert clip.shape == (5, 32, 80, 3)  # includes titles above the frames
     source = prepare_image(PIXELS, FACTS.image_size).astype(int)
     assert np.abs(clip[0, 16:, :16] - source).mean() < 12, "the prepared photograph comes first, in the GIF's palette"
 

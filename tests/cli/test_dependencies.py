@@ -1,4 +1,4 @@
-"""A package that is missing: one sentence with the extra that brings it, from every command."""
+"""A missing package: every command prints one sentence with the extra that installs it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
     ("module", "wanted", "extra"),
     [
         ("torch", "export", "export"),
-        ("torch", "train", "train"),  # through export
+        ("torch", "train", "train"),  # imported by the export
         ("onnx_ir", "export", "export"),
-        ("onnx.inliner", "run", "export"),  # which `run` does not bring
+        ("onnx.inliner", "run", "export"),  # not installed by `run`
         ("av", "run", "video"),
         ("onnxruntime.capi", "run", "run"),
         ("tokenizers", "serve", "serve"),
@@ -108,7 +108,7 @@ def test_plotting_scripts_explain_themselves_without_matplotlib(script: str):
 
 
 def test_the_extras_that_the_code_names_bring_the_packages_that_it_names():
-    """Messages are written where an import fails; pyproject decides."""
+    """Messages name extras at each failing import; pyproject.toml defines what the extras install."""
     wrong, seen = [], 0
     for path in [*ROOT.glob("lfdm_export/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""`lfdm-info`, and the facts that it prints."""
+"""`lfdm-info` and the facts it prints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Python interface: what its documentation says runs, and what a data set decides reaches the bundle."""
+"""The Python interface: the examples of its documentation run, and the settings of a data set reach the bundle."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.fake_bundle import FRAMES, SIZE, fake_manifest, write_fake_bundle
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, small_bundle: Bundle) -> list[Any]:
-    """Export without tracing: the small bundle's graphs. Gives the text encoders that were looked for."""
+    """Export the small bundle's graphs without tracing. Returns the text encoders that were requested."""
     encoders: list[Any] = []
 
     def trace_graphs(*arguments: object) -> dict[str, ir.Model]:
@@ -119,7 +119,7 @@ def test_a_triton_repository_needs_no_motion_transfer(tmp_path: Path):
     assert list(repository.rglob("decode.onnx"))
 
 
-# ------------------------------------------------------------------------------ what objects show
+# -------------------------------------------------------------------------------- repr of objects
 
 
 def clip_of(samples: int = 2, frames: int = 3, size: int = 16, **more: Any) -> Clip:

@@ -1,4 +1,4 @@
-"""Several clips of one `lfdm-generate`, here and on a server, and the summary line."""
+"""Several clips of one `lfdm-generate`, locally and on a server, and the summary line."""
 
 from __future__ import annotations
 

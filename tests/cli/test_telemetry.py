@@ -1,4 +1,4 @@
-"""Dependencies neither report nor leave identifiers behind."""
+"""Dependencies neither send reports nor store identifiers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CORE = "from lfdm_export.engines.openvino.engine import shared_core; shared_core
 
 
 def run_at_home(code: str, home: Path, **variables: str) -> list[str]:
-    """Files that a program of ours leaves in the user's home."""
+    """Run a program, and return the files that it leaves in the user's home folder."""
     home.mkdir(exist_ok=True)
     known = {name: value for name, value in os.environ.items() if name not in (*VARIABLES, "XDG_CACHE_HOME")}
     environment = {**known, "HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1", **variables}

@@ -1,4 +1,4 @@
-"""The clients against a server in this process that speaks Triton's protocol and fails as told."""
+"""The clients against an in-process server with Triton's protocol, which fails on demand."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ from tests.fake_triton import FACTS, FakeTriton, Port, Serving
 
 Arguments = dict[str, Any]
 PHOTO = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
-#: Seconds after which a test has failed; nothing takes that long.
+#: Seconds after which a test fails.
 PATIENCE = 120.0
-#: No waiting in tests.
+#: Retries with minimal pauses.
 QUICK = Retry(first_pause=0.01, longest_pause=0.02)
 SETTINGS = Settings(retry=QUICK, timeout=120)
 
@@ -80,7 +80,7 @@ def client(address: str) -> Iterator[Client]:
 
 
 def generate(kind: str, address: str, settings: Settings = SETTINGS, **arguments: Any) -> Clip:
-    """`generate` of either client."""
+    """Call `generate` of either client."""
     every: Arguments = {"image": PHOTO, "label": "anger", "seed": 3} | arguments
     if kind == "sync":
         with Client(address, settings) as client:
@@ -99,7 +99,7 @@ def generate_with(client: Client, arguments: Arguments) -> Clip:
 
 
 def stream(kind: str, address: str, settings: Settings = SETTINGS, **arguments: Any) -> tuple[list[Event], Clip]:
-    """`stream` of either client: the events and the clip."""
+    """Call `stream` of either client, and return the events and the clip."""
     every: Arguments = {"image": PHOTO, "label": "anger", "seed": 3} | arguments
     if kind == "sync":
         with Client(address, settings) as client, client.stream(**every) as events:
@@ -113,7 +113,7 @@ def stream(kind: str, address: str, settings: Settings = SETTINGS, **arguments: 
 
 
 def expected_frames(value: int) -> np.ndarray:
-    """What the fake server makes of the photo where everything else adds up to `value`."""
+    """Return the fake server's frames for the image, when all other inputs add up to `value`."""
     image = prepare_image(PHOTO, FACTS.image_size).astype(int)
     return ((np.arange(FACTS.frames)[:, None, None, None] + value + image) % 256).astype(np.uint8)
 
@@ -441,13 +441,13 @@ def test_retries_end_at_the_deadline(kind: str, fake: FakeTriton, address: str):
     fake.refusals = [("UNAVAILABLE", "queue full")] * 9
     settings = Settings(retry=Retry(attempts=9, first_pause=1000, longest_pause=1000))
     with pytest.raises(ServerUnavailableError, match="queue full"):
-        generate(kind, address, settings, deadline=300.0)  # less than the shortest pause
+        generate(kind, address, settings, deadline=300.0)  # below the shortest pause
     assert len(fake.seen) == 1
 
 
 @both
 def test_one_failure_ends_the_batch(kind: str, fake: FakeTriton, address: str):
-    """The first request is refused when as many as may be under way wait for an answer, which the others never get."""
+    """The first request is refused while as many as allowed wait for a response, which the others never get."""
     fake.refused_at_once = ("INVALID_ARGUMENT", "unknown label 'Anger'")
     fake.gate.clear()
     with pytest.raises(InputError, match="unknown label"):
@@ -497,7 +497,7 @@ def test_a_message_that_is_too_large(kind: str, fake: FakeTriton, address: str):
 
 @both
 def test_a_server_that_comes_back(kind: str, fake: FakeTriton, caplog: pytest.LogCaptureFixture):
-    """It comes back when the client has been refused and says that it will try again."""
+    """The server restarts after the client was refused and has logged its retry."""
     settings = Settings(retry=Retry(attempts=200, first_pause=0.1, longest_pause=0.1), timeout=120)
     started: list[Serving] = []
 
@@ -697,7 +697,7 @@ def test_what_the_client_shows_is_one_line(client: Client, address: str):
 def test_leaving_an_asynchronous_stream_gives_it_up(fake: FakeTriton, address: str):
     async def run() -> None:
         async with AsyncClient(address, SETTINGS) as client:
-            events = await client.stream(PHOTO, label="anger")  # without `async with`, too
+            events = await client.stream(PHOTO, label="anger")  # also without `async with`
             task = asyncio.create_task(take(events))
             while not fake.seen:
                 await asyncio.sleep(0.01)
@@ -717,12 +717,12 @@ def test_a_server_on_this_machine_is_reached_past_a_proxy(
     for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
         monkeypatch.delenv(name, raising=False)
     for name in ("http_proxy", "https_proxy", "grpc_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # no listener on this port
     quickly = replace(SETTINGS, retry=Retry(attempts=1), timeout=10)
     assert generate(kind, address, quickly).labels == ("Anger",)
 
 
-# --------------------------------------------------------------- where the client for threads is used
+# ------------------------------------------------------------------------ uses of the blocking client
 
 
 @pytest.mark.parametrize(("seed", "told"), [(1, {"mine"}), ([1, 2], {"mine-0", "mine-1"})])
@@ -760,7 +760,7 @@ def test_ctrl_c_gives_up_a_stream(client: Client, fake: FakeTriton):
 
 
 def test_a_running_event_loop_does_not_matter(client: Client):
-    """As in a notebook's cell."""
+    """A notebook cell has a running event loop."""
 
     async def cell() -> tuple[Clip, Clip]:
         with client.stream(PHOTO, label="anger", seed=3) as events:
@@ -772,7 +772,7 @@ def test_a_running_event_loop_does_not_matter(client: Client):
 
 
 def test_programs_that_fork_or_end_without_closing(address: str):
-    """A child process can use what it inherits, and an open client or stream does not keep a program from ending."""
+    """A child process can use an inherited client, and an open client or stream does not keep a program from ending."""
     program = f"""
 import os, numpy as np
 from lfdm_export.client import Client

@@ -1,4 +1,4 @@
-"""What a client asks of a server for a motion, without any network."""
+"""A client's requests for a motion, without a network."""
 
 from __future__ import annotations
 

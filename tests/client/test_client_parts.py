@@ -1,4 +1,4 @@
-"""What the clients are made of, without any network."""
+"""Parts of the clients, without a network."""
 
 from __future__ import annotations
 

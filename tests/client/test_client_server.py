@@ -1,4 +1,4 @@
-"""The clients and ``lfdm-generate --url`` against a real Triton server: the same clips as without one."""
+"""The clients and ``lfdm-generate --url`` against a real Triton server: the same clips as in the local pipeline."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_stream_is_as_without_a_server(client: Client, local: Clip, label: str
         PHOTO, label=label, seed=4, steps=4, guidance_scale=1.5, progress_every=1, preview_every=3
     ) as stream:
         events = list(stream)
-    # The last step is told by the frames.
+    # No progress event follows the last step: the frames do.
     assert [event.step for event in events if isinstance(event, Progress)][:3] == [1, 2, 3]
     assert [event.step for event in events if isinstance(event, Preview)] == [3]
     assert sum(isinstance(event, Frames) for event in events) >= 2
@@ -104,7 +104,7 @@ def test_the_command_writes_what_it_writes_without_a_server(
 
 
 def ask(how: str, client: Client, label: str, steps: int, deadline: float | None = None) -> None:
-    """A clip that nobody looks at."""
+    """Request a clip and discard it."""
     if how == "whole":
         client.generate(PHOTO, label=label, steps=steps, deadline=deadline)
     else:
@@ -142,7 +142,7 @@ def test_cancelling_frees_the_server(client: Client, label: str):
     thread.join(60)
     assert len(raised) == 1
     end = time.monotonic() + 60
-    while client.cancel("to be cancelled"):  # its last step may be under way
+    while client.cancel("to be cancelled"):  # its last step may still run
         assert time.monotonic() < end, "it goes on"
         time.sleep(0.05)
 

@@ -46,7 +46,7 @@ def fixed_inputs(batch: int, *, guided: bool) -> dict[str, Any]:
 
 
 def plain(engine: OnnxRuntimeEngine, table: SamplerTable, fixed: dict[str, Any], seeds: list[int]) -> Any:
-    """The chain with every array on the host."""
+    """Run the chain with every array on the host."""
 
     def step(noisy_latent: Any, timestep: Any, history: Any, noise: Any, coefficients: Any) -> Any:
         state = {
@@ -76,7 +76,7 @@ def test_the_loop_gives_the_same_chain(folder: Path, stage: str, sampler: str, s
     assert isinstance(engine, KeepsState)
     table = sampler_table(sampler, cosine_schedule(TRAINING_STEPS), steps)
     loop = engine.denoise_loop(2)
-    for seeds in ([1, 2], [3, 4]):  # what an earlier chain left must not show
+    for seeds in ([1, 2], [3, 4]):  # the state of an earlier chain must not matter
         fixed = fixed_inputs(2, guided=stage == "step_guided")
         fixed["context"] *= np.float32(seeds[0])
         expected = plain(engine, table, fixed, seeds)

@@ -197,7 +197,7 @@ def test_a_device_is_its_execution_providers(
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [*providers, "CPUExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    with pytest.raises(EngineError, match=f"could not start {providers[0]}"):  # what came is the CPU
+    with pytest.raises(EngineError, match=f"could not start {providers[0]}"):  # the session fell back to the CPU
         OnnxRuntimeEngine(path, DENOISE, device=device)
     with pytest.raises(EngineError, match="could not start"):
         OnnxRuntimeEngine(path, DENOISE, device=device, tf32=True)
@@ -212,7 +212,7 @@ GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensor
 
 
 class Placed:
-    """Real sessions on the CPU that say they run on the first provider they are given; `kept` is left to the CPU."""
+    """Real sessions on the CPU that report the first given provider; operators in `kept` stay on the CPU."""
 
     def __init__(self, kept: Collection[str]) -> None:
         self.kept, self.nodes = kept, 0
@@ -253,12 +253,12 @@ needs_placement = pytest.mark.skipif(
 @needs_placement
 @pytest.mark.parametrize("device", GPU_DEVICES)
 def test_gpu_providers_get_the_bodies_for_a_gpu(small_bundle: Bundle, device: Device, monkeypatch: pytest.MonkeyPatch):
-    """Fewer nodes of the same results (1,626 for 2,056 in the shipped model's step), with weights beside the file."""
+    """Fewer nodes with the same results (1,626 for 2,056 in the shipped model's step), with weights beside the file."""
     path, spec = small_bundle.stage_path("step"), small_bundle.stages["step"]
     feeds = random_feeds(spec)
     exact = OnnxRuntimeEngine(path, spec, threads=1)
     stored = onnxruntime_nodes(path)
-    placed = on_gpu(monkeypatch, "Shape", "Gather", "Concat")  # as shapes are
+    placed = on_gpu(monkeypatch, "Shape", "Gather", "Concat")  # operators on shapes may stay on the CPU
     engine = OnnxRuntimeEngine(path, spec, threads=1, device=device)
     assert placed.nodes < 0.85 * stored
     if device == "cuda":
@@ -268,7 +268,7 @@ def test_gpu_providers_get_the_bodies_for_a_gpu(small_bundle: Bundle, device: De
 
 
 def largest_error(found: Any, expected: Any) -> float:
-    """Relative to the largest value."""
+    """Return the largest error, relative to the largest value."""
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
@@ -291,7 +291,7 @@ def random_feeds(spec: StageSpec) -> dict[str, Any]:
 
 @needs_placement
 def test_what_a_gpu_leaves_to_the_cpu_is_refused(small_bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
-    """As older releases leave GridSample, without a word."""
+    """Older releases leave GridSample to the CPU, without a message."""
     path, spec = small_bundle.stage_path("decode"), small_bundle.stages["decode"]
     on_gpu(monkeypatch, "GridSample", "Shape")
     with pytest.raises(EngineError, match=r"would run 8 nodes of .*decode\.onnx on the CPU \(8 GridSample\)"):

@@ -57,7 +57,7 @@ def test_views_are_fine_and_results_are_the_callers(engine: OpenVinoEngine):
     turned = {name: np.asfortranarray(array)[::-1] for name, array in feeds.items()}
     expected = engine.run({name: array[::-1].copy() for name, array in feeds.items()})
     found = engine.run(turned)["predicted_noise"]
-    engine.run(feeds)  # must not write into what was given before
+    engine.run(feeds)  # must not overwrite earlier outputs
     assert_same_floats(found, expected["predicted_noise"])
 
 
@@ -183,7 +183,7 @@ def test_a_precision_that_the_processor_has_not_is_no_silent_fp32(path: Path, mo
     monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "INT8"])
     with pytest.raises(EngineError, match=r"no bf16 for OpenVINO .*export fp32"):
         OpenVinoEngine(path, DENOISE, precision="bf16")
-    # What an int8 graph does not quantise is no promise.
+    # The parts of an int8 graph that are not quantized make no promise of precision.
     OpenVinoEngine(path, DENOISE, precision="int8")
 
 
@@ -203,7 +203,7 @@ def test_missing_packages(path: Path, package: str):
 
 
 def test_signals_after_an_engine_is_gone(path: Path):
-    """Where every engine brought a core of its own, and took it along, this ended by SIGSEGV."""
+    """With one core per engine, destroyed with the engine, this program ended by SIGSEGV."""
     code = (
         "import gc, os, signal\n"
         "from lfdm_export.engines.openvino.engine import OpenVinoEngine\n"
@@ -226,7 +226,7 @@ def run_both(bundle: Bundle, stage: str, feeds: Feeds, **options: Any) -> tuple[
 
 
 def drawn(bundle: Bundle, stage: str, batch: int) -> Feeds:
-    """Feeds within the ranges of the stage's specification."""
+    """Draw feeds within the ranges of the stage's specification."""
     rng = np.random.default_rng(1)
 
     def draw(tensor: TensorSpec) -> Any:
@@ -256,19 +256,19 @@ def has_bf16() -> bool:
 def test_bf16_rounds_the_network_but_not_coordinates_and_update(small_bundle: Bundle):
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
     if limit != "ALL" and not limit.startswith("AVX512_CORE"):
-        return  # OpenVINO asks the processor and not oneDNN what there is, and does not survive the difference
-    if not has_bf16():  # the refusal is tested above, on every machine
+        return  # OpenVINO queries the processor, not oneDNN, and crashes where they differ
+    if not has_bf16():  # the error is tested above, on every machine
         with pytest.raises(EngineError, match="no bf16"):
             run_both(small_bundle, "decode", drawn(small_bundle, "decode", 1), precision="bf16")
         return
     feeds = drawn(small_bundle, "decode", 1)
     found, expected = run_both(small_bundle, "decode", feeds, precision="bf16")
-    # Were the coordinates rounded, an error of 2^-9 would move the samples by an eighth of a pixel.
+    # If the coordinates were rounded, an error of 2^-9 would move the samples by an eighth of a pixel.
     assert np.abs(found["warped"] - expected["warped"]).max() < 1e-4
     assert 0 < np.abs(found["frames"] - expected["frames"]).max() < 5e-2
 
     feeds = drawn(small_bundle, "step", 1)
-    # An update that takes nothing from the prediction: c2 x + c7 noise, exact in float32.
+    # An update without the prediction: c2 x + c7 noise, exact in float32.
     feeds["coefficients"] = np.zeros((1, 11), np.float32)
     feeds["coefficients"][0, [rows.NEXT_FROM_LATENT, rows.NEXT_FROM_NOISE]] = 0.7, 0.3
     found, _ = run_both(small_bundle, "step", feeds, precision="bf16")
@@ -308,7 +308,7 @@ def test_the_cache_serves_exactly_what_it_was_made_of(path: Path, tmp_path: Path
         patch.setattr(openvino.Core, "compile_model", compile_model)
         found = OpenVinoEngine(path, DENOISE, threads=1, cache=cache).run(feeds)["predicted_noise"]
         assert_same_floats(found, expected)
-        with pytest.raises(AssertionError):  # another thread count is another program
+        with pytest.raises(AssertionError):  # another number of threads is another compiled model
             OpenVinoEngine(path, DENOISE, threads=2, cache=cache).run(feeds)
     for damaged in (whole[:-1], whole[: len(whole) // 2], b"", b"{}\n"):
         entry.write_bytes(damaged)
@@ -346,7 +346,7 @@ def test_cache_entries(tmp_path: Path):
     assert cache.read("a", "other") is None
     assert cache.read("b", "key") is None
     cache.write("a", "other", memoryview(b"more"))
-    assert cache.read("a", "key") == b"blob"  # neither pushes the other out, as those of two processors would
+    assert cache.read("a", "key") == b"blob"  # both entries stay, e.g. of two processors
     assert cache.read("a", "other") == b"more"
     assert cache.folder.stat().st_mode & 0o077 == 0
 
@@ -361,10 +361,10 @@ def test_a_full_cache_loses_what_was_used_longest_ago(tmp_path: Path):
         cache.write(name, f"key of {name}", bytes(1000))
         (entry,) = tmp_path.glob(f"{name}-*")
         os.utime(entry, (1e9 - age, 1e9 - age))
-    assert cache.read("oldest", "key of oldest") == bytes(1000)  # and so it is the newest now
+    assert cache.read("oldest", "key of oldest") == bytes(1000)  # reading makes it the newest
     cache.write("more", "key", bytes(1000))
     assert names(cache) == ["more", "newest", "oldest"]
-    cache.write("more", "key", bytes(1001))  # in place of itself: nothing else goes
+    cache.write("more", "key", bytes(1001))  # replaces itself; no other entry is removed
     assert names(cache) == ["more", "newest", "oldest"]
     cache.write("too large", "key", bytes(4000))
     assert names(cache) == ["more", "newest", "oldest"]

@@ -12,7 +12,7 @@ import pytest
 
 from lfdm_export.graphs.bodies import with_bodies
 
-# Both halves of what a convolution takes come from elsewhere, as in the UNet's way up; another one takes no Concat.
+# The input of one convolution is a Concat of two tensors, as in the UNet's decoder; another one has no Concat.
 _MODEL = """
 <ir_version: 10, opset_import: ["" : 20]>
 g (float[2,16,8,8] a, float[2,16,8,8] b) => (float[2,16,8,8] y, float[2,16,8,8] z)
@@ -29,7 +29,7 @@ g (float[2,16,8,8] a, float[2,16,8,8] b) => (float[2,16,8,8] y, float[2,16,8,8] 
     z = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (one_read, one_weight_read)
 }
 """
-# A process decides once which instructions its kernels use.
+# A process selects the instructions of its kernels only once, so each case runs in its own process.
 _RUN = """
 import sys
 import numpy as np
@@ -45,7 +45,7 @@ np.savez(sys.argv[3], **{name: compiled(feeds)[name] for name in ("y", "z")})
 def model() -> onnx.ModelProto:
     rng = np.random.default_rng(0)
     model = onnx.parser.parse_model(_MODEL)
-    # Of 6 bits, so that no processor's sums of 8-bit products saturate.
+    # Values of 6 bits, so that sums of 8-bit products do not saturate on any processor.
     for name, inputs in (("both_weight", 32), ("one_weight", 16)):
         values = rng.integers(-31, 32, (16, inputs, 3, 3), np.int8)
         model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
@@ -92,6 +92,6 @@ def test_openvino_computes_what_the_graph_says(model: onnx.ModelProto, limit: st
     found = np.load(tmp_path / "found.npz")
     for name in "yz":
         error = np.abs(found[name] - expected[name])
-        # A value that lies between two levels may be rounded to either: a step of one activation times one weight.
+        # A value between two levels may be rounded to either: a difference of one activation step times one weight.
         assert error.max() <= 3 * 0.06 * 31 * 0.004, name
         assert error.mean() <= 1e-3 * np.abs(expected[name]).mean(), name

@@ -1,4 +1,4 @@
-"""The plan store: what is kept, what is refused, and what an interrupted or failed build leaves behind."""
+"""The plan store: stored and rejected plans, and the state after an interrupted or failed build."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 class Builder:
-    """Stands for the child process: writes what it is told to."""
+    """Fake of the child process: writes given content."""
 
     def __init__(self) -> None:
         self.requests: list[BuildRequest] = []
@@ -78,7 +78,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
 
 @pytest.fixture
 def tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorRT seems to be installed."""
+    """Make TensorRT appear installed."""
 
     class Api:
         title = "TensorRT 11.4.0.106"
@@ -102,7 +102,7 @@ def edit_record(folder: PlanFolder, stage: str, changes: dict[str, object]) -> N
     path.write_text(json.dumps(record), encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------- making and keeping
+# -------------------------------------------------------------------------------- building and storing
 
 
 def test_every_stage_gets_a_plan_and_a_record(bundle: Bundle, builder: Builder):
@@ -221,7 +221,7 @@ def test_wrong_arguments(bundle: Bundle, builder: Builder):
     assert not (bundle.path / "plans").exists()
 
 
-# --------------------------------------------------------------------------------- TensorRT's own ways
+# ---------------------------------------------------------------------------------- TensorRT's options
 
 
 @pytest.mark.usefixtures("tensorrt")
@@ -240,7 +240,7 @@ def test_tensorrt_builds_for_the_gpu_that_is_there(bundle: Bundle, builder: Buil
 @pytest.mark.usefixtures("tensorrt")
 def test_a_stripped_plan_serves_other_weights_of_the_same_structure(builder: Builder, tmp_path: Path):
     def bundle(value: float, operator: str = "Mul") -> Bundle:
-        """Its encoder has a weight of that value, in a node of that kind that nobody reads."""
+        """Write a bundle whose encoder has a weight of this value, in an unused node of this operator."""
         manifest = fake_manifest()
         with BundleWriter(tmp_path / "fake") as writer:
             write_graphs(writer.folder, manifest)
@@ -264,7 +264,7 @@ def test_a_stripped_plan_serves_other_weights_of_the_same_structure(builder: Bui
     assert how(bundle(2.0), strip=False) == "built", "a whole plan holds its weights"
 
 
-# --------------------------------------------------------------------- builds that come to no good end
+# -------------------------------------------------------------------------------------- failing builds
 
 
 def test_a_failed_build_leaves_the_old_plan(bundle: Bundle, builder: Builder):
@@ -368,7 +368,7 @@ def request(**changes: Any) -> BuildRequest:
 
 @pytest.fixture
 def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Replaces the builder's program by one's own."""
+    """Replace the builder's program by the test's own."""
 
     def install(code: str) -> Path:
         script = tmp_path / "child.py"
@@ -421,9 +421,9 @@ def test_an_interrupt_takes_the_builder_along(child: Callable[[str], Path], monk
 
 
 def test_a_killed_parent_takes_the_builder_along(tmp_path: Path):
-    """The builder's process ends with the one that started it, also if that is killed."""
+    """The builder's process ends with its parent, even if the parent is killed."""
     if not sys.platform.startswith("linux"):
-        return  # the system has no such thing
+        return  # not supported by this system
     child_code = (
         "import time\nfrom lfdm_export.engines.tensorrt.build import _die_with_parent\n"
         "_die_with_parent()\nprint('ready', flush=True)\ntime.sleep(600)\n"
@@ -448,7 +448,7 @@ def test_a_killed_parent_takes_the_builder_along(tmp_path: Path):
 
 
 def alive(pid: int) -> bool:
-    """Whether the process is there, and no zombie that nobody has waited for."""
+    """Whether the process exists and is not a zombie."""
     try:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except (FileNotFoundError, ProcessLookupError):
@@ -456,7 +456,7 @@ def alive(pid: int) -> bool:
 
 
 def test_a_plan_that_does_not_fit_on_the_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The real child's `main`, on a disk that takes no more than some kilobytes."""
+    """Runs the real child's `main` on a disk with room for some kilobytes."""
     import signal as signals
 
     work = tmp_path / "work"
@@ -478,7 +478,7 @@ def test_a_plan_that_does_not_fit_on_the_disk_is_told(tmp_path: Path, monkeypatc
     assert result["error"] == "the plan cannot be written: File too large"
 
 
-# ------------------------------------------------------------------------------- taking one to run
+# ------------------------------------------------------------------------- selecting a plan to run
 
 
 def test_a_plan_that_fits_is_given(bundle: Bundle, builder: Builder):

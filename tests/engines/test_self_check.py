@@ -1,4 +1,4 @@
-"""What `auto` takes, and what an explicit target is refused for, by the reference in a bundle."""
+"""The targets that `auto` selects, and errors of an explicit target, by the reference in a bundle."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Change = Callable[[str, tuple[np.ndarray, ...]], tuple[np.ndarray, ...]]
 
 
 class FakeTarget:
-    """ONNX Runtime under another name, whose outputs a test changes; counts what it runs."""
+    """ONNX Runtime under another name: a test can change its outputs; it counts its runs."""
 
     def __init__(self, bundle: Bundle, change: Change | None = None) -> None:
         self._real = StageRunner(bundle, threads=1, target="onnxruntime", self_check=False)
@@ -56,7 +56,7 @@ def wrong_in(place: str, by: float = 0.1) -> Change:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own, and the check turned on."""
+    """A separate cache per test, with the self-check enabled."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(VARIABLE, raising=False)
     return tmp_path / "cache" / "lfdm-export" / "self-check"
@@ -64,7 +64,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def same_speed(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
-    """Seconds of the targets by order of their checks, in place of measured ones."""
+    """Seconds of the targets, in the order of their checks, replacing measured times."""
     seconds: dict[int, float] = {}
     measured = SelfCheck._stages
     count = iter(range(100))
@@ -85,7 +85,7 @@ def choose(
 
 
 def with_precision(bundle: Bundle, precision: str) -> Bundle:
-    """The same, measured by another precision's tolerances."""
+    """Return the bundle with another precision, and thus other tolerances."""
     return replace(bundle, manifest=replace(bundle.manifest, precision=precision))
 
 
@@ -131,7 +131,7 @@ def test_a_clip_that_goes_astray_is_wrong_in_a_lowered_precision(small_bundle: B
     choice, _ = choose(bundle, targets)
     assert choice.target == "onnxruntime"
     assert "not OpenVINO, which is wrong here: latent, mean error: 0.5, at most 0.12 is allowed" in choice.reason
-    # Stages alone are within int8's tolerances; it took the clip to see it, and only of those that might be taken.
+    # Single stages are within int8's tolerances, so only the clip shows the error; it runs only for candidates.
     assert targets["openvino"].runs.count("chain") == targets["onnxruntime"].runs.count("chain") == 1
 
 
@@ -163,7 +163,7 @@ def test_what_was_found_is_not_run_again(small_bundle: Bundle, cache: Path):
     assert again == first
     assert not targets["onnxruntime"].runs
     assert not targets["openvino"].runs
-    assert not [path for path in cache.iterdir() if path.suffix != ".json"]  # whole or not at all
+    assert not [path for path in cache.iterdir() if path.suffix != ".json"]  # files are written atomically
 
 
 def test_a_wrong_one_stays_wrong(small_bundle: Bundle):
@@ -216,7 +216,7 @@ def test_a_damaged_finding_is_found_anew(small_bundle: Bundle, cache: Path, text
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
     small_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    (tmp_path / "file").touch()  # a folder cannot be made below it, by root neither
+    (tmp_path / "file").touch()  # no folder can be created below a file, even by root
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     for _ in range(2):
         targets = pair(small_bundle)
@@ -227,7 +227,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
 def test_a_bundle_without_reference_is_not_checked(small_bundle: Bundle, caplog: pytest.LogCaptureFixture):
     files = {name: entry for name, entry in small_bundle.manifest.files.items() if name != "reference.npz"}
     bundle = replace(small_bundle, manifest=replace(small_bundle.manifest, precision="int8", files=files))
-    # OpenVINO would come first in int8; ONNX Runtime rounds as the graph says and computes in float32.
+    # OpenVINO would be first in int8; ONNX Runtime rounds as the graph says and computes in float32.
     choice, runner = choose_checked(bundle, ABLE[::-1], lambda _: pytest.fail("nothing is loaded"), named=False)
     assert (choice.target, runner) == ("onnxruntime", None)
     assert "not checked on this machine: the bundle holds no reference to compare with" in choice.reason
@@ -267,11 +267,11 @@ def test_the_runner_checks_and_keeps_what_it_loaded(small_bundle: Bundle, monkey
 
 
 def test_a_device_is_checked_too(small_bundle: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch):
-    """What runs is the CPU under a GPU's name; what was found of the CPU itself does not count."""
+    """The CPU runs under a GPU's name; results of the CPU itself do not count."""
     monkeypatch.setitem(PROVIDERS, "cuda", ("CPUExecutionProvider",))
     monkeypatch.setitem(ort_engine.MEMORY, "cuda", "cpu")
     monkeypatch.setattr(ort_engine, "require_on_gpu", lambda *_: None)
-    for target in ("auto", "onnxruntime"):  # what it lacks on a CPU does not count
+    for target in ("auto", "onnxruntime"):  # what is not supported on a CPU does not count
         bf16 = with_precision(small_bundle, "bf16")
         assert StageRunner(bf16, device="cuda", target=target, self_check=False).target == "onnxruntime"
     SelfCheck(small_bundle, threads=1).check("onnxruntime", FakeTarget(small_bundle), whole=True)

@@ -1,4 +1,4 @@
-"""Whoever adds a backend writes its declaration and lists it: everything else follows. Here a small one is added."""
+"""A backend needs only its declaration and its entry in the list of targets; this file adds a small one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DOCUMENTS = ("docs/targets.md",)
 
 
 class ReferenceEngine:
-    """A stage run by ONNX's own evaluator, in NumPy."""
+    """Runs a stage with ONNX's reference evaluator, in NumPy."""
 
     def __init__(self, path: Path, spec: StageSpec) -> None:
         self.spec = spec
@@ -67,7 +67,7 @@ TOY = TargetSpec(
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> TargetSpec:
-    """A backend is its folder and a line of the list; here the line alone."""
+    """Add a backend to the list of targets; a real one also has a folder."""
     monkeypatch.setattr(targets, "TARGETS", (*TARGETS, TOY))
     return TOY
 

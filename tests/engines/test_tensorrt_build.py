@@ -1,4 +1,4 @@
-"""Real builds by TensorRT for RTX, which needs no GPU for them; and what TensorRT's own builder is told."""
+"""Real builds by TensorRT for RTX, which need no GPU; and the settings passed to TensorRT's own builder."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from lfdm_export.generate.stage_runner import StageRunner
 from lfdm_export.ops.cuda.host import find_compiler
 from tests.fake_bundle import SPECS, fake_graph
 
-#: Of each sort one: an encoder, the sampling step with attention, warping, the LFAE's own path.
+#: One stage of each kind: an encoder, the sampling step with attention, warping, the LFAE's own path.
 STAGES = ("encode", "step", "decode", "estimate_motion")
 
 
 @pytest.fixture(scope="module")
 def bundle(small_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A copy, into which plans may be written."""
+    """A copy of the small bundle, for plans."""
     return Bundle.open(shutil.copytree(small_bundle.path, tmp_path_factory.mktemp("plans") / "bundle"))
 
 
@@ -87,7 +87,7 @@ def test_the_plans_are_kept(made: dict[str, PlanMade], bundle: Bundle):
 def test_a_plan_says_what_it_holds_but_does_not_run_here(made: dict[str, PlanMade], bundle: Bundle):
     gpus, reason = find_gpus()
     if gpus:
-        return  # it does run
+        return  # the plan does run here
     with pytest.raises(EngineError, match=rf"cannot be had here: .* runs only on a GPU, and {re.escape(reason[:20])}"):
         StageRunner(bundle, target="tensorrt-rtx").engine("encode")
 
@@ -119,7 +119,7 @@ def test_what_is_no_graph_at_all(tmp_path: Path):
 
 def test_a_plan_for_the_gpu_that_is_not_here_is_told(tmp_path: Path, bundle: Bundle):
     if find_gpus()[0]:
-        return  # it is here
+        return  # the GPU is here
     spec = bundle.stages["encode"]
     request = BuildRequest(
         "tensorrt-rtx", "encode", str(bundle.stage_path("encode")), profile_of(spec), gpus=("CURRENT",)
@@ -146,7 +146,7 @@ def test_the_structure_is_what_is_left_without_the_weights(bundle: Bundle, tmp_p
     assert builder_graph(changed, "encode", "tensorrt-rtx")[1] != structure
 
 
-# ------------------------------------------------------------------------------- packages that differ
+# ----------------------------------------------------------------------------------- package versions
 
 
 def test_bindings_and_libraries_of_different_versions_are_refused(monkeypatch: pytest.MonkeyPatch):
@@ -181,11 +181,11 @@ def test_errors_are_kept_for_the_exception_that_follows():
     assert api.take_errors() == "it does not say why"
 
 
-# ------------------------------------------------------------------------- what TensorRT itself is told
+# ----------------------------------------------------------------------- settings of TensorRT's builder
 
 
 class Names:
-    """An enumeration whose every member is its own name, and a position as an integer."""
+    """An enumeration whose members are their own names, and convert to integer positions."""
 
     def __init__(self, *names: str) -> None:
         for position, name in enumerate(names):
@@ -253,7 +253,7 @@ class FakeConfig:
 
 
 class FakeLayer:
-    """A layer as a network gives it: properties of its own kind are there after a change of class alone."""
+    """A layer as returned by a network: properties of its kind appear only after a change of class."""
 
     num_outputs = 1
 
@@ -273,7 +273,7 @@ class FakeGridSample(FakeLayer):
 
 
 class Stubborn(dict[str, Any]):
-    """What a layer is that keeps nothing that it is told."""
+    """State of a layer that ignores all assignments."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         pass
@@ -285,7 +285,7 @@ LINEAR = {"interpolation_mode": MODES.LINEAR, "sample_mode": SAMPLING.FILL, "ali
 
 
 class FakeNetwork:
-    """Has one convolution, and the grid-sample layers that a test puts there."""
+    """A network with one convolution, and the grid-sample layers that a test adds."""
 
     samples: Sequence[dict[str, Any]] = ()
 
@@ -336,7 +336,7 @@ CREATION = ("STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS", "PREFER_JIT_PYTHON_PL
 
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> Api:
-    """TensorRT, as far as its builder is asked; no plugins."""
+    """Fake of the parts of TensorRT that the builder uses; no plugins."""
     module = SimpleNamespace(
         Builder=FakeBuilder,
         OnnxParser=FakeParser,
@@ -354,7 +354,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Api:
 
 
 def told(api: Api, **changes: Any) -> FakeBuilder:
-    """What the builder of TensorRT is told for a request."""
+    """Return TensorRT's builder as configured for a request."""
     request = dataclasses.replace(
         BuildRequest("tensorrt", "step", "step.onnx", {"timestep": ((1,), (2,), (32,))}), **changes
     )
@@ -409,7 +409,7 @@ def test_what_was_measured_is_kept_for_the_next_build(api: Api, tmp_path: Path):
     told(api, timing_cache=str(tmp_path / "nowhere" / "timing.cache"))
     assert (tmp_path / "nowhere" / "timing.cache").read_bytes() == b" and more"
     (tmp_path / "file").touch()
-    told(api, timing_cache=str(tmp_path / "file" / "timing.cache"))  # cannot be kept, and costs nothing
+    told(api, timing_cache=str(tmp_path / "file" / "timing.cache"))  # cannot be stored, which is not an error
     assert sorted(one.name for one in tmp_path.iterdir()) == ["file", "nowhere", "timing.cache"]
 
 
@@ -431,7 +431,7 @@ def test_a_parser_that_reads_linear_as_nearest_is_corrected(
 
 
 def test_the_real_parser_gives_layers_that_can_be_set():
-    """TensorRT for RTX: what the fake network stands for."""
+    """Layers of TensorRT for RTX behave like those of the fake network."""
     api = load_api("tensorrt-rtx")
     trt = api.module
     text = """<ir_version: 9, opset_import: ["" : 20]>
@@ -491,7 +491,7 @@ def test_plugins_are_registered_for_tensorrt_alone(api: Api, monkeypatch: pytest
     assert asked == ["plugins"]
 
 
-# ----------------------------------------------------------------------------- the real ones' names
+# ----------------------------------------------------------------------- names in the real packages
 
 _NAMES_OF_TENSORRT = """
 import json, sys
@@ -512,7 +512,7 @@ def own_names(kind: type) -> list[str]:
 
 
 def test_tensorrt_has_every_name_that_is_used(tmp_path: Path):
-    """TensorRT's own Python classes, in 11.4; no library of it is needed to look at them."""
+    """Python classes of TensorRT 11.4, inspected without its libraries."""
     from tests import fake_gpu
 
     wanted = {

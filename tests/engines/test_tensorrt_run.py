@@ -47,7 +47,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def write_plans(bundle: Bundle, target: Target, gpu: Gpu, options: BuildOptions | None = None) -> None:
-    """Fake plans with true records."""
+    """Write fake plans with valid records."""
     folder = PlanFolder(bundle.path, target)
     folder.path.mkdir(parents=True, exist_ok=True)
     options = options or BuildOptions()
@@ -83,7 +83,7 @@ class Place:
 
 @pytest.fixture(params=["tensorrt", "tensorrt-rtx"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """A bundle with plans, and a machine that seems able to run them."""
+    """A bundle with plans, on a machine that appears able to run them."""
     return make_place(request.param, tmp_path, monkeypatch)
 
 
@@ -118,7 +118,7 @@ def chain(
     guided: bool = False,
     every_latent: bool = False,
 ) -> tuple[np.ndarray, list[np.ndarray | None]]:
-    """A chain's last latent, and what was told of each step."""
+    """Run a chain, and return its last latent and the latent reported at each step."""
     told: list[np.ndarray | None] = []
     table = sampler_table(sampler, SCHEDULE, steps, eta)
     source = seeded_noise(range(batch), SHAPE)
@@ -158,7 +158,7 @@ def test_an_error_of_the_driver_is_told_in_its_words():
 
 
 def test_a_context_is_one_threads():
-    """The fake is as strict as the driver: this is what the tests with threads rely on."""
+    """The fake is as strict as the driver; the tests with threads rely on this."""
     driver = CudaDriver(FakeLibrary())
     driver.use_first_gpu()
     with pytest.raises(EngineError, match=r"cuMemAlloc_v2: invalid device context \(error 201\)"):
@@ -175,7 +175,7 @@ def test_a_context_is_one_threads():
 
 
 def in_thread(work: Callable[[], Any]) -> Any:
-    """What the work gives or raises, on a thread of its own."""
+    """Run work in a new thread, and return its result or raise its exception."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(work).result()
 
@@ -211,8 +211,8 @@ def test_any_thread_gives_memory_back(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_threads_take_turns(place: Place, monkeypatch: pytest.MonkeyPatch):
-    """Were one to replace the memory for activations between another's `prepare` and `enqueue`, that would run in
-    memory that was given back."""
+    """If a thread replaced the activation memory between another's `prepare` and `enqueue`, the other would run in
+    freed memory."""
     stages = ("encode", "denoise", "decode")
     engines = {stage: place.runner.engine(stage) for stage in stages}
     prepare, enqueue = PlanContext.prepare, PlanContext.enqueue
@@ -221,7 +221,7 @@ def test_threads_take_turns(place: Place, monkeypatch: pytest.MonkeyPatch):
     def slow_prepare(context: PlanContext, shapes: Any) -> bool:
         fresh = prepare(context, shapes)
         order.append(("prepare", threading.get_ident()))
-        time.sleep(0.002)  # lets another thread come between, if anything does
+        time.sleep(0.002)  # lets another thread run in between, if possible
         return fresh
 
     def noted_enqueue(context: PlanContext) -> None:
@@ -234,7 +234,7 @@ def test_threads_take_turns(place: Place, monkeypatch: pytest.MonkeyPatch):
 
     def work(stage: str) -> None:
         together.wait(60)
-        for batch in (1, 2, 3, 4):  # each asks for more memory than the one before
+        for batch in (1, 2, 3, 4):  # each needs more memory than the one before
             feeds = feeds_for(place.bundle.stages[stage], batch=batch)
             found = engines[stage].run(feeds)
             exact = OnnxRuntimeEngine(place.bundle.stage_path(stage), place.bundle.stages[stage], threads=1).run(feeds)
@@ -255,7 +255,7 @@ def test_threads_that_come_first_together_get_one_session(monkeypatch: pytest.Mo
 
     def make(_api: object, _driver: object) -> object:
         made.append(object())
-        time.sleep(0.01)  # lets the other thread come too
+        time.sleep(0.01)  # lets the other thread run too
         return made[-1]
 
     monkeypatch.setattr(gpu_session, "GpuSession", make)
@@ -323,7 +323,7 @@ def test_activations_are_shared_and_grow(place: Place):
     assert context_1.memory == context_2.memory
     decode.run(feeds_for(decode.spec, batch=4))
     assert context_2.memory != context_1.memory
-    found = encode.run(feeds_for(encode.spec, batch=1))  # the memory that it had is gone
+    found = encode.run(feeds_for(encode.spec, batch=1))  # its former memory is freed
     assert context_1.memory == context_2.memory
     assert np.isfinite(found["context"]).all()
 
@@ -458,7 +458,7 @@ def test_a_graph_knows_its_own_context_and_addresses(tmp_path: Path, monkeypatch
     host = StageRunner(place.bundle, threads=1, target="onnxruntime")
     for batch in (1, 2, 1):
         engine = place.runner.engine("step")
-        engine.run(feeds_for(engine.spec, batch=3))  # the same engine, in between
+        engine.run(feeds_for(engine.spec, batch=3))  # a single run of the same engine, before the chain
         assert_same_floats(chain(place.runner, batch=batch)[0], chain(host, batch=batch)[0])
     assert len(place.gpu.loaded["step"].contexts) == 3, "the engine's own, and one for each batch"
 
@@ -538,7 +538,7 @@ def test_a_capture_that_fails_leaves_the_stream_usable(tmp_path: Path, monkeypat
 
 
 def test_pinned_noise_may_be_changed_at_once(place: Place):
-    """A caller may reuse one array for all draws."""
+    """A caller may reuse one array for all noise."""
     host = StageRunner(place.bundle, threads=1, target="onnxruntime")
     table = sampler_table("ddim", SCHEDULE, 6, 1.0)
 
@@ -605,7 +605,7 @@ def test_weights_that_do_not_fit_are_an_error(bundle: Bundle, tmp_path: Path):
         TensorRtEngine(path, bundle.stages["encode"], session=gpu.session, weights=(b"", "x"))
 
 
-# --------------------------------------------------------------------- what the fakes stand for
+# -------------------------------------------------------------- the fakes and the real packages
 
 
 def names_of(kind: type) -> set[str]:

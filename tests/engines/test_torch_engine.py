@@ -1,4 +1,4 @@
-"""The target torch: weights in a bundle, programs in the user's cache, stages and whole clips."""
+"""The target torch: weights in the bundle, compiled programs in the user's cache, stages and whole clips."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ WITHOUT = Machine((), "the NVIDIA driver sees no GPU", PACKAGES)
 
 
 def with_weights(bundle: Bundle, model: LfdmModel, folder: Path, precision: str = "fp32") -> Bundle:
-    """A copy of a bundle of fp32 that says it is of a precision, with the weights of that precision."""
+    """Copy an fp32 bundle, and set its precision and the weights of that precision."""
     shutil.copytree(bundle.path, folder)
     write_weights(model, folder / TORCH_WEIGHTS)
     return listed(folder, bundle.manifest, precision)
 
 
 def listed(folder: Path, manifest: Manifest, precision: str = "fp32") -> Bundle:
-    """The bundle with the weights as they are now in its manifest."""
+    """Return the bundle with its current weights in the manifest."""
     files = {**manifest.files, TORCH_WEIGHTS: fingerprint(folder / TORCH_WEIGHTS)}
     changed = dataclasses.replace(manifest, files=files, precision=precision)
     (folder / MANIFEST).write_text(changed.to_json(), encoding="utf-8")
@@ -60,13 +60,13 @@ def listed(folder: Path, manifest: Manifest, precision: str = "fp32") -> Bundle:
 
 @pytest.fixture(scope="module")
 def torch_bundle(small_bundle: Bundle, small_model: LfdmModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The small bundle with weights for PyTorch; not to be changed."""
+    """The small bundle with weights for PyTorch; read-only."""
     return with_weights(small_bundle, small_model, tmp_path_factory.mktemp("torch") / "bundle")
 
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modules as they are: what they compute is the same, and compiling takes minutes."""
+    """Skip compilation, which takes minutes; the results are the same."""
     monkeypatch.setenv(VARIABLE, "0")
 
 
@@ -200,7 +200,7 @@ def test_weights_are_loaded_once_whatever_the_threads(
 
 
 class Product(torch.nn.Module):
-    """As small as a program can be."""
+    """A minimal program."""
 
     factor: torch.Tensor
 
@@ -214,7 +214,7 @@ class Product(torch.nn.Module):
 
 def test_a_program_is_compiled_once_for_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    logging.getLogger("torch.__trace").setLevel(logging.WARNING)  # what it writes for itself, pytest would keep
+    logging.getLogger("torch.__trace").setLevel(logging.WARNING)  # pytest would capture torch's internal log
     cache = CompiledCache(tmp_path)
     x = torch.tensor([[-1.0, 2.0, 3.0, -4.0]])
 
@@ -229,7 +229,7 @@ def test_a_program_is_compiled_once_for_a_machine(tmp_path: Path, monkeypatch: p
         raise AssertionError("compiled again")
 
     monkeypatch.setattr(compiled, "_compile", fail)
-    (again,) = program("a", factor=5.0)(x)  # what is compiled is found by its identity alone
+    (again,) = program("a", factor=5.0)(x)  # the compiled program is found only by its identity
     assert torch.equal(again, found)
     with pytest.raises(AssertionError, match="compiled again"):
         program("b")
@@ -304,7 +304,7 @@ def test_a_loop_takes_noise_of_the_host_or_draws_its_own(torch_bundle: Bundle, h
         for index in range(table.steps):
             loop.step(index, source(index) if table.draws_noise[index] else None)
         handed = loop.finish()
-        for _ in range(2):  # a chain leaves nothing behind
+        for _ in range(2):  # a chain must leave no state
             loop.begin_seeded([3, 4], fixed, table)
             for index in range(table.steps):
                 loop.step_seeded(index, draws=bool(table.draws_noise[index]))

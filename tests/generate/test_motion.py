@@ -1,4 +1,4 @@
-"""Motions: saved, read with suspicion, given to other pictures; and clips that are kept."""
+"""Motions: saving, validated reading, animation of other images; and cached clips."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def latent(frames: int = FRAMES, size: int = LATENT) -> NDArray[np.float32]:
     return np.random.default_rng(3).standard_normal((3, frames, size, size)).astype(np.float32)
 
 
-# --------------------------------------------------------------------------------------- there and back
+# ----------------------------------------------------------------------------------- saving and reading
 
 
 def test_the_same_picture_gives_the_same_bits(small_bundle: Bundle, tmp_path: Path):
@@ -137,7 +137,7 @@ def test_a_clip_without_latent_has_no_motion(pipe: Pipeline, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-# ------------------------------------------------------------------------------------------- what fits
+# ---------------------------------------------------------------------------------- compatible motions
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_what_is_no_motion_is_refused(pipe: Pipeline, motion: Any):
         pipe.animate(photo(), motion)
 
 
-# ------------------------------------------------------------------------------------- files of strangers
+# ---------------------------------------------------------------------------------------- untrusted files
 
 
 @pytest.mark.parametrize(
@@ -279,11 +279,11 @@ def test_the_command_refuses_what_means_nothing(
     assert "the same as --motion" in capsys.readouterr().err
 
 
-# -------------------------------------------------------------------------------------- clips that are kept
+# --------------------------------------------------------------------------------------------- cached clips
 
 
 def runs(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The stages that were run from now on."""
+    """Names of the stages that run from now on."""
     found: list[str] = []
     real = pipe.stages.run
 

@@ -68,7 +68,7 @@ def reference_latent(
     table: SamplerTable,
     scale: float,
 ) -> NDArray[np.float32]:
-    """What the fake graphs must give, computed in NumPy."""
+    """Compute the expected result of the fake graphs in NumPy."""
     blocks = to_float(images).reshape(len(images), 3, LATENT, SIZE // LATENT, LATENT, SIZE // LATENT)
     context = blocks.mean(axis=(3, 5))
 
@@ -469,7 +469,7 @@ def test_values_that_are_not_finite_stop_at_once(tmp_path: Path):
 
 
 def test_on_a_gpu_the_state_stays_there(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
-    """What runs is the CPU under another device's name: the same clip, by loops of the engine."""
+    """The CPU runs under another device's name: the engine's own loop gives the same clip."""
     monkeypatch.setitem(PROVIDERS, "cuda", ("CPUExecutionProvider",))
     monkeypatch.setitem(ort_engine.MEMORY, "cuda", "cpu")
     monkeypatch.setattr(ort_engine, "require_on_gpu", lambda *_: None)
@@ -561,7 +561,7 @@ def test_guidance_acts_in_its_interval(pipe: Pipeline, sampler: str):
     np.testing.assert_array_equal(latent(2.0, guidance_interval=(0, 1)), guided)
     np.testing.assert_array_equal(latent(2.0, guidance_interval=(0.99, 1)), plain)
     assert not np.array_equal(guided, plain)
-    # Step by step, with the scale that each one has.
+    # Step by step, each with its own scale.
     times = sampler_table(sampler, SCHEDULE, 4).timesteps
     inside = (times / (TRAINING_STEPS - 1) >= 0.3) & (times / (TRAINING_STEPS - 1) <= 0.7)
     assert 0 < inside.sum() < 4
