@@ -7,10 +7,11 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_FOR_DEMO := $(VENV)/.installed-export
 INSTALLED_FOR_DOCS := $(VENV)/.installed-docs
 PICTURE := docs/character.png
+COMPUTING := $(addprefix tests/,batching engines evaluation generate graphs models ops parity quantize reference rewrite sampling)
 GPU_OUT ?= benchmarks/results/gpu
 GPU_OPTIONS ?=
 
-.PHONY: help install server lint test test-full test-wheel test-ray test-page fuzz demo docs gpu clean
+.PHONY: help install server lint test test-full test-processors test-wheel test-ray test-page fuzz demo docs gpu clean
 
 help:
 	@echo "make install    everything into $(VENV)"
@@ -18,6 +19,7 @@ help:
 	@echo "make server     the Triton server of the tests, into the user's cache folder"
 	@echo "make test       install, server, lint, and the tests"
 	@echo "make test-full  the full-size golden chains (tens of minutes)"
+	@echo "make test-processors  the tests of what computes, with instruction sets of older processors"
 	@echo "make test-wheel build the wheel, and try it in empty environments"
 	@echo "make test-ray   install Ray, and run the tests that need it"
 	@echo "make test-page  install Chromium and Playwright, and run the tests of lfdm-web's page in that browser"
@@ -57,6 +59,13 @@ test: install server lint
 
 test-full: install
 	$(BIN)/python -m pytest -q -m full
+
+# What computes, on libraries that are kept from using some of the processor's instructions.
+test-processors: install
+	for limits in "ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41" "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2" \
+	  "ONEDNN_MAX_CPU_ISA=AVX512_CORE"; do \
+	  echo "$$limits" && env $$limits $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(COMPUTING) || exit 1; \
+	done
 
 test-wheel: install
 	$(BIN)/python -m pytest -q -m wheel tests/packaging
