@@ -7,6 +7,7 @@ import os
 import platform
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -14,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lfdm_export.bundle.manifest import TEXT_STAGE, Manifest, check_labels, dm_sha256_of
+from lfdm_export.bundle.manifest import TEXT_STAGE, Manifest, SamplerDefaults, check_labels, dm_sha256_of
 from lfdm_export.bundle.reader import ONNX_FOLDER, PARITY_FOLDER, TOKENIZER_FOLDER, TORCH_WEIGHTS, Bundle
 from lfdm_export.bundle.writer import BundleWriter
 from lfdm_export.checkpoints.datasets import NO_ENCODER, dataset_facts
@@ -26,7 +27,7 @@ from lfdm_export.machine import package_versions
 from lfdm_export.pictures.preprocess import Preprocessing
 from lfdm_export.reference.pytorch import make_reference
 from lfdm_export.rewrite.stage_modules import stage_modules
-from lfdm_export.sampling.tuned import TunedSampler
+from lfdm_export.sampling.tuned import TUNED, TunedSampler
 from lfdm_export.stages import Geometry, StageSpec, stage_specs
 from lfdm_models.config import LfdmConfig
 from lfdm_models.model import LfdmModel
@@ -84,7 +85,8 @@ def export_bundle(
         reference: run the untouched networks as well and keep what they give, so that anybody can verify the bundle
             without them.
         torch_weights: include the weights that the target torch runs; of fp32, tf32, fp16 and bf16.
-        tuned: tables of few steps that were learned for these weights (`TunedSampler.load`).
+        tuned: tables of few steps that were learned for these weights (`TunedSampler.load`). A distilled DM brings
+            its own, which becomes the bundle's default sampler.
         progress: called as ``progress(stage, done, total)``.
 
     Returns:
@@ -106,8 +108,7 @@ def export_bundle(
             labels = facts.labels if labels is None else labels
     if text_encoder == NO_ENCODER:
         text_encoder = None
-    if tuned is not None:
-        _require_tuned_for(model, tuned)
+    tuned, defaults = _few_step_sampler(model, tuned)
     trained_frames, trained_size = trained_geometry(model)
     frames = trained_frames if frames is None else frames
     geometry = geometry_of(model.config, frames, trained_size if image_size is None else image_size)
@@ -143,6 +144,7 @@ def export_bundle(
                 stages=tuple(specs.values()),
                 labels=tuple(table),
                 preprocessing=preprocessing or Preprocessing(),
+                sampler=defaults,
                 tuned=tuned,
                 provenance=dict(model.provenance),
                 versions={"python": platform.python_version(), **package_versions(_VERSIONED)},
@@ -150,11 +152,25 @@ def export_bundle(
         )
 
 
-def _require_tuned_for(model: LfdmModel, tuned: TunedSampler) -> None:
+def _few_step_sampler(model: LfdmModel, tuned: TunedSampler | None) -> tuple[TunedSampler | None, SamplerDefaults]:
+    """The tables of few steps and the default sampler: of a distilled DM the steps that it was distilled for.
+
+    Raises:
+        InputError: `tuned` was learned for other weights, or the model's provenance is wrong.
+    """
+    found = dm_sha256_of(model.provenance)
     try:
-        tuned.require_weights(dm_sha256_of(model.provenance))
+        if tuned is not None:
+            tuned.require_weights(found)
+        distilled = TunedSampler.of_distilled(model.provenance, found)
     except ValueError as error:
         raise InputError(str(error)) from error
+    if distilled is None:
+        return tuned, SamplerDefaults()
+    defaults = SamplerDefaults(TUNED, distilled.tables[0].steps, None, distilled.guidance_scale)
+    if tuned is not None:
+        distilled = replace(tuned, tables=distilled.with_tables(tuned.tables))
+    return distilled, defaults
 
 
 def trained_geometry(model: LfdmModel) -> tuple[int, int]:

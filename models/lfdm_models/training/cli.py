@@ -26,6 +26,7 @@ from lfdm_models.command_line import Parser
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.settings import (
     DATA,
+    DEFAULT_TIMES,
     DEVICES,
     DM_OPTIMISER,
     LEARN,
@@ -37,6 +38,7 @@ from lfdm_models.training.settings import (
 )
 
 if TYPE_CHECKING:
+    from lfdm_models.config import LfdmConfig
     from lfdm_models.training.loop import Outcome
     from lfdm_models.training.recipes import DataSettings
 
@@ -44,7 +46,7 @@ PROGRAM = "lfdm-train"
 #: All but the end of a line; bytes of names that are not UTF-8.
 _CONTROL = re.compile("[\\x00-\\x09\\x0b-\\x1f\\x7f-\\x9f\\udc80-\\udcff]")
 OK, FAILED, STOPPED = 0, 1, 130
-_PATHS = ("out", "root", "vgg", "start", "lfae")
+_PATHS = ("out", "root", "vgg", "start", "lfae", "dm", "images")
 _EXAMPLES = """\
   lfdm-train lfae --out runs/lfae --steps 20000
   lfdm-train dm --lfae runs/lfae/lfae.pth --out runs/dm --steps 20000
@@ -52,6 +54,7 @@ _EXAMPLES = """\
               --steps 100000
   lfdm-train dm --data mug --root MUG --size published --image-size 128 --frames 40 \\
               --lfae runs/mug-lfae/lfae.pth --text-encoder bert-base-cased --out runs/mug-dm --steps 100000
+  lfdm-train distill --lfae runs/lfae/lfae.pth --dm runs/dm/dm.pth --out runs/two --steps 2 --pool 2400
   lfdm-train evaluate bundle
 """
 
@@ -89,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.quiet:
         Console(soft_wrap=True).print(f"step {outcome.step}: {losses}\ncheckpoint  {outcome.checkpoint}", markup=False)
     if not outcome.finished:
-        _complain(f"stopped after step {outcome.step} of {args.steps}; go on with --resume")
+        _complain(f"stopped after step {outcome.step} of {args.updates}; go on with --resume")
         return 128 + outcome.signal if outcome.signal else STOPPED
     return OK
 
@@ -125,15 +128,33 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="train on offsets from the identity (small: yes; published: no)",
     )
+    distill = stages.add_parser("distill", help="a diffusion model that needs 1, 2 or 4 steps")
+    _add_distill(distill)
     _add_classifier(stages.add_parser("classifier", help="what judges clips in evaluate"))
     stages.add_parser("evaluate", help="measure an exported bundle: lfdm-train evaluate --help", add_help=False)
     stages.add_parser("schedule", help="learn a sampler of few steps: lfdm-train schedule --help", add_help=False)
     _add_options(lfae, batch_size=16)
     _add_options(dm, batch_size=8)
+    _add_options(distill, batch_size=4, updates="--updates")
     return parser
 
 
-def _add_options(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
+def _add_distill(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lfae", type=Path, required=True, metavar="FILE", help="the trained autoencoder")
+    parser.add_argument("--dm", type=Path, required=True, metavar="FILE", help="the trained diffusion model")
+    parser.add_argument("--steps", type=int, required=True, choices=sorted(DEFAULT_TIMES), help="of the new one")
+    parser.add_argument(
+        "--synthetic", type=int, metavar="N", help="learn from N samples of the trained one, not from the data's clips"
+    )
+    parser.add_argument("--images", type=Path, metavar="DIR", help="pictures for the samples (the data's first frames)")
+    parser.add_argument(
+        "--teacher-steps", type=int, default=25, metavar="N", help="of DDIM with noise, for samples (%(default)s)"
+    )
+    parser.add_argument("--guidance", type=float, metavar="S", help="of the samples, which is distilled in (1)")
+    parser.add_argument("--text-encoder", metavar="FOLDER|NAME", help="a BERT, for checkpoints without their labels")
+
+
+def _add_options(parser: argparse.ArgumentParser, *, batch_size: int, updates: str = "--steps") -> None:
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on where the run in that folder ended")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the networks")
@@ -147,7 +168,7 @@ def _add_options(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
     data.add_argument("--no-jitter", action="store_true", help="leave colours as they are")
     data.add_argument("--workers", type=int, default=0, metavar="N", help="processes that make examples")
     run = parser.add_argument_group("run")
-    run.add_argument("--steps", type=int, required=True, metavar="N", help="steps of the optimiser")
+    run.add_argument(updates, dest="updates", type=int, required=True, metavar="N", help="steps of the optimiser")
     run.add_argument("--batch-size", type=int, default=batch_size, metavar="N", help="examples a pass (%(default)s)")
     run.add_argument("--accumulate", type=int, default=1, metavar="N", help="passes a step (%(default)s)")
     run.add_argument("--learning-rate", type=float, metavar="RATE", help="(the published one)")
@@ -203,8 +224,8 @@ def _train(args: argparse.Namespace) -> Outcome:
         torch.set_num_threads(args.threads)
     config = recipes.network_config(args.size, args.data)
     data, run = _data(args), _run(args)
-    inputs = {f"--{name}": getattr(args, name, None) for name in ("start", "lfae", "vgg")}
-    refuse_input(args.out / f"{args.stage}.pth", inputs)
+    inputs = {f"--{name}": getattr(args, name, None) for name in ("start", "lfae", "dm", "vgg")}
+    refuse_input(args.out / ("lfae.pth" if args.stage == "lfae" else "dm.pth"), inputs)
     with _Bar(quiet=args.quiet, log_every=args.log_every) as bar:
         if args.stage == "lfae":
             return recipes.train_lfae(
@@ -225,6 +246,8 @@ def _train(args: argparse.Namespace) -> Outcome:
                 resume=args.resume,
                 progress=bar,
             )
+        if args.stage == "distill":
+            return _distill(args, config, data, run, bar)
         if args.residual_flow is not None:
             config = dataclasses.replace(config, residual_flow=args.residual_flow)
         return recipes.train_dm(
@@ -243,6 +266,33 @@ def _train(args: argparse.Namespace) -> Outcome:
         )
 
 
+def _distill(args: argparse.Namespace, config: LfdmConfig, data: DataSettings, run: RunSettings, bar: _Bar) -> Outcome:
+    from lfdm_models.training.distill import Teacher, distill
+    from lfdm_models.training.teacher import Sampling
+
+    sampling = None
+    if args.synthetic is not None:
+        guidance = 1.0 if args.guidance is None else args.guidance
+        sampling = Sampling(args.synthetic, args.images, args.teacher_steps, guidance, args.seed)
+    elif args.guidance is not None or args.images is not None:
+        given = "--images" if args.guidance is None else "--guidance"
+        raise TrainingError(
+            f"{given} is of the teacher's samples, and the data's clips are learned from; add --synthetic"
+        )
+    return distill(
+        Teacher(args.lfae, args.dm, config, args.text_encoder),
+        args.steps,
+        data,
+        _optimiser(args, DM_OPTIMISER),
+        run,
+        args.out,
+        sampling=sampling,
+        resume=args.resume,
+        progress=bar,
+        on_sample=lambda done, total: bar(done, total, {}),
+    )
+
+
 def _data(args: argparse.Namespace) -> DataSettings:
     from lfdm_models.training.recipes import DataSettings
 
@@ -257,7 +307,7 @@ def _data(args: argparse.Namespace) -> DataSettings:
 
 def _run(args: argparse.Namespace) -> RunSettings:
     return RunSettings(
-        steps=args.steps,
+        steps=args.updates,
         batch_size=args.batch_size,
         accumulate=args.accumulate,
         seed=args.seed,

@@ -164,7 +164,7 @@ class DmStage:
         # Contiguous: convolutions of the UNet would be three times as slow.
         return latent.unflatten(0, (batch, length)).transpose(1, 2).contiguous(), feature
 
-    def _encode_once(self, frames: Tensor, clips: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def encode_once(self, frames: Tensor, clips: Sequence[int]) -> tuple[Tensor, Tensor]:
         """`encode`, kept in memory for clips that come again.
 
         They are encoded one by one: a batch of another size may give other last bits, and what a clip comes in a batch
@@ -182,7 +182,7 @@ class DmStage:
         """Mean squared error of the predicted noise, at a random step of the schedule each."""
         frames = batch["frames"]
         clips = batch["clip"].tolist() if "clip" in batch else [NO_CLIP] * len(frames)
-        latent, feature = self._encode_once(frames, clips)
+        latent, feature = self.encode_once(frames, clips)
         count, device = len(latent), latent.device
         timestep = torch.randint(self.config.dm.training_steps, (count,), generator=generator, device=device)
         noise = torch.randn(latent.shape, generator=generator, device=device)
