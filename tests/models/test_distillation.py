@@ -435,6 +435,24 @@ def test_the_command_distils(pair: tuple[Path, Path], tmp_path: Path, capsys: py
         main(["distill", *options, "--steps", "3", "--updates", "1"])
 
 
+def test_the_beginning_alone_is_a_model_too(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    common = ["--lfae", str(pair[0]), "--dm", str(pair[1]), "--image-size", str(SIZE), "--frames", str(FRAMES)]
+    options = [*common, "--pool", "4", "--steps", "2", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["distill", *options, "--updates", "0"]) == 0
+    assert "not trained" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["dm.pth"]
+    model = load_model(pair[0], tmp_path / "dm.pth")
+    found, teacher = model.diffusion.state_dict(), load_model(*pair).diffusion.state_dict()
+    changed = {key for key, value in found.items() if not torch.equal(value, teacher[key])}
+    heads = ("final_conv.1", "occlusion_map.1")
+    assert changed == {
+        "denoise_fn.init_conv.weight",
+        *(f"denoise_fn.{head}.{leaf}" for head in heads for leaf in ("weight", "bias")),
+    }
+
+
 def test_a_dm_of_other_labels_is_refused(pair: tuple[Path, Path], tmp_path: Path):
     content = torch.load(pair[1], weights_only=True)
     content["labels"] = ["jump", *content["labels"][1:]]

@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     finally:
         logger.removeHandler(handler)
-    losses = ", ".join(f"{name} {value:.4g}" for name, value in outcome.losses.items())
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in outcome.losses.items()) or "not trained"
     if not args.quiet:
         Console(soft_wrap=True).print(f"step {outcome.step}: {losses}\ncheckpoint  {outcome.checkpoint}", markup=False)
     if not outcome.finished:
@@ -142,7 +142,13 @@ def _parser() -> argparse.ArgumentParser:
 def _add_distill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lfae", type=Path, required=True, metavar="FILE", help="the trained autoencoder")
     parser.add_argument("--dm", type=Path, required=True, metavar="FILE", help="the trained diffusion model")
-    parser.add_argument("--steps", type=int, required=True, choices=sorted(DEFAULT_TIMES), help="of the new one")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        required=True,
+        choices=sorted(DEFAULT_TIMES),
+        help="of the new one; --updates 0: weights are not trained",
+    )
     parser.add_argument(
         "--synthetic", type=int, metavar="N", help="learn from N samples of the trained one, not from the data's clips"
     )
@@ -223,7 +229,8 @@ def _train(args: argparse.Namespace) -> Outcome:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     config = recipes.network_config(args.size, args.data)
-    data, run = _data(args), _run(args)
+    untrained = args.stage == "distill" and args.updates == 0
+    data, run = _data(args), _run(args, 1 if untrained else args.updates)
     inputs = {f"--{name}": getattr(args, name, None) for name in ("start", "lfae", "dm", "vgg")}
     refuse_input(args.out / ("lfae.pth" if args.stage == "lfae" else "dm.pth"), inputs)
     with _Bar(quiet=args.quiet, log_every=args.log_every) as bar:
@@ -287,6 +294,7 @@ def _distill(args: argparse.Namespace, config: LfdmConfig, data: DataSettings, r
         run,
         args.out,
         sampling=sampling,
+        untrained=args.updates == 0,
         resume=args.resume,
         progress=bar,
         on_sample=lambda done, total: bar(done, total, {}),
@@ -305,9 +313,9 @@ def _data(args: argparse.Namespace) -> DataSettings:
     return DataSettings(args.data, args.root, args.image_size, args.frames, subjects, not args.no_jitter, args.pool)
 
 
-def _run(args: argparse.Namespace) -> RunSettings:
+def _run(args: argparse.Namespace, steps: int) -> RunSettings:
     return RunSettings(
-        steps=args.updates,
+        steps=steps,
         batch_size=args.batch_size,
         accumulate=args.accumulate,
         seed=args.seed,

@@ -20,7 +20,7 @@ from lfdm_models.training.dm import DmStage, load_diffusion, new_diffusion
 from lfdm_models.training.drawing import UInt8Array
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.few_steps import chosen_times
-from lfdm_models.training.files import load
+from lfdm_models.training.files import load, save
 from lfdm_models.training.lfae import load_lfae
 from lfdm_models.training.loop import STATE, Outcome, ReportProgress, no_report, train
 from lfdm_models.training.pictures import ClipError, DiskClip, Framing
@@ -63,6 +63,7 @@ def distill(
     folder: Path,
     *,
     sampling: Sampling | None = None,
+    untrained: bool = False,
     resume: bool = False,
     progress: ReportProgress = no_report,
     on_sample: ReportSamples = no_samples_report,
@@ -77,6 +78,7 @@ def distill(
         run: see there.
         folder: see there.
         sampling: learn from the teacher's own samples; None: from the data.
+        untrained: write the weights that training would begin with (`centring`), which may be good enough.
         resume: see there.
         progress: see there.
         on_sample: told of the teacher's samples that are drawn.
@@ -114,6 +116,11 @@ def distill(
         guidance=1.0 if sampling is None else sampling.guidance,
         preview_clips=None if source is None or not run.preview_every else preview_clips(source, data),
     )
+    if untrained:
+        path = folder / f"{stage.name}.pth"
+        weights = {key: value.detach() for key, value in stage.network.state_dict().items()}
+        save(path, {**stage.checkpoint(weights), "example": 0, "epoch": 0, "step": 0})
+        return Outcome(path, 0, True, {})
     return train(stage, examples, optimiser, run, folder, resume=resume, progress=progress)
 
 

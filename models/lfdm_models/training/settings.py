@@ -44,7 +44,7 @@ SMALL = LfdmConfig(
     residual_flow=True,
 )
 #: Shares of the schedule at which chains of so many steps ask the network; found on the shipped model.
-DEFAULT_TIMES: dict[int, tuple[float, ...]] = {1: (0.7,), 2: (0.8, 0.4), 4: (0.85, 0.6, 0.4, 0.2)}
+DEFAULT_TIMES: dict[int, tuple[float, ...]] = {1: (0.7,), 2: (0.875, 0.475), 4: (0.9, 0.7, 0.5, 0.25)}
 
 #: What a step size that falls along a cosine ends at, as a share of its first value.
 COSINE_END = 0.02
