@@ -54,7 +54,7 @@ _EXAMPLES = """\
               --steps 100000
   lfdm-train dm --data mug --root MUG --size published --image-size 128 --frames 40 \\
               --lfae runs/mug-lfae/lfae.pth --text-encoder bert-base-cased --out runs/mug-dm --steps 100000
-  lfdm-train distill --lfae runs/lfae/lfae.pth --dm runs/dm/dm.pth --out runs/two --steps 2 --pool 2400
+  lfdm-train distill --lfae runs/lfae/lfae.pth --dm runs/dm/dm.pth --out runs/two --steps 2
   lfdm-train evaluate bundle
 """
 
@@ -174,7 +174,10 @@ def _add_options(parser: argparse.ArgumentParser, *, batch_size: int, updates: s
     data.add_argument("--no-jitter", action="store_true", help="leave colours as they are")
     data.add_argument("--workers", type=int, default=0, metavar="N", help="processes that make examples")
     run = parser.add_argument_group("run")
-    run.add_argument(updates, dest="updates", type=int, required=True, metavar="N", help="steps of the optimiser")
+    if updates == "--steps":
+        run.add_argument(updates, dest="updates", type=int, required=True, metavar="N", help="steps of the optimiser")
+    else:  # --steps are the chain's
+        run.add_argument(updates, type=int, default=0, metavar="N", help="steps of the optimiser; 0: no training (0)")
     run.add_argument("--batch-size", type=int, default=batch_size, metavar="N", help="examples a pass (%(default)s)")
     run.add_argument("--accumulate", type=int, default=1, metavar="N", help="passes a step (%(default)s)")
     run.add_argument("--learning-rate", type=float, metavar="RATE", help="(the published one)")
@@ -277,6 +280,8 @@ def _distill(args: argparse.Namespace, config: LfdmConfig, data: DataSettings, r
     from lfdm_models.training.distill import Teacher, distill
     from lfdm_models.training.teacher import Sampling
 
+    if args.guidance is not None and not args.updates:
+        raise TrainingError("guidance is distilled by training, and --updates is 0; give the steps of the optimiser")
     sampling = None
     if args.synthetic is not None:
         guidance = 1.0 if args.guidance is None else args.guidance
