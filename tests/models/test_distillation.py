@@ -25,6 +25,7 @@ from lfdm_models.training.conditions import label_table
 from lfdm_models.training.distill import Teacher, distill, no_samples_report
 from lfdm_models.training.distill_stage import DRAWS, DistillStage, distance, energy_score
 from lfdm_models.training.dm import DmStage, new_diffusion
+from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.few_steps import FewSteps, chosen_times, long_chain, run_chain, threshold
 from lfdm_models.training.lfae import new_lfae
 from lfdm_models.training.loop import STATE, Outcome, ReportProgress, no_report, train
@@ -299,7 +300,7 @@ def test_samples_are_drawn_once_and_interrupted_drawing_goes_on(
     distill(*arguments, sampling=sampling, on_sample=lambda done, total: drawn.append(done))
     assert drawn == [5]
     assert_tensors_equal(tmp_path, "samples-0.pt", "latents")
-    with pytest.raises(recipes.TrainingError, match="samples of another teacher or other settings"):
+    with pytest.raises(TrainingError, match="samples of another teacher or other settings"):
         distill(*arguments, sampling=Sampling(5, steps=2, guidance=3.0), resume=True)
 
 
@@ -344,7 +345,7 @@ def test_pictures_alone_are_enough(pair: tuple[Path, Path], tmp_path: Path):
     told = torch.load(outcome.checkpoint, weights_only=True)
     assert told["labels"] == list(LABELS)
     assert told["training"]["examples"]["data"] == "procedural"  # as the DM that was distilled
-    with pytest.raises(recipes.TrainingError, match="expected a folder of pictures"):
+    with pytest.raises(TrainingError, match="expected a folder of pictures"):
         run(pair, tmp_path / "other", 1, sampling=Sampling(4, tmp_path / "none", steps=1))
 
 
@@ -458,5 +459,5 @@ def test_a_dm_of_other_labels_is_refused(pair: tuple[Path, Path], tmp_path: Path
     content = torch.load(pair[1], weights_only=True)
     content["labels"] = ["jump", *content["labels"][1:]]
     torch.save(content, tmp_path / "dm.pth")
-    with pytest.raises(recipes.TrainingError, match=r"was trained with the labels jump, .* and the data has 'smile'"):
+    with pytest.raises(TrainingError, match=r"was trained with the labels jump, .* and the data has 'smile'"):
         run((pair[0], tmp_path / "dm.pth"), tmp_path / "run", 1)
