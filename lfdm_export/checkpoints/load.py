@@ -17,7 +17,9 @@ from lfdm_export.checkpoints.datasets import dataset_facts
 from lfdm_export.checkpoints.training_facts import training_facts
 from lfdm_export.checkpoints.weight_files import PARTS, Checkpoint, read_checkpoint, sha256, shorten
 from lfdm_export.errors import CheckpointError, InputError
+from lfdm_export.files.json_codec import to_plain
 from lfdm_export.files.names import user_path
+from lfdm_export.sampling.tuned import FEW_STEPS
 from lfdm_models.config import DmConfig, LfaeConfig, LfdmConfig
 from lfdm_models.diffusion import Diffusion
 from lfdm_models.lfae import Lfae
@@ -86,6 +88,7 @@ def load_model(
         "trained": facts.trained,
         **facts.geometry,
         **({} if facts.data is None else {"data": facts.data}),
+        **({} if facts.few_steps is None else {FEW_STEPS: to_plain(facts.few_steps)}),
     }
     return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 
 from lfdm_export.checkpoints.weight_files import Checkpoint
 from lfdm_export.errors import CheckpointError
+from lfdm_export.files.json_codec import from_plain
+from lfdm_export.sampling.tuned import FEW_STEPS, TunedSteps
 
 #: Upper limit; no clip is longer or larger.
 _LARGEST_SIZE = 1 << 16
@@ -28,6 +31,7 @@ class TrainingFacts:
         geometry: "frames" and "image_size" of the clips that the DM was trained with.
         data: name of the DM's training data, as in ``lfdm-train --data``.
         label_embeddings: (text_width,) float32 for each label that the DM was trained with.
+        few_steps: the steps that the DM was distilled for.
     """
 
     residual_flow: bool | None = None
@@ -36,6 +40,7 @@ class TrainingFacts:
     geometry: dict[str, int] = field(default_factory=dict)
     data: str | None = None
     label_embeddings: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    few_steps: TunedSteps | None = None
 
 
 def training_facts(lfae: Checkpoint, dm: Checkpoint) -> TrainingFacts:
@@ -63,12 +68,24 @@ def training_facts(lfae: Checkpoint, dm: Checkpoint) -> TrainingFacts:
         {name: value for name, value in geometry.items() if type(value) is int and 0 < value <= _LARGEST_SIZE},
         data if isinstance(data, str) else None,
         _label_embeddings(dm),
+        _few_steps(dm.path, training),
     )
 
 
 def _get(content: Mapping[Any, object], key: str) -> Mapping[Any, object]:
     value = content.get(key)
     return value if isinstance(value, Mapping) else {}
+
+
+def _few_steps(path: Path, training: Mapping[Any, object]) -> TunedSteps | None:
+    if FEW_STEPS not in training:
+        return None
+    try:
+        return from_plain(TunedSteps, training[FEW_STEPS], FEW_STEPS)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: the steps that it was distilled for are wrong: {error}; save it again"
+        ) from error
 
 
 def _label_embeddings(dm: Checkpoint) -> dict[str, NDArray[np.float32]]:

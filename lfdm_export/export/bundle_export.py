@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ from lfdm_export.progress import Progress, report
 from lfdm_export.reference.pytorch import make_reference
 from lfdm_export.rewrite.stage_modules import stage_modules
 from lfdm_export.sampling.noise import draw_seed
-from lfdm_export.sampling.tuned import TunedSampler
+from lfdm_export.sampling.options import DEFAULTS, SamplingOptions
+from lfdm_export.sampling.tuned import TUNED, TunedSampler
 from lfdm_export.stages import Geometry, StageSpec, stage_specs
 from lfdm_models.config import LfdmConfig
 from lfdm_models.model import LfdmModel
@@ -81,7 +83,8 @@ def export_bundle(
         reference: also run the untouched networks and store their outputs, so that the bundle can be verified without
             them.
         torch_weights: include weights for the target torch; for fp32, tf32, fp16 and bf16.
-        tuned: tables of few steps, learned for these weights (`TunedSampler.load`).
+        tuned: tables of few steps, learned for these weights (`TunedSampler.load`). A distilled DM brings
+            its own, which becomes the bundle's default sampler.
         progress: called as ``progress(stage, done, total)``.
 
     Returns:
@@ -103,8 +106,7 @@ def export_bundle(
             labels = facts.labels if labels is None else labels
     if text_encoder == NO_ENCODER:
         text_encoder = None
-    if tuned is not None:
-        _require_tuned_for(model, tuned)
+    tuned, defaults = _few_step_sampler(model, tuned)
     trained_frames, trained_size = trained_geometry(model)
     frames = trained_frames if frames is None else frames
     geometry = geometry_of(model.config, frames, trained_size if image_size is None else image_size)
@@ -140,6 +142,7 @@ def export_bundle(
                 stages=tuple(specs.values()),
                 labels=tuple(table),
                 preprocessing=preprocessing or Preprocessing(),
+                sampler=defaults,
                 tuned=tuned,
                 provenance=dict(model.provenance),
                 versions={"python": platform.python_version(), **package_versions(_VERSIONED)},
@@ -147,11 +150,25 @@ def export_bundle(
         )
 
 
-def _require_tuned_for(model: LfdmModel, tuned: TunedSampler) -> None:
+def _few_step_sampler(model: LfdmModel, tuned: TunedSampler | None) -> tuple[TunedSampler | None, SamplingOptions]:
+    """The tables of few steps and the default sampler: of a distilled DM the steps that it was distilled for.
+
+    Raises:
+        InputError: `tuned` was learned for other weights, or the model's provenance is wrong.
+    """
+    found = dm_sha256_of(model.provenance)
     try:
-        tuned.require_weights(dm_sha256_of(model.provenance))
+        if tuned is not None:
+            tuned.require_weights(found)
+        distilled = TunedSampler.of_distilled(model.provenance, found)
     except ValueError as error:
         raise InputError(str(error)) from error
+    if distilled is None:
+        return tuned, DEFAULTS
+    defaults = SamplingOptions(TUNED, distilled.tables[0].steps, None, distilled.guidance_scale)
+    if tuned is not None:
+        distilled = replace(tuned, tables=distilled.with_tables(tuned.tables))
+    return distilled, defaults
 
 
 def trained_geometry(model: LfdmModel) -> tuple[int, int]:

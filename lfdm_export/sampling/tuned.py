@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,8 @@ from lfdm_models.schedule import Schedule
 
 #: Name of the sampler, in addition to the names in `lfdm_export.sampling.tables.SAMPLERS`.
 TUNED = "tuned"
+#: Key in checkpoints and provenance for the steps that a DM was distilled for.
+FEW_STEPS = "few_steps"
 #: Maximum number of steps per table: with more, the exact samplers are as good.
 MOST_STEPS = 20
 # A larger gain is an error; dynamic thresholding limits its effect.
@@ -135,6 +137,19 @@ class TunedSampler:
             raise ValueError("tuned.dm_sha256 is no SHA-256 in hexadecimal")
         if not math.isfinite(self.guidance_scale):
             raise ValueError("tuned.guidance_scale is not finite")
+
+    @classmethod
+    def of_distilled(cls, provenance: Mapping[str, object], dm_sha256: str | None) -> TunedSampler | None:
+        """The sampler that a DM was distilled for, if its provenance tells of one.
+
+        Raises:
+            ValueError: what it tells is wrong, or it does not tell the checkpoint's SHA-256.
+        """
+        if FEW_STEPS not in provenance:
+            return None
+        steps = from_plain(TunedSteps, provenance[FEW_STEPS], FEW_STEPS)
+        # Guidance was distilled into the weights: they are asked once a step.
+        return cls(dm_sha256 or "", 1.0, (steps,), "distilled into these weights by lfdm-train distill")
 
     def save(self, path: Path) -> None:
         """Write the tables as a JSON file. `lfdm-export --tuned` adds it to other bundles of these weights.

@@ -26,6 +26,7 @@ from lfdm_models.command_line import Parser
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.settings import (
     DATA,
+    DEFAULT_TIMES,
     DEVICES,
     DM_OPTIMIZER,
     LEARN,
@@ -37,6 +38,7 @@ from lfdm_models.training.settings import (
 )
 
 if TYPE_CHECKING:
+    from lfdm_models.config import LfdmConfig
     from lfdm_models.training.loop import Outcome
     from lfdm_models.training.recipes import DataSettings
 
@@ -44,7 +46,7 @@ PROGRAM = "lfdm-train"
 #: Control characters except the line feed, and bytes of names that are not UTF-8.
 _CONTROL = re.compile("[\\x00-\\x09\\x0b-\\x1f\\x7f-\\x9f\\udc80-\\udcff]")
 OK, FAILED, STOPPED = 0, 1, 130
-_PATHS = ("out", "root", "vgg", "start", "lfae")
+_PATHS = ("out", "root", "vgg", "start", "lfae", "dm", "images")
 _EXAMPLES = """\
   lfdm-train lfae --out runs/lfae --steps 20000
   lfdm-train dm --lfae runs/lfae/lfae.pth --out runs/dm --steps 20000
@@ -52,6 +54,7 @@ _EXAMPLES = """\
               --steps 100000
   lfdm-train dm --data mug --root MUG --size published --image-size 128 --frames 40 \\
               --lfae runs/mug-lfae/lfae.pth --text-encoder bert-base-cased --out runs/mug-dm --steps 100000
+  lfdm-train distill --lfae runs/lfae/lfae.pth --dm runs/dm/dm.pth --out runs/two --steps 2
   lfdm-train evaluate bundle
 """
 
@@ -85,11 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     finally:
         logger.removeHandler(handler)
-    losses = ", ".join(f"{name} {value:.4g}" for name, value in outcome.losses.items())
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in outcome.losses.items()) or "not trained"
     if not args.quiet:
         Console(soft_wrap=True).print(f"step {outcome.step}: {losses}\ncheckpoint  {outcome.checkpoint}", markup=False)
     if not outcome.finished:
-        _complain(f"stopped after step {outcome.step} of {args.steps}; continue with --resume")
+        _complain(f"stopped after step {outcome.step} of {args.updates}; continue with --resume")
         return 128 + outcome.signal if outcome.signal else STOPPED
     return OK
 
@@ -127,15 +130,49 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="train on offsets from the identity (default: small yes, published no)",
     )
+    distill = stages.add_parser("distill", help="a diffusion model that needs 1, 2 or 4 steps")
+    _add_distill(distill)
     _add_classifier(stages.add_parser("classifier", help="the network that judges clips in evaluate"))
     stages.add_parser("evaluate", help="measure an exported bundle: lfdm-train evaluate --help", add_help=False)
     stages.add_parser("schedule", help="learn a sampler with few steps: lfdm-train schedule --help", add_help=False)
     _add_options(lfae, batch_size=16)
     _add_options(dm, batch_size=8)
+    _add_options(distill, batch_size=4, updates="--updates")
     return parser
 
 
-def _add_options(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
+def _add_distill(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lfae", type=Path, required=True, metavar="FILE", help="the trained autoencoder")
+    parser.add_argument("--dm", type=Path, required=True, metavar="FILE", help="the trained diffusion model")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        required=True,
+        choices=sorted(DEFAULT_TIMES),
+        help="sampling steps of the new model",
+    )
+    parser.add_argument(
+        "--synthetic",
+        type=int,
+        metavar="N",
+        help="learn from N samples of the trained model instead of the data's clips",
+    )
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="pictures for the samples (default: the data's first frames)"
+    )
+    parser.add_argument(
+        "--teacher-steps", type=int, default=25, metavar="N", help="DDIM steps per sample (%(default)s)"
+    )
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        metavar="S",
+        help="guidance scale of the samples, distilled into the new model (default: 1)",
+    )
+    parser.add_argument("--text-encoder", metavar="FOLDER|NAME", help="a BERT, for checkpoints without their labels")
+
+
+def _add_options(parser: argparse.ArgumentParser, *, batch_size: int, updates: str = "--steps") -> None:
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="continue the run in that folder")
     parser.add_argument("--size", choices=SIZES, default="small", help="size of the networks (%(default)s)")
@@ -149,7 +186,10 @@ def _add_options(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
     data.add_argument("--no-jitter", action="store_true", help="do not change colors")
     data.add_argument("--workers", type=int, default=0, metavar="N", help="processes that make examples (%(default)s)")
     run = parser.add_argument_group("run")
-    run.add_argument("--steps", type=int, required=True, metavar="N", help="steps of the optimizer")
+    if updates == "--steps":
+        run.add_argument(updates, dest="updates", type=int, required=True, metavar="N", help="steps of the optimizer")
+    else:  # --steps are the chain's
+        run.add_argument(updates, type=int, default=0, metavar="N", help="steps of the optimizer; 0: no training (0)")
     run.add_argument("--batch-size", type=int, default=batch_size, metavar="N", help="examples per pass (%(default)s)")
     run.add_argument("--accumulate", type=int, default=1, metavar="N", help="passes per step (%(default)s)")
     run.add_argument("--learning-rate", type=float, metavar="RATE", help="(default: as published)")
@@ -206,9 +246,10 @@ def _train(args: argparse.Namespace) -> Outcome:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     config = recipes.network_config(args.size, args.data)
-    data, run = _data(args), _run(args)
-    inputs = {f"--{name}": getattr(args, name, None) for name in ("start", "lfae", "vgg")}
-    refuse_input(args.out / f"{args.stage}.pth", inputs)
+    untrained = args.stage == "distill" and args.updates == 0
+    data, run = _data(args), _run(args, 1 if untrained else args.updates)
+    inputs = {f"--{name}": getattr(args, name, None) for name in ("start", "lfae", "dm", "vgg")}
+    refuse_input(args.out / ("lfae.pth" if args.stage == "lfae" else "dm.pth"), inputs)
     with _Bar(quiet=args.quiet, log_every=args.log_every) as bar:
         if args.stage == "lfae":
             return recipes.train_lfae(
@@ -229,6 +270,8 @@ def _train(args: argparse.Namespace) -> Outcome:
                 resume=args.resume,
                 progress=bar,
             )
+        if args.stage == "distill":
+            return _distill(args, config, data, run, bar)
         if args.residual_flow is not None:
             config = dataclasses.replace(config, residual_flow=args.residual_flow)
         return recipes.train_dm(
@@ -247,6 +290,36 @@ def _train(args: argparse.Namespace) -> Outcome:
         )
 
 
+def _distill(args: argparse.Namespace, config: LfdmConfig, data: DataSettings, run: RunSettings, bar: _Bar) -> Outcome:
+    from lfdm_models.training.distill import Teacher, distill
+    from lfdm_models.training.teacher import Sampling
+
+    if args.guidance is not None and not args.updates:
+        raise TrainingError("guidance is distilled by training, and --updates is 0; give the steps of the optimiser")
+    sampling = None
+    if args.synthetic is not None:
+        guidance = 1.0 if args.guidance is None else args.guidance
+        sampling = Sampling(args.synthetic, args.images, args.teacher_steps, guidance, args.seed)
+    elif args.guidance is not None or args.images is not None:
+        given = "--images" if args.guidance is None else "--guidance"
+        raise TrainingError(
+            f"{given} is of the teacher's samples, and the data's clips are learned from; add --synthetic"
+        )
+    return distill(
+        Teacher(args.lfae, args.dm, config, args.text_encoder),
+        args.steps,
+        data,
+        _optimizer(args, DM_OPTIMIZER),
+        run,
+        args.out,
+        sampling=sampling,
+        untrained=args.updates == 0,
+        resume=args.resume,
+        progress=bar,
+        on_sample=lambda done, total: bar(done, total, {}),
+    )
+
+
 def _data(args: argparse.Namespace) -> DataSettings:
     from lfdm_models.training.recipes import DataSettings
 
@@ -259,9 +332,9 @@ def _data(args: argparse.Namespace) -> DataSettings:
     return DataSettings(args.data, args.root, args.image_size, args.frames, subjects, not args.no_jitter, args.pool)
 
 
-def _run(args: argparse.Namespace) -> RunSettings:
+def _run(args: argparse.Namespace, steps: int) -> RunSettings:
     return RunSettings(
-        steps=args.steps,
+        steps=steps,
         batch_size=args.batch_size,
         accumulate=args.accumulate,
         seed=args.seed,

@@ -10,9 +10,9 @@ import functools
 import itertools
 import logging
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -144,7 +144,7 @@ class ProceduralClips:
         if not self.pool:
             return number
         epoch, place = divmod(number, self.pool)
-        return int(_permutation(self.pool, self.seed, epoch)[place])
+        return int(permutation(self.pool, self.seed, epoch)[place])
 
     def _parts_of(self, clip: int) -> tuple[Character, Motion]:
         parts = self._parts.get(clip)
@@ -181,7 +181,7 @@ class DiskClips:
             TrainingError: many clips in a row cannot be used.
         """
         epoch, place = divmod(number, len(self.clips.entries))
-        index = int(_permutation(len(self.clips.entries), self.seed, epoch)[place])
+        index = int(permutation(len(self.clips.entries), self.seed, epoch)[place])
         for attempt in range(min(len(self.clips.entries), _PATIENCE)):
             at = (index + attempt) % len(self.clips.entries)
             entry = self.clips.entries[at]
@@ -203,7 +203,8 @@ class DiskClips:
 
 
 @functools.lru_cache(maxsize=2)
-def _permutation(count: int, seed: int, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def permutation(count: int, seed: int, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """The order of `count` examples in an epoch."""
     draws = Draws(seed, _SHUFFLE + epoch)
     order: np.ndarray[tuple[int], np.dtype[np.int64]] = np.argsort(
         np.array([draws.uniform() for _ in range(count)]), kind="stable"
@@ -336,6 +337,14 @@ def _to_tensor(frames: UInt8Array, jitter: ColorJitter | None, draws: Draws) -> 
     return torch.from_numpy(np.ascontiguousarray(values.transpose(3, 0, 1, 2)))
 
 
+class Examples(Protocol):
+    """Examples by number, without end: of tensors by name, all of a kind."""
+
+    def __getitem__(self, number: int, /) -> Mapping[str, Any]:
+        """One of them."""
+        ...
+
+
 class _From(Sampler[int]):
     """Unlimited example numbers from `start` on: of every `parts` batches, the one with index `part`."""
 
@@ -357,7 +366,7 @@ def _leave_interrupts(_: int) -> None:
 
 
 def batches(
-    examples: FramePairs | TrainingClips,
+    examples: Examples,
     batch_size: int,
     *,
     start: int,

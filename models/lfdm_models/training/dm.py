@@ -164,7 +164,7 @@ class DmStage:
         # Contiguous: otherwise, the UNet's convolutions would be three times as slow.
         return latent.unflatten(0, (batch, length)).transpose(1, 2).contiguous(), feature
 
-    def _encode_once(self, frames: Tensor, clips: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def encode_once(self, frames: Tensor, clips: Sequence[int]) -> tuple[Tensor, Tensor]:
         """`encode`, with a cache for clips that repeat.
 
         Clips are encoded one by one: another batch size may change the last bits, and the batch of a clip depends on
@@ -182,7 +182,7 @@ class DmStage:
         """Mean squared error of the predicted noise, each at a random step of the schedule."""
         frames = batch["frames"]
         clips = batch["clip"].tolist() if "clip" in batch else [NO_CLIP] * len(frames)
-        latent, feature = self._encode_once(frames, clips)
+        latent, feature = self.encode_once(frames, clips)
         count, device = len(latent), latent.device
         timestep = torch.randint(self.config.dm.training_steps, (count,), generator=generator, device=device)
         noise = torch.randn(latent.shape, generator=generator, device=device)

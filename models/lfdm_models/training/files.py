@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
-from lfdm_models.stored_files import TorchFile
+from lfdm_models.stored_files import TorchFile, read_safetensors
 from lfdm_models.training.errors import TrainingError
 
 _LONGEST_NAME = 255
@@ -125,7 +126,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def load(path: Path, what: str) -> dict[str, Any]:
-    """Read the result of `save`, on the CPU.
+    """Read the result of `save`, on the CPU; from a safetensors file, its tensors by the first part of their names.
 
     Args:
         path: the file.
@@ -135,6 +136,8 @@ def load(path: Path, what: str) -> dict[str, Any]:
         TrainingError: the file cannot be read, or is of another kind.
     """
     try:
+        if path.suffix == ".safetensors":
+            return _by_part(read_safetensors(path))
         TorchFile(path)  # torch's own reader allocates whatever an invalid file claims, before any check
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -145,3 +148,12 @@ def load(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise TrainingError(f"{path} holds a {type(content).__name__}, expected {what}")
     return content
+
+
+def _by_part(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Tensors by released names, as a checkpoint holds them: those of "diffusion.x" under "diffusion"."""
+    parts: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = tensor
+    return parts

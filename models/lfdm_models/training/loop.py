@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lfdm_models.training.data import FramePairs, TrainingClips, batches
+from lfdm_models.training.data import Examples, batches
 from lfdm_models.training.devices import choose_precision, matmul_precision
 from lfdm_models.training.ema import Ema
 from lfdm_models.training.errors import TrainingError
@@ -148,7 +148,7 @@ def no_report(done: int, total: int, losses: Mapping[str, float]) -> None:
 
 def train(
     stage: Stage,
-    examples: FramePairs | TrainingClips,
+    examples: Examples,
     optimizer: OptimizerSettings,
     run: RunSettings,
     folder: Path,

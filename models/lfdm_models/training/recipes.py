@@ -177,7 +177,7 @@ def train_lfae(
         mixture=mixture,
         freeze_norm=freeze_norm,
         examples={**data.facts(source), "from first": from_first, "camera still": camera_still},
-        preview_clips=_preview_clips(source, data) if run.preview_every else None,
+        preview_clips=preview_clips(source, data) if run.preview_every else None,
     )
     examples = FramePairs(source, run.seed, data.colors, from_first, landmarks > 0)
     return train(stage, examples, optimizer, run, folder, resume=resume, progress=progress)
@@ -247,8 +247,8 @@ def train_dm(
         diffusion,
         embeddings,
         signal_std=signal_std,
-        examples={**data.facts(source), "lfae": _fingerprint(network.state_dict())},
-        preview_clips=_preview_clips(source, data) if run.preview_every else None,
+        examples={**data.facts(source), "lfae": fingerprint(network.state_dict())},
+        preview_clips=preview_clips(source, data) if run.preview_every else None,
     )
     examples = TrainingClips(source, data.frames, run.seed, data.colors)
     return train(stage, examples, optimizer, run, folder, resume=resume, progress=progress)
@@ -266,7 +266,7 @@ def label_embeddings(labels: Sequence[str], text_encoder: str | None) -> dict[st
     return label_table(labels, width)
 
 
-def _preview_clips(source: ClipSource, data: DataSettings) -> Tensor:
+def preview_clips(source: ClipSource, data: DataSettings) -> Tensor:
     """(N, 3, T, H, W) in [0, 1]: held-out characters, or the first clips of the training data."""
     if data.name == "procedural":
         clips = [
@@ -278,7 +278,7 @@ def _preview_clips(source: ClipSource, data: DataSettings) -> Tensor:
     return torch.stack([examples[number]["frames"] for number in range(_PREVIEWS)])
 
 
-def _fingerprint(weights: Mapping[str, Tensor]) -> str:
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
     """A short hash of weights."""
     digest = hashlib.sha256()
     for key, value in sorted(weights.items()):

@@ -1,0 +1,202 @@
+"""What ``lfdm-train distill`` does: a teacher and examples put together into a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lfdm_models.config import DmConfig, LfdmConfig
+from lfdm_models.diffusion import Diffusion
+from lfdm_models.lfae import Lfae
+from lfdm_models.training.conditions import Float32Array
+from lfdm_models.training.data import ClipSource, TrainingClips
+from lfdm_models.training.distill_stage import DistillStage
+from lfdm_models.training.dm import DmStage, load_diffusion, new_diffusion
+from lfdm_models.training.drawing import UInt8Array
+from lfdm_models.training.errors import TrainingError
+from lfdm_models.training.few_steps import chosen_times
+from lfdm_models.training.files import load, save
+from lfdm_models.training.lfae import load_lfae
+from lfdm_models.training.loop import STATE, Outcome, ReportProgress, no_report, train
+from lfdm_models.training.pictures import ClipError, DiskClip, Framing
+from lfdm_models.training.processes import Processes
+from lfdm_models.training.recipes import DataSettings, fingerprint, label_embeddings, preview_clips
+from lfdm_models.training.settings import OptimizerSettings, RunSettings
+from lfdm_models.training.teacher import Picture, ReportSamples, Sampling, TeacherSamples, draw_samples
+
+#: Examples that means and deviations of latents are taken from, or as many as there are.
+_MEASURED = 64
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Where the networks come from.
+
+    Attributes:
+        lfae: checkpoint of the autoencoder.
+        dm: checkpoint of the DM of many steps.
+        config: architecture and flow of checkpoints that do not tell theirs.
+        text_encoder: see `recipes.train_dm`; for checkpoints that do not bring their labels.
+    """
+
+    lfae: Path
+    dm: Path
+    config: LfdmConfig
+    text_encoder: str | None = None
+
+
+def no_samples_report(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def distill(
+    teacher: Teacher,
+    steps: int,
+    data: DataSettings,
+    optimizer: OptimizerSettings,
+    run: RunSettings,
+    folder: Path,
+    *,
+    sampling: Sampling | None = None,
+    untrained: bool = False,
+    resume: bool = False,
+    progress: ReportProgress = no_report,
+    on_sample: ReportSamples = no_samples_report,
+) -> Outcome:
+    """Make a DM of few steps; see `loop.train`.
+
+    Args:
+        teacher: which networks.
+        steps: of the chain: 1, 2 or 4.
+        data: clips to learn from; with `sampling` only their first frames are used.
+        optimizer: see there.
+        run: see there.
+        folder: see there.
+        sampling: learn from the teacher's own samples; None: from the data.
+        untrained: write the weights that training would begin with (`centring`), which may be good enough.
+        resume: see there.
+        progress: see there.
+        on_sample: told of the teacher's samples that are drawn.
+
+    Raises:
+        TrainingError: see `loop.train`; or data or weights cannot be had, or do not fit each other.
+        ValueError: there is no chain of so many steps, or the DM's schedule is too short for it.
+    """
+    if (folder / STATE).exists() and not resume:  # before samples are drawn
+        raise TrainingError(f"{folder} holds a training run already; resume it, or choose another folder")
+    images = None if sampling is None else sampling.images
+    source = None if images is not None else data.open(run.seed)
+    config, lfae, diffusion, embeddings = _networks(teacher, None if source is None else source.labels)
+    times = chosen_times(steps, config.dm.training_steps)
+    facts = _facts(data, source, teacher, list(embeddings))
+    facts |= {"lfae": fingerprint(lfae.state_dict()), "teacher": fingerprint(diffusion.state_dict())}
+    if sampling is not None:
+        facts |= {"samples": sampling.count, "teacher's steps": sampling.steps}
+    reader = DmStage(config, lfae, diffusion, embeddings, examples=facts)
+    examples: TrainingClips | TeacherSamples
+    if sampling is not None:
+        picture = _picture(images, source, data.image_size)
+        examples = draw_samples(reader, picture, data.frames, sampling, folder, Processes(run.device), on_sample)
+        reader.to(torch.device("cpu"))
+    elif source is not None:
+        examples = TrainingClips(source, data.frames, run.seed, data.colors)
+    stage = DistillStage(
+        config,
+        lfae,
+        diffusion,
+        embeddings,
+        times=times,
+        first=_first_examples(reader, examples),
+        examples=facts,
+        guidance=1.0 if sampling is None else sampling.guidance,
+        preview_clips=None if source is None or not run.preview_every else preview_clips(source, data),
+    )
+    if untrained:
+        path = folder / f"{stage.name}.pth"
+        weights = {key: value.detach() for key, value in stage.network.state_dict().items()}
+        save(path, {**stage.checkpoint(weights), "example": 0, "epoch": 0, "step": 0})
+        return Outcome(path, 0, True, {})
+    return train(stage, examples, optimizer, run, folder, resume=resume, progress=progress)
+
+
+def _networks(
+    teacher: Teacher, labels: Sequence[str] | None
+) -> tuple[LfdmConfig, Lfae, Diffusion, dict[str, Float32Array]]:
+    """Configuration, autoencoder, the DM of many steps, and embeddings of the labels (None: of all it knows)."""
+    told = load(teacher.lfae, "an LFAE checkpoint").get("training") or {}
+    lfae, _ = load_lfae(teacher.lfae, None if "config" in told else teacher.config.lfae)
+    content = load(teacher.dm, "a DM checkpoint")
+    told = content.get("training") or {}
+    embeddings = _embeddings(content, labels, teacher)
+    width = len(next(iter(embeddings.values())))
+    dm = replace(teacher.config.dm, feature_channels=lfae.config.feature_channels, text_width=width)
+    if "config" in told:
+        dm = DmConfig(**{**told["config"], "multipliers": tuple(told["config"]["multipliers"])})
+    try:
+        config = LfdmConfig(lfae.config, dm, bool(told.get("residual_flow", teacher.config.residual_flow)))
+    except ValueError as error:
+        raise TrainingError(f"{teacher.lfae} and {teacher.dm} do not fit each other: {error}") from error
+    diffusion = new_diffusion(config, 0)
+    load_diffusion(diffusion, teacher.dm)
+    return config, lfae, diffusion.requires_grad_(False), embeddings
+
+
+def _embeddings(content: Mapping[str, Any], labels: Sequence[str] | None, teacher: Teacher) -> dict[str, Float32Array]:
+    """Those that the DM was trained with, where its checkpoint tells."""
+    names, table = content.get("labels"), content.get("label_embeddings")
+    if not isinstance(names, list) or not isinstance(table, Tensor):
+        if labels is None:
+            raise TrainingError(f"{teacher.dm} does not tell its labels; give its data set in place of pictures")
+        return label_embeddings(labels, teacher.text_encoder)
+    known = dict(zip(names, table.numpy(), strict=True))
+    missing = [label for label in labels or () if label not in known]
+    if missing:
+        raise TrainingError(
+            f"{teacher.dm} was trained with the labels {', '.join(names)}, and the data has {missing[0]!r}; "
+            "give the data that it was trained on"
+        )
+    return {label: known[label] for label in labels or names}
+
+
+def _facts(data: DataSettings, source: ClipSource | None, teacher: Teacher, labels: list[str]) -> dict[str, Any]:
+    """What examples are: those of the data, or what the DM of many steps says of its own."""
+    if source is not None:
+        return data.facts(source)
+    examples = (load(teacher.dm, "a DM checkpoint").get("training") or {}).get("examples") or {}
+    found = {"data": examples.get("data"), "image size": data.image_size, "frames": data.frames, "labels": labels}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _picture(images: Path | None, source: ClipSource | None, size: int) -> Picture:
+    """The pictures of a folder in turn, or first frames of clips."""
+    if source is not None:
+        return lambda number: source.read(number, lambda _: [0])[0][0]
+    assert images is not None
+    if not images.is_dir():
+        raise TrainingError(f"--images is {images}, expected a folder of pictures")
+    pictures = DiskClip(images, Framing(), size)
+    if not len(pictures):
+        raise TrainingError(f"{images} holds no pictures; expected some that the model may be shown")
+
+    def read(number: int) -> UInt8Array:
+        try:
+            return pictures.read([number % len(pictures)])[0]
+        except ClipError as error:
+            raise TrainingError(f"a picture of {images} cannot be used: {error}") from error
+
+    return read
+
+
+def _first_examples(reader: DmStage, examples: TrainingClips | TeacherSamples) -> dict[str, Tensor]:
+    """The latents and features that a run begins with."""
+    if isinstance(examples, TeacherSamples):
+        return {"latent": examples.latents[:_MEASURED], "feature": examples.features[:_MEASURED]}
+    clips = (examples[number] for number in range(_MEASURED))
+    pairs = [reader.encode_once(clip["frames"][None], [int(clip["clip"])]) for clip in clips]
+    latents, features = zip(*pairs, strict=True)
+    return {"latent": torch.cat(latents), "feature": torch.cat(features)}

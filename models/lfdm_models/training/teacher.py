@@ -1,0 +1,176 @@
+"""A teacher's own samples, drawn once and kept in a file: examples to distil from where there is no data set.
+
+    RUN/samples-0.pt     latents, and what they were drawn with; a part for each process of the run
+
+Sample n is a function of the seed and n, so an interrupted drawing goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lfdm_models.lfae import Lfae
+from lfdm_models.training.data import permutation
+from lfdm_models.training.dm import DmStage
+from lfdm_models.training.drawing import UInt8Array
+from lfdm_models.training.errors import TrainingError
+from lfdm_models.training.few_steps import long_chain
+from lfdm_models.training.files import load, save
+from lfdm_models.training.processes import Processes
+
+# Chains that run together; whoever is interrupted loses one batch.
+_BATCH = 16
+#: (samples drawn, of how many).
+ReportSamples = Callable[[int, int], None]
+#: Number of a sample -> the picture (H, W, 3) uint8 that it begins with.
+Picture = Callable[[int], UInt8Array]
+
+
+class Sampled(TypedDict):
+    """What a teacher made: `latent` (3, T, h, w) of the picture with `feature` (C, h, w) and a `label`'s number."""
+
+    latent: Tensor
+    feature: Tensor
+    label: Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the teacher samples.
+
+    Attributes:
+        count: of samples.
+        images: folder of the pictures; None: the first frames of the data's clips.
+        steps: of DDIM with eta 1.
+        guidance: scale of classifier-free guidance; distilled in.
+        seed: of the noise.
+    """
+
+    count: int
+    images: Path | None = None
+    steps: int = 25
+    guidance: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        if self.count < 1 or self.steps < 1:
+            raise ValueError(f"samples and teacher's steps must be 1 or more, not {self.count} and {self.steps}")
+
+
+@dataclass(frozen=True)
+class TeacherSamples(Dataset[Sampled]):
+    """Examples for distillation, shuffled anew in every epoch.
+
+    Attributes:
+        latents: (N, 3, T, h, w).
+        features: (N, C, h, w).
+        labels: (N,).
+        seed: of the order.
+    """
+
+    latents: Tensor
+    features: Tensor
+    labels: Tensor
+    seed: int
+
+    def __getitem__(self, number: int) -> Sampled:
+        epoch, place = divmod(number, len(self.latents))
+        index = int(permutation(len(self.latents), self.seed, epoch)[place])
+        return {"latent": self.latents[index], "feature": self.features[index], "label": self.labels[index]}
+
+
+@torch.no_grad()
+def draw_samples(
+    stage: DmStage,
+    picture: Picture,
+    frames: int,
+    sampling: Sampling,
+    folder: Path,
+    processes: Processes,
+    report: ReportSamples,
+) -> TeacherSamples:
+    """Samples for pictures, every label in turn; those that are in the folder are kept.
+
+    Args:
+        stage: with the teacher and the autoencoder.
+        picture: gives the pictures.
+        frames: T.
+        sampling: how.
+        folder: of the run.
+        processes: each draws a share.
+        report: told of samples drawn.
+
+    Raises:
+        TrainingError: the folder has samples of another teacher or other settings.
+    """
+    count, parts, device = sampling.count, processes.count, processes.device
+    stage.to(device)
+    pictures = torch.stack([_to_tensor(picture(number)) for number in range(count)])
+    features = torch.cat([_feature(stage.lfae, pictures[n : n + _BATCH].to(device)) for n in range(0, count, _BATCH)])
+    labels = torch.arange(count) % len(stage.labels)
+    facts = {**stage.facts, "count": count, "steps": sampling.steps, "guidance": sampling.guidance}
+    facts |= {"seed": sampling.seed, "frames": frames, "processes": parts}
+    mine = torch.arange(count)[processes.rank :: parts]
+    path = folder / f"samples-{processes.rank}.pt"
+    drawn = _kept(path, facts)
+    unet = stage.diffusion.denoise_fn.eval()
+    while len(drawn) < len(mine):
+        batch = mine[len(drawn) : len(drawn) + _BATCH]
+        shape = (1, 3, frames, *features.shape[2:])
+        # Each its own noise for the start; that of the steps belongs to the batch, whose members are always the same.
+        starts = [torch.randn(shape, generator=_generator(sampling.seed, int(n))) for n in batch]
+        made = long_chain(
+            stage.diffusion,
+            features[batch],
+            stage.table[labels[batch].to(device)],
+            torch.cat(starts).to(device),
+            sampling.steps,
+            sampling.guidance,
+            torch.Generator(device).manual_seed((sampling.seed * 0x9E3779B97F4A7C15 + int(batch[0]) + 1) % 2**63),
+        )
+        drawn = torch.cat([drawn, made.cpu()]) if len(drawn) else made.cpu()
+        save(path, {"facts": facts, "latents": drawn})
+        report(len(drawn), len(mine))
+    unet.train()
+    processes.wait()  # until the others' parts are there
+    latents = torch.empty((count, *drawn.shape[1:]))
+    for rank in range(parts):
+        latents[rank::parts] = _kept(folder / f"samples-{rank}.pt", facts)
+    return TeacherSamples(latents, features.cpu(), labels, sampling.seed)
+
+
+def _to_tensor(picture: UInt8Array) -> Tensor:
+    """(H, W, 3) uint8 -> (3, H, W) in [0, 1]."""
+    return torch.from_numpy(picture.copy()).permute(2, 0, 1).float() / 255
+
+
+def _feature(lfae: Lfae, images: Tensor) -> Tensor:
+    found: Tensor = lfae.generator.encode(images)[-1]
+    return found
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + (number << 20)) % 2**63)
+
+
+def _kept(path: Path, facts: dict[str, Any]) -> Tensor:
+    """Latents of a file; none where there is none."""
+    if not path.exists():
+        return torch.empty(0)
+    content = load(path, "samples of a teacher")
+    if content.get("facts") != facts or not isinstance(content.get("latents"), Tensor):
+        raise TrainingError(f"{path} has samples of another teacher or other settings; choose another folder")
+    latents: Tensor = content["latents"]
+    return latents
