@@ -175,7 +175,8 @@ def _by_backend(bench: Bench, case: Case, backend: SDPBackend) -> Record:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
     def by_frame(x: Tensor) -> Tensor:
-        return x.unflatten(0, (len(case.qkv), -1)).permute(0, 3, 1, 2, 4).flatten(3)
+        tokens: Tensor = x.unflatten(0, (len(case.qkv), -1)).permute(0, 3, 1, 2, 4).flatten(3)
+        return tokens
 
     try:
         return _timed(bench, run, by_frame, case)
@@ -187,7 +188,8 @@ def _by_backend(bench: Bench, case: Case, backend: SDPBackend) -> Record:
 
 def _by_head(x: Tensor, heads: int) -> Tensor:
     """(B, T, P, H·D) to (B·P, H, T, D)."""
-    return x.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+    split: Tensor = x.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+    return split
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

@@ -316,7 +316,8 @@ def _chunk(frames: int, batch: int) -> int:
 
 def _run(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        return module(*inputs)
+        results: tuple[Tensor, ...] = module(*inputs)
+    return results
 
 
 def _size(tensors: Sequence[Tensor]) -> int:

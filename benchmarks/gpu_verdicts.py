@@ -119,4 +119,5 @@ def _matrix_share(data: Record) -> float | None:
     batches = [*data.get("batches-fp16", {}).items(), *data.get("batches-fp16-compiled", {}).items()]
     if not (rate and flops and batches):
         return None
-    return max(int(batch) * flops / times["step"]["median"] for batch, times in batches) / rate
+    share: float = max(int(batch) * flops / times["step"]["median"] for batch, times in batches) / rate
+    return share

@@ -34,7 +34,8 @@ class NoiseAhead:
 
     def draw(self, seed: int, step: int) -> Float32:
         """Return the draw (3, T, h, w) of a step now."""
-        return noise_for((seed,), step, self._shape)[0]
+        drawn: Float32 = noise_for((seed,), step, self._shape)[0]
+        return drawn
 
     def close(self) -> None:
         """Start no more draws and drop those that wait."""

@@ -160,13 +160,14 @@ def _is_long(kind: Any) -> bool:
     from pyarrow import types
 
     binary = types.is_binary(kind) or types.is_large_binary(kind)
-    return (
+    long: bool = (
         binary
         or types.is_struct(kind)
         or types.is_list(kind)
         or types.is_large_list(kind)
         or (types.is_fixed_size_list(kind))
     )
+    return long
 
 
 def _present(cells: Mapping[str, object]) -> dict[str, object]:

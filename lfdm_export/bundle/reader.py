@@ -273,7 +273,8 @@ class Bundle:
         Raises:
             InputError: the label is unknown.
         """
-        return self.embeddings[self.label_index(label)]
+        row: Float32 = self.embeddings[self.label_index(label)]
+        return row
 
 
 def _required_files(manifest: Manifest) -> list[str]:

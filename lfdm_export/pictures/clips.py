@@ -263,7 +263,8 @@ def resample(frames: UInt8Array, old: float, new: float) -> UInt8Array:
     """Convert frames (T,H,W,3) from `old` to `new` frames per second, with the same duration."""
     count = max(1, round(len(frames) * new / old))
     chosen = ((np.arange(count) + 0.5) * old / new).astype(np.intp).clip(max=len(frames) - 1)
-    return frames[chosen]
+    resampled: UInt8Array = frames[chosen]
+    return resampled
 
 
 def _pictures_in(folder: Path) -> list[Path]:

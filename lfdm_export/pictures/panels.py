@@ -107,7 +107,10 @@ def _evenly(points: npt.NDArray[np.floating[Any]], axis: int) -> npt.NDArray[np.
     before = np.minimum(position.astype(np.intp), max(count - 2, 0))
     weight = np.expand_dims(position - before, (1, 2) if axis == 0 else (0, 2))
     after = np.minimum(before + 1, count - 1)
-    return np.take(points, before, axis) * (1 - weight) + np.take(points, after, axis) * weight
+    lines: npt.NDArray[np.floating[Any]] = (
+        np.take(points, before, axis) * (1 - weight) + np.take(points, after, axis) * weight
+    )
+    return lines
 
 
 def _gray_picture(values: Float32Array, width: int, height: int) -> UInt8Array:

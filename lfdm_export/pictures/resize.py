@@ -105,12 +105,15 @@ def _enlarge(image: UInt8Array, size: tuple[int, int]) -> UInt8Array:
     (top, bottom, row_weights), (left, right, column_weights) = map(_enlarging_weights, image.shape[:2], size)
 
     def across(rows: UInt8Array) -> npt.NDArray[np.int32]:
-        wide = rows[:, left] * column_weights[0][:, None] + rows[:, right] * column_weights[1][:, None]
+        wide: npt.NDArray[np.int32] = (
+            rows[:, left] * column_weights[0][:, None] + rows[:, right] * column_weights[1][:, None]
+        )
         return wide >> 4
 
     upper, lower = (weights[:, None, None] for weights in row_weights)
     total = ((upper * across(image[top])) >> 16) + ((lower * across(image[bottom])) >> 16)
-    return ((total + 2) >> 2).clip(0, 255).astype(np.uint8)
+    enlarged: UInt8Array = ((total + 2) >> 2).clip(0, 255).astype(np.uint8)
+    return enlarged
 
 
 def _enlarging_weights(old: int, new: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.int32]]:

@@ -80,9 +80,12 @@ def weight_scales(weight: Float32, axis: int, form: Format) -> Float32:
 def quantize(values: Float32, scale: NDArray[np.float32] | np.float32, form: Format) -> NDArray[np.generic]:
     """Values in units of their scale, in their storage type; values outside the range saturate."""
     units = values / scale
+    stored: NDArray[np.generic]
     if form == "int8":
-        return np.clip(np.rint(units), -LARGEST[form], LARGEST[form]).astype(np.int8)
-    return np.clip(units, -LARGEST[form], LARGEST[form]).astype(ml_dtypes.float8_e4m3fn)
+        stored = np.clip(np.rint(units), -LARGEST[form], LARGEST[form]).astype(np.int8)
+    else:
+        stored = np.clip(units, -LARGEST[form], LARGEST[form]).astype(ml_dtypes.float8_e4m3fn)
+    return stored
 
 
 def rounded(values: Float32, scale: NDArray[np.float32] | np.float32, form: Format) -> Float32:

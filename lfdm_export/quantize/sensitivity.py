@@ -151,7 +151,8 @@ class _Measurement:
         return np.array([one == group for one in self.switch.groups])
 
     def _only(self, index: int) -> NDArray[np.bool_]:
-        return np.arange(len(self.all)) == index
+        only: NDArray[np.bool_] = np.arange(len(self.all)) == index
+        return only
 
     def _run(self, feeds: Feeds, on: NDArray[np.bool_]) -> Array:
         return self.switch.run(feeds, on)[self.output]

@@ -80,7 +80,8 @@ def draw_pictures(rng: np.random.Generator, count: int, size: int) -> UInt8:
     """Smooth colored pictures with some texture, (count, size, size, 3) uint8."""
     shape = (count, 3, size, size)
     picture = 0.75 * _smooth(rng, shape, 4) + 0.2 * _smooth(rng, shape, 12) + 0.05 * _smooth(rng, shape, 40)
-    return (picture.transpose(0, 2, 3, 1) * 255).astype(np.uint8)
+    pictures: UInt8 = (picture.transpose(0, 2, 3, 1) * 255).astype(np.uint8)
+    return pictures
 
 
 def chain_conditions(labels: Sequence[Float32], geometry: Geometry, seed: int) -> tuple[UInt8, Float32]:
@@ -126,7 +127,8 @@ def _interpolate(nodes: Float32, size: int, axis: int) -> Float32:
     if axis == -2:
         weight = weight[:, None]
     # Sums and products of float32, one at a time: the same bits on every machine.
-    return np.take(nodes, before, axis) * (1 - weight) + np.take(nodes, before + 1, axis) * weight
+    values: Float32 = np.take(nodes, before, axis) * (1 - weight) + np.take(nodes, before + 1, axis) * weight
+    return values
 
 
 def _moved(image: Float32, rng: np.random.Generator) -> Float32:

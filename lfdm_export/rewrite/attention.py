@@ -77,7 +77,8 @@ class FoldedLinearAttention(nn.Module):
             mixed = (self.key @ normed.transpose(1, 2)).softmax(dim=-1) @ normed
         context = mixed.unflatten(1, (self.heads, head_width)) @ self.value
         projection = (context @ self.out).flatten(1, 2)
-        return x + (q @ projection + self.bias)
+        out: Tensor = x + (q @ projection + self.bias)
+        return out
 
 
 class FoldedTemporalAttention(nn.Module):

@@ -35,7 +35,8 @@ class Denoise(nn.Module):
 
     def forward(self, noisy_latent: Tensor, context: Tensor, text_embedding: Tensor, timestep: Tensor) -> Tensor:
         """-> predicted noise (B, 3, T, h, w)."""
-        return self.unet(noisy_latent, context, text_embedding, timestep)
+        predicted_noise: Tensor = self.unet(noisy_latent, context, text_embedding, timestep)
+        return predicted_noise
 
 
 class DenoiseGuided(nn.Module):
@@ -49,7 +50,8 @@ class DenoiseGuided(nn.Module):
         self, noisy_latent: Tensor, context: Tensor, text_embedding: Tensor, timestep: Tensor, guidance_scale: Tensor
     ) -> Tensor:
         """-> predicted noise (B, 3, T, h, w)."""
-        return self.unet(noisy_latent, context, text_embedding, timestep, guidance_scale)
+        predicted_noise: Tensor = self.unet(noisy_latent, context, text_embedding, timestep, guidance_scale)
+        return predicted_noise
 
 
 class Step(nn.Module):

@@ -88,8 +88,9 @@ class FoldedResBlock(nn.Module):
         """(B·T, in, h, w) and two (B, out) -> (B·T, out, h, w)."""
         if on_gpu(x):  # where the norm's kernel also adds
             residual = x if self.res_conv is None else self.res_conv(x)
-            return self.block2(self.block1(x, scale_shift), residual=residual)
-        out = self.block2(self.block1(x, scale_shift))
+            fused: Tensor = self.block2(self.block1(x, scale_shift), residual=residual)
+            return fused
+        out: Tensor = self.block2(self.block1(x, scale_shift))
         return out + (x if self.res_conv is None else self.res_conv(x))
 
 
@@ -118,7 +119,7 @@ def _over_time(temporal: FoldedTemporalAttention, tokens: Tensor, frames: int, h
     clips = tokens.view(-1, frames, pixels, channels)
     if goes_by_frame(tokens):  # tokens stay in the channels-last layout of convolutions
         return temporal.by_frame(clips).reshape(-1, height, width, channels).permute(0, 3, 1, 2)
-    out = temporal(clips.transpose(1, 2))
+    out: Tensor = temporal(clips.transpose(1, 2))
     return out.permute(0, 2, 3, 1).reshape(-1, channels, height, width)
 
 

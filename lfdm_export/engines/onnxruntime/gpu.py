@@ -51,7 +51,8 @@ def gpu_graph(path: Path, options: Any) -> bytes:
     folder = require_utf8(path.parent.resolve(), "ONNX Runtime")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    return with_bodies(stored, "tensorrt").SerializeToString(deterministic=True)
+    serialized: bytes = with_bodies(stored, "tensorrt").SerializeToString(deterministic=True)
+    return serialized
 
 
 def require_on_gpu(session: Any, path: Path) -> None:

@@ -30,7 +30,8 @@ def group_norm_silu_on_gpu(
         residual = residual.to(x.dtype)
     gamma, beta, *modulation = parameters
     scale, shift = modulation or (None, None)
-    return _group_norm_silu(x, gamma, beta, scale, shift, residual, frames, groups)
+    result: Tensor = _group_norm_silu(x, gamma, beta, scale, shift, residual, frames, groups)
+    return result
 
 
 @torch.library.custom_op(
@@ -49,7 +50,7 @@ def _group_norm_silu(
     frames: int,
     groups: int,
 ) -> Tensor:
-    result = _group_norm_silu_result(x, gamma, beta, scale, shift, residual, frames, groups)
+    result: Tensor = _group_norm_silu_result(x, gamma, beta, scale, shift, residual, frames, groups)
     storage, narrow = STORAGES[x.dtype], STORAGES[gamma.dtype]
     count, channels, height, width = x.shape
     plan = NormPlan.of(storage, count // frames, frames * height * width, channels, groups)

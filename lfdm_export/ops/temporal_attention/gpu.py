@@ -45,7 +45,8 @@ def core_on_gpu(qkv: Tensor, turns: Tensor, bias: Tensor, *, heads: int) -> Tens
     Returns:
         (B, T, P, H·D), with the dtype of `qkv`; logits, softmax and sums are float32.
     """
-    return _core(qkv, turns, bias, heads)
+    mixed: Tensor = _core(qkv, turns, bias, heads)
+    return mixed
 
 
 @torch.library.custom_op(
@@ -53,7 +54,7 @@ def core_on_gpu(qkv: Tensor, turns: Tensor, bias: Tensor, *, heads: int) -> Tens
 )
 def _core(qkv: Tensor, turns: Tensor, bias: Tensor, heads: int) -> Tensor:
     batch, frames, pixels, width = qkv.shape
-    result = _core_result(qkv, turns, bias, heads)
+    result: Tensor = _core_result(qkv, turns, bias, heads)
     tables = (dense(table.to(torch.float32)) for table in (turns, bias))
     kernel = core_kernel(STORAGES[qkv.dtype], width // (3 * heads), frames)
     launch(kernel, core_launch(frames, pixels, heads, batch), [dense(qkv), *tables], [result])

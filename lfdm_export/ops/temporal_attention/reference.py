@@ -86,7 +86,8 @@ def temporal_attention(x: Tensor, weights: TemporalWeights, *, heads: int, pixel
     )
     q, k = rotate(q, weights.cos, weights.sin), rotate(k, weights.cos, weights.sin)
     attended = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + weights.bias).softmax(dim=-1) @ v
-    return x + attended.transpose(1, 2).flatten(2) @ weights.out
+    out: Tensor = x + attended.transpose(1, 2).flatten(2) @ weights.out
+    return out
 
 
 def temporal_attention_by_frame(x: Tensor, weights: TemporalWeights, by_frame: FrameWeights, *, heads: int) -> Tensor:
@@ -129,7 +130,8 @@ def core_in_torch(qkv: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, *, heads:
     # For so few tokens, torch's first choice, cuDNN, takes 1.9 times as long (measured on an H200, 40 frames, float16).
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         attended = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, attn_mask=bias)
-    return attended.unflatten(0, (batch, pixels)).permute(0, 3, 1, 2, 4).flatten(3)
+    out: Tensor = attended.unflatten(0, (batch, pixels)).permute(0, 3, 1, 2, 4).flatten(3)
+    return out
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

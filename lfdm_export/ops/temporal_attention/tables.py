@@ -37,7 +37,8 @@ def lay_out_turns(cos: Tensor, sin: Tensor, head_width: int) -> Tensor:
     pair = (4 * (register // moved) + lane % 4) * moved + register % moved  # of channels 2 pair and 2 pair + 1
     row = torch.arange(0, rows, TILE)[:, None, None] + lane // 4
     by_lane = table[row, pair]  # (tiles, lanes, registers, 2)
-    return by_lane.unflatten(2, (-1, 2)).transpose(1, 2).flatten(3).contiguous()
+    laid_out: Tensor = by_lane.unflatten(2, (-1, 2)).transpose(1, 2).flatten(3).contiguous()
+    return laid_out
 
 
 def lay_out_bias(bias: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ def thresholded_step_on_gpu(
     latent: Tensor, predicted_noise: Tensor, history: Tensor, noise: Tensor, coefficients: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`reference.thresholded_step` on a GPU; the predicted noise may have a narrower dtype than the others."""
-    return _step(latent, predicted_noise, history, noise, coefficients)
+    results: tuple[Tensor, Tensor] = _step(latent, predicted_noise, history, noise, coefficients)
+    return results
 
 
 def noise_on_gpu(seeds: Tensor, step: Tensor, shape: Sequence[int]) -> Tensor:
@@ -35,7 +36,8 @@ def noise_on_gpu(seeds: Tensor, step: Tensor, shape: Sequence[int]) -> Tensor:
     Returns:
         (B, *shape) float32.
     """
-    return _noise(seeds, step, list(shape))
+    noise: Tensor = _noise(seeds, step, list(shape))
+    return noise
 
 
 @torch.library.custom_op(
@@ -57,7 +59,7 @@ def _step(
     ]
     elements, batch = math.prod(latent.shape[1:]), len(latent)
     lower, weight = quantile_rank(elements)
-    results = _step_results(*inputs)
+    results: tuple[Tensor, Tensor] = _step_results(*inputs)
     storages = STORAGES[state], STORAGES[predicted_noise.dtype]
     if batch >= kernels.ONE_KERNEL_FROM:
         alone = kernels.step_launch(elements, lower, float(weight), batch)
@@ -82,7 +84,7 @@ def _step_results(
 
 @torch.library.custom_op("lfdm::noise", mutates_args=(), schema="(Tensor seeds, Tensor step, int[] shape) -> Tensor")
 def _noise(seeds: Tensor, step: Tensor, shape: list[int]) -> Tensor:
-    result = _noise_result(seeds, step, shape)
+    result: Tensor = _noise_result(seeds, step, shape)
     elements = math.prod(shape)
     launch(kernels.noise_kernel(), kernels.noise_launch(elements, len(seeds)), [dense(seeds), dense(step)], [result])
     return result

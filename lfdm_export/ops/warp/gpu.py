@@ -13,19 +13,21 @@ from lfdm_export.ops.warp.kernels import Layout, warp_kernel, warp_launch
 
 def warp_on_gpu(source: Tensor, motion: Tensor) -> Tensor:
     """`reference.warp` on a GPU; the result has the memory format of `source`."""
-    return _warp(source, motion)
+    warped: Tensor = _warp(source, motion)
+    return warped
 
 
 def warp_blend_on_gpu(
     source: Tensor, motion: Tensor, previous: Tensor, *, stride: int, phase: tuple[int, int]
 ) -> Tensor:
     """`reference.warp_blend` on a GPU; the result has the memory format of `previous`."""
-    return _warp_blend(source, motion, previous.to(source.dtype), stride, *phase).to(previous.dtype)
+    blended: Tensor = _warp_blend(source, motion, previous.to(source.dtype), stride, *phase)
+    return blended.to(previous.dtype)
 
 
 @torch.library.custom_op("lfdm::warp", mutates_args=(), schema="(Tensor source, Tensor motion) -> Tensor")
 def _warp(source: Tensor, motion: Tensor) -> Tensor:
-    result = _warp_result(source, motion)
+    result: Tensor = _warp_result(source, motion)
     _run(source, motion, None, result, 1, (0, 0))
     return result
 
@@ -42,7 +44,7 @@ def _warp_result(source: Tensor, motion: Tensor) -> Tensor:
     schema="(Tensor source, Tensor motion, Tensor previous, int stride, int phase_y, int phase_x) -> Tensor",
 )
 def _warp_blend(source: Tensor, motion: Tensor, previous: Tensor, stride: int, phase_y: int, phase_x: int) -> Tensor:
-    result = _warp_blend_result(source, motion, previous, stride, phase_y, phase_x)
+    result: Tensor = _warp_blend_result(source, motion, previous, stride, phase_y, phase_x)
     _run(source, motion, previous, result, stride, (phase_y, phase_x))
     return result
 

@@ -6,7 +6,6 @@ import asyncio
 import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any
 
 from aiohttp import web
 
@@ -38,7 +37,7 @@ class HttpServer:
             max_field_size=8190,
             max_headers=limits.header_fields,
         )
-        self._silent_since: dict[Any, float] = {}
+        self._silent_since: dict[web.RequestHandler, float] = {}
         self._watch: asyncio.Task[None] | None = None
         self._listener: asyncio.Server | None = None
 
@@ -66,7 +65,7 @@ class HttpServer:
     def _protocol(self) -> asyncio.Protocol:
         if len(self._server.connections) >= self._limits.connections:
             return _Busy()
-        protocol: Any = self._server()
+        protocol = self._server()
         self._silent_since[protocol] = asyncio.get_running_loop().time()
         return protocol
 

@@ -66,13 +66,14 @@ def conditions(tensors: Mapping[str, Array], loaded: Loaded) -> Conditions:
 
 def _embedded(text: str, loaded: Loaded) -> NDArray[np.float32]:
     try:
-        return loaded.pipeline.embed_text([text])[0]
+        embedding: NDArray[np.float32] = loaded.pipeline.embed_text([text])[0]
     except MissingDependencyError as error:
         labels = ", ".join(loaded.pipeline.bundle.labels) or "none"
         raise InputError(
             f"this server takes no free text, for it has no {error.package}; give one of its labels ({labels}) or a "
             "text embedding"
         ) from error
+    return embedding
 
 
 def warm_up_text(loaded: Loaded) -> None:

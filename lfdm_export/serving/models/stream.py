@@ -218,7 +218,8 @@ class _Stream:
     def _frames(self, latent: NDArray[np.float32]) -> NDArray[np.uint8]:
         assert self._encoded is not None
         frames, _warped = self._model.loaded.pipeline.decode(self._encoded, latent)
-        return to_uint8(frames)[0]
+        pictures: NDArray[np.uint8] = to_uint8(frames)[0]
+        return pictures
 
     def _check_wanted(self) -> None:
         if self._sender.is_cancelled():

@@ -69,7 +69,8 @@ def config_text(config: Any) -> str:
     """A configuration as the text of `config.pbtxt`."""
     from google.protobuf import text_format
 
-    return text_format.MessageToString(config, as_utf8=True)
+    text: str = text_format.MessageToString(config, as_utf8=True)
+    return text
 
 
 def _sizes(geometry: Geometry) -> dict[str, int]:
