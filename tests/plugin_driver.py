@@ -216,7 +216,7 @@ def main() -> int:
     trt.get_plugin_registry = lambda: registry
     trt.IDimensionExpr, trt.ISymExpr = Dimension, SymbolicArgument
 
-    class Shapes(list):  # replaces DimsExprs, which holds only TensorRT's expressions
+    class Shapes(list[Any]):  # replaces DimsExprs, which holds only TensorRT's expressions
         def __init__(self, size: int) -> None:
             super().__init__([None] * size)
 

@@ -161,7 +161,7 @@ def save(models: Mapping[str, ir.Model], folder: Path, data_name: str) -> None:
                     offsets[key],
                     len(raw),
                     tensor.dtype,
-                    shape=tensor.shape,
+                    shape=ir.Shape(tensor.shape.numpy()),
                     name=value.name or "",
                     base_dir=folder,
                 )
@@ -177,7 +177,7 @@ def _add_functions(model: ir.Model) -> None:
         if node.domain == DOMAIN:
             nodes.setdefault(node.op_type, []).append(ir.to_proto(node))
     for name, same in nodes.items():
-        model.functions[DOMAIN, name, ""] = ir.from_proto(find_operator(name).body(Nodes(name, same)))
+        model.functions[DOMAIN, name, ""] = ir.serde.deserialize_function(find_operator(name).body(Nodes(name, same)))
     if nodes:
         model.graph.opset_imports[DOMAIN] = VERSION
 

@@ -8,7 +8,7 @@ outputs keep the types of its `StageSpec`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -73,7 +73,7 @@ def lower(
         body = find_operator(key[1]).rounded
         if body is not None:
             nodes = [ir.to_proto(node) for node in lowered.graph if (node.domain, node.op_type) == key[:2]]
-            lowered.functions[key] = ir.from_proto(body(Nodes(key[1], nodes)))
+            lowered.functions[key] = ir.serde.deserialize_function(body(Nodes(key[1], nodes)))
     return lowered
 
 
@@ -199,7 +199,7 @@ class _Lowering:
         assert value.const_value is not None
         exact = value.const_value.numpy()
         with np.errstate(over="ignore"):  # checked below
-            rounded = exact.astype(_NUMPY_TYPES[self.precision])
+            rounded: NDArray[Any] = exact.astype(_NUMPY_TYPES[self.precision])
         if not np.isfinite(rounded.astype(np.float32)).all():
             largest = float(np.abs(exact).max())
             raise ExportError(

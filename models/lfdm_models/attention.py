@@ -105,7 +105,8 @@ class Attention(nn.Module):
         if bias is not None:
             logits = logits + bias
         out = logits.softmax(dim=-1) @ v
-        return self.to_out(rearrange(out, "... h n d -> ... n (h d)"))
+        result: Tensor = self.to_out(rearrange(out, "... h n d -> ... n (h d)"))
+        return result
 
 
 class SpatialLinearAttention(nn.Module):
@@ -126,7 +127,7 @@ class SpatialLinearAttention(nn.Module):
         q = q.softmax(dim=-2) * self.scale
         k = k.softmax(dim=-1)
         context = k @ v.transpose(-1, -2)
-        out = context.transpose(-1, -2) @ q
+        out: Tensor = context.transpose(-1, -2) @ q
         out = self.to_out(rearrange(out, "n g d (h w) -> n (g d) h w", h=height))
         return rearrange(out, "(b t) c h w -> b c t h w", b=batch)
 
@@ -143,7 +144,7 @@ class AlongAxis(nn.Module):
         """(B, C, T, H, W) -> the same shape."""
         height = x.shape[3]
         if self.axis == "time":
-            out = self.fn(rearrange(x, "b c t h w -> b (h w) t c"), bias)
+            out: Tensor = self.fn(rearrange(x, "b c t h w -> b (h w) t c"), bias)
             return rearrange(out, "b (h w) t c -> b c t h w", h=height)
         out = self.fn(rearrange(x, "b c t h w -> b t (h w) c"), bias)
         return rearrange(out, "b t (h w) c -> b c t h w", h=height)
@@ -172,4 +173,5 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(B, C, T, H, W) -> the same shape."""
-        return x + self.fn(x, bias)
+        out: Tensor = x + self.fn(x, bias)
+        return out

@@ -45,7 +45,8 @@ class HourglassConfig:
 
     def channels(self, level: int) -> int:
         """Channels after `level` Down blocks (level 0: output of an Up block at that size)."""
-        return min(self.max_width, self.width * 2**level)
+        channels: int = min(self.max_width, self.width * 2**level)
+        return channels
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class LfaeConfig:
 
     def generator_channels(self, level: int) -> int:
         """Channels of the generator's encoder output `level` (0 at full size)."""
-        return min(self.max_width, self.width * 2**level)
+        channels: int = min(self.max_width, self.width * 2**level)
+        return channels
 
     @property
     def feature_channels(self) -> int:
@@ -178,7 +180,8 @@ class DmConfig:
     @property
     def latent_divisor(self) -> int:
         """Height and width of a latent must be multiples of this number."""
-        return 2 ** (len(self.multipliers) - 1)
+        divisor: int = 2 ** (len(self.multipliers) - 1)
+        return divisor
 
 
 @dataclass(frozen=True)
@@ -222,4 +225,5 @@ class LfdmConfig:
             image_size >= divisor and image_size % divisor == 0,
             f"image_size must be a multiple of {divisor} for this model, not {image_size}",
         )
-        return image_size // 2**self.lfae.down_blocks
+        latent_size: int = image_size // 2**self.lfae.down_blocks
+        return latent_size

@@ -64,7 +64,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         out = self.conv1(F.relu(self.norm1(x)))
-        return x + self.conv2(F.relu(self.norm2(out)))
+        residual: Tensor = self.conv2(F.relu(self.norm2(out)))
+        return x + residual
 
 
 class HourglassEncoder(nn.Module):
@@ -116,7 +117,8 @@ class Hourglass(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out_channels, H, W)."""
-        return self.decoder(self.encoder(x))
+        features: Tensor = self.decoder(self.encoder(x))
+        return features
 
 
 class AntiAliasDownsample(nn.Module):

@@ -26,12 +26,13 @@ class Lfae(nn.Module):
 
     def estimate_motion(self, source: Tensor, driving: Tensor) -> Flow:
         """Two images (B, 3, H, W) in [0, 1] -> the flow from `source` to `driving`."""
-        return self.generator.pixelwise_flow_predictor(
+        flow: Flow = self.generator.pixelwise_flow_predictor(
             source,
             self.region_predictor(source),
             self.region_predictor(driving),
             self.bg_predictor(source, driving),
         )
+        return flow
 
     def forward(self, source: Tensor, driving: Tensor) -> Decoded:
         """Reconstruct `driving` from `source`; both (B, 3, H, W) in [0, 1]."""

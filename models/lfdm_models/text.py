@@ -101,7 +101,7 @@ class BertTextEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Token IDs and mask, both (B, L) int64 -> text embedding (B, width)."""
-        states = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 1:]
+        states: Tensor = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 1:]
         mask = attention_mask[:, 1:, None].to(states.dtype)
         return (states * mask).sum(dim=1) / (mask.sum(dim=1) + _EPSILON)
 

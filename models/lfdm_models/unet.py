@@ -67,7 +67,8 @@ class ResBlock(nn.Module):
         if condition is not None:
             scale, shift = self.mlp(condition).chunk(2, dim=1)
             scale_shift = (scale, shift)
-        return self.block2(self.block1(x, scale_shift)) + self.res_conv(x)
+        out: Tensor = self.block2(self.block1(x, scale_shift)) + self.res_conv(x)
+        return out
 
 
 class Level(nn.ModuleList):
@@ -223,8 +224,9 @@ class Unet3D(nn.Module):
         """Classifier-free guidance: 1 is the conditional prediction alone, 0 is the unconditional one alone."""
         null = self.null_cond_emb.expand_as(text_embedding)
         if guidance_scale == 0:
-            return self(noisy_latent, feature, null, timestep)
-        conditional = self(noisy_latent, feature, text_embedding, timestep)
+            unconditional: Tensor = self(noisy_latent, feature, null, timestep)
+            return unconditional
+        conditional: Tensor = self(noisy_latent, feature, text_embedding, timestep)
         if guidance_scale == 1:
             return conditional
         unconditional = self(noisy_latent, feature, null, timestep)

@@ -42,7 +42,7 @@ class Gate:
         self._open = False
         self.stages = NumpyStages(before=self._wait)
 
-    def _wait(self, stage: str, tensors: tuple) -> None:
+    def _wait(self, stage: str, tensors: tuple[Any, ...]) -> None:
         self.entered.release()
         if not self._open:
             assert self._tokens.acquire(timeout=PATIENCE)
@@ -216,7 +216,7 @@ def test_a_job_whose_deadline_has_passed_never_runs():
 def test_a_step_that_fails_leaves_the_loop_alive():
     stages, answers = NumpyStages(), Answers()
 
-    def fail(stage: str, tensors: tuple) -> None:
+    def fail(stage: str, tensors: tuple[Any, ...]) -> None:
         raise EngineError("no memory left")
 
     with make_batcher(stages, slots=4) as batcher:
@@ -297,7 +297,7 @@ def test_closing_while_idle_is_quick():
 def test_a_dead_loop_shows_and_leaves_nobody_waiting(caplog: pytest.LogCaptureFixture):
     answers, all_there = Answers(), threading.Event()
 
-    def die(stage: str, tensors: tuple) -> None:
+    def die(stage: str, tensors: tuple[Any, ...]) -> None:
         all_there.wait(PATIENCE)
         raise SystemExit
 
@@ -326,7 +326,7 @@ def test_a_dead_loop_shows_and_leaves_nobody_waiting(caplog: pytest.LogCaptureFi
         ({"preview_every": 0}, "preview_every: found 0"),
     ],
 )
-def test_a_job_that_does_not_fit_is_refused(change: dict, message: str):
+def test_a_job_that_does_not_fit_is_refused(change: dict[str, Any], message: str):
     job = make_job()
     fields = {name: getattr(job, name) for name in SampleJob.__dataclass_fields__} | change
     with make_batcher() as batcher:
@@ -336,7 +336,7 @@ def test_a_job_that_does_not_fit_is_refused(change: dict, message: str):
 
 
 @pytest.mark.parametrize("options", [{"slots": 0}, {"queue_limit": -1}, {"slots": 17, "fixed_batch": True}])
-def test_options_out_of_range_are_refused(options: dict):
+def test_options_out_of_range_are_refused(options: dict[str, Any]):
     before = set(threading.enumerate())
     with pytest.raises(InputError, match="expected"):
         make_batcher(**options)
@@ -384,8 +384,8 @@ def test_many_threads_get_their_own_samples_and_one_answer_each():
 
 
 def test_nothing_of_an_ended_job_is_kept():
-    kept: list[weakref.ref] = []
-    ends: list[weakref.ref | None] = []
+    kept: list[weakref.ref[Any]] = []
+    ends: list[weakref.ref[Any] | None] = []
     with make_batcher(slots=2) as batcher:
         for seed in range(20):
             job = make_job(seed, preview_every=1)

@@ -258,7 +258,7 @@ def test_previews_are_the_estimates_of_their_steps():
 def test_a_failed_step_fails_its_own_run_alone():
     sampler = Sampler(slots=4)
 
-    def fail(stage: str, tensors: tuple) -> None:
+    def fail(stage: str, tensors: tuple[Any, ...]) -> None:
         if stage == "step_guided":
             raise RuntimeError("out of memory")
 
@@ -287,7 +287,7 @@ def test_who_makes_a_step_fail_fails_alone(fixed_batch: bool):
     poison = make_job(1, steps=6)
     poison.context[...] = 77
 
-    def fail(stage: str, tensors: tuple) -> None:
+    def fail(stage: str, tensors: tuple[Any, ...]) -> None:
         if (tensors[1] == 77).any():
             raise RuntimeError("a row that the engine cannot take")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -53,7 +55,7 @@ def test_a_batch_of_whole_clips_that_fails_answers_everybody_once():
     sampler.submit("failed", make_job(2, steps=3))
     sampler.tick()
 
-    def fail(stage: str, tensors: tuple) -> None:
+    def fail(stage: str, tensors: tuple[Any, ...]) -> None:
         raise RuntimeError("out of memory")
 
     sampler.stages.before = fail

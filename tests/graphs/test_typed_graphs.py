@@ -261,6 +261,12 @@ def test_groups_are_modules_that_exist(exact: dict[str, ir.Model]) -> None:
     assert module_of(ir.Node("", "Relu", [], name=node_name("ups.0", "relu_4"))) == "ups.0"
 
 
+def weight_type(node: ir.Node) -> ir.DataType | None:
+    weight = node.inputs[1]
+    assert weight is not None
+    return weight.dtype
+
+
 def test_a_node_can_be_kept(exact: dict[str, ir.Model]) -> None:
     def casts(model: ir.Model) -> int:
         return sum(node.op_type == "Cast" for node in model.graph)
@@ -271,7 +277,7 @@ def test_a_node_can_be_kept(exact: dict[str, ir.Model]) -> None:
     other = lower(exact["encode"], "fp16", keep_node=lambda node: node.name == kept)
     # Cast up for an output anyway; what follows stays float32 up to the next weights, an output among it.
     assert casts(other) == casts(plain) == 5
-    types = {node.name: node.inputs[1].dtype for node in other.graph if node.op_type == "Conv"}
+    types = {node.name: weight_type(node) for node in other.graph if node.op_type == "Conv"}
     assert types.pop(kept) == ir.DataType.FLOAT
     assert set(types.values()) == {TYPES["fp16"]}
     assert exact["encode"].graph.initializers.keys() == before, "the float32 graph was changed"
@@ -280,7 +286,7 @@ def test_a_node_can_be_kept(exact: dict[str, ir.Model]) -> None:
 def test_a_group_can_be_lowered_and_another_kept(exact: dict[str, ir.Model]) -> None:
     def gemm_types(*kept: str) -> set[ir.DataType | None]:
         model = lower(exact["denoise"], "fp16", kept=kept)
-        return {node.inputs[1].dtype for node in model.graph if node.op_type == "Gemm"}
+        return {weight_type(node) for node in model.graph if node.op_type == "Gemm"}
 
     assert gemm_types() == {ir.DataType.FLOAT16}
     assert gemm_types("time") == {ir.DataType.FLOAT16, ir.DataType.FLOAT}

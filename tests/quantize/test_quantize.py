@@ -208,7 +208,10 @@ def test_a_quantized_graph_computes_what_its_nodes_say(form: Format, tmp_path: P
     model = tiny_graph()
     quantized = insert_qdq(model, TINY_SCALES, form)
     x = np.random.default_rng(6).standard_normal((2, 3, 6, 6)).astype(np.float32)
-    weights = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
+    weights: dict[str, np.ndarray] = {}
+    for name, value in model.graph.initializers.items():
+        assert value.const_value is not None
+        weights[name] = value.const_value.numpy()
 
     def low(values: Any, layer: str) -> torch.Tensor:
         return torch.from_numpy(rounded(np.asarray(values), TINY_SCALES[layer], form))

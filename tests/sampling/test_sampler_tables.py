@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def run(table: SamplerTable, draws: Iterable[np.ndarray] = ()) -> np.ndarray:
     return sample(step_from_denoiser(network), table, start(), draws)
 
 
-def settings() -> dict:
+def settings() -> dict[str, Any]:
     """What makes a scheduler of diffusers the same mathematics, thresholding included."""
     return {
         "num_train_timesteps": SCHEDULE.steps,
@@ -68,7 +69,7 @@ def settings() -> dict:
     }
 
 
-def unthresholded() -> dict:
+def unthresholded() -> dict[str, Any]:
     return {**settings(), "thresholding": False}
 
 

@@ -58,7 +58,8 @@ def constant_of(features: Tensor) -> Tensor:
     rows = features.movedim(1, -1).flatten(0, -2).double()
     squares = rows.T @ rows
     ridge = _RIDGE * squares.diagonal().mean() * torch.eye(len(squares), dtype=rows.dtype, device=rows.device)
-    return torch.linalg.solve(squares + ridge, rows.sum(0)).to(features.dtype)
+    combination: Tensor = torch.linalg.solve(squares + ridge, rows.sum(0))
+    return combination.to(features.dtype)
 
 
 def _solve(signals: Sequence[float], spreads: Sequence[float]) -> tuple[float, list[float]]:

@@ -185,7 +185,8 @@ def _picture(images: Path | None, source: ClipSource | None, size: int) -> Pictu
 
     def read(number: int) -> UInt8Array:
         try:
-            return pictures.read([number % len(pictures)])[0]
+            picture: UInt8Array = pictures.read([number % len(pictures)])[0]
+            return picture
         except ClipError as error:
             raise TrainingError(f"a picture of {images} cannot be used: {error}") from error
 

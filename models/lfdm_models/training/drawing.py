@@ -135,7 +135,7 @@ def ellipse(u: Float32Array, v: Float32Array, a: PerFrame, b: PerFrame) -> Float
     k2 += _TINY
     gradient = p2 / (ra * ra) + q2 / (rb * rb)
     gradient += _TINY / (ra * rb)
-    distance = np.sqrt(k2)
+    distance: Float32Array = np.sqrt(k2)
     gradient = k2 / gradient
     np.sqrt(gradient, out=gradient)
     distance -= 1
@@ -146,7 +146,8 @@ def ellipse(u: Float32Array, v: Float32Array, a: PerFrame, b: PerFrame) -> Float
 def segment(u: Float32Array, v: Float32Array, half_length: PerFrame, radius: PerFrame) -> Float32Array:
     """Distance to a bar with round ends along u."""
     over = np.maximum(np.abs(u) - per_frame(half_length), 0)
-    return np.sqrt(over * over + v * v) - per_frame(radius)
+    distance: Float32Array = np.sqrt(over * over + v * v) - per_frame(radius)
+    return distance
 
 
 def bowl(
