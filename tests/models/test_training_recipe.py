@@ -177,7 +177,7 @@ def moved_background(folder: Path) -> Path:
     return folder / "moved.pth"
 
 
-def test_neutral_and_moving_images_are_normalised_alike():
+def test_neutral_and_moving_images_are_normalized_alike():
     predictor = new_lfae(MANY, 0, SIZE).region_predictor.train()
     images = torch.rand(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     # The same image, among others that are dark and among others that are bright.

@@ -74,17 +74,17 @@ def distill(
         teacher: which networks.
         steps: of the chain: 1, 2 or 4.
         data: clips to learn from; with `sampling` only their first frames are used.
-        optimizer: see there.
-        run: see there.
-        folder: see there.
+        optimizer: settings of the optimizer.
+        run: number of updates, batch size, device, precision, and what is saved when.
+        folder: folder of the run: its state, checkpoints, log and samples.
         sampling: learn from the teacher's own samples; None: from the data.
         untrained: write the weights that training would begin with (`centring`), which may be good enough.
-        resume: see there.
-        progress: see there.
-        on_sample: told of the teacher's samples that are drawn.
+        resume: continue the run in `folder`, if there is one.
+        progress: called after every step.
+        on_sample: called with the number of teacher samples drawn so far and their total.
 
     Raises:
-        TrainingError: see `loop.train`; or data or weights cannot be had, or do not fit each other.
+        TrainingError: the run fails as in `loop.train`; or data or weights are not available, or do not fit each other.
         ValueError: there is no chain of so many steps, or the DM's schedule is too short for it.
     """
     if (folder / STATE).exists() and not resume:  # before samples are drawn
