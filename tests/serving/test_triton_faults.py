@@ -155,6 +155,16 @@ def kill(triton_process: TritonServer, model: str) -> int:
     return stub.pid
 
 
+def wait_until_replaced(triton_process: TritonServer, model: str, killed: int) -> None:
+    """Wait until a model has one process, and another one than the killed."""
+
+    def replaced() -> bool:
+        stubs = [stub.pid for stub in live_stubs(triton_process.region_prefix) if stub.model == model]
+        return len(stubs) == 1 and killed not in stubs
+
+    eventually(replaced, f"{model} has a new process")
+
+
 def wait_until_served(server: RunningServer, client: Any) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
 
@@ -200,9 +210,8 @@ def test_a_full_queue_refuses_with_a_reason(server: RunningServer):
 def test_a_killed_encoder_is_replaced(server: RunningServer, client: Any, triton_process: TritonServer):
     expected = server.infer(client, REQUEST)["frames"]
     killed = kill(triton_process, ENCODE_MODEL)
+    wait_until_replaced(triton_process, ENCODE_MODEL, killed)
     assert_same_pictures(wait_until_served(server, client)["frames"], expected)
-    (stub,) = [stub for stub in live_stubs(triton_process.region_prefix) if stub.model == ENCODE_MODEL]
-    assert stub.pid != killed
 
 
 def test_requests_in_a_killed_sampler_get_an_error_at_once(
@@ -224,17 +233,21 @@ def test_requests_in_a_killed_sampler_get_an_error_at_once(
 def test_streams_in_a_killed_process_get_an_error_at_once(
     server: RunningServer, client: Any, triton_process: TritonServer
 ):
+    expected = server.infer(client, REQUEST)["frames"]
     streamed: queue.SimpleQueue[Any] = queue.SimpleQueue()
     with server.client() as streaming:
         streaming.start_stream(lambda result, error: streamed.put(error or result.as_numpy("kind")[0]))
         streaming.async_stream_infer(STREAM_MODEL, inputs_of({**LONG, "progress_every": 1}))
         found = streamed.get(timeout=DEADLINE)
         assert found == b"progress"
-        kill(triton_process, STREAM_MODEL)
+        killed = kill(triton_process, STREAM_MODEL)
         while found == b"progress":
             found = streamed.get(timeout=DEADLINE)
         assert "[UNAVAILABLE] the process of lfdm_stream has died" in str(found)
-    eventually(lambda: client.is_model_ready(STREAM_MODEL), "the stream is served again")
+    # At times Triton itself aborts here, and is started again (docs/serving.md).
+    wait_until_replaced(triton_process, STREAM_MODEL, killed)
+    assert_same_pictures(wait_until_served(server, client)["frames"], expected)
+    assert client.is_model_ready(STREAM_MODEL)
 
 
 def test_a_killed_server_is_restarted(server: RunningServer, client: Any, triton_process: TritonServer):
