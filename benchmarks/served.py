@@ -19,6 +19,8 @@ from lfdm_export.serving.server.control import open_directly
 #: Timeouts in seconds of a server's start and stop.
 _START, _STOP = 300.0, 90.0
 _SERVE = "import sys; from lfdm_export.cli import serve_main; sys.exit(serve_main())"
+#: Name of the process that ends the server if `lfdm-serve` is killed; nothing replaces it.
+GUARD = "guard"
 _METRIC = re.compile(r'^(\w+)\{model="(\w+)"(?:,\w+="(\w+)")?\} (\S+)$')
 
 
@@ -32,11 +34,13 @@ class Served:
 
     Attributes:
         address: gRPC address, HOST:PORT.
+        http_address: HTTP address, HOST:PORT.
         metrics_url: URL of its metrics page.
         pid: process id of lfdm-serve.
     """
 
     address: str
+    http_address: str
     metrics_url: str
     pid: int
 
@@ -50,10 +54,19 @@ class Served:
     def memory(self) -> dict[str, int]:
         """Bytes of each of the server's processes; shared pages are divided among the processes that share them."""
         usage = {}
+        for pid, name in self.processes().items():
+            with contextlib.suppress(OSError):  # the process has ended
+                usage[name] = _proportional_bytes(pid)
+        return usage
+
+    def processes(self) -> dict[int, str]:
+        """Names of the server's processes by process id: the model that one runs, or its program."""
+        found = {}
         for pid in _descendants(self.pid):
             with contextlib.suppress(OSError):  # the process has ended
-                usage[_name(pid)] = _proportional_bytes(pid)
-        return usage
+                if name := _name(pid):
+                    found[pid] = name
+        return found
 
 
 @contextlib.contextmanager
@@ -104,8 +117,9 @@ def _wait_ready(process: subprocess.Popen[bytes], log: Path) -> Served:
     while time.monotonic() < end:
         said = log.read_text(errors="replace")
         if re.search(r"^ready$", said, re.MULTILINE):
-            addresses = dict(re.findall(r"^(gRPC|metrics)\s+(\S+)$", said, re.MULTILINE))
-            return Served(addresses["gRPC"], addresses["metrics"], process.pid)
+            addresses = dict(re.findall(r"^(gRPC|HTTP|metrics)\s+(\S+)$", said, re.MULTILINE))
+            http = addresses["HTTP"].removeprefix("http://")
+            return Served(addresses["gRPC"], http, addresses["metrics"], process.pid)
         if process.poll() is not None:
             raise ServerFailed(f"lfdm-serve ended with status {process.returncode}: {said[-2000:]}")
         time.sleep(0.2)
@@ -154,8 +168,10 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _name(pid: int) -> str:
-    """Name of a process: its model, if it runs one."""
+    """Name of a process: its model, if it runs one; empty for a zombie."""
     words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    if any(word.endswith("/server/launch.py") for word in words):
+        return GUARD
     models = [part for word in words[1:] for part in Path(word).parts if part.startswith("lfdm_")]
     return models[0] if models else Path(words[0]).name
 

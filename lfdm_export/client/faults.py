@@ -21,13 +21,12 @@ from lfdm_export.protocol.contract import (
     DEADLINE_MESSAGE,
     DRAINING_MESSAGE,
     QUEUE_FULL_MESSAGE,
+    RELOADED_MESSAGE,
     RequestCancelledError,
 )
 
 #: Prefixes that Triton adds to a model's error message.
 _WRAPPING = re.compile(r"^(\[request id: [^\]]*\]\s*|\[StatusCode\.\w+\]\s*|in ensemble '[^']*',\s*)+", re.IGNORECASE)
-#: Triton's message, with status NOT_FOUND, while a model is reloaded, or unloaded before the server stops.
-_RELOADED = "has no available versions"
 _STATUS = re.compile(r"\[([A-Z_]+)\] ")
 # gRPC's messages, in lower case, where nothing answers, …
 _REFUSED = ("failed to connect", "connection refused", "no route to host", "network is unreachable")
@@ -92,7 +91,7 @@ def read_fault(code: str, details: str, *, address: str, tls: bool, request_id: 
         error = AuthenticationError(
             f"{address} refused access ({sentence or code}); give a valid token or client certificate", code, request_id
         )
-    elif code == "UNAVAILABLE" or _RELOADED in sentence:
+    elif code == "UNAVAILABLE" or RELOADED_MESSAGE in sentence:
         error, again = _unavailable(sentence, address=address, tls=tls, request_id=request_id)
     elif code == "RESOURCE_EXHAUSTED" and "message larger than max" in sentence:
         error = ServerError(f"{sentence}; raise max_message_bytes, or ask for fewer outputs", code, request_id)

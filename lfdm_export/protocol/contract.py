@@ -59,6 +59,8 @@ DEADLINE_MESSAGE = "deadline exceeded"
 QUEUE_FULL_MESSAGE = "queue full"
 #: Start of the message of a server that is stopping; its status is UNAVAILABLE.
 DRAINING_MESSAGE = "server is stopping"
+#: Part of Triton's message, with status NOT_FOUND, while a model is loaded again, or unloaded before the server stops.
+RELOADED_MESSAGE = "has no available versions"
 
 # --- Metrics --------------------------------------------------------------------------------------
 

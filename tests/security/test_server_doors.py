@@ -101,6 +101,22 @@ def test_both_endpoints_give_the_same(doors: Doors):
     assert b'"outputs"' in gzip.decompress(packed)
 
 
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        ("NOT_FOUND", "Request for unknown model: 'lfdm' has no available versions"),
+        ("INTERNAL", "in ensemble 'lfdm', Stub process 'lfdm_preprocess_0_0' is not healthy."),
+    ],
+)
+def test_a_model_that_is_loaded_again_is_unavailable(doors: Doors, fake: FakeTriton, refusal: tuple[str, str]):
+    fake.refusals += [refusal, refusal]
+    with pytest.raises(grpc.RpcError, match="the process of a model has died and is started again") as refused:
+        doors.stub().ModelInfer(clip_request(), timeout=DEADLINE)
+    assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert doors.infer(json_request())[0] == 503
+    assert doors.infer(json_request())[0] == 200
+
+
 def test_a_request_without_an_id_gets_one_from_the_front(doors: Doors, fake: FakeTriton):
     doors.stub().ModelInfer(clip_request("mine"), timeout=DEADLINE)
     doors.stub().ModelInfer(clip_request(), timeout=DEADLINE)

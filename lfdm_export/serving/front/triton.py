@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lfdm_export.client.settings import import_grpc, import_protocol
+from lfdm_export.protocol.contract import RELOADED_MESSAGE
 from lfdm_export.serving.front.refusal import RefusedError, unavailable
 
 SERVICE = "inference.GRPCInferenceService"
@@ -25,6 +26,9 @@ _LOST = re.compile(
     r"socket closed|failed to connect|connection reset|broken pipe|endpoint closing|recvmsg|unix:", re.IGNORECASE
 )
 LOST_SENTENCE = "the server's process has ended and is started again; send the request again"
+#: Triton's messages while a model whose process died is loaded again, with status NOT_FOUND and INTERNAL.
+_RELOADED = re.compile(re.escape(RELOADED_MESSAGE) + r"|is not healthy")
+_RELOADED_SENTENCE = "the process of a model has died and is started again; send the request again"
 
 
 class Triton:
@@ -92,4 +96,6 @@ def refused(error: Any) -> RefusedError:
     code, details = error.code().name, error.details() or ""
     if code == "UNAVAILABLE" and _LOST.search(details):
         return unavailable(LOST_SENTENCE)
+    if code in ("NOT_FOUND", "INTERNAL") and _RELOADED.search(details):
+        return unavailable(_RELOADED_SENTENCE)
     return RefusedError(code, details)
