@@ -43,6 +43,8 @@ from lfdm_export.protocol.contract import CLIP_INPUTS, CLIP_MODEL, STREAM_MODEL
 _EVERY, _SENDERS, _CLIENTS = 50, 4, 3
 #: Growth of memory that counts as none, and seconds until memory is looked at.
 FLAT, _SETTLE = 0.05, 10.0
+#: Seconds until a client whose request was refused sends it again.
+_PAUSE = 0.1
 #: The largest time to serve again, in seconds.
 AGAIN = 5.0
 
@@ -198,7 +200,7 @@ class Load:
                 self.ends[code] += 1
                 if code != "UNAVAILABLE":
                     self._record.violation(f"{self._what}: a client got {code}: {error.details()}")
-                time.sleep(0.02)
+                time.sleep(_PAUSE)
                 continue
             self.ends["clip"] += 1
             if not right:

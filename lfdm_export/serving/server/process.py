@@ -177,6 +177,7 @@ def _command(recipe: Recipe, sockets: Sockets) -> list[str]:
         *(f"--load-model={model}" for model in SERVED),
         "--exit-on-error=true",
         "--strict-readiness=true",
+        "--disable-auto-complete-config",  # else each Python process is started twice: once to ask for its interface
         *sockets.arguments(),
         f"--backend-config=python,shm-region-prefix-name={recipe.region_prefix}",
         f"--backend-config=python,stub-timeout-seconds={_STUB_TIMEOUT}",
