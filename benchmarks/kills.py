@@ -174,10 +174,10 @@ def train_kills(folder: Path, kills: int, rng: random.Random) -> Outcome:
             found.wrong.append(f"kill {number}: the run went back from step {reached} to {now}")
         found.counts["no step more" if now == reached else "further"] += 1
         reached = now
-    run(command(killed, reached + 1))
-    run(command(whole, reached + 1))
+    run(command(killed, steps))  # the schedule of rates depends on this number
+    run(command(whole, steps))
     if _sha256(killed / "dm.pth") != _sha256(whole / "dm.pth"):
-        found.wrong.append(f"after {reached + 1} steps the weights are not those of a run without kills")
+        found.wrong.append(f"after {steps} steps the weights are not those of a run without kills")
     if left := sorted({one.name for one in killed.iterdir()} - {one.name for one in whole.iterdir()}):
         found.wrong.append(f"left in the run's folder: {left}")
     return found

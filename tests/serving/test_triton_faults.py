@@ -247,7 +247,7 @@ def test_streams_in_a_killed_process_get_an_error_at_once(
     # At times Triton itself aborts here, and is started again (docs/serving.md).
     wait_until_replaced(triton_process, STREAM_MODEL, killed)
     assert_same_pictures(wait_until_served(server, client)["frames"], expected)
-    assert client.is_model_ready(STREAM_MODEL)
+    eventually(lambda: client.is_model_ready(STREAM_MODEL), "the stream is served again")
 
 
 def test_a_killed_server_is_restarted(server: RunningServer, client: Any, triton_process: TritonServer):
