@@ -4,6 +4,7 @@ import os
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,15 +97,46 @@ def small_model() -> LfdmModel:
 @pytest.fixture(scope="session")
 def small_bundle(small_model: LfdmModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Bundle of the small model: 10 frames of 64 pixels, with a partial last chunk of decoding; read-only."""
-    from lfdm_export import Bundle, export_bundle
+    from lfdm_export import Bundle
+
+    return Bundle.open(export_small(small_model, shared_folder(tmp_path_factory)))
+
+
+def export_small(model: LfdmModel, shared: Path) -> Path:
+    """Export the small model into a shared folder, if no other process has done or is doing so."""
+    from lfdm_export import export_bundle
     from lfdm_export.files.atomic import locked
 
-    folder = shared_folder(tmp_path_factory) / "small"
+    folder = shared / "small"
     folder.mkdir(exist_ok=True)
+    bundle = folder / "export" / "bundle"
     with locked(folder):
-        if not (folder / "export" / "bundle").exists():
-            export_bundle(small_model, folder / "export" / "bundle", frames=10, image_size=64)
-    return Bundle.open(folder / "export" / "bundle")
+        if not bundle.exists():
+            export_bundle(model, bundle, frames=10, image_size=64)
+    return bundle
+
+
+_EXPORT_SMALL = """
+import sys, pathlib, torch
+from lfdm_models.demo import untrained_model
+from tests.conftest import export_small
+torch.set_num_threads(1)
+export_small(untrained_model(), pathlib.Path(sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_bundle_ahead(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Begin the small bundle beside the first tests, so that the processes of pytest-xdist do not all wait for it."""
+    wanted = any("small_bundle" in getattr(item, "fixturenames", ()) for item in request.session.items)
+    if not wanted or os.environ.get("PYTEST_XDIST_WORKER") != "gw0":
+        yield
+        return
+    command = [sys.executable, "-c", _EXPORT_SMALL, os.fspath(shared_folder(tmp_path_factory))]
+    process = subprocess.Popen(command, cwd=ROOT)
+    yield
+    process.kill()
+    process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -359,6 +359,7 @@ def test_a_teacher_of_safetensors_serves_too(pair: tuple[Path, Path], tmp_path: 
 # --- What comes out --------------------------------------------------------------------------------
 
 
+@pytest.mark.full  # a minute: graphs of another architecture are traced
 def test_a_distilled_model_is_a_bundle_whose_sampler_is_its_own(pair: tuple[Path, Path], tmp_path: Path):
     outcome = run(pair, tmp_path / "run")
     model = load_model(pair[0], outcome.checkpoint)  # strict: the released keys, and no others

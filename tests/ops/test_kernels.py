@@ -439,14 +439,14 @@ def test_noise_is_that_of_the_host(host: HostKernels, step: int, count: int) -> 
 # -- memory
 
 
-ASAN_FLAGS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+ASAN_FLAGS = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 HARNESS = (Path(__file__).parents[1] / "data" / "kernel_memory.cpp").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def memory_check(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("memory") / "check"
-    return build(KERNELS, program, flags=(*ASAN_FLAGS, "-O1"), main=HARNESS)
+    return build(KERNELS, program, flags=(*ASAN_FLAGS, "-O0"), main=HARNESS)
 
 
 def test_nothing_is_read_or_written_out_of_bounds(memory_check: Path) -> None:
