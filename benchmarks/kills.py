@@ -91,7 +91,8 @@ def kill_writer(
         kills: how many times.
         rng: draws the moments.
     """
-    found, seconds, versions = Outcome(), 0.0, []
+    versions: list[str] = []
+    found, seconds = Outcome(), 0.0
     for version in (1, 0):
         seconds = max(seconds, run(make(version)))
         versions.insert(0, digest(place))

@@ -1,14 +1,16 @@
 """A long mixed load with faults: no answer may be lost or belong to another request, and memory must stay flat.
 
 Part of `benchmarks/throughput.py --soak MINUTES`. Concurrent clients each perform random actions: clips, streams with
-previews, priorities, deadlines that cannot be met, cancellations, abandoned streams, broken connections, and several
-kinds of invalid requests. Each action must end as expected: with the right clip, or the right error.
+previews, priorities, deadlines that cannot be met, cancellations, abandoned streams, broken connections, several
+kinds of invalid requests, and the hostile ones of `benchmarks/hostile.py`. Each action must end as expected: with the
+right clip, or the right error.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import random
 import statistics
 import threading
 import time
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.cells import GUIDED, SEED, connect, say
+from benchmarks.hostile_requests import KINDS, SHARES, Doors
 from benchmarks.load import Order, make_orders
 from benchmarks.served import MemoryWatch, Served, print_logs, serve
 from lfdm_export.errors import DeadlineError, InputError, LfdmExportError, ServerError
@@ -103,16 +106,16 @@ def run_soak(bundle: Path, folder: Path, arguments: argparse.Namespace) -> dict[
 
 def _work(served: Served, orders: Sequence[Order], pipeline: Pipeline, ledger: Ledger, end: float, number: int) -> None:
     """One client."""
-    random = np.random.default_rng([SEED, number])
+    draws, doors = np.random.default_rng([SEED, number]), Doors.at(served.http_address, served.address)
     actions: tuple[tuple[Callable[[_Client], None], float], ...] = (
-        (_clip, 0.40), (_stream, 0.16), (_cancelled, 0.10), (_left, 0.08), (_broken_off, 0.04), (_too_late, 0.06),
-        (_wrong_request, 0.16),
+        (_clip, 0.36), (_stream, 0.14), (_cancelled, 0.10), (_left, 0.08), (_broken_off, 0.04), (_too_late, 0.06),
+        (_wrong_request, 0.10), (_hostile, 0.12),
     )  # fmt: skip
     kinds, shares = zip(*actions, strict=True)
     with connect(served) as client:
-        me = _Client(served, client, orders, pipeline, ledger, random, number)
+        me = _Client(served, client, orders, pipeline, ledger, draws, number, doors)
         while time.monotonic() < end:
-            action = kinds[random.choice(len(kinds), p=shares)]
+            action = kinds[draws.choice(len(kinds), p=shares)]
             try:
                 action(me)
             except Exception as error:  # noqa: BLE001 (any error is reported)
@@ -128,13 +131,14 @@ class _Client:
     orders: Sequence[Order]
     pipeline: Pipeline
     ledger: Ledger
-    random: np.random.Generator
+    draws: np.random.Generator
     number: int
+    doors: Doors
     requests: int = 0
 
     def order(self) -> Order:
         """A random order."""
-        return self.orders[int(self.random.integers(len(self.orders)))]
+        return self.orders[int(self.draws.integers(len(self.orders)))]
 
     def request_id(self) -> str:
         """A unique id."""
@@ -151,12 +155,12 @@ class _Client:
 
 
 def _clip(me: _Client) -> None:
-    order, priority = me.order(), int(me.random.integers(-2, 3))
+    order, priority = me.order(), int(me.draws.integers(-2, 3))
     me.check(order, me.client.generate(order.image, **order.settings(), priority=priority).frames, "clip")
 
 
 def _stream(me: _Client) -> None:
-    order, every = me.order(), int(me.random.integers(1, 5))
+    order, every = me.order(), int(me.draws.integers(1, 5))
     with me.client.stream(order.image, **order.settings(), preview_every=every, progress_every=1) as stream:
         for _event in stream:
             pass
@@ -166,7 +170,7 @@ def _stream(me: _Client) -> None:
 def _cancelled(me: _Client) -> None:
     """Cancel from another thread at a random time: the request ends as cancelled, or is already done."""
     order, identity = me.order(), me.request_id()
-    canceller = threading.Timer(float(me.random.uniform(0, 3)), me.client.cancel, (identity,))
+    canceller = threading.Timer(float(me.draws.uniform(0, 3)), me.client.cancel, (identity,))
     canceller.start()
     try:
         me.check(order, me.client.generate(order.image, **order.settings(), request_id=identity).frames, "clip")
@@ -179,7 +183,7 @@ def _cancelled(me: _Client) -> None:
 
 def _left(me: _Client) -> None:
     """Abandon a stream at a random event."""
-    order, events = me.order(), int(me.random.integers(1, 6))
+    order, events = me.order(), int(me.draws.integers(1, 6))
     with me.client.stream(order.image, **order.settings(), preview_every=1, progress_every=1) as stream:
         for _count, _event in zip(range(events), stream, strict=False):
             pass
@@ -190,7 +194,7 @@ def _broken_off(me: _Client) -> None:
     """Close a connection during a clip: the request ends as cancelled, or is already done."""
     order = me.order()
     with connect(me.served) as client:
-        closer = threading.Timer(float(me.random.uniform(0.05, 2)), client.close)
+        closer = threading.Timer(float(me.draws.uniform(0.05, 2)), client.close)
         client.facts()
         closer.start()
         try:
@@ -224,13 +228,24 @@ def _wrong_request(me: _Client) -> None:
         "no picture": lambda: _infer(me, b"this is no picture", order),
         "half a picture": lambda: _infer(me, _png(order)[:200], order),
     }
-    kind = list(attempts)[int(me.random.integers(len(attempts)))]
+    kind = list(attempts)[int(me.draws.integers(len(attempts)))]
     try:
         attempts[kind]()
     except InputError:
         me.ledger.right(f"wrong: {kind}")
     else:
         me.ledger.violation(f"wrong: {kind}: it was not refused")
+
+
+def _hostile(me: _Client) -> None:
+    """Send what a stranger would: it must be refused, and hurt nobody else."""
+    rng = random.Random(me.request_id())
+    kind = rng.choices(KINDS, SHARES)[0]
+    end = kind(rng, me.doors)
+    if end in ("refused", "answered"):
+        me.ledger.right(f"hostile: {kind.__name__}")
+    else:
+        me.ledger.violation(f"hostile: {kind.__name__}: {end}")
 
 
 def _infer(me: _Client, image: bytes, order: Order) -> None:

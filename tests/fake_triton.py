@@ -70,6 +70,8 @@ def parse_request(tensors: Mapping[str, Array], inputs: tuple[WireTensor, ...]) 
     limits = Limits()
     check_request(tensors, inputs)
     image, condition = parse_image(tensors, limits), parse_condition(tensors, limits)
+    if image.image is None:
+        raise InputError("this server takes pixels only")
     return replace(
         parse_sampling(tensors, limits),
         image_bytes=image.image_bytes,
@@ -82,7 +84,7 @@ def parse_request(tensors: Mapping[str, Array], inputs: tuple[WireTensor, ...]) 
 
 def clip_of(request: GenerationRequest) -> Array:
     """Compute the fake clip, which depends on every field of the request."""
-    assert request.image is not None
+    assert request.image is not None  # `parse_request` refuses encoded pictures
     words = (request.label or request.text or "").encode()
     embedding = 0 if request.text_embedding is None else int(request.text_embedding.sum())
     options = request.options
