@@ -106,6 +106,11 @@ class TritonServer:
         return self._process.control
 
     @property
+    def sockets(self) -> Sockets:
+        """The private sockets of the current server process, which only this user can reach."""
+        return self._process.sockets
+
+    @property
     def process_id(self) -> int:
         """Of `tritonserver`."""
         return self._process.process_id
