@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,19 @@ _CPUS = Path("/sys/devices/system/cpu")
 
 #: Environment variables that keep libraries from using some features of the processor.
 _LIMITS = ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA")
+#: What each value of ONEDNN_MAX_CPU_ISA takes from oneDNN and OpenVINO: prefixes of features, by Linux's names.
+#: Source: oneDNN, "CPU dispatcher control".
+_TAKEN: Mapping[str, tuple[str, ...]] = {
+    "SSE41": ("avx", "fma", "f16c", "amx"),
+    "AVX": ("avx2", "avx_vnni", "avx512", "fma", "f16c", "amx"),
+    "AVX2": ("avx_vnni", "avx512", "amx"),
+    "AVX2_VNNI": ("avx512", "amx"),
+    "AVX2_VNNI_2": ("avx512", "amx"),
+    "AVX512_CORE": ("avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx"),
+    "AVX512_CORE_VNNI": ("avx512_bf16", "avx512_fp16", "amx"),
+    "AVX512_CORE_BF16": ("avx512_fp16", "amx"),
+    "AVX512_CORE_FP16": ("amx",),
+}
 
 
 def environment(threads: int | None, packages: Iterable[str]) -> dict[str, str]:
@@ -116,6 +129,13 @@ def processor_facts() -> list[str]:
     """What decides which kernels libraries choose: the processor's name and features, and limits in the environment."""
     limits = [f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ]
     return [processor_name(), processor_info().get("flags", ""), *limits]
+
+
+def processor_features() -> frozenset[str]:
+    """The features of the processor that oneDNN and OpenVINO use, by Linux's names: a variable can take some away."""
+    found = frozenset(processor_info().get("flags", "").split())
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    return frozenset(feature for feature in found if not feature.startswith(_TAKEN.get(limit, ())))
 
 
 def processor_info() -> dict[str, str]:

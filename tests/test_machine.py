@@ -205,3 +205,28 @@ def test_pytorch_keeps_to_the_cores_and_gets_its_own_back(monkeypatch: pytest.Mo
             assert torch.get_num_threads() == 4  # fewer threads are the user's choice
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"),
+    [
+        ("SSE41", {"sse4_1"}),
+        ("AVX", {"sse4_1", "avx"}),
+        ("avx2", {"sse4_1", "avx", "avx2", "fma"}),
+        ("AVX2_VNNI", {"sse4_1", "avx", "avx2", "fma", "avx_vnni"}),
+        ("AVX512_CORE", {"sse4_1", "avx", "avx2", "fma", "avx512f"}),
+        ("AVX512_CORE_BF16", {"sse4_1", "avx", "avx2", "fma", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16"}),
+        ("ALL", None),
+        (None, None),
+    ],
+)
+def test_a_variable_takes_features_of_the_processor_away(
+    monkeypatch: pytest.MonkeyPatch, limit: str | None, left: set[str] | None
+):
+    features = "sse4_1 avx avx2 fma avx_vnni avx512f avx512_vnni avx512_bf16 amx_int8"
+    monkeypatch.setattr(machine, "processor_info", lambda: {"flags": features})
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert machine.processor_features() == (set(features.split()) if left is None else left)

@@ -17,7 +17,7 @@ from lfdm_export.engines.pytorch.target import PYTORCH
 from lfdm_export.engines.target_spec import Machine, Purpose, Takes, Target, TargetSpec
 from lfdm_export.engines.tensorrt.target import TENSORRT, TENSORRT_RTX
 from lfdm_export.errors import EngineError, InputError
-from lfdm_export.machine import processor_info
+from lfdm_export.machine import processor_features
 
 #: All targets. To add one, add its folder and a line here. Among targets with the same `takes`, "auto" tries them in
 #: this order.
@@ -98,7 +98,7 @@ def this_machine() -> Machine:
     gpus, no_gpu = find_gpus()
     needed = {name: distributions for spec in TARGETS for name, distributions in spec.packages.items()}
     found = {name: _version(distributions) for name, distributions in needed.items() if _is_there(name)}
-    return Machine(gpus, no_gpu, found, frozenset(processor_info().get("flags", "").split()))
+    return Machine(gpus, no_gpu, found, processor_features())
 
 
 def find_target(

@@ -212,6 +212,14 @@ def test_openvino_is_refused_where_they_saturate():
     assert find_target("openvino", "run", "fp32", machine=here).target == "openvino"
 
 
+def test_openvino_is_refused_on_a_processor_without_avx():
+    here = Machine((), "none", CPU, ("sse4_1",))
+    (choice,) = find_targets("auto", "run", "fp32", machine=here)
+    assert choice.target == "onnxruntime"
+    with pytest.raises(EngineError, match=r"no AVX, or ONEDNN_MAX_CPU_ISA takes it away.*: use --target onnxruntime"):
+        find_target("openvino", "run", "fp32", machine=here)
+
+
 def test_packages_are_looked_for_by_their_import_names():
     found = targets.this_machine().packages
     assert set(found) <= {*EVERYTHING, "torch", "einops", "safetensors"}

@@ -32,6 +32,11 @@ def _load(bundle: Bundle, stage: str, threads: int | None, _device: str) -> Engi
 
 def _lacks(_purpose: Purpose, precision: str, machine: Machine, _gpus: Collection[str] | None) -> str:
     processor = set(machine.processor)
+    if "sse4_1" in processor and "avx" not in processor:
+        return (
+            "this processor has no AVX, or ONEDNN_MAX_CPU_ISA takes it away, and OpenVINO's kernels fail or crash: use "
+            "--target onnxruntime"
+        )
     if precision == "bf16" and not processor & set(_BF16_PROCESSORS):
         return "this processor has no bf16 (AVX-512 BF16 or AMX): export another precision"
     if precision == "int8" and not processor & set(_INT8_PROCESSORS):
