@@ -27,7 +27,9 @@ from lfdm_export.sampling.loop import apply_step
 from lfdm_export.stages import StageSpec, TensorSpec
 from tests.closeness import assert_same_floats
 from tests.fake_bundle import SPECS, Feeds, fake_graph, feeds_for, predicted_noise, with_input
+from tests.processor import needs_openvino
 
+pytestmark = needs_openvino
 DENOISE = SPECS["denoise"]
 
 

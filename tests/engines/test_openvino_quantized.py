@@ -34,6 +34,7 @@ _RUN = """
 import sys
 import numpy as np
 import openvino
+from tests.processor import needs_openvino_int8
 
 feeds = dict(np.load(sys.argv[2]))
 compiled = openvino.Core().compile_model(sys.argv[1], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -74,6 +75,7 @@ def test_only_what_was_concatenated_becomes_unsigned(model: onnx.ModelProto):
     assert with_bodies(model, "tensorrt").graph == model.graph
 
 
+@needs_openvino_int8
 @pytest.mark.parametrize("limit", ["", "AVX512_CORE_BF16"])  # the second: without AMX, on any processor
 def test_openvino_computes_what_the_graph_says(model: onnx.ModelProto, limit: str, tmp_path: Path):
     from onnx.reference import ReferenceEvaluator

@@ -33,6 +33,7 @@ from lfdm_export.sampling import rows
 from lfdm_export.sampling.loop import quantile_rank
 from lfdm_export.stages import BATCH
 from tests.ops.test_ops import hostile_values, normal, run_node, thresholded, torch_of
+from tests.processor import needs_openvino
 
 Array: TypeAlias = NDArray[Any]
 KINDS = ("tensorrt", "openvino")
@@ -204,6 +205,7 @@ def test_stored_bodies_are_kept(small_bundle: Bundle) -> None:
     assert with_bodies(stored, "stored") == stored
 
 
+@needs_openvino
 @pytest.mark.parametrize("stage", ["step", "decode"])
 def test_openvino_reads_and_runs_its_graph(small_bundle: Bundle, stage: str, folder: Path) -> None:
     spec = small_bundle.stages[stage]

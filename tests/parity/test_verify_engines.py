@@ -26,9 +26,10 @@ from lfdm_export.parity.report.page import page
 from lfdm_export.parity.verify import verify_bundle
 from tests.engines.test_plans import L4
 from tests.engines.test_targets import EVERYTHING, machine
+from tests.processor import needs_openvino
 
 NO_GPU = machine(EVERYTHING)
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = [pytest.mark.usefixtures("compiled_once"), needs_openvino]
 
 
 @pytest.fixture(scope="module")

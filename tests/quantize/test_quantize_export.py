@@ -29,6 +29,7 @@ from lfdm_export.quantize.states import Calibration
 from lfdm_export.reference.stored import Reference
 from lfdm_export.sampling.options import SamplingOptions
 from lfdm_models.model import LfdmModel
+from tests.processor import needs_openvino_int8
 
 PHOTO = Path(__file__).parents[1] / "data" / "astronaut.jpg"
 FEW = Calibration(
@@ -89,6 +90,7 @@ def test_stages_and_a_clip_have_the_parity_that_is_wanted(bundles: dict[Format, 
     assert_parity(report.checks)
 
 
+@needs_openvino_int8
 def test_a_clip_has_it_in_openvino_as_well(bundles: dict[Format, Bundle]):
     bundle = bundles["int8"]
     assert bundle.reference_path is not None
@@ -128,6 +130,7 @@ def test_targets_of_8_bits(bundles: dict[Format, Bundle]):
     assert find_target("auto", "run", "fp8").target == "onnxruntime"
 
 
+@needs_openvino_int8
 def test_the_same_seed_gives_a_like_clip_on_both_runtimes(bundles: dict[Format, Bundle]):
     latents = []
     for target in ("onnxruntime", "openvino"):
