@@ -35,6 +35,7 @@ import sys
 import numpy as np
 import openvino
 from tests.processor import needs_openvino_int8
+from tests.processor import needs_openvino_int8
 
 feeds = dict(np.load(sys.argv[2]))
 compiled = openvino.Core().compile_model(sys.argv[1], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
