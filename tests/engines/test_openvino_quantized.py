@@ -10,6 +10,7 @@ import onnx
 import onnx.parser
 import pytest
 
+from tests.processor import needs_openvino_int8
 from lfdm_export.graphs.bodies import with_bodies
 
 # The input of one convolution is a Concat of two tensors, as in the UNet's decoder; another one has no Concat.
@@ -34,8 +35,6 @@ _RUN = """
 import sys
 import numpy as np
 import openvino
-from tests.processor import needs_openvino_int8
-from tests.processor import needs_openvino_int8
 
 feeds = dict(np.load(sys.argv[2]))
 compiled = openvino.Core().compile_model(sys.argv[1], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
