@@ -10,8 +10,8 @@ import onnx
 import onnx.parser
 import pytest
 
-from tests.processor import needs_openvino_int8
 from lfdm_export.graphs.bodies import with_bodies
+from tests.processor import needs_openvino_int8
 
 # The input of one convolution is a Concat of two tensors, as in the UNet's decoder; another one has no Concat.
 _MODEL = """
