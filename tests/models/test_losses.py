@@ -103,7 +103,7 @@ def test_what_is_no_vgg_is_refused(vgg: Vgg19, tmp_path: Path):
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(TrainingError, match=r"features\.28\.bias is missing"):
         Vgg19.load(tmp_path / "other.pth")
-    with pytest.raises(TrainingError, match=r"text\.pth is no state dict of VGG-19"):
+    with pytest.raises(TrainingError, match=r"text\.pth is not a state dict of VGG-19"):
         Vgg19.load(tmp_path / "text.pth")
     with pytest.raises(TrainingError, match="cannot be read"):
         Vgg19.load(tmp_path / "none.pth")

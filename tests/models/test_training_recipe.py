@@ -275,7 +275,7 @@ def test_a_dm_goes_on_from_another(tmp_path: Path):
     fresh = recipes.train_dm(CONFIG, lfae, POOL, still, settings, tmp_path / "fresh").checkpoint
     other = torch.load(fresh, weights_only=True)["diffusion"]
     assert any(not torch.allclose(other[key], value, rtol=0, atol=1e-4) for key, value in started.items())
-    with pytest.raises(TrainingError, match=r"dm\.pth is no DM of that architecture: "):
+    with pytest.raises(TrainingError, match=r"dm\.pth is not a DM of this architecture: "):
         load_diffusion(new_diffusion(SMALL, 0), first)
 
 
