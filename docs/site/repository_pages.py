@@ -1,7 +1,7 @@
 """A hook of MkDocs: files of the repository that are pages of the site too, so that no text stands twice.
 
 Links in all pages are written as the repository has them (GitHub shows them so); here they become links of the site.
-A link to a file that is no page becomes plain text, if the file exists.
+A link to a file that is not a page becomes plain text, if the file exists.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _strings(nav: Any) -> list[str]:
 
 
 def expanded(nav: Any, others: list[str]) -> Any:
-    """A navigation with pages in place of its `*`."""
+    """A navigation with pages instead of its `*`."""
     if isinstance(nav, list):
         return [entry for child in nav for entry in (others if child == "*" else [expanded(child, others)])]
     if isinstance(nav, dict):

@@ -200,7 +200,7 @@ class Bundle:
 
     @property
     def name(self) -> str:
-        """Name of its folder, or ``org/name`` if it lies in the cache of the Hugging Face hub."""
+        """Name of its folder, or ``org/name`` if it is in the cache of the Hugging Face hub."""
         folder = self.path.resolve()
         blobs = _hub_blobs(folder)
         return folder.name if blobs is None else blobs.parent.name.removeprefix("models--").replace("--", "/")

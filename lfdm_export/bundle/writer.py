@@ -199,4 +199,4 @@ def _require_replaceable(target: Path) -> None:
         raise BundleError(f"{target} exists and is not a bundle that could be replaced ({error}); {advice}") from error
     foreign = [name for name in _list_files(target) if name not in manifest.files]
     if foreign:
-        raise BundleError(f"{target} holds files that are no part of the bundle, such as {foreign[0]}; {advice}")
+        raise BundleError(f"{target} holds files that are not part of the bundle, such as {foreign[0]}; {advice}")

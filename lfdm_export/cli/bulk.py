@@ -28,7 +28,7 @@ _SHOWN_FAILURES = 5
 
 def add_bulk_options(parser: argparse.ArgumentParser) -> None:
     """Add --jobs and its options."""
-    group = parser.add_argument_group("many clips (in place of --image and a motion)")
+    group = parser.add_argument_group("many clips (instead of --image and a motion)")
     group.add_argument(
         "--jobs",
         metavar="TABLE",

@@ -33,7 +33,7 @@ _STAGES = {"clips": "clip", "denoise": "denoise", "decode": "decode"}
 
 def add_remote_options(parser: argparse.ArgumentParser) -> None:
     """Add --url and its options."""
-    group = parser.add_argument_group("server (in place of BUNDLE)")
+    group = parser.add_argument_group("server (instead of BUNDLE)")
     group.add_argument(
         "--url", metavar="HOST:PORT", help="gRPC address of lfdm-serve or Triton, such as localhost:8001"
     )

@@ -95,9 +95,7 @@ def plan_stream(asked: Asked, facts: ModelFacts, *, preview_every: int, progress
     """
     plan = make_plan(asked, facts)
     if len(plan.jobs) != 1:
-        raise InputError(
-            f"found {len(plan.jobs)} samples, expected one a stream; open a stream for each, or use generate"
-        )
+        raise InputError(f"found {len(plan.jobs)} samples, expected one per stream; open more streams, or use generate")
     every = {"preview_every": preview_every, "progress_every": progress_every}
     for name, value in every.items():
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:

@@ -54,7 +54,7 @@ def embedding_rows(embedding: ArrayLike, width: int) -> NDArray[np.float32]:
     except (TypeError, ValueError):
         rows = None
     if rows is None:
-        raise InputError("text_embedding is no array of numbers")
+        raise InputError("text_embedding is not an array of numbers")
     if rows.ndim == 1:
         rows = rows[None]
     if rows.ndim != 2 or rows.shape[1] != width or len(rows) == 0:
@@ -88,7 +88,7 @@ def _embedding(load: Callable[[], object], name: str) -> NDArray[np.generic]:
     except InputError:
         raise
     except Exception as error:  # NumPy and its parsers raise various errors on a damaged file
-        reason = getattr(error, "strerror", None) or "it is no .npy array"
+        reason = getattr(error, "strerror", None) or "it is not an .npy array"
         raise InputError(f"the embedding {name} cannot be read: {reason}; save it with numpy.save") from error
     if not isinstance(loaded, np.ndarray):
         raise InputError(f"the embedding {name} is an archive, expected one array; save it with numpy.save")
@@ -148,5 +148,5 @@ def sample_seeds(seed: int | Sequence[int] | None, batch: int) -> tuple[int, ...
     if isinstance(seed, int | np.integer):
         return check_seeds([int(seed) + index for index in range(batch)])
     if seed_count(seed) != batch:
-        raise InputError(f"found {seed_count(seed)} seeds for {batch} samples, expected one a sample or a single one")
+        raise InputError(f"found {seed_count(seed)} seeds for {batch} samples, expected one per sample or a single one")
     return check_seeds(seed)

@@ -144,10 +144,8 @@ CLIP_OUTPUTS = (
 )
 STREAM_INPUTS = (
     *CLIP_INPUTS,
-    _option("preview_every", "INT32", "a preview after each so many steps; 0, the default, for none"),
-    _option(
-        "progress_every", "INT32", "a response of kind progress after each so many steps; 0, the default, for none"
-    ),
+    _option("preview_every", "INT32", "interval of the previews in steps; 0, the default, for none"),
+    _option("progress_every", "INT32", "interval of the responses of kind progress in steps; 0, the default, for none"),
 )
 #: `kind`, `step` and `steps` are in each response; `frame_indices` and `frames` in previews and frames; the rest in the
 #: last response, of kind done.

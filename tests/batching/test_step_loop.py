@@ -197,7 +197,7 @@ def test_a_deadline_that_cannot_be_met_any_more_costs_no_step():
 
 
 @pytest.mark.parametrize("way", ["ticket", "polled"])
-def test_cancellation_is_honoured_before_the_next_step(way: str):
+def test_cancellation_is_honored_before_the_next_step(way: str):
     sampler = Sampler(slots=2)
     cancelled = set()
     for name in ("a", "b", "c"):

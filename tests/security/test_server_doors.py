@@ -116,7 +116,7 @@ def test_without_the_token_only_probes_are_answered(fake: FakeTriton):
     with Doors(fake, token=b"the token") as doors:
         for headers in ({}, {"Authorization": "Bearer another"}, {"Authorization": "the token"}):
             status, answer = doors.infer(json_request(), **headers)
-            assert (status, "asks for a token" in answer["error"]) == (401, True)
+            assert (status, "requires a token" in answer["error"]) == (401, True)
         assert doors.infer(json_request(), Authorization="Bearer the token")[0] == 200
         assert doors.ask("GET", "/v2")[0] == 401
         assert doors.ask("GET", "/v2/health/live")[0] == 200
@@ -134,7 +134,7 @@ def test_the_client_sends_the_token(fake: FakeTriton):
     with Doors(fake, token=b"the-token") as doors:
         with Client(doors.grpc, Settings(token="the-token")) as client:
             assert client.facts().frames == 5
-        with Client(doors.grpc) as client, pytest.raises(AuthenticationError, match="asks for a token"):
+        with Client(doors.grpc) as client, pytest.raises(AuthenticationError, match="requires a token"):
             client.facts()
 
 

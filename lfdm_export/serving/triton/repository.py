@@ -101,7 +101,7 @@ def require_apart(bundle: str | os.PathLike[str], repository: str | os.PathLike[
     """Refuse a repository that is, contains or lies inside the bundle that it serves.
 
     Raises:
-        ExportError: one folder lies in the other.
+        ExportError: one folder is inside the other.
     """
     here, there = user_path(bundle).resolve(), user_path(repository).resolve()
     if there == here or here in there.parents or there in here.parents:
