@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lfdm_export.errors import InputError
 from lfdm_export.files.names import user_path
-from lfdm_export.sampling.noise import check_seeds, draw_seed
+from lfdm_export.sampling.noise import NoiseSource, check_seeds, draw_seed, handed_noise, seeded_noise
 
 #: Maximum characters of an invalid value in a message.
 _SHOWN = 42
@@ -150,3 +150,28 @@ def sample_seeds(seed: int | Sequence[int] | None, batch: int) -> tuple[int, ...
     if seed_count(seed) != batch:
         raise InputError(f"found {seed_count(seed)} seeds for {batch} samples, expected one per sample or a single one")
     return check_seeds(seed)
+
+
+def find_noise(
+    seed: int | Sequence[int] | None,
+    noise: Iterator[NDArray[np.float32]] | None,
+    batch: int,
+    shape: tuple[int, int, int, int],
+) -> tuple[tuple[int, ...] | None, NoiseSource]:
+    """The seeds of the samples, or None if the caller passes noise; and the noise.
+
+    Args:
+        seed: as for `sample_seeds`; None if `noise` is given.
+        noise: draws (batch, *shape), instead of seeds.
+        batch: number of samples.
+        shape: (3, T, h, w) of a sample.
+
+    Raises:
+        InputError: both are given, or the seeds are not valid.
+    """
+    if noise is None:
+        seeds = sample_seeds(seed, batch)
+        return seeds, seeded_noise(seeds, shape)
+    if seed is not None:
+        raise InputError("both seed and noise were given, expected one of them; leave one out")
+    return None, handed_noise(iter(noise), (batch, *shape))
