@@ -80,6 +80,16 @@ def _parser() -> argparse.ArgumentParser:
         help="region of the image to use (center: the largest square) instead of padding it with black bars",
     )
     parser.add_argument("-o", "--out", metavar="FILE", help=f"file of the clip: .{', .'.join(FORMATS)}, or FOLDER/")
+    _add_motion_options(parser)
+    _add_sampling_options(parser)
+    _add_clip_options(parser)
+    add_bulk_options(parser)
+    add_remote_options(parser)
+    add_common_options(parser)
+    return parser
+
+
+def _add_motion_options(parser: argparse.ArgumentParser) -> None:
     motion = parser.add_argument_group("motion (one of these)").add_mutually_exclusive_group()
     motion.add_argument(
         "--label", nargs="+", action="extend", metavar="LABEL", help="labels of the bundle; one clip per label"
@@ -89,7 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     motion.add_argument("--drive", metavar="CLIP", help="clip whose motion is transferred")
     motion.add_argument("--motion", metavar="FILE", help="motion of an earlier clip, saved as .motion")
     motion.add_argument("--labels-all", action="store_true", help="one clip per label of the bundle")
-    sampling = parser.add_argument_group("sampling (the bundle's defaults where not given)")
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    sampling = parser.add_argument_group("sampling (default: that of the bundle)")
     seed = sampling.add_mutually_exclusive_group()
     seed.add_argument("--seed", type=int, metavar="N", help="seed of the noise (default: random)")
     seed.add_argument(
@@ -108,6 +121,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("LOW", "HIGH"),
         help="interval of the schedule with guidance, from 0 to 1 (pure noise) (default: 0 1)",
     )
+
+
+def _add_clip_options(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("clip")
     output.add_argument("--format", choices=FORMATS, help="file format (default: by the file name extension)")
     output.add_argument(
@@ -126,10 +142,6 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--cache", metavar="DIR", help="cache clips in this folder (4 GB at most), and reuse them")
     output.add_argument("--threads", type=int, metavar="N", help="threads per engine (default: all cores)")
     add_target_option(output)
-    add_bulk_options(parser)
-    add_remote_options(parser)
-    add_common_options(parser)
-    return parser
 
 
 def _generate(args: argparse.Namespace) -> int:

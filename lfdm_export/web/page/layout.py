@@ -40,7 +40,8 @@ def build(studio: Studio, folder: Path) -> gr.Blocks:
         folder: the folder for the examples.
     """
     maker = studio.maker
-    with gr.Blocks(title="lfdm-export", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    page = gr.Blocks(title="lfdm-export", analytics_enabled=False, delete_cache=(600, 3600))
+    with page:
         gr.HTML(f"<h1>A photograph that moves</h1><p>{_about(maker)}</p>", elem_classes="lfdm-head")
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=320):

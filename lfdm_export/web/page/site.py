@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
@@ -89,7 +90,7 @@ def _fetch_nothing() -> None:
     """Replace Gradio's function for downloads, which would fetch any address in a request."""
     from gradio import processing_utils
 
-    async def refuse(_: str) -> None:
+    async def refuse(_: str) -> NoReturn:
         raise InputError("a file is given as an address, which this page does not fetch; upload the file itself")
 
     assert callable(processing_utils.async_ssrf_protected_get), "Gradio has no function of this name for its downloads"
