@@ -256,11 +256,11 @@ def _lateness(live: LiveJob, seconds_left: float, pace: float) -> str | None:
     """
     steps = live.job.table.steps
     if seconds_left <= 0:
-        return f"{live.step} of {steps} steps were done; allow more time, or ask for fewer steps"
+        return f"{live.step} of {steps} steps were done; allow more time, or use fewer steps"
     least = live.steps_left * pace
     if least <= seconds_left:
         return None
     return (
         f"found {seconds_left:.3g} s left for {live.steps_left} of {steps} steps, expected {least:.3g} s at least; "
-        "allow more time, or ask for fewer steps"
+        "allow more time, or use fewer steps"
     )

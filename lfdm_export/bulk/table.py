@@ -55,7 +55,7 @@ def read_jobs(path: str, defaults: JobSettings | None = None) -> tuple[Job, ...]
 
     Args:
         path: a .csv, .jsonl or .parquet file.
-        defaults: settings for rows that have none of their own.
+        defaults: settings for rows that give none.
 
     Raises:
         InputError: the file cannot be read, has unknown columns or no rows, or two rows have the same ID.

@@ -78,7 +78,7 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check_hashes: bool = True) -> Bundle:
-        """Open a bundle; a bundle that a killed export had moved aside is restored first.
+        """Open a bundle; a bundle that a killed export had renamed is restored first.
 
         Args:
             path: its folder; or, if there is no such folder, "characters" for the shipped model's bundle, or

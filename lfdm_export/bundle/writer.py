@@ -98,7 +98,7 @@ class BundleWriter:
         """Remove the temporary folder, including the bundle that `finish` replaced."""
         self._context.__exit__(kind, error, trace)
         if self.folder.exists():
-            _log.warning("what this export put aside could not be deleted wholly; remove %s", self.folder)
+            _log.warning("the replaced bundle could not be deleted completely; remove %s", self.folder)
 
     def write_embeddings(self, embeddings: ArrayLike, null: ArrayLike) -> None:
         """Write the table of label embeddings.

@@ -156,6 +156,6 @@ async def _shielded(call: Awaitable[T]) -> T:
 
 
 def _forget(answer: asyncio.Future[Any]) -> None:
-    """Retrieve the call's exception, because nobody may await this response any more."""
+    """Retrieve the call's exception, because this response may never be awaited."""
     if not answer.cancelled():
         answer.exception()

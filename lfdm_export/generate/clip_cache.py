@@ -115,7 +115,7 @@ class ClipCache:
         try:
             arrays = read_arrays(path, expected, "cached clip")
         except BundleError as error:
-            logger.info("made anew: %s", error)
+            logger.info("made again: %s", error)
             return None
         used_now(path)
         return Clip(

@@ -162,8 +162,8 @@ class Pipeline:
             noise: instead of a seed: float32 draws (B,3,T,h,w), first the start, then one per step that
                 draws noise.
             progress: called as ``progress(stage, done, total)``.
-            previews: what to show of the clip while it is sampled, step by step also where an engine could make it
-                in one go. None for nothing.
+            previews: previews during sampling. The steps then run one by one, even if an engine could make the whole
+                clip in one call. None for no previews.
 
         Raises:
             InputError: an argument is not valid.

@@ -189,8 +189,7 @@ def test_a_deadline_that_cannot_be_met_any_more_costs_no_step():
     sampler.tick()
     assert "hopeless" in sampler.answers.errors
     assert str(sampler.answers.errors["hopeless"]) == (
-        "deadline exceeded: found 4 s left for 5 of 5 steps, expected 5 s at least; allow more time, or ask for fewer "
-        "steps"
+        "deadline exceeded: found 4 s left for 5 of 5 steps, expected 5 s at least; allow more time, or use fewer steps"
     )
     assert sampler.run() == ["first", "hopeless", "just"]
     assert "just" in sampler.answers.done

@@ -232,7 +232,7 @@ def choose_frames(count: int, frames: int, choice: FrameChoice, draws: Draws) ->
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """The largest changes of color; all frames of a clip are changed alike.
+    """The largest changes of color; all frames of a clip change in the same way.
 
     Attributes:
         brightness, contrast, saturation: factors are drawn from 1 - value … 1 + value.
@@ -245,7 +245,7 @@ class ColorJitter:
     hue: float = 0.05
 
     def apply(self, frames: Float32Array, draws: Draws) -> Float32Array:
-        """(n, H, W, 3) float32 in [0, 1] -> the same shape, all frames changed alike."""
+        """(n, H, W, 3) float32 in [0, 1] -> the same shape; all frames change in the same way."""
         factors = [draws.uniform(1 - v, 1 + v) for v in (self.brightness, self.contrast, self.saturation)]
         brightness, contrast, saturation = (np.float32(factor) for factor in factors)
         angle = 2 * np.pi * draws.uniform(-self.hue, self.hue)
