@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lfdm_export.cli.console import FAILED, OK, complain, make_console, say
-from lfdm_export.cli.wishes import options_of
+from lfdm_export.cli.planned import options_of
 from lfdm_export.wording import count
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from lfdm_export.files.names import visible
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.web.store import Store, Video
 from lfdm_export.web.turns import Turns
-from lfdm_export.web.wish import OPTIONS, Wish, model_of, photo_of_json, read_photo, read_wish
+from lfdm_export.web.video_request import OPTIONS, VideoRequest, model_of, photo_of_json, read_photo, read_video_request
 from lfdm_export.web.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -123,9 +123,9 @@ class _Videos:
         fields, data = await _read_request(request, self._options.body_bytes)
 
         def check() -> Video | None:
-            wish = read_wish(fields, self._pipeline)
+            wanted = read_video_request(fields, self._pipeline)
             photo = read_photo(data, fields.get("crop"), self._bundle, most_pixels=self._options.image_pixels)
-            return self._store.add({**wish.to_json(), **model_of(self._bundle)}, photo, self._options.queue)
+            return self._store.add({**wanted.to_json(), **model_of(self._bundle)}, photo, self._options.queue)
 
         video = await run_in_threadpool(check)
         if video is None:
@@ -225,21 +225,21 @@ async def _read_request(request: Request, most: int) -> tuple[dict[str, Any], by
 
 def _plain(video: Video) -> dict[str, object]:
     """A video as JSON, with the fields of OpenAI's interface."""
-    wish = Wish.of(video.wish)
-    options = wish.to_json()
-    frames, size = (int(str(video.wish[name])) for name in ("frames", "size"))
+    wanted = VideoRequest.of(video.request)
+    options = wanted.to_json()
+    frames, size = (int(str(video.request[name])) for name in ("frames", "size"))
     return {
         "id": video.id,
         "object": "video",
-        "model": video.wish["model"],
+        "model": video.request["model"],
         "status": video.status,
         "progress": video.progress,
         "created_at": video.created_at,
         "completed_at": video.completed_at,
         "expires_at": None,
         "remixed_from_video_id": None,
-        "prompt": wish.prompt,
-        "seconds": f"{frames / wish.fps:g}",
+        "prompt": wanted.prompt,
+        "seconds": f"{frames / wanted.fps:g}",
         "size": f"{size}x{size}",
         "error": None if video.error is None else {"code": "failed", "message": video.error},
         "extra": {name: options[name] for name in OPTIONS},

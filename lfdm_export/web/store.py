@@ -32,6 +32,7 @@ CREATE TABLE IF NOT EXISTS videos (
 );
 CREATE INDEX IF NOT EXISTS by_status ON videos (status, number);
 """
+# The column `wish`, named so in stored databases, has the request.
 _COLUMNS = "id, status, created_at, completed_at, progress, wish, error"
 
 
@@ -44,7 +45,7 @@ class Video:
         status: the status.
         created_at, completed_at: seconds since the epoch.
         progress: percent, 0 to 100.
-        wish: the request, as plain JSON values by name.
+        request: the request, as plain JSON values by name.
         error: why it failed, as a sentence.
     """
 
@@ -53,7 +54,7 @@ class Video:
     created_at: int = 0
     completed_at: int | None = None
     progress: int = 0
-    wish: Mapping[str, object] = field(default_factory=dict)
+    request: Mapping[str, object] = field(default_factory=dict)
     error: str | None = None
 
 
@@ -87,15 +88,15 @@ class Store:
             self._database.close()
         self._claim.close()
 
-    def add(self, wish: Mapping[str, object], photo: bytes, most: int) -> Video | None:
+    def add(self, request: Mapping[str, object], photo: bytes, most: int) -> Video | None:
         """Queue a request; returns None if the queue is full.
 
         Args:
-            wish: the request.
+            request: the request.
             photo: the prepared picture, as PNG.
             most: most requests that may be queued or running.
         """
-        video = Video("video_" + secrets.token_hex(16), created_at=int(time.time()), wish=wish)
+        video = Video("video_" + secrets.token_hex(16), created_at=int(time.time()), request=request)
         self.photo(video.id).write_bytes(photo)
         with self._locked() as database:
             (active,) = database.execute(
@@ -104,7 +105,7 @@ class Store:
             if active < most:
                 database.execute(
                     "INSERT INTO videos (id, status, created_at, wish) VALUES (?, 'queued', ?, ?)",
-                    (video.id, video.created_at, json.dumps(wish)),
+                    (video.id, video.created_at, json.dumps(request)),
                 )
                 return video
         self.photo(video.id).unlink(missing_ok=True)
@@ -197,5 +198,5 @@ class Store:
 
 
 def _video(row: tuple[object, ...]) -> Video:
-    name, status, created_at, completed_at, progress, wish, error = row
-    return Video(name, status, created_at, completed_at, progress, json.loads(str(wish)), error)  # type: ignore[arg-type]
+    name, status, created_at, completed_at, progress, request, error = row
+    return Video(name, status, created_at, completed_at, progress, json.loads(str(request)), error)  # type: ignore[arg-type]

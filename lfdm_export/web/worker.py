@@ -10,7 +10,7 @@ from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.progress import Progress
 from lfdm_export.web.store import Store, Video
 from lfdm_export.web.turns import Turns
-from lfdm_export.web.wish import Wish
+from lfdm_export.web.video_request import VideoRequest
 from lfdm_export.wording import describe_error
 
 logger = logging.getLogger(__name__)
@@ -72,9 +72,9 @@ class Worker:
 
     def _make(self, video: Video) -> None:
         try:
-            wish = Wish.of(video.wish)
-            if video.wish["bundle_id"] != self._pipeline.bundle.manifest.bundle_id:
-                name = video.wish["model"]
+            wanted = VideoRequest.of(video.request)
+            if video.request["bundle_id"] != self._pipeline.bundle.manifest.bundle_id:
+                name = video.request["model"]
                 raise InputError(
                     f"it was requested from the bundle {name}, which is no longer served; request it again"
                 )
@@ -82,13 +82,13 @@ class Worker:
             with self._turns.taken(on_wait=lambda _: progress("waiting", 0, 1)):
                 clip = self._pipeline.generate(
                     self._store.photo(video.id),
-                    **wish.condition(self._pipeline.bundle),  # type: ignore[arg-type]
-                    seed=wish.seed,
+                    **wanted.condition(self._pipeline.bundle),  # type: ignore[arg-type]
+                    seed=wanted.seed,
                     progress=progress,
-                    **wish.options.given(),
+                    **wanted.options.given(),
                 )
             for ending in ("mp4", "gif"):
-                clip.save(self._store.clip(video.id, ending), fps=wish.fps)
+                clip.save(self._store.clip(video.id, ending), fps=wanted.fps)
         except _Cancelled:
             with self._wake:
                 self._unwanted.discard(video.id)

@@ -28,7 +28,7 @@ _LONGEST_PROMPT = 4096
 
 
 @dataclass(frozen=True)
-class Wish:
+class VideoRequest:
     """The options of a video. None stands for the default of the bundle.
 
     Attributes:
@@ -48,7 +48,7 @@ class Wish:
         return {"prompt": self.prompt, "seed": self.seed, **to_plain(self.options), "fps": self.fps}
 
     @classmethod
-    def of(cls, plain: Mapping[str, object]) -> Wish:
+    def of(cls, plain: Mapping[str, object]) -> VideoRequest:
         """The options in a mapping that has the values of `to_json`, and perhaps others."""
         options = SamplingOptions(**{name: plain[name] for name in OPTION_NAMES})  # type: ignore[arg-type]
         return cls(plain["prompt"], plain["seed"], options, plain["fps"])  # type: ignore[arg-type]
@@ -74,7 +74,7 @@ KNOWN = ("prompt", "model", "seconds", "size", "input_reference", "extra", "crop
 _INTEGERS, _NUMBERS = ("seed", "steps"), ("eta", "guidance_scale", "fps")
 
 
-def read_wish(given: Mapping[str, Any], pipeline: Pipeline) -> Wish:
+def read_video_request(given: Mapping[str, Any], pipeline: Pipeline) -> VideoRequest:
     """Read and check the options of a request.
 
     Args:
@@ -102,14 +102,14 @@ def read_wish(given: Mapping[str, Any], pipeline: Pipeline) -> Wish:
     if "sampler" in plain:
         found["sampler"] = str(plain["sampler"])
     seed, fps = found.pop("seed", None), found.pop("fps", DEFAULT_FPS)
-    wish = Wish(prompt, draw_seed() if seed is None else seed, SamplingOptions(**found), fps)
-    wish.condition(pipeline.bundle)
-    check_seeds([wish.seed])
-    pipeline.resolve(wish.options)
-    if not 1 <= wish.fps <= MAX_FPS:
-        raise InputError(f"fps is {wish.fps:g}, expected 1 to {MAX_FPS}")
-    _check_shape(plain, wish, pipeline)
-    return wish
+    wanted = VideoRequest(prompt, draw_seed() if seed is None else seed, SamplingOptions(**found), fps)
+    wanted.condition(pipeline.bundle)
+    check_seeds([wanted.seed])
+    pipeline.resolve(wanted.options)
+    if not 1 <= wanted.fps <= MAX_FPS:
+        raise InputError(f"fps is {wanted.fps:g}, expected 1 to {MAX_FPS}")
+    _check_shape(plain, wanted, pipeline)
+    return wanted
 
 
 def model_of(bundle: Bundle) -> dict[str, object]:
@@ -123,19 +123,19 @@ def model_of(bundle: Bundle) -> dict[str, object]:
     }
 
 
-def _check_shape(plain: Mapping[str, Any], wish: Wish, pipeline: Pipeline) -> None:
+def _check_shape(plain: Mapping[str, Any], wanted: VideoRequest, pipeline: Pipeline) -> None:
     """Compare size and seconds, if they are given, with the clips of the bundle.
 
     Raises:
         InputError: they differ.
     """
     geometry = pipeline.bundle.manifest.geometry
-    size, seconds = f"{geometry.image_size}x{geometry.image_size}", geometry.frames / wish.fps
+    size, seconds = f"{geometry.image_size}x{geometry.image_size}", geometry.frames / wanted.fps
     if str(plain.get("size", size)).lower() != size:
         raise InputError(f"size is {str(plain['size'])[:40]!r}, this model makes {size}; leave it out")
     if "seconds" in plain and abs(_number(plain["seconds"], "seconds") - seconds) > 0.5:
         raise InputError(
-            f"seconds is {str(plain['seconds'])[:40]}, this model's clips take {seconds:g} s at {wish.fps:g} frames "
+            f"seconds is {str(plain['seconds'])[:40]}, this model's clips take {seconds:g} s at {wanted.fps:g} frames "
             "per second; leave it out, or give another fps"
         )
 
