@@ -93,7 +93,7 @@ def site_target(target: str, *, source: str, place: str, files: Files) -> str | 
     """What a link of the repository is on the site; None for a file that is there and no page.
 
     Args:
-        target: as it stands in the file.
+        target: the link, as in the file.
         source: the file, from the repository's root.
         place: its page, from the site's root.
         files: of the site.

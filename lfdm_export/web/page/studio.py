@@ -102,7 +102,7 @@ class Studio:
             watch.tell(Made(self._shelf.keep(clip, panels=form.panels)))
         except Stopped:
             pass
-        except Exception as error:  # reported to the visitor; the server goes on
+        except Exception as error:  # reported to the visitor; the server continues
             if not isinstance(error, LfdmExportError):
                 logger.exception("a clip of the page failed")
             watch.fail(describe_error(error))
