@@ -1,4 +1,4 @@
-"""One gRPC channel, whose calls are retried where that is safe, and can be canceled."""
+"""One gRPC channel, whose calls are retried where that is safe, and can be cancelled."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Flight:
             begin: starts a call, given its timeout in seconds.
 
         Raises:
-            RequestCancelledError: the request was canceled.
+            RequestCancelledError: the request was cancelled.
         """
         with self.lock:
             if self.cancelled.is_set():
@@ -200,7 +200,7 @@ class Connection:
                 return await self.waiting.answer(call)
             except (self.grpc.RpcError, self.grpc.FutureCancelledError) as error:
                 fault = self.fault(flight, error)
-            except BaseException:  # Ctrl-C, or a canceled task
+            except BaseException:  # Ctrl-C, or a cancelled task
                 await self.abandon([flight])
                 raise
             await self.pause_or_raise(flight, fault)
@@ -209,7 +209,7 @@ class Connection:
         """Classify the gRPC `error` that a call raised.
 
         Raises:
-            RequestCancelledError: the request was canceled.
+            RequestCancelledError: the request was cancelled.
         """
         if flight.cancelled.is_set():
             raise flight.cancellation() from None

@@ -78,7 +78,7 @@ _NUMPY: Mapping[WireType, type[np.generic]] = {
 
 
 class RequestCancelledError(LfdmExportError):
-    """The client canceled its request; the status is CANCELLED."""
+    """The client cancelled its request; the status is CANCELLED."""
 
 
 class OverloadedError(LfdmExportError):
