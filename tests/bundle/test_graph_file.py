@@ -102,10 +102,10 @@ def test_external_data_is_found_wherever_it_is(place: Callable[[TensorProto], on
 @pytest.mark.parametrize(
     ("tensor", "words"),
     [
-        (external(ADDRESS, "4096"), "no file beside it"),
-        (external("../secret"), "no file beside it"),
-        (external("/etc/hostname"), "no file beside it"),
-        (external(""), "no file beside it"),
+        (external(ADDRESS, "4096"), "not a file beside it"),
+        (external("../secret"), "not a file beside it"),
+        (external("/etc/hostname"), "not a file beside it"),
+        (external(""), "not a file beside it"),
         (external("w.data", "8"), "is too short"),
         (external("w.data", "-8"), "is too short"),
         (external("w.data", "0", "9" * 40), "is too short"),

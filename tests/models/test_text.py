@@ -341,7 +341,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_damaged_tokenizer(tmp_path: Path):
     (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
-    with pytest.raises(BundleError, match="no tokenizer"):
+    with pytest.raises(BundleError, match="not a tokenizer"):
         tokenize(tmp_path, ["x"])
 
 

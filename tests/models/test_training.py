@@ -264,7 +264,7 @@ def test_a_checkpoint_tells_its_architecture(lfae_run: Path, tmp_path: Path):
     with pytest.raises(TrainingError, match="does not store its architecture"):
         load_lfae(tmp_path / "released.pth")
     assert load_lfae(tmp_path / "released.pth", LFAE)[0].config == LFAE
-    with pytest.raises(TrainingError, match="no LFAE of that architecture"):
+    with pytest.raises(TrainingError, match="not an LFAE of this architecture"):
         load_lfae(tmp_path / "released.pth", SMALL.lfae)
 
 

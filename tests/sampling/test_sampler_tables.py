@@ -131,9 +131,9 @@ class Uncorrected(UniPCMultistepScheduler):
 
     predicted: torch.Tensor
 
-    def multistep_uni_c_bh_update(self, *args, this_sample: torch.Tensor, **options) -> torch.Tensor:
-        corrected = super().multistep_uni_c_bh_update(*args, this_sample=this_sample, **options)
-        return corrected + (this_sample - self.predicted)
+    def multistep_uni_c_bh_update(self, this_model_output: torch.Tensor, *args, **options) -> torch.Tensor:
+        corrected = super().multistep_uni_c_bh_update(this_model_output, *args, **options)
+        return corrected + (options["this_sample"] - self.predicted)
 
 
 def run_multistep(scheduler, times: np.ndarray, draws: np.ndarray | None = None) -> torch.Tensor:

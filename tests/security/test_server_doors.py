@@ -174,7 +174,7 @@ def test_a_file_without_a_token_is_refused(tmp_path: Path, content: bytes):
     assert read_access(str(path), None, None).token == b"abc"
     with pytest.raises(InputError, match="cannot be read"):
         read_access(str(tmp_path / "nowhere"), None, None)
-    with pytest.raises(InputError, match="no certificate with its key"):
+    with pytest.raises(InputError, match="not a certificate with its key"):
         read_access(None, str(path), str(path))
     assert "abc" not in repr(read_access(str(path), None, None))
 

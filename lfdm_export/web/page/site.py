@@ -90,8 +90,10 @@ def _fetch_nothing() -> None:
     """Replace Gradio's function for downloads, which would fetch any address in a request."""
     from gradio import processing_utils
 
-    async def refuse(_: str) -> NoReturn:
-        raise InputError("a file is given as an address, which this page does not fetch; upload the file itself")
+    async def refuse(url: str) -> NoReturn:
+        raise InputError(
+            f"a file is given as an address, {url[:80]!r}, which this page does not fetch; upload the file itself"
+        )
 
     assert callable(processing_utils.async_ssrf_protected_get), "Gradio has no function of this name for its downloads"
     processing_utils.async_ssrf_protected_get = refuse
