@@ -207,7 +207,7 @@ BAD_JSON: dict[str, tuple[Any, str]] = {
     "a string for a number": (tensor("seed", "INT64", [1], ["7"]), "a value that is not of type INT64"),
     "an object for a number": (tensor("seed", "INT64", [1], [{}]), "a value that is not of type INT64"),
     "a number for a string": (tensor("label", "BYTES", [1], [7]), "not a string"),
-    "half a character": (b'{"inputs":[{"name":"label","datatype":"BYTES","shape":[1],"data":["\\ud800"]}]}', "not text"),
+    "half a letter": (b'{"inputs":[{"name":"label","datatype":"BYTES","shape":[1],"data":["\\ud800"]}]}', "not text"),
     "a name of half a character": (b'{"inputs":[{"name":"\\ud800","datatype":"BYTES","shape":[1]}]}', "not text"),
     "a parameter of half a character": (b'{"inputs":[],"parameters":{"\\ud800":1}}', "not text"),
     "no data": ({"inputs": [{"name": "seed", "datatype": "INT64", "shape": [1]}]}, "has no list of data"),
