@@ -40,7 +40,7 @@ SMALL = LfdmConfig(
         feature_channels=64,
         text_width=64,
     ),
-    # An offset is 0 where nothing moves, so the latents' mean is near 0.
+    # An offset is 0 where nothing moves, so the mean of the flow, which the DM has to learn, is near 0.
     residual_flow=True,
 )
 #: By number of steps: the times of the chain, as shares of the schedule; chosen by experiments with the shipped model.
