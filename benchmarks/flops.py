@@ -83,7 +83,7 @@ def count_graph(model: onnx.ModelProto, batch: int = 1) -> Count:
             constant.update(node.output)
             continue
         if node.op_type in _UNKNOWN:
-            raise ValueError(f"operator {node.op_type} ({node.name!r}) is not known here; teach benchmarks/flops.py")
+            raise ValueError(f"operator {node.op_type} ({node.name!r}) is not supported; add it to benchmarks/flops.py")
         if node.op_type == "GridSample":
             sampled += _BYTES * sum(math.prod(_shape(shapes, name)) for name in (*node.input, *node.output))
         elif node.op_type in _RULES:
@@ -139,13 +139,13 @@ def _transposed_convolution(_node: onnx.NodeProto, inputs: list[Shape], _output:
 
 def _matrix_product(node: onnx.NodeProto, inputs: list[Shape], output: Shape) -> int:
     if _attribute(node, "transBatchA", 0):
-        raise ValueError(f"transBatchA of {node.name!r} is not known here; teach benchmarks/flops.py")
+        raise ValueError(f"transBatchA of {node.name!r} is not supported; add it to benchmarks/flops.py")
     return math.prod(output) * inputs[0][-2 if _attribute(node, "transA", 0) else -1]
 
 
 def _attention(node: onnx.NodeProto, inputs: list[Shape], _output: Shape) -> int:
     if len(node.input) > 4 and any(node.input[4:6]):
-        raise ValueError(f"past keys of {node.name!r} are not known here; teach benchmarks/flops.py")
+        raise ValueError(f"past keys of {node.name!r} are not supported; add them to benchmarks/flops.py")
     query, key, value = inputs[:3]
     if len(query) == 4:
         batch, heads, queries, width = query

@@ -1,6 +1,6 @@
 """Files that the parts of the GPU suite share: settings, weights, the host build of the kernels, a clip.
 
-Every part runs in its own process. Files for other parts lie in the work folder.
+Every part runs in its own process. Files for other parts are in the work folder.
 """
 
 from __future__ import annotations

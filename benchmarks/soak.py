@@ -225,7 +225,7 @@ def _wrong_request(me: _Client) -> None:
         "too many steps": lambda: me.client.generate(order.image, **settings | {"steps": 5000}),
         "embedding": lambda: me.client.generate(order.image, **settings | {"label": None}, text_embedding=noise),
         "guidance": lambda: me.client.generate(order.image, **settings | {"guidance_scale": 1e6}),
-        "no picture": lambda: _infer(me, b"this is no picture", order),
+        "no picture": lambda: _infer(me, b"this is not a picture", order),
         "half a picture": lambda: _infer(me, _png(order)[:200], order),
     }
     kind = list(attempts)[int(me.draws.integers(len(attempts)))]

@@ -104,7 +104,7 @@ def openapi(value: Any, kind: str, where: str) -> Iterator[str]:
             if key in fields:
                 yield from openapi(item, fields[key], f"{where}.{key}")
             else:
-                yield f"{where}.{key} is no field of {kind}"
+                yield f"{where}.{key} is not a field of {kind}"
     elif kind in ("str", "int", "bool") and type(value).__name__ != kind:
         yield f"{where} is {value!r}, expected {kind}"
 

@@ -1,4 +1,4 @@
-"""Former place of `lfdm_export.bundle.writer`; what is imported from here goes on working."""
+"""Former place of `lfdm_export.bundle.writer`; imports from here keep working."""
 
 from lfdm_export.bundle.writer import BundleWriter
 

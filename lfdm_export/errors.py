@@ -38,7 +38,7 @@ class ServerError(LfdmExportError):
 
     Attributes:
         code: name of the gRPC status, such as "INTERNAL".
-        request_id: ID of the request; "" where there is none.
+        request_id: ID of the request; "" if there is none.
     """
 
     def __init__(self, message: str, code: str = "UNKNOWN", request_id: str = "") -> None:

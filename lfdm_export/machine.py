@@ -101,7 +101,7 @@ def user_cache() -> Path | None:
 def optional_cache() -> Path | None:
     """This project's folder for data that only saves time; None where the user has no cache folder.
 
-    A home without ~/.cache (of a container, of a service) stays as it is: no folder appears that nobody requested.
+    A home without ~/.cache (of a container, of a service) stays as it is: no folder is created without a request.
     XDG_CACHE_HOME counts whether it exists or not.
     """
     cache = user_cache()

@@ -1,4 +1,4 @@
-"""Former place of clips' readers and writers; what is imported from here goes on working."""
+"""Former place of clips' readers and writers; imports from here keep working."""
 
 from lfdm_export.pictures.clip_files import save_clip
 from lfdm_export.pictures.clips import load_clip

@@ -1,4 +1,4 @@
-"""Former place of `lfdm_export.pictures.preprocess`; what is imported from here goes on working."""
+"""Former place of `lfdm_export.pictures.preprocess`; imports from here keep working."""
 
 from lfdm_export.pictures.preprocess import Preprocessing, prepare_image, prepare_images, read_image
 

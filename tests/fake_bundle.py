@@ -94,12 +94,12 @@ _UPDATE = """
 
 BODIES = {
     "encode": """
-    grey = ReduceMean <keepdims = 1> (image, axis_1)
-    grey_2 = AveragePool <kernel_shape = [2, 2], strides = [2, 2]> (grey)
-    grey_4 = AveragePool <kernel_shape = [4, 4], strides = [4, 4]> (grey)
-    skip_0 = Tile (grey, repeat_4)
-    skip_1 = Tile (grey_2, repeat_8)
-    feature = Tile (grey_4, repeat_16)
+    gray = ReduceMean <keepdims = 1> (image, axis_1)
+    gray_2 = AveragePool <kernel_shape = [2, 2], strides = [2, 2]> (gray)
+    gray_4 = AveragePool <kernel_shape = [4, 4], strides = [4, 4]> (gray)
+    skip_0 = Tile (gray, repeat_4)
+    skip_1 = Tile (gray_2, repeat_8)
+    feature = Tile (gray_4, repeat_16)
     context = AveragePool <kernel_shape = [4, 4], strides = [4, 4]> (image)
 """,
     "denoise": _NOISE.format(scale=_UNGUIDED, predicted_noise="predicted_noise"),

@@ -53,7 +53,7 @@ FACTS = ModelFacts(
     precision="fp32",
     trained=False,
 )
-#: Response in place of a clip: a status and its message.
+#: Response instead of a clip: a status and its message.
 Refusal = tuple[str, str]
 
 

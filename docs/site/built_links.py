@@ -81,7 +81,7 @@ def faults_of(site: Path) -> Iterator[str]:
         for link in page.links:
             if re.match(r"https?:", link):
                 if not _FOREIGN.fullmatch(link):
-                    yield f"{name} has a link that is no address: {link}"
+                    yield f"{name} has a link that is not an address: {link}"
             elif not re.match(r"(data|mailto):", link):
                 fault = _inner_fault(link, path, pages)
                 if fault:

@@ -1,7 +1,7 @@
 """A hook of MkDocs: files of the repository that are pages of the site too, so that no text stands twice.
 
 Links in all pages are written as the repository has them (GitHub shows them so); here they become links of the site.
-A link to a file that is no page becomes plain text, if the file exists.
+A link to a file that is not a page becomes plain text, if the file exists.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def site_target(target: str, *, source: str, place: str, files: Files) -> str | 
     """What a link of the repository is on the site; None for a file that is there and no page.
 
     Args:
-        target: as it stands in the file.
+        target: the link, as in the file.
         source: the file, from the repository's root.
         place: its page, from the site's root.
         files: of the site.
@@ -119,7 +119,7 @@ def _strings(nav: Any) -> list[str]:
 
 
 def expanded(nav: Any, others: list[str]) -> Any:
-    """A navigation with pages in place of its `*`."""
+    """A navigation with pages instead of its `*`."""
     if isinstance(nav, list):
         return [entry for child in nav for entry in (others if child == "*" else [expanded(child, others)])]
     if isinstance(nav, dict):

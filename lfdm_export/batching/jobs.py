@@ -23,7 +23,7 @@ class QueueFullError(OverloadedError):
 
 
 class StoppingError(OverloadedError):
-    """The sampler is stopping: it accepts no more jobs, or gave up the ones that it had."""
+    """The sampler is stopping: it accepts no more jobs, and ends those that it has."""
 
 
 class DeadlineExceededError(OverloadedError):

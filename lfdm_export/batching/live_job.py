@@ -25,7 +25,7 @@ class LiveJob:
         joined: start of the first step; None while the job waits for it.
         latent, history: its state (3, T, h, w) and (2, 3, T, h, w) while it is in no slot.
         next_noise: the draw of its next step, started early; None if the step draws none, or no draw was started.
-        cancel_requested: whether the job was canceled.
+        cancel_requested: whether the job was cancelled.
         asked: time of the last call of `is_cancelled`.
         ended: whether its outcome is decided; its last callback may be pending.
         previews: the newest x0 estimate with its steps, not yet delivered: slow receivers skip older ones.

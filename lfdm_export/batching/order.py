@@ -56,7 +56,7 @@ class Policy(Protocol):
     """Decides which jobs take the next step, and when results are delivered.
 
     Attributes:
-        stops: whether a running job ends when it is canceled or too late, and whether the jobs of a failed step
+        stops: whether a running job ends when it is cancelled or too late, and whether the jobs of a failed step
             repeat it one by one.
     """
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 #: Number of recent steps of which the fastest decides which deadlines cannot be met.
 _RECENT_STEPS = 256
-#: Seconds between two checks whether a waiting job was canceled; a running one is checked before each step.
+#: Seconds between two checks whether a waiting job was cancelled; a running one is checked before each step.
 _ASK_EVERY = 0.1
 #: Passes a callback to the thread that calls it; the flag says whether it is the last one of the job.
 Deliver: TypeAlias = Callable[[Callable[[], None], bool], None]
@@ -101,7 +101,7 @@ class StepLoop:
         self._answer()
 
     def _end_given_up(self) -> None:
-        """End jobs that were canceled or are too late, running ones too if the policy allows it."""
+        """End jobs that were cancelled or are too late, running ones too if the policy allows it."""
         now = self._clock()
         for live in list(self.live):
             if live.joined is not None and not self._policy.stops:
@@ -256,11 +256,11 @@ def _lateness(live: LiveJob, seconds_left: float, pace: float) -> str | None:
     """
     steps = live.job.table.steps
     if seconds_left <= 0:
-        return f"{live.step} of {steps} steps were done; allow more time, or ask for fewer steps"
+        return f"{live.step} of {steps} steps were done; allow more time, or use fewer steps"
     least = live.steps_left * pace
     if least <= seconds_left:
         return None
     return (
         f"found {seconds_left:.3g} s left for {live.steps_left} of {steps} steps, expected {least:.3g} s at least; "
-        "allow more time, or ask for fewer steps"
+        "allow more time, or use fewer steps"
     )

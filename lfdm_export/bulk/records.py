@@ -125,7 +125,7 @@ class Journal:
                 for line in lines:
                     record = Record.from_json(line)
                     if record is None:
-                        logger.info("%s: passed over a line that is no record", path)
+                        logger.info("%s: passed over a line that is not a record", path)
                     elif record.id not in newest or newest[record.id].at <= record.at:
                         newest[record.id] = record
         return newest

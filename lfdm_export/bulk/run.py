@@ -153,7 +153,7 @@ def run_jobs(
         bundle: a bundle, or the path of one.
         table: a .csv, .jsonl or .parquet file; `lfdm_export.bulk.table` documents the columns.
         out: folder of the clips; created if missing.
-        defaults: settings for rows that have none of their own.
+        defaults: settings for rows that give none.
         options: how to run the table.
         progress: called before the first clip, and whenever some clips are done.
 

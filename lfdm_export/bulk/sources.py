@@ -101,7 +101,7 @@ class InTable:
             try:
                 return base64.b64decode(value, validate=True)
             except (binascii.Error, ValueError) as error:
-                raise InputError(f"{self.name} is no base64 ({error}); encode the picture's bytes anew") from error
+                raise InputError(f"{self.name} is not base64 ({error}); encode the bytes of a picture") from error
         if isinstance(value, bytes):
             return value
         if isinstance(value, Sequence) and not isinstance(value, str):

@@ -55,7 +55,7 @@ def read_jobs(path: str, defaults: JobSettings | None = None) -> tuple[Job, ...]
 
     Args:
         path: a .csv, .jsonl or .parquet file.
-        defaults: settings for rows that have none of their own.
+        defaults: settings for rows that give none.
 
     Raises:
         InputError: the file cannot be read, has unknown columns or no rows, or two rows have the same ID.
@@ -64,7 +64,7 @@ def read_jobs(path: str, defaults: JobSettings | None = None) -> tuple[Job, ...]
     table = user_path(path).absolute()
     ending = table.suffix.lower()
     if ending not in KINDS:
-        raise InputError(f"{path} is no table of jobs that is known here, expected one of {', '.join(KINDS)}")
+        raise InputError(f"{path} is not a supported table of jobs, expected one of {', '.join(KINDS)}")
     rows = _csv_rows if ending == ".csv" else _parquet_rows if ending == ".parquet" else _json_rows
     try:
         jobs = tuple(_job(row, table.parent, defaults or JobSettings()) for row in rows(table))
@@ -107,7 +107,7 @@ def _json_rows(table: Path) -> Iterator[_Row]:
             try:
                 cells = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{table}: row {line} is no JSON ({error})") from error
+                raise InputError(f"{table}: row {line} is not JSON ({error})") from error
             if not isinstance(cells, dict):
                 raise InputError(f"{table}: row {line} is {type(cells).__name__}, expected a JSON object")
             _check_columns(cells, table, line)
@@ -238,7 +238,7 @@ def _conditioned(job: Job, row: _Row, folder: Path) -> Job:
         if needless:
             raise InputError(f"a motion samples nothing, found {', '.join(needless)}; leave them empty")
         if "motion" in row.inside:
-            raise InputError("motion is no path; save the motion as a file")
+            raise InputError("motion is not a path; save the motion as a file")
         # The run's default options apply only to rows that sample.
         settings = replace(job.settings, options=SamplingOptions())
         return replace(job, condition=condition, moved_by=_source(row, condition, folder), settings=settings)

@@ -47,7 +47,7 @@ class HubName:
             InputError: the name is not a valid name on the hub.
         """
         if not _NAME.fullmatch(self.repository) or ".." in self.repository:
-            raise InputError(f"{self.repository[:200]!r} is no name on the Hugging Face hub, expected org/name")
+            raise InputError(f"{self.repository[:200]!r} is not a name on the Hugging Face hub, expected org/name")
         if self.revision is not None and not _REVISION.fullmatch(self.revision):
             raise InputError(f"the revision is {self.revision[:200]!r}, expected a branch, a tag or a commit")
 
@@ -56,7 +56,7 @@ class HubName:
 
     @classmethod
     def find(cls, path: str | os.PathLike[str]) -> HubName | None:
-        """Parse a hub name given in place of a bundle's folder; None if it can only be a path.
+        """Parse a hub name given instead of a bundle's folder; None if it can only be a path.
 
         ``org/name`` and ``org/name@revision`` are names if there is no folder ``org``.
         """
@@ -200,10 +200,10 @@ def _errors_as_sentences(hub: Any, name: HubName, done: str) -> Iterator[None]:
     except errors.LocalEntryNotFoundError as error:
         raise BundleError(
             f"{name} cannot be {done}: it is neither a folder nor in the hub's cache on this machine, and the Hugging "
-            "Face hub cannot be asked (no connection, or HF_HUB_OFFLINE is set); connect, or give a bundle's folder"
+            "Face hub cannot be reached (no connection, or HF_HUB_OFFLINE is set); connect, or give a bundle's folder"
         ) from error
     except errors.EntryNotFoundError as error:
-        raise BundleError(f"{name} is no bundle: the repository has no manifest.json") from error
+        raise BundleError(f"{name} is not a bundle: the repository has no manifest.json") from error
     except Exception as error:  # the client raises errors of its own, of its HTTP library and of the system
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise BundleError(f"{name} cannot be {done}: {reason}") from error

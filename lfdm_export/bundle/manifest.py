@@ -146,7 +146,7 @@ class Manifest:
         try:
             plain = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise BundleError(f"the manifest is no valid JSON ({error}); export again") from error
+            raise BundleError(f"the manifest is not valid JSON ({error}); export again") from error
         if not isinstance(plain, dict) or plain.get("format") != FORMAT:
             raise BundleError(f"the manifest is not one of a bundle: it lacks the entry format = {FORMAT!r}")
         if plain.get("format_version") != FORMAT_VERSION:

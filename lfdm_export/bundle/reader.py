@@ -78,7 +78,7 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check_hashes: bool = True) -> Bundle:
-        """Open a bundle; a bundle that a killed export had moved aside is restored first.
+        """Open a bundle; a bundle that a killed export had renamed is restored first.
 
         Args:
             path: its folder; or, if there is no such folder, "characters" for the shipped model's bundle, or
@@ -200,7 +200,7 @@ class Bundle:
 
     @property
     def name(self) -> str:
-        """Name of its folder, or ``org/name`` if it lies in the cache of the Hugging Face hub."""
+        """Name of its folder, or ``org/name`` if it is in the cache of the Hugging Face hub."""
         folder = self.path.resolve()
         blobs = _hub_blobs(folder)
         return folder.name if blobs is None else blobs.parent.name.removeprefix("models--").replace("--", "/")

@@ -1,8 +1,8 @@
 """The shipped model's bundle, included in the package so that clips can be made without PyTorch and ONNX.
 
-It lies beside the model's weights as one archive of 1.3 MB. The archive contains the graphs, and those bytes of the
-graphs' weights (9 MB) that the model's own files lack: most tensors of a graph are byte ranges of these files. The
-bundle is assembled in the user's cache folder on first use; `Bundle.open` checks the SHA-256 of every file.
+It is an archive of 1.3 MB beside the model's weights. The archive contains the graphs, and those bytes of the graphs'
+weights (9 MB) that the model's own files lack: most tensors of a graph are byte ranges of these files. The bundle is
+assembled in the user's cache folder on first use; `Bundle.open` checks the SHA-256 of every file.
 
 To rebuild the archive after the shipped model or its graphs have changed:
 ``lfdm-export --without-drive --no-verify --out fresh && python -m lfdm_export.bundle.ready fresh``.

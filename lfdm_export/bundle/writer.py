@@ -98,7 +98,7 @@ class BundleWriter:
         """Remove the temporary folder, including the bundle that `finish` replaced."""
         self._context.__exit__(kind, error, trace)
         if self.folder.exists():
-            _log.warning("what this export put aside could not be deleted wholly; remove %s", self.folder)
+            _log.warning("the replaced bundle could not be deleted completely; remove %s", self.folder)
 
     def write_embeddings(self, embeddings: ArrayLike, null: ArrayLike) -> None:
         """Write the table of label embeddings.
@@ -199,4 +199,4 @@ def _require_replaceable(target: Path) -> None:
         raise BundleError(f"{target} exists and is not a bundle that could be replaced ({error}); {advice}") from error
     foreign = [name for name in _list_files(target) if name not in manifest.files]
     if foreign:
-        raise BundleError(f"{target} holds files that are no part of the bundle, such as {foreign[0]}; {advice}")
+        raise BundleError(f"{target} holds files that are not part of the bundle, such as {foreign[0]}; {advice}")

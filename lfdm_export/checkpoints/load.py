@@ -175,7 +175,7 @@ def _lfae_tensors(file: Checkpoint) -> dict[str, Tensor]:
         return {key: tensor for found in parts.values() for key, tensor in found.items()}
     if len(absent) == len(parts) and _is_dm(tensors):
         raise CheckpointError(f"{path} is a DM checkpoint, expected an LFAE; were the two files swapped?")
-    raise CheckpointError(f"{path} is no LFAE checkpoint: it lacks {' and '.join(absent)}; {_holds(tensors)}")
+    raise CheckpointError(f"{path} is not an LFAE checkpoint: it lacks {' and '.join(absent)}; {_holds(tensors)}")
 
 
 def _dm_tensors(file: Checkpoint) -> dict[str, Tensor]:
@@ -190,7 +190,7 @@ def _dm_tensors(file: Checkpoint) -> dict[str, Tensor]:
         return wrapped or {f"{_DM_PART}.{key}": tensor for key, tensor in bare.items()}
     if any(key.partition(".")[0] in _LFAE_PARTS for key in tensors):
         raise CheckpointError(f"{path} is an LFAE checkpoint, expected a DM; were the two files swapped?")
-    raise CheckpointError(f"{path} is no DM checkpoint: it lacks {_DM_PART}; {_holds(tensors)}")
+    raise CheckpointError(f"{path} is not a DM checkpoint: it lacks {_DM_PART}; {_holds(tensors)}")
 
 
 def _is_dm(tensors: Mapping[str, Tensor]) -> bool:

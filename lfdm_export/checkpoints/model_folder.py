@@ -172,7 +172,7 @@ def load_model_folder(folder: str | os.PathLike[str]) -> LfdmModel:
 def _require_free(target: Path) -> None:
     """Check that only an older model would be replaced."""
     if not target.name:
-        raise InputError(f"{target} is no place for a model; give the path of a new folder")
+        raise InputError(f"{target} is not a place for a model; give the path of a new folder")
     if not target.exists():
         return
     if not target.is_dir():
@@ -222,7 +222,7 @@ def _read_card(folder: Path) -> ModelCard:
         raise CheckpointError(f"{folder} is a file, expected a model folder; give a pair of checkpoints as two files")
     path = folder / CARD
     if not path.is_file():
-        raise CheckpointError(f"{folder} is no model folder: it has no {CARD}")
+        raise CheckpointError(f"{folder} is not a model folder: it has no {CARD}")
     try:
         with path.open("rb") as file:
             text = file.read(_MAX_CARD_BYTES + 1)

@@ -95,7 +95,7 @@ def _label_embeddings(dm: Checkpoint) -> dict[str, NDArray[np.float32]]:
     table = dm.table(stored, _EMBEDDINGS)
     named = isinstance(labels, list) and all(isinstance(label, str) and label for label in labels)
     if not named or table is None or table.ndim != 2 or not table.is_floating_point():
-        raise CheckpointError(f"{dm.path}: {_LABELS} and {_EMBEDDINGS} are no names with a row of numbers each")
+        raise CheckpointError(f"{dm.path}: {_LABELS} and {_EMBEDDINGS} are not names with a row of numbers each")
     assert isinstance(labels, list)
     if len(table) != len(labels) or len(set(labels)) != len(labels) or not table.isfinite().all():
         raise CheckpointError(

@@ -281,7 +281,7 @@ def _entries(level: Mapping[Any, object], path: Path) -> Iterator[tuple[str, obj
             for name, tensor in value.items():
                 if not isinstance(name, str) or not isinstance(tensor, _TENSOR_KINDS):
                     found = f"{str(name)[:80]!r} is a {_kind(tensor)}"
-                    raise CheckpointError(f"{path}: {key} is no state dict: {found}, expected named tensors only")
+                    raise CheckpointError(f"{path}: {key} is not a state dict: {found}, expected named tensors only")
                 yield _clean(f"{key}.{name}"), tensor
         elif isinstance(value, _TENSOR_KINDS):
             yield _clean(key), value

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lfdm_export.cli.console import FAILED, OK, complain, make_console, say
-from lfdm_export.cli.wishes import options_of
+from lfdm_export.cli.planned import options_of
 from lfdm_export.wording import count
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _SHOWN_FAILURES = 5
 
 def add_bulk_options(parser: argparse.ArgumentParser) -> None:
     """Add --jobs and its options."""
-    group = parser.add_argument_group("many clips (in place of --image and a motion)")
+    group = parser.add_argument_group("many clips (instead of --image and a motion)")
     group.add_argument(
         "--jobs",
         metavar="TABLE",

@@ -208,7 +208,7 @@ def read_labels(value: str) -> tuple[str, ...]:
         names = value.split(",")
     labels = tuple(name.strip() for name in names if name.strip())
     if not labels:
-        raise InputError(f"there are no labels in {value!r}; give a file with one a line, or a list such as jump,run")
+        raise InputError(f"there are no labels in {value!r}; give a file with one per line, or a list such as jump,run")
     try:
         check_labels(labels)
     except ValueError as error:

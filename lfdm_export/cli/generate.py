@@ -12,9 +12,17 @@ from lfdm_export.cli.console import Bars, add_common_options, make_parser, run, 
 from lfdm_export.cli.ending import orderly
 from lfdm_export.cli.making import Making
 from lfdm_export.cli.photograph import crop_of, say_bars
+from lfdm_export.cli.planned import (
+    PlannedClip,
+    example_name,
+    inputs_of,
+    options_of,
+    planned_clips,
+    seeds_of,
+    wants_many,
+)
 from lfdm_export.cli.plans import add_target_option
 from lfdm_export.cli.remote import add_remote_options, check_remote_options, generate_remotely
-from lfdm_export.cli.wishes import Wish, example_name, inputs_of, options_of, seeds_of, wants_many, wishes
 from lfdm_export.errors import InputError
 from lfdm_export.files.places import refuse_inputs
 from lfdm_export.pictures.clip import Clip, rehearse_saving
@@ -80,6 +88,16 @@ def _parser() -> argparse.ArgumentParser:
         help="region of the image to use (center: the largest square) instead of padding it with black bars",
     )
     parser.add_argument("-o", "--out", metavar="FILE", help=f"file of the clip: .{', .'.join(FORMATS)}, or FOLDER/")
+    _add_motion_options(parser)
+    _add_sampling_options(parser)
+    _add_clip_options(parser)
+    add_bulk_options(parser)
+    add_remote_options(parser)
+    add_common_options(parser)
+    return parser
+
+
+def _add_motion_options(parser: argparse.ArgumentParser) -> None:
     motion = parser.add_argument_group("motion (one of these)").add_mutually_exclusive_group()
     motion.add_argument(
         "--label", nargs="+", action="extend", metavar="LABEL", help="labels of the bundle; one clip per label"
@@ -89,7 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     motion.add_argument("--drive", metavar="CLIP", help="clip whose motion is transferred")
     motion.add_argument("--motion", metavar="FILE", help="motion of an earlier clip, saved as .motion")
     motion.add_argument("--labels-all", action="store_true", help="one clip per label of the bundle")
-    sampling = parser.add_argument_group("sampling (the bundle's defaults where not given)")
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    sampling = parser.add_argument_group("sampling (default: that of the bundle)")
     seed = sampling.add_mutually_exclusive_group()
     seed.add_argument("--seed", type=int, metavar="N", help="seed of the noise (default: random)")
     seed.add_argument(
@@ -108,6 +129,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("LOW", "HIGH"),
         help="interval of the schedule with guidance, from 0 to 1 (pure noise) (default: 0 1)",
     )
+
+
+def _add_clip_options(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("clip")
     output.add_argument("--format", choices=FORMATS, help="file format (default: by the file name extension)")
     output.add_argument(
@@ -126,10 +150,6 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--cache", metavar="DIR", help="cache clips in this folder (4 GB at most), and reuse them")
     output.add_argument("--threads", type=int, metavar="N", help="threads per engine (default: all cores)")
     add_target_option(output)
-    add_bulk_options(parser)
-    add_remote_options(parser)
-    add_common_options(parser)
-    return parser
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -143,7 +163,7 @@ def _generate(args: argparse.Namespace) -> int:
 
     pipeline = Pipeline.open(args.bundle, threads=args.threads, target=args.target, cache=args.cache)
     with Bars(quiet=args.quiet, names=_STAGES) as progress:
-        making = Making(args, wishes(args, pipeline.bundle.labels))
+        making = Making(args, planned_clips(args, pipeline.bundle.labels))
         # A batch of 1, because the key of a cached clip must not depend on the other clips of the command.
         batch = 1 if args.cache else batch_size(pipeline.bundle.manifest.geometry)
         parts = [making.wanted[start : start + batch] for start in range(0, len(making.wanted), batch)]
@@ -172,10 +192,12 @@ def batch_size(geometry: Geometry) -> int:
     return max(1, min(_LARGEST_BATCH, _BATCH_VALUES // (geometry.frames * geometry.latent_size**2)))
 
 
-def _make(pipeline: Pipeline, args: argparse.Namespace, part: Sequence[Wish], making: Making, progress: Bars) -> None:
+def _make(
+    pipeline: Pipeline, args: argparse.Namespace, part: Sequence[PlannedClip], making: Making, progress: Bars
+) -> None:
     """Generate clips as a batch; if the batch fails, one by one, so that one clip does not fail the others."""
     if len(making.wanted) > 1:
-        part = [wish for wish in part if _label_is_known(pipeline, wish, making)]
+        part = [planned for planned in part if _label_is_known(pipeline, planned, making)]
     if len(part) > 1:
         try:
             clip = _clip(pipeline, args, progress, part)
@@ -183,24 +205,24 @@ def _make(pipeline: Pipeline, args: argparse.Namespace, part: Sequence[Wish], ma
             if args.debug:
                 raise
         else:
-            for index, wish in enumerate(part):
-                making.attempt(wish, functools.partial(clip.sample, index))
+            for index, planned in enumerate(part):
+                making.attempt(planned, functools.partial(clip.sample, index))
             return
-    for wish in part:
-        making.attempt(wish, functools.partial(_clip, pipeline, args, progress, [wish]))
+    for planned in part:
+        making.attempt(planned, functools.partial(_clip, pipeline, args, progress, [planned]))
 
 
-def _label_is_known(pipeline: Pipeline, wish: Wish, making: Making) -> bool:
+def _label_is_known(pipeline: Pipeline, planned: PlannedClip, making: Making) -> bool:
     try:
-        if wish.label is not None:
-            pipeline.bundle.label_index(wish.label)
+        if planned.label is not None:
+            pipeline.bundle.label_index(planned.label)
     except InputError as error:
-        making.fail(wish, error)
+        making.fail(planned, error)
         return False
     return True
 
 
-def _clip(pipeline: Pipeline, args: argparse.Namespace, progress: Bars, part: Sequence[Wish]) -> Clip:
+def _clip(pipeline: Pipeline, args: argparse.Namespace, progress: Bars, part: Sequence[PlannedClip]) -> Clip:
     if args.drive is not None:
         return pipeline.transfer_motion(args.image, args.drive, crop=args.crop, fps=args.fps, progress=progress)
     if args.motion is not None:
@@ -210,7 +232,7 @@ def _clip(pipeline: Pipeline, args: argparse.Namespace, progress: Bars, part: Se
         from lfdm_export.generate.arguments import load_embedding
 
         embedding = load_embedding(args.embedding)
-    labels, seeds = [wish.label for wish in part], [wish.seed for wish in part if wish.seed is not None]
+    labels, seeds = [planned.label for planned in part], [planned.seed for planned in part if planned.seed is not None]
     one = len(part) == 1
     return pipeline.generate(
         args.image,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lfdm_export.cli.console import FAILED, OK, complain, say
-from lfdm_export.cli.wishes import Wish
+from lfdm_export.cli.planned import PlannedClip
 from lfdm_export.pictures.clip import Clip
 from lfdm_export.wording import count, describe_error, shortened
 
@@ -27,42 +27,44 @@ class Making:
     """
 
     args: argparse.Namespace
-    wanted: tuple[Wish, ...]
-    made: dict[Wish, tuple[Path, ...]] = field(default_factory=dict)
-    failures: dict[Wish, Exception] = field(default_factory=dict)
+    wanted: tuple[PlannedClip, ...]
+    made: dict[PlannedClip, tuple[Path, ...]] = field(default_factory=dict)
+    failures: dict[PlannedClip, Exception] = field(default_factory=dict)
     steps: int | None = None
     _started: float = field(default_factory=time.monotonic)
 
-    def attempt(self, wish: Wish, make: Callable[[], Clip]) -> None:
+    def attempt(self, planned: PlannedClip, make: Callable[[], Clip]) -> None:
         """Generate and write one clip; if there are others, store an error for `finish`.
 
         Raises:
             Exception: the only clip failed, or --debug is set.
         """
         try:
-            self.write(wish, make())
+            self.write(planned, make())
         except Exception as error:
             if self.alone:
                 raise
-            self.failures[wish] = error
+            self.failures[planned] = error
 
     @property
     def alone(self) -> bool:
         """Whether the first error ends the command: there is only one clip, or --debug is set."""
         return len(self.wanted) == 1 or self.args.debug
 
-    def write(self, wish: Wish, clip: Clip) -> None:
+    def write(self, planned: PlannedClip, clip: Clip) -> None:
         """Write one clip.
 
         Raises:
             LfdmExportError: the clip cannot be written.
         """
         args = self.args
-        self.made[wish] = clip.save(wish.out, format=args.format, panels=args.panels, fps=args.fps, scale=args.scale)
+        self.made[planned] = clip.save(
+            planned.out, format=args.format, panels=args.panels, fps=args.fps, scale=args.scale
+        )
         if clip.timings:
             self.steps = int(clip.timings[0]["steps"])
 
-    def fail(self, wish: Wish, error: Exception) -> None:
+    def fail(self, planned: PlannedClip, error: Exception) -> None:
         """Store an error for `finish`.
 
         Raises:
@@ -70,34 +72,34 @@ class Making:
         """
         if self.alone:
             raise error
-        self.failures[wish] = error
+        self.failures[planned] = error
 
     def finish(self, program: str, facts: Mapping[str, object]) -> int:
         """Print the files, the summary and the failures; returns the exit status.
 
         The summary is one line of ``key=value``, without spaces in values; several seeds are separated by commas.
         """
-        made = [wish for wish in self.wanted if wish in self.made]
-        for wish in made:
-            for path in self.made[wish]:
+        made = [planned for planned in self.wanted if planned in self.made]
+        for planned in made:
+            for path in self.made[planned]:
                 say(self.args, f"clip  {path}")
         if made:
             seconds = time.monotonic() - self._started
             summary = {"clips": len(made), "seconds": f"{seconds:.2f}", **facts}
             if "sampler" in facts:
-                summary["seed"] = ",".join(map(str, dict.fromkeys(wish.seed for wish in made)))
+                summary["seed"] = ",".join(map(str, dict.fromkeys(planned.seed for planned in made)))
             say(self.args, "made  " + " ".join(f"{key}={value}" for key, value in summary.items()))
-        for message, wishes in _grouped(self.failures.items()).items():
-            complain(program, f"error: {message} ({shortened(list(map(str, wishes)), 3)})")
+        for message, planned_clips in _grouped(self.failures.items()).items():
+            complain(program, f"error: {message} ({shortened(list(map(str, planned_clips)), 3)})")
         if self.failures:
             total, failed = count(len(self.wanted), "clip"), len(self.failures)
             complain(program, f"error: {failed} of {total} failed" + ("; the others are kept" if self.made else ""))
         return FAILED if self.failures else OK
 
 
-def _grouped(failures: Iterable[tuple[Wish, Exception]]) -> dict[str, list[Wish]]:
+def _grouped(failures: Iterable[tuple[PlannedClip, Exception]]) -> dict[str, list[PlannedClip]]:
     """Group clips by error message."""
-    found: dict[str, list[Wish]] = {}
-    for wish, error in failures:
-        found.setdefault(describe_error(error), []).append(wish)
+    found: dict[str, list[PlannedClip]] = {}
+    for planned, error in failures:
+        found.setdefault(describe_error(error), []).append(planned)
     return found

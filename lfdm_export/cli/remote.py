@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lfdm_export.cli.console import Bars, say
 from lfdm_export.cli.making import Making
 from lfdm_export.cli.photograph import say_bars
-from lfdm_export.cli.wishes import Wish, options_of, wants_many, wishes
+from lfdm_export.cli.planned import PlannedClip, options_of, planned_clips, wants_many
 from lfdm_export.errors import AuthenticationError, ServerUnavailableError
 from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.clip_files import ARCHIVES
@@ -33,7 +33,7 @@ _STAGES = {"clips": "clip", "denoise": "denoise", "decode": "decode"}
 
 def add_remote_options(parser: argparse.ArgumentParser) -> None:
     """Add --url and its options."""
-    group = parser.add_argument_group("server (in place of BUNDLE)")
+    group = parser.add_argument_group("server (instead of BUNDLE)")
     group.add_argument(
         "--url", metavar="HOST:PORT", help="gRPC address of lfdm-serve or Triton, such as localhost:8001"
     )
@@ -90,11 +90,12 @@ def generate_remotely(args: argparse.Namespace) -> int:
     with Client(args.url, settings) as client:
         known = client.facts().labels if wants_many(args) else ()
         with Bars(quiet=args.quiet, names=_STAGES) as progress:
-            making = Making(args, wishes(args, known))
+            making = Making(args, planned_clips(args, known))
             if args.stream or len(making.wanted) == 1:
-                for wish in making.wanted:
+                for planned in making.wanted:
                     making.attempt(
-                        wish, functools.partial(_streamed if args.stream else _whole, client, args, wish, progress)
+                        planned,
+                        functools.partial(_streamed if args.stream else _whole, client, args, planned, progress),
                     )
             else:
                 _together(client, args, making, progress)
@@ -114,18 +115,18 @@ def generate_remotely(args: argparse.Namespace) -> int:
 def _together(client: Client, args: argparse.Namespace, making: Making, progress: Bars) -> None:
     """Request several clips concurrently, so that the server batches them; a failed clip does not stop the others."""
 
-    def one(wish: Wish) -> Clip:
+    def one(planned: PlannedClip) -> Clip:
         if over:
             raise over[0]  # no server: the other clips need not wait for it too
         try:
-            return _whole(client, args, wish, None)
+            return _whole(client, args, planned, None)
         except (AuthenticationError, ServerUnavailableError) as error:
             over.append(error)
             raise
 
     over: list[Exception] = []
     with ThreadPoolExecutor(client.settings.concurrency, "lfdm-generate") as pool:
-        futures = {pool.submit(one, wish): wish for wish in making.wanted}
+        futures = {pool.submit(one, planned): planned for planned in making.wanted}
         try:
             for done, future in enumerate(as_completed(futures)):
                 progress("clips", done, len(futures))
@@ -152,17 +153,17 @@ def _settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def _whole(client: Client, args: argparse.Namespace, wish: Wish, progress: Bars | None) -> Clip:
+def _whole(client: Client, args: argparse.Namespace, planned: PlannedClip, progress: Bars | None) -> Clip:
     if args.motion is not None:
         return client.animate(args.image, args.motion, crop=args.crop)
     more = args.panels or _is_archive(args)
     return client.generate(
         args.image,
         crop=args.crop,
-        label=wish.label,
+        label=planned.label,
         text=args.text,
         text_embedding=_embedding(args),
-        seed=wish.seed,
+        seed=planned.seed,
         warped=more,
         latent=more,
         priority=args.priority or 0,
@@ -175,7 +176,7 @@ def _is_archive(args: argparse.Namespace) -> bool:
     return (args.format or args.out.lower().rpartition(".")[2]) in ARCHIVES
 
 
-def _streamed(client: Client, args: argparse.Namespace, wish: Wish, progress: Bars) -> Clip:
+def _streamed(client: Client, args: argparse.Namespace, planned: PlannedClip, progress: Bars) -> Clip:
     from lfdm_export.client import Frames, Progress
 
     have: set[int] = set()
@@ -183,10 +184,10 @@ def _streamed(client: Client, args: argparse.Namespace, wish: Wish, progress: Ba
     with client.stream(
         args.image,
         crop=args.crop,
-        label=wish.label,
+        label=planned.label,
         text=args.text,
         text_embedding=_embedding(args),
-        seed=wish.seed,
+        seed=planned.seed,
         progress_every=1,
         priority=args.priority or 0,
         **options_of(args).given(),

@@ -58,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         help="a folder, org/name on the Hugging Face hub, or characters: the shipped model",
     )
+    _add_server_options(parser)
+    _add_sampling_options(parser)
+    add_common_options(parser)
+    return parser
+
+
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("server")
     server.add_argument(
         "--install-server", action="store_true", help="download the server (55 MB, through pip), unless it is installed"
@@ -102,9 +109,6 @@ def _parser() -> argparse.ArgumentParser:
         help="argument of tritonserver, such as --log-verbose=1",
     )
     server.add_argument("--verbose", action="store_true", help="show all output of the server")
-    _add_sampling_options(parser)
-    add_common_options(parser)
-    return parser
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from lfdm_export.client.connection import Connection, Flight
 from lfdm_export.client.events import plan_stream
 from lfdm_export.client.faults import Attempts
 from lfdm_export.client.health import Health, not_up, read_facts
-from lfdm_export.client.jobs import Asked, Job, Plan, make_clip, make_plan
+from lfdm_export.client.jobs import Arguments, Job, Plan, make_clip, make_plan
 from lfdm_export.client.motions import plan_motion
 from lfdm_export.client.settings import Retry, Settings, import_protocol
 from lfdm_export.client.stream import AsyncStream, OpeningStream
@@ -175,7 +175,7 @@ class AsyncClient:
             ServerError: any other failure of the server.
         """
         facts = await self.facts()
-        asked = Asked(
+        call = Arguments(
             image=image,
             crop=crop,
             label=label,
@@ -190,7 +190,7 @@ class AsyncClient:
             request_id=request_id,
         )
         # Scaling a large image takes some 100 ms; the event loop must not block for so long.
-        plan = await self._connection.waiting.aside(partial(make_plan, asked, facts))
+        plan = await self._connection.waiting.aside(partial(make_plan, call, facts))
         answers = await self._answers(plan, facts, self.settings.timeout if deadline is None else deadline, progress)
         return make_clip(answers, plan, facts)
 
@@ -278,7 +278,7 @@ class AsyncClient:
         seconds = self.settings.timeout if deadline is None else deadline
 
         async def begin() -> AsyncStream:
-            asked = Asked(
+            call = Arguments(
                 image=image,
                 crop=crop,
                 label=label,
@@ -292,7 +292,7 @@ class AsyncClient:
             )
             facts = await self.facts()
             plan, job = await self._connection.waiting.aside(
-                partial(plan_stream, asked, facts, preview_every=preview_every, progress_every=progress_every)
+                partial(plan_stream, call, facts, preview_every=preview_every, progress_every=progress_every)
             )
             return AsyncStream(self._connection, plan, job, facts, seconds)
 
@@ -314,7 +314,7 @@ class AsyncClient:
     ) -> list[dict[str, Array]]:
         """Return the responses of all samples; if one fails, cancel the others."""
         connection, total = self._connection, len(plan.jobs)
-        flights = [connection.flight(job.request_id, seconds, told=True) for job in plan.jobs]
+        flights = [connection.flight(job.request_id, seconds, notify=True) for job in plan.jobs]
 
         async def sample(job: Job, flight: Flight) -> dict[str, Array]:
             response = await connection.unary(

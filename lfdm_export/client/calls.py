@@ -94,7 +94,7 @@ class Calls:
         )
 
     def cancel_answer(self, response: Any) -> bool:
-        """Read whether the canceled request was queued or running.
+        """Read whether the cancelled request was queued or running.
 
         Raises:
             ServerError: the response does not say.

@@ -1,4 +1,4 @@
-"""One gRPC channel, whose calls are retried where that is safe, and can be canceled."""
+"""One gRPC channel, whose calls are retried where that is safe, and can be cancelled."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Flight:
     Attributes:
         request_id: ID of the request; "" for none.
         attempts: counter of attempts and of the time left.
-        told: whether a cancellation must also be sent to the server: gRPC's does not reach into an ensemble.
+        notify: whether a cancellation must also be sent to the server: gRPC's does not reach into an ensemble.
         cancelled: event that is set when no more attempts may start.
         why: reason for the cancellation.
         over: whether the last attempt must end too.
@@ -44,7 +44,7 @@ class Flight:
 
     request_id: str
     attempts: Attempts
-    told: bool
+    notify: bool
     cancelled: threading.Event | asyncio.Event
     why: str = ""
     over: bool = False
@@ -64,7 +64,7 @@ class Flight:
             begin: starts a call, given its timeout in seconds.
 
         Raises:
-            RequestCancelledError: the request was canceled.
+            RequestCancelledError: the request was cancelled.
         """
         with self.lock:
             if self.cancelled.is_set():
@@ -125,13 +125,13 @@ class Connection:
         if closing is not None:  # only asyncio's channels return an awaitable
             await closing
 
-    def flight(self, request_id: str, seconds: float, *, told: bool = False) -> Flight:
+    def flight(self, request_id: str, seconds: float, *, notify: bool = False) -> Flight:
         """Register a new request with a timeout of `seconds` from now.
 
         Raises:
             InputError: `seconds` leaves no time.
         """
-        return Flight(request_id, Attempts(self.settings.retry, seconds), told, self.waiting.event())
+        return Flight(request_id, Attempts(self.settings.retry, seconds), notify, self.waiting.event())
 
     @contextlib.contextmanager
     def under_way(self, *flights: Flight) -> Iterator[None]:
@@ -200,7 +200,7 @@ class Connection:
                 return await self.waiting.answer(call)
             except (self.grpc.RpcError, self.grpc.FutureCancelledError) as error:
                 fault = self.fault(flight, error)
-            except BaseException:  # Ctrl-C, or a canceled task
+            except BaseException:  # Ctrl-C, or a cancelled task
                 await self.abandon([flight])
                 raise
             await self.pause_or_raise(flight, fault)
@@ -209,7 +209,7 @@ class Connection:
         """Classify the gRPC `error` that a call raised.
 
         Raises:
-            RequestCancelledError: the request was canceled.
+            RequestCancelledError: the request was cancelled.
         """
         if flight.cancelled.is_set():
             raise flight.cancellation() from None
@@ -268,11 +268,11 @@ class Connection:
             flight.stop(why)
         end = time.monotonic() + _TELLING
         for flight in flights:
-            if flight.told and flight.pending:
+            if flight.notify and flight.pending:
                 try:
                     await self.cancel(flight.request_id, end - time.monotonic())
                 except (LfdmExportError, ValueError) as error:  # ValueError: the channel is closed
-                    logger.debug("%s could not be told to cancel %s: %s", self.address, flight.request_id, error)
+                    logger.debug("%s was not notified of the end of %s: %s", self.address, flight.request_id, error)
             flight.give_up()
 
 

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lfdm_export.client.jobs import Asked, Job, Plan, make_clip, make_plan, read_timings
+from lfdm_export.client.jobs import Arguments, Job, Plan, make_clip, make_plan, read_timings
 from lfdm_export.errors import InputError, ServerError
 from lfdm_export.pictures.clip import Clip
 from lfdm_export.protocol.contract import Array
@@ -87,17 +87,15 @@ def _listed(indices: NDArray[np.int32]) -> str:
     return f"frame {indices[0]}" if len(indices) == 1 else f"{len(indices)} frames, {indices[0]} … {indices[-1]}"
 
 
-def plan_stream(asked: Asked, facts: ModelFacts, *, preview_every: int, progress_every: int) -> tuple[Plan, Job]:
+def plan_stream(call: Arguments, facts: ModelFacts, *, preview_every: int, progress_every: int) -> tuple[Plan, Job]:
     """Prepare the request of one streamed sample.
 
     Raises:
         InputError: an argument is invalid, or there are several samples.
     """
-    plan = make_plan(asked, facts)
+    plan = make_plan(call, facts)
     if len(plan.jobs) != 1:
-        raise InputError(
-            f"found {len(plan.jobs)} samples, expected one a stream; open a stream for each, or use generate"
-        )
+        raise InputError(f"found {len(plan.jobs)} samples, expected one per stream; open more streams, or use generate")
     every = {"preview_every": preview_every, "progress_every": progress_every}
     for name, value in every.items():
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:

@@ -94,7 +94,7 @@ def read_fault(code: str, details: str, *, address: str, tls: bool, request_id: 
     elif code == "UNAVAILABLE" or RELOADED_MESSAGE in sentence:
         error, again = _unavailable(sentence, address=address, tls=tls, request_id=request_id)
     elif code == "RESOURCE_EXHAUSTED" and "message larger than max" in sentence:
-        error = ServerError(f"{sentence}; raise max_message_bytes, or ask for fewer outputs", code, request_id)
+        error = ServerError(f"{sentence}; raise max_message_bytes, or request fewer outputs", code, request_id)
     elif code == "NOT_FOUND" or (code == "UNIMPLEMENTED" and not sentence):
         error = ServerError(
             f"{address} does not serve the model ({sentence or code}); start lfdm-serve there", code, request_id
@@ -126,15 +126,15 @@ def _unavailable(sentence: str, *, address: str, tls: bool, request_id: str) -> 
     if tls and says(_HANDSHAKE):
         return hopeless(
             f"the TLS handshake with {address} failed; check that it speaks TLS, "
-            "and whether it asks clients for a certificate that it trusts"
+            "and whether it requires a client certificate that it trusts"
         )
     if says(_NO_NAME):
         return perhaps_later(f"{address} is not known by that name; check the address")
     if says(_BROKEN):
         hint = (
-            "; if it asks clients for a certificate, give one"
+            "; if it requires a client certificate, give one"
             if tls
-            else "; if it speaks TLS, ask for TLS, and give its gRPC port, not that of HTTP"
+            else "; if it uses TLS, switch on TLS, and give its gRPC port, not that of HTTP"
         )
         return perhaps_later(f"the connection to {address} was lost{hint}")
     if says(("too many pings",)):

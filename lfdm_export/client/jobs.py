@@ -21,8 +21,8 @@ from lfdm_export.sampling.options import SamplingOptions
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """Arguments of `Client.generate`, documented there."""
+class Arguments:
+    """Arguments of a call of `Client.generate`, documented there."""
 
     image: ImageLike
     crop: Crop | None = None
@@ -74,7 +74,7 @@ class Plan:
     settings: Mapping[str, object]
 
 
-def make_plan(asked: Asked, facts: ModelFacts) -> Plan:
+def make_plan(call: Arguments, facts: ModelFacts) -> Plan:
     """Prepare the requests of a call.
 
     The image is scaled here, as the server would do it: a prepared image has 49 kB, a photograph megabytes.
@@ -82,18 +82,18 @@ def make_plan(asked: Asked, facts: ModelFacts) -> Plan:
     Raises:
         InputError: an argument is invalid.
     """
-    source = prepare_images(asked.image, facts.image_size, facts.preprocessing, crop=asked.crop)
-    name, words, conditions = _conditions(asked, facts)
-    batch = common_batch({"images": len(source), name + "s": len(conditions), "seeds": seed_count(asked.seed)})
+    source = prepare_images(call.image, facts.image_size, facts.preprocessing, crop=call.crop)
+    name, words, conditions = _conditions(call, facts)
+    batch = common_batch({"images": len(source), name + "s": len(conditions), "seeds": seed_count(call.seed)})
     # Drawn before sending, so that a retry gives the same clip, and the caller can reproduce it.
-    seeds = sample_seeds(asked.seed, batch)
+    seeds = sample_seeds(call.seed, batch)
     if max(seeds) > MAX_SEED:
         raise InputError(f"seed: found {max(seeds)}, expected 0 to 2^63 - 1; choose one in that range")
-    if isinstance(asked.priority, bool) or not isinstance(asked.priority, int) or abs(asked.priority) > MAX_PRIORITY:
-        raise InputError(f"priority is {asked.priority!r}, expected an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}")
-    if asked.request_id == "" or (asked.request_id is not None and not asked.request_id.isprintable()):
-        raise InputError(f"request_id is {asked.request_id!r}, expected printable characters, or none for a new one")
-    common, base_id = _sampling(asked.options), asked.request_id or uuid.uuid4().hex
+    if isinstance(call.priority, bool) or not isinstance(call.priority, int) or abs(call.priority) > MAX_PRIORITY:
+        raise InputError(f"priority is {call.priority!r}, expected an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}")
+    if call.request_id == "" or (call.request_id is not None and not call.request_id.isprintable()):
+        raise InputError(f"request_id is {call.request_id!r}, expected printable characters, or none for a new one")
+    common, base_id = _sampling(call.options), call.request_id or uuid.uuid4().hex
     jobs = tuple(
         Job(
             tensors={
@@ -106,31 +106,31 @@ def make_plan(asked: Asked, facts: ModelFacts) -> Plan:
         )
         for index in range(batch)
     )
-    wanted = {"frames": True, "warped": asked.warped, "latent": asked.latent, "timings": True}
+    wanted = {"frames": True, "warped": call.warped, "latent": call.latent, "timings": True}
     return Plan(
         jobs=jobs,
         outputs=tuple(spec.name for spec in CLIP_OUTPUTS if wanted.get(spec.name)),
         source=np.repeat(source, batch // len(source), axis=0),
         words=None if words is None else words * (batch // len(words)),
         seeds=seeds,
-        priority=asked.priority,
-        settings=_settings(asked, facts),
+        priority=call.priority,
+        settings=_settings(call, facts),
     )
 
 
-def _settings(asked: Asked, facts: ModelFacts) -> dict[str, object]:
+def _settings(call: Arguments, facts: ModelFacts) -> dict[str, object]:
     """Return the clip's metadata about model and sampling; the response adds the steps."""
     return {
         "made_by": "generate",
         "bundle_id": facts.bundle_id,
         "precision": facts.precision,
-        **to_plain(asked.options.over(facts.sampler)),
-        "condition": _condition_name(asked),
+        **to_plain(call.options.over(facts.sampler)),
+        "condition": _condition_name(call),
     }
 
 
-def _condition_name(asked: Asked) -> str:
-    return "label" if asked.label is not None else "text" if asked.text is not None else "text_embedding"
+def _condition_name(call: Arguments) -> str:
+    return "label" if call.label is not None else "text" if call.text is not None else "text_embedding"
 
 
 def text_tensor(value: str) -> Array:
@@ -140,22 +140,22 @@ def text_tensor(value: str) -> Array:
     return array
 
 
-def _conditions(asked: Asked, facts: ModelFacts) -> tuple[str, tuple[str, ...] | None, list[Array]]:
+def _conditions(call: Arguments, facts: ModelFacts) -> tuple[str, tuple[str, ...] | None, list[Array]]:
     """Return the name of the conditioning input, its words if any, and its tensor per sample."""
-    given = {"label": asked.label, "text": asked.text, "text_embedding": asked.text_embedding}
+    given = {"label": call.label, "text": call.text, "text_embedding": call.text_embedding}
     names = [name for name, value in given.items() if value is not None]
     if len(names) != 1:
         raise InputError(f"found {len(names)} of label, text and text_embedding, expected exactly one")
-    if asked.text_embedding is not None:
-        return "text_embedding", None, list(embedding_rows(asked.text_embedding, facts.text_width))
-    if asked.label is not None:
+    if call.text_embedding is not None:
+        return "text_embedding", None, list(embedding_rows(call.text_embedding, facts.text_width))
+    if call.label is not None:
         # The server matches the label; the clip stores the server's spelling.
         known = {label.strip().casefold(): label for label in facts.labels}
-        labels = per_sample(asked.label, "label")
+        labels = per_sample(call.label, "label")
         words = tuple(known.get(label.strip().casefold(), label) for label in labels)
         return "label", words, [text_tensor(label) for label in words]
-    assert asked.text is not None
-    texts = per_sample(asked.text, "text")
+    assert call.text is not None
+    texts = per_sample(call.text, "text")
     return "text", texts, [text_tensor(text) for text in texts]
 
 

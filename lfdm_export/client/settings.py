@@ -205,7 +205,7 @@ class Settings:
             )
         host, colon, port = address.rpartition(":")
         if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536 or "/" in address:
-            raise InputError(f"{address!r} is no HOST:PORT; give the server's gRPC port, such as localhost:{GRPC_PORT}")
+            raise InputError(f"{address!r} is not HOST:PORT; give the gRPC port, such as localhost:{GRPC_PORT}")
         if self.tls is None and (self.token or self.headers) and not self.plain_token and not _is_loopback(host):
             raise InputError(
                 f"the token would travel to {host} in plain text; use TLS, or allow it where the network encrypts"
@@ -270,7 +270,7 @@ def _pem(path: str | os.PathLike[str]) -> bytes:
     except OSError as error:
         raise InputError(f"{os.fspath(path)} cannot be read: {error.strerror}; give a PEM file") from error
     if b"-----BEGIN" not in data:
-        raise InputError(f"{os.fspath(path)} is no PEM file, expected one with a line -----BEGIN …")
+        raise InputError(f"{os.fspath(path)} is not a PEM file, expected one with a line -----BEGIN …")
     return data
 
 

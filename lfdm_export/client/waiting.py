@@ -43,7 +43,7 @@ class Blocking:
 
         Raises:
             grpc.RpcError: the call failed.
-            grpc.FutureCancelledError: this client canceled the call.
+            grpc.FutureCancelledError: this client cancelled the call.
         """
         return call.result()
 
@@ -140,7 +140,7 @@ Waiting: TypeAlias = Blocking | Suspending
 
 
 async def _shielded(call: Awaitable[T]) -> T:
-    """Await a call; canceling the task does not cancel the call, because the server must be notified first."""
+    """Await a call; cancelling the task does not cancel the call, because the server must be notified first."""
 
     async def wait() -> T:
         return await call
@@ -156,6 +156,6 @@ async def _shielded(call: Awaitable[T]) -> T:
 
 
 def _forget(answer: asyncio.Future[Any]) -> None:
-    """Retrieve the call's exception, because nobody may await this response any more."""
+    """Retrieve the call's exception, because this response may never be awaited."""
     if not answer.cancelled():
         answer.exception()

@@ -151,8 +151,8 @@ def find_targets(
     if name != AUTO:
         reason = spec_of(name).lacking(purpose, precision, machine, gpus=gpus)
         if reason:
-            raise EngineError(f"the target {name!r} cannot be had here: {reason}")
-        return (Choice(name, "as asked"),)
+            raise EngineError(f"the target {name!r} is not available here: {reason}")
+        return (Choice(name, "as requested"),)
     against: dict[str, str] = {}
     able: list[Choice] = []
     for spec in _tried(purpose, precision, plans, machine):

@@ -28,6 +28,6 @@ def require_drawn_characters(bundle: Bundle) -> None:
     else:
         return
     raise InputError(
-        f"{bundle.path} cannot be evaluated: this measures drawn characters alone, and {why}; compare clips of its own "
+        f"{bundle.path} cannot be evaluated: this measures only drawn characters, and {why}; compare clips of its own "
         "data instead"
     )

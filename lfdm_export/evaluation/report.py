@@ -44,13 +44,13 @@ def markdown(evaluation: Evaluation) -> str:
         "",
         f"Measured on {evaluation.data}.",
         "",
-        f"Reconstruction of {found.clips} clips of held-out characters, mean L1 of colours in [0, 1]: rebuilt "
+        f"Reconstruction of {found.clips} clips of held-out characters, mean L1 of colors in [0, 1]: rebuilt "
         f"{found.frame:.5f}, warped {found.warped:.5f}, copying the first frame {found.copied:.5f}; rebuilt / copied "
         f"**{found.ratio:.3f}**.",
         "",
         *_table(["label", "rebuilt / copied"], [[label, f"{ratio:.3f}"] for label, ratio in found.by_label.items()]),
         "",
-        f"The classifier tells {evaluation.real_accuracy:.1%} of the real clips right; features of two sets of real "
+        f"The classifier recognizes {evaluation.real_accuracy:.1%} of the real clips; features of two sets of real "
         f"clips are {evaluation.real_frechet:.3f} apart; rebuilt clips differ from the first frame by "
         f"{evaluation.real_still:.5f} where the real ones stand still.",
         "",
@@ -63,7 +63,7 @@ def markdown(evaluation: Evaluation) -> str:
     lines += [*_table(["accuracy", *(_name(one) for one in evaluation.generations)], shown), ""]
     for one in evaluation.generations:
         rows = [[label, *map(str, row)] for label, row in zip(evaluation.labels, one.confusion, strict=True)]
-        lines += [f"{_name(one)}: asked for (rows), seen (columns)", "", *_table(["", *evaluation.seen], rows), ""]
+        lines += [f"{_name(one)}: requested (rows), seen (columns)", "", *_table(["", *evaluation.seen], rows), ""]
     return "\n".join(lines)
 
 

@@ -48,7 +48,7 @@ def read_arrays(path: Path, expected: Mapping[str, tuple[str, tuple[int, ...]]],
                 _check_header(archive.zip, name, expected[name], path)
             arrays = {name: archive[name] for name in expected}
     except _UNREADABLE as error:
-        raise BundleError(f"{path} is no {what} ({error}); export again") from error
+        raise BundleError(f"{path} is not a {what} ({error}); export again") from error
     return arrays
 
 

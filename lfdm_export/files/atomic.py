@@ -31,7 +31,7 @@ _MARK = ".lfdm-"
 _LEFTOVER = re.compile(r"^\..*\.lfdm-[0-9a-f]{12}\.part$", re.DOTALL)
 #: Longest name of one component of a path, in bytes, where the file system does not report it.
 _LONGEST_NAME = 255
-# Names that one write looks at, on average, to find what killed writers left.
+# Names that one write checks, on average, to find files that killed writers left.
 _NAMES_PER_WRITE = 100
 # Writes of this process into a large folder until it is looked through again.
 _sweep_after: dict[Path, int] = {}
@@ -160,7 +160,7 @@ def part_name(place: Path) -> Path:
 
 
 def leftovers(folder: Path) -> Iterator[Path]:
-    """What killed writers left in a folder; each is locked while the caller looks at it."""
+    """The files that killed writers left in a folder; each is locked while the caller uses it."""
     yield from _abandoned(_look_through(folder)[0])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lfdm_export.errors import InputError
 from lfdm_export.files.names import user_path
-from lfdm_export.sampling.noise import check_seeds, draw_seed
+from lfdm_export.sampling.noise import NoiseSource, check_seeds, draw_seed, handed_noise, seeded_noise
 
 #: Maximum characters of an invalid value in a message.
 _SHOWN = 42
@@ -54,7 +54,7 @@ def embedding_rows(embedding: ArrayLike, width: int) -> NDArray[np.float32]:
     except (TypeError, ValueError):
         rows = None
     if rows is None:
-        raise InputError("text_embedding is no array of numbers")
+        raise InputError("text_embedding is not an array of numbers")
     if rows.ndim == 1:
         rows = rows[None]
     if rows.ndim != 2 or rows.shape[1] != width or len(rows) == 0:
@@ -88,7 +88,7 @@ def _embedding(load: Callable[[], object], name: str) -> NDArray[np.generic]:
     except InputError:
         raise
     except Exception as error:  # NumPy and its parsers raise various errors on a damaged file
-        reason = getattr(error, "strerror", None) or "it is no .npy array"
+        reason = getattr(error, "strerror", None) or "it is not an .npy array"
         raise InputError(f"the embedding {name} cannot be read: {reason}; save it with numpy.save") from error
     if not isinstance(loaded, np.ndarray):
         raise InputError(f"the embedding {name} is an archive, expected one array; save it with numpy.save")
@@ -148,5 +148,30 @@ def sample_seeds(seed: int | Sequence[int] | None, batch: int) -> tuple[int, ...
     if isinstance(seed, int | np.integer):
         return check_seeds([int(seed) + index for index in range(batch)])
     if seed_count(seed) != batch:
-        raise InputError(f"found {seed_count(seed)} seeds for {batch} samples, expected one a sample or a single one")
+        raise InputError(f"found {seed_count(seed)} seeds for {batch} samples, expected one per sample or a single one")
     return check_seeds(seed)
+
+
+def find_noise(
+    seed: int | Sequence[int] | None,
+    noise: Iterator[NDArray[np.float32]] | None,
+    batch: int,
+    shape: tuple[int, int, int, int],
+) -> tuple[tuple[int, ...] | None, NoiseSource]:
+    """The seeds of the samples, or None if the caller passes noise; and the noise.
+
+    Args:
+        seed: as for `sample_seeds`; None if `noise` is given.
+        noise: draws (batch, *shape), instead of seeds.
+        batch: number of samples.
+        shape: (3, T, h, w) of a sample.
+
+    Raises:
+        InputError: both are given, or the seeds are not valid.
+    """
+    if noise is None:
+        seeds = sample_seeds(seed, batch)
+        return seeds, seeded_noise(seeds, shape)
+    if seed is not None:
+        raise InputError("both seed and noise were given, expected one of them; leave one out")
+    return None, handed_noise(iter(noise), (batch, *shape))

@@ -7,20 +7,22 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lfdm_export import __version__
 from lfdm_export.bundle.manifest import Manifest
 from lfdm_export.errors import BundleError
 from lfdm_export.files.arrays import read_arrays
 from lfdm_export.files.atomic import write_file
 from lfdm_export.files.names import user_path
 from lfdm_export.files.room import make_room, used_now
+from lfdm_export.generate.stage_runner import StageRunner
 from lfdm_export.pictures.clip import Clip
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,30 @@ class ClipCache:
         """
         return cls(user_path(folder))
 
+    def get_or_make(
+        self,
+        stages: StageRunner,
+        made_from: Mapping[str, object],
+        arrays: Sequence[NDArray[np.generic]],
+        make: Callable[[], Clip],
+    ) -> Clip:
+        """Return the stored clip; if there is none, make and store it.
+
+        Args:
+            stages: makes the clip: its bundle and its engine are part of the key.
+            made_from: what determines the clip besides the arrays and the engine, including ``batch`` and ``frames``.
+                The name of the bundle, ``bundle``, does not count.
+            arrays: pictures, embeddings, latents.
+            make: makes the clip.
+        """
+        facts = {**made_from, "bundle": None, "version": __version__, "engine": stages.engine_facts()}
+        key, batch, frames = clip_key(facts, arrays), cast(int, made_from["batch"]), cast(int, made_from["frames"])
+        clip = self.read(key, batch, frames, stages.bundle.manifest)
+        if clip is None:
+            clip = make()
+            self.write(key, clip)
+        return clip
+
     def read(self, key: str, batch: int, frames: int, manifest: Manifest) -> Clip | None:
         """Return a clip, without labels, seeds and settings; None if it is missing or damaged.
 
@@ -89,7 +115,7 @@ class ClipCache:
         try:
             arrays = read_arrays(path, expected, "cached clip")
         except BundleError as error:
-            logger.info("made anew: %s", error)
+            logger.info("made again: %s", error)
             return None
         used_now(path)
         return Clip(

@@ -1,4 +1,4 @@
-"""The output of the encoder, which all frames and steps of a clip share."""
+"""Encode images: the output of the encoder, which all frames and steps of a clip share."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from lfdm_export.generate.stage_runner import StageRunner
+from lfdm_export.pictures.preprocess import to_float
+from lfdm_export.progress import Progress, report
 from lfdm_export.wording import count
 
 Float32: TypeAlias = NDArray[np.float32]
+UInt8: TypeAlias = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -37,3 +41,21 @@ class Encoded:
             return self
         skips = tuple(np.repeat(skip, batch, axis=0) for skip in self.skips)
         return Encoded(np.repeat(self.image, batch, axis=0), skips, np.repeat(self.context, batch, axis=0))
+
+
+def encode_images(stages: StageRunner, prepared: UInt8, progress: Progress | None) -> Encoded:
+    """Encode prepared images.
+
+    Args:
+        stages: runs `encode`.
+        prepared: (B, H, W, 3) uint8.
+        progress: called as ``progress("encode", runs done, 1)``.
+
+    Raises:
+        EngineError: the engine cannot be loaded or fails.
+    """
+    report(progress, "encode", 0, 1)
+    image = to_float(prepared)
+    *skips, context = stages.run("encode", image)
+    report(progress, "encode", 1, 1)
+    return Encoded(image, tuple(skips), context)

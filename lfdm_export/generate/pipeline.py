@@ -2,50 +2,40 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lfdm_export import __version__
-from lfdm_export.bundle.manifest import TEXT_STAGE
-from lfdm_export.bundle.reader import TOKENIZER_FOLDER, Bundle
-from lfdm_export.engines.interface import ClipRequest
+from lfdm_export.bundle.reader import Bundle
 from lfdm_export.engines.onnxruntime.target import Device
 from lfdm_export.engines.targets import AUTO
-from lfdm_export.errors import EngineError, InputError
+from lfdm_export.errors import InputError
 from lfdm_export.files.json_codec import to_plain
-from lfdm_export.generate.arguments import common_batch, embedding_rows, per_sample, sample_seeds, seed_count
-from lfdm_export.generate.clip_cache import ClipCache, clip_key
+from lfdm_export.generate.arguments import common_batch, find_noise, seed_count
+from lfdm_export.generate.clip_cache import ClipCache
+from lfdm_export.generate.conditions import embed_texts, find_conditions
 from lfdm_export.generate.decoding import decode_chunks, decode_clip
-from lfdm_export.generate.encoded import Encoded
+from lfdm_export.generate.denoising import denoise, make_whole_clip
+from lfdm_export.generate.driving import estimate_motion, prepare_footage
+from lfdm_export.generate.encoded import Encoded, encode_images
 from lfdm_export.generate.previews import Previews
 from lfdm_export.generate.stage_runner import OnEstimate, StageRunner
-from lfdm_export.generate.tokenizer import tokenize
 from lfdm_export.pictures.clip import Clip
-from lfdm_export.pictures.clips import Footage, read_footage
 from lfdm_export.pictures.crop import Crop
 from lfdm_export.pictures.motion import Motion, as_motion
-from lfdm_export.pictures.preprocess import ImageLike, prepare_image, prepare_images, to_float
-from lfdm_export.progress import Progress, report
-from lfdm_export.sampling.noise import NoiseSource, handed_noise, seeded_noise
-from lfdm_export.sampling.options import WHOLE, SamplingOptions, guided_steps, takes_both_branches
+from lfdm_export.pictures.preprocess import ImageLike, prepare_images
+from lfdm_export.progress import Progress
+from lfdm_export.sampling.noise import NoiseSource
+from lfdm_export.sampling.options import WHOLE, SamplingOptions
 from lfdm_export.sampling.rows import SamplerTable
-from lfdm_export.stages import DRIVE_STAGE
 from lfdm_models.schedule import cosine_schedule
 
 Float32: TypeAlias = NDArray[np.float32]
 UInt8: TypeAlias = NDArray[np.uint8]
-
-
-#: Driving frames per run of `estimate_motion`.
-_MOTION_BATCH = 8
-#: The stage of a step without guidance.
-UNGUIDED_STAGE = "step"
 
 
 class Pipeline:
@@ -172,8 +162,8 @@ class Pipeline:
             noise: instead of a seed: float32 draws (B,3,T,h,w), first the start, then one per step that
                 draws noise.
             progress: called as ``progress(stage, done, total)``.
-            previews: what to show of the clip while it is sampled, step by step also where an engine could make it
-                in one go. None for nothing.
+            previews: previews during sampling. The steps then run one by one, even if an engine could make the whole
+                clip in one call. None for no previews.
 
         Raises:
             InputError: an argument is not valid.
@@ -181,24 +171,24 @@ class Pipeline:
         """
         options, table = self.resolve(SamplingOptions(sampler, steps, eta, guidance_scale, guidance_interval))
         prepared = self._prepare(image, crop)
-        words, embeddings = self._conditions(label, text, text_embedding)
+        words, embeddings = find_conditions(self.stages, label, text, text_embedding)
         batch = common_batch({"images": len(prepared), "labels": len(embeddings), "seeds": seed_count(seed)})
         settings = {
             **self._origin("generate"),
             **to_plain(options),
             "condition": "label" if label is not None else "text" if text is not None else "text_embedding",
         }
-        seeds, source = self._noise(seed, noise, batch)
+        seeds, source = find_noise(seed, noise, batch, self._noise_shape())
 
         def make() -> Clip:
             rows = np.repeat(embeddings, batch // len(embeddings), axis=0)
             if seeds is not None and options.guidance_interval == WHOLE and previews is None:
-                whole = self._whole_clip(prepared, rows, options.scale, table, seeds, progress)
+                whole = make_whole_clip(self.stages, prepared, rows, options.scale, table, seeds, progress)
                 if whole is not None:
                     return whole
-            encoded = self._encode(prepared, progress).repeat(batch)
+            encoded = encode_images(self.stages, prepared, progress).repeat(batch)
             shown = None if previews is None else previews.on_estimate(self.stages, encoded, table.steps)
-            latent = self._denoise(encoded, rows, options, table, source, progress, shown)
+            latent = denoise(self.stages, encoded, rows, options, table, source, progress, shown)
             return decode_clip(self.stages, prepared, encoded, latent, progress)
 
         made_from = {**settings, "seeds": seeds, "frames": self.bundle.manifest.geometry.frames, "batch": batch}
@@ -207,35 +197,6 @@ class Pipeline:
             labels=None if words is None else words * (batch // len(words)),
             seeds=seeds,
             settings=settings,
-        )
-
-    def _whole_clip(
-        self,
-        prepared: UInt8,
-        embeddings: Float32,
-        scale: float,
-        table: SamplerTable,
-        seeds: tuple[int, ...],
-        progress: Progress | None,
-    ) -> Clip | None:
-        """Make clips of B embeddings in one call on the device of the engine; None if it runs single stages only."""
-        batch = len(embeddings)
-        stage, fixed = self._condition(embeddings, scale)
-        maker = self.stages.clip_maker(stage, batch)
-        if maker is None:
-            return None
-        image = np.repeat(to_float(prepared), batch // len(prepared), axis=0)
-        report(progress, "denoise", 0, table.steps)
-        made = maker.make(
-            ClipRequest(image, fixed, seeds, table),
-            on_step=lambda index: report(progress, "denoise", index + 1, table.steps),
-        )
-        return Clip(
-            frames=made.frames,
-            warped=made.warped,
-            latent=made.latent,
-            source=np.repeat(prepared, batch // len(prepared), axis=0),
-            residual_flow=self.bundle.manifest.config.residual_flow,
         )
 
     def transfer_motion(
@@ -269,19 +230,13 @@ class Pipeline:
         prepared = self._prepare(image, crop)
         if len(prepared) != 1:
             raise InputError(f"motion transfer takes one image, found a batch of {len(prepared)}; call it for each")
-        footage = self._driving(driving_clip, fps, crop)
+        footage = prepare_footage(driving_clip, fps, crop, self.bundle.manifest)
         driving = footage.frames
 
         def make() -> Clip:
-            source, latents = to_float(prepared), []
-            report(progress, DRIVE_STAGE, 0, len(driving))
-            for start in range(0, len(driving), _MOTION_BATCH):
-                part = to_float(driving[start : start + _MOTION_BATCH])
-                (latent,) = self.stages.run(DRIVE_STAGE, np.repeat(source, len(part), axis=0), part)
-                latents.append(latent)
-                report(progress, DRIVE_STAGE, start + len(part), len(driving))
-            motion = np.ascontiguousarray(np.concatenate(latents).transpose(1, 0, 2, 3))[None]
-            return decode_clip(self.stages, prepared, self._encode(prepared, progress), motion, progress)
+            motion = estimate_motion(self.stages, prepared, driving, progress)
+            encoded = encode_images(self.stages, prepared, progress)
+            return decode_clip(self.stages, prepared, encoded, motion, progress)
 
         settings = self._origin("transfer_motion")
         made_from = {**settings, "frames": len(driving), "batch": 1}
@@ -322,28 +277,18 @@ class Pipeline:
         made_from = {**origin, "frames": latent.shape[2], "batch": len(prepared)}
         made = dict(motion.settings)
         word, seed = made.pop("text", made.pop("label", None)), made.pop("seed", None)
+
+        def make() -> Clip:
+            encoded = encode_images(self.stages, prepared, progress)
+            return decode_clip(self.stages, prepared, encoded, latent, progress)
+
         return replace(
-            self._remembered(
-                made_from,
-                (prepared, latent),
-                lambda: decode_clip(self.stages, prepared, self._encode(prepared, progress), latent, progress),
-            ),
+            self._remembered(made_from, (prepared, latent), make),
             labels=(word,) * len(prepared) if isinstance(word, str) else None,
             seeds=(seed,) * len(prepared) if isinstance(seed, int) else None,
             fps=motion.fps,
             settings={**made, **origin, "motion_bundle_id": made.get("bundle_id")},
         )
-
-    def _driving(self, driving_clip: str | os.PathLike[str] | UInt8, fps: float | None, crop: Crop | None) -> Footage:
-        """The frames of a driving clip as inputs of the model, (T,size,size,3), and their rate."""
-        size, rule = self.bundle.manifest.geometry.image_size, self.bundle.manifest.preprocessing
-        middle: Crop | None = None if crop is None else "center"
-        prepare = functools.partial(prepare_image, size=size, preprocessing=rule, crop=middle)
-        if not isinstance(driving_clip, np.ndarray):
-            return read_footage(driving_clip, fps=fps, prepare=prepare)
-        if driving_clip.ndim != 4 or len(driving_clip) == 0:
-            raise InputError(f"driving_clip has shape {driving_clip.shape}, expected (T,H,W,3)")
-        return Footage(np.stack([prepare(frame) for frame in driving_clip]), fps)
 
     def encode(self, image: ImageLike) -> Encoded:
         """Encode one image, or a batch (B,H,W,3) uint8.
@@ -352,7 +297,7 @@ class Pipeline:
             InputError: the image is not valid.
             EngineError: the engine cannot be loaded or fails.
         """
-        return self._encode(self._prepare(image), None)
+        return encode_images(self.stages, self._prepare(image), None)
 
     def embed_text(self, texts: Sequence[str]) -> Float32:
         """Embed free texts as (B, text_width) float32.
@@ -360,17 +305,7 @@ class Pipeline:
         Raises:
             InputError: the bundle has no text encoder, or a text is not valid.
         """
-        if not self.bundle.manifest.has_text:
-            known = ", ".join(self.bundle.labels) or "none"
-            raise InputError(
-                f"this bundle has no text encoder; give one of its labels ({known}) or a text embedding, "
-                "or export again with a text encoder"
-            )
-        # One at a time: padding would change the last bits, and a sample depends on no other.
-        rows = [
-            self.stages.run(TEXT_STAGE, *tokenize(self.bundle.path / TOKENIZER_FOLDER, [text]))[0] for text in texts
-        ]
-        return np.concatenate(rows)
+        return embed_texts(self.stages, texts)
 
     def sample(
         self,
@@ -410,8 +345,8 @@ class Pipeline:
             EngineError: an engine cannot be loaded, fails, or returns values that are not finite.
         """
         options, table = self.resolve(SamplingOptions(sampler, steps, eta, guidance_scale, guidance_interval))
-        _, source = self._noise(seed, noise, len(encoded.image))
-        return self._denoise(encoded, embedding, options, table, source, progress, on_estimate)
+        _, source = find_noise(seed, noise, len(encoded.image), self._noise_shape())
+        return denoise(self.stages, encoded, embedding, options, table, source, progress, on_estimate)
 
     def run_table(
         self,
@@ -433,39 +368,7 @@ class Pipeline:
         """
         options = SamplingOptions(guidance_scale=guidance_scale, guidance_interval=guidance_interval)
         options = options.over(self.bundle.manifest.sampler)
-        return self._denoise(encoded, embedding, options, table, source, progress, on_estimate)
-
-    def _denoise(
-        self,
-        encoded: Encoded,
-        embedding: ArrayLike,
-        options: SamplingOptions,
-        table: SamplerTable,
-        source: NoiseSource,
-        progress: Progress | None,
-        on_estimate: OnEstimate | None,
-    ) -> Float32:
-        """The latent (B, 3, T, h, w); from the options, this uses guidance only."""
-        manifest, batch, scale = self.bundle.manifest, len(encoded.image), options.scale
-        rows = embedding_rows(embedding, manifest.geometry.text_width)
-        if len(rows) not in (1, batch):
-            raise InputError(f"found {len(rows)} text embeddings for {batch} images, expected 1 or {batch}")
-        guided = guided_steps(table.timesteps, manifest.config.dm.training_steps, options.guidance_interval)
-        if scale == 0.0 and not guided.all():
-            raise InputError("guidance_scale is 0, the unconditional prediction, which takes no guidance_interval")
-
-        def on_step(index: int, latent: Float32 | None) -> None:
-            if latent is not None:
-                _require_finite(latent, index, table.steps)
-            report(progress, "denoise", index + 1, table.steps)
-
-        report(progress, "denoise", 0, table.steps)
-        stage, fixed = self._condition(np.repeat(rows, batch // len(rows), axis=0), scale)
-        stages = [stage if inside else UNGUIDED_STAGE for inside in guided]
-        conditions = {"context": encoded.context, **fixed}
-        latent = self.stages.sample(stages, conditions, table, source, on_step=on_step, on_estimate=on_estimate)
-        _require_finite(latent, table.steps - 1, table.steps)  # if the latents of the steps stayed in the engine
-        return latent
+        return denoise(self.stages, encoded, embedding, options, table, source, progress, on_estimate)
 
     def sampler_table(
         self, sampler: str | None = None, steps: int | None = None, eta: float | None = None
@@ -487,19 +390,6 @@ class Pipeline:
         meant = options.over(manifest.sampler)
         table = meant.table(cosine_schedule(manifest.config.dm.training_steps), manifest.tuned)
         return replace(meant, steps=table.steps), table
-
-    def _noise(
-        self, seed: int | Sequence[int] | None, noise: Iterator[Float32] | None, batch: int
-    ) -> tuple[tuple[int, ...] | None, NoiseSource]:
-        """The seeds of the samples, unless the caller passes noise, and the noise."""
-        geometry = self.bundle.manifest.geometry
-        shape = (3, geometry.frames, geometry.latent_size, geometry.latent_size)
-        if noise is None:
-            seeds = sample_seeds(seed, batch)
-            return seeds, seeded_noise(seeds, shape)
-        if seed is not None:
-            raise InputError("both seed and noise were given, expected one of them; leave one out")
-        return None, handed_noise(iter(noise), (batch, *shape))
 
     def decode(self, encoded: Encoded, latent: Float32, *, progress: Progress | None = None) -> tuple[Float32, Float32]:
         """Decode a latent.
@@ -539,63 +429,13 @@ class Pipeline:
             "precision": manifest.precision,
         }
 
+    def _noise_shape(self) -> tuple[int, int, int, int]:
+        """Shape (3, T, h, w) of the noise of a sample."""
+        geometry = self.bundle.manifest.geometry
+        return 3, geometry.frames, geometry.latent_size, geometry.latent_size
+
     def _remembered(
         self, made_from: Mapping[str, object], arrays: Sequence[NDArray[np.generic]], make: Callable[[], Clip]
     ) -> Clip:
-        """Return the clip from the cache if it holds it, else the result of `make`.
-
-        Args:
-            made_from: what determines the clip besides the arrays and the engine, including ``batch`` and ``frames``;
-                not the name of the bundle.
-            arrays: pictures, embeddings, latents.
-            make: makes the clip.
-        """
-        if self.cache is None:
-            return make()
-        facts = {**made_from, "bundle": None, "version": __version__, "engine": self.stages.engine_facts()}
-        key, batch, frames = clip_key(facts, arrays), cast(int, made_from["batch"]), cast(int, made_from["frames"])
-        clip = self.cache.read(key, batch, frames, self.bundle.manifest)
-        if clip is None:
-            clip = make()
-            self.cache.write(key, clip)
-        return clip
-
-    def _encode(self, prepared: UInt8, progress: Progress | None) -> Encoded:
-        report(progress, "encode", 0, 1)
-        image = to_float(prepared)
-        *skips, context = self.stages.run("encode", image)
-        report(progress, "encode", 1, 1)
-        return Encoded(image, tuple(skips), context)
-
-    def _conditions(
-        self, label: str | Sequence[str] | None, text: str | Sequence[str] | None, text_embedding: ArrayLike | None
-    ) -> tuple[tuple[str, ...] | None, Float32]:
-        """The conditions of the clip: its words, if any, and embeddings (B, text_width)."""
-        given = [value is not None for value in (label, text, text_embedding)]
-        if sum(given) != 1:
-            raise InputError(f"found {sum(given)} of label, text and text_embedding, expected exactly one")
-        if label is not None:
-            rows = [self.bundle.label_index(one) for one in per_sample(label, "label")]
-            return tuple(self.bundle.labels[row] for row in rows), self.bundle.embeddings[rows]
-        if text is not None:
-            texts = per_sample(text, "text")
-            return texts, self.embed_text(texts)
-        return None, embedding_rows(cast(ArrayLike, text_embedding), self.bundle.manifest.geometry.text_width)
-
-    def _condition(self, embedding: Float32, scale: float) -> tuple[str, dict[str, Float32]]:
-        """The sampling stage, `step` if one branch is enough, and its constant inputs other than `context`."""
-        batch = len(embedding)
-        if scale == 0.0:
-            embedding = np.repeat(self.bundle.null_embedding[None], batch, axis=0)
-        fixed = {"text_embedding": embedding}
-        if takes_both_branches(scale):
-            return "step_guided", {**fixed, "guidance_scale": np.full(batch, scale, np.float32)}
-        return UNGUIDED_STAGE, fixed
-
-
-def _require_finite(latent: Float32, index: int, steps: int) -> None:
-    if not np.isfinite(latent).all():
-        raise EngineError(
-            f"step {index + 1} of {steps} gave values that are not finite; "
-            "the weights or the engine are at fault: check the bundle with lfdm-verify"
-        )
+        """The clip of `ClipCache.get_or_make`; without a cache, the result of `make`."""
+        return make() if self.cache is None else self.cache.get_or_make(self.stages, made_from, arrays, make)

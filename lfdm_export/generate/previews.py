@@ -24,7 +24,7 @@ class Previews:
     """Asks for previews while a clip is sampled.
 
     Attributes:
-        every: one after each so many steps, the last aside.
+        every: interval of the previews in steps; none after the last step.
         indices: (n,) integers, the frames of the clip that are shown. Each costs its decoding.
         show: called with the steps done, the steps there are, and those frames, (B, n, H, W, 3) uint8.
     """
@@ -37,13 +37,13 @@ class Previews:
         """Check `every`.
 
         Raises:
-            InputError: it is no number of steps.
+            InputError: it is not a number of steps.
         """
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise InputError(f"previews every {self.every!r} steps, expected an integer from 1")
 
     def on_estimate(self, stages: StageRunner, encoded: Encoded, steps: int) -> OnEstimate:
-        """What sampling is to call after each step.
+        """Return the function that sampling calls after each step.
 
         Args:
             stages: run `decode`.

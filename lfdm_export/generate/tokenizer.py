@@ -44,7 +44,7 @@ def tokenize(folder: Path, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDA
     except BaseException as error:  # tokenizers raises bare Exception, and its panics are not even that
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise BundleError(f"{path} is no tokenizer ({error}); export again") from error
+        raise BundleError(f"{path} is not a tokenizer ({error}); export again") from error
     for text in texts:
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"text is {text!r}, expected a description of the motion in words")

@@ -73,7 +73,7 @@ def read_graph(path: Path) -> GraphFile:
     """Read a graph's file.
 
     Raises:
-        EngineError: the file cannot be read, or is no ONNX graph of a stage's size.
+        EngineError: the file cannot be read, or is not an ONNX graph of a stage's size.
     """
     if not path.is_file():
         raise EngineError(f"there is no graph at {path}; export again")
@@ -87,7 +87,7 @@ def read_graph(path: Path) -> GraphFile:
     try:
         return walk(data)
     except (ValueError, IndexError, UnicodeDecodeError) as error:
-        raise EngineError(f"cannot load {path}: it is no ONNX graph ({error}); export again") from error
+        raise EngineError(f"cannot load {path}: it is not an ONNX graph ({error}); export again") from error
 
 
 def check_interface(path: Path, spec: StageSpec) -> GraphFile:
@@ -153,8 +153,8 @@ def check_external(graph: GraphFile, path: Path, sizes: Mapping[str, int]) -> No
     for data in graph.external:
         if data.location not in sizes:
             raise EngineError(
-                f"cannot load {path}: its weights lie elsewhere, in {data.location[:80]!r}, which is no file beside it "
-                "that the manifest lists; export again"
+                f"cannot load {path}: its weights are in {data.location[:80]!r}, which is not a file beside it that "
+                "the manifest lists; export again"
             )
         offset, length = (_number(text) for text in (data.offset, data.length or "0"))
         if offset is None or length is None or offset + length > sizes[data.location]:
@@ -183,7 +183,7 @@ def walk(model: bytes) -> GraphFile:
     """The content of a serialized model.
 
     Raises:
-        ValueError, IndexError: the bytes are no model.
+        ValueError, IndexError: the bytes are not a model.
     """
     # Without recursion: untrusted graphs can be nested deeply.
     found = GraphFile()

@@ -57,39 +57,18 @@ def compare_stage(
         MissingDependencyError: Polygraphy is not installed.
     """
     try:
-        from polygraphy.backend.base import BaseRunner
         from polygraphy.backend.onnxrt import OnnxrtRunner
-        from polygraphy.common import TensorMetadata
         from polygraphy.comparator import Comparator, SimpleCompareFunc
         from polygraphy.exception import PolygraphyException
         from polygraphy.logger import G_LOGGER
     except ImportError as error:
         raise MissingDependencyError("polygraphy", "comparing engines by Polygraphy", "polygraphy") from error
 
-    class EngineRunner(BaseRunner):
-        """Adapter of one of this program's engines to Polygraphy's runner interface."""
-
-        def activate_impl(self) -> None:
-            self.engine = load(spec.name)
-
-        def deactivate_impl(self) -> None:
-            del self.engine
-
-        def get_input_metadata_impl(self) -> Any:
-            metadata = TensorMetadata()
-            for tensor in spec.inputs:
-                shape = tuple(axis if isinstance(axis, int) else None for axis in tensor.shape)
-                metadata.add(tensor.name, np.dtype(tensor.dtype), shape)
-            return metadata
-
-        def infer_impl(self, feed_dict: Mapping[str, Array]) -> Any:
-            started = time.perf_counter()
-            outputs = OrderedDict(self.engine.run(dict(feed_dict)))
-            self.inference_time = time.perf_counter() - started
-            return outputs
-
     feeds = {tensor.name: np.ascontiguousarray(inputs[tensor.name]) for tensor in spec.inputs}
-    runners = [OnnxrtRunner(lambda: open_session(bundle.stage_path(spec.name)), name=_REFERENCE), EngineRunner(name)]
+    runners = [
+        OnnxrtRunner(lambda: open_session(bundle.stage_path(spec.name)), name=_REFERENCE),
+        _engine_runner(load, spec, name),
+    ]
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         try:
             results = Comparator.run(runners, data_loader=[feeds])
@@ -110,6 +89,34 @@ def compare_stage(
         )
         for tensor in spec.outputs
     ]
+
+
+def _engine_runner(load: Callable[[str], Engine], spec: StageSpec, name: str) -> Any:
+    """Adapt one of this program's engines to Polygraphy's runner interface."""
+    from polygraphy.backend.base import BaseRunner
+    from polygraphy.common import TensorMetadata
+
+    class EngineRunner(BaseRunner):
+        def activate_impl(self) -> None:
+            self.engine = load(spec.name)
+
+        def deactivate_impl(self) -> None:
+            del self.engine
+
+        def get_input_metadata_impl(self) -> Any:
+            metadata = TensorMetadata()
+            for tensor in spec.inputs:
+                shape = tuple(axis if isinstance(axis, int) else None for axis in tensor.shape)
+                metadata.add(tensor.name, np.dtype(tensor.dtype), shape)
+            return metadata
+
+        def infer_impl(self, feed_dict: Mapping[str, Array]) -> Any:
+            started = time.perf_counter()
+            outputs = OrderedDict(self.engine.run(dict(feed_dict)))
+            self.inference_time = time.perf_counter() - started
+            return outputs
+
+    return EngineRunner(name)
 
 
 def _magnitude(values: Array) -> float:

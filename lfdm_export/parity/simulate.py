@@ -56,7 +56,7 @@ def simulate(path: Path, precision: LowPrecision, *, also: Callable[[ir.Node], b
     """The simulated graph of a stage.
 
     Args:
-        path: path of its typed graph; external weights lie beside it.
+        path: path of its typed graph; external weights are in the same folder.
         precision: precision of the graph.
         also: selects further nodes whose results are rounded, as if they were lowered too.
 

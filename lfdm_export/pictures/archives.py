@@ -53,7 +53,7 @@ def read_floats(stream: BinaryIO, name: str, array: str, most_values: int) -> np
     """Read an array of float32, of any shape; nothing is unpacked before its header matches its size.
 
     Raises:
-        PictureError: the file is no archive or is damaged; the array is missing, of another type or too large.
+        PictureError: the file is not an archive or is damaged; the array is missing, of another type or too large.
     """
     with decoding(name, _WHAT), zipfile.ZipFile(stream) as archive:
         names = [member.removesuffix(".npy") for member in archive.namelist()]
@@ -75,7 +75,7 @@ def read_text(stream: BinaryIO, name: str, array: str, most_characters: int) -> 
     """Read a text from an archive; None if the array is missing, or is not a text of at most that length.
 
     Raises:
-        PictureError: the file is no archive, or is damaged.
+        PictureError: the file is not an archive, or is damaged.
     """
     with decoding(name, _WHAT), zipfile.ZipFile(stream) as archive:
         if f"{array}.npy" not in archive.namelist():

@@ -127,7 +127,7 @@ class Clip:
         if len(self.frames) != 1:
             raise InputError(f"the clip has {len(self.frames)} samples; take the motion of one: clip.sample(0).motion")
         if not self.latent.size:
-            raise InputError("the clip has no latent; ask the server for it")
+            raise InputError("the clip has no latent; request it from the server")
         return Motion(self.latent[0], self.residual_flow, self.fps, self.metadata(0))
 
     def _save_motion(self, path: str, fps: float | None) -> Path:
@@ -202,7 +202,7 @@ class Clip:
         if not panels:
             return enlarge(self.frames[index], scale)
         if not (self.latent.size and self.warped.size):
-            raise InputError("panels need the warped images and the latent; ask the server for both")
+            raise InputError("panels need the warped images and the latent; request both from the server")
         strip = make_panels(
             self.source[index],
             self.frames[index],

@@ -75,7 +75,7 @@ def load_clip(path: str | os.PathLike[str], *, max_frames: int | None = None, fp
         (T,H,W,3) uint8, RGB.
 
     Raises:
-        InputError: the path does not exist, is no clip, is damaged or too large, or the frames differ in size.
+        InputError: the path does not exist, is not a clip, is damaged or too large, or the frames differ in size.
         MissingDependencyError: a video file without PyAV.
     """
     return read_footage(path, max_frames=max_frames, fps=fps).frames
@@ -102,7 +102,7 @@ def read_footage(
         prepare: called with each frame when it is read; only its result is kept.
 
     Raises:
-        InputError: the path does not exist, is no clip, is damaged or too large, or the frames differ in size.
+        InputError: the path does not exist, is not a clip, is damaged or too large, or the frames differ in size.
         MissingDependencyError: a video file without PyAV.
     """
     if max_frames is not None and max_frames < 1:
@@ -133,7 +133,7 @@ def _timed_frames(stream: BinaryIO, head: bytes, source: Path) -> Iterator[Timed
         )
     if VIDEO_SIGNATURE.match(head) is None and source.suffix.lower() not in VIDEO_ENDINGS:
         raise InputError(
-            f"{source} is no clip that can be read, "
+            f"{source} is not a clip that can be read, "
             f"expected {', '.join(ANIMATED)}, a video, an npz archive, or a folder of pictures"
         )
     import_av(f"reading {source.name}")

@@ -97,7 +97,7 @@ def load_motion(path: str | os.PathLike[str]) -> Motion:
         path: the file.
 
     Raises:
-        InputError: it cannot be read, is no motion, or is too large.
+        InputError: it cannot be read, is not a motion, or is too large.
     """
     source = user_path(path)
     try:
@@ -111,7 +111,7 @@ def read_motion(stream: BinaryIO, name: str) -> Motion:
     """Like `load_motion`, from a seekable stream; `name` is for messages.
 
     Raises:
-        InputError: it cannot be read, is no motion, or is too large.
+        InputError: it cannot be read, is not a motion, or is too large.
     """
     try:
         latent = read_floats(stream, name, "latent", MAX_VALUES)
@@ -132,7 +132,7 @@ def as_motion(motion: Motion | str | os.PathLike[str]) -> Motion:
     """The motion itself, or the motion in a file.
 
     Raises:
-        InputError: it is neither, or the file cannot be read, is no motion, or is too large.
+        InputError: it is neither, or the file cannot be read, is not a motion, or is too large.
     """
     if isinstance(motion, Motion):
         return motion

@@ -70,7 +70,7 @@ class Preprocessing:
             if self.frame_size is None:
                 raise ValueError(f"{name} needs frame_size, the size of the pictures to crop")
             if not 0 <= crop[0] < crop[1] <= self.frame_size[axis]:
-                raise ValueError(f"{name} {crop} is no range of pixels within frame_size {self.frame_size}")
+                raise ValueError(f"{name} {crop} is not a range of pixels within frame_size {self.frame_size}")
 
     @classmethod
     def for_dataset(cls, dataset: str | None) -> Preprocessing:

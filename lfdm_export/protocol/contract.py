@@ -80,7 +80,7 @@ _NUMPY: Mapping[WireType, type[np.generic]] = {
 
 
 class RequestCancelledError(LfdmExportError):
-    """The client canceled its request; the status is CANCELLED."""
+    """The client cancelled its request; the status is CANCELLED."""
 
 
 class OverloadedError(LfdmExportError):
@@ -146,10 +146,8 @@ CLIP_OUTPUTS = (
 )
 STREAM_INPUTS = (
     *CLIP_INPUTS,
-    _option("preview_every", "INT32", "a preview after each so many steps; 0, the default, for none"),
-    _option(
-        "progress_every", "INT32", "a response of kind progress after each so many steps; 0, the default, for none"
-    ),
+    _option("preview_every", "INT32", "interval of the previews in steps; 0, the default, for none"),
+    _option("progress_every", "INT32", "interval of the responses of kind progress in steps; 0, the default, for none"),
 )
 #: `kind`, `step` and `steps` are in each response; `frame_indices` and `frames` in previews and frames; the rest in the
 #: last response, of kind done.

@@ -243,7 +243,7 @@ def _text(tensors: Mapping[str, Array], name: str, most: int) -> str:
     try:
         return value.decode("utf-8")
     except UnicodeDecodeError:
-        raise InputError(f"{name} is no text in UTF-8; encode it so") from None
+        raise InputError(f"{name} is not text in UTF-8; encode it so") from None
 
 
 def _integer(tensors: Mapping[str, Array], name: str, least: int, most: int) -> int | None:

@@ -123,7 +123,7 @@ def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
         try:
             value = operator.index(seed)
         except TypeError:
-            raise InputError(f"seed: found {seed!r}, expected an integer; pass one a sample") from None
+            raise InputError(f"seed: found {seed!r}, expected an integer; pass one per sample") from None
         if not 0 <= value < 2**64:
             raise InputError(f"seed: found {value}, expected 0 to 2^64 - 1; choose one in that range")
         checked.append(value)

@@ -146,7 +146,7 @@ def takes_both_branches(scale: float) -> bool:
 
 
 def guided_steps(timesteps: NDArray[np.int64], training_steps: int, interval: tuple[float, float]) -> NDArray[np.bool_]:
-    """Select the steps at which guidance acts: those whose time, as a share of the schedule, lies in the interval.
+    """Select the steps at which guidance acts: those whose time, as a share of the schedule, is in the interval.
 
     Args:
         timesteps: (S,) int64.

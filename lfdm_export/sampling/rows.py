@@ -70,7 +70,7 @@ class SamplerTable:
         """
         steps = self.steps
         if steps < 1:
-            raise InputError("steps: found none, expected 1 or more; ask for a step at least")
+            raise InputError("steps: found none, expected 1 or more; use at least one step")
         for name, array, dtype, shape in (
             ("timesteps", self.timesteps, np.int64, (steps,)),
             ("coefficients", self.coefficients, np.float32, (steps, COEFFICIENTS)),
@@ -79,7 +79,7 @@ class SamplerTable:
             if array.dtype != dtype or array.shape != shape:
                 raise InputError(f"{name}: found {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
         if not np.isfinite(self.coefficients).all() or (self.timesteps < 0).any():
-            raise InputError("coefficients or timesteps: found values that no sampler has; make the table anew")
+            raise InputError("coefficients or timesteps: found values that no sampler has; make the table again")
 
 
 def estimating_rows(schedule: Schedule, timesteps: Int64Array) -> NDArray[np.float64]:

@@ -134,21 +134,21 @@ class TunedSampler:
         if not counts or counts != sorted(set(counts)):
             raise ValueError(f"tuned.tables are of {counts} steps, expected one or more of rising numbers")
         if len(self.dm_sha256) != 64 or not set(self.dm_sha256) <= set("0123456789abcdef"):
-            raise ValueError("tuned.dm_sha256 is no SHA-256 in hexadecimal")
+            raise ValueError("tuned.dm_sha256 is not a SHA-256 in hexadecimal")
         if not math.isfinite(self.guidance_scale):
             raise ValueError("tuned.guidance_scale is not finite")
 
     @classmethod
     def of_distilled(cls, provenance: Mapping[str, object], dm_sha256: str | None) -> TunedSampler | None:
-        """The sampler that a DM was distilled for, if its provenance tells of one.
+        """The sampler that a DM was distilled for, if its provenance has one.
 
         Raises:
-            ValueError: what it tells is wrong, or it does not tell the checkpoint's SHA-256.
+            ValueError: the entry is wrong, or the checkpoint's SHA-256 is missing.
         """
         if FEW_STEPS not in provenance:
             return None
         steps = from_plain(TunedSteps, provenance[FEW_STEPS], FEW_STEPS)
-        # Guidance was distilled into the weights: they are asked once a step.
+        # Guidance was distilled into the weights: they run once per step.
         return cls(dm_sha256 or "", 1.0, (steps,), "distilled into these weights by lfdm-train distill")
 
     def save(self, path: Path) -> None:

@@ -22,25 +22,25 @@ from lfdm_export.files.names import visible
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.web.store import Store, Video
 from lfdm_export.web.turns import Turns
-from lfdm_export.web.wish import OPTIONS, Wish, model_of, photo_of_json, read_photo, read_wish
+from lfdm_export.web.video_request import OPTIONS, VideoRequest, model_of, photo_of_json, read_photo, read_video_request
 from lfdm_export.web.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-#: What a clip is sent as, the first where nothing else is accepted.
+#: Formats of a sent clip; the first is the default.
 _TYPES = {"video/mp4": "mp4", "image/gif": "gif"}
 _MOST_LISTED = 100
 
 
 @dataclass(frozen=True)
 class WebOptions:
-    """What the server takes.
+    """The limits of the server, and its token.
 
     Attributes:
-        token: that requests must carry (``Authorization: Bearer …``); None for none.
-        queue: requests that may wait or run at a time.
-        body_bytes: of a request.
-        image_pixels: of a photograph, looked at before it is decoded.
+        token: the token that requests must send (``Authorization: Bearer …``); None if none is required.
+        queue: most requests that may be queued or running.
+        body_bytes: most bytes of a request.
+        image_pixels: most pixels of a photograph, checked before it is decoded.
     """
 
     token: str | None = None
@@ -50,7 +50,7 @@ class WebOptions:
 
 
 class _ApiError(Exception):
-    """An answer that is an error."""
+    """An error response."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -60,16 +60,16 @@ class _ApiError(Exception):
 def make_app(
     pipeline: Pipeline, store: Store, options: WebOptions | None = None, turns: Turns | None = None
 ) -> FastAPI:
-    """The application, whose worker lives as long as the server.
+    """Create the application. Its worker runs as long as the server.
 
     Args:
         pipeline: makes the videos.
-        store: keeps them; it is closed with the server.
-        options: what is taken.
-        turns: of all who use the pipeline; None where nobody else does.
+        store: keeps the videos; closed when the server ends.
+        options: the limits and the token.
+        turns: the queue of all users of the pipeline; None if there are no others.
     """
     videos = _Videos(pipeline, store, options or WebOptions(), turns)
-    # No page of theirs: it loads scripts from elsewhere. The description itself is at /openapi.json.
+    # Without FastAPI's pages of documentation, which load scripts from other hosts. /openapi.json has the description.
     app = FastAPI(title="lfdm-export", version=__version__, lifespan=videos.life, docs_url=None, redoc_url=None)
     for kind in (_ApiError, InputError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer_error)
@@ -86,7 +86,7 @@ def make_app(
 
 
 class _Videos:
-    """What the routes do."""
+    """The handlers of the routes."""
 
     def __init__(self, pipeline: Pipeline, store: Store, options: WebOptions, turns: Turns | None) -> None:
         self._pipeline, self._store, self._options, self._turns = pipeline, store, options, turns
@@ -95,14 +95,14 @@ class _Videos:
 
     @asynccontextmanager
     async def life(self, _: FastAPI) -> AsyncIterator[None]:
-        """The worker's life."""
+        """Start the worker with the server, and stop it at the end."""
         worker = self._worker = Worker(self._store, self._pipeline, self._turns)
         yield
         await run_in_threadpool(worker.stop)
         self._store.close()
 
     async def guard(self, request: Request, follow: Callable[[Request], Awaitable[Response]]) -> Response:
-        """Lets in who has the token."""
+        """Refuse requests to the API without the token."""
         token, given = self._options.token, request.headers.get("Authorization", "").encode()
         known = token is None or hmac.compare_digest(given, f"Bearer {token}".encode())
         if request.url.path.startswith("/v1/") and not known:
@@ -110,33 +110,33 @@ class _Videos:
         return await follow(request)
 
     def health(self) -> dict[str, str]:
-        """Say that the server is up."""
+        """Report that the server is up."""
         return {"status": "ok"}
 
     def models(self) -> dict[str, object]:
-        """The one model, and its labels."""
+        """List the model and its labels."""
         facts = {"id": self._bundle.name, "object": "model", "created": 0, "owned_by": "lfdm-export"}
         return {"object": "list", "data": [{**facts, "labels": self._bundle.labels}]}
 
     async def create(self, request: Request) -> dict[str, object]:
-        """Queue a video: prompt (a label or a text) and input_reference (the photograph), as a form or as JSON."""
+        """Queue a video from prompt (a label or a text) and input_reference (the photograph), as a form or JSON."""
         fields, data = await _read_request(request, self._options.body_bytes)
 
         def check() -> Video | None:
-            wish = read_wish(fields, self._pipeline)
+            wanted = read_video_request(fields, self._pipeline)
             photo = read_photo(data, fields.get("crop"), self._bundle, most_pixels=self._options.image_pixels)
-            return self._store.add({**wish.to_json(), **model_of(self._bundle)}, photo, self._options.queue)
+            return self._store.add({**wanted.to_json(), **model_of(self._bundle)}, photo, self._options.queue)
 
         video = await run_in_threadpool(check)
         if video is None:
-            message = f"{self._options.queue} videos wait already; try again later"
+            message = f"{self._options.queue} videos are queued already; try again later"
             raise _ApiError(429, message, {"Retry-After": "10"})
         assert self._worker is not None
         self._worker.wake()
         return _plain(video)
 
     def listing(self, limit: int = 20, after: str | None = None, order: str = "desc") -> dict[str, object]:
-        """The videos, the newest first unless order is asc."""
+        """List the videos, the newest first unless order is asc."""
         if order not in ("asc", "desc") or not 1 <= limit <= _MOST_LISTED:
             raise InputError(f"expected order asc or desc, and a limit of 1 to {_MOST_LISTED}")
         videos, more = self._store.page(limit=limit, after=after, newest_first=order == "desc")
@@ -145,11 +145,11 @@ class _Videos:
         return {"object": "list", "data": found, "has_more": more, "first_id": first, "last_id": last}
 
     def retrieve(self, name: str) -> dict[str, object]:
-        """Where a video stands."""
+        """Report the status of a video."""
         return _plain(self._known(name))
 
     def content(self, name: str, request: Request) -> FileResponse:
-        """A completed video: MP4, or a GIF where Accept says image/gif."""
+        """Send a completed video as MP4, or as GIF if Accept says image/gif."""
         video = self._known(name)
         if video.status != "completed":
             because = "" if video.error is None else f": {video.error}"
@@ -157,18 +157,18 @@ class _Videos:
         kind = _accepted(request.headers.get("Accept", "*/*"))
         path = self._store.clip(video.id, _TYPES[kind])
         if not path.is_file():
-            raise _ApiError(404, "the video's file is gone; request it again")
+            raise _ApiError(404, "the file of the video was removed; request the video again")
         return FileResponse(path, media_type=kind, filename=path.name)
 
     def cancel(self, name: str) -> dict[str, object]:
-        """Give up a video that waits or runs."""
+        """Cancel a video that is queued or running."""
         video = self._known(name)
         if not self._give_up(video):
-            raise _ApiError(409, f"the video is {self._known(name).status} already")
+            raise _ApiError(409, f"the video is already {self._known(name).status}")
         return _plain(self._known(name))
 
     def delete(self, name: str) -> dict[str, object]:
-        """Remove a video and its files; one that waits or runs is given up."""
+        """Remove a video and its files. If it is queued or running, it is cancelled first."""
         video = self._known(name)
         self._give_up(video)
         self._store.remove(video.id)
@@ -190,10 +190,11 @@ class _Videos:
 
 
 async def _read_request(request: Request, most: int) -> tuple[dict[str, Any], bytes]:
-    """The fields of a form or of a JSON object, and the photograph, none of them longer than allowed.
+    """Read the fields and the photograph from a form or a JSON object of limited size.
 
     Raises:
-        InputError: it is neither, or has no photograph.
+        InputError: the request is neither a form nor a JSON object, or has no photograph.
+        _ApiError: it is too large.
     """
     body = bytearray()
     async for part in request.stream():
@@ -211,7 +212,7 @@ async def _read_request(request: Request, most: int) -> tuple[dict[str, Any], by
             fields: dict[str, Any] = {name: value for name, value in form.items() if isinstance(value, str)}
             upload = form.get("input_reference")
             if not isinstance(upload, UploadFile):
-                raise InputError("input_reference is missing: give the photograph as a file")
+                raise InputError("input_reference is missing: send the photograph as a file")
             return fields, await upload.read()
     try:
         plain = await request.json()
@@ -223,22 +224,22 @@ async def _read_request(request: Request, most: int) -> tuple[dict[str, Any], by
 
 
 def _plain(video: Video) -> dict[str, object]:
-    """A video as programs know it from other servers."""
-    wish = Wish.of(video.wish)
-    options = wish.to_json()
-    frames, size = (int(str(video.wish[name])) for name in ("frames", "size"))
+    """A video as JSON, with the fields of OpenAI's interface."""
+    wanted = VideoRequest.of(video.request)
+    options = wanted.to_json()
+    frames, size = (int(str(video.request[name])) for name in ("frames", "size"))
     return {
         "id": video.id,
         "object": "video",
-        "model": video.wish["model"],
+        "model": video.request["model"],
         "status": video.status,
         "progress": video.progress,
         "created_at": video.created_at,
         "completed_at": video.completed_at,
         "expires_at": None,
         "remixed_from_video_id": None,
-        "prompt": wish.prompt,
-        "seconds": f"{frames / wish.fps:g}",
+        "prompt": wanted.prompt,
+        "seconds": f"{frames / wanted.fps:g}",
         "size": f"{size}x{size}",
         "error": None if video.error is None else {"code": "failed", "message": video.error},
         "extra": {name: options[name] for name in OPTIONS},
@@ -246,10 +247,10 @@ def _plain(video: Video) -> dict[str, object]:
 
 
 def _accepted(header: str) -> str:
-    """The first of our types that a client accepts.
+    """The first type in an Accept header that the server can send.
 
     Raises:
-        _ApiError: it accepts none.
+        _ApiError: there is no such type.
     """
     for part in header.split(","):
         kind = part.partition(";")[0].strip().lower()
@@ -257,7 +258,7 @@ def _accepted(header: str) -> str:
             return kind
         if kind in ("*/*", "video/*", "application/octet-stream", "application/binary", ""):
             return "video/mp4"
-    raise _ApiError(406, f"the video is there as {' and '.join(_TYPES)}, found none of them in Accept")
+    raise _ApiError(406, f"the video is available as {' and '.join(_TYPES)}, but Accept has neither")
 
 
 def _answer_error(_: Request, error: Exception) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""Videos that were requested, in SQLite and in files beside it: both outlive the server."""
+"""The requested videos, in SQLite and files beside it. Both outlive the server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lfdm_export.errors import InputError
 from lfdm_export.files.atomic import claimed
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
-#: Of these nothing more becomes.
+#: The final statuses.
 ENDED: tuple[Status, ...] = ("completed", "failed", "cancelled")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS videos (
@@ -32,20 +32,21 @@ CREATE TABLE IF NOT EXISTS videos (
 );
 CREATE INDEX IF NOT EXISTS by_status ON videos (status, number);
 """
+# The column `wish`, named so in stored databases, has the request.
 _COLUMNS = "id, status, created_at, completed_at, progress, wish, error"
 
 
 @dataclass(frozen=True)
 class Video:
-    """One request.
+    """A requested video.
 
     Attributes:
         id: ``video_`` and 32 hexadecimal digits.
-        status: where it stands.
-        created_at, completed_at: in seconds of the epoch.
-        progress: 0 to 100.
-        wish: what was requested, plain JSON values by name.
-        error: the sentence that says why it failed.
+        status: the status.
+        created_at, completed_at: seconds since the epoch.
+        progress: percent, 0 to 100.
+        request: the request, as plain JSON values by name.
+        error: why it failed, as a sentence.
     """
 
     id: str
@@ -53,7 +54,7 @@ class Video:
     created_at: int = 0
     completed_at: int | None = None
     progress: int = 0
-    wish: Mapping[str, object] = field(default_factory=dict)
+    request: Mapping[str, object] = field(default_factory=dict)
     error: str | None = None
 
 
@@ -61,10 +62,10 @@ class Store:
     """A folder of videos. For any number of threads of one process."""
 
     def __init__(self, folder: Path) -> None:
-        """Open the folder, or make it; what a server before was at is queued again.
+        """Open or create the folder, and queue again what an earlier server did not finish.
 
         Raises:
-            InputError: it cannot be used.
+            InputError: the folder cannot be used.
         """
         self.folder = folder
         self._lock = threading.Lock()
@@ -87,15 +88,15 @@ class Store:
             self._database.close()
         self._claim.close()
 
-    def add(self, wish: Mapping[str, object], photo: bytes, most: int) -> Video | None:
-        """Queue a request; None where so many wait or run already.
+    def add(self, request: Mapping[str, object], photo: bytes, most: int) -> Video | None:
+        """Queue a request; returns None if the queue is full.
 
         Args:
-            wish: what is requested.
-            photo: a prepared picture, as PNG.
-            most: requests that may wait or run.
+            request: the request.
+            photo: the prepared picture, as PNG.
+            most: most requests that may be queued or running.
         """
-        video = Video("video_" + secrets.token_hex(16), created_at=int(time.time()), wish=wish)
+        video = Video("video_" + secrets.token_hex(16), created_at=int(time.time()), request=request)
         self.photo(video.id).write_bytes(photo)
         with self._locked() as database:
             (active,) = database.execute(
@@ -104,28 +105,28 @@ class Store:
             if active < most:
                 database.execute(
                     "INSERT INTO videos (id, status, created_at, wish) VALUES (?, 'queued', ?, ?)",
-                    (video.id, video.created_at, json.dumps(wish)),
+                    (video.id, video.created_at, json.dumps(request)),
                 )
                 return video
         self.photo(video.id).unlink(missing_ok=True)
         return None
 
     def get(self, name: str) -> Video | None:
-        """A video by its id."""
+        """Look up a video by its id; None if there is no such video."""
         with self._locked() as database:
             row = database.execute(f"SELECT {_COLUMNS} FROM videos WHERE id = ?", (name,)).fetchone()
         return None if row is None else _video(row)
 
     def page(self, *, limit: int, after: str | None, newest_first: bool) -> tuple[list[Video], bool]:
-        """Some videos in the order in which they were requested, and whether there are more.
+        """List videos in the order of their requests, and say whether there are more.
 
         Args:
-            limit: how many.
-            after: id of the last one of the page before.
-            newest_first: the order.
+            limit: most videos to list.
+            after: id of the last video of the page before.
+            newest_first: list the newest first, else the oldest.
 
         Raises:
-            InputError: there is no video of that id.
+            InputError: there is no video with the id `after`.
         """
         order, beyond = ("DESC", "<") if newest_first else ("ASC", ">")
         with self._locked() as database:
@@ -142,7 +143,7 @@ class Store:
         return [_video(row) for row in rows[:limit]], len(rows) > limit
 
     def begin_next(self) -> Video | None:
-        """The request that waits longest, now in progress; None if none waits."""
+        """Set the oldest queued video to in progress, and return it; None if none is queued."""
         with self._locked() as database:
             row = database.execute(
                 f"SELECT {_COLUMNS} FROM videos WHERE status = 'queued' ORDER BY number LIMIT 1"
@@ -153,12 +154,12 @@ class Store:
         return replace(_video(row), status="in_progress")
 
     def report(self, name: str, progress: int) -> None:
-        """Note how far a video in progress is."""
+        """Store the progress of a video in progress."""
         with self._locked() as database:
             database.execute("UPDATE videos SET progress = ? WHERE id = ? AND status = 'in_progress'", (progress, name))
 
     def end(self, name: str, status: Status, error: str | None = None) -> bool:
-        """Note how a video ended; False if it had ended before, or is not there."""
+        """Store how a video ended; returns False if it had ended before or does not exist."""
         progress = ", progress = 100" if status == "completed" else ""
         with self._locked() as database:
             changed = database.execute(
@@ -170,18 +171,18 @@ class Store:
         return bool(changed)
 
     def remove(self, name: str) -> None:
-        """Forget a video, and remove its files."""
+        """Remove a video and its files."""
         with self._locked() as database:
             database.execute("DELETE FROM videos WHERE id = ?", (name,))
         for path in (self.photo(name), self.clip(name, "mp4"), self.clip(name, "gif")):
             path.unlink(missing_ok=True)
 
     def photo(self, name: str) -> Path:
-        """File of a request's picture, which goes when it ends."""
+        """The file of a request's picture, removed when the video ends."""
         return self.folder / f"{name}.png"
 
     def clip(self, name: str, ending: str) -> Path:
-        """File of a video."""
+        """The file of a video."""
         return self.folder / f"{name}.{ending}"
 
     @contextmanager
@@ -197,5 +198,5 @@ class Store:
 
 
 def _video(row: tuple[object, ...]) -> Video:
-    name, status, created_at, completed_at, progress, wish, error = row
-    return Video(name, status, created_at, completed_at, progress, json.loads(str(wish)), error)  # type: ignore[arg-type]
+    name, status, created_at, completed_at, progress, request, error = row
+    return Video(name, status, created_at, completed_at, progress, json.loads(str(request)), error)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""One engine and several threads that want it: each gets its turn, in the order in which they came."""
+"""A queue of threads that share one pipeline: each has its turn in the order of arrival."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from contextlib import contextmanager
 
 from lfdm_export.errors import InputError
 
-# Seconds after which who waits is told again where it stands, so that it may give up.
+# Seconds between two calls of `on_wait`, which may raise to leave the queue.
 _GLANCE = 0.2
 
 
 class Turns:
-    """For any number of threads."""
+    """A fair lock that reports the position in its queue. For any number of threads."""
 
     def __init__(self) -> None:
-        """It is nobody's turn."""
+        """Start with an empty queue."""
         self._changed = threading.Condition()
         self._line: list[object] = []
 
     @contextmanager
     def taken(self, *, most: int | None = None, on_wait: Callable[[int], None] | None = None) -> Iterator[None]:
-        """Wait for the turn, and keep it inside of the ``with``.
+        """Wait for the turn, and hold it inside the ``with`` block.
 
         Args:
-            most: that may have or wait for the turn, this one included; None for any number.
-            on_wait: called again and again with the number of those before; what it raises leaves the line.
+            most: most threads that may hold or wait for the turn, this one included; None for no limit.
+            on_wait: called repeatedly with the number of threads ahead; if it raises, the thread leaves the queue.
 
         Raises:
-            InputError: so many are there already.
+            InputError: the queue is full.
         """
         ticket = object()
         with self._changed:
             if most is not None and len(self._line) >= most:
-                raise InputError(f"{most} clips wait already; try again later")
+                raise InputError(f"{most} clips are queued already; try again later")
             self._line.append(ticket)
         try:
             while before := self._wait(ticket):
@@ -47,7 +47,7 @@ class Turns:
                 self._changed.notify_all()
 
     def _wait(self, ticket: object) -> int:
-        """How many are before, after a moment's wait if there are any."""
+        """The number of threads ahead, after a short wait if there are any."""
         with self._changed:
             if self._line.index(ticket):
                 self._changed.wait(_GLANCE)

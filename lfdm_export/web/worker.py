@@ -1,4 +1,4 @@
-"""The thread that makes the videos, one after the other."""
+"""The thread that makes the videos, one at a time."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.progress import Progress
 from lfdm_export.web.store import Store, Video
 from lfdm_export.web.turns import Turns
-from lfdm_export.web.wish import Wish
+from lfdm_export.web.video_request import VideoRequest
 from lfdm_export.wording import describe_error
 
 logger = logging.getLogger(__name__)
 
-#: Shares of the work, in percent: nothing but sampling and decoding counts.
+#: Progress in percent at the end of sampling. The rest is decoding; other stages do not count.
 _SAMPLED = 75
 
 
 class _Cancelled(Exception):
-    """The video is not wanted any more, or the server ends."""
+    """The video was cancelled, or the server is ending."""
 
 
 class Worker:
-    """Makes what waits in a store, until it is stopped; what it was at then is queued again by the next server."""
+    """Makes the queued videos of a store until it is stopped. The next server queues an unfinished video again."""
 
     def __init__(self, store: Store, pipeline: Pipeline, turns: Turns | None = None) -> None:
-        """Begin at once.
+        """Start the thread.
 
         Args:
-            store: what waits.
-            pipeline: from now on used by this thread alone, or in turn, but for what is only read: its bundle and its
-                tables.
-            turns: of all who use the pipeline; None where nobody else does.
+            store: the queued videos.
+            pipeline: makes the videos. Other threads may use it only in turn; its bundle and its sampler tables may be
+                read at any time.
+            turns: the queue of all users of the pipeline; None if there are no others.
         """
         self._store, self._pipeline, self._turns = store, pipeline, turns or Turns()
         self._wake = threading.Condition()
@@ -43,17 +43,17 @@ class Worker:
         self._thread.start()
 
     def wake(self) -> None:
-        """There is something new."""
+        """Tell the thread that a video was queued."""
         with self._wake:
             self._wake.notify()
 
     def give_up(self, name: str) -> None:
-        """Stop making a video, within a step."""
+        """Stop making a video within a step."""
         with self._wake:
             self._unwanted.add(name)
 
     def stop(self) -> None:
-        """End the thread, within a step."""
+        """End the thread within a step."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -72,29 +72,32 @@ class Worker:
 
     def _make(self, video: Video) -> None:
         try:
-            wish = Wish.of(video.wish)
-            if video.wish["bundle_id"] != self._pipeline.bundle.manifest.bundle_id:
-                raise InputError(f"it was requested of the bundle {video.wish['model']}, which is not served any more")
+            wanted = VideoRequest.of(video.request)
+            if video.request["bundle_id"] != self._pipeline.bundle.manifest.bundle_id:
+                name = video.request["model"]
+                raise InputError(
+                    f"it was requested from the bundle {name}, which is no longer served; request it again"
+                )
             progress = self._reporter(video.id)
             with self._turns.taken(on_wait=lambda _: progress("waiting", 0, 1)):
                 clip = self._pipeline.generate(
                     self._store.photo(video.id),
-                    **wish.condition(self._pipeline.bundle),  # type: ignore[arg-type]
-                    seed=wish.seed,
+                    **wanted.condition(self._pipeline.bundle),  # type: ignore[arg-type]
+                    seed=wanted.seed,
                     progress=progress,
-                    **wish.options.given(),
+                    **wanted.options.given(),
                 )
             for ending in ("mp4", "gif"):
-                clip.save(self._store.clip(video.id, ending), fps=wish.fps)
+                clip.save(self._store.clip(video.id, ending), fps=wanted.fps)
         except _Cancelled:
             with self._wake:
                 self._unwanted.discard(video.id)
             return
-        except Exception as error:  # each video has its own end
+        except Exception as error:  # a failed video does not end the thread
             logger.exception("the video %s failed", video.id)
             self._store.end(video.id, "failed", describe_error(error))
             return
-        if not self._store.end(video.id, "completed"):  # cancelled or removed a moment ago
+        if not self._store.end(video.id, "completed"):  # it was cancelled or removed meanwhile
             for ending in ("mp4", "gif"):
                 self._store.clip(video.id, ending).unlink(missing_ok=True)
 

@@ -34,4 +34,4 @@ class LfdmModel:
     def __repr__(self) -> str:
         sizes = [sum(weight.numel() for weight in part.parameters()) / 1e6 for part in (self.lfae, self.diffusion)]
         labels = len(self.label_embeddings)
-        return f"<LfdmModel: LFAE of {sizes[0]:.1f} M weights, DM of {sizes[1]:.1f} M, {labels} labels of its own>"
+        return f"<LfdmModel: LFAE of {sizes[0]:.1f} M weights, DM of {sizes[1]:.1f} M, {labels} own labels>"

@@ -58,7 +58,7 @@ def find_folder(source: str | os.PathLike[str]) -> Path:
         return folder
     if name[:1] in ("", ".", "~") or not re.fullmatch(r"[\w.-]{1,96}(?:/[\w.-]{1,96})?", name):
         raise TextEncoderError(
-            f"there is no folder {name!r}, and it is no name on the Hugging Face hub; give a folder with "
+            f"there is no folder {name!r}, and it is not a name on the Hugging Face hub; give a folder with "
             "config.json, weights and tokenizer files"
         )
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # the client reads it at import
@@ -112,7 +112,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         plain = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise TextEncoderError(f"{path} is no valid JSON ({str(error)[:100]}); fetch the text encoder again") from error
+        raise TextEncoderError(f"{path} is not JSON ({str(error)[:100]}); fetch the text encoder again") from error
     if not isinstance(plain, dict):
         raise TextEncoderError(f"{path} holds no JSON object; fetch the text encoder again")
     return plain
@@ -131,7 +131,7 @@ def _read(path: Path, most: int) -> str:
             "it must be a folder with config.json, weights and tokenizer files"
         ) from error
     except UnicodeDecodeError as error:
-        raise TextEncoderError(f"{path} is no text in UTF-8 ({error.reason}); fetch the text encoder again") from error
+        raise TextEncoderError(f"{path} is not text in UTF-8 ({error.reason}); fetch the text encoder again") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def _read_part(path: Path) -> dict[str, Tensor]:
         weights, declared = {}, 0
         for key, value in file.top.items():
             if not isinstance(key, str) or not isinstance(value, StoredTensor):
-                raise StoredFileError(f"its entry {str(key)[:80]!r} is no tensor, expected a state dict")
+                raise StoredFileError(f"its entry {str(key)[:80]!r} is not a tensor, expected a state dict")
             weights[key] = file.tensor(value)
             declared += weights[key].numel() * weights[key].element_size()
         if declared > 2 * file.size:  # not 1: a shared weight is saved once

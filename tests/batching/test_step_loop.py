@@ -189,15 +189,14 @@ def test_a_deadline_that_cannot_be_met_any_more_costs_no_step():
     sampler.tick()
     assert "hopeless" in sampler.answers.errors
     assert str(sampler.answers.errors["hopeless"]) == (
-        "deadline exceeded: found 4 s left for 5 of 5 steps, expected 5 s at least; allow more time, or ask for fewer "
-        "steps"
+        "deadline exceeded: found 4 s left for 5 of 5 steps, expected 5 s at least; allow more time, or use fewer steps"
     )
     assert sampler.run() == ["first", "hopeless", "just"]
     assert "just" in sampler.answers.done
 
 
 @pytest.mark.parametrize("way", ["ticket", "polled"])
-def test_cancellation_is_honoured_before_the_next_step(way: str):
+def test_cancellation_is_honored_before_the_next_step(way: str):
     sampler = Sampler(slots=2)
     cancelled = set()
     for name in ("a", "b", "c"):

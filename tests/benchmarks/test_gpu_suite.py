@@ -78,7 +78,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, dict[str,
 
 def strict_json(path: Path) -> dict[str, Any]:
     def refuse(word: str) -> None:
-        raise ValueError(f"{word} is no JSON")
+        raise ValueError(f"{word} is not JSON")
 
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     return found
@@ -153,7 +153,7 @@ def test_without_reference_frames_parity_is_not_measured(
     bench.model = load_model(alone)
     record = gpu_part.run(PARTS["ours-fp16"], bench)
     assert record["data"]["parity"].startswith("not measured")
-    assert not alone.reference.exists()  # half precision is no reference for others
+    assert not alone.reference.exists()  # half precision is not a reference for others
 
 
 def test_work_of_the_stages_is_counted(trial: tuple[Settings, dict[str, Any]]) -> None:

@@ -190,7 +190,7 @@ def test_whole_numbers_of_spreadsheets(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("jobs.txt", "", "no table of jobs that is known here, expected one of .csv"),
+        ("jobs.txt", "", "not a supported table of jobs, expected one of .csv"),
         ("jobs.csv", "", "has no column image"),
         ("jobs.csv", "image,label\n", "has no rows"),
         ("jobs.csv", "label\nx\n", "has no column image"),
@@ -204,10 +204,10 @@ def test_whole_numbers_of_spreadsheets(tmp_path: Path):
         ("jobs.csv", "id,image\n/x,a\n", "cannot name a file"),
         ("jobs.csv", "id,image\nx.,a\n", "cannot name a file"),
         ("jobs.csv", f"id,image\n{'x' * 201},a\n", "cannot name a file"),
-        ("jobs.jsonl", "{}\nnonsense\n", "row 2 is no JSON"),
+        ("jobs.jsonl", "{}\nnonsense\n", "row 2 is not JSON"),
         ("jobs.jsonl", "[1]\n", "row 1 is list, expected a JSON object"),
         ("jobs.jsonl", '{"image": "a", "lable": "x"}\n', "row 1 has the unknown column 'lable': did you mean 'label'"),
-        ("jobs.jsonl", "[" * 100_000 + "\n", "row 1 is no JSON"),
+        ("jobs.jsonl", "[" * 100_000 + "\n", "row 1 is not JSON"),
     ],
 )  # fmt: skip
 def test_a_table_that_cannot_be_used_is_an_error(tmp_path: Path, name: str, text: str, message: str):

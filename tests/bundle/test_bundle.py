@@ -90,10 +90,10 @@ def test_an_empty_folder_is_no_bundle(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no valid JSON"),
-        ('{"format": "lfdm-bundle", "format_ver', "no valid JSON"),
-        ("[" * 100_000, "no valid JSON"),
-        ("\xff\xfe", "no valid JSON"),
+        ("", "not valid JSON"),
+        ('{"format": "lfdm-bundle", "format_ver', "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("\xff\xfe", "not valid JSON"),
         ("[]", "not one of a bundle"),
         ('{"name": "web-app"}', "not one of a bundle"),
         ('{"format": "lfdm-bundle", "format_version": 99}', "format version 99, this program reads version 1"),
@@ -250,7 +250,7 @@ class Planted:
 def test_pickles_are_not_run(folder: Path, tmp_path: Path):
     planted = np.array([Planted(tmp_path / "planted")], dtype=object)
     replace_embeddings(folder, npz(embeddings=planted, null=NULL))
-    with pytest.raises(BundleError, match="no table of label embeddings"):
+    with pytest.raises(BundleError, match="not a table of label embeddings"):
         Bundle.open(folder)
     assert not (tmp_path / "planted").exists()
 
@@ -258,10 +258,10 @@ def test_pickles_are_not_run(folder: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "no table of label embeddings"),
-        (b"PK\x03\x04 garbage", "no table of label embeddings"),
-        (npy(EMBEDDINGS), "no table of label embeddings"),
-        (npz(embeddings=EMBEDDINGS), "no table of label embeddings"),
+        (b"", "not a table of label embeddings"),
+        (b"PK\x03\x04 garbage", "not a table of label embeddings"),
+        (npy(EMBEDDINGS), "not a table of label embeddings"),
+        (npz(embeddings=EMBEDDINGS), "not a table of label embeddings"),
         (npz(embeddings=EMBEDDINGS[:2], null=NULL), r"embeddings is float32 \(2, 6\), expected float32 \(3, 6\)"),
         (npz(embeddings=EMBEDDINGS, null=NULL[:3]), r"null is float32 \(3,\)"),
         (npz(embeddings=EMBEDDINGS.astype(np.float16), null=NULL), "embeddings is float16"),
@@ -416,7 +416,7 @@ def test_a_folder_of_other_files_is_refused_unchanged(tmp_path: Path):
 def test_a_bundle_with_other_files_is_refused_unchanged(folder: Path):
     (folder / "clips").mkdir()
     (folder / "clips" / "best.gif").touch()
-    with pytest.raises(BundleError, match=r"no part of the bundle, such as clips/best\.gif"), BundleWriter(folder):
+    with pytest.raises(BundleError, match=r"not part of the bundle, such as clips/best\.gif"), BundleWriter(folder):
         pass
     assert (folder / "clips" / "best.gif").exists()
 

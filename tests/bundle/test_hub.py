@@ -160,7 +160,7 @@ def test_missing_and_foreign_repositories(hub: FakeHub, bundle: Bundle, monkeypa
         Bundle.open("people/nothing")
     hub.repositories["people/model"] = Repository()
     hub.repositories["people/model"].commit({"config.json": b"{}"})
-    with pytest.raises(BundleError, match=r"people/model is no bundle: the repository has no manifest.json"):
+    with pytest.raises(BundleError, match=r"people/model is not a bundle: the repository has no manifest.json"):
         Bundle.open("people/model")
     hub.repositories["people/secret"] = Repository(private=True)
     hub.repositories["people/secret"].commit(files_of(bundle))
@@ -172,7 +172,7 @@ def test_missing_and_foreign_repositories(hub: FakeHub, bundle: Bundle, monkeypa
 
 @pytest.mark.parametrize("name", ["mug", "a/b/c", "../x/y", "people/", "/abs/x", "people/..", "", "a b/c"])
 def test_invalid_names(name: str):
-    with pytest.raises(InputError, match="is no name on the Hugging Face hub, expected org/name"):
+    with pytest.raises(InputError, match="is not a name on the Hugging Face hub, expected org/name"):
         Bundle.from_pretrained(name)
     with pytest.raises(InputError, match="the revision is 'a b'"):
         Pipeline.from_pretrained(NAME, revision="a b")

@@ -54,7 +54,7 @@ CONFIGS = {
             SMALL.dm, learned_null=True, upsample="upconv", multipliers=(1, 3), heads=4, head_width=4, rotary_width=2
         ),
     ),
-    "one level, grey, capped": LfdmConfig(
+    "one level, gray, capped": LfdmConfig(
         LfaeConfig(
             image_channels=1,
             regions=1,
@@ -303,7 +303,7 @@ def test_a_loaded_model_outlives_its_files(pair: tuple[Path, Path], states: dict
     assert_holds(model.lfae.generator, states["generator"])
 
 
-# What is no checkpoint
+# What is not a checkpoint
 
 
 def jpeg() -> bytes:
@@ -578,9 +578,9 @@ def test_label_embeddings_are_checked_before_they_are_copied(tmp_path: Path, pai
         (torch.zeros(1, 1).expand(2, 2 * 10**12), "label_embeddings declares more bytes"),
         (torch.zeros(2, 12).to_sparse(), "label_embeddings is a sparse tensor"),
         (torch.empty(2, 12, device="meta"), "label_embeddings is a tensor on device meta"),
-        (torch.zeros(2, 12, dtype=torch.complex64), "are no names with a row of numbers"),
+        (torch.zeros(2, 12, dtype=torch.complex64), "are not names with a row of numbers"),
         (torch.full((2, 12), float("nan")), "all different and finite"),
-        ("no tensor", "are no names with a row of numbers"),
+        ("no tensor", "are not names with a row of numbers"),
     ):
         torch.save({"labels": ["a", "b"], "label_embeddings": table}, tmp_path / "dm.pth")
         assert words in error_of(pair[0], tmp_path / "dm.pth")
@@ -619,7 +619,7 @@ def test_swapped_files(pair: tuple[Path, Path]):
 def test_checkpoints_of_something_else(tmp_path: Path, pair: tuple[Path, Path], states: dict[str, State]):
     other = tmp_path / "other.pth"
     torch.save({"resnet": {"w": torch.ones(1)}, "conv.weight": torch.ones(1), "fc.bias": torch.ones(1)}, other)
-    assert f"{other} is no LFAE checkpoint: it lacks generator and region_predictor and bg_predictor; " in error_of(
+    assert f"{other} is not an LFAE checkpoint: it lacks generator and region_predictor and bg_predictor; " in error_of(
         other, pair[1]
     )
     assert "lacks diffusion; it holds conv, fc" in error_of(pair[0], other)

@@ -281,7 +281,7 @@ def test_generate_from_an_embedding(bundle: Bundle, photo: str, tmp_path: Path, 
         assert_same_floats(archive["latent"], expected.latent)
     np.save(tmp_path / "e.npy", np.array([object()]), allow_pickle=True)
     assert generate(bundle, photo, *arguments) == 1
-    assert "e.npy cannot be read: it is no .npy array" in one_line(capsys.readouterr().err)
+    assert "e.npy cannot be read: it is not an .npy array" in one_line(capsys.readouterr().err)
 
 
 def test_generate_by_motion_transfer(bundle: Bundle, photo: str, tmp_path: Path):

@@ -182,6 +182,4 @@ def test_what_a_notebook_shows_is_bounded(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_model_shows_its_size(small_model: LfdmModel):
-    assert re.fullmatch(
-        r"<LfdmModel: LFAE of \d\.\d M weights, DM of \d\.\d M, 7 labels of its own>", repr(small_model)
-    )
+    assert re.fullmatch(r"<LfdmModel: LFAE of \d\.\d M weights, DM of \d\.\d M, 7 own labels>", repr(small_model))

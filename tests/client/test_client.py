@@ -890,7 +890,7 @@ def test_certificates_of_both_sides(kind: str, fake: FakeTriton, authority: trus
         tls = Tls(pems / "ca.pem", pems / "person.key", pems / "person.pem", "clips.example.org")
         assert generate(kind, serving.address, Settings(tls=tls)).seeds == (3,)
         nobody = Settings(tls=Tls(pems / "ca.pem", server_name="clips.example.org"), retry=QUICK)
-        with pytest.raises(ServerUnavailableError, match="was lost; if it asks clients for a certificate"):
+        with pytest.raises(ServerUnavailableError, match="was lost; if it requires a client certificate"):
             generate(kind, serving.address, nobody)
 
 
@@ -900,7 +900,7 @@ def test_certificates_of_both_sides(kind: str, fake: FakeTriton, authority: trus
         ("other.pem", "localhost", "the certificate of localhost:[0-9]+ is not trusted or names another server"),
         ("ca.pem", "clips.example.org", "the certificate of localhost:[0-9]+ is not trusted or names another server"),
         ("ca.pem", None, "does not speak TLS"),
-        (None, "localhost", "connection to localhost:[0-9]+ was lost; if it speaks TLS, ask for TLS"),
+        (None, "localhost", "connection to localhost:[0-9]+ was lost; if it uses TLS, switch on TLS"),
     ],
 )
 def test_tls_that_does_not_fit(

@@ -26,13 +26,13 @@ from tests.fake_triton import answer, text
     [
         ("http://localhost:8000", r"begins with http://.*try localhost:8001"),
         ("grpc://[::1]:8001/x", "begins with grpc://"),
-        ("localhost", "'localhost' is no HOST:PORT"),
-        ("", "is no HOST:PORT"),
-        (":8001", "is no HOST:PORT"),
-        ("localhost:http", "is no HOST:PORT"),
-        ("localhost:0", "is no HOST:PORT"),
-        ("localhost:65536", "is no HOST:PORT"),
-        ("localhost/x:8001", "is no HOST:PORT"),
+        ("localhost", "'localhost' is not HOST:PORT"),
+        ("", "is not HOST:PORT"),
+        (":8001", "is not HOST:PORT"),
+        ("localhost:http", "is not HOST:PORT"),
+        ("localhost:0", "is not HOST:PORT"),
+        ("localhost:65536", "is not HOST:PORT"),
+        ("localhost/x:8001", "is not HOST:PORT"),
     ],
 )
 def test_wrong_addresses(address: str, message: str):
@@ -88,7 +88,7 @@ def test_wrong_retries_and_certificates(tmp_path: Path):
     with pytest.raises(InputError, match=r"no\.pem cannot be read: No such file"):
         Tls(tmp_path / "no.pem").credentials()
     (tmp_path / "a.pem").write_text("hello")
-    with pytest.raises(InputError, match=r"a\.pem is no PEM file"):
+    with pytest.raises(InputError, match=r"a\.pem is not a PEM file"):
         Tls(tmp_path / "a.pem").credentials()
 
 

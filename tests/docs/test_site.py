@@ -54,7 +54,7 @@ def test_good_links_are_no_faults(tmp_path, body):
         ("<a href=gone.html>x</a>", "links to gone.html, which does not exist"),
         ("<a href=other.html#gone>x</a>", "links to other.html#gone, which has no such anchor"),
         ("<a href=#gone>x</a>", "links to #gone, which has no such anchor"),
-        ("<a href='https://exa mple.org'>x</a>", "has a link that is no address"),
+        ("<a href='https://exa mple.org'>x</a>", "has a link that is not an address"),
         ("<a href=/root.html>x</a>", "has a link of an unknown kind"),
         ("<script src=https://cdn.example.org/a.js></script>", "loads https://cdn.example.org/a.js from another host"),
         ("<img src=//example.org/a.png>", "loads //example.org/a.png from another host"),

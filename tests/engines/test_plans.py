@@ -215,7 +215,7 @@ def test_wrong_arguments(bundle: Bundle, builder: Builder):
         make(bundle, gpus=["SM90"])
     with pytest.raises(Exception, match="has no stage 'paint'"):
         make(bundle, "paint")
-    with pytest.raises(EngineError, match="'tensorrt' cannot be had here"):
+    with pytest.raises(EngineError, match="'tensorrt' is not available here"):
         make_plans(bundle, "tensorrt", machine=HERE)
     assert not builder.requests
     assert not (bundle.path / "plans").exists()
@@ -390,7 +390,7 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pa
     ("code", "message"),
     [
         ("import os; os.kill(os.getpid(), 11)", "its process died of SIGSEGV$"),
-        ("import os; os.kill(os.getpid(), 9)", r"died of SIGKILL \(out of memory, if nobody killed it\)"),
+        ("import os; os.kill(os.getpid(), 9)", r"died of SIGKILL \(perhaps out of memory\)"),
         ("import sys; sys.exit('last words')", "ended with status 1 and no result; it said: last words"),
         ("import sys, pathlib; pathlib.Path(sys.argv[1], 'result.json').write_text('{')", "ended with status 0"),
     ],
@@ -593,11 +593,11 @@ def test_a_record_is_read_as_it_was_written(bundle: Bundle, builder: Builder):
 
 
 _ENCODE_OTHERWISE = """
-    grey = ReduceMax <keepdims = 1> (image, axis_1)
-    grey_2 = AveragePool <kernel_shape = [2, 2], strides = [2, 2]> (grey)
-    grey_4 = AveragePool <kernel_shape = [4, 4], strides = [4, 4]> (grey)
-    skip_0 = Tile (grey, repeat_4)
-    skip_1 = Tile (grey_2, repeat_8)
-    feature = Tile (grey_4, repeat_16)
+    gray = ReduceMax <keepdims = 1> (image, axis_1)
+    gray_2 = AveragePool <kernel_shape = [2, 2], strides = [2, 2]> (gray)
+    gray_4 = AveragePool <kernel_shape = [4, 4], strides = [4, 4]> (gray)
+    skip_0 = Tile (gray, repeat_4)
+    skip_1 = Tile (gray_2, repeat_8)
+    feature = Tile (gray_4, repeat_16)
     context = AveragePool <kernel_shape = [4, 4], strides = [4, 4]> (image)
 """

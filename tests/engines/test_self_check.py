@@ -262,7 +262,7 @@ def test_the_runner_checks_and_keeps_what_it_loaded(small_bundle: Bundle, monkey
         StageRunner(small_bundle, threads=1, target="onnxruntime"),
     ):
         monkeypatch.setenv(VARIABLE, "0" if off._self_check else "1")
-        assert off.choice == Choice("onnxruntime", "as asked")
+        assert off.choice == Choice("onnxruntime", "as requested")
         assert off.loaded == ()
 
 

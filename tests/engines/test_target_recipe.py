@@ -87,7 +87,7 @@ def test_a_listed_target_is_found_and_refused_like_every_other(toy: TargetSpec):
         (Machine((), "", {}), "fp32", r"onnx not installed: pip install 'lfdm-export\[export\]'"),
         (here, "int8", "The Toy has no int8 on a CPU: take another target, or export another precision"),
     ):
-        with pytest.raises(EngineError, match=f"the target 'toy' cannot be had here: {message}"):
+        with pytest.raises(EngineError, match=f"the target 'toy' is not available here: {message}"):
             find_target("toy", "run", precision, machine=machine)
     with pytest.raises(InputError, match=r"unknown target 'tpu'; expected auto, .*, torch, toy"):
         find_target("tpu", "run", "fp32")

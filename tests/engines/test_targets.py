@@ -57,7 +57,7 @@ def test_auto_for_plans(packages: Mapping[str, str], gpus: tuple[Gpu, ...], targ
 @pytest.mark.parametrize(
     ("name", "packages", "gpus", "message"),
     [
-        ("tensorrt", CPU, (gpu(),), r"'tensorrt' cannot be had here: tensorrt not installed: pip install"),
+        ("tensorrt", CPU, (gpu(),), r"'tensorrt' is not available here: tensorrt not installed: pip install"),
         ("tensorrt", EVERYTHING, (), "only where its GPU is, and the NVIDIA driver sees no GPU: use a machine"),
         ("tensorrt-rtx", CPU, (), r"tensorrt_rtx_bindings and onnxruntime_ep_nv_tensorrt_rtx not installed"),
         ("openvino", {}, (), r"openvino and onnx not installed: pip install 'lfdm-export\[openvino\]'"),
@@ -111,7 +111,7 @@ def test_nothing_at_all():
 
 def test_an_explicit_target_is_taken_whatever_plans_there_are():
     choice = find_target("tensorrt", "run", "fp16", machine=machine(EVERYTHING, gpu()))
-    assert choice == Choice("tensorrt", "as asked")
+    assert choice == Choice("tensorrt", "as requested")
 
 
 # -------------------------------------------------------------------------------------- precisions

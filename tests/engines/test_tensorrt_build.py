@@ -88,7 +88,7 @@ def test_a_plan_says_what_it_holds_but_does_not_run_here(made: dict[str, PlanMad
     gpus, reason = find_gpus()
     if gpus:
         return  # the plan does run here
-    with pytest.raises(EngineError, match=rf"cannot be had here: .* runs only on a GPU, and {re.escape(reason[:20])}"):
+    with pytest.raises(EngineError, match=rf"not available here: .* runs only on a GPU, and {re.escape(reason[:20])}"):
         StageRunner(bundle, target="tensorrt-rtx").engine("encode")
 
 

@@ -95,7 +95,7 @@ def make_place(
     write_plans(bundle, target, gpu.session.gpu, options)
     monkeypatch.setattr(tensorrt_run, "gpu_session", lambda target: gpu.session)
     runner = StageRunner(bundle, target=target)
-    runner.__dict__["choice"] = dataclasses.make_dataclass("Choice", ["target", "reason"])(target, "as asked")
+    runner.__dict__["choice"] = dataclasses.make_dataclass("Choice", ["target", "reason"])(target, "as requested")
     return Place(bundle, gpu, runner)
 
 

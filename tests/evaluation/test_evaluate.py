@@ -184,7 +184,7 @@ def test_models_of_other_data_are_refused(
     if why is None:
         require_drawn_characters(bundle)
         return
-    with pytest.raises(InputError, match=f"mine cannot be evaluated: this measures drawn characters alone, and {why}"):
+    with pytest.raises(InputError, match=f"mine cannot be evaluated: this measures only drawn characters, and {why}"):
         require_drawn_characters(bundle)
 
 

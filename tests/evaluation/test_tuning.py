@@ -121,7 +121,7 @@ def test_a_bundle_is_tuned(bundle: Bundle):
 
 def test_what_cannot_be_tuned_is_refused(bundle: Bundle, tmp_path: Path):
     pipeline = Pipeline.open(bundle, threads=1)
-    with pytest.raises(InputError, match="cannot be evaluated: this measures drawn characters alone"):
+    with pytest.raises(InputError, match="cannot be evaluated: this measures only drawn characters"):
         tune_bundle(pipeline, [2], search=QUICK, conditions=6)
     with pytest.raises(InputError, match="found 3 clips of 2 conditions"):
         tune_bundle(pipeline, [2], search=QUICK, conditions=2, pictures=pictures())

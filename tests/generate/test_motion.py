@@ -128,7 +128,7 @@ def test_a_transferred_motion_keeps_its_length_and_rate(pipe: Pipeline, tmp_path
 
 def test_a_clip_without_latent_has_no_motion(pipe: Pipeline, tmp_path: Path):
     clip = pipe.generate(photo(), label="Anger", steps=2, seed=0)
-    with pytest.raises(InputError, match="has no latent; ask the server"):
+    with pytest.raises(InputError, match="has no latent; request it from the server"):
         replace(clip, latent=clip.latent[:, :, :0]).save(tmp_path / "none.motion")
     with pytest.raises(InputError, match="motion is a latent, found none"):
         save_clip(tmp_path / "none.motion", clip.frames[0])

@@ -86,7 +86,7 @@ def test_a_clip_is_the_photograph_softly_moved(model: LfdmModel, image: Tensor):
     frame = model.lfae.generator.decode(image, skips, flow).frame
     inner = (..., slice(8, -8), slice(8, -8))  # beyond the border there is nothing to fetch
     correlation = np.corrcoef(frame[inner].numpy().ravel(), image[inner].numpy().ravel())[0, 1]
-    assert correlation > 0.9, "the photograph can be recognised"
+    assert correlation > 0.9, "the photograph can be recognized"
 
 
 def test_motion_between_images_is_finite_and_small(model: LfdmModel, image: Tensor):
@@ -124,7 +124,7 @@ def test_the_shipped_lfae_follows_a_motion_better_than_a_copy_does():
 
 
 def test_the_shipped_model_does_as_the_label_says():
-    """One clip a label, of characters that no training has seen; with chance one of the eight would be right."""
+    """One clip per label, of characters that no training has seen; with chance one of the eight would be right."""
     shipped = load_model_folder(SHIPPED)
     drawings = [sample_clip(seed, label="nod", frames=2).frames[0] for seed in HELD_OUT_SEEDS[-8:]]
     images = torch.from_numpy(np.stack(drawings)).permute(0, 3, 1, 2) / 255

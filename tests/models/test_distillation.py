@@ -19,7 +19,7 @@ from lfdm_export.sampling.loop import threshold as numpy_threshold
 from lfdm_export.sampling.tuned import TunedSteps
 from lfdm_models.schedule import cosine_schedule
 from lfdm_models.training import recipes
-from lfdm_models.training.centring import centre, constant_of
+from lfdm_models.training.centering import center, constant_of
 from lfdm_models.training.cli import main
 from lfdm_models.training.conditions import label_table
 from lfdm_models.training.distill import Teacher, distill, no_samples_report
@@ -151,7 +151,7 @@ def test_the_constant_is_found_in_features():
 def test_one_step_does_with_noise_what_the_teacher_does_at_the_mean():
     teacher, student = new_diffusion(CONFIG, 0).eval(), new_diffusion(CONFIG, 0).eval()
     mean, features, embedding = torch.tensor([0.1, -0.2, 0.9]), features_with_a_constant(), noise(4, 64, seed=2)
-    table = centre(student, (70,), mean, features)
+    table = center(student, (70,), mean, features)
     a = float(cosine_schedule(100).alphas_cumprod[70])
     with torch.no_grad():
         found = run_chain(student, table, features, embedding, FRAMES, torch.Generator().manual_seed(1))
@@ -169,9 +169,9 @@ def test_chains_keep_the_mean(times: tuple[int, ...]):
     """With a network that knows the mean latent exactly, each step sees it as it must, and the last one gives it."""
     diffusion, mean = new_diffusion(CONFIG, 0), 0.9
     before = {key: value.clone() for key, value in diffusion.denoise_fn.state_dict().items()}
-    table = centre(diffusion, times, torch.full((3,), mean), features_with_a_constant())
+    table = center(diffusion, times, torch.full((3,), mean), features_with_a_constant())
     unet, name = diffusion.denoise_fn, "occlusion_map.1"
-    # What `centre` did to inputs and outputs: x = scale y + added, and out' = (out - removed) / scale.
+    # What `center` did to inputs and outputs: x = scale y + added, and out' = (out - removed) / scale.
     scale = float(unet.init_conv.weight[0, 0, 0, 0, 0].detach() / before["init_conv.weight"][0, 0, 0, 0, 0])
     added = float(cosine_schedule(100).sqrt_alphas_cumprod[times[0]]) * mean
     removed = float(before[f"{name}.bias"][0] - scale * unet.state_dict()[f"{name}.bias"][0])
@@ -399,10 +399,10 @@ def test_a_damaged_table_is_refused(pair: tuple[Path, Path], tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--guidance", "2"], "--guidance is of the teacher's samples, and the data's clips are learned from"),
-        (["--images", "faces"], "--images is of the teacher's samples, and the data's clips are learned from"),
+        (["--guidance", "2"], "--guidance is for samples of the teacher, but the data's clips are used"),
+        (["--images", "faces"], "--images is for samples of the teacher, but the data's clips are used"),
         (["--dm", "none.pth"], "none.pth does not exist; give the path of a DM checkpoint"),
-        (["--updates", "0", "--guidance", "2"], "guidance is distilled by training, and --updates is 0"),
+        (["--updates", "0", "--guidance", "2"], "guidance is distilled by training, but --updates is 0"),
         (["--synthetic", "0"], "samples and teacher's steps must be 1 or more, not 0 and 25"),
         (["--data", "mug"], "needs its folder"),
     ],

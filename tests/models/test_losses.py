@@ -31,7 +31,7 @@ def regions(seed: int = 0, count: int = 4) -> Regions:
 # --- Pyramids --------------------------------------------------------------------------------------
 
 
-def test_a_pyramid_keeps_plain_colours_and_halves_sides():
+def test_a_pyramid_keeps_plain_colors_and_halves_sides():
     levels = Pyramid()(torch.full((1, 3, 32, 32), 0.5))
     assert [level.shape[-1] for level in levels] == [32, 16, 8, 4]
     for level in levels[:3]:  # the coarsest is all border, which is padded with black
@@ -40,12 +40,12 @@ def test_a_pyramid_keeps_plain_colours_and_halves_sides():
 
 
 def test_pyramid_loss_by_hand():
-    black, grey = torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.25)
+    black, gray = torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.25)
     loss = PyramidLoss(weight=2.0, edge=1.0, scales=(1,))
-    assert loss(grey, black).item() == pytest.approx(0.5)  # no neighbours differ
+    assert loss(gray, black).item() == pytest.approx(0.5)  # no neighbors differ
     stripes = black.clone()
     stripes[..., ::2] = 1.0
-    # Half of the pixels differ by 1; along x all neighbours do, along y none.
+    # Half of the pixels differ by 1; along x all neighbors do, along y none.
     assert loss(stripes, black).item() == pytest.approx(2.0 * (0.5 + (1.0 + 0.0) / 2))
     assert PyramidLoss(weight=2.0, edge=0.0, scales=(1,))(stripes, black).item() == pytest.approx(1.0)
 
@@ -103,7 +103,7 @@ def test_what_is_no_vgg_is_refused(vgg: Vgg19, tmp_path: Path):
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(TrainingError, match=r"features\.28\.bias is missing"):
         Vgg19.load(tmp_path / "other.pth")
-    with pytest.raises(TrainingError, match=r"text\.pth is no state dict of VGG-19"):
+    with pytest.raises(TrainingError, match=r"text\.pth is not a state dict of VGG-19"):
         Vgg19.load(tmp_path / "text.pth")
     with pytest.raises(TrainingError, match="cannot be read"):
         Vgg19.load(tmp_path / "none.pth")
@@ -149,7 +149,7 @@ def test_a_spline_by_hand():
 
 
 def test_a_bent_image_shows_at_z_what_was_at_the_mapped_z():
-    ramp = torch.linspace(-1, 1, 16).expand(1, 1, 16, 16)  # colour = x
+    ramp = torch.linspace(-1, 1, 16).expand(1, 1, 16, 16)  # color = x
     plane_map = PlaneMap(
         torch.tensor([[[0.5, 0.0], [0.0, 0.5]]]), torch.tensor([[0.25, 0.0]]), torch.zeros(1, 2), torch.zeros(1, 1, 2)
     )

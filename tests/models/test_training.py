@@ -264,7 +264,7 @@ def test_a_checkpoint_tells_its_architecture(lfae_run: Path, tmp_path: Path):
     with pytest.raises(TrainingError, match="does not store its architecture"):
         load_lfae(tmp_path / "released.pth")
     assert load_lfae(tmp_path / "released.pth", LFAE)[0].config == LFAE
-    with pytest.raises(TrainingError, match="no LFAE of that architecture"):
+    with pytest.raises(TrainingError, match="not an LFAE of this architecture"):
         load_lfae(tmp_path / "released.pth", SMALL.lfae)
 
 
@@ -323,8 +323,8 @@ def test_a_still_background_leaves_a_picture_where_it_is():
     image = torch.rand(1, 3, SIZE, SIZE)
     background = lfae.bg_predictor(image, image)
     grid = torch.tensor([[-1.0, 0.0, 1.0], [1 / 7, 0.0, 1.0]])  # two of eight points a side, homogeneous
-    centres = torch.tensor([[-7 / 8, 0.0], [1 / 8, 0.0]])  # where pixels of the latent have their centres
-    torch.testing.assert_close((grid @ background[0].T)[:, :2], centres)
+    centers = torch.tensor([[-7 / 8, 0.0], [1 / 8, 0.0]])  # where pixels of the latent have their centers
+    torch.testing.assert_close((grid @ background[0].T)[:, :2], centers)
 
 
 def test_the_mean_of_weights_by_hand():

@@ -35,7 +35,7 @@ def picture(value: int, size: tuple[int, int] = (12, 12)) -> Image.Image:
 
 
 def folder(path: Path, values: Sequence[int], size: tuple[int, int] = (12, 12)) -> Path:
-    """A clip of one grey picture a value."""
+    """A clip of one gray picture per value."""
     path.mkdir(parents=True)
     for index, value in enumerate(values):
         picture(value, size).save(path / f"img_{index}.png")

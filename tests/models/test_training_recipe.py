@@ -106,8 +106,8 @@ def test_landmarks_follow_the_drawing():
     rows, columns = (((hand[:, axis] + 1) * 64).astype(int) for axis in (1, 0))
     skin = np.array(who.skin)
     for frame, row, column in zip(frames, rows, columns, strict=True):
-        colour = frame[row, column] / 255
-        assert np.corrcoef(colour, skin)[0, 1] > 0.8 or np.abs(colour - skin).max() < 0.3
+        color = frame[row, column] / 255
+        assert np.corrcoef(color, skin)[0, 1] > 0.8 or np.abs(color - skin).max() < 0.3
     who, motion = clip_parts(3, "smile")
     lips = landmarks(who, motion.pose(np.array([0.0, 0.5])))[
         :, [LANDMARKS.index(f"{n} lip") for n in ("upper", "lower")]
@@ -275,7 +275,7 @@ def test_a_dm_goes_on_from_another(tmp_path: Path):
     fresh = recipes.train_dm(CONFIG, lfae, POOL, still, settings, tmp_path / "fresh").checkpoint
     other = torch.load(fresh, weights_only=True)["diffusion"]
     assert any(not torch.allclose(other[key], value, rtol=0, atol=1e-4) for key, value in started.items())
-    with pytest.raises(TrainingError, match=r"dm\.pth is no DM of that architecture: "):
+    with pytest.raises(TrainingError, match=r"dm\.pth is not a DM of this architecture: "):
         load_diffusion(new_diffusion(SMALL, 0), first)
 
 

@@ -15,7 +15,7 @@ from lfdm_export.ops.group_norm_silu.kernels import STORAGES, NormPlan, apply_ke
 from lfdm_export.ops.group_norm_silu.reference import group_norm_silu
 from tests.kernel_arrays import TORCH, addresses, empty, stored, values_of
 
-#: Half of the distance between neighbouring values at 1, and what float32 arithmetic costs beside it.
+#: Half of the distance between neighboring values at 1, and what float32 arithmetic costs beside it.
 LIMITS: dict[Storage, float] = {"float32": 4e-6, "float16": 2.0**-11 + 4e-6, "bfloat16": 2.0**-8 + 4e-6}
 #: Clips, frames, channels, height, width, groups.
 SHAPES = [

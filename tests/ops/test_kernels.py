@@ -29,7 +29,7 @@ from lfdm_export.sampling.noise import START, noise_for
 from tests.kernel_arrays import KERNELS, LAYOUTS, TORCH, addresses, empty, stored, values_of
 
 STORAGE_TYPES = tuple(TORCH)
-#: Half of the distance between neighbouring values at 1.
+#: Half of the distance between neighboring values at 1.
 HALF_ULP = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
@@ -109,7 +109,7 @@ def tolerance(source: Tensor, expected: Tensor, storage: Storage) -> Tensor:
     [
         (1, 1, 3, (8, 8), (8, 8)),  # the motion's own size; a picture
         (2, 3, 16, (8, 8), (16, 16)),
-        (1, 2, 8, (5, 7), (20, 28)),  # rows that are no multiple of a tile's
+        (1, 2, 8, (5, 7), (20, 28)),  # rows that are not a multiple of a tile's
         (1, 2, 9, (4, 6), (13, 17)),  # nothing is a multiple of anything
         (1, 1, 200, (4, 4), (8, 8)),  # more than one slice of channels
     ],
@@ -168,7 +168,7 @@ def test_order_of_threads_does_not_matter_to_warp(host: HostKernels, storage: St
     assert torch.equal(results[0], results[2])
 
 
-#: Coordinates that are no numbers, or as far away as can be.
+#: Coordinates that are not numbers, or as far away as can be.
 WILD = (np.nan, np.inf, -np.inf, 3.4e38, -3.4e38, 1e30, -1e30, 1e9, -1e9, 2.2e9, -2.2e9)
 
 
@@ -189,9 +189,9 @@ def test_no_coordinate_gives_nan(host: HostKernels, storage: Storage, layout: La
 
 
 def border_coordinates(size: int) -> NDArray[np.float32]:
-    """Every pixel's centre, the picture's edges, what is just inside and outside of them, and one pixel further."""
-    centres = (2 * np.arange(-1, size + 1) + 1) / size - 1
-    marks = np.concatenate([centres, [-1.0, 1.0]]).astype(np.float32)
+    """Every pixel's center, the picture's edges, what is just inside and outside of them, and one pixel further."""
+    centers = (2 * np.arange(-1, size + 1) + 1) / size - 1
+    marks = np.concatenate([centers, [-1.0, 1.0]]).astype(np.float32)
     low, high = (np.nextafter(marks, np.float32(end)) for end in (-9, 9))
     return np.concatenate([marks, low, high]).astype(np.float32)
 
@@ -213,20 +213,20 @@ def test_borders(host: HostKernels, layout: Layout, height: int, width: int) -> 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_corners_that_are_not_sampled_do_not_count(host: HostKernels, layout: Layout) -> None:
-    # On a pixel's centre its neighbours have the weight 0, which an infinite neighbour turns into NaN, as in torch; a
+    # On a pixel's center its neighbors have the weight 0, which an infinite neighbor turns into NaN, as in torch; a
     # corner outside is not there at all.
     source = torch.full((1, 4, 4, 4), torch.inf)
     source[:, :, 3, 3] = 2.0
-    centre = torch.tensor([0.75, 0.75, 1.0]).view(1, 3, 1, 1).expand(1, 3, 4, 4).clone()
-    assert (run_warp(host, "float32", layout, source, centre) == 2.0).all()
-    centre[:, :2] = -0.25
+    center = torch.tensor([0.75, 0.75, 1.0]).view(1, 3, 1, 1).expand(1, 3, 4, 4).clone()
+    assert (run_warp(host, "float32", layout, source, center) == 2.0).all()
+    center[:, :2] = -0.25
     source[:, :, 1, 1] = 2.0
-    assert run_warp(host, "float32", layout, source, centre).isnan().all()
-    assert warp_in_torch(source, centre).isnan().all()
+    assert run_warp(host, "float32", layout, source, center).isnan().all()
+    assert warp_in_torch(source, center).isnan().all()
 
 
 def test_motion_of_the_pictures_own_size_is_taken_as_it_is(host: HostKernels) -> None:
-    # Resizing by 1 would spread an infinity to its neighbours.
+    # Resizing by 1 would spread an infinity to its neighbors.
     motion = torch.zeros(1, 3, 4, 4)
     motion[0, 0, 2, 2] = torch.inf
     found = run_warp(host, "float32", "planar", torch.ones(1, 1, 4, 4), motion)
@@ -350,7 +350,7 @@ def test_quantile_is_torchs(host: HostKernels) -> None:
 
 
 def test_a_rank_on_either_side_of_one(host: HostKernels) -> None:
-    # 0.9 · 10 = 9: the tenth value; then the upper neighbour weighs 0.9.
+    # 0.9 · 10 = 9: the tenth value; then the upper neighbor weighs 0.9.
     for count in (11, 12):
         for large in range(4):
             values = torch.linspace(0.1, 0.95, count)
@@ -360,7 +360,7 @@ def test_a_rank_on_either_side_of_one(host: HostKernels) -> None:
             same_values(run_step(host, *arguments), apply_step(*(a.numpy() for a in arguments)))
 
 
-# Weights of the upper neighbour: 0.9, 0.8, 0.4, 0.
+# Weights of the upper neighbor: 0.9, 0.8, 0.4, 0.
 @pytest.mark.parametrize("count", [12, 13, 17, 21])
 def test_interpolation_is_done_from_the_nearer_end(host: HostKernels, count: int) -> None:
     # From the other one the last bit differs in some of so many.

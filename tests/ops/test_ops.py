@@ -175,7 +175,7 @@ def hostile_values(count: int) -> dict[str, NDArray[np.float32]]:
         "mostly zeros": sparse,
         "Cauchy": rng.standard_cauchy(count),
         "e^8N": np.exp(8 * rng.standard_normal(count)),
-        "neighbouring floats": np.nextafter(np.float32(2), np.float32(3)) + rng.integers(0, 3, count) * 2.0**-22,
+        "neighboring floats": np.nextafter(np.float32(2), np.float32(3)) + rng.integers(0, 3, count) * 2.0**-22,
         "huge": rng.uniform(1e37, 3e38, count),
     }
 
@@ -208,7 +208,7 @@ def test_step_combines_as_its_coefficients_say() -> None:
             np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_step_of_a_sample_does_not_depend_on_its_neighbours() -> None:
+def test_step_of_a_sample_does_not_depend_on_its_neighbors() -> None:
     shape = (2, 3, 2, 4, 4)
     arguments = [normal(0, *shape), normal(1, *shape), normal(2, 2, 2, *shape[1:]), normal(3, *shape), normal(4, 2, 11)]
     together = run_step(*arguments)

@@ -192,8 +192,8 @@ def test_json_round_trip(report: Report):
     [
         (lambda plain: plain.update(passed=False), "verdict is not that of its checks"),
         (lambda plain: plain["checks"][2].update(passed=False), "verdict is not that of its checks"),
-        (lambda plain: plain.pop("verdict"), "no report of lfdm-verify"),
-        (lambda plain: plain.pop("checks"), "no report of lfdm-verify .* lacks checks"),
+        (lambda plain: plain.pop("verdict"), "not a report of lfdm-verify"),
+        (lambda plain: plain.pop("checks"), "not a report of lfdm-verify .* lacks checks"),
         (lambda plain: plain.update(seed="1"), "seed is '1', expected int"),
     ],
 )
@@ -206,7 +206,7 @@ def test_a_manipulated_report_is_refused(edit: Any, message: str):
 
 @pytest.mark.parametrize("text", ["", "[]", "1", "{}", "{"])
 def test_text_that_is_not_a_report_is_refused(text: str):
-    with pytest.raises(InputError, match="no report of lfdm-verify"):
+    with pytest.raises(InputError, match="not a report of lfdm-verify"):
         Report.from_json(text)
 
 

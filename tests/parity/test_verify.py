@@ -366,7 +366,7 @@ def test_provenance_that_strict_json_cannot_hold(copy: Path):
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> BertTextEncoder:
     """A BERT with random weights, as wide as the small model's embeddings."""
     import torch
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import AutoTokenizer, BertConfig, BertModel
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "person", "the", "right", "hand", "happiness"]
     folder = tmp_path_factory.mktemp("bert")
@@ -380,10 +380,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> BertTextEncoder:
         intermediate_size=16,
         max_position_embeddings=16,
     )
-    try:
-        tokenizer = BertTokenizerFast(vocab={word: index for index, word in enumerate(words)}, do_lower_case=False)
-    except TypeError:  # transformers before version 5
-        tokenizer = BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), do_lower_case=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=config, do_lower_case=False)
     return BertTextEncoder(BertModel(config), tokenizer)
 
 

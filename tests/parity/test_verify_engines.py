@@ -140,7 +140,7 @@ def test_one_engine_by_name(bundle: Bundle):
 
 def test_a_requested_target_that_is_not_available_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(verify, "this_machine", lambda: NO_GPU)
-    with pytest.raises(EngineError, match=r"'tensorrt' cannot be had here: .* sees no GPU"):
+    with pytest.raises(EngineError, match=r"'tensorrt' is not available here: .* sees no GPU"):
         verify_bundle(bundle, targets=("tensorrt",))
     with pytest.raises(InputError, match="unknown target 'tpu'"):
         verify_bundle(bundle, targets=("tpu",))

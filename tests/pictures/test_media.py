@@ -48,17 +48,17 @@ def test_round_trip_of_exact_formats(tmp_path, clip):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["clip.npz", "clip.webp", "frames"]
 
 
-def test_gif_of_few_colours_is_exact_and_keeps_still_frames(tmp_path):
-    colours = np.random.default_rng(0).integers(0, 256, (200, 3), dtype=np.uint8)
+def test_gif_of_few_colors_is_exact_and_keeps_still_frames(tmp_path):
+    colors = np.random.default_rng(0).integers(0, 256, (200, 3), dtype=np.uint8)
     indices = np.random.default_rng(1).integers(0, 200, (5, 20, 30))
     indices[1:, :10] = indices[0, :10]  # half of the picture stands still,
     indices[3] = indices[2]  # and a frame repeats wholly
-    frames = colours[indices]
+    frames = colors[indices]
     save_clip(tmp_path / "a.gif", frames)
     with Image.open(tmp_path / "a.gif") as image:
         assert getattr(image, "n_frames", 1) == 5
         assert image.info["loop"] == 0
-    # k-means keeps each of so few colours; nothing is left over from the frame before.
+    # k-means keeps each of so few colors; nothing is left over from the frame before.
     assert np.abs(load_clip(tmp_path / "a.gif").astype(int) - frames).max() <= 1
 
 
@@ -245,7 +245,7 @@ def test_what_is_no_clip_is_refused(tmp_path, clip):
         "a.mp4": "cannot be read as a video",
         "a.gif": "cannot be read as an image",
         "a.npz": "cannot be read as a NumPy archive",
-        "a.txt": "is no clip that can be read",
+        "a.txt": "is not a clip that can be read",
         "other.npz": "holds video, expected an array named frames",
         "floats.npz": "float64",
         "objects.npz": "type object",

@@ -36,7 +36,7 @@ def test_the_five_pictures_stand_in_order():
 def test_an_undeformed_grid_hides_the_regular_one():
     picture = grid(panels(*clip_parts(identity(), 1)))
     blue = picture[..., 2] - picture[..., 0]
-    # Whatever is not paper is of the deformed grid's colour: faint grey lines would show as equal channels.
+    # Whatever is not paper is of the deformed grid's color: faint gray lines would show as equal channels.
     inked = picture.sum(axis=2) < 3 * 200
     assert inked.mean() > 0.1
     assert (blue[inked] > 20).all()

@@ -179,21 +179,21 @@ def test_a_still_from_an_animation_is_its_first_frame_and_of_an_apng_the_cover(t
 # --- Depth and colors ------------------------------------------------------------------------------
 
 
-def test_deep_grey_is_scaled_by_its_depth(tmp_path: Path):
-    grey = pixels(8, 9, 1)[:, :, 0]
-    expected = np.repeat(grey[:, :, None], 3, axis=2)
+def test_deep_gray_is_scaled_by_its_depth(tmp_path: Path):
+    gray = pixels(8, 9, 1)[:, :, 0]
+    expected = np.repeat(gray[:, :, None], 3, axis=2)
     deep: dict[str, np.ndarray] = {
-        "16.png": grey.astype(np.uint16) * 257,
-        "16.tif": grey.astype(np.uint16) * 257,
-        "16_in_32.tif": grey.astype(np.int32) * 257,
+        "16.png": gray.astype(np.uint16) * 257,
+        "16.tif": gray.astype(np.uint16) * 257,
+        "16_in_32.tif": gray.astype(np.int32) * 257,
     }
     for name, values in deep.items():
         Image.fromarray(values).save(tmp_path / name)
         assert np.array_equal(read_image(tmp_path / name), expected), name
-    signed = Image.fromarray((grey / 255 * (2**31 - 1)).round().astype(np.int32))
+    signed = Image.fromarray((gray / 255 * (2**31 - 1)).round().astype(np.int32))
     signed.save(tmp_path / "signed.tif")
     assert np.array_equal(read_image(tmp_path / "signed.tif"), expected)
-    whole = Image.fromarray((grey / 255 * (2**32 - 1)).round().astype(np.uint32).view(np.int32))
+    whole = Image.fromarray((gray / 255 * (2**32 - 1)).round().astype(np.uint32).view(np.int32))
     data = encoded(whole, "TIFF").replace(struct.pack("<HHIH", 339, 3, 1, 2), struct.pack("<HHIH", 339, 3, 1, 1))
     (tmp_path / "unsigned.tif").write_bytes(data)  # Pillow writes signed values only
     assert np.array_equal(read_image(tmp_path / "unsigned.tif"), expected)

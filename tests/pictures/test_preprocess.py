@@ -131,13 +131,13 @@ def test_half_transparent_pixels_are_scaled():
     assert read_image(rgba).tolist() == [[[128, 50, 0]]]
 
 
-def test_grey_and_16_bit_pictures(tmp_path):
-    grey = pattern(5, 6, 1)[:, :, 0]
-    Image.fromarray(grey).save(tmp_path / "grey.png")
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    Image.fromarray(grey > 99).save(tmp_path / "bits.png")
-    expected = np.repeat(grey[:, :, None], 3, axis=2)
-    for image in (tmp_path / "grey.png", tmp_path / "deep.png", grey, grey[:, :, None], grey.astype(np.uint16) * 257):
+def test_gray_and_16_bit_pictures(tmp_path):
+    gray = pattern(5, 6, 1)[:, :, 0]
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(gray > 99).save(tmp_path / "bits.png")
+    expected = np.repeat(gray[:, :, None], 3, axis=2)
+    for image in (tmp_path / "gray.png", tmp_path / "deep.png", gray, gray[:, :, None], gray.astype(np.uint16) * 257):
         assert np.array_equal(read_image(image), expected)
     assert np.array_equal(read_image(tmp_path / "bits.png"), (expected > 99) * np.uint8(255))
 

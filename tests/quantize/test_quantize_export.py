@@ -163,7 +163,7 @@ def test_the_command(small_model: LfdmModel, tmp_path: Path, capsys: pytest.Capt
     assert "layers in int8; most sensitive: " in line
     worst = json.loads((page.parent / "sensitivity.json").read_text(encoding="utf-8"))
     assert {stage["stage"] for stage in worst["stages"]} == {"encode", "denoise", "decode"}
-    # Like the other report it is no part of the bundle, which is whole without it.
+    # Like the other report it is not part of the bundle, which is whole without it.
     page.unlink()
     Bundle.open(tmp_path / "b")
 

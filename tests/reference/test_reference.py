@@ -270,13 +270,13 @@ def edited(path: Path, target: Path, **changes: NDArray[Any] | None) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"chain/latents": None}, "is no reference of a bundle"),
+        ({"chain/latents": None}, "is not a reference of a bundle"),
         ({"chain/frames": np.zeros((3, 64, 64, 3), np.float32)}, r"chain/frames is float32 .*expected uint8"),
         ({"units": np.ones(2, np.float32)}, r"units is float32 \(2,\), expected float32 \(3,\)"),
         ({"outputs/decode/frames": np.zeros(5, np.float32)}, "outputs/decode/frames is float32"),
         ({"chain/kept": np.array([0, 0, 9])}, "chain/kept names other frames"),
         ({"chain/embedding": np.zeros(10**8, np.float32)}, "larger than a reference of a bundle needs"),
-        ({"chain/image": np.array([{}], object)}, "is no reference of a bundle"),
+        ({"chain/image": np.array([{}], object)}, "is not a reference of a bundle"),
     ],
 )
 def test_damaged_files(stored: Path, tmp_path: Path, changes: dict[str, Any], message: str):
@@ -287,7 +287,7 @@ def test_damaged_files(stored: Path, tmp_path: Path, changes: dict[str, Any], me
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive"])
 def test_no_archive(tmp_path: Path, content: bytes):
     (tmp_path / "reference.npz").write_bytes(content)
-    with pytest.raises(BundleError, match="is no reference of a bundle"):
+    with pytest.raises(BundleError, match="is not a reference of a bundle"):
         load(tmp_path / "reference.npz")
 
 

@@ -70,7 +70,7 @@ def test_noise_depends_on_seed_and_step_alone():
     for row, seed in enumerate([7, 3, 7, 11]):
         np.testing.assert_array_equal(batch[row], noise_for([seed], 5, shape)[0])
     source = seeded_noise([np.int64(3), 11], shape)  # type: ignore[list-item]
-    source(9)  # what was asked before does not matter
+    source(9)  # earlier calls do not matter
     np.testing.assert_array_equal(source(5), batch[[1, 3]])
     np.testing.assert_array_equal(batch.reshape(4, -1), noise_for([7, 3, 7, 11], 5, (96,)))
 

@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
 from lfdm_export.errors import InputError
 from lfdm_export.sampling import solvers
@@ -128,9 +131,9 @@ class Uncorrected(UniPCMultistepScheduler):
 
     predicted: torch.Tensor
 
-    def multistep_uni_c_bh_update(self, *args, this_sample: torch.Tensor, **options) -> torch.Tensor:
-        corrected = super().multistep_uni_c_bh_update(*args, this_sample=this_sample, **options)
-        return corrected + (this_sample - self.predicted)
+    def multistep_uni_c_bh_update(self, this_model_output: torch.Tensor, *args, **options) -> torch.Tensor:
+        corrected = super().multistep_uni_c_bh_update(this_model_output, *args, **options)
+        return corrected + (options["this_sample"] - self.predicted)
 
 
 def run_multistep(scheduler, times: np.ndarray, draws: np.ndarray | None = None) -> torch.Tensor:

@@ -88,7 +88,7 @@ def test_wrong_numbers_are_refused(change: dict[str, Any], message: str):
         ({"version": 2}, "this program knows version 1"),
         ({"tables": ()}, "expected one or more of rising numbers"),
         ({"tables": (THREE, TWO)}, "expected one or more of rising numbers"),
-        ({"dm_sha256": "a"}, "no SHA-256"),
+        ({"dm_sha256": "a"}, "not a SHA-256"),
         ({"guidance_scale": float("inf")}, "not finite"),
     ],
 )

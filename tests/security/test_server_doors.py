@@ -132,7 +132,7 @@ def test_without_the_token_only_probes_are_answered(fake: FakeTriton):
     with Doors(fake, token=b"the token") as doors:
         for headers in ({}, {"Authorization": "Bearer another"}, {"Authorization": "the token"}):
             status, answer = doors.infer(json_request(), **headers)
-            assert (status, "asks for a token" in answer["error"]) == (401, True)
+            assert (status, "requires a token" in answer["error"]) == (401, True)
         assert doors.infer(json_request(), Authorization="Bearer the token")[0] == 200
         assert doors.ask("GET", "/v2")[0] == 401
         assert doors.ask("GET", "/v2/health/live")[0] == 200
@@ -150,7 +150,7 @@ def test_the_client_sends_the_token(fake: FakeTriton):
     with Doors(fake, token=b"the-token") as doors:
         with Client(doors.grpc, Settings(token="the-token")) as client:
             assert client.facts().frames == 5
-        with Client(doors.grpc) as client, pytest.raises(AuthenticationError, match="asks for a token"):
+        with Client(doors.grpc) as client, pytest.raises(AuthenticationError, match="requires a token"):
             client.facts()
 
 
@@ -190,7 +190,7 @@ def test_a_file_without_a_token_is_refused(tmp_path: Path, content: bytes):
     assert read_access(str(path), None, None).token == b"abc"
     with pytest.raises(InputError, match="cannot be read"):
         read_access(str(tmp_path / "nowhere"), None, None)
-    with pytest.raises(InputError, match="no certificate with its key"):
+    with pytest.raises(InputError, match="not a certificate with its key"):
         read_access(None, str(path), str(path))
     assert "abc" not in repr(read_access(str(path), None, None))
 

@@ -138,7 +138,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "a negative timeout": (with_parameter("int64_param", -1, "timeout"), "timeout is -1"),
     "a huge parameter": (with_parameter("string_param", "x" * 2000, "note"), "longer than 1024"),
     "a sequence": (with_parameter("int64_param", 1, "sequence_id"), "'sequence_id' is not served"),
-    "shared memory": (in_shared_memory(), "lies in shared memory"),
+    "shared memory": (in_shared_memory(), "is in shared memory"),
 }  # fmt: skip
 
 
@@ -196,30 +196,30 @@ BAD_JSON: dict[str, tuple[Any, str]] = {
     "nested deeper than its shape": (tensor("seed", "INT64", [1], [[[7]]]), "nested deeper than its shape"),
     "10^12 pixels": (tensor("image", "UINT8", [10**6, 10**6, 3], [0]), "image has 3,000,000,000,000 bytes"),
     "an axis beyond 64 bits": (tensor("image", "UINT8", [2**64, 1, 3], [0]), "beyond 64 bits"),
-    "axes that are no numbers": (tensor("seed", "INT64", ["1"], [7]), "expected a list of a few whole numbers"),
+    "axes that are not numbers": (tensor("seed", "INT64", ["1"], [7]), "expected a list of a few whole numbers"),
     "axes that are true": (tensor("seed", "INT64", [True], [7]), "expected a list of a few whole numbers"),
     "too few values": (tensor("image", "UINT8", [1, 1, 3], [0, 1]), "has 2 values, expected 3"),
     "too many values": (tensor("image", "UINT8", [1, 1, 3], [0] * 9), "has more than 3 values"),
     "a number beyond its type": (tensor("image", "UINT8", [1, 1, 3], [0, 1, 256]), "beyond UINT8, expected 0 to 255"),
     "a huge number": (tensor("seed", "INT64", [1], [10**4000]), "beyond INT64"),
     "a float beyond FP32": (tensor("eta", "FP32", [1], [10**400]), "beyond FP32"),
-    "a float for a whole number": (tensor("seed", "INT64", [1], [1.5]), "a value that is no INT64"),
-    "a string for a number": (tensor("seed", "INT64", [1], ["7"]), "a value that is no INT64"),
-    "an object for a number": (tensor("seed", "INT64", [1], [{}]), "a value that is no INT64"),
-    "a number for a string": (tensor("label", "BYTES", [1], [7]), "no string"),
-    "half a character": (b'{"inputs":[{"name":"label","datatype":"BYTES","shape":[1],"data":["\\ud800"]}]}', "no text"),
-    "a name of half a character": (b'{"inputs":[{"name":"\\ud800","datatype":"BYTES","shape":[1]}]}', "no text"),
-    "a parameter of half a character": (b'{"inputs":[],"parameters":{"\\ud800":1}}', "no text"),
+    "a float for a whole number": (tensor("seed", "INT64", [1], [1.5]), "a value that is not of type INT64"),
+    "a string for a number": (tensor("seed", "INT64", [1], ["7"]), "a value that is not of type INT64"),
+    "an object for a number": (tensor("seed", "INT64", [1], [{}]), "a value that is not of type INT64"),
+    "a number for a string": (tensor("label", "BYTES", [1], [7]), "not a string"),
+    "half a letter": (b'{"inputs":[{"name":"label","datatype":"BYTES","shape":[1],"data":["\\ud800"]}]}', "not text"),
+    "a name of half a character": (b'{"inputs":[{"name":"\\ud800","datatype":"BYTES","shape":[1]}]}', "not text"),
+    "a parameter of half a character": (b'{"inputs":[],"parameters":{"\\ud800":1}}', "not text"),
     "no data": ({"inputs": [{"name": "seed", "datatype": "INT64", "shape": [1]}]}, "has no list of data"),
-    "no object": (b"[]", "no JSON object"),
-    "no JSON": (b"\xff\xfe", "no JSON"),
-    "nothing": (b"", "no JSON"),
-    "inputs that are no list": ({"inputs": {"seed": 7}}, "expected a list of at most"),
+    "no object": (b"[]", "not a JSON object"),
+    "no JSON": (b"\xff\xfe", "not JSON"),
+    "nothing": (b"", "not JSON"),
+    "inputs that are not a list": ({"inputs": {"seed": 7}}, "expected a list of at most"),
     "thousands of inputs": ({"inputs": [{}] * 1000}, "inputs is a list of 1000"),
     "a parameter that is a list": ({"inputs": [], "parameters": {"a": [[[]]]}}, "expected a number, a string"),
     "a huge timeout": ({"inputs": [], "parameters": {"timeout": 10**30}}, "expected a number, a string"),
     "shared memory": (
-        tensor("seed", "INT64", [1], [7], parameters={"shared_memory_region": "x"}), "lies in shared memory"
+        tensor("seed", "INT64", [1], [7], parameters={"shared_memory_region": "x"}), "is in shared memory"
     ),
     "more binary data than there is": (
         tensor("seed", "INT64", [1], [7], parameters={"binary_data_size": 8}), "of 0 bytes that are there"

@@ -434,7 +434,7 @@ def test_free_ports_are_found_and_differ(listener: socket.socket):
 
 @pytest.mark.parametrize(
     ("host", "message"),
-    [("192.0.2.1", "192.0.2.1 is no address of this machine"), ("no such host", "'no such host' is no address")],
+    [("192.0.2.1", "192.0.2.1 is not an address of this machine"), ("no such host", "'no such host' is not an")],
 )
 def test_a_host_that_is_not_this_machine_is_refused(host: str, message: str):
     with pytest.raises(InputError, match=message):

@@ -278,7 +278,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "two images": ({"image": np.zeros((8, 8, 3), np.uint8)}, "found image_bytes and image"),
     "no image": ({"image_bytes": None}, "found none of image_bytes, image"),
     "unknown label": ({"label": "joy"}, "unknown label 'joy': known are anger"),
-    "label not UTF-8": ({"label": one(b"\xff\xfe")}, "label is no text in UTF-8"),
+    "label not UTF-8": ({"label": one(b"\xff\xfe")}, "label is not text in UTF-8"),
     "no label": ({"label": None}, "found none of label, text, text_embedding"),
     "label and text": ({"text": "smiling"}, "found label and text"),
     "text without an encoder": ({"label": None, "text": "smiling"}, "this bundle has no text encoder"),

@@ -171,7 +171,7 @@ def test_who_leaves_the_line_is_in_nobodys_way():
 
     with turns.taken(), pytest.raises(KeyError), turns.taken(on_wait=leave):
         pass
-    with turns.taken(most=1), pytest.raises(InputError, match="1 clips wait already"), turns.taken(most=1):
+    with turns.taken(most=1), pytest.raises(InputError, match="1 clips are queued already"), turns.taken(most=1):
         pass
     with turns.taken(most=1):
         pass
@@ -245,7 +245,7 @@ def test_examples_are_drawn(tmp_path: Path):
         ({"source": "text", "text": " "}, "there is no text; give one"),
         ({"source": "text", "text": "to nod"}, "this bundle has no text encoder"),
         ({"source": "motion"}, "there is no saved motion; choose its file"),
-        ({"source": "clip"}, "there is no clip to follow; choose its file"),
+        ({"source": "clip"}, "there is no driving clip; choose its file"),
         ({"steps": 2.5}, "steps is 2.5, expected a whole number"),
         ({"steps": 0}, "steps"),
         ({"seed": -1}, "seed: found -1"),
@@ -296,7 +296,7 @@ def test_files_that_are_not_what_they_should_be(visit: Visit, photo: str, tmp_pa
         assert 'role="alert"' in status
         assert message in status
     status, _ = visit.shown(Form(str(tmp_path / "gone.png"), label="Anger"))[-1]
-    assert "the photograph is not kept any more" in status
+    assert "the photograph was removed from the server" in status
     Image.new("RGB", (101, 100)).save(tmp_path / "large.png")
     status, _ = visit.shown(Form(str(tmp_path / "large.png"), label="Anger"))[-1]
     assert "10,000" in status
@@ -325,14 +325,14 @@ def test_clips_wait_for_each_other_and_can_be_given_up(pipeline: Pipeline, photo
     next(first)
     assert held.reached.wait(PATIENCE)
     second = visit.make(form)
-    assert any("waiting for 1 clip before this one" in status for status, _ in second), "it stands in line"
+    assert any("waiting: 1 clip ahead in the queue" in status for status, _ in second), "it stands in line"
     third = visit.shown(form)
-    assert "2 clips wait already; try again later" in third[-1][0]
+    assert "2 clips are queued already; try again later" in third[-1][0]
     first.close()
     held.free.set()
     visit.studio.close()
     assert held.steps < 19, "the first was given up within a step"
-    assert "the server ends" in visit.shown(form)[-1][0]
+    assert "the server is shutting down" in visit.shown(form)[-1][0]
     with turns.taken(most=1):
         pass
 
@@ -363,7 +363,7 @@ def test_the_next_in_line_is_made(pipeline: Pipeline, photo: str, tmp_path: Path
     shown = []
     for status, picture in visit.make(form):
         shown.append((status, picture))
-        if "waiting for 1 clip" in status:
+        if "waiting: 1 clip" in status:
             held.free.set()
     assert set(visit.files(shown[-1][1])) == {"clip.mp4", "clip.gif", "clip.motion"}
     assert set(visit.files(list(first)[-1][1])) == {"clip.mp4", "clip.gif", "clip.motion"}

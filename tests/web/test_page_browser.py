@@ -218,7 +218,7 @@ def test_a_keyboard_is_enough(visit: Callable[..., Any]):
     page.keyboard.press("Enter")
     wait_for_clip(page)
     expected = [
-        "drawing 1", "drawing 2", "drawing 3", "drawing 4", "Take the square in its middle, in place of black bars",
+        "drawing 1", "drawing 2", "drawing 3", "drawing 4", "Crop to the centered square, instead of black bars",
         "Label", "Saved motion", "Label", "Sampler", "Steps", "Guidance (1: as trained)", "Seed",
         "Show the panels (source, clip, warped, grid, occlusion)", "Make the clip",
     ]  # fmt: skip
@@ -239,7 +239,7 @@ def test_the_camera(visit: Callable[..., Any]):
     page.wait_for_function("document.querySelector('#photo video')?.readyState >= 2")
     page.get_by_label("capture photo").click()
     page.wait_for_selector("#photo img")
-    page.get_by_label("Take the square in its middle").check()
+    page.get_by_label("Crop to the centered square").check()
     page.click("#make")
     wait_for_clip(page)
 

@@ -152,8 +152,8 @@ def test_uploads_have_the_limits_of_the_api(site: Site):
 @pytest.mark.parametrize(
     ("photo", "message"),
     [
-        ({"path": "http://127.0.0.1:9/x.png", "meta": FILE}, "a file is an address, which this page does not fetch"),
-        ({"path": "https://127.0.0.1:9/x.png", "meta": FILE}, "a file is an address, which this page does not fetch"),
+        ({"path": "http://127.0.0.1:9/x.png", "meta": FILE}, "a file is given as an address"),
+        ({"path": "https://127.0.0.1:9/x.png", "meta": FILE}, "a file is given as an address"),
         ({"path": PICTURE, "meta": FILE}, "was not uploaded by a user"),
         ({"path": PICTURE}, "the photo was not uploaded; choose its file"),
         (PICTURE, ""),

@@ -236,9 +236,9 @@ def test_lists_have_pages(served: Served):
         ({"crop": "1,2"}, "the crop is '1,2'"),
         ({"guidence": 2}, "unknown field 'guidence'"),
         ({"extra": {"guidence": 2}}, "unknown field 'guidence'"),
-        ({"extra": 3}, "extra is no object"),
+        ({"extra": 3}, "extra is not an object"),
         ({"input_reference": None}, "input_reference is missing"),
-        ({"input_reference": "%%%"}, "is no base64"),
+        ({"input_reference": "%%%"}, "is not base64"),
         ({"input_reference": "https://x/y.png"}, "an address, which this server does not fetch"),
         ({"input_reference": base64.b64encode(b"text").decode()}, "input_reference"),
         ({"input_reference": {"image_url": 3}}, "input_reference is missing"),
@@ -400,7 +400,7 @@ def test_another_bundle_makes_nothing_that_was_asked_of_this_one(bundle: Bundle,
     with serving(other, tmp_path / "state") as (served, _):
         video = served.wait_for(name, "completed", "failed")
     assert (video["model"], video["error"]["message"]) == (
-        "fake", "it was requested of the bundle fake, which is not served any more",
+        "fake", "it was requested from the bundle fake, which is no longer served; request it again",
     )  # fmt: skip
 
 

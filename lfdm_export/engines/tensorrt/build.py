@@ -136,7 +136,7 @@ def _end(status: int) -> str:
     if status >= 0:
         return f"ended with status {status} and no result"
     name = signal.Signals(-status).name if -status in list(signal.Signals) else f"signal {-status}"
-    hint = " (out of memory, if nobody killed it)" if name == "SIGKILL" else ""
+    hint = " (perhaps out of memory)" if name == "SIGKILL" else ""
     return f"died of {name}{hint}"
 
 

@@ -130,7 +130,7 @@ class GpuSession:
                 known = path.read_bytes()
                 self._kernels_bytes = len(known)
                 if not self._kernels.deserialize(known):
-                    _log.info("%s is of another version and is made anew: %s", path, self.api.take_errors())
+                    _log.info("%s is of another version and is made again: %s", path, self.api.take_errors())
         return self._kernels
 
     def keep_kernels(self) -> None:

@@ -246,7 +246,7 @@ class Report:
             said = {name: plain.pop(name) for name in ("passed", "verdict")}
             report = from_plain(cls, {**plain, "pictures": None}, "report")
         except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
-            raise InputError(f"this is no report of lfdm-verify ({error}); verify again") from error
+            raise InputError(f"this is not a report of lfdm-verify ({error}); verify again") from error
         if said != {"passed": report.passed, "verdict": report.verdict}:
             raise InputError("the report's verdict is not that of its checks; verify again")
         return report

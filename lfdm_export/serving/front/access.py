@@ -50,7 +50,7 @@ class Access:
         scheme, _, token = given.partition(b" ")
         if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self.token):
             raise RefusedError(
-                "UNAUTHENTICATED", "this server asks for a token; send the header 'authorization: Bearer TOKEN'"
+                "UNAUTHENTICATED", "this server requires a token; send the header 'authorization: Bearer TOKEN'"
             )
 
     def ssl_context(self) -> ssl.SSLContext | None:
@@ -67,8 +67,8 @@ class Access:
             context.load_cert_chain(self.certificate, self.key)
         except OSError as error:  # includes ssl.SSLError
             raise InputError(
-                f"{self.certificate} and {self.key} are no certificate with its key ({error.strerror or error}); give "
-                "two PEM files that belong together"
+                f"{self.certificate} and {self.key} are not a certificate with its key ({error.strerror or error}); "
+                "give two PEM files that belong together"
             ) from error
         return context
 

@@ -292,7 +292,7 @@ def check_tensor_parameters(name: str, parameters: Mapping[str, Any]) -> None:
     """
     for key in parameters:
         if key.startswith("shared_memory"):
-            raise invalid(f"{name[:64]!r} lies in shared memory, which this server does not accept; send the content")
+            raise invalid(f"{name[:64]!r} is in shared memory, which this server does not accept; send the content")
         if key == "classification":
             raise invalid(f"{name[:64]!r} cannot be classified; leave the parameter out")
 

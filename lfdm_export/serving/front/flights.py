@@ -93,7 +93,7 @@ class Flights:
         return flight
 
     def end(self, flight: Flight) -> None:
-        """Remove a request that has its answer or that nobody waits for."""
+        """Remove a request that is answered or abandoned."""
         self._flying.discard(flight)
         if not self._flying:
             self._landed.set()

@@ -64,4 +64,4 @@ def parsed(kind: Any, message: bytes) -> Any:
     try:
         return kind.FromString(message)
     except DecodeError:
-        raise invalid("the request is no message of Triton's protocol; send a ModelInferRequest") from None
+        raise invalid("the request is not a message of Triton's protocol; send a ModelInferRequest") from None

@@ -63,7 +63,7 @@ def _values(name: str, datatype: str, content: bytes) -> Iterator[bytes]:
             yield ",".join(json.dumps(element.decode()) for element in (() if elements is None else elements)).encode()
         except UnicodeDecodeError:
             raise RefusedError(
-                "INVALID_ARGUMENT", f"the output {name} is no text in UTF-8; ask for it as binary data"
+                "INVALID_ARGUMENT", f"the output {name} is not text in UTF-8; request it as binary data"
             ) from None
         return
     array = np.frombuffer(content, _NUMPY[datatype])

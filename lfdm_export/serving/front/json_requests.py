@@ -143,7 +143,7 @@ def _encoded(declared: Tensor, values: Sequence[Any]) -> bytes:
         texts = np.empty(len(values), np.object_)
         for index, value in enumerate(values):
             if not isinstance(value, str):
-                raise invalid(f"the input {declared.name} has a value that is no string, expected strings")
+                raise invalid(f"the input {declared.name} has a value that is not a string, expected strings")
             _require_unicode(value, declared.name)
             texts[index] = value.encode()
         content = encode(texts)
@@ -152,7 +152,7 @@ def _encoded(declared: Tensor, values: Sequence[Any]) -> bytes:
     dtype = np.dtype(_NUMPY[declared.datatype])
     kinds = {"b": (bool, int), "f": (int, float)}.get(dtype.kind, (int,))
     if not all(type(value) in kinds for value in values):
-        raise invalid(f"the input {declared.name} has a value that is no {declared.datatype}; correct it")
+        raise invalid(f"the input {declared.name} has a value that is not of type {declared.datatype}; correct it")
     if dtype.kind in "iub":
         least, most = (0, 1) if dtype.kind == "b" else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
         if values and not least <= min(values) <= max(values) <= most:
@@ -177,9 +177,9 @@ def _json_object(text: bytes, limits: FrontLimits) -> dict[str, Any]:
     except RecursionError:
         raise invalid("the JSON is nested too deep; send flat lists") from None
     except (ValueError, MemoryError) as error:
-        raise invalid(f"the body is no JSON ({str(error)[:80]}); correct it, or give the JSON's length") from None
+        raise invalid(f"the body is not JSON ({str(error)[:80]}); correct it, or give the JSON's length") from None
     if not isinstance(found, dict):
-        raise invalid("the body is no JSON object, expected one with inputs")
+        raise invalid("the body is not a JSON object, expected one with inputs")
     return found
 
 
@@ -241,7 +241,7 @@ def _require_unicode(text: str, what: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise invalid(f"{what[:64]!a} is no text in Unicode; correct its escapes") from None
+        raise invalid(f"{what[:64]!a} is not text in Unicode; correct its escapes") from None
 
 
 def _shown(value: Any) -> str:

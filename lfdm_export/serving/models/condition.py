@@ -51,9 +51,7 @@ def conditions(tensors: Mapping[str, Array], loaded: Loaded) -> Conditions:
     sampling, given = parse_sampling(tensors, limits), parse_condition(tensors, limits)
     options, table = pipeline.resolve(sampling.options)
     if table.steps > limits.steps:
-        raise InputError(
-            f"{table.name} would take {table.steps} steps, this server allows {limits.steps}; ask for fewer"
-        )
+        raise InputError(f"{table.name} would take {table.steps} steps, this server allows {limits.steps}; use fewer")
     if given.label is not None:
         embedding = pipeline.bundle.embedding(given.label)
     elif given.text is not None:

@@ -106,7 +106,7 @@ def sample_job(tensors: Mapping[str, Array], priority: int, due: float | None, l
         raise InputError(f"the inputs {', '.join(missing)} are missing; the ensemble gives them")
     table = SamplerTable("", tensors["timesteps"], tensors["coefficients"], tensors["draws_noise"])
     if table.steps > limits.steps:
-        raise InputError(f"found {table.steps} steps, expected at most {limits.steps}; ask for fewer")
+        raise InputError(f"found {table.steps} steps, expected at most {limits.steps}; use fewer")
     return SampleJob(
         context=tensors["context"],
         embedding=tensors["text_embedding"],

@@ -1,7 +1,7 @@
 """Finds `tritonserver`, or installs it from a wheel, for a machine without NVIDIA's container.
 
 The wheel is unpacked, not installed: its requirement of NumPy 1 must not affect the project's environment. Beside it
-lies what its Python backend needs: the stub for the running Python, and an environment with a NumPy that this backend
+are the needs of its Python backend: the stub for the running Python, and an environment with a NumPy that this backend
 supports, in which the project's packages are importable too.
 """
 
@@ -197,7 +197,7 @@ def _fetch_wheel(folder: Path) -> Path:
 
 
 def _backends(server: Path) -> Path:
-    """The folder of backends with the running Python's stub, which must lie beside the backend's library."""
+    """The folder of backends with the running Python's stub, which must be beside the backend's library."""
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     stub = server / "python_backend_stubs" / version / _STUB
     if not stub.is_file():

@@ -55,7 +55,7 @@ class ServerOptions:
             raise InputError("the server's certificate and its private key belong together; give both, or neither")
 
     def with_ports(self) -> ServerOptions:
-        """A copy with free ports in place of 0.
+        """A copy with free ports instead of 0.
 
         Raises:
             InputError: a port is in use, or the host is not an address of this machine.

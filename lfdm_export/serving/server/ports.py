@@ -15,7 +15,7 @@ _LISTENS = "0A"
 
 
 def check_ports(host: str, ports: Mapping[str, int]) -> dict[str, int]:
-    """The ports to listen on: the given ones if they are free, and free ones in place of 0.
+    """The ports to listen on: the given ones if they are free, and free ones instead of 0.
 
     Another program may still take a port before the server does.
 
@@ -55,7 +55,7 @@ def _bind(host: str, option: str, port: int) -> int:
             bound: int = listener.getsockname()[1]
             return bound
     except socket.gaierror as error:
-        raise InputError(f"the host {host!r} is no address ({error.strerror}); give one of this machine's") from error
+        raise InputError(f"the host {host!r} is not an address ({error.strerror}); use one of this machine") from error
     except OSError as error:
         raise InputError(_why(error, host, option, port)) from error
 
@@ -65,7 +65,7 @@ def _why(error: OSError, host: str, option: str, port: int) -> str:
         holder = _holder(port) or "another program, such as another lfdm-serve"
         return f"the port {port} of {option} is taken by {holder}; end that, or give another port, or 0 for a free one"
     if error.errno == errno.EADDRNOTAVAIL:
-        return f"{host} is no address of this machine; give --host one that is, or 0.0.0.0 for all"
+        return f"{host} is not an address of this machine; give --host one that is, or 0.0.0.0 for all"
     if error.errno == errno.EACCES:
         return f"the port {port} of {option} is reserved for root; give one of 1024 or more"
     return f"{host}:{port} of {option} cannot be listened on ({error.strerror}); give another port or --host"

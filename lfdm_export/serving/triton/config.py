@@ -127,7 +127,7 @@ def _ensemble_config(known: Mapping[str, ModelInterface], sizes: Mapping[str, in
                 step.input_map[tensor.name] = made.get(tensor.name, tensor.name)
         for tensor in known[name].outputs:
             if tensor.name in wanted:
-                # A request's tensor and the output that a step makes of it need different names in the ensemble.
+                # A request's tensor and the output that a step computes from it need different names in the ensemble.
                 made[tensor.name] = f"ready_{tensor.name}" if tensor.name in from_request else tensor.name
                 step.output_map[tensor.name] = made[tensor.name]
     return config

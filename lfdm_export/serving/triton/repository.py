@@ -38,7 +38,7 @@ _CLASSES: Mapping[str, str] = {
     DECODE_MODEL: "decode.DecodeModel",
     STREAM_MODEL: "stream.StreamModel",
 }
-#: Where a bundle lies inside a repository: Triton treats every top-level folder as a model, and in a model's folder
+#: Path of a bundle inside a repository: Triton treats every top-level folder as a model, and in a model's folder
 #: reads only the configuration and the versions.
 BUNDLE_PLACE = f"{SAMPLE_MODEL}/bundle"
 #: Keeps the empty folder of the ensemble's version in Git.
@@ -98,10 +98,10 @@ def write_open_repository(target: str | os.PathLike[str]) -> Path:
 
 
 def require_apart(bundle: str | os.PathLike[str], repository: str | os.PathLike[str]) -> None:
-    """Refuse a repository that is, contains or lies inside the bundle that it serves.
+    """Refuse a repository that is, contains or is inside the bundle that it serves.
 
     Raises:
-        ExportError: one folder lies in the other.
+        ExportError: one folder is inside the other.
     """
     here, there = user_path(bundle).resolve(), user_path(repository).resolve()
     if there == here or here in there.parents or there in here.parents:

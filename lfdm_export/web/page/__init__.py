@@ -1,1 +1,1 @@
-"""The page of ``lfdm-web``: a form in the browser, over the engines of this process or a server's."""
+"""The page of ``lfdm-web``: a form in the browser that uses the engines of this process or of a server."""

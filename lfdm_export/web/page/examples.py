@@ -1,4 +1,4 @@
-"""Photographs for who has none at hand: drawn characters, which no training has seen."""
+"""Example photographs: drawn characters that were not used in training."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from PIL import Image
 
 from lfdm_models.training.procedural import HELD_OUT_SEEDS, clip_parts, render
 
-# Of the first two dozen, some that differ much.
+# Four of the first 24, chosen because they differ much.
 _SEEDS = (0, 3, 10, 19)
 _SIZE = 256
 
 
 def draw_examples(folder: Path) -> list[Path]:
-    """Draw some pictures into a folder."""
+    """Draw the examples into a folder, and return their paths."""
     found = []
     for index, number in enumerate(_SEEDS):
         character, motion = clip_parts(HELD_OUT_SEEDS[number])

@@ -1,4 +1,4 @@
-"""What the page's form holds, and what it means."""
+"""The values of the page's form, and the arguments that follow from them."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from lfdm_export.pictures.crop import Crop
 from lfdm_export.pictures.preprocess import prepare_image, read_stream
 from lfdm_export.protocol.model_facts import ModelFacts
 
-#: Where a clip's motion comes from.
+#: Sources of a clip's motion.
 Source = Literal["label", "text", "motion", "clip"]
 _FILES, _NUMBERS, _SWITCHES = ("photo", "motion", "clip"), ("steps", "guidance", "seed"), ("center", "panels")
 
 
 @dataclass(frozen=True)
 class Form:
-    """The values of the form's fields, in their order; None where a field is empty.
+    """The values of the form's fields, in the order of the page. None stands for an empty field.
 
     Attributes:
-        photo: file of the photograph.
-        center: take the largest square in its middle, in place of black bars.
-        source: where the motion comes from; of the next four fields it decides which one counts.
-        label: of the model.
+        photo: path of the photograph.
+        center: crop to the largest centered square, instead of adding black bars.
+        source: source of the motion; it selects one of the next four fields.
+        label: a label of the model.
         text: free text.
-        motion: file of a saved motion.
-        clip: file of a driving clip.
-        sampler, steps, guidance, seed: of sampling, where there is some.
-        panels: make the panels too.
+        motion: path of a saved motion.
+        clip: path of a driving clip.
+        sampler, steps, guidance, seed: options of sampling, for a label or a text.
+        panels: whether to make the panels too.
     """
 
     photo: str | None = None
@@ -52,14 +52,14 @@ class Form:
 
     @classmethod
     def read(cls, values: Sequence[object], uploads: Path) -> Form:
-        """The form that a browser sent.
+        """Read the form that a browser sent.
 
         Args:
-            values: of the fields, in their order, as JSON; a file is an object with its path.
-            uploads: the folder of all files that visitors sent.
+            values: JSON values of the fields, in their order; a file is an object with its path.
+            uploads: the folder of all uploaded files.
 
         Raises:
-            InputError: a value is of another type, or a file another one.
+            InputError: a value has the wrong type, or a file was not uploaded.
         """
         found = {field.name: _read(field.name, value) for field, value in zip(fields(cls), values, strict=True)}
         if found["source"] not in get_args(Source):
@@ -71,19 +71,19 @@ class Form:
 
     @property
     def crop(self) -> Crop | None:
-        """What is cut out of the photograph."""
+        """The crop of the photograph."""
         return "center" if self.center else None
 
     @property
     def sampled(self) -> bool:
-        """Whether sampling makes the motion."""
+        """Whether the motion is sampled."""
         return self.source in ("label", "text")
 
     def condition(self) -> dict[str, str]:
         """The label or the text, as an argument of ``generate``.
 
         Raises:
-            InputError: it is empty.
+            InputError: the field is empty.
         """
         value = self.label if self.source == "label" else self.text
         if not value or not value.strip():
@@ -91,21 +91,21 @@ class Form:
         return {self.source: value}
 
     def motion_file(self) -> str:
-        """The file that the motion comes from.
+        """The path of the saved motion or of the driving clip.
 
         Raises:
-            InputError: there is none.
+            InputError: the field is empty.
         """
-        path, name = (self.motion, "saved motion") if self.source == "motion" else (self.clip, "clip to follow")
+        path, name = (self.motion, "saved motion") if self.source == "motion" else (self.clip, "driving clip")
         if path is None:
             raise InputError(f"there is no {name}; choose its file")
         return path
 
     def whole(self, name: Literal["steps", "seed"]) -> int | None:
-        """A number that has to be whole; None where the field is empty.
+        """A whole number; None if the field is empty.
 
         Raises:
-            InputError: it is not.
+            InputError: the number is not whole.
         """
         value: float | None = getattr(self, name)
         if value is None:
@@ -115,14 +115,14 @@ class Form:
         return int(value)
 
     def prepared(self, facts: ModelFacts, most_pixels: int) -> NDArray[np.uint8]:
-        """The photograph as the model takes it, (size, size, 3).
+        """Prepare the photograph for the model, (size, size, 3) uint8.
 
         Args:
-            facts: of the model.
-            most_pixels: that it may have, looked at before it is decoded.
+            facts: facts of the model.
+            most_pixels: most pixels of the photograph, checked before it is decoded.
 
         Raises:
-            InputError: there is none, or it cannot be used.
+            InputError: there is no photograph, or it cannot be used.
         """
         if self.photo is None:
             raise InputError("there is no photograph; choose one, take one with the camera, or take an example")
@@ -131,11 +131,15 @@ class Form:
                 raster = read_stream(stream, os.path.basename(self.photo), most_pixels=most_pixels)  # noqa: PTH119
                 return prepare_image(raster, facts.image_size, facts.preprocessing, crop=self.crop)
         except FileNotFoundError as error:
-            raise InputError("the photograph is not kept any more; choose it again") from error
+            raise InputError("the photograph was removed from the server; choose it again") from error
 
 
 def _read(name: str, value: object) -> Any:
-    """A field's value out of JSON; None where it is empty."""
+    """Check a field's JSON value; returns None if the field is empty.
+
+    Raises:
+        InputError: the value has the wrong type.
+    """
     if name in _FILES and isinstance(value, Mapping):
         value = value.get("path")
     if value is None or value == "":

@@ -1,4 +1,4 @@
-"""The page itself, of Gradio's parts."""
+"""The layout of the page, built from Gradio's components."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ from lfdm_models.pictures.formats import FORMAT_NAMES
 
 STYLE = Path(__file__).with_name("page.css")
 _SOURCES: dict[Source, str] = {"label": "Label", "text": "Text", "motion": "Saved motion", "clip": "Another clip"}
-#: Gradio's buttons of examples are pictures without a name.
+#: Names for screen readers: Gradio gives its buttons of examples none.
 NAMES = """
 () => document.querySelectorAll("#examples button").forEach((button, index) =>
     button.setAttribute("aria-label", `drawing ${index + 1}`))
 """
-#: Fonts of the visitor's own machine: none is fetched.
+#: Fonts of the visitor's machine: none is fetched.
 _FONTS, _MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
 
 
 def theme() -> gr.themes.Base:
-    """Colors, and fonts of the visitor's own."""
+    """Colors and fonts of the page."""
     return gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=_FONTS, font_mono=_MONO)
 
 
 def build(studio: Studio, folder: Path) -> gr.Blocks:
-    """The page.
+    """Build the page.
 
     Args:
         studio: makes the clips.
-        folder: where the examples are drawn.
+        folder: the folder for the examples.
     """
     maker = studio.maker
-    with gr.Blocks(title="lfdm-export", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    page = gr.Blocks(title="lfdm-export", analytics_enabled=False, delete_cache=(600, 3600))
+    with page:
         gr.HTML(f"<h1>A photograph that moves</h1><p>{_about(maker)}</p>", elem_classes="lfdm-head")
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=320):
@@ -58,35 +59,35 @@ def build(studio: Studio, folder: Path) -> gr.Blocks:
         def stopped(request: gr.Request) -> None:
             studio.stop(str(request.session_hash))
 
-        # Values as they came: files are decoded, and all else is checked, by the library.
+        # `preprocess=False`: the library decodes the files and checks all values.
         make.click(
             made, inputs, [status, picture], preprocess=False, show_progress="hidden", concurrency_limit=None,
             api_visibility="private",
         )  # fmt: skip
-        # Not by Gradio's `cancels`, after which it shows an error.
+        # Not with Gradio's `cancels`, which shows an error afterwards.
         stop.click(stopped, None, None, queue=False, show_progress="hidden", api_visibility="private")
     return page
 
 
 def _form(maker: Maker, folder: Path) -> list[gr.components.Component]:
-    """The fields, in the order of `Form`'s."""
+    """The components of the form, in the order of the fields of `Form`."""
     photo = gr.Image(
         label="Photograph", placeholder=f"Drop a photograph here, or click to choose one\n{FORMAT_NAMES}",
         sources=["upload", "webcam", "clipboard"], type="filepath", height=260, buttons=[], elem_id="photo",
         alt_text="the photograph",
     )  # fmt: skip
     gr.Examples(
-        [[str(path)] for path in draw_examples(folder)], [photo], label="Or take a drawing", elem_id="examples",
+        [[str(path)] for path in draw_examples(folder)], [photo], label="Or choose a drawing", elem_id="examples",
         api_visibility="private",
     )  # fmt: skip
-    center = gr.Checkbox(False, label="Take the square in its middle, in place of black bars", elem_id="center")
+    center = gr.Checkbox(False, label="Crop to the centered square, instead of black bars", elem_id="center")
     sources = [(words, name) for name, words in _SOURCES.items() if _has(maker, name)]
     first: Source = sources[0][1]
-    source = gr.Radio(sources, value=first, label="The motion comes from", elem_id="source")
+    source = gr.Radio(sources, value=first, label="Source of the motion", elem_id="source")
     parts = _motion_parts(maker, first)
     sampling, fields_of_sampling = _sampling(maker)
     words = "Show the panels (source, clip, warped, grid, occlusion)"
-    alone = "The server sends panels and the motion to save only without previews." if maker.streams_alone else None
+    alone = "With panels there are no previews; only then you can save the motion." if maker.streams_alone else None
     panels = gr.Checkbox(False, label=words, info=alone, elem_id="panels")
     source.change(
         lambda chosen: [gr.update(visible=name == chosen) for name in parts]
@@ -106,7 +107,7 @@ def _motion_parts(maker: Maker, first: Source) -> dict[Source, gr.components.Com
         visible=first == "motion", elem_id="motion",
     )  # fmt: skip
     clip = gr.File(
-        label="Clip whose motion is taken (GIF, MP4, WebP …)", type="filepath", height=120, visible=False,
+        label="Driving clip (GIF, MP4, WebP …)", type="filepath", height=120, visible=False,
         elem_id="clip",
     )  # fmt: skip
     return {
@@ -127,7 +128,7 @@ def _sampling(maker: Maker) -> tuple[gr.Group, dict[str, gr.components.Component
                 list(maker.samplers), value=defaults.sampler, label="Sampler", elem_id="sampler", min_width=120
             )
             steps = gr.Number(
-                defaults.steps, label="Steps", placeholder="the sampler's own", elem_id="steps",
+                defaults.steps, label="Steps", placeholder="default of the sampler", elem_id="steps",
                 min_width=120,
             )  # fmt: skip
         with gr.Row():
@@ -139,7 +140,7 @@ def _sampling(maker: Maker) -> tuple[gr.Group, dict[str, gr.components.Component
 
 
 def _has(maker: Maker, source: Source) -> bool:
-    """Whether a model's motion may come from there."""
+    """Whether a source of motion is available."""
     facts = maker.facts
     able: dict[Source, bool] = {"label": bool(facts.labels), "text": facts.has_text, "clip": maker.follows_clips}
     return able.get(source, True)
@@ -147,5 +148,5 @@ def _has(maker: Maker, source: Source) -> bool:
 
 def _about(maker: Maker) -> str:
     facts = maker.facts
-    untrained = " The model's weights are untrained: clips show that it runs." if facts.trained is False else ""
+    untrained = " Its weights are untrained: the clips show only that it runs." if facts.trained is False else ""
     return html.escape(f"{maker.name}: {facts.frames} frames of {facts.image_size} × {facts.image_size}.{untrained}")

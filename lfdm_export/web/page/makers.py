@@ -1,4 +1,4 @@
-"""What makes the page's clips: a bundle's engines in this process, or a server."""
+"""The makers of the page's clips: the engines of a bundle in this process, or a server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lfdm_export.web.page.form import Form
 from lfdm_export.web.page.watch import Preview, Waiting, Watch
 from lfdm_export.web.turns import Turns
 
-# Previews of one clip, about: each costs the decoding of some frames.
+# About this many previews per clip: each decodes some frames.
 _PREVIEWS = 6
 
 
@@ -33,11 +33,11 @@ class Maker(Protocol):
     """Makes clips, for any number of threads.
 
     Attributes:
-        name: of the model, and where it runs.
-        facts: of the model.
-        samplers: that it has.
-        follows_clips: whether another clip can drive.
-        streams_alone: whether panels and motions come only without previews.
+        name: the name of the model, and where it runs.
+        facts: facts of the model.
+        samplers: names of the available samplers.
+        follows_clips: whether a driving clip is possible.
+        streams_alone: whether panels and motions are available only without previews.
     """
 
     name: str
@@ -47,32 +47,32 @@ class Maker(Protocol):
     streams_alone: bool
 
     def make(self, form: Form, photo: NDArray[np.uint8], watch: Watch) -> Clip:
-        """Make the clip that the form means.
+        """Make the clip that the form describes.
 
         Args:
             form: the form.
-            photo: (size, size, 3), the prepared photograph.
-            watch: told of it.
+            photo: (size, size, 3) uint8, the prepared photograph.
+            watch: receives the progress.
 
         Raises:
-            Stopped: it was given up.
-            LfdmExportError: it cannot be made.
+            Stopped: the clip was cancelled.
+            LfdmExportError: the clip cannot be made.
         """
 
 
 class LocalMaker:
-    """A pipeline of this process, which others may use too: all in turn."""
+    """Makes clips with a pipeline of this process, in turn with its other users."""
 
     follows_clips: bool
     streams_alone = False
 
     def __init__(self, pipeline: Pipeline, turns: Turns, queue: int) -> None:
-        """Use it.
+        """Use a pipeline.
 
         Args:
             pipeline: the pipeline.
-            turns: of all who use it.
-            queue: clips that may wait or be made.
+            turns: the queue of all its users.
+            queue: most clips that may be queued or running.
         """
         bundle = pipeline.bundle
         self._pipeline, self._turns, self._queue = pipeline, turns, queue
@@ -83,13 +83,13 @@ class LocalMaker:
 
     def make(self, form: Form, photo: NDArray[np.uint8], watch: Watch) -> Clip:
         """See `Maker`."""
-        work = self._checked(form, photo, watch)  # before it waits
+        work = self._checked(form, photo, watch)  # before the clip is queued
         with self._turns.taken(most=self._queue, on_wait=lambda before: watch.tell(Waiting(before))):
             watch.progress("encode", 0, 1)
             return work()
 
     def _checked(self, form: Form, photo: NDArray[np.uint8], watch: Watch) -> Callable[[], Clip]:
-        """What makes the clip, of a form that is not found to be wrong at once."""
+        """Check the form, and return the function that makes its clip."""
         pipeline = self._pipeline
         if not form.sampled:
             path = form.motion_file()
@@ -116,17 +116,17 @@ class LocalMaker:
 
 
 class RemoteMaker:
-    """A server's clips: streamed, but for those whose panels and motion are asked for."""
+    """Makes clips with a server. They are streamed, except when the panels are requested."""
 
     follows_clips = False
     streams_alone = True
     samplers = sampler_names()
 
     def __init__(self, client: Client, address: str) -> None:
-        """Ask the server what its model is.
+        """Read the facts of the model from the server.
 
         Raises:
-            ServerError: it cannot be reached, or does not say.
+            ServerError: the server cannot be reached, or its answer is wrong.
         """
         self._client = client
         self.name, self.facts = f"the server {address}", client.facts()

@@ -1,4 +1,4 @@
-"""What the page shows beside its form: how far a clip is, and the clip, as HTML."""
+"""The HTML that the page shows beside its form: the progress of a clip, and the clip."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lfdm_export.web.page.shelf import Kept
 from lfdm_export.web.page.watch import Preview, Waiting, Working
 from lfdm_export.wording import count
 
-#: Where the files of clips are, below the page.
+#: The path of the clips' files, below the page.
 CLIPS = "clips"
 _STAGES = {DRIVE_STAGE: "estimate motion"}
 _LINKS = {
@@ -25,9 +25,9 @@ _LINKS = {
 
 
 def status(event: Waiting | Working | Preview) -> str:
-    """How far a clip is; a step's preview says as much as its progress."""
+    """The progress of a clip. A preview also says which step is done."""
     if isinstance(event, Waiting):
-        return _bar(f"waiting for {count(event.before, 'clip')} before this one", None)
+        return _bar(f"waiting: {count(event.before, 'clip')} ahead in the queue", None)
     if isinstance(event, Preview):
         return _bar(f"denoise {event.step} of {event.steps}", event.step / event.steps)
     stage = _STAGES.get(event.stage, event.stage)
@@ -37,28 +37,28 @@ def status(event: Waiting | Working | Preview) -> str:
 
 
 def starting() -> str:
-    """A clip has been asked for."""
+    """The status after a clip is requested."""
     return _bar("starting", None)
 
 
 def failure(why: str) -> str:
-    """Why there is no clip."""
+    """The reason of a failure."""
     return f'<p class="lfdm-error" role="alert">{html.escape(why)}</p>'
 
 
 def said(text: str) -> str:
-    """A line of status."""
+    """A line of text as status."""
     return f'<p role="status">{html.escape(text)}</p>'
 
 
 def preview(event: Preview, size: int) -> str:
-    """A clip in the making, as a moving picture.
+    """A preview, as an animated picture.
 
     Args:
-        event: its frames.
+        event: the preview.
         size: rows and columns of a frame.
     """
-    # As long as the clip: fewer frames, shown longer each.
+    # Slower than the clip, because a preview has only some of its frames.
     data = base64.b64encode(encode_gif(event.frames, DEFAULT_FPS / 2)).decode("ascii")
     text = f"preview after step {event.step} of {event.steps}"
     picture = f'<img src="data:image/gif;base64,{data}" width="{size}" height="{size}" alt="{text}">'
@@ -66,7 +66,7 @@ def preview(event: Preview, size: int) -> str:
 
 
 def result(kept: Kept) -> str:
-    """A clip, its panels, and the links that save them."""
+    """A clip, its panels, and the links to save them."""
     place, about = f"{CLIPS}/{kept.place}", html.escape(kept.about, quote=True)
     parts = [_figure(_video(f"{place}/clip.mp4", f"the clip: {about}", kept.size, kept.size), f"{about}")]
     if "panels.mp4" in kept.files:
@@ -83,8 +83,8 @@ def result(kept: Kept) -> str:
 
 
 def nothing() -> str:
-    """The place where the clip will be."""
-    return '<div class="lfdm-empty">The clip will be here.</div>'
+    """The place of the clip before it is made."""
+    return '<div class="lfdm-empty">The clip will appear here.</div>'
 
 
 def _bar(text: str, share: float | None) -> str:

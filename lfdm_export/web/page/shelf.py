@@ -1,4 +1,4 @@
-"""The newest clips of the page as files, which the browser plays and saves."""
+"""The newest clips of the page, as files that the browser plays and saves."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Kept:
     """A clip on the shelf.
 
     Attributes:
-        place: its folder, below the shelf's.
-        name: what its files are called when they are saved.
-        files: their names in the folder; "clip.motion" and "panels.mp4" are not always there.
-        about: what it shows, for who cannot see it.
-        frames: of the clip.
+        place: name of its folder, below the folder of the shelf.
+        name: name of its files when they are saved.
+        files: names of its files in the folder; "clip.motion" and "panels.mp4" are optional.
+        about: what the clip shows, as alternative text.
+        frames: number of frames.
         size: rows and columns of a frame.
     """
 
@@ -37,7 +37,7 @@ class Kept:
 
 
 class Shelf:
-    """A folder of clips; the oldest go when there are many. For any number of threads."""
+    """A folder of the newest clips; older ones are removed. For any number of threads."""
 
     def __init__(self, folder: Path) -> None:
         """Use an empty folder."""
@@ -46,14 +46,14 @@ class Shelf:
         self._lock = threading.Lock()
 
     def keep(self, clip: Clip, *, panels: bool) -> Kept:
-        """Write a clip of one sample: as MP4 and GIF, its motion if it has one, and its panels.
+        """Write a clip of one sample: as MP4 and GIF, its motion if it has one, and its panels if requested.
 
         Args:
             clip: the clip.
-            panels: write the panels too.
+            panels: whether to write the panels too.
 
         Raises:
-            InputError: it cannot be written, or has no panels.
+            InputError: the clip cannot be written, or has no panels.
             MissingDependencyError: PyAV is not installed.
         """
         place = secrets.token_hex(16)

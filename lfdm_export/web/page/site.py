@@ -1,4 +1,4 @@
-"""The page as a web application, beside the video API or alone: who may come in, and what a browser may load."""
+"""The page as a web application, with or without the video API: access, and what a browser may load."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
@@ -26,11 +27,11 @@ from lfdm_export.web.page.shelf import Shelf
 from lfdm_export.web.page.studio import Studio
 
 _API = ("/v1", "/health", "/openapi.json")
-#: Names under which a browser of this machine finds it.
+#: Names of this machine in a browser's address.
 _HERE = ("localhost", "127.0.0.1", "[::1]")
-# Bytes around an uploaded file in its request.
+# Most bytes of a request beside the uploaded file.
 _AROUND = 1 << 16
-#: Nothing from elsewhere. Gradio's own scripts and styles stand in the page.
+#: Nothing from other hosts. Gradio has scripts and styles inside the page.
 _POLICY = "; ".join(
     (
         "default-src 'self'", "script-src 'self' 'unsafe-inline' 'unsafe-eval'", "style-src 'self' 'unsafe-inline'",
@@ -42,21 +43,21 @@ _POLICY = "; ".join(
 
 
 def make_site(maker: Maker, options: WebOptions, *, api: FastAPI | None, here: bool) -> FastAPI:
-    """The page, and the API under its own paths.
+    """Create the page, and the API below its own paths.
 
-    What visitors upload and what is made for them lies in a folder of its own until the server ends.
+    Uploads and clips are kept in a temporary folder until the server ends.
 
     Args:
         maker: makes the clips.
-        options: limits and the token, which a browser asks for as a password, of any name.
-        api: the video API, if there is one.
-        here: answer only to names of this machine, so that no page from elsewhere gets in by a name of its own.
+        options: limits and the token, which the browser requests as a password, with any user name.
+        api: the video API; None for the page alone.
+        here: answer only to names of this machine, so that a foreign page cannot reach it by DNS rebinding.
     """
     folder = tempfile.TemporaryDirectory(prefix="lfdm-web-")
     root = Path(folder.name)
     for name in (CLIPS, "uploads", "examples"):
         (root / name).mkdir()
-    os.environ["GRADIO_TEMP_DIR"] = str(root / "uploads")  # read when it is imported
+    os.environ["GRADIO_TEMP_DIR"] = str(root / "uploads")  # read when Gradio is imported
     import gradio
 
     _fetch_nothing()
@@ -66,7 +67,7 @@ def make_site(maker: Maker, options: WebOptions, *, api: FastAPI | None, here: b
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
-        async with AsyncExitStack() as ending:  # from the last to the first
+        async with AsyncExitStack() as ending:  # ends the last one first
             ending.callback(folder.cleanup)
             if api is not None:
                 await ending.enter_async_context(api.router.lifespan_context(api))
@@ -80,24 +81,26 @@ def make_site(maker: Maker, options: WebOptions, *, api: FastAPI | None, here: b
         site, page, "/", footer_links=[], run_history=False, max_file_size=options.body_bytes, ssr_mode=False,
         pwa=False, theme=theme(), css_paths=STYLE, js=NAMES, show_error=True, enable_monitoring=False,
     )  # fmt: skip
-    page.has_launched = True  # else Gradio takes any file of this machine for an uploaded one
+    page.has_launched = True  # otherwise Gradio accepts any file of this machine as an upload
     site.add_middleware(_Gate, api=api, options=options, here=here)
     return site
 
 
 def _fetch_nothing() -> None:
-    """Have Gradio fetch nothing: it would download whatever a request names by its address."""
+    """Replace Gradio's function for downloads, which would fetch any address in a request."""
     from gradio import processing_utils
 
-    async def refuse(_: str) -> None:
-        raise InputError("a file is an address, which this page does not fetch; choose the file itself")
+    async def refuse(url: str) -> NoReturn:
+        raise InputError(
+            f"a file is given as an address, {url[:80]!r}, which this page does not fetch; upload the file itself"
+        )
 
-    assert callable(processing_utils.async_ssrf_protected_get), "all of Gradio's downloads go through it"
+    assert callable(processing_utils.async_ssrf_protected_get), "Gradio has no function of this name for its downloads"
     processing_utils.async_ssrf_protected_get = refuse
 
 
 class _Gate:
-    """Sends requests for the API on as they are; others are looked at."""
+    """Passes requests for the API on unchanged, and checks all others."""
 
     def __init__(self, app: ASGIApp, api: ASGIApp | None, options: WebOptions, here: bool) -> None:
         self._app, self._api, self._token, self._here = app, api, options.token, here
@@ -123,21 +126,21 @@ class _Gate:
         return await self._app(scope, receive, guarded)
 
     def _refused(self, scope: Scope, headers: Headers) -> PlainTextResponse | None:
-        """Why a request is not served, if it is not."""
+        """The answer to a request that is refused; None if it is served."""
         host = headers.get("Host", "")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
         if self._here and name not in _HERE:
             return PlainTextResponse(f"this page answers to {', '.join(_HERE)} only", 421)
         if scope["method"] not in ("GET", "HEAD") and headers.get("Sec-Fetch-Site") in ("cross-site", "same-site"):
-            return PlainTextResponse("pages from elsewhere may not use this one", 403)
+            return PlainTextResponse("pages of other sites may not use this page", 403)
         length = headers.get("Content-Length", "0")
         if "Transfer-Encoding" in headers or not length.isdecimal() or int(length) > self._most:
-            return PlainTextResponse(f"a request has at most {self._most:,} bytes, and says how many", 413)
+            return PlainTextResponse(f"a request has at most {self._most:,} bytes, and must state its length", 413)
         if "/file=http" in scope["path"] or "/proxy=" in scope["path"]:
-            return PlainTextResponse("this page fetches nothing from elsewhere", 403)
+            return PlainTextResponse("this page fetches nothing from other hosts", 403)
         if self._token is not None and not _knows(headers.get("Authorization", ""), self._token):
             return PlainTextResponse(
-                "the token is missing or wrong; give it as the password",
+                "the token is missing or wrong; enter it as the password",
                 401,
                 {"WWW-Authenticate": 'Basic realm="lfdm-web", charset="UTF-8"'},
             )
@@ -145,7 +148,7 @@ class _Gate:
 
 
 def _knows(given: str, token: str) -> bool:
-    """Whether a header carries the token: as a bearer's, or as the password that a browser asked for."""
+    """Whether an Authorization header has the token, as a bearer token or as a password."""
     kind, _, value = given.partition(" ")
     if kind.lower() == "basic":
         try:

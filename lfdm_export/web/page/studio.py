@@ -1,4 +1,4 @@
-"""Makes a clip of the form, and tells of it as the page shows it: the page's one callback, without a browser."""
+"""The callback of the page: makes a clip from the form, and yields what the page shows. Needs no browser."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from lfdm_export.wording import count, describe_error
 
 logger = logging.getLogger(__name__)
 
-# Seconds between two looks at what happened: the page is told at most so often.
+# Seconds between two updates of the page.
 _GLANCE = 0.1
 
 
 class Studio:
-    """For any number of visitors at once."""
+    """Makes the clips of any number of visitors at once."""
 
     def __init__(self, maker: Maker, shelf: Shelf, uploads: Path, most_pixels: int) -> None:
         """Make clips with a maker.
 
         Args:
-            maker: makes them.
-            shelf: keeps them.
-            uploads: the folder of all files that visitors sent.
-            most_pixels: of a photograph.
+            maker: makes the clips.
+            shelf: keeps the clips.
+            uploads: the folder of all uploaded files.
+            most_pixels: most pixels of a photograph.
         """
         self.maker, self._shelf, self._uploads, self._most_pixels = maker, shelf, uploads, most_pixels
         self._lock = threading.Lock()
@@ -40,14 +40,14 @@ class Studio:
         self._closed = False
 
     def make(self, visitor: str, values: Sequence[object]) -> Iterator[tuple[str, str]]:
-        """Make a clip; closing the iterator gives it up within a step, and so does `stop`.
+        """Make a clip. Closing the iterator cancels it within a step, and so does `stop`.
 
         Args:
-            visitor: whose clip it is.
-            values: of the form's fields, see `lfdm_export.web.page.form.Form.read`.
+            visitor: id of the visitor.
+            values: values of the form's fields, see `lfdm_export.web.page.form.Form.read`.
 
         Yields:
-            What the page shows from now on: the status, and the picture.
+            The status and the picture that the page shows from now on, as HTML.
         """
         watch, began = Watch(), time.monotonic()
         thread = threading.Thread(target=self._work, args=(values, watch), name="lfdm-page", daemon=True)
@@ -57,7 +57,7 @@ class Studio:
                 self._under_way[watch] = visitor, thread
                 thread.start()
         if closed:
-            yield markup.failure("the server ends"), markup.nothing()
+            yield markup.failure("the server is shutting down; try again later"), markup.nothing()
             return
         shown = markup.starting(), markup.nothing()
         yield shown
@@ -78,14 +78,14 @@ class Studio:
             watch.stop()
 
     def stop(self, visitor: str) -> None:
-        """Give up what a visitor asked for."""
+        """Cancel the clips of a visitor."""
         with self._lock:
             watches = [watch for watch, (whose, _) in self._under_way.items() if whose == visitor]
         for watch in watches:
             watch.stop()
 
     def close(self) -> None:
-        """Give up what is under way, and wait until it has ended."""
+        """Cancel all clips, and wait for their threads."""
         with self._lock:
             self._closed, under_way = True, dict(self._under_way)
         for watch in under_way:
@@ -102,7 +102,7 @@ class Studio:
             watch.tell(Made(self._shelf.keep(clip, panels=form.panels)))
         except Stopped:
             pass
-        except Exception as error:  # the visitor's own end
+        except Exception as error:  # reported to the visitor; the server continues
             if not isinstance(error, LfdmExportError):
                 logger.exception("a clip of the page failed")
             watch.fail(describe_error(error))
@@ -112,7 +112,7 @@ class Studio:
             watch.end()
 
     def _shown(self, event: Event, shown: tuple[str, str], seconds: float) -> tuple[str, str]:
-        """What the page shows after an event."""
+        """The status and the picture after an event."""
         if isinstance(event, Made):
             kept = event.kept
             size = f"{kept.size} × {kept.size}"

@@ -1,4 +1,4 @@
-"""Between the thread that makes a clip and the one that shows it."""
+"""The channel between the thread that makes a clip and the thread that shows it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lfdm_export.web.page.shelf import Kept
 
 
 class Stopped(Exception):
-    """Nobody wants the clip any more."""
+    """The clip was cancelled."""
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """So many clips come before."""
+    """The number of clips ahead in the queue."""
 
     before: int
 
 
 @dataclass(frozen=True)
 class Working:
-    """`done` of `total` of a stage are done."""
+    """`done` of `total` parts of a stage are done."""
 
     stage: str
     done: int
@@ -37,7 +37,7 @@ class Working:
 
 @dataclass(frozen=True, eq=False)
 class Preview:
-    """Some frames (n, H, W, 3) uint8 as they would be by the estimate after `step` of `steps`."""
+    """Some frames (n, H, W, 3) uint8, decoded from the estimate after `step` of `steps`."""
 
     step: int
     steps: int
@@ -46,14 +46,14 @@ class Preview:
 
 @dataclass(frozen=True)
 class Made:
-    """The clip is there."""
+    """The clip is ready."""
 
     kept: Kept
 
 
 @dataclass(frozen=True)
 class Failed:
-    """There is no clip, for a reason that is a sentence."""
+    """The clip failed; `why` is a sentence."""
 
     why: str
 
@@ -62,26 +62,26 @@ Event: TypeAlias = Waiting | Working | Preview | Made | Failed
 
 
 class Watch:
-    """What is told of one clip. The maker's thread tells, another one listens, any may stop it."""
+    """The events of one clip: the thread that makes it sends them, another receives them, and any may stop it."""
 
     def __init__(self) -> None:
-        """Nothing was told."""
+        """Start without events."""
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._stopped = threading.Event()
         self._give_up: Callable[[], object] | None = None
 
     def tell(self, event: Event) -> None:
-        """Tell what happened.
+        """Send an event.
 
         Raises:
-            Stopped: nobody wants to know any more.
+            Stopped: the clip was cancelled.
         """
         if self._stopped.is_set():
             raise Stopped
         self._events.put(event)
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """Tell of progress, as the library reports it.
+        """Send progress. Has the signature of `lfdm_export.progress.Progress`.
 
         Raises:
             Stopped: see `tell`.
@@ -89,32 +89,32 @@ class Watch:
         self.tell(Working(stage, done, total))
 
     def fail(self, why: str) -> None:
-        """Tell that there is no clip, if anybody wants to know."""
+        """Send the reason of a failure, unless the clip was cancelled."""
         if not self._stopped.is_set():
             self._events.put(Failed(why))
 
     def on_stop(self, give_up: Callable[[], object]) -> None:
-        """Have something called where the clip is stopped, by the thread that stops it."""
+        """Set the function that `stop` calls, in the thread that stops the clip."""
         self._give_up = give_up
 
     @property
     def stopped(self) -> bool:
-        """Whether nobody wants the clip any more."""
+        """Whether the clip was cancelled."""
         return self._stopped.is_set()
 
     def stop(self) -> None:
-        """The clip is not wanted any more; harmless where it has ended."""
+        """Cancel the clip. Has no effect after its end."""
         if not self._stopped.is_set():
             self._stopped.set()
             if self._give_up is not None:
                 self._give_up()
 
     def end(self) -> None:
-        """Nothing more will be told."""
+        """Send the end of the events."""
         self._events.put(None)
 
     def news(self, seconds: float) -> list[Event | None]:
-        """What was told since, after waiting so long at most for something; None is the end."""
+        """The events since the last call, after waiting up to `seconds` for the first. None marks the end."""
         found: list[Event | None] = []
         with contextlib.suppress(queue.Empty):
             found.append(self._events.get(timeout=seconds))

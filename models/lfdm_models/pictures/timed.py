@@ -43,12 +43,12 @@ def animation_frames(stream: BinaryIO, name: str) -> Iterator[TimedFrame]:
     """Frames of a GIF, WebP or PNG. An APNG's default image counts only if it is part of the animation.
 
     Raises:
-        PictureError: the file is no animation, a single PNG, damaged, or too large.
+        PictureError: the file is not an animation, a single PNG, damaged, or too large.
     """
     stream.seek(0)
     found = format_of(stream.read(16))
     if found is None or found.name not in ANIMATED:
-        raise PictureError(f"{name} is no animation, expected a GIF, WebP or animated PNG")
+        raise PictureError(f"{name} is not an animation, expected a GIF, WebP or animated PNG")
     if found.name == "GIF":
         facts = gif_facts(stream, MAX_SOURCE_FRAMES)
         _check_canvas(facts.size, name)
@@ -93,7 +93,7 @@ def video_frames(stream: BinaryIO, name: str) -> Iterator[TimedFrame]:
 
     Raises:
         ImportError: PyAV is not installed.
-        PictureError: the file is no video in a supported container, damaged, or too large.
+        PictureError: the file is not a video in a supported container, damaged, or too large.
     """
     import av
 
@@ -128,7 +128,7 @@ def video_comment(stream: BinaryIO, name: str) -> str | None:
 
     Raises:
         ImportError: PyAV is not installed.
-        PictureError: the file is no video in a supported container.
+        PictureError: the file is not a video in a supported container.
     """
     import av
 

@@ -161,7 +161,7 @@ def save_classifier(network: MotionClassifier, path: Path) -> None:
     """Write weights and labels as safetensors.
 
     Raises:
-        TrainingError: it cannot be written.
+        TrainingError: the file cannot be written.
     """
     weights = {key: value.contiguous() for key, value in network.state_dict().items()}
     metadata = {"labels": json.dumps(network.labels)}

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in _PATHS:
         if getattr(args, name, None) is not None:
             setattr(args, name, Path(os.path.expanduser(getattr(args, name))))  # noqa: PTH111  (no error for ~unknown)
-    if args.stage in ("evaluate", "schedule"):  # the toolkit's own command handles these
+    if args.stage in ("evaluate", "schedule"):  # the toolkit's command handles these
         _complain(f"error: {args.stage} is for exported bundles, and comes with lfdm_export: run lfdm-train")
         return FAILED
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -107,34 +107,34 @@ def _parser() -> argparse.ArgumentParser:
     version = importlib.metadata.version("lfdm-export")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version}")
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    lfae = stages.add_parser("lfae", help="the autoencoder: motion of images")
-    dm = stages.add_parser("dm", help="the diffusion model: motion for a label")
-    lfae.add_argument("--vgg", type=Path, metavar="FILE", help="torchvision's weights of VGG-19, for the loss")
-    lfae.add_argument("--learn", choices=LEARN, default="all", help="trained parts; then --start (%(default)s)")
-    lfae.add_argument("--equivariance", type=float, default=10.0, metavar="X", help="loss weight (%(default)s)")
+    lfae = stages.add_parser("lfae", help="train the autoencoder (LFAE), which learns motion from clips")
+    dm = stages.add_parser("dm", help="train the diffusion model (DM), which generates motion for a label")
+    lfae.add_argument("--vgg", type=Path, metavar="FILE", help="torchvision's VGG-19, for the perceptual loss")
+    lfae.add_argument("--learn", choices=LEARN, default="all", help="parts to train; more with --start (%(default)s)")
+    lfae.add_argument("--equivariance", type=float, default=10.0, metavar="X", help="weight of this loss (%(default)s)")
     lfae.add_argument(
-        "--landmarks", type=float, default=0.0, metavar="X", help="loss weight; procedural data (%(default)s)"
+        "--landmarks", type=float, default=0.0, metavar="X", help="weight of this loss; procedural data (%(default)s)"
     )
-    lfae.add_argument("--mixture", type=float, default=0.0, metavar="X", help="loss weight (%(default)s)")
+    lfae.add_argument("--mixture", type=float, default=0.0, metavar="X", help="weight of this loss (%(default)s)")
     lfae.add_argument("--from-first", action="store_true", help="the source is always a clip's first frame")
-    lfae.add_argument("--camera-still", action="store_true", help="keep the background static, without learning")
+    lfae.add_argument("--camera-still", action="store_true", help="fix the background, instead of learning its motion")
     lfae.add_argument("--freeze-norm", action="store_true", help="do not update batch norm's statistics")
     lfae.add_argument("--start", type=Path, metavar="FILE", help="initial LFAE checkpoint")
     dm.add_argument("--lfae", type=Path, required=True, metavar="FILE", help="the trained autoencoder")
-    dm.add_argument("--released-lfae", action="store_true", help="a released autoencoder, of the published size")
+    dm.add_argument("--released-lfae", action="store_true", help="--lfae is a released one, of the published size")
     dm.add_argument("--signal-std", type=float, default=0.0, metavar="X", help="weight errors by noise level; 0: off")
     dm.add_argument("--start", type=Path, metavar="FILE", help="initial DM checkpoint")
-    dm.add_argument("--text-encoder", metavar="FOLDER|NAME", help="a BERT that embeds the labels (fixed vectors)")
+    dm.add_argument("--text-encoder", metavar="FOLDER|NAME", help="a BERT for the labels (default: fixed vectors)")
     dm.add_argument(
         "--residual-flow",
         action=argparse.BooleanOptionalAction,
         help="train on offsets from the identity (default: small yes, published no)",
     )
-    distill = stages.add_parser("distill", help="a diffusion model that needs 1, 2 or 4 steps")
+    distill = stages.add_parser("distill", help="train a diffusion model that needs 1, 2 or 4 sampling steps")
     _add_distill(distill)
-    _add_classifier(stages.add_parser("classifier", help="the network that judges clips in evaluate"))
-    stages.add_parser("evaluate", help="measure an exported bundle: lfdm-train evaluate --help", add_help=False)
-    stages.add_parser("schedule", help="learn a sampler with few steps: lfdm-train schedule --help", add_help=False)
+    _add_classifier(stages.add_parser("classifier", help="train the network with which evaluate judges clips"))
+    stages.add_parser("evaluate", help="measure an exported bundle (see lfdm-train evaluate --help)", add_help=False)
+    stages.add_parser("schedule", help="tune a sampler for few steps (see lfdm-train schedule --help)", add_help=False)
     _add_options(lfae, batch_size=16)
     _add_options(dm, batch_size=8)
     _add_options(distill, batch_size=4, updates="--updates")
@@ -169,7 +169,7 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="guidance scale of the samples, distilled into the new model (default: 1)",
     )
-    parser.add_argument("--text-encoder", metavar="FOLDER|NAME", help="a BERT, for checkpoints without their labels")
+    parser.add_argument("--text-encoder", metavar="FOLDER|NAME", help="a BERT, for checkpoints without labels")
 
 
 def _add_options(parser: argparse.ArgumentParser, *, batch_size: int, updates: str = "--steps") -> None:
@@ -184,20 +184,20 @@ def _add_options(parser: argparse.ArgumentParser, *, batch_size: int, updates: s
     data.add_argument("--subjects", metavar="1,3,5", help="subjects to train on (mhad, natops)")
     data.add_argument("--pool", type=int, default=0, metavar="N", help="procedural clips, kept in memory; 0: unlimited")
     data.add_argument("--no-jitter", action="store_true", help="do not change colors")
-    data.add_argument("--workers", type=int, default=0, metavar="N", help="processes that make examples (%(default)s)")
+    data.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load data (%(default)s)")
     run = parser.add_argument_group("run")
     if updates == "--steps":
         run.add_argument(updates, dest="updates", type=int, required=True, metavar="N", help="steps of the optimizer")
-    else:  # --steps are the chain's
-        run.add_argument(updates, type=int, default=0, metavar="N", help="steps of the optimizer; 0: no training (0)")
+    else:  # --steps is the number of sampling steps
+        run.add_argument(updates, type=int, default=0, metavar="N", help="steps of the optimizer; 0: do not train (0)")
     run.add_argument("--batch-size", type=int, default=batch_size, metavar="N", help="examples per pass (%(default)s)")
     run.add_argument("--accumulate", type=int, default=1, metavar="N", help="passes per step (%(default)s)")
-    run.add_argument("--learning-rate", type=float, metavar="RATE", help="(default: as published)")
+    run.add_argument("--learning-rate", type=float, metavar="RATE", help="initial step size (default: as published)")
     run.add_argument("--beta1", type=float, metavar="X", help="Adam's first beta (default: as published)")
-    run.add_argument("--warm-up", type=int, default=0, metavar="N", help="steps of rising rate (%(default)s)")
-    run.add_argument("--cosine", action="store_true", help="lower the rate along half a cosine")
+    run.add_argument("--warm-up", type=int, default=0, metavar="N", help="steps until the full rate (%(default)s)")
+    run.add_argument("--cosine", action="store_true", help="decrease the rate along half a cosine")
     run.add_argument(
-        "--clip-norm", type=float, default=0.0, metavar="X", help="max gradient norm; 0: any (%(default)s)"
+        "--clip-norm", type=float, default=0.0, metavar="X", help="max gradient norm; 0: no limit (%(default)s)"
     )
     run.add_argument("--ema", type=float, default=0.999, metavar="X", help="decay of averaged weights (%(default)s)")
     run.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the run (%(default)s)")
@@ -205,14 +205,14 @@ def _add_options(parser: argparse.ArgumentParser, *, batch_size: int, updates: s
     run.add_argument("--precision", choices=PRECISIONS, default="auto")
     run.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     run.add_argument("--checkpoint-every", type=int, default=500, metavar="N", help="steps between (%(default)s)")
-    run.add_argument("--preview-every", type=int, default=0, metavar="N", help="steps between; 0: never (%(default)s)")
+    run.add_argument("--preview-every", type=int, default=0, metavar="N", help="steps between; 0: none (%(default)s)")
     run.add_argument("--log-every", type=int, default=50, metavar="N", help="steps between (%(default)s)")
     parser.add_argument("-q", "--quiet", action="store_true", help="print only errors")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _add_classifier(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="a .safetensors file")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
     parser.add_argument("--clips", type=int, default=1600, metavar="N", help="procedural clips (%(default)s)")
     parser.add_argument("--steps", type=int, default=1500, metavar="N", help="steps of the optimizer (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the training (%(default)s)")
@@ -295,16 +295,14 @@ def _distill(args: argparse.Namespace, config: LfdmConfig, data: DataSettings, r
     from lfdm_models.training.teacher import Sampling
 
     if args.guidance is not None and not args.updates:
-        raise TrainingError("guidance is distilled by training, and --updates is 0; give the steps of the optimiser")
+        raise TrainingError("guidance is distilled by training, but --updates is 0; set --updates")
     sampling = None
     if args.synthetic is not None:
         guidance = 1.0 if args.guidance is None else args.guidance
         sampling = Sampling(args.synthetic, args.images, args.teacher_steps, guidance, args.seed)
     elif args.guidance is not None or args.images is not None:
         given = "--images" if args.guidance is None else "--guidance"
-        raise TrainingError(
-            f"{given} is of the teacher's samples, and the data's clips are learned from; add --synthetic"
-        )
+        raise TrainingError(f"{given} is for samples of the teacher, but the data's clips are used; add --synthetic N")
     return distill(
         Teacher(args.lfae, args.dm, config, args.text_encoder),
         args.steps,

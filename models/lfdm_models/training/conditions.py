@@ -28,9 +28,9 @@ def label_table(labels: Sequence[str], width: int) -> dict[str, Float32Array]:
         ValueError: the width is not a power of two or has too few rows, or a label appears twice.
     """
     if width < 2 or width & (width - 1):
-        raise ValueError(f"text_width is {width}, expected a power of two where no text encoder is used")
+        raise ValueError(f"text_width is {width}, expected a power of two if no text encoder is used")
     if len(labels) >= width or len(set(labels)) != len(labels):
-        raise ValueError(f"{len(labels)} labels, expected at most {width - 1}, all different; take a larger text_width")
+        raise ValueError(f"{len(labels)} labels, expected at most {width - 1}, all different; use a larger text_width")
     matrix = np.ones((1, 1), np.float32)
     while len(matrix) < width:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])

@@ -42,7 +42,7 @@ NO_CLIP = -1
 # Purposes of streams of draws. Streams per clip are below; examples begin here.
 _EXAMPLES = 2**32
 _SHUFFLE = 2**48
-# After this many unreadable clips in a row, the cause is another one.
+# After this many unusable clips in a row, the folder itself is probably wrong.
 _PATIENCE = 100
 
 
@@ -197,8 +197,8 @@ class DiskClips:
                 continue
             return frames, self.labels.index(entry.label) if entry.label in self.labels else NO_LABEL
         raise TrainingError(
-            f"none of {attempt + 1} clips in a row can be used, the last one being {entry.path}; "
-            "look at the warnings above, and at the folder"
+            f"none of {attempt + 1} clips in a row can be used, the last of them {entry.path}; "
+            "check the warnings above, and the folder"
         )
 
 
@@ -232,7 +232,7 @@ def choose_frames(count: int, frames: int, choice: FrameChoice, draws: Draws) ->
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """The largest changes of color; all frames of a clip are changed alike.
+    """The largest changes of color; all frames of a clip change in the same way.
 
     Attributes:
         brightness, contrast, saturation: factors are drawn from 1 - value … 1 + value.
@@ -245,7 +245,7 @@ class ColorJitter:
     hue: float = 0.05
 
     def apply(self, frames: Float32Array, draws: Draws) -> Float32Array:
-        """(n, H, W, 3) float32 in [0, 1] -> the same shape, all frames changed alike."""
+        """(n, H, W, 3) float32 in [0, 1] -> the same shape; all frames change in the same way."""
         factors = [draws.uniform(1 - v, 1 + v) for v in (self.brightness, self.contrast, self.saturation)]
         brightness, contrast, saturation = (np.float32(factor) for factor in factors)
         angle = 2 * np.pi * draws.uniform(-self.hue, self.hue)
@@ -338,10 +338,10 @@ def _to_tensor(frames: UInt8Array, jitter: ColorJitter | None, draws: Draws) -> 
 
 
 class Examples(Protocol):
-    """Examples by number, without end: of tensors by name, all of a kind."""
+    """Unlimited examples by number; each has tensors of the same names and shapes."""
 
     def __getitem__(self, number: int, /) -> Mapping[str, Any]:
-        """One of them."""
+        """The tensors of an example, by name."""
         ...
 
 
@@ -362,7 +362,7 @@ def _leave_interrupts(_: int) -> None:
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the training process ends the workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which the training process ends the workers
 
 
 def batches(

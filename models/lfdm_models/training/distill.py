@@ -1,4 +1,4 @@
-"""What ``lfdm-train distill`` does: a teacher and examples put together into a run."""
+"""The run of ``lfdm-train distill``: combines a teacher, examples and settings."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from lfdm_models.training.recipes import DataSettings, fingerprint, label_embedd
 from lfdm_models.training.settings import OptimizerSettings, RunSettings
 from lfdm_models.training.teacher import Picture, ReportSamples, Sampling, TeacherSamples, draw_samples
 
-#: Examples that means and deviations of latents are taken from, or as many as there are.
+#: Examples from which the latents' means and deviations are measured; fewer if there are fewer.
 _MEASURED = 64
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """Where the networks come from.
+    """The checkpoints of the trained networks.
 
     Attributes:
         lfae: checkpoint of the autoencoder.
-        dm: checkpoint of the DM of many steps.
-        config: architecture and flow of checkpoints that do not tell theirs.
-        text_encoder: see `recipes.train_dm`; for checkpoints that do not bring their labels.
+        dm: checkpoint of the trained DM.
+        config: architecture and kind of flow, for checkpoints that do not store theirs.
+        text_encoder: see `recipes.train_dm`; for checkpoints that do not store their labels.
     """
 
     lfae: Path
@@ -51,7 +51,7 @@ class Teacher:
 
 
 def no_samples_report(done: int, total: int) -> None:
-    """Tell nobody."""
+    """Report nothing."""
 
 
 def distill(
@@ -68,24 +68,24 @@ def distill(
     progress: ReportProgress = no_report,
     on_sample: ReportSamples = no_samples_report,
 ) -> Outcome:
-    """Make a DM of few steps; see `loop.train`.
+    """Train a DM that needs few steps; see `loop.train`.
 
     Args:
-        teacher: which networks.
-        steps: of the chain: 1, 2 or 4.
-        data: clips to learn from; with `sampling` only their first frames are used.
+        teacher: the trained networks.
+        steps: steps of the chain: 1, 2 or 4.
+        data: the training clips; with `sampling`, only their first frames are used.
         optimizer: settings of the optimizer.
-        run: number of updates, batch size, device, precision, and what is saved when.
+        run: number of steps, batch size, device, precision, and what is saved when.
         folder: folder of the run: its state, checkpoints, log and samples.
-        sampling: learn from the teacher's own samples; None: from the data.
-        untrained: write the weights that training would begin with (`centring`), which may be good enough.
+        sampling: how the teacher draws samples, which replace the data's clips; None to learn from the data.
+        untrained: write the initial weights of the training (`centering`), which may be good enough.
         resume: continue the run in `folder`, if there is one.
         progress: called after every step.
         on_sample: called with the number of teacher samples drawn so far and their total.
 
     Raises:
         TrainingError: the run fails as in `loop.train`; or data or weights are not available, or do not fit each other.
-        ValueError: there is no chain of so many steps, or the DM's schedule is too short for it.
+        ValueError: the number of steps is not supported, or the DM's schedule is too short for it.
     """
     if (folder / STATE).exists() and not resume:  # before samples are drawn
         raise TrainingError(f"{folder} holds a training run already; resume it, or choose another folder")
@@ -127,7 +127,7 @@ def distill(
 def _networks(
     teacher: Teacher, labels: Sequence[str] | None
 ) -> tuple[LfdmConfig, Lfae, Diffusion, dict[str, Float32Array]]:
-    """Configuration, autoencoder, the DM of many steps, and embeddings of the labels (None: of all it knows)."""
+    """Configuration, LFAE, trained DM, and embeddings of the labels (None: all labels of the DM)."""
     told = load(teacher.lfae, "an LFAE checkpoint").get("training") or {}
     lfae, _ = load_lfae(teacher.lfae, None if "config" in told else teacher.config.lfae)
     content = load(teacher.dm, "a DM checkpoint")
@@ -147,11 +147,15 @@ def _networks(
 
 
 def _embeddings(content: Mapping[str, Any], labels: Sequence[str] | None, teacher: Teacher) -> dict[str, Float32Array]:
-    """Those that the DM was trained with, where its checkpoint tells."""
+    """The embeddings stored in the DM's checkpoint, or else those of `label_embeddings`.
+
+    Raises:
+        TrainingError: the checkpoint stores no labels and none are given, or it lacks one of those given.
+    """
     names, table = content.get("labels"), content.get("label_embeddings")
     if not isinstance(names, list) or not isinstance(table, Tensor):
         if labels is None:
-            raise TrainingError(f"{teacher.dm} does not tell its labels; give its data set in place of pictures")
+            raise TrainingError(f"{teacher.dm} does not store its labels; give its data set instead of pictures")
         return label_embeddings(labels, teacher.text_encoder)
     known = dict(zip(names, table.numpy(), strict=True))
     missing = [label for label in labels or () if label not in known]
@@ -164,7 +168,7 @@ def _embeddings(content: Mapping[str, Any], labels: Sequence[str] | None, teache
 
 
 def _facts(data: DataSettings, source: ClipSource | None, teacher: Teacher, labels: list[str]) -> dict[str, Any]:
-    """What examples are: those of the data, or what the DM of many steps says of its own."""
+    """Facts of the examples: of the data if it is given, else those that the DM's checkpoint stores."""
     if source is not None:
         return data.facts(source)
     examples = (load(teacher.dm, "a DM checkpoint").get("training") or {}).get("examples") or {}
@@ -173,7 +177,11 @@ def _facts(data: DataSettings, source: ClipSource | None, teacher: Teacher, labe
 
 
 def _picture(images: Path | None, source: ClipSource | None, size: int) -> Picture:
-    """The pictures of a folder in turn, or first frames of clips."""
+    """The reader of the samples' pictures: those of a folder in turn, or the first frames of the clips.
+
+    Raises:
+        TrainingError: there is no such folder, or it has no pictures.
+    """
     if source is not None:
         return lambda number: source.read(number, lambda _: [0])[0][0]
     assert images is not None
@@ -181,7 +189,7 @@ def _picture(images: Path | None, source: ClipSource | None, size: int) -> Pictu
         raise TrainingError(f"--images is {images}, expected a folder of pictures")
     pictures = DiskClip(images, Framing(), size)
     if not len(pictures):
-        raise TrainingError(f"{images} holds no pictures; expected some that the model may be shown")
+        raise TrainingError(f"{images} holds no pictures; expected pictures of the kind that the model was trained on")
 
     def read(number: int) -> UInt8Array:
         try:
@@ -194,7 +202,7 @@ def _picture(images: Path | None, source: ClipSource | None, size: int) -> Pictu
 
 
 def _first_examples(reader: DmStage, examples: TrainingClips | TeacherSamples) -> dict[str, Tensor]:
-    """The latents and features that a run begins with."""
+    """The latents and features of the first examples."""
     if isinstance(examples, TeacherSamples):
         return {"latent": examples.latents[:_MEASURED], "feature": examples.features[:_MEASURED]}
     clips = (examples[number] for number in range(_MEASURED))

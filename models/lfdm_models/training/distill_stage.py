@@ -1,12 +1,12 @@
-"""A DM of few steps learns the distribution that its teacher, or a data set, has.
+"""Trains a DM for a chain of few steps, on samples of a teacher or on a data set.
 
-All of a short chain runs, twice for the same picture and label, and both ends are compared with a latent of the data,
-and with each other, by the energy score: it is smallest, on average, only where they have the data's distribution. A
-chain that gave the mean would be near the data but its ends no distance apart; one that scattered would be far from the
-data. There is no critic and no second network to train, so that a step costs little more than one of the DM's.
+For each picture and label, the whole chain runs twice. The energy score compares both results with a latent of the data
+and with each other. Its mean is smallest only if the results have the distribution of the data: results at the mean are
+near the data, but not apart from each other; widely scattered ones are far from the data. No critic or other second
+network is trained, so a step costs little more than one of the DM's training.
 
 Source: Gneiting and Raftery, Strictly Proper Scoring Rules, Prediction, and Estimation (JASA 2007), section 4.3; De
-Bortoli et al., Distributional Diffusion Models with Scoring Rules (arXiv 2502.02483), who train denoisers by it.
+Bortoli et al., Distributional Diffusion Models with Scoring Rules (arXiv 2502.02483), who train denoisers with it.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from torch import Tensor
 from lfdm_models.config import LfdmConfig
 from lfdm_models.diffusion import Diffusion
 from lfdm_models.lfae import Lfae
-from lfdm_models.training.centring import centre
+from lfdm_models.training.centering import center
 from lfdm_models.training.conditions import Float32Array
 from lfdm_models.training.dm import DmStage
 from lfdm_models.training.few_steps import run_chain
 from lfdm_models.training.settings import Precision
 
-#: Chains for the same picture and label.
+#: Chains per picture and label.
 DRAWS = 2
-# Side of the squares of latents that are compared beside the whole, which alone would say little of details.
+# Side of the squares of latents that are compared in addition to the whole, which is insensitive to details.
 _SQUARE = 4
-# Below it a channel has no deviation that could be measured in.
+# Least standard deviation of a channel; differences are divided by it.
 _LEAST_DEVIATION = 1e-3
 
 
 def views(latent: Tensor) -> tuple[Tensor, ...]:
-    """What is compared of latents (B, 3, T, h, w): the whole (B, 1, n), and squares over all frames (B, S, m)."""
+    """The compared parts of latents (B, 3, T, h, w): the whole (B, 1, n), and squares over all frames (B, S, m)."""
     whole = latent.flatten(1)[:, None]
     rows, columns = latent.shape[3] // _SQUARE, latent.shape[4] // _SQUARE
     if not (rows and columns):
@@ -47,23 +47,23 @@ def views(latent: Tensor) -> tuple[Tensor, ...]:
 
 
 def distance(first: Tensor, second: Tensor) -> Tensor:
-    """Distances (B,) of latents (B, 3, T, h, w): root mean squares, summed over `views`."""
+    """Distances (B,) between latents (B, 3, T, h, w): root mean squares, summed over `views`."""
     pairs = zip(views(first), views(second), strict=True)
     # The root has no gradient at 0.
     return torch.stack([(a - b).square().mean(-1).add(1e-8).sqrt().mean(1) for a, b in pairs]).sum(0)
 
 
 def energy_score(drawn: Tensor, wanted: Tensor) -> Tensor:
-    """Mean energy score of `DRAWS` latents each: (B, DRAWS, 3, T, h, w) against (B, 3, T, h, w)."""
+    """Mean energy score of `DRAWS` latents per example: (B, DRAWS, 3, T, h, w) against (B, 3, T, h, w)."""
     first, second = drawn.unbind(1)
     away = (distance(first, wanted) + distance(second, wanted)) / 2
     return (away - distance(first, second) / 2).mean()
 
 
 class DistillStage(DmStage):
-    """Training of a DM of few steps; see the module."""
+    """Training of a DM for few steps; see the module's docstring."""
 
-    # With bfloat16 alone, noise is copied through the network with 8 bits, which few steps do not forgive.
+    # In bfloat16, the network would copy the noise with 8 bits; few steps cannot correct such errors.
     gpu_precision: Precision = "tf32"
 
     def __init__(
@@ -79,17 +79,17 @@ class DistillStage(DmStage):
         guidance: float = 1.0,
         preview_clips: Tensor | None = None,
     ) -> None:
-        """Begin at the teacher's weights, for a chain that begins at the mean (`centring`).
+        """Start from the teacher's weights, changed for a chain that starts at the mean (`centering`).
 
         Args:
-            config: of both networks.
-            lfae: trained; it is not changed.
-            teacher: the DM of many steps; it is not changed.
+            config: configuration of both networks.
+            lfae: the trained LFAE, which is not changed.
+            teacher: the trained DM, which is not changed.
             embeddings: see `DmStage`.
-            times: (S,) of the chain, falling.
-            first: a batch of examples, which means and deviations of latents are taken from.
+            times: (S,), times of the chain, falling.
+            first: a batch of examples, from which the latents' means and deviations are measured.
             examples: see `DmStage`.
-            guidance: of the teacher, whose samples the examples are; for the record.
+            guidance: guidance scale of the teacher's samples, stored with the run.
             preview_clips: see `DmStage`.
         """
         super().__init__(
@@ -107,22 +107,22 @@ class DistillStage(DmStage):
         mean = latent.mean(dim=(0, 2, 3, 4))
         deviation = latent.std(dim=(0, 2, 3, 4)).clamp(min=_LEAST_DEVIATION)
         self.deviation = deviation.view(1, -1, 1, 1, 1)
-        self.table_of_steps = centre(self.diffusion, times, mean, feature)
+        self.table_of_steps = center(self.diffusion, times, mean, feature)
         self.facts |= {"stage": "distill", "few_steps": self.table_of_steps.plain(), "guidance distilled": guidance}
 
     def to(self, device: torch.device) -> None:
-        """Move what there is."""
+        """Move networks, embeddings and deviations."""
         super().to(device)
         self.deviation = self.deviation.to(device)
 
     def shown(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Latents (B, 3, T, h, w) to be like, and features (B, C, h, w): of clips, or as they were sampled."""
+        """Target latents (B, 3, T, h, w) and features (B, C, h, w) of a batch of samples or clips."""
         if "latent" in batch:
             return batch["latent"], batch["feature"]
         return self.encode_once(batch["frames"], batch["clip"].tolist())
 
     def losses(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """The energy score of chains, in deviations of each channel."""
+        """The energy score of the chains, with each channel divided by its deviation."""
         wanted, feature = self.shown(batch)
         label = batch["label"]
         embedding = torch.where(
@@ -139,7 +139,7 @@ class DistillStage(DmStage):
         return {"energy": energy_score((drawn / self.deviation).unflatten(0, (-1, DRAWS)), wanted / self.deviation)}
 
     def sample(self, diffusion: Diffusion, clips: Tensor, embedding: Tensor) -> Tensor:
-        """Latents for the first frames of `clips` by the few steps; for previews."""
+        """Latents for the first frames of `clips` from the chain of few steps; for previews."""
         feature = self.lfae.generator.encode(clips[:, :, 0])[-1]
         generator = torch.Generator(clips.device).manual_seed(0)
         return run_chain(diffusion, self.table_of_steps, feature, embedding, clips.shape[2], generator)

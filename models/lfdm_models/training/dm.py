@@ -52,14 +52,15 @@ def load_diffusion(diffusion: Diffusion, path: Path) -> None:
         path: written by this stage, or released.
 
     Raises:
-        TrainingError: it cannot be read, or has another architecture.
+        TrainingError: the file cannot be read, or has another architecture.
     """
     content = load(path, "a DM checkpoint")
     weights = {key.removeprefix("module."): value for key, value in content.get("diffusion", {}).items()}
     try:
         diffusion.load_state_dict(weights)
     except RuntimeError as error:
-        raise TrainingError(f"{path} is no DM of that architecture: {str(error).splitlines()[-1].strip()}") from error
+        reason = str(error).splitlines()[-1].strip()
+        raise TrainingError(f"{path} is not a DM of this architecture: {reason}") from error
 
 
 def noise_weight(signal: Tensor, spread: Tensor, signal_std: float) -> Tensor:
@@ -104,15 +105,15 @@ class DmStage:
         """Train `diffusion`.
 
         Args:
-            config: of both networks.
-            lfae: trained; it is not changed.
+            config: configuration of both networks.
+            lfae: the trained LFAE, which is not changed.
             diffusion: the DM, such as from `new_diffusion`.
             embeddings: (text_width,) of each label, in the order of the examples' label indices.
             examples: description of the examples in plain values, which must be the same for a resumed run.
             null_probability: probability that an example's embedding is replaced by the null embedding.
-            signal_std: typical standard deviation of the latents, with which `noise_weight` weights errors. 0 weights
-                all alike, as published.
-            preview_clips: (N, 3, T, H, W) in [0, 1], for previews: their first frames, with label 0, 1, ….
+            signal_std: typical standard deviation of the latents, for `noise_weight`; 0 weights all errors equally, as
+                published.
+            preview_clips: (N, 3, T, H, W) in [0, 1], for previews, which use their first frames, and labels 0, 1, ….
         """
         self.config, self.diffusion = config, diffusion
         self.lfae = lfae.eval().requires_grad_(False)

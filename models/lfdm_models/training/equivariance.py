@@ -1,4 +1,4 @@
-"""Equivariance of the region predictor: a deformed image must give regions deformed alike.
+"""Equivariance of the region predictor: a deformed image must give regions deformed in the same way.
 
 With T a smooth map of the plane and D'(z) = D(T(z)), the content at T(z) in D is at z in D'. So for regions
 (shift, affine) of D and (shift', affine') of D', with J the Jacobian of T:

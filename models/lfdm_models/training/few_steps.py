@@ -1,6 +1,6 @@
-"""Chains of few steps in torch: what a distilled DM is trained through, and the long chains of its teacher.
+"""Sampling chains in torch: the chain of few steps through which a DM is distilled, and the long chain of its teacher.
 
-The table of a chain is that of `lfdm_export.sampling.tuned.TunedSteps`, all noise between its steps drawn anew.
+The table of a short chain corresponds to `lfdm_export.sampling.tuned.TunedSteps`, with new noise between all steps.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ class FewSteps:
     """The table of a chain of S steps.
 
     Attributes:
-        times: (S,), the training step that the network is asked about, falling.
-        gains: (S,), of the x0 estimates, above 0.
+        times: (S,), the training steps at which the network is evaluated, falling.
+        gains: (S,), factors of the x0 estimates, above 0.
     """
 
     times: tuple[int, ...]
     gains: tuple[float, ...]
 
     def plain(self) -> dict[str, Any]:
-        """As a checkpoint tells of it, for the toolkit to make a `TunedSteps` of."""
+        """The table as a checkpoint stores it, from which the toolkit makes a `TunedSteps`."""
         return {"times": list(self.times), "gains": list(self.gains), "fresh": [1.0] * (len(self.times) - 1)}
 
 
 def chosen_times(steps: int, training_steps: int) -> tuple[int, ...]:
-    """Times of a chain on a schedule.
+    """The times of a chain on a schedule.
 
     Raises:
-        ValueError: there are no times for so many steps, or the schedule is too short to tell them apart.
+        ValueError: the number of steps is not supported, or the schedule is too short for different times.
     """
     if steps not in DEFAULT_TIMES:
         raise ValueError(f"steps is {steps}, expected {', '.join(map(str, DEFAULT_TIMES))}")
@@ -47,7 +47,7 @@ def chosen_times(steps: int, training_steps: int) -> tuple[int, ...]:
 
 
 def levels(diffusion: Diffusion, timestep: int) -> tuple[Tensor, Tensor]:
-    """Shares of latent and noise at a time: sqrt(a) and sqrt(1 - a), scalars."""
+    """The factors of latent and noise at a time: sqrt(a) and sqrt(1 - a), scalars."""
     return (
         diffusion.get_buffer("sqrt_alphas_cumprod")[timestep],
         diffusion.get_buffer("sqrt_one_minus_alphas_cumprod")[timestep],
@@ -55,7 +55,7 @@ def levels(diffusion: Diffusion, timestep: int) -> tuple[Tensor, Tensor]:
 
 
 def threshold(x0: Tensor) -> Tensor:
-    """Dynamic thresholding, as `lfdm_export.sampling.loop.threshold`; its limit counts as a constant for gradients.
+    """Dynamic thresholding, as in `lfdm_export.sampling.loop.threshold`; gradients treat the limit as a constant.
 
     Args:
         x0: (B, …) float32.
@@ -69,15 +69,15 @@ def threshold(x0: Tensor) -> Tensor:
 def run_chain(
     diffusion: Diffusion, table: FewSteps, feature: Tensor, embedding: Tensor, size: int, generator: torch.Generator
 ) -> Tensor:
-    """Latents (B, 3, T, h, w) float32 by a chain of few steps, through which gradients flow.
+    """Latents (B, 3, T, h, w) float32 from a chain of few steps, through which gradients flow.
 
     Args:
-        diffusion: whose network is asked.
-        table: the steps.
+        diffusion: the DM.
+        table: the table of the chain.
         feature: (B, C, h, w).
         embedding: (B, text_width).
         size: T, frames of a clip.
-        generator: of the start, and of the noise between the steps.
+        generator: for the initial noise, and the noise between the steps.
     """
     shape = (len(feature), 3, size, *feature.shape[2:])
     latent = torch.randn(shape, generator=generator, device=feature.device)
@@ -103,16 +103,16 @@ def long_chain(
     guidance: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Latents (B, 3, T, h, w) by DDIM with eta 1: noise at each step corrects what the network gets wrong.
+    """Latents (B, 3, T, h, w) from DDIM with eta 1: the noise of each step corrects errors of the network.
 
     Args:
         diffusion: the teacher.
         feature: (B, C, h, w).
         embedding: (B, text_width).
         start: (B, 3, T, h, w), standard normal.
-        steps: how many, evenly over the schedule.
-        guidance: scale of classifier-free guidance; 1: the conditional prediction alone.
-        generator: of the noise.
+        steps: number of steps, spread evenly over the schedule.
+        guidance: scale of classifier-free guidance; 1: only the conditional prediction.
+        generator: for the noise of the steps.
 
     Source: Song et al., Denoising Diffusion Implicit Models (arXiv 2010.02502), equations 12 and 16.
     """

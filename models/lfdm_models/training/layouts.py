@@ -45,7 +45,7 @@ class DiskSet:
 
     Attributes:
         name: name of the data set.
-        entries: its clips, in order of their paths.
+        entries: the clips of the split, in the order of their paths.
         labels: all labels, in the order of their embeddings.
         framing: applied to pictures before they are scaled.
         choice: how frames are chosen: at random and sorted, the first fixed, or one from each of T equal intervals.
@@ -146,7 +146,7 @@ def plain(root: Path, split: Split) -> DiskSet:
     elif split == "train":
         base = root
     else:
-        raise TrainingError(f"{root} has no folders train and test, so no clips for tests; sort the clips into both")
+        raise TrainingError(f"{root} has no folders train and test, so no split for tests; sort the clips into both")
     entries = []
     for path in _clips_below(base):
         parts = path.relative_to(base).parts
@@ -176,4 +176,4 @@ def _some(entries: Sequence[Entry], root: Path, split: str, expected: str) -> tu
 
 def _report(count: int, root: Path, what: str) -> None:
     if count:
-        logger.warning("%s: %d clips have %s and are left out", root, count, what)
+        logger.warning("%s: %d clips have %s and are skipped", root, count, what)

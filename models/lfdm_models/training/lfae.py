@@ -273,7 +273,7 @@ def load_lfae(path: Path, config: LfaeConfig | None = None) -> tuple[Lfae, dict[
         config: its architecture, if the checkpoint does not store it (a released one does not).
 
     Raises:
-        TrainingError: it cannot be read, does not store its architecture, or has another one.
+        TrainingError: the file cannot be read, does not store its architecture, or has another one.
     """
     content = load(path, "an LFAE checkpoint")
     training = content.get("training") or {}
@@ -288,7 +288,8 @@ def load_lfae(path: Path, config: LfaeConfig | None = None) -> tuple[Lfae, dict[
     try:
         lfae.load_state_dict(weights)
     except RuntimeError as error:
-        raise TrainingError(f"{path} is no LFAE of that architecture: {str(error).splitlines()[-1].strip()}") from error
+        reason = str(error).splitlines()[-1].strip()
+        raise TrainingError(f"{path} is not an LFAE of this architecture: {reason}") from error
     return lfae.eval().requires_grad_(False), training
 
 

@@ -29,7 +29,7 @@ def save_gif(path: Path, rows: list[list[Tensor]]) -> None:
         rows: rows of clips (3, T, H, W) in [0, 1].
 
     Raises:
-        TrainingError: it cannot be written.
+        TrainingError: the file cannot be written.
     """
     table = np.concatenate([np.concatenate([to_pixels(clip) for clip in row], axis=2) for row in rows], axis=1)
     # One palette for all frames: changing palettes make still parts flicker.

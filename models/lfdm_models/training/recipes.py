@@ -49,7 +49,7 @@ class DataSettings:
         frames: frames per clip.
         subjects: subjects of the training split; None for the default ones. Only for MHAD and NATOPS.
         jitter: whether colors are jittered; never for the procedural data set, whose colors vary already.
-        pool: number of clips of the procedural data set, all kept in memory; 0 for new clips without end.
+        pool: number of clips of the procedural data set, all kept in memory; 0 for unlimited new clips.
     """
 
     name: DataName = "procedural"
@@ -68,7 +68,7 @@ class DataSettings:
         """
         if self.name == "procedural":
             if self.root is not None:
-                raise TrainingError(f"the procedural data set needs no folder, but {self.root} is given; name its data")
+                raise TrainingError(f"the procedural data set needs no folder, but {self.root} is given; leave it out")
             return ProceduralClips(self.image_size, self.frames, seed, self.pool)
         if self.pool:
             raise TrainingError(f"a pool is for procedural clips, but the data set is {self.name!r}; leave it out")
@@ -141,18 +141,18 @@ def train_lfae(
         learn: "all"; "motion", which compares the warped source and trains nothing that decodes; or "regions", which
             trains only the region predictor.
         equivariance: weight of both equivariance losses.
-        landmarks: weight of the loss that draws the first regions to the landmarks of the procedural data set.
+        landmarks: weight of the loss that pulls the first regions to the landmarks of the procedural data set.
         mixture: weight of `mixture_loss`.
         from_first: use the first frame as the source of every pair, as in testing and use; else any frame.
-        camera_still: fix the background's motion to zero: learned motion is off by some hundredths of a pixel, which
-            blurs every edge.
+        camera_still: fix the background's motion to zero. A learned motion has an error of some hundredths of a pixel,
+            which blurs every edge.
         freeze_norm: normalize with the statistics of `start`, as in inference, and keep them.
         resume: continue from the state in `folder`, if there is one.
         progress: called after every step.
 
     Raises:
-        TrainingError: the data or weights are not available; the folder has a run that is not to be or cannot be
-            resumed; an option does not apply; or the loss is not finite.
+        TrainingError: the data or weights are not available; the folder has a run and `resume` is False, or
+            the run cannot be resumed; an option does not apply; or the loss is not finite.
     """
     if landmarks and (data.name != "procedural" or config.regions < len(LANDMARKS)):
         raise TrainingError(
@@ -214,14 +214,13 @@ def train_dm(
             it is that of `config`.
         text_encoder: folder or name of a BERT that embeds the labels; None for fixed vectors.
         start: a DM checkpoint of that architecture to start from; None for new weights.
-        signal_std: standard deviation of the latents, which weighs the errors (`noise_weight`); 0 weighs all errors
-            equally, as published.
+        signal_std: standard deviation of the latents, for `noise_weight`; 0 weights all errors equally, as published.
         resume: continue from the state in `folder`, if there is one.
         progress: called after every step.
 
     Raises:
-        TrainingError: the data or weights are not available or do not fit each other; the folder has a run that is not
-            to be or cannot be resumed; or the loss is not finite.
+        TrainingError: the data or weights are not available or do not fit each other; the folder has a run and
+            `resume` is False, or the run cannot be resumed; or the loss is not finite.
         lfdm_models.text.TextEncoderError: the text encoder is not available.
     """
     source = data.open(run.seed)

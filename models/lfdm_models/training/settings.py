@@ -40,10 +40,10 @@ SMALL = LfdmConfig(
         feature_channels=64,
         text_width=64,
     ),
-    # An offset is 0 where nothing moves, which is the mean that the DM has to learn.
+    # An offset is 0 where nothing moves, so the mean of the flow, which the DM has to learn, is near 0.
     residual_flow=True,
 )
-#: Shares of the schedule at which chains of so many steps ask the network; found on the shipped model.
+#: By number of steps: the times of the chain, as shares of the schedule; chosen by experiments with the shipped model.
 DEFAULT_TIMES: dict[int, tuple[float, ...]] = {1: (0.7,), 2: (0.875, 0.475), 4: (0.9, 0.7, 0.5, 0.25)}
 
 #: Final step size along a cosine, as a share of the initial one.
@@ -115,7 +115,7 @@ class RunSettings:
         checkpoint_every, preview_every, log_every: steps between them; 0: only at the end (previews, logs: never).
         workers: processes that make examples.
         device: "auto" uses a GPU if one is available.
-        precision: "auto" is the stage's own choice on a GPU, and fp32 on a CPU.
+        precision: "auto" is the stage's default on a GPU, and fp32 on a CPU.
     """
 
     steps: int

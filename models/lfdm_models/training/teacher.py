@@ -1,8 +1,8 @@
-"""A teacher's own samples, drawn once and kept in a file: examples to distil from where there is no data set.
+"""Samples of a teacher, drawn once and stored in files: examples for distillation without a data set.
 
-    RUN/samples-0.pt     latents, and what they were drawn with; a part for each process of the run
+    RUN/samples-0.pt     latents, and the facts of their sampling; one file per process of the run
 
-Sample n is a function of the seed and n, so an interrupted drawing goes on where it was.
+Sample n depends only on the seed and n, so interrupted sampling continues where it stopped.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from lfdm_models.training.few_steps import long_chain
 from lfdm_models.training.files import load, save
 from lfdm_models.training.processes import Processes
 
-# Chains that run together; whoever is interrupted loses one batch.
+# Chains that run together; an interruption loses at most one batch.
 _BATCH = 16
-#: (samples drawn, of how many).
+#: (samples drawn, all samples).
 ReportSamples = Callable[[int, int], None]
-#: Number of a sample -> the picture (H, W, 3) uint8 that it begins with.
+#: Number of a sample -> its reference picture (H, W, 3) uint8.
 Picture = Callable[[int], UInt8Array]
 
 
 class Sampled(TypedDict):
-    """What a teacher made: `latent` (3, T, h, w) of the picture with `feature` (C, h, w) and a `label`'s number."""
+    """A sample: `latent` (3, T, h, w), `feature` (C, h, w) of its picture, and the index of its `label`."""
 
     latent: Tensor
     feature: Tensor
@@ -43,14 +43,14 @@ class Sampled(TypedDict):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the teacher samples.
+    """Settings of the teacher's sampling.
 
     Attributes:
-        count: of samples.
-        images: folder of the pictures; None: the first frames of the data's clips.
-        steps: of DDIM with eta 1.
-        guidance: scale of classifier-free guidance; distilled in.
-        seed: of the noise.
+        count: number of samples.
+        images: folder of the pictures; None for the first frames of the data's clips.
+        steps: steps of DDIM with eta 1.
+        guidance: scale of classifier-free guidance, which the new DM learns.
+        seed: seed of the noise.
     """
 
     count: int
@@ -71,13 +71,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TeacherSamples(Dataset[Sampled]):
-    """Examples for distillation, shuffled anew in every epoch.
+    """Examples for distillation, in a new order in every epoch.
 
     Attributes:
         latents: (N, 3, T, h, w).
         features: (N, C, h, w).
         labels: (N,).
-        seed: of the order.
+        seed: seed of the order.
     """
 
     latents: Tensor
@@ -101,16 +101,16 @@ def draw_samples(
     processes: Processes,
     report: ReportSamples,
 ) -> TeacherSamples:
-    """Samples for pictures, every label in turn; those that are in the folder are kept.
+    """Draw samples for pictures, with each label in turn; continue from the samples in the folder.
 
     Args:
-        stage: with the teacher and the autoencoder.
-        picture: gives the pictures.
+        stage: the stage with the teacher and the LFAE.
+        picture: returns the picture of a sample.
         frames: T.
-        sampling: how.
-        folder: of the run.
-        processes: each draws a share.
-        report: told of samples drawn.
+        sampling: settings of the sampling.
+        folder: folder of the run.
+        processes: the processes of the run, each of which draws a share.
+        report: called with the number of samples drawn so far and their total.
 
     Raises:
         TrainingError: the folder has samples of another teacher or other settings.
@@ -129,7 +129,7 @@ def draw_samples(
     while len(drawn) < len(mine):
         batch = mine[len(drawn) : len(drawn) + _BATCH]
         shape = (1, 3, frames, *features.shape[2:])
-        # Each its own noise for the start; that of the steps belongs to the batch, whose members are always the same.
+        # Initial noise is drawn per sample; noise of the steps per batch, which always has the same samples.
         starts = [torch.randn(shape, generator=_generator(sampling.seed, int(n))) for n in batch]
         made = long_chain(
             stage.diffusion,
@@ -144,7 +144,7 @@ def draw_samples(
         save(path, {"facts": facts, "latents": drawn})
         report(len(drawn), len(mine))
     unet.train()
-    processes.wait()  # until the others' parts are there
+    processes.wait()  # until the other processes have written their files
     latents = torch.empty((count, *drawn.shape[1:]))
     for rank in range(parts):
         latents[rank::parts] = _kept(folder / f"samples-{rank}.pt", facts)
@@ -166,7 +166,11 @@ def _generator(seed: int, number: int) -> torch.Generator:
 
 
 def _kept(path: Path, facts: dict[str, Any]) -> Tensor:
-    """Latents of a file; none where there is none."""
+    """The latents in a file; empty if the file does not exist.
+
+    Raises:
+        TrainingError: they are of another teacher or other settings.
+    """
     if not path.exists():
         return torch.empty(0)
     content = load(path, "samples of a teacher")

@@ -56,21 +56,21 @@ class Vgg19(nn.Module):
         """
         network = cls()
         try:
-            TorchFile(Path(path))  # bounds the file's claims before torch allocates memory
+            TorchFile(Path(path))  # checks the sizes in the file before torch allocates memory
             state = torch.load(Path(path), map_location="cpu", weights_only=True)
         except OSError as error:
             raise TrainingError(f"the weights of VGG-19 cannot be read: {path}: {error.strerror or error}") from error
         except Exception as error:  # torch raises many types for other files
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise TrainingError(
-                f"{path} is no state dict of VGG-19 ({reason}); give torchvision's vgg19.pth"
+                f"{path} is not a state dict of VGG-19 ({reason}); give torchvision's vgg19.pth"
             ) from error
         own = network.state_dict()
         found = {key: value for key, value in state.items() if key in own} if isinstance(state, dict) else {}
         wrong = [key for key, value in own.items() if key not in found or found[key].shape != value.shape]
         if wrong:
             raise TrainingError(
-                f"{path} is no state dict of VGG-19: {wrong[0]} is missing or of another shape; "
+                f"{path} is not a state dict of VGG-19: {wrong[0]} is missing or of another shape; "
                 "give torchvision's vgg19.pth"
             )
         network.load_state_dict(found)

@@ -22,7 +22,7 @@ _LONGEST_WORD = 40
 
 
 @dataclass(frozen=True)
-class Wish:
+class PlannedClip:
     """One clip.
 
     Attributes:
@@ -78,7 +78,7 @@ def _is_device(args: argparse.Namespace) -> bool:
     return out.exists() and not (out.is_file() or out.is_dir())
 
 
-def wishes(args: argparse.Namespace, known: Sequence[str]) -> tuple[Wish, ...]:
+def planned_clips(args: argparse.Namespace, known: Sequence[str]) -> tuple[PlannedClip, ...]:
     """Return the clips of the command, ordered by seed, then label.
 
     Args:
@@ -91,7 +91,7 @@ def wishes(args: argparse.Namespace, known: Sequence[str]) -> tuple[Wish, ...]:
     """
     seeds = _seeds(args)
     if not wants_many(args):
-        return (Wish(args.label[0] if args.label else None, seeds[0], args.out),)
+        return (PlannedClip(args.label[0] if args.label else None, seeds[0], args.out),)
     canonical = {label.strip().casefold(): label for label in known}
     labels: list[str | None] = [canonical.get(label.strip().casefold(), label) for label in args.label or ()]
     labels = labels or (list(known) if args.labels_all else [None])
@@ -109,7 +109,7 @@ def wishes(args: argparse.Namespace, known: Sequence[str]) -> tuple[Wish, ...]:
             raise InputError(f"the {noun} {twice[0]!r} is given twice; leave one out")
     if _is_device(args):
         raise InputError(f"{args.out} takes one clip, found {len(labels) * len(seeds)}; give a file name or a folder")
-    made: dict[str, Wish] = {}
+    made: dict[str, PlannedClip] = {}
     for seed in seeds:
         for label in labels:
             name = _name(args.out, args.format, label, seed)
@@ -118,7 +118,7 @@ def wishes(args: argparse.Namespace, known: Sequence[str]) -> tuple[Wish, ...]:
                 name = _name(args.out, args.format, f"{_word(label or '')}-{number}", seed)
                 number += 1
             refuse_inputs(name, inputs_of(args))
-            made[name.casefold()] = Wish(label, seed, name)
+            made[name.casefold()] = PlannedClip(label, seed, name)
     return tuple(made.values())
 
 

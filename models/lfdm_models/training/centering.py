@@ -1,14 +1,14 @@
-"""Weights of a DM changed so that a chain of few steps begins at the latents' own mean.
+"""Changes the weights of a DM so that a chain of few steps starts at the mean of the latents.
 
-A chain begins with noise, and many steps forgive that no latent is noise: few do not. At the time where they begin
-the network expects the latents' mean (occlusion is near 1) and a little less noise; without the mean it takes
-the picture for half occluded. What it expects, ``sqrt(a) mean + sqrt(1 - a) noise``, is linear in noise, so the first
-convolution can make it of the noise: its weights for the latent are made smaller, and the constant is added through the
-feature, of which a combination is nearly 1 everywhere. (A bias would not do: it reaches the border, too, where the
-network knows zeros.) The last convolutions subtract what was added.
+A chain starts with pure noise. Many steps can correct this start; few steps cannot. At the first time of the chain, the
+network expects the latents' mean (occlusion is near 1) and slightly less noise; without the mean, it treats the picture
+as half occluded. The expected input, ``sqrt(a) mean + sqrt(1 - a) noise``, is linear in the noise, so the first
+convolution can compute it: its weights for the latent are scaled down, and the constant is added through a combination
+of feature channels that is nearly 1 everywhere. (A bias cannot replace it: it would also act at the border, where the
+network expects the zeros of the padding.) The last convolutions subtract the constant.
 
-Later steps see the constant as well. The weight of the x0 estimate in the next latent is therefore chosen such that the
-mean is right there, too, at the price of a smaller deviation from it, which the next gain makes up for.
+Later steps receive the constant as well. The weight of the x0 estimate in the next latent is therefore chosen so that
+the mean is right there too. This reduces the deviation from the mean, which the next gain restores.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from torch import Tensor
 from lfdm_models.diffusion import Diffusion
 from lfdm_models.training.few_steps import FewSteps, levels
 
-# Of the least squares that look for the constant 1 in features, as a share of their mean square.
+# Ridge of the least squares in `constant_of`, as a share of the features' mean square.
 _RIDGE = 1e-5
 _HALVINGS = 100
 
 
 @torch.no_grad()
-def centre(diffusion: Diffusion, times: Sequence[int], mean: Tensor, features: Tensor) -> FewSteps:
-    """Change a DM's weights for a chain that begins at the mean, and give the chain.
+def center(diffusion: Diffusion, times: Sequence[int], mean: Tensor, features: Tensor) -> FewSteps:
+    """Change a DM's weights for a chain that starts at the mean, and return the table of the chain.
 
     Args:
-        diffusion: changed.
+        diffusion: the DM, which is changed.
         times: (S,), falling.
-        mean: (3,), of the latents' channels.
-        features: (N, C, h, w) of pictures, to find the constant in.
+        mean: (3,), mean of each channel of the latents.
+        features: (N, C, h, w), features of pictures, for `constant_of`.
     """
     unet = diffusion.denoise_fn
     signals, spreads = zip(*((float(a), float(b)) for a, b in (levels(diffusion, time) for time in times)), strict=True)
@@ -63,12 +63,12 @@ def constant_of(features: Tensor) -> Tensor:
 
 
 def _solve(signals: Sequence[float], spreads: Sequence[float]) -> tuple[float, list[float]]:
-    """How much of the added constant the last layer takes away, and the latents' amplitudes (S,) at each step.
+    """The share of the constant that the last layer subtracts, and the amplitudes (S,) of the latents at each step.
 
-    With a step's amplitude r the network sees ``r (latent - mean) + sqrt(a) mean + noise``. The estimate that comes of
-    it has the mean times h; the last must have it once, which decides, for h rises with the share that is taken away.
+    At a step with amplitude r, the network receives ``r (latent - mean) + sqrt(a) mean + noise``. Its estimate contains
+    h times the mean. At the last step h must be 1; h rises with the subtracted share, so bisection finds the share.
     """
-    low, high = 0.0, 1 / spreads[0]  # at the upper end it is 1 after the first step, and more after each further one
+    low, high = 0.0, 1 / spreads[0]  # at the upper end h is 1 after the first step, and larger after each further step
     for _ in range(_HALVINGS):
         removed = (low + high) / 2
         amplitudes, mean = [signals[0]], 0.0

@@ -1,4 +1,4 @@
-"""What a request for a video asks for, checked against the bundle before anything waits for it."""
+"""The options of a requested video, checked against the bundle before the request is queued."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _LONGEST_PROMPT = 4096
 
 
 @dataclass(frozen=True)
-class Wish:
-    """A video's options; None leaves the choice to the bundle.
+class VideoRequest:
+    """The options of a video. None stands for the default of the bundle.
 
     Attributes:
-        prompt: a label of the bundle, or free text where it has a text encoder.
-        seed: of the noise.
-        options: how it is sampled.
+        prompt: a label of the bundle, or free text if the bundle has a text encoder.
+        seed: seed of the noise.
+        options: options of sampling.
         fps: frames per second.
     """
 
@@ -44,20 +44,20 @@ class Wish:
     fps: float = DEFAULT_FPS
 
     def to_json(self) -> dict[str, object]:
-        """Plain JSON values, the options among them."""
+        """The values as plain JSON, with each option of sampling as a member."""
         return {"prompt": self.prompt, "seed": self.seed, **to_plain(self.options), "fps": self.fps}
 
     @classmethod
-    def of(cls, plain: Mapping[str, object]) -> Wish:
-        """What `to_json` gave, among other values."""
+    def of(cls, plain: Mapping[str, object]) -> VideoRequest:
+        """The options in a mapping that has the values of `to_json`, and perhaps others."""
         options = SamplingOptions(**{name: plain[name] for name in OPTION_NAMES})  # type: ignore[arg-type]
         return cls(plain["prompt"], plain["seed"], options, plain["fps"])  # type: ignore[arg-type]
 
     def condition(self, bundle: Bundle) -> dict[str, str]:
-        """The prompt as an argument of `Pipeline.generate`: a label if it is one, else a text.
+        """The prompt as an argument of `Pipeline.generate`: a label if the bundle has it, else a text.
 
         Raises:
-            InputError: it is no label, and the bundle takes no free text.
+            InputError: the prompt is not a label, and the bundle has no text encoder.
         """
         try:
             return {"label": bundle.labels[bundle.label_index(self.prompt)]}
@@ -67,26 +67,26 @@ class Wish:
         return {"text": self.prompt}
 
 
-#: Fields of a request that are options of ours: beside the others, or in an object ``extra``.
+#: Fields of a request that only this server has; allowed at the top or in an object ``extra``.
 OPTIONS = ("seed", *OPTION_NAMES, "fps")
-#: Fields that others know.
+#: All fields of a request, those of OpenAI's interface first.
 KNOWN = ("prompt", "model", "seconds", "size", "input_reference", "extra", "crop", *OPTIONS)
 _INTEGERS, _NUMBERS = ("seed", "steps"), ("eta", "guidance_scale", "fps")
 
 
-def read_wish(given: Mapping[str, Any], pipeline: Pipeline) -> Wish:
-    """The options of a request, checked.
+def read_video_request(given: Mapping[str, Any], pipeline: Pipeline) -> VideoRequest:
+    """Read and check the options of a request.
 
     Args:
-        given: its fields; those of a form are text.
-        pipeline: that makes the video.
+        given: fields of the request; those of a form are text.
+        pipeline: the pipeline that makes the video.
 
     Raises:
-        InputError: a field is unknown, missing, of another type or out of range.
+        InputError: a field is unknown or missing, or has the wrong type, or is out of range.
     """
     extra = given.get("extra") or {}
     if not isinstance(extra, Mapping):
-        raise InputError("extra is no object; give options as fields, such as seed and steps")
+        raise InputError("extra is not an object; send options as fields, such as seed and steps")
     plain = {name: value for name, value in {**given, **extra}.items() if value not in (None, "")}
     unknown = [name for name in plain if name not in KNOWN]
     if unknown:
@@ -102,18 +102,18 @@ def read_wish(given: Mapping[str, Any], pipeline: Pipeline) -> Wish:
     if "sampler" in plain:
         found["sampler"] = str(plain["sampler"])
     seed, fps = found.pop("seed", None), found.pop("fps", DEFAULT_FPS)
-    wish = Wish(prompt, draw_seed() if seed is None else seed, SamplingOptions(**found), fps)
-    wish.condition(pipeline.bundle)
-    check_seeds([wish.seed])
-    pipeline.resolve(wish.options)
-    if not 1 <= wish.fps <= MAX_FPS:
-        raise InputError(f"fps is {wish.fps:g}, expected 1 to {MAX_FPS}")
-    _check_shape(plain, wish, pipeline)
-    return wish
+    wanted = VideoRequest(prompt, draw_seed() if seed is None else seed, SamplingOptions(**found), fps)
+    wanted.condition(pipeline.bundle)
+    check_seeds([wanted.seed])
+    pipeline.resolve(wanted.options)
+    if not 1 <= wanted.fps <= MAX_FPS:
+        raise InputError(f"fps is {wanted.fps:g}, expected 1 to {MAX_FPS}")
+    _check_shape(plain, wanted, pipeline)
+    return wanted
 
 
 def model_of(bundle: Bundle) -> dict[str, object]:
-    """What is kept with a wish of the model that it was made of; a later server may have another one."""
+    """The facts of the model that are stored with a request, because a later server may have another model."""
     manifest = bundle.manifest
     return {
         "model": bundle.name,
@@ -123,30 +123,34 @@ def model_of(bundle: Bundle) -> dict[str, object]:
     }
 
 
-def _check_shape(plain: Mapping[str, Any], wish: Wish, pipeline: Pipeline) -> None:
-    """Compare size and seconds, where they are given, with what the bundle makes."""
+def _check_shape(plain: Mapping[str, Any], wanted: VideoRequest, pipeline: Pipeline) -> None:
+    """Compare size and seconds, if they are given, with the clips of the bundle.
+
+    Raises:
+        InputError: they differ.
+    """
     geometry = pipeline.bundle.manifest.geometry
-    size, seconds = f"{geometry.image_size}x{geometry.image_size}", geometry.frames / wish.fps
+    size, seconds = f"{geometry.image_size}x{geometry.image_size}", geometry.frames / wanted.fps
     if str(plain.get("size", size)).lower() != size:
         raise InputError(f"size is {str(plain['size'])[:40]!r}, this model makes {size}; leave it out")
     if "seconds" in plain and abs(_number(plain["seconds"], "seconds") - seconds) > 0.5:
         raise InputError(
-            f"seconds is {str(plain['seconds'])[:40]}, this model's clips take {seconds:g} s at {wish.fps:g} frames "
+            f"seconds is {str(plain['seconds'])[:40]}, this model's clips take {seconds:g} s at {wanted.fps:g} frames "
             "per second; leave it out, or give another fps"
         )
 
 
 def read_photo(data: bytes, crop: object, bundle: Bundle, *, most_pixels: int) -> bytes:
-    """A photograph as the model takes it, as PNG.
+    """Prepare a photograph for the model, as PNG.
 
     Args:
-        data: an encoded picture.
+        data: the encoded picture.
         crop: "center" or "X,Y,W,H"; None or "" for none.
-        bundle: whose rules of preparation count.
-        most_pixels: looked at before it is decoded.
+        bundle: the bundle with the rules of preparation.
+        most_pixels: most pixels of the picture, checked before it is decoded.
 
     Raises:
-        InputError: it cannot be used.
+        InputError: the picture cannot be used.
     """
     manifest = bundle.manifest
     raster = read_stream(io.BytesIO(data), "input_reference", most_pixels=most_pixels)
@@ -158,15 +162,15 @@ def read_photo(data: bytes, crop: object, bundle: Bundle, *, most_pixels: int) -
 
 
 def photo_of_json(given: object) -> bytes:
-    """The photograph of a JSON request: base64 text, a data URL, or an object with one as ``image_url``.
+    """The photograph of a JSON request: base64 text, a data URL, or an object that has either as ``image_url``.
 
     Raises:
-        InputError: it is something else; addresses elsewhere are not fetched.
+        InputError: it is something else, such as an address, which the server does not fetch.
     """
     text = given.get("image_url") if isinstance(given, Mapping) else given
     if not isinstance(text, str):
         raise InputError(
-            "input_reference is missing: give the photograph as a file, or in JSON as base64 or a data URL"
+            "input_reference is missing: send the photograph as a file, or in JSON as base64 or a data URL"
         )
     head, comma, rest = text.partition(",")
     if text.startswith(("http:", "https:")):
@@ -174,7 +178,7 @@ def photo_of_json(given: object) -> bytes:
     try:
         return base64.b64decode(rest if comma and head.startswith("data:") else text, validate=True)
     except (binascii.Error, ValueError):
-        raise InputError("input_reference is no base64, expected a picture's bytes or a data URL") from None
+        raise InputError("input_reference is not base64; send the bytes of a picture as base64 or a data URL") from None
 
 
 def _number(value: object, name: str) -> float:
