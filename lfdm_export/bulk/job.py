@@ -12,7 +12,7 @@ from lfdm_export.bulk.sources import InFile, Source
 from lfdm_export.errors import InputError
 from lfdm_export.files.json_codec import to_plain
 from lfdm_export.pictures.clip import DEFAULT_FPS, check_pictures
-from lfdm_export.pictures.clip_files import FORMATS, check_output
+from lfdm_export.pictures.clip_files import ARCHIVES, FORMATS, check_output
 from lfdm_export.pictures.crop import Crop
 from lfdm_export.pictures.enlarge import check_scale
 from lfdm_export.sampling.options import SamplingOptions
@@ -54,6 +54,8 @@ class JobSettings:
             raise InputError(f"format is {self.format!r}, expected one of {', '.join(FORMATS)}")
         check_output(f"clip.{self.format}", fps=DEFAULT_FPS if self.fps is None else self.fps)
         check_scale(self.scale)
+        if self.format in ARCHIVES and (self.panels or self.scale != 1):
+            raise InputError(f"{self.format} holds neither panels nor enlarged pictures; choose another format")
         check_pictures(self.format, panels=self.panels, scale=self.scale, pasted=self.paste_back)
 
 

@@ -35,9 +35,6 @@ from lfdm_export.pictures.preprocess import ImageLike
 from lfdm_export.wording import count, shortened
 
 DEFAULT_FPS = 10.0
-_NO_PANELS = "npz and motion files hold neither panels nor enlarged pictures; choose another format"
-_NOT_PASTED = "npz and motion files hold the model's own frames, pasted back into nothing; choose another format"
-_PASTED_SIZE = "a clip that is pasted back has the photograph's size, which scale does not change; leave scale out"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -271,11 +268,13 @@ def check_pictures(chosen: str, *, panels: bool, scale: int, pasted: bool) -> No
         InputError: the format holds no pictures, or pasted pictures would be enlarged.
     """
     if chosen in ARCHIVES and (panels or scale != 1):
-        raise InputError(_NO_PANELS)
+        raise InputError("npz and motion files hold neither panels nor enlarged pictures; choose another format")
     if chosen in ARCHIVES and pasted:
-        raise InputError(_NOT_PASTED)
+        raise InputError("npz and motion files hold the model's own frames, not pasted back; choose another format")
     if pasted and scale != 1:
-        raise InputError(_PASTED_SIZE)
+        raise InputError(
+            "a clip that is pasted back has the photograph's size, which scale does not change; leave it out"
+        )
 
 
 def _numbered(name: str, index: int) -> str:

@@ -19,7 +19,7 @@ UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
 
 #: Longer side of the result; larger photographs are scaled down to it.
-MAX_SIDE = 1920
+MAX_SIDE = 1280
 # Width of the soft border, as a share of the crop's shorter side.
 _BORDER = 1 / 8
 
@@ -82,12 +82,13 @@ def paste_back(frames: UInt8Array, surroundings: Surroundings) -> UInt8Array:
         InputError: the crop is too long and thin for frames of that size.
     """
     picture, (left, top, right, bottom) = surroundings.picture, surroundings.box
-    fitted = fitted_box(surroundings.shape, frames.shape[1])
+    x0, y0, x1, y1 = fitted_box(surroundings.shape, frames.shape[1])
     still = picture[top:bottom, left:right].astype(np.float32)
     weight = _weights(surroundings)[:, :, None]
     pasted = np.repeat(picture[None], len(frames), axis=0)
     for whole, frame in zip(pasted, frames, strict=True):
-        moved = Image.fromarray(frame).resize((right - left, bottom - top), Image.Resampling.LANCZOS, box=fitted)
+        part = Image.fromarray(frame[y0:y1, x0:x1])  # not by `box` of `resize`, whose filter reads beyond it: the bars
+        moved = part.resize((right - left, bottom - top), Image.Resampling.LANCZOS)
         whole[top:bottom, left:right] = np.rint(still + weight * (np.asarray(moved, np.float32) - still))
     return pasted
 

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from lfdm_export.bundle.reader import Bundle
-from lfdm_export.errors import InputError
+from lfdm_export.errors import EngineError, InputError, MissingDependencyError
 from lfdm_export.files.json_codec import to_plain
 from lfdm_export.files.names import visible
 from lfdm_export.generate.arguments import real_number, whole_number
@@ -141,7 +141,7 @@ def read_photo(data: bytes, crop: object, bundle: Bundle, *, most_pixels: int) -
 
     Args:
         data: an encoded picture.
-        crop: "center" or "X,Y,W,H"; None or "" for none.
+        crop: "center", "face" or "X,Y,W,H"; None or "" for none.
         bundle: whose rules of preparation count.
         most_pixels: looked at before it is decoded.
 
@@ -151,7 +151,10 @@ def read_photo(data: bytes, crop: object, bundle: Bundle, *, most_pixels: int) -
     manifest = bundle.manifest
     raster = read_stream(io.BytesIO(data), "input_reference", most_pixels=most_pixels)
     cut = parse_crop(str(crop)) if crop else None
-    pixels = prepare_image(raster, manifest.geometry.image_size, manifest.preprocessing, crop=cut)
+    try:
+        pixels = prepare_image(raster, manifest.geometry.image_size, manifest.preprocessing, crop=cut)
+    except (MissingDependencyError, EngineError) as error:
+        raise InputError(f"this server cannot find faces, give crop as X,Y,W,H: {error}") from error
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()
