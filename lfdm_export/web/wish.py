@@ -24,7 +24,8 @@ from lfdm_export.pictures.preprocess import prepare_image, read_stream
 from lfdm_export.sampling.noise import check_seeds, draw_seed
 from lfdm_export.sampling.options import OPTION_NAMES, SamplingOptions
 
-_LONGEST_PROMPT = 4096
+#: Characters of a prompt.
+LONGEST_PROMPT = 4096
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,9 @@ def read_wish(given: Mapping[str, Any], pipeline: Pipeline) -> Wish:
     if unknown:
         raise InputError(f"unknown field {unknown[0][:80]!r}, expected some of {', '.join(KNOWN)}")
     prompt = plain.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > _LONGEST_PROMPT:
+    if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > LONGEST_PROMPT:
         labels = ", ".join(pipeline.bundle.labels[:20])
-        raise InputError(f"prompt must be text of 1 to {_LONGEST_PROMPT} characters; labels are {labels or 'none'}")
+        raise InputError(f"prompt must be text of 1 to {LONGEST_PROMPT} characters; labels are {labels or 'none'}")
     if visible(prompt) != prompt:
         raise InputError(f"prompt has characters that cannot be printed: {prompt[:80]!a}")
     found: dict[str, Any] = {name: whole_number(plain[name], name) for name in _INTEGERS if name in plain}
