@@ -1,6 +1,6 @@
 """A saved motion against sampling: `Pipeline.animate` and `generate` with 10 steps, side by side.
 
-    python benchmarks/animate.py (--bundle DIR | --golden mug128 | --checkpoints LFAE DM) [--rounds 5] [--target openvino]
+    python benchmarks/animate.py (--bundle DIR | --golden mug128 | --checkpoints LFAE DM) [--rounds 5] [--target T]
 
 A round makes a clip by sampling, takes its motion through a `.motion` file, and makes the clip again from it. The
 frames have to be equal to the bit, or the program ends with status 1. Rounds alternate after one that does not count.
