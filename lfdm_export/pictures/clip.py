@@ -272,9 +272,7 @@ def check_pictures(chosen: str, *, panels: bool, scale: int, pasted: bool) -> No
     if chosen in ARCHIVES and pasted:
         raise InputError("npz and motion files hold the model's own frames, not pasted back; choose another format")
     if pasted and scale != 1:
-        raise InputError(
-            "a clip that is pasted back has the photograph's size, which scale does not change; leave it out"
-        )
+        raise InputError("a clip that is pasted back has the size of the photograph: leave scale out")
 
 
 def _numbered(name: str, index: int) -> str:
