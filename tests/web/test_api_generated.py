@@ -31,6 +31,8 @@ TOKEN = "of-the-test"
 REQUESTS, ROUNDS, EACH = 2000, 6, 30
 #: Positive cases fit the description, negative ones do not.
 MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
+#: Fields whose random values fit no model.
+OF_THE_MODEL = ("crop", "size", "seconds", "extra")
 DRAWN = settings(
     max_examples=EACH, deadline=None, database=None, phases=(Phase.generate,), suppress_health_check=list(HealthCheck)
 )
@@ -44,13 +46,15 @@ def test_every_request_is_answered_as_it_is_described(tmp_path: Path):
 
     def ask(case: Any) -> None:
         """Send a request; no text drawn at random is a label, a picture or an id, so that some get real ones."""
-        turn, body = statuses.total() % 3, case.body
-        if turn and isinstance(body, dict) and {"prompt", "input_reference"} <= set(body):
+        number, body = statuses.total(), case.body
+        if number % 3 and isinstance(body, dict) and {"prompt", "input_reference"} <= set(body):
             photo = whole if isinstance(body["input_reference"], bytes) else base64.b64encode(whole).decode()
             case.body = {**body, "prompt": bundle.labels[0], "input_reference": photo}
-        if turn and videos and "name" in case.path_parameters:
-            case.path_parameters = {"name": videos[statuses.total() % len(videos)]}
-        headers = {"Authorization": f"Bearer {TOKEN}", "Accept": ("*/*", "image/gif", "text/html")[turn]}
+            if number % 3 == 2:  # without what has to fit the model
+                case.body = {name: value for name, value in case.body.items() if name not in OF_THE_MODEL}
+        if videos and "name" in case.path_parameters and number % (12 if case.method == "DELETE" else 2) == 0:
+            case.path_parameters = {"name": videos[-1 - number // 12 % min(8, len(videos))]}
+        headers = {"Authorization": f"Bearer {TOKEN}", "Accept": ("*/*", "image/gif", "text/html")[number % 3]}
         response = case.call_and_validate(checks=CHECKS, headers=headers, timeout=120)
         statuses[f"{case.method} {case.path}", response.status_code] += 1
         if (case.method, case.path, response.status_code) == ("POST", "/v1/videos", 200):
