@@ -11,7 +11,7 @@ COMPUTING := $(addprefix tests/,batching engines evaluation generate graphs mode
 GPU_OUT ?= benchmarks/results/gpu
 GPU_OPTIONS ?=
 
-.PHONY: help install server lint test test-full test-processors test-wheel test-ray test-page fuzz demo docs gpu clean
+.PHONY: help install server lint test test-full test-processors test-wheel test-ray test-page test-api fuzz demo docs gpu clean
 
 help:
 	@echo "make install    everything into $(VENV)"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-wheel build the wheel, and try it in empty environments"
 	@echo "make test-ray   install Ray, and run the tests that need it"
 	@echo "make test-page  install Chromium and Playwright, and run the tests of lfdm-web's page in that browser"
+	@echo "make test-api   install Schemathesis, and draw 2,000 requests to /v1/videos from its description"
 	@echo "make fuzz       a minute of damaged pictures, clips, checkpoints, bundles, requests"
 	@echo "make demo       export the shipped model, and let a drawn character nod"
 	@echo "make docs       the documentation, into site/; its links are checked, its notebook is run"
@@ -80,6 +81,10 @@ test-page: install
 	  || { echo "there is no Chromium; install it as root: apt-get install chromium"; exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt playwright
 	$(BIN)/python -m pytest -q tests/web/test_page_browser.py
+
+test-api: install
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt schemathesis
+	$(BIN)/python -m pytest -q -s tests/web/test_api_generated.py
 
 fuzz: install
 	$(BIN)/python benchmarks/fuzz.py --minutes 1

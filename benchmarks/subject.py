@@ -14,13 +14,14 @@ from pathlib import Path
 _MAKER = Path(__file__).resolve().parents[2] / "shared" / "golden" / "make_checkpoints.py"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--checkpoints` and `--golden`; one is required."""
+def add_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """Add `--checkpoints` and `--golden`; one is required, or another option of the group that is returned."""
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--checkpoints", nargs=2, type=Path, metavar=("LFAE", "DM"), help="a checkpoint pair")
     which.add_argument(
         "--golden", metavar="NAME", help=f"a golden variant (mug128, natops128), made with {_MAKER.name}"
     )
+    return which
 
 
 @contextmanager

@@ -33,7 +33,7 @@ FACTS = (
 
 #: Packages outside the core's dependencies; no light module may import them.
 OPTIONAL = (
-    "aiohttp", "av", "diffusers", "einops", "fastapi", "gradio", "grpc", "onnx", "onnxruntime",
+    "aiohttp", "av", "cv2", "diffusers", "einops", "fastapi", "gradio", "grpc", "onnx", "onnxruntime",
     "onnxruntime_ep_nv_tensorrt_rtx", "onnxscript", "openvino", "polygraphy", "pyarrow", "ray", "safetensors",
     "starlette", "tensorrt", "tensorrt_rtx_bindings", "tokenizers", "torch", "transformers", "tritonclient", "uvicorn",
 )  # fmt: skip
@@ -64,6 +64,7 @@ HEAVY = (
     # Run only inside Triton, whose package they import.
     "lfdm_export.serving.models",
     "lfdm_export.web.app",
+    "lfdm_export.web.description",
     "lfdm_export.web.page.layout",
     "lfdm_export.web.page.site",
 )

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from lfdm_export.bulk.sources import InFile, Source
 from lfdm_export.errors import InputError
 from lfdm_export.files.json_codec import to_plain
-from lfdm_export.pictures.clip import DEFAULT_FPS
+from lfdm_export.pictures.clip import DEFAULT_FPS, check_pictures
 from lfdm_export.pictures.clip_files import ARCHIVES, FORMATS, check_output
 from lfdm_export.pictures.crop import Crop
 from lfdm_export.pictures.enlarge import check_scale
@@ -30,7 +30,8 @@ class JobSettings:
 
     Attributes:
         options: options of sampling.
-        crop: region of the image to use: "center", or (x, y, width, height) in pixels; None uses the whole image.
+        crop: region of the image to use: "center", "face", or (x, y, width, height) in pixels; None uses all of it.
+        paste_back: whether the clip is put back into the whole image; needs a crop, which a row may give.
         format: file format, one of `lfdm_export.pictures.clip_files.FORMATS`.
         fps, scale, panels: arguments of `lfdm_export.pictures.clip.Clip.save`.
     """
@@ -41,6 +42,7 @@ class JobSettings:
     fps: float | None = None
     scale: int = 1
     panels: bool = False
+    paste_back: bool = False
 
     def __post_init__(self) -> None:
         """Validate what needs no bundle.
@@ -54,6 +56,7 @@ class JobSettings:
         check_scale(self.scale)
         if self.format in ARCHIVES and (self.panels or self.scale != 1):
             raise InputError(f"{self.format} holds neither panels nor enlarged pictures; choose another format")
+        check_pictures(self.format, panels=self.panels, scale=self.scale, pasted=self.paste_back)
 
 
 @dataclass(frozen=True)
@@ -103,13 +106,15 @@ class Job:
             bundle_id: ID of the bundle that generates the clip.
         """
         settings = to_plain(self.settings)
+        if not self.settings.paste_back:  # an option that earlier versions, whose runs must resume, did not have
+            del settings["paste_back"]
         facts = {
             "bundle_id": bundle_id,
             "condition": self.condition,
             "value": self.value,
             # Two files of equal content are the same motion, so only the content counts.
             "seed": None if self.condition == "motion" else self.seed,
-            "settings": {**settings.pop("options"), **settings},  # flat, as in earlier versions, whose runs must resume
+            "settings": {**settings.pop("options"), **settings},  # flat, as in earlier versions
             "fault": self.fault,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -27,6 +27,7 @@ from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.metadata import clip_metadata
 from lfdm_export.pictures.motion import Motion, read_motion
+from lfdm_export.pictures.paste import Surroundings, read_surroundings
 from lfdm_export.pictures.preprocess import prepare_image, read_stream
 from lfdm_export.sampling.options import takes_both_branches
 from lfdm_export.wording import describe_error
@@ -61,6 +62,7 @@ class _Ready:
     Attributes:
         job: job of the clip.
         picture: (size, size, 3) uint8.
+        surroundings: the photograph that the clip is put back into, or None.
         moved_by: an embedding (text_width,), a motion, or None.
         content: result of `content_of`.
         stamps: stamps of the sources.
@@ -68,6 +70,7 @@ class _Ready:
 
     job: Job
     picture: NDArray[np.uint8]
+    surroundings: Surroundings | None
     moved_by: NDArray[np.float32] | Motion | None
     content: str
     stamps: tuple[Stamp, ...]
@@ -148,7 +151,9 @@ class Maker:
         read += [source.read() for source in job.sources]
         content = content_of(read)
         raster = read_stream(io.BytesIO(read[0]), job.image.name)
-        picture = prepare_image(raster, manifest.geometry.image_size, manifest.preprocessing, crop=job.settings.crop)
+        crop = job.settings.crop
+        picture = prepare_image(raster, manifest.geometry.image_size, manifest.preprocessing, crop=crop)
+        surroundings = read_surroundings(raster, crop) if job.settings.paste_back else None
         moved_by: NDArray[np.float32] | Motion | None = None
         if job.condition == "label":
             self._pipeline.bundle.label_index(job.value)
@@ -160,7 +165,7 @@ class Maker:
             inside = isinstance(job.moved_by, InTable)
             values: Any = json.loads(read[1]) if inside else read_embedding(io.BytesIO(read[1]), job.moved_by.name)
             (moved_by,) = embedding_rows(values, manifest.geometry.text_width)
-        return _Ready(job, picture, moved_by, content, stamps)
+        return _Ready(job, picture, surroundings, moved_by, content, stamps)
 
     def _is_there(self, ready: _Ready) -> bool:
         """Whether the clip was written by a run that ended before it could record this."""
@@ -199,7 +204,7 @@ class Maker:
     def _write(self, ready: _Ready, clip: Clip) -> None:
         settings, job = ready.job.settings, ready.job
         told = {**clip.settings, JOB: job_key(job.digest(self._bundle_id), ready.content)}
-        replace(clip, settings=told).save(
+        replace(clip, settings=told, surroundings=ready.surroundings).save(
             self._out / job.file, panels=settings.panels, fps=settings.fps, scale=settings.scale
         )
 

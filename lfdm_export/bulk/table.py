@@ -3,8 +3,8 @@
 Required: ``image`` (a path; in Parquet also bytes, or images in the format of the ``datasets`` library) or, in JSON
 lines, ``image_base64``; and one of ``label``, ``text``, ``embedding`` (path of a .npy file; in JSON lines and Parquet
 also a list of numbers) and ``motion`` (a path). Optional: ``id``, ``seed``, ``sampler``, ``steps``, ``eta``,
-``guidance_scale``, ``crop``, ``format``, ``fps``, ``scale``, ``panels``. Empty cells are absent values. Paths are
-relative to the table's folder. Columns whose names begin with an underscore are ignored.
+``guidance_scale``, ``crop``, ``paste_back``, ``format``, ``fps``, ``scale``, ``panels``. Empty cells are absent values.
+Paths are relative to the table's folder. Columns whose names begin with an underscore are ignored.
 """
 
 from __future__ import annotations
@@ -208,6 +208,8 @@ def _job(row: _Row, folder: Path, defaults: JobSettings) -> Job:
         seed = _whole(row.cells["seed"], "seed") if "seed" in row.cells else seed_of(name)
         options = replace(defaults.options, **_read(row, _SAMPLING))  # type: ignore[arg-type]
         settings = replace(defaults, options=options, **_read(row, _WRITING))  # type: ignore[arg-type]
+        if settings.paste_back and settings.crop is None:
+            raise InputError("paste_back needs a crop, the region to put back; found none")
         job = replace(job, seed=check_seeds([seed])[0], settings=settings)
         job = replace(job, image=_image(row, folder))
         return _conditioned(job, row, folder)
@@ -295,6 +297,7 @@ _SAMPLING: Mapping[str, _Reader] = {
 #: Other columns of `JobSettings`, and the readers of their cells.
 _WRITING: Mapping[str, _Reader] = {
     "crop": _crop,
+    "paste_back": _flag,
     "format": _word,
     "fps": real_number,
     "scale": _whole,

@@ -77,6 +77,7 @@ def generate_in_bulk(args: argparse.Namespace) -> int:
     defaults = JobSettings(
         options=options_of(args),
         crop=args.crop,
+        paste_back=args.paste_back,
         format=args.format or JobSettings.format,
         fps=args.fps,
         scale=args.scale,

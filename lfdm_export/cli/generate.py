@@ -11,7 +11,7 @@ from lfdm_export.cli.bulk import add_bulk_options, check_bulk_options, generate_
 from lfdm_export.cli.console import Bars, add_common_options, make_parser, run, say
 from lfdm_export.cli.ending import orderly
 from lfdm_export.cli.making import Making
-from lfdm_export.cli.photograph import crop_of, say_bars
+from lfdm_export.cli.photograph import add_crop_options, check_crop_options, say_bars, settle_crop
 from lfdm_export.cli.planned import (
     PlannedClip,
     example_name,
@@ -40,6 +40,7 @@ _EXAMPLES = """\
   lfdm-generate mug --image face.jpg --label happiness --out happiness.gif
   lfdm-generate mug --image face.jpg --label fear --sampler unipc --steps 8 --seed 3 -o fear.mp4
   lfdm-generate mug --image face.jpg --label anger --guidance 2 --panels -o anger.gif
+  lfdm-generate mug --image party.jpg --crop face --paste-back --label happiness -o party.mp4
   lfdm-generate mug --image face.jpg --drive laughing.mp4 -o laughing.gif
   lfdm-generate mug --image face.jpg --label anger fear --seeds 1-4 --format gif -o clips/
   lfdm-generate mug --image face.jpg --label happiness -o happy.motion
@@ -64,6 +65,7 @@ def generate_main(argv: Sequence[str] | None = None) -> int:
             options = ", ".join("--" + option.replace("_", "-") for option in _SAMPLING)
             parser.error(f"--{name} samples nothing: leave out {options}")
     check_bulk_options(parser, args)
+    check_crop_options(parser, args)
     if args.bundle is None and args.url is None and len(args.label or ()) > 1:
         args.bundle = args.label.pop()  # for the order: lfdm-generate --label nod BUNDLE
     check_remote_options(parser, args)
@@ -81,12 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a folder, org/name on the Hugging Face hub, or characters: the shipped model; not with --url",
     )
     parser.add_argument("--image", metavar="PHOTO", help=f"reference image: {FORMAT_NAMES}")
-    parser.add_argument(
-        "--crop",
-        type=crop_of,
-        metavar="center|X,Y,W,H",
-        help="region of the image to use (center: the largest square) instead of padding it with black bars",
-    )
+    add_crop_options(parser)
     parser.add_argument("-o", "--out", metavar="FILE", help=f"file of the clip: .{', .'.join(FORMATS)}, or FOLDER/")
     _add_motion_options(parser)
     _add_sampling_options(parser)
@@ -156,7 +153,15 @@ def _generate(args: argparse.Namespace) -> int:
     # Checked before minutes of sampling: an output that is not writable, or would replace an input, fails at once.
     if not wants_many(args):
         refuse_inputs(args.out, inputs_of(args))
-    rehearse_saving(example_name(args), format=args.format, panels=args.panels, fps=args.fps, scale=args.scale)
+    rehearse_saving(
+        example_name(args),
+        format=args.format,
+        panels=args.panels,
+        fps=args.fps,
+        scale=args.scale,
+        pasted=args.paste_back,
+    )
+    settle_crop(args)
     if args.url is not None:
         return generate_remotely(args)
     from lfdm_export.generate.pipeline import Pipeline

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lfdm_export.cli.console import FAILED, OK, complain, say
 from lfdm_export.cli.planned import PlannedClip
 from lfdm_export.pictures.clip import Clip
+from lfdm_export.pictures.paste import Surroundings, read_surroundings
 from lfdm_export.wording import count, describe_error, shortened
 
 
@@ -58,11 +60,18 @@ class Making:
             LfdmExportError: the clip cannot be written.
         """
         args = self.args
+        if args.paste_back:
+            clip = replace(clip, surroundings=self._surroundings)
         self.made[planned] = clip.save(
             planned.out, format=args.format, panels=args.panels, fps=args.fps, scale=args.scale
         )
         if clip.timings:
             self.steps = int(clip.timings[0]["steps"])
+
+    @functools.cached_property
+    def _surroundings(self) -> Surroundings:
+        """The photograph that all clips of the command are put back into."""
+        return read_surroundings(self.args.image, self.args.crop)
 
     def fail(self, planned: PlannedClip, error: Exception) -> None:
         """Store an error for `finish`.

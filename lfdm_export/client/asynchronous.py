@@ -148,8 +148,9 @@ class AsyncClient:
 
         Args:
             image: a path, a PIL image, (H,W,3) uint8, or (B,H,W,3) uint8 for a batch.
-            crop: region of the image to use: "center", the largest square in its middle, or (x, y, width, height) in
-                pixels. None keeps the whole image, and pads it to a square with black bars.
+            crop: region of the image to use: "center", the largest square in its middle; "face", a square around the
+                largest face; or (x, y, width, height) in pixels. None keeps the whole image, and pads it to a square
+                with black bars.
             label: a label of the model, or one per sample.
             text: free text, or one per sample; only for models with a text encoder.
             text_embedding: embedding of the text, (text_width,) or (B, text_width).
@@ -210,8 +211,9 @@ class AsyncClient:
         Args:
             image: a path, a PIL image or (H,W,3) uint8.
             motion: ``clip.motion`` of a clip generated with ``latent=True``, or the path of a saved ``.motion`` file.
-            crop: region of the image to use: "center", the largest square in its middle, or (x, y, width, height) in
-                pixels. None keeps the whole image, and pads it to a square with black bars.
+            crop: region of the image to use: "center", the largest square in its middle; "face", a square around the
+                largest face; or (x, y, width, height) in pixels. None keeps the whole image, and pads it to a square
+                with black bars.
             deadline: seconds for both requests together; None uses `Settings.timeout`.
 
         Raises:

@@ -144,8 +144,9 @@ class Pipeline:
 
         Args:
             image: a path, a PIL image, (H,W,3) uint8, or (B,H,W,3) uint8 for a batch.
-            crop: region cut out of the image first: "center", the largest square in its middle, or (x, y, width,
-                height) in pixels. None keeps the whole image and pads it to a square with black bars.
+            crop: region cut out of the image first: "center", the largest square in its middle; "face", a square
+                around the largest face; or (x, y, width, height) in pixels. None keeps the whole image and pads it to
+                a square with black bars. `Clip.paste_back` puts the clip back into the whole image.
             label: a known label, or one per sample.
             text: free text, or one per sample; for bundles with a text encoder.
             text_embedding: (text_width,) or (B, text_width).

@@ -23,16 +23,18 @@ from lfdm_export.pictures.clip_files import (
     save_clip,
 )
 from lfdm_export.pictures.clips import resample
+from lfdm_export.pictures.crop import Crop
 from lfdm_export.pictures.enlarge import check_scale, enlarge
 from lfdm_export.pictures.gif import MAX_FPS as MAX_GIF_FPS
 from lfdm_export.pictures.motion import GEOMETRY, RESIDUAL_FLOW, Motion
 from lfdm_export.pictures.notebook import clips_html
 from lfdm_export.pictures.panels import panels as make_panels
 from lfdm_export.pictures.panels import with_titles
+from lfdm_export.pictures.paste import Surroundings, paste_back, read_surroundings
+from lfdm_export.pictures.preprocess import ImageLike
 from lfdm_export.wording import count, shortened
 
 DEFAULT_FPS = 10.0
-_NO_PANELS = "npz and motion files hold neither panels nor enlarged pictures; choose another format"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -53,6 +55,7 @@ class Clip:
         timings: of each sample, from a server, by the names in `lfdm_export.protocol.contract.TIMINGS`.
         fps: frames per second of the driving clip that it follows; None without one.
         settings: how all samples were made, plain JSON values by name, as in `lfdm_export.pictures.metadata`.
+        surroundings: the photograph that saved frames are pasted back into, of all samples; None for none.
     """
 
     frames: NDArray[np.uint8]
@@ -65,6 +68,22 @@ class Clip:
     timings: tuple[Mapping[str, float], ...] | None = None
     fps: float | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
+    surroundings: Surroundings | None = None
+
+    def paste_back(self, image: ImageLike, crop: Crop | None) -> Clip:
+        """The same clip, whose saved pictures show the whole photograph; `frames` and panels stay those of the crop.
+
+        The size is the photograph's, at most `lfdm_export.pictures.paste.MAX_SIDE` pixels per side; the crop's border
+        is soft, as `lfdm_export.pictures.paste.paste_back` says.
+
+        Args:
+            image: the photograph that all samples were made of.
+            crop: the region that they were made of, as in `lfdm_export.generate.pipeline.Pipeline.generate`.
+
+        Raises:
+            InputError: there is no crop, it is not within the picture, or the picture cannot be used.
+        """
+        return replace(self, surroundings=read_surroundings(image, crop))
 
     def save(
         self,
@@ -83,7 +102,8 @@ class Clip:
             path: the file. With several samples, sample i goes to ``NAME-i.ENDING``; an npz archive holds all. A
                 ``.motion`` file can move other pictures, see `motion`.
             format: overrides the ending.
-            panels: show source | generated | warped | deformed grid | occlusion side by side, with titles.
+            panels: show source | generated | warped | deformed grid | occlusion side by side, with titles; after
+                `paste_back` they show the crop.
             fps: frames per second; default: the clip's own, 10 if it has none. A GIF of a faster clip keeps its speed
                 with fewer frames.
             scale: enlarges the pictures 1 to 8 times (Lanczos).
@@ -98,8 +118,7 @@ class Clip:
         name = user_name(path)
         rate = fps if fps is not None else self.fps or DEFAULT_FPS
         chosen = format or Path(name).suffix.lower().removeprefix(".")
-        if chosen in ARCHIVES and (panels or scale != 1):
-            raise InputError(_NO_PANELS)
+        check_pictures(chosen, panels=panels, scale=scale, pasted=self.surroundings is not None)
         if chosen == "motion":
             return tuple(self.sample(index)._save_motion(target, fps) for index, target in self._targets(name))
         if chosen == "npz":
@@ -195,10 +214,15 @@ class Clip:
         labels = self.labels or ("",) * len(self.frames)
         seeds = ("",) * len(self.frames) if self.seeds is None else tuple(f"seed {seed}" for seed in self.seeds)
         captions = [", ".join(part for part in pair if part) for pair in zip(labels, seeds, strict=True)]
-        return clips_html(self.frames, captions, fps=min(self.fps or DEFAULT_FPS, MAX_GIF_FPS))
+        shown = self.frames
+        if self.surroundings is not None:
+            shown = np.stack([paste_back(frames, self.surroundings) for frames in self.frames])
+        return clips_html(shown, captions, fps=min(self.fps or DEFAULT_FPS, MAX_GIF_FPS))
 
     def _pictures(self, index: int, panels: bool, scale: int) -> NDArray[np.uint8]:
         """(T, H, W, 3), or with panels and their titles (T, H + title, 5W, 3), both axes times `scale`."""
+        if not panels and self.surroundings is not None:
+            return paste_back(self.frames[index], self.surroundings)
         if not panels:
             return enlarge(self.frames[index], scale)
         if not (self.latent.size and self.warped.size):
@@ -220,6 +244,7 @@ def rehearse_saving(
     panels: bool = False,
     fps: float | None = None,
     scale: int = 1,
+    pasted: bool = False,
 ) -> None:
     """Encode a tiny clip in memory, so that `Clip.save` cannot fail on its arguments after a long generation.
 
@@ -230,11 +255,24 @@ def rehearse_saving(
     rate = DEFAULT_FPS if fps is None else fps
     chosen, as_folder = check_output(path, format=format, fps=rate)
     check_scale(scale)
-    if chosen in ARCHIVES and (panels or scale != 1):
-        raise InputError(_NO_PANELS)
+    check_pictures(chosen, panels=panels, scale=scale, pasted=pasted)
     tiny: dict[str, NDArray[Any] | None] = {"frames": np.zeros((1, 16, 16, 3), np.uint8), "latent": None}
     encode_clip(io.BytesIO(), chosen, tiny, rate)
     rehearse_output(path, as_folder=as_folder)
+
+
+def check_pictures(chosen: str, *, panels: bool, scale: int, pasted: bool) -> None:
+    """Check the options that change pictures against the format, and against each other.
+
+    Raises:
+        InputError: the format holds no pictures, or pasted pictures would be enlarged.
+    """
+    if chosen in ARCHIVES and (panels or scale != 1):
+        raise InputError("npz and motion files hold neither panels nor enlarged pictures; choose another format")
+    if chosen in ARCHIVES and pasted:
+        raise InputError("npz and motion files hold the model's own frames, not pasted back; choose another format")
+    if pasted and scale != 1:
+        raise InputError("a clip that is pasted back has the size of the photograph: leave scale out")
 
 
 def _numbered(name: str, index: int) -> str:

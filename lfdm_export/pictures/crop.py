@@ -7,22 +7,25 @@ from typing import Literal, TypeAlias
 from lfdm_export.errors import InputError
 from lfdm_models.pictures.raster import Box
 
-#: The largest centered square, or (x, y, width, height) in pixels of the upright picture.
-Crop: TypeAlias = Literal["center"] | tuple[int, int, int, int]
+#: The largest centered square, a square around the largest face, or (x, y, width, height) in pixels of the upright
+#: picture.
+Crop: TypeAlias = Literal["center", "face"] | tuple[int, int, int, int]
 
 
 def parse_crop(text: str) -> Crop:
-    """Parse ``center`` or ``X,Y,W,H``.
+    """Parse ``center``, ``face`` or ``X,Y,W,H``.
 
     Raises:
-        InputError: it is neither.
+        InputError: it is none of them.
     """
-    if text == "center":
-        return "center"
+    if text in ("center", "face"):
+        return "center" if text == "center" else "face"
     try:
         x, y, width, height = (int(part) for part in text.split(","))
     except ValueError:
-        raise InputError(f"the crop is {text!r}, expected center, or X,Y,W,H in pixels such as 40,0,300,300") from None
+        raise InputError(
+            f"the crop is {text!r}, expected center, face, or X,Y,W,H in pixels such as 40,0,300,300"
+        ) from None
     return x, y, width, height
 
 
@@ -30,7 +33,7 @@ def crop_box(crop: Crop, full_size: tuple[int, int], size: tuple[int, int]) -> B
     """The crop in a picture's pixels.
 
     Args:
-        crop: in pixels of the picture in its file.
+        crop: in pixels of the picture in its file; a face is found before.
         full_size: (width, height) in the file.
         size: (width, height) of the decoded picture, which the decoder may have scaled.
 
@@ -42,7 +45,7 @@ def crop_box(crop: Crop, full_size: tuple[int, int], size: tuple[int, int]) -> B
         side = min(width, height)
         crop = ((width - side) // 2, (height - side) // 2, side, side)
     if not isinstance(crop, tuple | list) or len(crop) != 4 or not all(type(value) is int for value in crop):
-        raise InputError(f"crop is {crop!r}, expected 'center', or (x, y, width, height) in pixels")
+        raise InputError(f"crop is {crop!r}, expected 'center', 'face', or (x, y, width, height) in pixels")
     x, y, across, down = crop
     if min(x, y) < 0 or min(across, down) < 1 or x + across > width or y + down > height:
         raise InputError(

@@ -42,11 +42,13 @@ def encode_gif(frames: UInt8Array, fps: float, comment: str = "") -> bytes:
     height, width = frames.shape[1:3]
     loop = b"\x21\xff\x0bNETSCAPE2.0\x03\x01\0\0\0"
     parts = [b"GIF89a", struct.pack("<HHBBB", width, height, 0xF7, 0, 0), colors, loop, *_comment(comment)]
-    previous: UInt8Array | None = None
+    indices = shown = _nearest(frames[0], palette)
     for index, frame in enumerate(frames):
-        indices = _nearest(frame, palette)
-        shown = indices if previous is None else np.where(indices == previous, np.uint8(_UNCHANGED), indices)
-        previous = indices
+        if index:
+            previous, changed = indices, (frame != frames[index - 1]).any(axis=2)
+            indices = previous.copy()
+            indices[changed] = _nearest(frame[changed], palette)  # the rest, all of a still background, is known
+            shown = np.where(indices == previous, np.uint8(_UNCHANGED), indices)
         delay = round((index + 1) * 100 / Fraction(fps)) - round(index * 100 / Fraction(fps))
         # Disposal 1 (leave the frame in place), with a transparent index.
         parts += [b"\x21\xf9\x04", struct.pack("<BHB", 0x05, delay, _UNCHANGED), b"\0", _image_block(shown, colors)]
@@ -75,7 +77,7 @@ def _common_palette(frames: UInt8Array) -> UInt8Array:
 
 
 def _nearest(frame: UInt8Array, palette: UInt8Array) -> UInt8Array:
-    """Index of the nearest palette color, (H,W) for (H,W,3). Pillow's own search is coarser: white turns gray."""
+    """Index of the nearest palette color, (…) for (…,3). Pillow's own search is coarser: white turns gray."""
     packed = frame.astype(np.int32) @ np.array([65536, 256, 1], np.int32)
     distinct, places = np.unique(packed, return_inverse=True)
     colors = np.stack([distinct >> 16, distinct >> 8 & 255, distinct & 255], axis=1).astype(np.float32)

@@ -6,6 +6,7 @@ square, divided by 255. Out: clamped, times 255, truncated.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,10 +21,13 @@ from lfdm_export.errors import EngineError, InputError
 from lfdm_export.files.json_codec import from_plain, to_plain
 from lfdm_export.files.names import user_path
 from lfdm_export.pictures.crop import Crop, crop_box
+from lfdm_export.pictures.faces import Face, largest_face
 from lfdm_export.pictures.resize import area_resize, whole_array
 from lfdm_models.pictures.errors import PictureError
 from lfdm_models.pictures.formats import open_picture, open_stream
 from lfdm_models.pictures.raster import Box, Raster, on_black, read_picture, to_8_bits
+
+logger = logging.getLogger(__name__)
 
 UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
@@ -201,6 +205,33 @@ def _array_to_rgb(array: npt.NDArray[Any]) -> UInt8Array:
     return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else np.array(array, order="C")
 
 
+def find_face(image: ImageLike) -> Face:
+    """The largest face of a picture, and the crop around it; `lfdm_export.pictures.faces.largest_face` says how.
+
+    Raises:
+        InputError: the picture cannot be used, or has no face.
+        MissingDependencyError: OpenCV is not installed.
+        EngineError: the installed version of OpenCV does not have the detector.
+    """
+    return largest_face(_read(image))
+
+
+def read_with_crop(image: ImageLike | Raster, crop: Crop) -> tuple[UInt8Array | Raster, Box]:
+    """The whole picture, and the crop in its pixels; several faces are logged, and the largest one counts.
+
+    Raises:
+        InputError: the picture cannot be used, the crop is not within it, or there is no face.
+    """
+    pixels = _read(image)
+    if crop == "face":
+        face = largest_face(pixels)
+        crop = face.crop
+        if face.found > 1:
+            logger.warning("%d faces found, the largest is used: crop %s", face.found, ",".join(map(str, crop)))
+    full = pixels.full_size if isinstance(pixels, Raster) else (pixels.shape[1], pixels.shape[0])
+    return pixels, crop_box(crop, full, (pixels.shape[1], pixels.shape[0]))
+
+
 def prepare_image(
     image: ImageLike | Raster, size: int, preprocessing: Preprocessing | None = None, *, crop: Crop | None = None
 ) -> UInt8Array:
@@ -213,26 +244,24 @@ def prepare_image(
         image: a picture in one of the forms that `read_image` accepts.
         size: rows and columns of the result.
         preprocessing: the data set's rule; default: the plain one.
-        crop: cut out first: "center" for the largest centered square, or (x, y, width, height) in pixels of the upright
-            picture. It replaces the data set's own rule.
+        crop: cut out first: "center" for the largest centered square, "face" for a square around the largest face, or
+            (x, y, width, height) in pixels of the upright picture. It replaces the data set's own rule.
 
     Returns:
         (size,size,3) uint8, RGB.
 
     Raises:
-        InputError: the picture cannot be used, or the crop is not within it.
+        InputError: the picture cannot be used, the crop is not within it, or there is no face.
+        MissingDependencyError: OpenCV, which finds faces, is not installed.
     """
-    pixels, rule = _read(image), preprocessing or Preprocessing()
-    if crop is not None:
-        full = pixels.full_size if isinstance(pixels, Raster) else (pixels.shape[1], pixels.shape[0])
-        pixels, rule = _cut(pixels, crop_box(crop, full, (pixels.shape[1], pixels.shape[0]))), Preprocessing()
+    if crop is None:
+        pixels, rule = _read(image), preprocessing or Preprocessing()
+    else:
+        pixels, rule = _cut(*read_with_crop(image, crop)), Preprocessing()
     height, width = pixels.shape[:2]
     if (height, width) == (size, size):
         return whole_array(pixels)
-    if min(height, width) * size < max(height, width):
-        raise InputError(
-            f"an image of {width}x{height} pixels is too long and thin to be scaled to {size}x{size}; crop it"
-        )
+    _refuse_thin((height, width), size)
     if rule.resize_first is not None:
         pixels = area_resize(pixels, (rule.resize_first[1], rule.resize_first[0]))
     if rule.frame_size is not None and pixels.shape[:2] == (rule.frame_size[1], rule.frame_size[0]):
@@ -240,12 +269,30 @@ def prepare_image(
         top, bottom = rule.crop_rows or (0, rule.frame_size[1])
         pixels = _cut(pixels, (left, top, right, bottom))
     height, width = pixels.shape[:2]
-    longer = max(height, width)
-    fitted = (height * size // longer, width * size // longer)
-    top, left = (size - fitted[0]) // 2, (size - fitted[1]) // 2
+    left, top, right, bottom = fitted_box((height, width), size)
     square = np.zeros((size, size, 3), np.uint8)
-    square[top : top + fitted[0], left : left + fitted[1]] = area_resize(pixels, fitted)
+    square[top:bottom, left:right] = area_resize(pixels, (bottom - top, right - left))
     return square
+
+
+def fitted_box(shape: tuple[int, int], size: int) -> Box:
+    """Where a picture of (height, width) lies in the model's square; around it is black.
+
+    Raises:
+        InputError: a side would be less than a pixel.
+    """
+    _refuse_thin(shape, size)
+    longer = max(shape)
+    height, width = (side * size // longer for side in shape)
+    top, left = (size - height) // 2, (size - width) // 2
+    return left, top, left + width, top + height
+
+
+def _refuse_thin(shape: tuple[int, int], size: int) -> None:
+    if min(shape) * size < max(shape):
+        raise InputError(
+            f"an image of {shape[1]}x{shape[0]} pixels is too long and thin to be scaled to {size}x{size}; crop it"
+        )
 
 
 def _cut(pixels: UInt8Array | Raster, box: Box) -> UInt8Array | Raster:

@@ -20,6 +20,7 @@ from lfdm_export import __version__
 from lfdm_export.errors import InputError
 from lfdm_export.files.names import visible
 from lfdm_export.generate.pipeline import Pipeline
+from lfdm_export.web.description import answers, describe
 from lfdm_export.web.store import Store, Video
 from lfdm_export.web.turns import Turns
 from lfdm_export.web.video_request import OPTIONS, VideoRequest, model_of, photo_of_json, read_photo, read_video_request
@@ -74,14 +75,18 @@ def make_app(
     for kind in (_ApiError, InputError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer_error)
     app.middleware("http")(videos.guard)
-    app.add_api_route("/health", videos.health)
-    app.add_api_route("/v1/models", videos.models)
-    app.add_api_route("/v1/videos", videos.create, methods=["POST"])
-    app.add_api_route("/v1/videos", videos.listing)
-    app.add_api_route("/v1/videos/{name}", videos.retrieve)
-    app.add_api_route("/v1/videos/{name}", videos.delete, methods=["DELETE"])
-    app.add_api_route("/v1/videos/{name}/content", videos.content)
-    app.add_api_route("/v1/videos/{name}/cancel", videos.cancel, methods=["POST"])
+    guarded = () if videos.options.token is None else (401,)
+    one, add = "/v1/videos/{name}", app.add_api_route
+    add("/health", videos.health, responses=answers("facts"))
+    add("/v1/models", videos.models, responses=answers("facts", *guarded))
+    add("/v1/videos", videos.create, methods=["POST"], responses=answers("video", 400, *guarded, 413, 429))
+    add("/v1/videos", videos.listing, responses=answers("page", 400, *guarded))
+    add(one, videos.retrieve, responses=answers("video", *guarded, 404))
+    add(one, videos.delete, methods=["DELETE"], responses=answers("deleted", *guarded, 404))
+    clip = answers("clip", *guarded, 404, 406, 409)
+    add(f"{one}/content", videos.content, response_class=FileResponse, responses=clip)
+    add(f"{one}/cancel", videos.cancel, methods=["POST"], responses=answers("video", *guarded, 404, 409))
+    describe(app, with_token=bool(guarded))
     return app
 
 
@@ -89,7 +94,7 @@ class _Videos:
     """The handlers of the routes."""
 
     def __init__(self, pipeline: Pipeline, store: Store, options: WebOptions, turns: Turns | None) -> None:
-        self._pipeline, self._store, self._options, self._turns = pipeline, store, options, turns
+        self._pipeline, self._store, self.options, self._turns = pipeline, store, options, turns
         self._bundle = pipeline.bundle
         self._worker: Worker | None = None
 
@@ -103,7 +108,7 @@ class _Videos:
 
     async def guard(self, request: Request, follow: Callable[[Request], Awaitable[Response]]) -> Response:
         """Refuse requests to the API without the token."""
-        token, given = self._options.token, request.headers.get("Authorization", "").encode()
+        token, given = self.options.token, request.headers.get("Authorization", "").encode()
         known = token is None or hmac.compare_digest(given, f"Bearer {token}".encode())
         if request.url.path.startswith("/v1/") and not known:
             return _error(401, "the token is missing or wrong; send it as Authorization: Bearer TOKEN")
@@ -120,16 +125,16 @@ class _Videos:
 
     async def create(self, request: Request) -> dict[str, object]:
         """Queue a video from prompt (a label or a text) and input_reference (the photograph), as a form or JSON."""
-        fields, data = await _read_request(request, self._options.body_bytes)
+        fields, data = await _read_request(request, self.options.body_bytes)
 
         def check() -> Video | None:
             wanted = read_video_request(fields, self._pipeline)
-            photo = read_photo(data, fields.get("crop"), self._bundle, most_pixels=self._options.image_pixels)
-            return self._store.add({**wanted.to_json(), **model_of(self._bundle)}, photo, self._options.queue)
+            photo = read_photo(data, fields.get("crop"), self._bundle, most_pixels=self.options.image_pixels)
+            return self._store.add({**wanted.to_json(), **model_of(self._bundle)}, photo, self.options.queue)
 
         video = await run_in_threadpool(check)
         if video is None:
-            message = f"{self._options.queue} videos are queued already; try again later"
+            message = f"{self.options.queue} videos are queued already; try again later"
             raise _ApiError(429, message, {"Retry-After": "10"})
         assert self._worker is not None
         self._worker.wake()

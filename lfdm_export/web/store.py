@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from lfdm_export.errors import InputError
 from lfdm_export.files.atomic import claimed
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+STATUSES: tuple[Status, ...] = get_args(Status)
 #: The final statuses.
 ENDED: tuple[Status, ...] = ("completed", "failed", "cancelled")
 _SCHEMA = """

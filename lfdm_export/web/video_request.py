@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from lfdm_export.bundle.reader import Bundle
-from lfdm_export.errors import InputError
+from lfdm_export.errors import EngineError, InputError, MissingDependencyError
 from lfdm_export.files.json_codec import to_plain
 from lfdm_export.files.names import visible
 from lfdm_export.generate.arguments import real_number, whole_number
@@ -24,7 +24,8 @@ from lfdm_export.pictures.preprocess import prepare_image, read_stream
 from lfdm_export.sampling.noise import check_seeds, draw_seed
 from lfdm_export.sampling.options import OPTION_NAMES, SamplingOptions
 
-_LONGEST_PROMPT = 4096
+#: Characters of a prompt.
+LONGEST_PROMPT = 4096
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,9 @@ def read_video_request(given: Mapping[str, Any], pipeline: Pipeline) -> VideoReq
     if unknown:
         raise InputError(f"unknown field {unknown[0][:80]!r}, expected some of {', '.join(KNOWN)}")
     prompt = plain.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > _LONGEST_PROMPT:
+    if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > LONGEST_PROMPT:
         labels = ", ".join(pipeline.bundle.labels[:20])
-        raise InputError(f"prompt must be text of 1 to {_LONGEST_PROMPT} characters; labels are {labels or 'none'}")
+        raise InputError(f"prompt must be text of 1 to {LONGEST_PROMPT} characters; labels are {labels or 'none'}")
     if visible(prompt) != prompt:
         raise InputError(f"prompt has characters that cannot be printed: {prompt[:80]!a}")
     found: dict[str, Any] = {name: whole_number(plain[name], name) for name in _INTEGERS if name in plain}
@@ -145,7 +146,7 @@ def read_photo(data: bytes, crop: object, bundle: Bundle, *, most_pixels: int) -
 
     Args:
         data: the encoded picture.
-        crop: "center" or "X,Y,W,H"; None or "" for none.
+        crop: "center", "face" or "X,Y,W,H"; None or "" for none.
         bundle: the bundle with the rules of preparation.
         most_pixels: most pixels of the picture, checked before it is decoded.
 
@@ -155,7 +156,10 @@ def read_photo(data: bytes, crop: object, bundle: Bundle, *, most_pixels: int) -
     manifest = bundle.manifest
     raster = read_stream(io.BytesIO(data), "input_reference", most_pixels=most_pixels)
     cut = parse_crop(str(crop)) if crop else None
-    pixels = prepare_image(raster, manifest.geometry.image_size, manifest.preprocessing, crop=cut)
+    try:
+        pixels = prepare_image(raster, manifest.geometry.image_size, manifest.preprocessing, crop=cut)
+    except (MissingDependencyError, EngineError) as error:
+        raise InputError(f"this server cannot find faces, give crop as X,Y,W,H: {error}") from error
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lfdm_export.bulk import workers
 from lfdm_export.bulk.job import JobSettings, seed_of
@@ -26,7 +27,9 @@ from lfdm_export.cli import generate_main
 from lfdm_export.cli.bulk import describe_progress
 from lfdm_export.errors import EngineError, InputError, LfdmExportError
 from lfdm_export.generate.pipeline import Pipeline
+from lfdm_export.pictures.crop import parse_crop
 from lfdm_export.pictures.metadata import clip_metadata
+from lfdm_export.sampling.options import SamplingOptions
 from tests.bulk import lethal
 from tests.bulk.tables import (
     NPZ,
@@ -100,6 +103,25 @@ def test_conditions_of_every_kind(bundle: Bundle, tmp_path: Path):
     guided = pipeline.generate(photo, label="Anger", seed=1, steps=2, guidance_scale=2, sampler="unipc")
     np.testing.assert_array_equal(frames_of(out / "guided.npz"), guided.frames)
     assert (out / "folder" / "cropped.png").is_file()
+
+
+def test_a_row_is_pasted_back(bundle: Bundle, tmp_path: Path):
+    photo = write_picture(tmp_path / "p.png", size=40)
+    rows = [
+        {"id": name, "image": "p.png", "label": "anger", "seed": 1, "crop": crop, "format": "png"}
+        for name, crop in (("left", "0,4,20,20"), ("right", "15,10,24,24"))
+    ]
+    defaults = JobSettings(SamplingOptions(steps=2), paste_back=True)
+    summary = run(bundle, write_jsonl(tmp_path / "jobs.jsonl", rows), tmp_path / "out", defaults=defaults)
+    assert summary.failures == {}
+    pipeline = Pipeline.open(bundle, threads=1, target="onnxruntime")
+    for row in rows:
+        crop = parse_crop(row["crop"])
+        clip = pipeline.generate(photo, label="Anger", steps=2, seed=1, crop=crop).paste_back(photo, crop)
+        (expected,) = clip.save(tmp_path / f"{row['id']}.png")
+        with Image.open(expected) as wanted, Image.open(tmp_path / "out" / f"{row['id']}.png") as found:
+            assert wanted.width > 40
+            np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
 
 
 def test_failures_are_noted_and_stop_nobody(bundle: Bundle, tmp_path: Path):

@@ -22,9 +22,11 @@ from lfdm_export.cli.console import Bars, OneBar
 from lfdm_export.cli.export import read_labels
 from lfdm_export.errors import InputError, ParityError
 from lfdm_export.generate.pipeline import Pipeline
+from lfdm_export.pictures import faces
 from lfdm_export.pictures.clip_files import load_clip, save_clip
 from lfdm_export.pictures.clips import read_footage
 from lfdm_export.pictures.metadata import clip_metadata
+from lfdm_export.pictures.paste import paste_back, read_surroundings
 from lfdm_export.sampling.tuned import TunedSampler
 from lfdm_models import text_files
 from lfdm_models.labels import DATASETS
@@ -239,6 +241,35 @@ def test_options_reach_the_pipeline(bundle: Bundle, photo: str, tmp_path: Path, 
         assert (image.format, image.width, image.info["duration"]) == ("GIF", 5 * SIZE, 200)
 
 
+def test_generate_finds_the_face_once_and_puts_the_clips_back(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """OpenCV is not needed for this test: two faces are found where there are none."""
+    found: list[str] = []
+
+    def detect(pixels: np.ndarray) -> list[tuple[int, int, int, int]]:
+        found.append("asked")
+        return [(0, 0, 10, 10), (20, 14, 40, 34)]
+
+    monkeypatch.setattr(faces, "_detect", detect)
+    drawn = np.random.default_rng(1).integers(0, 256, (60, 90, 3), np.uint8)
+    Image.fromarray(drawn).save(tmp_path / "party.png")
+    photo = str(tmp_path / "party.png")
+    more = ["--crop", "face", "--paste-back", "--label", "anger", "happiness", "--seed", "3", "--steps", "2"]
+    assert generate(bundle, photo, *more, "-o", f"{tmp_path}/out/") == 0
+    assert "face  2 faces, the largest is used: --crop 12,5,36,36\n" in capsys.readouterr().out
+    assert found == ["asked"]
+    pipeline = Pipeline.open(bundle)
+    for label in ("Anger", "happiness"):
+        clip = pipeline.generate(photo, crop=(12, 5, 36, 36), label=label, seed=3, steps=2)
+        shown = load_clip(tmp_path / "out" / f"{label}-seed3")
+        np.testing.assert_array_equal(shown, paste_back(clip.frames[0], read_surroundings(drawn, (12, 5, 36, 36))))
+        np.testing.assert_array_equal(shown[:, :, 48:], np.repeat(drawn[None, :, 48:], FRAMES, axis=0))
+    monkeypatch.setattr(faces, "_detect", lambda pixels: [])
+    assert generate(bundle, photo, *more, "-o", f"{tmp_path}/none/") == 1
+    assert "no face was found" in capsys.readouterr().err
+
+
 def test_generate_crops_scales_and_says_how(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     wide = np.full((20, 50, 3), 255, np.uint8)
     Image.fromarray(wide).save(tmp_path / "wide.png")
@@ -257,8 +288,13 @@ def test_generate_crops_scales_and_says_how(bundle: Bundle, tmp_path: Path, caps
     assert (found["seed"], found["label"], found["bundle"]) == (4, "Anger", bundle.path.name)
     assert found["bundle_id"] == bundle_id(bundle.path)
     with pytest.raises(SystemExit):
+        generate(bundle, photo, "--label", "anger", "-o", out, "--paste-back")
+    assert "--paste-back needs --crop" in capsys.readouterr().err
+    assert generate(bundle, photo, "--label", "anger", "-o", out, "--paste-back", "--crop", "center") == 1
+    assert "own frames, not pasted back" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         generate(bundle, photo, "--label", "anger", "-o", out, "--crop", "middle")
-    assert "expected center, or X,Y,W,H" in capsys.readouterr().err
+    assert "expected center, face, or X,Y,W,H" in capsys.readouterr().err
 
 
 def test_a_driven_clip_plays_as_the_driving_clip_does(bundle: Bundle, photo: str, tmp_path: Path):

@@ -361,7 +361,8 @@ def test_a_crop_outside_of_the_picture_is_refused(crop: Any):
 
 def test_crops_are_parsed():
     assert parse_crop("center") == "center"
+    assert parse_crop("face") == "face"
     assert parse_crop("1,2,30,40") == (1, 2, 30, 40)
     for text in ("", "1,2,3", "a,b,c,d", "1,2,3,4,5", "1.5,2,3,4"):
-        with pytest.raises(InputError, match="expected center, or X,Y,W,H"):
+        with pytest.raises(InputError, match="expected center, face, or X,Y,W,H"):
             parse_crop(text)

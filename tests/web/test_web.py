@@ -271,6 +271,13 @@ def test_a_seed_that_is_not_given_is_drawn_and_told(served: Served, tmp_path: Pa
     assert clip_metadata(tmp_path / "a.mp4")["seed"] == seed
 
 
+def test_a_face_needs_a_package_of_the_server(served: Served, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    status, plain, _ = served.create(crop="face")
+    assert status == 400
+    assert "this server cannot find faces, give crop as X,Y,W,H" in plain["error"]["message"]
+
+
 @pytest.mark.parametrize("body", [b"", b"nonsense", b"[]", b"[" * 100_000, b"\xff", b"null"])
 def test_a_body_that_is_no_request(served: Served, body: bytes):
     assert served.call("POST", "/v1/videos", body, Content_Type="application/json")[0] == 400
