@@ -113,7 +113,7 @@ def measure_shifts(
         for feeds, mean in zip(states, means, strict=True):
             found = quantized.engine.run({**feeds, **mean})
             for name, layer in zip(quantized.added, layers, strict=True):
-                sums[layer.name] += found[name]
+                sums[layer.name] += np.asarray(found[name], np.float64)
     return {name: (total / len(states)).astype(np.float32) for name, total in sums.items()}
 
 

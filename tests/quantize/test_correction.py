@@ -120,9 +120,11 @@ def test_a_later_layer_is_corrected_for_corrected_inputs(tmp_path: Path):
         IMAGES,
         1,
     )
-    scales = {"h": ONE, "y": np.float32(64)}
+    scales = {"h": ONE, "y": np.float32(3)}
     rng = np.random.default_rng(2)
     states = [{"x": rng.integers(-9, 30, (1, 3, 4, 4)).astype(np.float32)} for _ in range(8)]
+    for state in states:
+        state["x"][:, 0] = 0  # so that the second layer's range is small
     shifts = measure_shifts(model, spec, scales, "int8", states, threads=1)
     first = measure_shifts(model, spec, {"h": ONE}, "int8", states, threads=1)
     np.testing.assert_array_equal(shifts["h"], first["h"])
@@ -130,7 +132,7 @@ def test_a_later_layer_is_corrected_for_corrected_inputs(tmp_path: Path):
         np.mean([by_channel(run(graph, spec, tmp_path, state["x"]), 1).mean(axis=1) for state in states], axis=0)
         for graph in (model, insert_qdq(model, scales, "int8"), insert_qdq(model, scales, "int8", shifts))
     )
-    assert (np.abs(corrected - exact) < 0.2 * np.abs(plain - exact)).all()
+    assert (np.abs(corrected - exact) < 0.1 * np.abs(plain - exact)).all()
 
 
 def test_float_layers_keep_their_biases():
@@ -147,7 +149,7 @@ def test_float_layers_keep_their_biases():
     # Not even a shift that is given moves a layer that stays float.
     corrected = insert_qdq(model, {"h": ONE}, "int8", {**shifts, "y": np.ones(2, np.float32)})
     first, last = (node for node in corrected.graph if node.op_type == "Conv")
-    np.testing.assert_allclose(_constant(first, 2), BIAS + LOST @ [7, 7, 7], rtol=1e-6)
+    np.testing.assert_allclose(_constant(first, 2), BIAS + LOST @ [7, 7, 7], rtol=1e-4)
     np.testing.assert_array_equal(_constant(last, 2), BIAS)
     np.testing.assert_array_equal(_constant(last, 1), 1)
 
