@@ -1,7 +1,7 @@
 """Errors of lower precisions at few steps, where rounding has fewer steps to heal in: bundles against one of fp32.
 
     python benchmarks/few_steps.py FP32 --with fp16/simulation=FOLDER --with int8/onnxruntime=FOLDER …
-        [--plans ddim:1,ddim:2,ddim:4,ddim:10,tuned:4] [--out FILE]
+        [--plans ddim:1,ddim:2,ddim:4,ddim:10,tuned:4] [--characters 8] [--out FILE]
 
 Every bundle is of the shipped model. The clips are the reference case of FP32, and one held-out character per label,
 each from its own seed, the same in all bundles. PSNR compares unrounded frames with FP32's in ONNX Runtime.
@@ -55,13 +55,13 @@ class Made:
     frames: Float32
 
 
-def cases(bundle: Bundle) -> list[Case]:
-    """The reference case of a bundle, and a held-out character for each of its labels."""
+def cases(bundle: Bundle, characters: int) -> list[Case]:
+    """The reference case of a bundle, and a held-out character for each of its first labels."""
     assert bundle.reference_path is not None
     manifest = bundle.manifest
     reference = Reference.load(bundle.reference_path, manifest.config, manifest.geometry, bundle.stages)
     found = [Case(reference.chain.image, reference.chain.embedding, reference.seed)]
-    for index, label in enumerate(manifest.labels):
+    for index, label in enumerate(manifest.labels[:characters]):
         drawn = sample_clip(HELD_OUT_SEEDS[index], size=manifest.geometry.image_size, frames=1, label=label)
         found.append(Case(drawn.frames[0], bundle.embeddings[index], _SEED + index))
     return found
@@ -94,11 +94,11 @@ def errors(made: Sequence[Made], expected: Sequence[Made], image_size: int) -> d
 
 
 def measure(
-    exact: Bundle, others: Mapping[str, tuple[Bundle, str]], plans: Sequence[str], threads: int | None
+    exact: Bundle, others: Mapping[str, tuple[Bundle, str]], plans: Sequence[str], characters: int, threads: int | None
 ) -> dict[str, dict[str, dict[str, object]]]:
     """Errors by contestant and plan."""
     pipe = Pipeline(exact, threads=threads, target=ONNXRUNTIME.name, self_check=False)
-    given = cases(exact)
+    given = cases(exact, characters)
     expected = {plan: [make(pipe, case, plan) for case in given] for plan in plans}
     size = exact.manifest.geometry.image_size
     found: dict[str, dict[str, dict[str, object]]] = {}
@@ -131,6 +131,7 @@ def main() -> int:
     parser.add_argument("--with", dest="others", action="append", required=True, metavar="NAME/TARGET=FOLDER",
                         help=f"a bundle to compare, and its target or {SIMULATION!r}")  # fmt: skip
     parser.add_argument("--plans", default="ddim:1,ddim:2,ddim:4,ddim:10,tuned:4", metavar="SAMPLER:STEPS,…")
+    parser.add_argument("--characters", type=int, default=8, help="clips of characters, 1 to 8, one per label (8)")
     parser.add_argument("--threads", type=int, help="threads of each engine (all cores)")
     parser.add_argument("--out", type=Path, default=machine.RESULTS / "few_steps.json", metavar="FILE")
     arguments = parser.parse_args()
@@ -143,7 +144,8 @@ def main() -> int:
                 if target == SIMULATION:
                     bundle, target = simulate_bundle(bundle, Path(scratch) / str(index)), ONNXRUNTIME.name
                 others[name] = bundle, target
-            found = measure(Bundle.open(arguments.fp32), others, arguments.plans.split(","), arguments.threads)
+            exact, plans = Bundle.open(arguments.fp32), arguments.plans.split(",")
+            found = measure(exact, others, plans, arguments.characters, arguments.threads)
     except LfdmExportError as error:
         print(f"few_steps: {error}", file=sys.stderr)
         return 1

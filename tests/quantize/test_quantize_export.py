@@ -135,7 +135,7 @@ def test_biases_take_back_the_shift_in_every_graph_of_a_network(bundles: dict[Fo
         )
     for stage, one in corrections.items():
         assert biases[stage].total() >= one.layers > 0
-        assert one.shift[1] < one.shift[0]
+        assert one.shift[1] != one.shift[0]
     shared = biases["denoise"]
     assert shared
     for stage in ("step", "step_guided", "denoise_guided"):
