@@ -62,7 +62,7 @@ def cases(bundle: Bundle, characters: int) -> list[Case]:
     reference = Reference.load(bundle.reference_path, manifest.config, manifest.geometry, bundle.stages)
     found = [Case(reference.chain.image, reference.chain.embedding, reference.seed)]
     for index, label in enumerate(manifest.labels[:characters]):
-        drawn = sample_clip(HELD_OUT_SEEDS[index], size=manifest.geometry.image_size, frames=1, label=label)
+        drawn = sample_clip(HELD_OUT_SEEDS[index], size=manifest.geometry.image_size, frames=2, label=label)
         found.append(Case(drawn.frames[0], bundle.embeddings[index], _SEED + index))
     return found
 
@@ -95,20 +95,15 @@ def errors(made: Sequence[Made], expected: Sequence[Made], image_size: int) -> d
 
 def measure(
     exact: Bundle, others: Mapping[str, tuple[Bundle, str]], plans: Sequence[str], characters: int, threads: int | None
-) -> dict[str, dict[str, dict[str, object]]]:
-    """Errors by contestant and plan."""
+) -> Iterator[tuple[str, dict[str, dict[str, object]]]]:
+    """The name of each contestant, and its errors by plan."""
     pipe = Pipeline(exact, threads=threads, target=ONNXRUNTIME.name, self_check=False)
     given = cases(exact, characters)
     expected = {plan: [make(pipe, case, plan) for case in given] for plan in plans}
     size = exact.manifest.geometry.image_size
-    found: dict[str, dict[str, dict[str, object]]] = {}
     for name, (bundle, target) in others.items():
         pipe = Pipeline(bundle, threads=threads, target=target, self_check=False)
-        found[name] = {plan: errors([make(pipe, case, plan) for case in given], expected[plan], size) for plan in plans}
-        print(
-            name, {plan: round(float(str(row["reference_psnr"])), 1) for plan, row in found[name].items()}, flush=True
-        )
-    return found
+        yield name, {plan: errors([make(pipe, case, plan) for case in given], expected[plan], size) for plan in plans}
 
 
 def table(found: Mapping[str, Mapping[str, Mapping[str, object]]]) -> Iterator[str]:
@@ -135,6 +130,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="threads of each engine (all cores)")
     parser.add_argument("--out", type=Path, default=machine.RESULTS / "few_steps.json", metavar="FILE")
     arguments = parser.parse_args()
+    found: dict[str, dict[str, dict[str, object]]] = {}
     try:
         with tempfile.TemporaryDirectory(prefix="lfdm-few-steps-") as scratch:
             others = {}
@@ -145,11 +141,14 @@ def main() -> int:
                     bundle, target = simulate_bundle(bundle, Path(scratch) / str(index)), ONNXRUNTIME.name
                 others[name] = bundle, target
             exact, plans = Bundle.open(arguments.fp32), arguments.plans.split(",")
-            found = measure(exact, others, plans, arguments.characters, arguments.threads)
+            facts = {**machine.describe(), "seed": _SEED}
+            for name, rows in measure(exact, others, plans, arguments.characters, arguments.threads):
+                found[name] = rows
+                machine.write_json(arguments.out, {**facts, "found": found})
+                print(name, file=sys.stderr, flush=True)
     except LfdmExportError as error:
         print(f"few_steps: {error}", file=sys.stderr)
         return 1
-    machine.write_json(arguments.out, {**machine.describe(), "seed": _SEED, "found": found})
     print("\n".join(table(found)))
     return 0
 
