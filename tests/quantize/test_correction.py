@@ -22,7 +22,7 @@ from lfdm_export.quantize.correction import measure_errors, measure_shifts
 from lfdm_export.quantize.qdq import insert_qdq
 from lfdm_export.quantize.ranges import activation_scale
 from lfdm_export.quantize.report import JSON_NAME, Correction, SensitivityReport
-from lfdm_export.quantize.states import STAGES, Calibrated, Calibration, Sources, calibrate
+from lfdm_export.quantize.states import STAGES, Calibrated, Calibration, Feeds, Sources, calibrate
 from lfdm_export.sampling.loop import sample, step_from_denoiser
 from lfdm_export.sampling.noise import START, seeded_noise
 from lfdm_export.sampling.options import SamplingOptions
@@ -47,24 +47,24 @@ class Kind:
     text: str
     weight: Float32
     axis: int
-    shape: tuple[int | str, ...]
+    shape: tuple[int, ...]
 
 
-IMAGES = (BATCH, 3, 4, 4)
+IMAGES = (3, 4, 4)
 KINDS = {
     "convolution": Kind("y = Conv (x, w, b)", WEIGHT[..., None, None], 1, IMAGES),
     "convolution without bias": Kind("y = Conv (x, w)", WEIGHT[..., None, None], 1, IMAGES),
     "transposed convolution": Kind("y = ConvTranspose (x, w, b)", WEIGHT.T[..., None, None], 1, IMAGES),
-    "product": Kind("y = MatMul (x, w)", WEIGHT.T, 2, (BATCH, 4, 3)),
+    "product": Kind("y = MatMul (x, w)", WEIGHT.T, 2, (4, 3)),
 }
 
 
 def built(
-    text: str, arrays: Mapping[str, NDArray[Any]], shape: tuple[int | str, ...], axis: int
+    text: str, arrays: Mapping[str, NDArray[Any]], shape: tuple[int, ...], axis: int
 ) -> tuple[ir.Model, StageSpec]:
-    """A graph from x to y, and its specification; the module of each node is the name of its output."""
-    out = tuple(2 if index == axis else size for index, size in enumerate(shape))
-    x, y = ("float[" + ",".join(map(str, sizes)) + "]" for sizes in (shape, out))
+    """A graph from x of a sample's shape to y, and its specification; a node's module is the name of its output."""
+    out = tuple(2 if index == axis else size for index, size in enumerate(shape, start=1))
+    x, y = ("float[" + ",".join(map(str, (BATCH, *sizes))) + "]" for sizes in (shape, out))
     proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]> t ({x} x) => ({y} y) {{ {text} }}')
     used = {name for node in proto.graph.node for name in node.input}
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items() if name in used}
@@ -73,7 +73,11 @@ def built(
     for node in model.graph:
         node.name = f"{node.outputs[0].name}/{node.outputs[0].name}"
     return model, StageSpec(
-        "tiny", (TensorSpec("x", "float32", shape),), (TensorSpec("y", "float32", out),), (1, 1, 4), {}
+        "tiny",
+        (TensorSpec("x", "float32", (BATCH, *shape)),),
+        (TensorSpec("y", "float32", (BATCH, *out)),),
+        (1, 1, 4),
+        {},
     )
 
 
@@ -93,8 +97,7 @@ def by_channel(values: NDArray[Any], axis: int) -> NDArray[Any]:
 def test_a_biased_rounding_is_corrected_in_closed_form(kind: Kind, tmp_path: Path):
     model, spec = built(kind.text, {"w": kind.weight, "b": BIAS}, kind.shape, kind.axis)
     rng = np.random.default_rng(1)
-    sizes = [1, *kind.shape[1:]]
-    states = [{"x": rng.integers(-9, 30, sizes).astype(np.float32)} for _ in range(3)]
+    states: list[Feeds] = [{"x": rng.integers(-9, 30, (1, *kind.shape)).astype(np.float32)} for _ in range(3)]
     means = np.mean([by_channel(state["x"], kind.axis).mean(axis=1) for state in states], axis=0)
 
     shifts = measure_shifts(model, spec, {"y": ONE}, "int8", states, threads=1)
@@ -122,7 +125,7 @@ def test_a_later_layer_is_corrected_for_corrected_inputs(tmp_path: Path):
     )
     scales = {"h": ONE, "y": np.float32(3)}
     rng = np.random.default_rng(2)
-    states = [{"x": rng.integers(-9, 30, (1, 3, 4, 4)).astype(np.float32)} for _ in range(8)]
+    states: list[Feeds] = [{"x": rng.integers(-9, 30, (1, 3, 4, 4)).astype(np.float32)} for _ in range(8)]
     for state in states:
         state["x"][:, 0] = 0  # so that the second layer's range is small
     shifts = measure_shifts(model, spec, scales, "int8", states, threads=1)
@@ -142,7 +145,7 @@ def test_float_layers_keep_their_biases():
         IMAGES,
         1,
     )
-    states = [{"x": np.full((1, 3, 4, 4), 7, np.float32)}]
+    states: list[Feeds] = [{"x": np.full((1, 3, 4, 4), 7, np.float32)}]
     shifts = measure_shifts(model, spec, {"h": ONE}, "int8", states, threads=1)
     assert set(shifts) == {"h"}
     assert measure_shifts(model, spec, {}, "int8", states, threads=1) == {}
