@@ -11,13 +11,14 @@ import numpy as np
 import onnx_ir as ir
 
 from lfdm_export.progress import Progress, report
+from lfdm_export.quantize.correction import Float32, measure_errors, measure_shifts
 from lfdm_export.quantize.layers import KEPT_STAGES
 from lfdm_export.quantize.qdq import insert_qdq
 from lfdm_export.quantize.ranges import Format, Method, activation_scale
-from lfdm_export.quantize.report import SensitivityReport, StageSensitivity
+from lfdm_export.quantize.report import Correction, SensitivityReport, StageSensitivity
 from lfdm_export.quantize.sensitivity import FLOOR, measure_stage
-from lfdm_export.quantize.states import STAGES, Calibration, Sources, calibrate
-from lfdm_export.stages import stage_specs
+from lfdm_export.quantize.states import STAGES, Calibrated, Calibration, Sources, calibrate
+from lfdm_export.stages import StageSpec, stage_specs
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def quantized_graphs(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Quantized:
-    """Calibrate, find the layers that must stay float, and quantize the others in every stage.
+    """Calibrate, find the layers that must stay float, quantize the others in every stage, and correct their biases.
 
     Args:
         sources: the float32 graphs of every stage, and the data for sampling states.
@@ -90,10 +91,17 @@ def quantized_graphs(
         measured.append(found)
         logger.info("%s: %d of %d layers in %s", stage, len(scales[stage]), len(every), form)
     report(progress, "sensitivity", len(STAGES), len(STAGES))
-    graphs = {
-        stage: graph if stage in KEPT_STAGES else insert_qdq(graph, scales[_SAME_LAYERS.get(stage, stage)], form)
-        for stage, graph in sources.graphs.items()
-    }
+    shifts: dict[str, dict[str, Float32]] = {}
+    corrections: list[Correction] = []
+    for done, stage in enumerate(STAGES):
+        report(progress, "bias correction", done, len(STAGES))
+        shifts[stage], correction = _correct(sources.graphs[stage], specs[stage], scales[stage], form, seen, threads)
+        corrections.append(correction)
+    report(progress, "bias correction", len(STAGES), len(STAGES))
+    graphs = dict(sources.graphs)
+    for stage in graphs.keys() - set(KEPT_STAGES):
+        calibrated = _SAME_LAYERS.get(stage, stage)
+        graphs[stage] = insert_qdq(graphs[stage], scales[calibrated], form, shifts[calibrated])
     sensitivity = SensitivityReport(
         form=form,
         method=method,
@@ -102,5 +110,31 @@ def quantized_graphs(
         labels=seen.labels,
         seconds=time.monotonic() - begin,
         stages=tuple(measured),
+        corrections=tuple(corrections),
     )
     return Quantized(graphs, sensitivity)
+
+
+def _correct(
+    graph: ir.Model,
+    spec: StageSpec,
+    scales: Mapping[str, np.float32],
+    form: Format,
+    seen: Calibrated,
+    threads: int | None,
+) -> tuple[dict[str, Float32], Correction]:
+    """The shifts of a stage's layers, and what their correction changes on the held-out chain."""
+    states = seen.states[spec.name]
+    shifts = measure_shifts(graph, spec, scales, form, states, threads=threads)
+    before, after = (
+        measure_errors(graph, insert_qdq(graph, scales, form, given), spec, seen.held_out[spec.name], threads=threads)
+        for given in (None, shifts)
+    )
+    correction = Correction(
+        stage=spec.name,
+        layers=len(shifts),
+        states=len(states),
+        ratio=(before.ratio, after.ratio),
+        shift=(before.shift, after.shift),
+    )
+    return shifts, correction

@@ -54,6 +54,18 @@ class Layer:
         return value
 
     @property
+    def rank(self) -> int:
+        """Number of axes of the node's output."""
+        shape = self.node.outputs[0].shape
+        assert shape is not None, f"the output of {self.name} has no shape"
+        return len(shape)
+
+    @property
+    def output_axis(self) -> int:
+        """Axis of the outputs in the node's output."""
+        return self.rank - 1 if self.node.op_type == "MatMul" else 1
+
+    @property
     def group(self) -> str:
         """The part of the network that contains it, such as a level: its name up to the first number."""
         parts = self.name.removeprefix("denoise.unet.").split(".")

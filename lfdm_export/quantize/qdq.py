@@ -1,7 +1,8 @@
 """Explicit quantization: a quantize and a dequantize node before every activation, a dequantize node after weights.
 
 Activations have one scale per tensor, weights have one per output. Zero is stored as zero, as TensorRT and OpenVINO's
-matrix units require. Biases, and everything that is not a layer, stay float32.
+matrix units require. Biases, and everything that is not a layer, stay float32. A bias can take back the mean error of
+rounding: see `lfdm_export.quantize.correction`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,19 @@ from lfdm_export.quantize.ranges import Format, quantize, weight_scales
 _TYPES: Mapping[Format, ir.DataType] = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
-def insert_qdq(model: ir.Model, scales: Mapping[str, np.float32], form: Format) -> ir.Model:
+def insert_qdq(
+    model: ir.Model,
+    scales: Mapping[str, np.float32],
+    form: Format,
+    shifts: Mapping[str, NDArray[np.float32]] | None = None,
+) -> ir.Model:
     """Quantize the layers of a graph.
 
     Args:
         model: float32; it is not changed.
         scales: scale of each layer's activation, by the layer's name; layers without one stay float.
         form: storage format of activations and weights.
+        shifts: (outputs,) added to the bias of quantized layers, by the layer's name; None adds nothing.
 
     Returns:
         A new graph with the same inputs and outputs; small convolutions become ordinary ones.
@@ -45,6 +52,8 @@ def insert_qdq(model: ir.Model, scales: Mapping[str, np.float32], form: Format) 
             node = _plain_convolution(graph, node)
         node.replace_input_with(0, activations[key])
         node.replace_input_with(1, weight)
+        if shifts is not None and layer.name in shifts:
+            _add_to_bias(graph, node, shifts[layer.name])
     _drop_unused(quantized)
     return quantized
 
@@ -91,6 +100,32 @@ def _plain_convolution(graph: ir.Graph, node: ir.Node) -> ir.Node:
     new.name, new.shape, new.type = old.name, old.shape, old.type
     ir.convenience.replace_nodes_and_values(graph, node, [node], [convolution], [old], [new])
     return convolution
+
+
+def _add_to_bias(graph: ir.Graph, node: ir.Node, shift: NDArray[np.float32]) -> None:
+    """Add (outputs,) to a layer's outputs: in a convolution's bias, or after a product, which has none."""
+    name = node_name(node.name or "", "bias").replace("/", ".")
+    if node.op_type != "MatMul":
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is not None:
+            assert bias.const_value is not None, f"the bias of {node.name} is not a constant"
+            shift = bias.const_value.numpy() + shift
+        node.resize_inputs(3)
+        node.replace_input_with(2, initializer(graph, name, shift))
+        return
+    add_after(graph, node, initializer(graph, name, shift))
+
+
+def add_after(graph: ir.Graph, node: ir.Node, term: ir.Value) -> None:
+    """Add a value to a node's output; the sum takes the output's name and place."""
+    out = node.outputs[0]
+    add = ir.node("Add", [out, term], name=f"{node.name}_sum")
+    total = add.outputs[0]
+    total.name, total.shape, total.type = out.name, out.shape, out.type
+    out.name = f"{out.name}_unshifted"
+    out.replace_all_uses_with(total, replace_graph_outputs=True)
+    add.replace_input_with(0, out)
+    graph.insert_after(node, add)
 
 
 def _zeros(shape: tuple[int, ...], form: Format) -> NDArray[np.generic]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lfdm_export.errors import BundleError
 from lfdm_export.files.atomic import write_file
-from lfdm_export.files.json_codec import from_plain, to_plain
+from lfdm_export.files.json_codec import LATER, from_plain, to_plain
 from lfdm_export.quantize.ranges import Format
 
 #: Files of the report in a bundle's parity folder.
@@ -67,6 +67,25 @@ class StageSensitivity:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """The correction of one stage's biases, measured on the held-out chain.
+
+    Attributes:
+        stage: its name.
+        layers: number of corrected layers.
+        states: number of states that their shifts are the mean of.
+        ratio: ratio of signal to error of the stage's output in dB, without and with the correction.
+        shift: largest mean error of a channel of the output as a share of its root mean square, without and with it.
+    """
+
+    stage: str
+    layers: int
+    states: int
+    ratio: tuple[float, float]
+    shift: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class SensitivityReport:
     """The sensitivity of a model in one format.
 
@@ -78,6 +97,7 @@ class SensitivityReport:
         labels: number of labels in the calibration.
         seconds: time of calibration and measurement.
         stages: measured stages.
+        corrections: the correction of each stage's biases; empty if there was none.
     """
 
     form: Format
@@ -87,6 +107,7 @@ class SensitivityReport:
     labels: int
     seconds: float
     stages: tuple[StageSensitivity, ...]
+    corrections: tuple[Correction, ...] = field(default=(), metadata=LATER)
 
     def summary(self) -> str:
         """One line: the number of quantized layers, and the most sensitive ones."""
@@ -137,6 +158,16 @@ class SensitivityReport:
             "",
             *(f"- `{stage}` `{_short(layer.name)}`: {layer.alone:.1f} dB alone" for stage, layer in self.worst()),
         ]
+        if self.corrections:
+            lines += [
+                "",
+                "The tables below are without the correction of biases, which takes back the mean error of each output "
+                "of the quantized layers. Its effect on a stage's output, on the same chain:",
+                "",
+                "| stage | layers | states | signal to error | largest mean error of a channel |",
+                "|---|---|---|---|---|",
+                *map(_corrected, self.corrections),
+            ]
         for stage in self.stages:
             lines += [
                 "",
@@ -157,6 +188,12 @@ class SensitivityReport:
 def _short(name: str) -> str:
     """A layer's name within its stage."""
     return name.removeprefix(_UNET)
+
+
+def _corrected(one: Correction) -> str:
+    ratio = " → ".join(f"{value:.1f} dB" for value in one.ratio)
+    shift = " → ".join(f"{value:.2%}" for value in one.shift)
+    return f"| {one.stage} | {one.layers} | {one.states} | {ratio} | {shift} |"
 
 
 def _row(row: Sensitivity) -> str:

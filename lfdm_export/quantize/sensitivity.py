@@ -31,8 +31,8 @@ from lfdm_export.stages import StageSpec, TensorSpec
 
 Float32: TypeAlias = NDArray[np.float32]
 _GATES, _SCALES = "quantized", "scales"
-# The output whose error is measured, by stage; for `encode`, the UNet's input.
-_MEASURED = {"encode": "context", "denoise": "predicted_noise", "decode": "frames"}
+#: The output whose error is measured, by stage; for `encode`, the UNet's input.
+MEASURED = {"encode": "context", "denoise": "predicted_noise", "decode": "frames"}
 #: A layer stays float if its stage's output has less than this many dB when only the layer is quantized.
 FLOOR = 35.0
 #: Smallest dB of a whole quantized stage: groups stay float, worst first, until it is reached.
@@ -82,7 +82,7 @@ class _Measurement:
 
     def __init__(self, switch: Switchable, spec: StageSpec, states: Sequence[Feeds], each_way: bool) -> None:
         self.switch, self.spec, self.states, self.each_way = switch, spec, states, each_way
-        self.output = _MEASURED[spec.name]
+        self.output = MEASURED[spec.name]
         self.all = np.ones(len(switch.names), bool)
         self.exact = [self._run(feeds, ~self.all) for feeds in states]
         reasons = {name: kept_reason(name) for name in switch.names}

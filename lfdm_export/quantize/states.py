@@ -51,6 +51,8 @@ class Calibration:
         values: values of each activation kept per state.
         chunks: decoded chunks of frames per chain.
         kept_states: states of the held-out chain per stage.
+        shift_states: states per stage for the correction of biases, spread over all chains; more change no clip of the
+            shipped model by more than 1 dB.
         seed: seed of pictures, noise and the choice of values.
     """
 
@@ -66,6 +68,7 @@ class Calibration:
     values: int = 4096
     chunks: int = 2
     kept_states: int = 2
+    shift_states: int = 20
     seed: int = 0
 
 
@@ -95,6 +98,7 @@ class Calibrated:
     Attributes:
         observed: values of each layer's activation, by stage and by the layer's name.
         held_out: feeds of each stage, from the held-out chain.
+        states: feeds of each stage from the other chains, for the correction of biases.
         evaluations: evaluations of the UNet, those of the held-out chain included.
         timesteps: timesteps of the calibration.
         labels: number of the known labels in the calibration.
@@ -102,6 +106,7 @@ class Calibrated:
 
     observed: dict[str, dict[str, Observed]] = field(default_factory=lambda: {stage: {} for stage in STAGES})
     held_out: dict[str, list[Feeds]] = field(default_factory=lambda: {stage: [] for stage in STAGES})
+    states: dict[str, list[Feeds]] = field(default_factory=lambda: {stage: [] for stage in STAGES})
     evaluations: int = 0
     timesteps: set[int] = field(default_factory=set)
     labels: int = 0
@@ -189,6 +194,7 @@ class _Calibrator:
         self.stages = {name: _Stage(sources.graphs[name], specs[name], folder, threads) for name in STAGES}
         self.rng = np.random.default_rng(settings.seed)
         self.result = Calibrated()
+        self.fed: dict[str, list[Feeds]] = {stage: [] for stage in STAGES}
         self.chains = _with_every_label(settings, len(sources.embeddings))
         self.tables = [self._table(chain) for chain in self.chains]
         self.total = sum(
@@ -207,6 +213,7 @@ class _Calibrator:
             skips = {name: array for name, array in encoded.items() if name != "context"}
             for part in self._parts(latent):
                 self._run("decode", {"image": image, **skips, "latent": part}, held_out)
+        self.result.states = {stage: _spread(fed, self.settings.shift_states) for stage, fed in self.fed.items()}
         return self.result
 
     def _table(self, chain: SamplingOptions) -> SamplerTable:
@@ -215,7 +222,9 @@ class _Calibrator:
 
     def _run(self, stage: str, feeds: Feeds, held_out: bool) -> dict[str, Array]:
         note = None if held_out else self.result.observed[stage]
-        if held_out and stage != "denoise":
+        if not held_out:
+            self.fed[stage].append(feeds)
+        elif stage != "denoise":
             self._keep(stage, feeds)
         return self.stages[stage].run(feeds, note, self.settings.values, self.rng)
 
@@ -275,6 +284,12 @@ class _Calibrator:
         last = latent.shape[2] - chunk
         for start in sorted({round(last * share) for share in np.linspace(0, 1, self.settings.chunks)}):
             yield np.ascontiguousarray(latent[:, :, start : start + chunk])
+
+
+def _spread(states: list[Feeds], count: int) -> list[Feeds]:
+    """At most `count` of the states, evenly."""
+    chosen = np.linspace(0, len(states) - 1, min(count, len(states))).round().astype(int)
+    return [states[index] for index in chosen]
 
 
 def _with_every_label(settings: Calibration, labels: int) -> tuple[SamplingOptions, ...]:

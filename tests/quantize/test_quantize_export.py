@@ -124,6 +124,26 @@ def test_what_sensitivity_keeps_is_not_quantized(bundles: dict[Format, Bundle], 
         assert len(quantized) <= stage.total_layers - len(stage.kept)
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_biases_take_back_the_shift_in_every_graph_of_a_network(bundles: dict[Format, Bundle], form: Format):
+    corrections = {one.stage: one for one in SensitivityReport.read(bundles[form].path / PARITY_FOLDER).corrections}
+    assert set(corrections) == {"encode", "denoise", "decode"}
+    biases = {}
+    for stage in bundles[form].stages:
+        model = onnx.load(bundles[form].stage_path(stage))
+        added = {name for node in model.graph.node for name in node.input if name.endswith(".bias")}
+        biases[stage] = Counter(
+            onnx.numpy_helper.to_array(tensor).tobytes() for tensor in model.graph.initializer if tensor.name in added
+        )
+    for stage, one in corrections.items():
+        assert biases[stage].total() >= one.layers > 0
+        assert one.shift[1] != one.shift[0]
+    shared = biases["denoise"]
+    assert shared
+    for stage in ("step", "step_guided", "denoise_guided"):
+        assert biases[stage] == shared
+
+
 def test_targets_of_8_bits(bundles: dict[Format, Bundle]):
     vnni = {"avx512_vnni", "avx_vnni", "amx_int8"} & set(this_machine().processor)
     assert find_target("auto", "run", "int8").target == ("openvino" if vnni else "onnxruntime")
