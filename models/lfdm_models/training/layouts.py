@@ -33,10 +33,12 @@ class Entry:
     Attributes:
         path: a video, or a folder of pictures.
         label: one of the data set's labels; "None" for a clip without one.
+        subject: number or name of the person in it; "" where the data set does not say.
     """
 
     path: Path
     label: str
+    subject: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ def mug(root: Path, split: Split) -> DiskSet:
     for path in _clips_below(root):
         parts = [part.lower() for part in path.relative_to(root).parts]
         label = next((part for part in parts if part in MUG), None)
-        if label is not None and not subjects.isdisjoint(parts):
-            entries.append(Entry(path, label))
+        subject = next((part for part in parts if part in subjects), None)
+        if label is not None and subject is not None:
+            entries.append(Entry(path, label, subject))
     expected = "pictures in SUBJECT/LABEL/TAKE folders"
     return DiskSet("mug", _some(entries, root, split, expected), MUG, Framing(), "random")
 
@@ -96,7 +99,7 @@ def mhad(root: Path, split: Split, subjects: Sequence[int] | None = None) -> Dis
             continue
         index = int(match[1]) - 1 - (int(match[1]) > _MHAD_ABSENT)
         if 0 <= index < len(MHAD):
-            entries.append(Entry(path, MHAD[index]))
+            entries.append(Entry(path, MHAD[index], str(int(match[2]))))
         else:
             odd += 1
     _report(odd, root, "an action number out of 1 to 27")
@@ -124,7 +127,7 @@ def natops(root: Path, split: Split, subjects: Sequence[int] | None = None) -> D
             continue
         index = int(match[1]) - 1
         if 0 <= index < len(NATOPS):
-            entries.append(Entry(path, NATOPS[index]))
+            entries.append(Entry(path, NATOPS[index], str(int(match[2]))))
         else:
             odd += 1
     _report(odd, root, "a gesture number out of 1 to 24")
@@ -135,8 +138,8 @@ def natops(root: Path, split: Split, subjects: Sequence[int] | None = None) -> D
 def plain(root: Path, split: Split) -> DiskSet:
     """The user's own clips: ``LABEL/CLIP``, where a clip is a video, a GIF or a folder of pictures.
 
-    Folders ``train`` and ``test``, if both exist, are the splits; otherwise all clips are for training. Clips in a
-    folder ``None`` have no label.
+    In ``LABEL/SUBJECT/CLIP`` the middle folder names the person. Folders ``train`` and ``test``, if both exist, are the
+    splits; otherwise all clips are for training. Clips in a folder ``None`` have no label.
 
     Raises:
         TrainingError: the folder is missing, or has no clip of the split.
@@ -151,7 +154,7 @@ def plain(root: Path, split: Split) -> DiskSet:
     for path in _clips_below(base):
         parts = path.relative_to(base).parts
         if len(parts) > 1:
-            entries.append(Entry(path, parts[0]))
+            entries.append(Entry(path, parts[0], parts[1] if len(parts) > 2 else ""))
     found = _some(entries, base, split, "LABEL/CLIP, a clip being a video or a folder of pictures")
     labels = tuple(sorted({entry.label for entry in found} - {"None"}))
     if not labels:
