@@ -22,6 +22,13 @@ _MUG_TRAIN = (8, 17, 21, 28, 30, 31, 34, 36, 37, 38, 39, 42, 43, 44, 45, 55, 60,
 _MUG_TEST = (1, 2, 6, 7, 10, 13, 14, 20, 27, 32, 33, 40, 46, 48, 49, 52, 64, 65, 66, 70, 72, 73, 74, 78, 79, 82)
 _MHAD_NAME = re.compile(r"a(\d+)_s(\d+)_t(\d+)", re.IGNORECASE)
 _NATOPS_NAME = re.compile(r"g(\d+)_?s(\d+)", re.IGNORECASE)
+#: Rules of the data sets for their pictures.
+FRAMING = {
+    "mug": Framing(),
+    "mhad": Framing(resize_first=(336, 480)),
+    "natops": Framing(frame_size=(320, 240), crop=(30, 10, 290, 239)),
+    "plain": Framing(),
+}
 # UTD-MHAD has 27 actions; the published model has labels for all except this one ("sit to stand").
 _MHAD_ABSENT = 24
 
@@ -77,7 +84,7 @@ def mug(root: Path, split: Split) -> DiskSet:
         if label is not None and subject is not None:
             entries.append(Entry(path, label, subject))
     expected = "pictures in SUBJECT/LABEL/TAKE folders"
-    return DiskSet("mug", _some(entries, root, split, expected), MUG, Framing(), "random")
+    return DiskSet("mug", _some(entries, root, split, expected), MUG, FRAMING["mug"], "random")
 
 
 def mhad(root: Path, split: Split, subjects: Sequence[int] | None = None) -> DiskSet:
@@ -103,8 +110,8 @@ def mhad(root: Path, split: Split, subjects: Sequence[int] | None = None) -> Dis
         else:
             odd += 1
     _report(odd, root, "an action number out of 1 to 27")
-    framing = Framing(resize_first=(336, 480))
-    return DiskSet("mhad", _some(entries, root, split, "clips named a1_s1_t1_color.avi"), MHAD, framing, "spread")
+    found = _some(entries, root, split, "clips named a1_s1_t1_color.avi")
+    return DiskSet("mhad", found, MHAD, FRAMING["mhad"], "spread")
 
 
 def natops(root: Path, split: Split, subjects: Sequence[int] | None = None) -> DiskSet:
@@ -131,8 +138,8 @@ def natops(root: Path, split: Split, subjects: Sequence[int] | None = None) -> D
         else:
             odd += 1
     _report(odd, root, "a gesture number out of 1 to 24")
-    framing = Framing(frame_size=(320, 240), crop=(30, 10, 290, 239))
-    return DiskSet("natops", _some(entries, root, split, "clips named g01s01r01.avi"), NATOPS, framing, "spread")
+    found = _some(entries, root, split, "clips named g01s01r01.avi")
+    return DiskSet("natops", found, NATOPS, FRAMING["natops"], "spread")
 
 
 def plain(root: Path, split: Split) -> DiskSet:
@@ -159,7 +166,7 @@ def plain(root: Path, split: Split) -> DiskSet:
     labels = tuple(sorted({entry.label for entry in found} - {"None"}))
     if not labels:
         raise TrainingError(f"{base} holds clips without a label only; put clips into folders named by label")
-    return DiskSet("plain", found, labels, Framing(), "spread")
+    return DiskSet("plain", found, labels, FRAMING["plain"], "spread")
 
 
 def _clips_below(root: Path) -> Iterator[Path]:
