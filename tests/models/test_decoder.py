@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from lfdm_export import load_model
 from lfdm_models.training import layouts, recipes
 from lfdm_models.training.cli import main
 from lfdm_models.training.decoder import QUALITY, Adapted, learn_decoder
@@ -30,9 +31,9 @@ from lfdm_models.training.person import (
     to_batch,
 )
 from lfdm_models.training.pictures import Framing
-from lfdm_models.training.procedural import HELD_OUT_SEEDS, sample_clip
+from lfdm_models.training.procedural import HELD_OUT_SEEDS, LABELS, sample_clip
 from lfdm_models.training.settings import LFAE_OPTIMIZER, OptimizerSettings
-from tests.models.test_training import LFAE, QUICK, SIZE, run_settings, train_lfae
+from tests.models.test_training import LFAE, QUICK, SIZE, run_settings, train_dm, train_lfae
 
 UInt8 = NDArray[np.uint8]
 
@@ -137,6 +138,15 @@ def test_the_result_has_the_released_layout_and_tells_how_it_was_made(adapted: A
     assert header == "| held-out frames | L1 | PSNR, dB |"
     assert before == f"| 6, before | {adapted.before.l1:.5f} | {adapted.before.psnr:.2f} |"
     assert after.startswith("| 6, after | ")
+
+
+def test_the_result_goes_with_the_dm_of_its_start(start: Path, adapted: Adapted, tmp_path: Path):
+    dm = train_dm(tmp_path / "dm", start, run_settings(1)).checkpoint
+    model = load_model(adapted.outcome.checkpoint, dm)
+    assert tuple(model.label_embeddings) == LABELS
+    assert model.provenance["data"] == "procedural", "its motions are those of the DM"
+    weight = load_lfae(adapted.outcome.checkpoint)[0].generator.final.weight
+    assert torch.equal(model.lfae.generator.final.weight, weight)
 
 
 def test_a_run_goes_on_to_the_same_bits(start: Path, tmp_path: Path):
