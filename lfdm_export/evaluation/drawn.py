@@ -1,4 +1,4 @@
-"""Recognizes bundles of drawn characters, the only data that evaluation can generate and classify."""
+"""Recognizes bundles of drawn characters, the only data whose clips are drawn and classified here."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def require_drawn_characters(bundle: Bundle) -> None:
     else:
         return
     raise InputError(
-        f"{bundle.path} cannot be evaluated: this measures only drawn characters, and {why}; compare clips of its own "
-        "data instead"
+        f"{bundle.path} cannot be evaluated: this measures only drawn characters, and {why}; name its own data with "
+        "--data"
     )

@@ -1,7 +1,6 @@
 """Measures a bundle's clips on procedural characters held out from training.
 
-Reconstruction follows the published protocol of the LFAE: mean L1 between real and reconstructed frames, with the first
-frame as the reference image; the baseline copies that frame. The classifier of `lfdm_models.training.classifier` scores
+`lfdm_export.evaluation.reconstruction` measures the LFAE. The classifier of `lfdm_models.training.classifier` scores
 generated clips: its accuracy for the label, and the Fréchet distance of its features from those of real clips. Still
 regions are compared with the first frame.
 
@@ -22,46 +21,20 @@ from lfdm_export.bundle.reader import Bundle
 from lfdm_export.errors import InputError
 from lfdm_export.evaluation.distance import frechet_distance
 from lfdm_export.evaluation.drawn import require_drawn_characters
+from lfdm_export.evaluation.reconstruction import Reconstruction, differences, rebuild, summarize
 from lfdm_export.generate.pipeline import Pipeline
-from lfdm_export.pictures.preprocess import to_float
 from lfdm_export.progress import Progress, report
 from lfdm_export.sampling.options import SamplingOptions
-from lfdm_export.stages import DRIVE_STAGE
 from lfdm_models.training.classifier import MotionClassifier
 from lfdm_models.training.procedural import HELD_OUT_SEEDS, LABELS, sample_clip
 
 UInt8Array = NDArray[np.uint8]
-Float64Array = NDArray[np.float64]
 
 # Index of the first held-out character: for reconstruction and generation; for the real clips of the comparison.
 _SHOWN, _REAL = 0, 1_000_000
 # Largest difference, on the scale 0 … 255, of a still pixel from the first frame.
 _STILL = 2
 _BATCH = 8
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """How well the LFAE reconstructs clips from their first frame; mean absolute differences of colors in [0, 1].
-
-    Attributes:
-        clips: number of clips.
-        frame: difference of reconstructed frames.
-        warped: difference of the first frame warped by the flow alone.
-        copied: difference of the unchanged first frame.
-        by_label: `frame` divided by `copied`, for the clips of each label.
-    """
-
-    clips: int
-    frame: float
-    warped: float
-    copied: float
-    by_label: dict[str, float]
-
-    @property
-    def ratio(self) -> float:
-        """`frame` divided by `copied`."""
-        return self.frame / self.copied
 
 
 @dataclass(frozen=True)
@@ -209,25 +182,10 @@ def _reconstruct(pipeline: Pipeline, real: _Real, progress: Progress | None) -> 
     errors, still = np.zeros((len(real.labels), 3)), []
     for index, frames in enumerate(real.frames):
         report(progress, "reconstruction", index, len(real.labels))
-        clip = to_float(frames)  # (T, 3, H, W)
-        encoded = pipeline.encode(frames[0])
-        motion = [
-            pipeline.stages.run(DRIVE_STAGE, np.repeat(clip[:1], len(part), axis=0), part)[0]
-            for part in (clip[start : start + _BATCH] for start in range(0, len(clip), _BATCH))
-        ]
-        latent = np.ascontiguousarray(np.concatenate(motion).transpose(1, 0, 2, 3))[None]
-        rebuilt, warped = (pictures[0].transpose(1, 0, 2, 3) for pictures in pipeline.decode(encoded, latent))
-        # The first frame is the reference image, so it does not count.
-        errors[index] = [
-            np.abs(found[1:] - clip[1:]).mean() for found in (rebuilt, warped, np.repeat(clip[:1], len(clip), 0))
-        ]
+        rebuilt, warped = rebuild(pipeline, frames)
+        errors[index] = differences(frames, rebuilt, warped)
         still.append(_still_difference(rebuilt.transpose(0, 2, 3, 1), frames))
-    frame, warp, copied = errors.mean(axis=0)
-    by_label = {
-        label: float(np.divide(*errors[[name == label for name in real.labels]][:, [0, 2]].mean(axis=0)))
-        for label in dict.fromkeys(real.labels)
-    }
-    return Reconstruction(len(errors), float(frame), float(warp), float(copied), by_label), float(np.mean(still))
+    return summarize(errors, real.labels), float(np.mean(still))
 
 
 def _generate(

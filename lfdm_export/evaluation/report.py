@@ -12,8 +12,12 @@ from lfdm_export.files.json_codec import to_plain
 
 if TYPE_CHECKING:
     from lfdm_export.evaluation.evaluate import Evaluation, Generation
+    from lfdm_export.evaluation.reconstruction import Reconstruction
+    from lfdm_export.sampling.options import SamplingOptions
 
 JSON, MARKDOWN, PLOT = "evaluation.json", "evaluation.md", "evaluation.png"
+#: Columns of options of sampling.
+SETTING_HEADER = ("sampler", "steps", "eta", "guidance")
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> tuple[Path, ...]:
@@ -38,18 +42,12 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> tuple[Path, ...]:
 
 def markdown(evaluation: Evaluation) -> str:
     """Return the tables: reconstruction, settings, labels, and the confusion matrix of each setting."""
-    found = evaluation.reconstruction
     lines = [
         f"# Evaluation ({evaluation.precision}, seed {evaluation.seed})",
         "",
         f"Measured on {evaluation.data}.",
         "",
-        f"Reconstruction of {found.clips} clips of held-out characters, mean L1 of colors in [0, 1]: rebuilt "
-        f"{found.frame:.5f}, warped {found.warped:.5f}, copying the first frame {found.copied:.5f}; rebuilt / copied "
-        f"**{found.ratio:.3f}**.",
-        "",
-        *_table(["label", "rebuilt / copied"], [[label, f"{ratio:.3f}"] for label, ratio in found.by_label.items()]),
-        "",
+        *reconstruction_lines(evaluation.reconstruction, "clips of held-out characters"),
         f"The classifier recognizes {evaluation.real_accuracy:.1%} of the real clips; features of two sets of real "
         f"clips are {evaluation.real_frechet:.3f} apart; rebuilt clips differ from the first frame by "
         f"{evaluation.real_still:.5f} where the real ones stand still.",
@@ -57,18 +55,34 @@ def markdown(evaluation: Evaluation) -> str:
     ]
     if not evaluation.generations:
         return "\n".join(lines)
-    header = ["sampler", "steps", "eta", "guidance", "clips", "accuracy", "Fréchet", "still parts", "s / clip"]
-    lines += [*_table(header, [_row(one) for one in evaluation.generations]), ""]
+    header = [*SETTING_HEADER, "clips", "accuracy", "Fréchet", "still parts", "s / clip"]
+    lines += [*table(header, [_row(one) for one in evaluation.generations]), ""]
     shown = [[label, *(f"{one.by_label[label]:.0%}" for one in evaluation.generations)] for label in evaluation.labels]
-    lines += [*_table(["accuracy", *(_name(one) for one in evaluation.generations)], shown), ""]
+    lines += [*table(["accuracy", *(setting_name(one.setting) for one in evaluation.generations)], shown), ""]
     for one in evaluation.generations:
         rows = [[label, *map(str, row)] for label, row in zip(evaluation.labels, one.confusion, strict=True)]
-        lines += [f"{_name(one)}: requested (rows), seen (columns)", "", *_table(["", *evaluation.seen], rows), ""]
+        lines += [
+            f"{setting_name(one.setting)}: requested (rows), seen (columns)",
+            "",
+            *table(["", *evaluation.seen], rows),
+            "",
+        ]
     return "\n".join(lines)
 
 
-def _name(one: Generation) -> str:
-    setting = one.setting
+def reconstruction_lines(found: Reconstruction, of: str) -> list[str]:
+    """The results of the LFAE in lines of Markdown; `of` says what its clips are."""
+    return [
+        f"Reconstruction of {found.clips} {of}, mean L1 of colours in [0, 1]: rebuilt {found.frame:.5f}, warped "
+        f"{found.warped:.5f}, copying the first frame {found.copied:.5f}; rebuilt / copied **{found.ratio:.3f}**.",
+        "",
+        *table(["label", "rebuilt / copied"], [[label, f"{ratio:.3f}"] for label, ratio in found.by_label.items()]),
+        "",
+    ]
+
+
+def setting_name(setting: SamplingOptions) -> str:
+    """Sampler, steps and the options that are not the default."""
     options = {"eta": setting.eta, "guidance": setting.guidance_scale}
     return " ".join(
         [
@@ -78,14 +92,19 @@ def _name(one: Generation) -> str:
     )
 
 
-def _row(one: Generation) -> list[str]:
-    setting = one.setting
+def setting_cells(setting: SamplingOptions) -> list[str]:
+    """Cells of a table for `SETTING_HEADER`."""
     options = ["default" if value is None else f"{value:g}" for value in (setting.eta, setting.guidance_scale)]
+    return [str(setting.sampler), str(setting.steps), *options]
+
+
+def _row(one: Generation) -> list[str]:
     values = [f"{one.accuracy:.1%}", f"{one.frechet:.3f}", f"{one.still:.5f}", f"{one.seconds:.2f}"]
-    return [str(setting.sampler), str(setting.steps), *options, str(one.clips), *values]
+    return [*setting_cells(one.setting), str(one.clips), *values]
 
 
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table in lines."""
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 

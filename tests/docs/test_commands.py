@@ -45,7 +45,7 @@ def help_of(program, stage):
 def test_a_shown_command_has_its_options(page, words):
     program, *rest = words
     stage = next((word for word in rest if word in STAGES), "") if program == "lfdm-train" else ""
-    known = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", help_of(program, stage)))
+    known = set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", help_of(program, stage)))
     given = {word.partition("=")[0] for word in rest if re.match(r"--?[a-z]", word)}
     assert given <= known
 

@@ -46,6 +46,8 @@ PROGRAM = "lfdm-train"
 #: Control characters except the line feed, and bytes of names that are not UTF-8.
 _CONTROL = re.compile("[\\x00-\\x09\\x0b-\\x1f\\x7f-\\x9f\\udc80-\\udcff]")
 OK, FAILED, STOPPED = 0, 1, 130
+# Share of a person's pictures and frames that is measured.
+_HOLD_OUT = 0.2
 _PATHS = ("out", "root", "vgg", "start", "lfae", "dm", "images")
 _EXAMPLES = """\
   lfdm-train lfae --out runs/lfae --steps 20000
@@ -54,6 +56,7 @@ _EXAMPLES = """\
               --steps 100000
   lfdm-train dm --data mug --root MUG --size published --image-size 128 --frames 40 \\
               --lfae runs/mug-lfae/lfae.pth --text-encoder bert-base-cased --out runs/mug-dm --steps 100000
+  lfdm-train lfae --learn decoder --start runs/lfae/lfae.pth --root photos --out runs/me --steps 400
   lfdm-train distill --lfae runs/lfae/lfae.pth --dm runs/dm/dm.pth --out runs/two --steps 2
   lfdm-train evaluate bundle
 """
@@ -77,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.stage == "classifier":
             return _train_classifier(args)
-        outcome = _train(args)
+        outcome, table = _learn_decoder(args) if _of_decoder(args) else (_train(args), None)
     except KeyboardInterrupt as error:
         _complain("interrupted")
         return int(getattr(error, "status", STOPPED))  # the toolkit's handlers store the signal in it
@@ -91,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     losses = ", ".join(f"{name} {value:.4g}" for name, value in outcome.losses.items()) or "not trained"
     if not args.quiet:
         Console(soft_wrap=True).print(f"step {outcome.step}: {losses}\ncheckpoint  {outcome.checkpoint}", markup=False)
+        if table is not None:
+            Console(soft_wrap=True).print(table, markup=False, highlight=False)
     if not outcome.finished:
         _complain(f"stopped after step {outcome.step} of {args.updates}; continue with --resume")
         return 128 + outcome.signal if outcome.signal else STOPPED
@@ -110,7 +115,13 @@ def _parser() -> argparse.ArgumentParser:
     lfae = stages.add_parser("lfae", help="train the autoencoder (LFAE), which learns motion from clips")
     dm = stages.add_parser("dm", help="train the diffusion model (DM), which generates motion for a label")
     lfae.add_argument("--vgg", type=Path, metavar="FILE", help="torchvision's VGG-19, for the perceptual loss")
-    lfae.add_argument("--learn", choices=LEARN, default="all", help="parts to train; more with --start (%(default)s)")
+    lfae.add_argument(
+        "--learn",
+        choices=LEARN,
+        default="all",
+        help="parts to train; more with --start (%(default)s). decoder: adapts a --start to the pictures and clips of one "
+        "person in --root; --data names the data set of the start",
+    )
     lfae.add_argument("--equivariance", type=float, default=10.0, metavar="X", help="weight of this loss (%(default)s)")
     lfae.add_argument(
         "--landmarks", type=float, default=0.0, metavar="X", help="weight of this loss; procedural data (%(default)s)"
@@ -120,6 +131,12 @@ def _parser() -> argparse.ArgumentParser:
     lfae.add_argument("--camera-still", action="store_true", help="fix the background, instead of learning its motion")
     lfae.add_argument("--freeze-norm", action="store_true", help="do not update batch norm's statistics")
     lfae.add_argument("--start", type=Path, metavar="FILE", help="initial LFAE checkpoint")
+    lfae.add_argument(
+        "--hold-out",
+        type=float,
+        metavar="X",
+        help="--learn decoder: share of pictures and frames that is measured, not learned (0.2)",
+    )
     dm.add_argument("--lfae", type=Path, required=True, metavar="FILE", help="the trained autoencoder")
     dm.add_argument("--released-lfae", action="store_true", help="--lfae is a released one, of the published size")
     dm.add_argument("--signal-std", type=float, default=0.0, metavar="X", help="weight errors by noise level; 0: off")
@@ -247,6 +264,8 @@ def _train(args: argparse.Namespace) -> Outcome:
         torch.set_num_threads(args.threads)
     config = recipes.network_config(args.size, args.data)
     untrained = args.stage == "distill" and args.updates == 0
+    if args.stage == "lfae" and args.hold_out is not None:
+        raise TrainingError("--hold-out is for --learn decoder; other training takes the data's own split")
     data, run = _data(args), _run(args, 1 if untrained else args.updates)
     inputs = {f"--{name}": getattr(args, name, None) for name in ("start", "lfae", "dm", "vgg")}
     refuse_input(args.out / ("lfae.pth" if args.stage == "lfae" else "dm.pth"), inputs)
@@ -288,6 +307,47 @@ def _train(args: argparse.Namespace) -> Outcome:
             resume=args.resume,
             progress=bar,
         )
+
+
+def _of_decoder(args: argparse.Namespace) -> bool:
+    return bool(args.stage == "lfae" and args.learn == "decoder")
+
+
+def _learn_decoder(args: argparse.Namespace) -> tuple[Outcome, str]:
+    """Adapt a decoder; returns the outcome, and the table of its quality before and after."""
+    import torch
+
+    from lfdm_models.training import layouts, recipes
+    from lfdm_models.training.decoder import learn_decoder
+    from lfdm_models.training.files import refuse_input
+    from lfdm_models.training.person import read_person
+
+    if args.start is None or args.root is None:
+        raise TrainingError("--learn decoder adapts a trained LFAE; give it with --start, and the folder with --root")
+    others = ("landmarks", "mixture", "from_first", "camera_still", "subjects", "pool")
+    given = [name for name in others if getattr(args, name)]
+    if given:
+        option = "--" + given[0].replace("_", "-")
+        raise TrainingError(f"{option} does not apply to --learn decoder, which trains no motion; leave it out")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    refuse_input(args.out / "lfae.pth", {"--start": args.start, "--vgg": args.vgg})
+    framing = layouts.FRAMING["plain" if args.data == "procedural" else args.data]
+    with _Bar(quiet=args.quiet, log_every=args.log_every) as bar:
+        adapted = learn_decoder(
+            recipes.network_config(args.size, args.data).lfae,
+            args.start,
+            read_person(args.root, framing, args.image_size),
+            _optimizer(args, LFAE_OPTIMIZER),
+            _run(args, args.updates),
+            args.out,
+            vgg=args.vgg,
+            hold_out=_HOLD_OUT if args.hold_out is None else args.hold_out,
+            jitter=not args.no_jitter,
+            resume=args.resume,
+            progress=bar,
+        )
+    return adapted.outcome, adapted.table()
 
 
 def _distill(args: argparse.Namespace, config: LfdmConfig, data: DataSettings, run: RunSettings, bar: _Bar) -> Outcome:

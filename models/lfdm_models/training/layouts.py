@@ -22,6 +22,13 @@ _MUG_TRAIN = (8, 17, 21, 28, 30, 31, 34, 36, 37, 38, 39, 42, 43, 44, 45, 55, 60,
 _MUG_TEST = (1, 2, 6, 7, 10, 13, 14, 20, 27, 32, 33, 40, 46, 48, 49, 52, 64, 65, 66, 70, 72, 73, 74, 78, 79, 82)
 _MHAD_NAME = re.compile(r"a(\d+)_s(\d+)_t(\d+)", re.IGNORECASE)
 _NATOPS_NAME = re.compile(r"g(\d+)_?s(\d+)", re.IGNORECASE)
+#: Rules of the data sets for their pictures.
+FRAMING = {
+    "mug": Framing(),
+    "mhad": Framing(resize_first=(336, 480)),
+    "natops": Framing(frame_size=(320, 240), crop=(30, 10, 290, 239)),
+    "plain": Framing(),
+}
 # UTD-MHAD has 27 actions; the published model has labels for all except this one ("sit to stand").
 _MHAD_ABSENT = 24
 
@@ -33,10 +40,12 @@ class Entry:
     Attributes:
         path: a video, or a folder of pictures.
         label: one of the data set's labels; "None" for a clip without one.
+        subject: number or name of the person in it; "" where the data set does not say.
     """
 
     path: Path
     label: str
+    subject: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,10 +80,11 @@ def mug(root: Path, split: Split) -> DiskSet:
     for path in _clips_below(root):
         parts = [part.lower() for part in path.relative_to(root).parts]
         label = next((part for part in parts if part in MUG), None)
-        if label is not None and not subjects.isdisjoint(parts):
-            entries.append(Entry(path, label))
+        subject = next((part for part in parts if part in subjects), None)
+        if label is not None and subject is not None:
+            entries.append(Entry(path, label, subject))
     expected = "pictures in SUBJECT/LABEL/TAKE folders"
-    return DiskSet("mug", _some(entries, root, split, expected), MUG, Framing(), "random")
+    return DiskSet("mug", _some(entries, root, split, expected), MUG, FRAMING["mug"], "random")
 
 
 def mhad(root: Path, split: Split, subjects: Sequence[int] | None = None) -> DiskSet:
@@ -96,12 +106,12 @@ def mhad(root: Path, split: Split, subjects: Sequence[int] | None = None) -> Dis
             continue
         index = int(match[1]) - 1 - (int(match[1]) > _MHAD_ABSENT)
         if 0 <= index < len(MHAD):
-            entries.append(Entry(path, MHAD[index]))
+            entries.append(Entry(path, MHAD[index], str(int(match[2]))))
         else:
             odd += 1
     _report(odd, root, "an action number out of 1 to 27")
-    framing = Framing(resize_first=(336, 480))
-    return DiskSet("mhad", _some(entries, root, split, "clips named a1_s1_t1_color.avi"), MHAD, framing, "spread")
+    found = _some(entries, root, split, "clips named a1_s1_t1_color.avi")
+    return DiskSet("mhad", found, MHAD, FRAMING["mhad"], "spread")
 
 
 def natops(root: Path, split: Split, subjects: Sequence[int] | None = None) -> DiskSet:
@@ -124,19 +134,19 @@ def natops(root: Path, split: Split, subjects: Sequence[int] | None = None) -> D
             continue
         index = int(match[1]) - 1
         if 0 <= index < len(NATOPS):
-            entries.append(Entry(path, NATOPS[index]))
+            entries.append(Entry(path, NATOPS[index], str(int(match[2]))))
         else:
             odd += 1
     _report(odd, root, "a gesture number out of 1 to 24")
-    framing = Framing(frame_size=(320, 240), crop=(30, 10, 290, 239))
-    return DiskSet("natops", _some(entries, root, split, "clips named g01s01r01.avi"), NATOPS, framing, "spread")
+    found = _some(entries, root, split, "clips named g01s01r01.avi")
+    return DiskSet("natops", found, NATOPS, FRAMING["natops"], "spread")
 
 
 def plain(root: Path, split: Split) -> DiskSet:
     """The user's own clips: ``LABEL/CLIP``, where a clip is a video, a GIF or a folder of pictures.
 
-    Folders ``train`` and ``test``, if both exist, are the splits; otherwise all clips are for training. Clips in a
-    folder ``None`` have no label.
+    In ``LABEL/SUBJECT/CLIP`` the middle folder names the person. Folders ``train`` and ``test``, if both exist, are the
+    splits; otherwise all clips are for training. Clips in a folder ``None`` have no label.
 
     Raises:
         TrainingError: the folder is missing, or has no clip of the split.
@@ -151,12 +161,12 @@ def plain(root: Path, split: Split) -> DiskSet:
     for path in _clips_below(base):
         parts = path.relative_to(base).parts
         if len(parts) > 1:
-            entries.append(Entry(path, parts[0]))
+            entries.append(Entry(path, parts[0], parts[1] if len(parts) > 2 else ""))
     found = _some(entries, base, split, "LABEL/CLIP, a clip being a video or a folder of pictures")
     labels = tuple(sorted({entry.label for entry in found} - {"None"}))
     if not labels:
         raise TrainingError(f"{base} holds clips without a label only; put clips into folders named by label")
-    return DiskSet("plain", found, labels, Framing(), "spread")
+    return DiskSet("plain", found, labels, FRAMING["plain"], "spread")
 
 
 def _clips_below(root: Path) -> Iterator[Path]:

@@ -29,6 +29,8 @@ from lfdm_models.training.settings import Learn, Precision
 
 #: Top-level entries of a checkpoint that hold weights.
 PARTS = ("generator", "region_predictor", "bg_predictor")
+#: What decodes: the parts of the generator behind the warped encoder outputs.
+DECODER = ("bottleneck", "up_blocks", "final")
 # Initial logits of a new LFAE: of occlusion; of a region's motion where its heatmap rises by 1; of the background's,
 # relative to all regions together.
 _VISIBLE, _HEATMAP_TAP, _STILL = 3.0, 8.0, 2.0
@@ -115,13 +117,20 @@ class LfaeStage:
             mixture: weight of `mixture_loss`.
             learn: "motion" compares the warped source and does not train the decoding, which takes most of the time and
                 is not needed to learn motion. "regions" trains only these. A run that trains more can start from the
-                result.
-            freeze_norm: normalize with the networks' stored statistics, as in inference, and do not update them.
+                result. "decoder" trains `DECODER` alone, by the similarity: motion, encoder and all statistics keep
+                their bits, so the result goes with the same DM.
+            freeze_norm: normalize with the networks' stored statistics, as in inference, and do not update them;
+                "decoder" always does.
             examples: description of the examples in plain values, which must be the same for a resumed run.
             preview_clips: (N, 3, T, H, W) in [0, 1], for previews.
         """
         self.lfae, self.similarity, self.weight = lfae, similarity, equivariance
-        self.landmarks, self.mixture, self.learn, self.freeze_norm = landmarks, mixture, learn, freeze_norm
+        self.landmarks, self.mixture, self.learn = landmarks, mixture, learn
+        self.freeze_norm = freeze_norm or learn == "decoder"
+        if learn == "decoder":
+            lfae.requires_grad_(False)
+            for part in DECODER:
+                lfae.generator.get_submodule(part).requires_grad_(True)
         self.preview_clips = preview_clips
         self.facts: dict[str, Any] = {
             "stage": self.name,
@@ -132,7 +141,7 @@ class LfaeStage:
             "landmarks": landmarks,
             "mixture": mixture,
             "learn": learn,
-            "freeze norm": freeze_norm,
+            "freeze norm": self.freeze_norm,
             "examples": dict(examples),
         }
 
@@ -152,6 +161,12 @@ class LfaeStage:
         lfae, network = self.lfae, self.lfae.generator
         if self.freeze_norm:
             lfae.eval()  # only batch norm differs between training and inference
+        if self.learn == "decoder":
+            with torch.no_grad():
+                with torch.autocast(driving.device.type, enabled=False):
+                    flow = lfae.estimate_motion(source, driving)
+                skips = network.encode(source)
+            return {"similarity": self.similarity(network.decode(source, skips, flow).frame.float(), driving)}
         plane_map = PlaneMap.random(len(driving), generator)
         # Cheap, but needs full precision: regions come from a softmax of logits times 10.
         with torch.autocast(driving.device.type, enabled=False):

@@ -27,6 +27,7 @@ from lfdm_models.training.data import (
 from lfdm_models.training.dm import DmStage, load_diffusion, new_diffusion
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.landmarks import LANDMARKS
+from lfdm_models.training.layouts import DiskSet, Split
 from lfdm_models.training.lfae import LfaeStage, load_lfae, new_lfae, still_background
 from lfdm_models.training.loop import Outcome, ReportProgress, no_report, train
 from lfdm_models.training.losses import PerceptualLoss, PyramidLoss
@@ -47,7 +48,7 @@ class DataSettings:
         root: its folder; None for the procedural data set.
         image_size: pixels per side.
         frames: frames per clip.
-        subjects: subjects of the training split; None for the default ones. Only for MHAD and NATOPS.
+        subjects: subjects of the split; None for the default ones. Only for MHAD and NATOPS.
         jitter: whether colors are jittered; never for the procedural data set, whose colors vary already.
         pool: number of clips of the procedural data set, all kept in memory; 0 for unlimited new clips.
     """
@@ -70,6 +71,14 @@ class DataSettings:
             if self.root is not None:
                 raise TrainingError(f"the procedural data set needs no folder, but {self.root} is given; leave it out")
             return ProceduralClips(self.image_size, self.frames, seed, self.pool)
+        return DiskClips(self.disk_set("train"), self.image_size, seed)
+
+    def disk_set(self, split: Split) -> DiskSet:
+        """Find the clips of a split; not for the procedural data set.
+
+        Raises:
+            TrainingError: the folder is missing, has no clips, or an option does not apply to the data set.
+        """
         if self.pool:
             raise TrainingError(f"a pool is for procedural clips, but the data set is {self.name!r}; leave it out")
         if self.root is None:
@@ -77,13 +86,11 @@ class DataSettings:
         if self.subjects is not None and self.name not in ("mhad", "natops"):
             raise TrainingError(f"the data set {self.name!r} does not support a choice of subjects; leave it out")
         if self.name == "mug":
-            found = layouts.mug(self.root, "train")
-        elif self.name == "plain":
-            found = layouts.plain(self.root, "train")
-        else:
-            find = layouts.mhad if self.name == "mhad" else layouts.natops
-            found = find(self.root, "train", self.subjects)
-        return DiskClips(found, self.image_size, seed)
+            return layouts.mug(self.root, split)
+        if self.name == "plain":
+            return layouts.plain(self.root, split)
+        find = layouts.mhad if self.name == "mhad" else layouts.natops
+        return find(self.root, split, self.subjects)
 
     @property
     def colors(self) -> ColorJitter | None:

@@ -12,8 +12,8 @@ Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
 DataName = Literal["procedural", "mug", "mhad", "natops", "plain"]
 Size = Literal["small", "published"]
-#: Trained parts of an LFAE: regions from landmarks; also the flow, by the warped source; all of it.
-Learn = Literal["regions", "motion", "all"]
+#: Trained parts of an LFAE: regions from landmarks; also the flow, by the warped source; what decodes; all of it.
+Learn = Literal["regions", "motion", "decoder", "all"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DEVICES: tuple[Device, ...] = get_args(Device)
 DATA: tuple[DataName, ...] = get_args(DataName)
