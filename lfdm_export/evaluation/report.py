@@ -73,7 +73,7 @@ def markdown(evaluation: Evaluation) -> str:
 def reconstruction_lines(found: Reconstruction, of: str) -> list[str]:
     """The results of the LFAE in lines of Markdown; `of` says what its clips are."""
     return [
-        f"Reconstruction of {found.clips} {of}, mean L1 of colours in [0, 1]: rebuilt {found.frame:.5f}, warped "
+        f"Reconstruction of {found.clips} {of}, mean L1 of colors in [0, 1]: rebuilt {found.frame:.5f}, warped "
         f"{found.warped:.5f}, copying the first frame {found.copied:.5f}; rebuilt / copied **{found.ratio:.3f}**.",
         "",
         *table(["label", "rebuilt / copied"], [[label, f"{ratio:.3f}"] for label, ratio in found.by_label.items()]),

@@ -119,8 +119,8 @@ def _parser() -> argparse.ArgumentParser:
         "--learn",
         choices=LEARN,
         default="all",
-        help="parts to train; more with --start (%(default)s). decoder: adapts a --start to the pictures and clips of one "
-        "person in --root; --data names the data set of the start",
+        help="parts to train; more with --start (%(default)s). decoder: adapts a --start to the pictures and clips of "
+        "one person in --root; --data names the data set of the start",
     )
     lfae.add_argument("--equivariance", type=float, default=10.0, metavar="X", help="weight of this loss (%(default)s)")
     lfae.add_argument(
