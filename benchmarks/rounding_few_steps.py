@@ -1,6 +1,6 @@
 """Errors of lower precisions at few steps, where rounding has fewer steps to heal in: bundles against one of fp32.
 
-    python benchmarks/few_steps.py FP32 --with fp16/simulation=FOLDER --with int8/onnxruntime=FOLDER …
+    python benchmarks/rounding_few_steps.py FP32 --with fp16/simulation=FOLDER --with int8/onnxruntime=FOLDER …
         [--plans ddim:1,ddim:2,ddim:4,ddim:10,tuned:4] [--characters 8] [--out FILE]
 
 Every bundle is of the shipped model. The clips are the reference case of FP32, and one held-out character per label,
@@ -128,7 +128,7 @@ def main() -> int:
     parser.add_argument("--plans", default="ddim:1,ddim:2,ddim:4,ddim:10,tuned:4", metavar="SAMPLER:STEPS,…")
     parser.add_argument("--characters", type=int, default=8, help="clips of characters, 1 to 8, one per label (8)")
     parser.add_argument("--threads", type=int, help="threads of each engine (all cores)")
-    parser.add_argument("--out", type=Path, default=machine.RESULTS / "few_steps.json", metavar="FILE")
+    parser.add_argument("--out", type=Path, default=machine.RESULTS / "rounding_few_steps.json", metavar="FILE")
     arguments = parser.parse_args()
     found: dict[str, dict[str, dict[str, object]]] = {}
     try:
@@ -147,7 +147,7 @@ def main() -> int:
                 machine.write_json(arguments.out, {**facts, "found": found})
                 print(name, file=sys.stderr, flush=True)
     except LfdmExportError as error:
-        print(f"few_steps: {error}", file=sys.stderr)
+        print(f"rounding_few_steps: {error}", file=sys.stderr)
         return 1
     print("\n".join(table(found)))
     return 0
