@@ -28,7 +28,7 @@ from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.metadata import clip_metadata
 from lfdm_export.pictures.motion import Motion, read_motion
 from lfdm_export.pictures.paste import Surroundings, read_surroundings
-from lfdm_export.pictures.preprocess import prepare_image, read_stream
+from lfdm_export.pictures.preprocess import prepare_image, read_stream, settled_crop
 from lfdm_export.sampling.options import takes_both_branches
 from lfdm_export.wording import describe_error
 
@@ -151,7 +151,7 @@ class Maker:
         read += [source.read() for source in job.sources]
         content = content_of(read)
         raster = read_stream(io.BytesIO(read[0]), job.image.name)
-        crop = job.settings.crop
+        crop = None if job.settings.crop is None else settled_crop(raster, job.settings.crop)
         picture = prepare_image(raster, manifest.geometry.image_size, manifest.preprocessing, crop=crop)
         surroundings = read_surroundings(raster, crop) if job.settings.paste_back else None
         moved_by: NDArray[np.float32] | Motion | None = None

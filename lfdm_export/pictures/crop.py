@@ -33,7 +33,7 @@ def crop_box(crop: Crop, full_size: tuple[int, int], size: tuple[int, int]) -> B
     """The crop in a picture's pixels.
 
     Args:
-        crop: in pixels of the picture in its file; a face is found before.
+        crop: in pixels of the picture in its file; "face" is settled before.
         full_size: (width, height) in the file.
         size: (width, height) of the decoded picture, which the decoder may have scaled.
 

@@ -216,18 +216,29 @@ def find_face(image: ImageLike) -> Face:
     return largest_face(_read(image))
 
 
+def settled_crop(picture: UInt8Array | Raster, crop: Crop) -> Crop:
+    """A crop, where "face" has become the square around the largest face; that there are several is logged.
+
+    Raises:
+        InputError: there is no face.
+        MissingDependencyError: OpenCV is not installed.
+    """
+    if crop != "face":
+        return crop
+    face = largest_face(picture)
+    if face.found > 1:
+        logger.warning("%d faces found, the largest is used: crop %s", face.found, ",".join(map(str, face.crop)))
+    return face.crop
+
+
 def read_with_crop(image: ImageLike | Raster, crop: Crop) -> tuple[UInt8Array | Raster, Box]:
-    """The whole picture, and the crop in its pixels; several faces are logged, and the largest one counts.
+    """The whole picture, and the crop in its pixels.
 
     Raises:
         InputError: the picture cannot be used, the crop is not within it, or there is no face.
     """
     pixels = _read(image)
-    if crop == "face":
-        face = largest_face(pixels)
-        crop = face.crop
-        if face.found > 1:
-            logger.warning("%d faces found, the largest is used: crop %s", face.found, ",".join(map(str, crop)))
+    crop = settled_crop(pixels, crop)
     full = pixels.full_size if isinstance(pixels, Raster) else (pixels.shape[1], pixels.shape[0])
     return pixels, crop_box(crop, full, (pixels.shape[1], pixels.shape[0]))
 
