@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from benchmarks.contestants import Contestant, Made, Task
     from lfdm_export.bundle.reader import Bundle
     from lfdm_models.model import LfdmModel
+    from lfdm_models.schedule import Schedule
 
 #: Largest difference (max abs) between contestants that counts as the same clip.
 TOLERANCE = 1e-3
@@ -60,7 +61,8 @@ def main() -> int:
         with subject.checkpoints(arguments) as pair, tempfile.TemporaryDirectory(prefix="lfdm-latency-") as folder:
             model = load_model(*pair)
             bundle = _bundle(model, arguments, Path(folder))
-            task, warm_up = (make_task(model, bundle, steps) for steps in (arguments.steps, 1))
+            schedule = model.diffusion.schedule()
+            task, warm_up = (make_task(schedule, bundle, steps) for steps in (arguments.steps, 1))
             contestants = list(_contestants(model, bundle, task, arguments, Path(folder)))
             for contestant in contestants:
                 contestant.make(warm_up)
@@ -120,7 +122,7 @@ def _bundle(model: LfdmModel, arguments: argparse.Namespace, folder: Path) -> Bu
     return bundle
 
 
-def make_task(model: LfdmModel, bundle: Bundle, steps: int) -> Task:
+def make_task(schedule: Schedule, bundle: Bundle, steps: int) -> Task:
     """The task of one clip by DDIM, always the same."""
     from benchmarks.contestants import Task
     from lfdm_export.pictures.preprocess import prepare_images
@@ -128,7 +130,7 @@ def make_task(model: LfdmModel, bundle: Bundle, steps: int) -> Task:
 
     geometry = bundle.manifest.geometry
     random = np.random.default_rng(_SEED)
-    table = sampler_table("ddim", model.diffusion.schedule(), steps, None)
+    table = sampler_table("ddim", schedule, steps, None)
     shape = (1, 3, geometry.frames, geometry.latent_size, geometry.latent_size)
     draws = [random.standard_normal(shape, np.float32) for _ in range(1 + int(table.draws_noise.sum()))]
     embedding = random.standard_normal((1, geometry.text_width), np.float32) * np.float32(0.3)
@@ -180,11 +182,12 @@ def _measure(
                     )
                 known[what] = max(known[what], difference)
         if number < rounds:  # of earlier clips only the times are needed
-            clips = {name: [_without_arrays(m) if i else m for i, m in enumerate(ms)] for name, ms in clips.items()}
+            clips = {name: [without_arrays(m) if i else m for i, m in enumerate(ms)] for name, ms in clips.items()}
     return clips, differences
 
 
-def _without_arrays(made: Made) -> Made:
+def without_arrays(made: Made) -> Made:
+    """A clip's times alone."""
     nothing = np.zeros(0, np.float32)
     return dataclasses.replace(made, latent=nothing, frames=nothing)
 

@@ -60,8 +60,8 @@ def main() -> int:
     try:
         with subject.checkpoints(arguments) as pair, tempfile.TemporaryDirectory(prefix="lfdm-precision-") as folder:
             model = load_model(*pair)
-            bundles = _bundles(model, arguments, Path(folder))
-            task, warm_up = (make_task(model, bundles["fp32"], steps) for steps in (arguments.steps, 1))
+            bundles, schedule = _bundles(model, arguments, Path(folder)), model.diffusion.schedule()
+            task, warm_up = (make_task(schedule, bundles["fp32"], steps) for steps in (arguments.steps, 1))
             expected = contestants.eager(model).make(task)
             del model
             racers = [

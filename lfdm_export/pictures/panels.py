@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -64,15 +65,15 @@ def panels(
     return strip
 
 
-def with_titles(strip: UInt8Array) -> UInt8Array:
-    """Panels (T,H,5W,3) with a title above each: (T,H+h,5W,3), h even."""
-    width = strip.shape[2] // len(TITLES)
+def with_titles(strip: UInt8Array, titles: Sequence[str] = TITLES) -> UInt8Array:
+    """N pictures side by side (T,H,N W,3) with a title above each: (T,H+h,N W,3), h even."""
+    width = strip.shape[2] // len(titles)
     font, size = ImageFont.load_default(), 11
-    across = max(font.getbbox(title)[2] for title in TITLES)
+    across = max(font.getbbox(title)[2] for title in titles)
     enlarged = max(1, width // int(2 * across))
     band = Image.new("L", (strip.shape[2] // enlarged, size + 5), 255)
-    for place, title in enumerate(TITLES):
-        middle = (place + 0.5) * band.width / len(TITLES)
+    for place, title in enumerate(titles):
+        middle = (place + 0.5) * band.width / len(titles)
         ImageDraw.Draw(band).text((middle - font.getbbox(title)[2] / 2, 2), title, fill=0, font=font)
     band = band.resize((strip.shape[2], band.height * enlarged), Image.Resampling.BICUBIC)
     above = np.repeat(np.asarray(band)[None, :, :, None], 3, axis=3)

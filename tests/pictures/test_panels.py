@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lfdm_export.errors import InputError
-from lfdm_export.pictures.panels import panels
+from lfdm_export.pictures.panels import panels, with_titles
 
 SIZE, CELLS = 64, 16
 
@@ -77,3 +77,17 @@ def test_shapes_that_do_not_belong_together_are_refused():
     ):
         with pytest.raises(InputError, match="expected"):
             panels(*parts)
+
+
+def test_every_picture_of_a_row_has_its_title():
+    strip = np.full((2, 64, 128, 3), 7, np.uint8)
+    found = with_titles(strip, ("one", "two"))
+    np.testing.assert_array_equal(found[:, -64:], strip)
+    title = found[:, :-64]
+    assert len(title[0]) > 0
+    assert len(title[0]) % 2 == 0
+    np.testing.assert_array_equal(title[0], title[1])
+    left, right = title[0, :, :64], title[0, :, 64:]
+    assert left.min() < 100
+    assert right.min() < 100
+    assert (left != right).any()
