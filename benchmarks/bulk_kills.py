@@ -155,7 +155,8 @@ def _is_right(pipeline: Pipeline, folder: Path, row: dict[str, Any], out: Path, 
 
 
 def _overhead(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    pipeline, per_clip = _pipeline(arguments), {"loop": [], "run": []}  # type: dict[str, list[float]]
+    pipeline = _pipeline(arguments)
+    per_clip: dict[str, list[float]] = {"loop": [], "run": []}
     _loop(pipeline, folder, _rows(2, pipeline.bundle.labels), folder / "warm", arguments.steps)
     for block in range(_BLOCKS):
         rows = _rows(arguments.overhead, pipeline.bundle.labels, 10_000 + block * arguments.overhead)

@@ -107,7 +107,7 @@ def test_conditions_of_every_kind(bundle: Bundle, tmp_path: Path):
 
 def test_a_row_is_pasted_back(bundle: Bundle, tmp_path: Path):
     photo = write_picture(tmp_path / "p.png", size=40)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"id": name, "image": "p.png", "label": "anger", "seed": 1, "crop": crop, "format": "png"}
         for name, crop in (("left", "0,4,20,20"), ("right", "15,10,24,24"))
     ]
