@@ -56,6 +56,7 @@ _EXAMPLES = """\
               --lfae runs/mug-lfae/lfae.pth --text-encoder bert-base-cased --out runs/mug-dm --steps 100000
   lfdm-train distill --lfae runs/lfae/lfae.pth --dm runs/dm/dm.pth --out runs/two --steps 2
   lfdm-train evaluate bundle
+  lfdm-train recipe characters64 --out runs/characters64
 """
 
 
@@ -65,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in _PATHS:
         if getattr(args, name, None) is not None:
             setattr(args, name, Path(os.path.expanduser(getattr(args, name))))  # noqa: PTH111  (no error for ~unknown)
-    if args.stage in ("evaluate", "schedule"):  # the toolkit's own command handles these
-        _complain(f"error: {args.stage} is for exported bundles, and comes with lfdm_export: run lfdm-train")
+    if args.stage in ("evaluate", "schedule", "recipe"):  # the toolkit's own command handles these
+        _complain(f"error: {args.stage} uses exported bundles, and comes with lfdm_export: run lfdm-train")
         return FAILED
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the terminal may not support a path's characters
@@ -135,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_classifier(stages.add_parser("classifier", help="the network that judges clips in evaluate"))
     stages.add_parser("evaluate", help="measure an exported bundle: lfdm-train evaluate --help", add_help=False)
     stages.add_parser("schedule", help="learn a sampler with few steps: lfdm-train schedule --help", add_help=False)
+    stages.add_parser("recipe", help="make a model from nothing: lfdm-train recipe --help", add_help=False)
     _add_options(lfae, batch_size=16)
     _add_options(dm, batch_size=8)
     _add_options(distill, batch_size=4, updates="--updates")
