@@ -90,16 +90,17 @@ def run_recipe(
         for part in recipe.parts:
             if any(name not in made for name in part.inputs):
                 if part.name in chosen:
-                    raise InputError(_lacking(part, made, only))
+                    raise InputError(_lacking(part, made))
                 continue
             if runner.record.made(part):
-                tell(f"{part.name}: is there") if part.name in chosen else None
-            elif part.name not in chosen:
-                continue
-            else:
+                if part.name in chosen:
+                    tell(f"{part.name}: is there")
+            elif part.name in chosen:
                 outcome = runner.make(part)
                 if outcome.part is not None:
                     return outcome
+            else:
+                continue
             made.add(part.name)
         if len(made) == len(recipe.parts):
             write_file(folder / CARD, card(recipe, runner.record).encode())
@@ -120,9 +121,8 @@ def choose_parts(recipe: Recipe, only: Collection[str]) -> tuple[str, ...]:
     return tuple(name for name in names if not only or name in only)
 
 
-def _lacking(part: Part, made: Collection[str], only: Collection[str]) -> str:
+def _lacking(part: Part, made: Collection[str]) -> str:
     name = next(name for name in part.inputs if name not in made)
-    assert only  # without a choice, every earlier part is made
     return (
         f"part {part.name!r} needs {name!r}, which is not there with today's settings; "
         f"make it first: --only {name} {part.name}"
