@@ -51,7 +51,8 @@ def _recipe(args: argparse.Namespace) -> int:
             say(args, f"{recipe.name}  version {recipe.version}, {len(recipe.parts)} parts, {total} training steps")
         return OK
     if args.recipe not in RECIPES:
-        raise InputError(f"there is no recipe {args.recipe or 'without a name'!r}; choose from {', '.join(RECIPES)}")
+        found = "a recipe's name is missing" if args.recipe is None else f"there is no recipe {args.recipe!r}"
+        raise InputError(f"{found}; choose from {', '.join(RECIPES)}")
     recipe = RECIPES[args.recipe]
     if args.list:
         say(args, "\n".join(list_parts(recipe, None if args.out is None else Record(user_path(args.out), recipe))))

@@ -70,7 +70,7 @@ CHARACTERS64 = Recipe(
         ),
         LfaePart(
             "all",
-            _lfae(8e-4, 16000, batch=8, ema=0.998, seed=2),
+            _lfae(8e-4, 30000, batch=8, ema=0.998, seed=2),
             start="motion",
             equivariance=0.2,
             landmarks=0.5,

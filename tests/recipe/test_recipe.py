@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,18 +13,33 @@ from typing import Any
 import pytest
 import torch
 
-from lfdm_export import load_model
+from lfdm_export import Bundle, load_model
 from lfdm_export.checkpoints.model_folder import load_model_folder
 from lfdm_export.cli import recipe as command
 from lfdm_export.cli import train_main
 from lfdm_export.errors import InputError, LfdmExportError
+from lfdm_export.evaluation.evaluate import Evaluation, Generation, Reconstruction
 from lfdm_export.files.atomic import claimed
+from lfdm_export.files.json_codec import to_plain
 from lfdm_export.recipe import run as running
+from lfdm_export.recipe.card import card
 from lfdm_export.recipe.characters64 import CHARACTERS64
-from lfdm_export.recipe.parts import DistillPart, DmPart, EvaluationPart, LfaePart, ModelPart, Part, Recipe, Training
-from lfdm_export.recipe.record import RECORD, Record, digests
+from lfdm_export.recipe.parts import (
+    BundlePart,
+    DistillPart,
+    DmPart,
+    EvaluationPart,
+    LfaePart,
+    ModelPart,
+    Part,
+    Recipe,
+    SchedulePart,
+    Training,
+)
+from lfdm_export.recipe.record import RECORD, Entry, Record, digests
 from lfdm_export.recipe.run import RecipeOutcome, run_recipe
 from lfdm_export.sampling.options import SamplingOptions
+from lfdm_export.sampling.tuned import TunedSampler
 from lfdm_models.training.few_steps import chosen_times
 from tests.models.test_training import CONFIG, FRAMES, QUICK, SIZE, Killed, run_settings
 
@@ -261,6 +277,71 @@ def test_the_shipped_recipe_ends_with_the_model_and_its_measures():
     assert SamplingOptions("tuned", 2) in settings[-1]
 
 
+# --- The card ----------------------------------------------------------------------------------------
+
+
+def test_the_card_has_measures_sizes_and_times(copy: Path):
+    parts = (
+        *PARTS[:3],
+        BundlePart("bundle", lfae="all", dm="dm"),
+        PARTS[4],
+        EvaluationPart("measures", "bundle", (), 2),
+    )
+    parts = tuple(dataclasses.replace(part, distilled=None) if isinstance(part, ModelPart) else part for part in parts)
+    recipe = dataclasses.replace(TOY, parts=parts)
+    generation = Generation(SamplingOptions("ddim", 10), 4, 0.75, {}, (), 0.125, 0.0625, 1.0)
+    found = Reconstruction(4, 0.03, 0.04, 0.1, {"smile": 0.4, "nod": 0.2})
+    evaluation = Evaluation(("nod",), (), "fp32", 0, "drawn characters", found, 1.0, 0.5, 0.001, (generation,))
+    (copy / "measures").mkdir()
+    (copy / "measures" / "evaluation.json").write_text(json.dumps(to_plain(evaluation)))
+    record = Record(copy, recipe)
+    for part in (parts[3], parts[5]):
+        record.entries[part.name] = Entry("key", {})
+    written = card(recipe, record)
+    assert "| L1 of reconstructed frames / copying the first frame | **0.300** |" in written
+    assert "| by label | nod 0.20, smile 0.40 |" in written
+    assert "| ddim | 10 | 75% | 0.12 | 0.062 | 4 |" in written
+    size = (copy / "model" / "toy" / "dm.safetensors").stat().st_size
+    assert f"| `toy/dm.safetensors` | {size / 1e6:.2f} |" in written
+    (row,) = (line for line in written.splitlines() if line.startswith("| dm |"))
+    (session,) = record.entries["dm"].sessions
+    seconds = f"{session.seconds_per_step:.3f} | {session.cpu_seconds_per_step:.3f}"
+    assert row == f"| dm | 5 | {seconds} | {session.seconds / 60:.1f} | 1 |"
+
+
+@pytest.mark.full
+def test_a_recipe_with_bundles_tables_and_measures(tmp_path: Path):
+    """Every kind of part, on networks of the shipped model's layout."""
+    lfae, dm = PARTS[1], PARTS[2]
+    assert isinstance(lfae, LfaePart)
+    recipe = dataclasses.replace(
+        TOY,
+        parts=(
+            dataclasses.replace(lfae, start=None),
+            dm,
+            BundlePart("untuned", lfae="all", dm="dm"),
+            SchedulePart("tuned", "untuned", (3,), conditions=8, clips=4, generations=1, candidates=4, seed=0),
+            DistillPart("distilled", training(1), lfae="all", dm="dm", steps=2),
+            ModelPart("model", lfae="all", dm="dm", tuned="tuned", distilled="distilled"),
+            BundlePart("bundle", lfae="all", dm="dm", tuned="tuned"),
+            BundlePart("few", lfae="all", dm="distilled", distilled=True),
+            EvaluationPart("measures", "bundle", (SamplingOptions("tuned", 3), SamplingOptions("ddim", 5)), clips=1),
+            EvaluationPart("few-measures", "few", (SamplingOptions("tuned", 2),), clips=1),
+        ),
+    )
+    outcome, said = make(tmp_path, recipe)
+    assert outcome == RecipeOutcome()
+    assert made(said) == [part.name for part in recipe.parts]
+    model = tmp_path / "model" / "toy"
+    provenance = json.loads((model / "model.json").read_text())["provenance"]
+    assert TunedSampler.load(model / "tuned.json").dm_sha256 == provenance["dm"]["sha256"]
+    assert Bundle.open(tmp_path / "few" / "bundle").manifest.sampler.sampler == "tuned"
+    written = (tmp_path / "card.md").read_text()
+    assert re.search(r"^\| tuned \| 2 \| \d+% \|", written, re.MULTILINE)
+    assert re.search(r"^\| measures \|  \|  \|  \| \d", written, re.MULTILINE)
+    assert made(make(tmp_path, recipe)[1]) == []
+
+
 # --- The command -------------------------------------------------------------------------------------
 
 
@@ -295,7 +376,7 @@ def test_the_command_makes_and_stops(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("words", "sentence"),
     [
         (["vae"], "there is no recipe 'vae'; choose from characters64"),
-        ([], "there is no recipe without a name"),
+        ([], "a recipe's name is missing; choose from characters64"),
         (["characters64"], "give it with --out"),
         (["characters64", "--out", "x", "--minutes", "0"], "expected numbers above 0"),
     ],
