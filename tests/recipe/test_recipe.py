@@ -15,7 +15,6 @@ import torch
 
 from lfdm_export import Bundle, load_model
 from lfdm_export.checkpoints.model_folder import load_model_folder
-from lfdm_export.cli import recipe as command
 from lfdm_export.cli import train_main
 from lfdm_export.errors import InputError, LfdmExportError
 from lfdm_export.evaluation.evaluate import Evaluation, Generation, Reconstruction
@@ -23,7 +22,7 @@ from lfdm_export.files.atomic import claimed
 from lfdm_export.files.json_codec import to_plain
 from lfdm_export.recipe import run as running
 from lfdm_export.recipe.card import card
-from lfdm_export.recipe.characters64 import CHARACTERS64
+from lfdm_export.recipe.characters64 import CHARACTERS64, RECIPES
 from lfdm_export.recipe.parts import (
     BundlePart,
     DistillPart,
@@ -106,7 +105,9 @@ def test_the_results_are_models(whole: Path):
     shipped, few = (load_model_folder(whole / "model" / name) for name in ("toy", "toy-2-steps"))
     weights, stored = model.lfae.state_dict(), shipped.lfae.state_dict()
     assert all(torch.equal(weights[key], stored[key]) for key in weights)
-    assert few.provenance["few_steps"]["times"] == list(chosen_times(2, CONFIG.dm.training_steps))
+    steps = few.provenance["few_steps"]
+    assert isinstance(steps, dict)
+    assert steps["times"] == list(chosen_times(2, CONFIG.dm.training_steps))
 
 
 def test_sessions_say_steps_seconds_and_machine(whole: Path):
@@ -174,14 +175,14 @@ def test_a_killed_part_ends_in_the_same_bits(
 def test_limited_time_ends_with_a_checkpoint_and_the_same_bits(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    limit = {"minutes": 1.0, "only": ("regions", "all")}
-    assert make(tmp_path, **{**limit, "minutes": 1e-9})[0] == RecipeOutcome("regions")  # over before anything begins
+    only = ("regions", "all")
+    assert make(tmp_path, minutes=1e-9, only=only)[0] == RecipeOutcome("regions")  # over before anything begins
     stops: list[RecipeOutcome] = []
     while not stops or stops[-1].part is not None:
         # The time is over whenever it is asked for, but for the first time in a run: a step of a part can begin.
         asked = iter([False])
         monkeypatch.setattr(running._Runner, "passed", lambda _, asked=asked: next(asked, True))
-        stops.append(make(tmp_path, **limit)[0])
+        stops.append(make(tmp_path, minutes=1.0, only=only)[0])
         assert len(stops) < 40
     assert [(stop.part, stop.step) for stop in stops[:4]] == [("regions", 1), ("regions", 2), ("all", 0), ("all", 1)]
     found = results(tmp_path)
@@ -281,22 +282,18 @@ def test_the_shipped_recipe_ends_with_the_model_and_its_measures():
 
 
 def test_the_card_has_measures_sizes_and_times(copy: Path):
-    parts = (
-        *PARTS[:3],
-        BundlePart("bundle", lfae="all", dm="dm"),
-        PARTS[4],
-        EvaluationPart("measures", "bundle", (), 2),
-    )
-    parts = tuple(dataclasses.replace(part, distilled=None) if isinstance(part, ModelPart) else part for part in parts)
-    recipe = dataclasses.replace(TOY, parts=parts)
+    bundle = BundlePart("bundle", lfae="all", dm="dm")
+    measures = EvaluationPart("measures", "bundle", (), clips=2)
+    model = ModelPart("model", lfae="all", dm="dm")
+    recipe = dataclasses.replace(TOY, parts=(*PARTS[:3], bundle, model, measures))
     generation = Generation(SamplingOptions("ddim", 10), 4, 0.75, {}, (), 0.125, 0.0625, 1.0)
     found = Reconstruction(4, 0.03, 0.04, 0.1, {"smile": 0.4, "nod": 0.2})
     evaluation = Evaluation(("nod",), (), "fp32", 0, "drawn characters", found, 1.0, 0.5, 0.001, (generation,))
     (copy / "measures").mkdir()
     (copy / "measures" / "evaluation.json").write_text(json.dumps(to_plain(evaluation)))
     record = Record(copy, recipe)
-    for part in (parts[3], parts[5]):
-        record.entries[part.name] = Entry("key", {})
+    for name in ("bundle", "measures"):
+        record.entries[name] = Entry("key", {})
     written = card(recipe, record)
     assert "| L1 of reconstructed frames / copying the first frame | **0.300** |" in written
     assert "| by label | nod 0.20, smile 0.40 |" in written
@@ -347,7 +344,7 @@ def test_a_recipe_with_bundles_tables_and_measures(tmp_path: Path):
 
 @pytest.fixture
 def with_toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(command.RECIPES, "toy", TOY)
+    monkeypatch.setitem(RECIPES, "toy", TOY)
 
 
 @pytest.mark.usefixtures("with_toy")
