@@ -10,8 +10,10 @@ PICTURE := docs/character.png
 COMPUTING := $(addprefix tests/,batching engines evaluation generate graphs models ops parity quantize reference rewrite sampling)
 GPU_OUT ?= benchmarks/results/gpu
 GPU_OPTIONS ?=
+MODEL_OUT ?= runs/characters64
+MODEL_OPTIONS ?=
 
-.PHONY: help install server lint test test-full test-processors test-wheel test-ray test-page test-api fuzz demo docs gpu clean
+.PHONY: help install server lint test test-full test-processors test-wheel test-ray test-page test-api fuzz demo model docs gpu clean
 
 help:
 	@echo "make install    everything into $(VENV)"
@@ -26,6 +28,7 @@ help:
 	@echo "make test-api   install Schemathesis, and draw 2,000 requests to /v1/videos from its description"
 	@echo "make fuzz       a minute of damaged pictures, clips, checkpoints, bundles, requests"
 	@echo "make demo       export the shipped model, and let a drawn character nod"
+	@echo "make model      the shipped model from nothing, into MODEL_OUT (runs/characters64): hours; the same command continues"
 	@echo "make docs       the documentation, into site/; its links are checked, its notebook is run"
 	@echo "make gpu        the GPU suite, on a machine with a GPU, into GPU_OUT (benchmarks/results/gpu)"
 	@echo "make clean      remove what the tools and the demo wrote (not $(VENV))"
@@ -98,6 +101,9 @@ demo: $(INSTALLED_FOR_DEMO)
 	@echo "clip           $(CURDIR)/demo/clip.gif"
 	@echo "bundle         $(CURDIR)/demo/bundle"
 	@echo "parity report  $(CURDIR)/demo/bundle/parity/report.html"
+
+model: install
+	$(BIN)/lfdm-train recipe characters64 --out $(MODEL_OUT) $(MODEL_OPTIONS)
 
 $(INSTALLED_FOR_DOCS): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'

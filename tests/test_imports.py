@@ -21,7 +21,7 @@ ROOMS = (
     "errors", "dependencies", "telemetry", "wording", "progress", "stages", "machine",
     "files", "sampling", "pictures", "checkpoints", "ops", "rewrite", "graphs", "bundle", "reference", "engines",
     "quantize", "export", "generate", "bulk", "parity", "protocol", "batching", "client", "serving", "web",
-    "evaluation", "cli",
+    "evaluation", "recipe", "cli",
 )  # fmt: skip
 #: Former module names, kept for other projects; this project does not import them.
 FORMER = ("bundle_writer", "media", "preprocess")
@@ -61,6 +61,9 @@ HEAVY = (
     "lfdm_export.ops",
     "lfdm_export.parity.simulate",
     "lfdm_export.quantize",
+    "lfdm_export.recipe.card",
+    "lfdm_export.recipe.make",
+    "lfdm_export.recipe.run",
     "lfdm_export.reference.pytorch",
     "lfdm_export.rewrite",
     # Required by a server; imported when one starts.

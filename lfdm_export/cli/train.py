@@ -42,6 +42,10 @@ def train_main(argv: Sequence[str] | None = None) -> int:
         from lfdm_export.cli.schedule import schedule_main
 
         return schedule_main(words[1:])
+    if words[:1] == ["recipe"]:
+        from lfdm_export.cli.recipe import recipe_main
+
+        return recipe_main(words[1:])
     from lfdm_models.training.cli import main
 
     return main(words)

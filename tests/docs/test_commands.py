@@ -16,7 +16,7 @@ from lfdm_export import cli
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "deploy" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Commands of lfdm-train with options of their own.
-STAGES = ("lfae", "dm", "distill", "classifier", "schedule", "evaluate")
+STAGES = ("lfae", "dm", "distill", "classifier", "schedule", "evaluate", "recipe")
 
 
 def commands_of(text):

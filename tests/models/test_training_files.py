@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lfdm_models.training.cli import main
 from lfdm_models.training.errors import TrainingError
-from lfdm_models.training.files import refuse_input, write_whole
+from lfdm_models.training.files import refuse_input, save, write_whole
 
 
 def names(folder: Path) -> list[str]:
@@ -30,6 +31,12 @@ def test_a_file_is_written_whole(tmp_path: Path, name: str):
     write(tmp_path / "run" / name)
     assert names(tmp_path / "run") == [name]
     assert (tmp_path / "run" / name).read_bytes() == b"new"
+
+
+def test_equal_content_gives_equal_files(tmp_path: Path):
+    for name in ("one.pth", "another-name.pth"):
+        save(tmp_path / name, {"weights": {"a": torch.arange(5.0)}, "step": 3, "labels": ["nod"]})
+    assert (tmp_path / "one.pth").read_bytes() == (tmp_path / "another-name.pth").read_bytes()
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])

@@ -59,6 +59,7 @@ _EXAMPLES = """\
   lfdm-train lfae --learn decoder --start runs/lfae/lfae.pth --root photos --out runs/me --steps 400
   lfdm-train distill --lfae runs/lfae/lfae.pth --dm runs/dm/dm.pth --out runs/two --steps 2
   lfdm-train evaluate bundle
+  lfdm-train recipe characters64 --out runs/characters64
 """
 
 
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in _PATHS:
         if getattr(args, name, None) is not None:
             setattr(args, name, Path(os.path.expanduser(getattr(args, name))))  # noqa: PTH111  (no error for ~unknown)
-    if args.stage in ("evaluate", "schedule"):  # the toolkit's command handles these
+    if args.stage in ("evaluate", "schedule", "recipe"):  # the toolkit's command handles these
         _complain(f"error: {args.stage} is for exported bundles, and comes with lfdm_export: run lfdm-train")
         return FAILED
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -152,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_classifier(stages.add_parser("classifier", help="train the network with which evaluate judges clips"))
     stages.add_parser("evaluate", help="measure an exported bundle (see lfdm-train evaluate --help)", add_help=False)
     stages.add_parser("schedule", help="tune a sampler for few steps (see lfdm-train schedule --help)", add_help=False)
+    stages.add_parser("recipe", help="make a model from nothing (see lfdm-train recipe --help)", add_help=False)
     _add_options(lfae, batch_size=16)
     _add_options(dm, batch_size=8)
     _add_options(distill, batch_size=4, updates="--updates")

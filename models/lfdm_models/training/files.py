@@ -117,12 +117,17 @@ def _sync(path: Path) -> None:
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """`torch.save`, completely or not at all.
+    """`torch.save`, completely or not at all; equal content gives equal bytes.
 
     Raises:
         TrainingError: it cannot be written.
     """
-    write_whole(path, lambda part: torch.save(content, part))
+
+    def write(part: Path) -> None:
+        with part.open("wb") as file:  # given a path, torch would store its name, which is random
+            torch.save(content, file)
+
+    write_whole(path, write)
 
 
 def load(path: Path, what: str) -> dict[str, Any]:

@@ -43,6 +43,10 @@ _FORMAT = {"format": "lfdm-training", "version": 1}
 ReportProgress = Callable[[int, int, Mapping[str, float]], None]
 
 
+class StopTraining(Exception):
+    """Raised by `ReportProgress`: the run ends after this step, with a checkpoint, as at a signal."""
+
+
 class Stage(Protocol):
     """The LFAE or the DM in training."""
 
@@ -158,6 +162,8 @@ def train(
 ) -> Outcome:
     """Train until all steps are done, or until the step in which SIGINT, SIGTERM or SIGHUP arrives.
 
+    `progress` may end it too, by raising `StopTraining`.
+
     Args:
         stage: the LFAE or the DM.
         examples: training examples.
@@ -196,7 +202,8 @@ def train(
         Logs(folder / "logs", events=processes.first) as logs,
         matmul_precision(precision),
     ):
-        while state.step < run.steps and not processes.any(bool(received)):
+        stopped = False
+        while state.step < run.steps and not processes.any(stopped or bool(received)):
             losses = _step(stage, state, data, optimizer, run, precision, processes)
             done = state.step
             if not processes.first:
@@ -207,7 +214,10 @@ def train(
                 _write(stage, state, facts, folder)
             if run.preview_every and done % run.preview_every == 0:
                 stage.preview(state.ema.weights, folder / "previews", done)
-            progress(done, run.steps, losses)
+            try:
+                progress(done, run.steps, losses)
+            except StopTraining:
+                stopped = True
         path = folder / f"{stage.name}.pth"
         if processes.first:
             _write(stage, state, facts, folder)
