@@ -221,7 +221,7 @@ class FakeLibrary:
         inputs, outputs = kernel.pointers
         addresses = (ctypes.c_void_p * (inputs + kernel.scalars + outputs)).from_address(parameters)
         kinds = [ctypes.c_void_p] * inputs + [ctypes.c_int32] * kernel.scalars + [ctypes.c_void_p] * outputs
-        values = [kind.from_address(at).value for kind, at in zip(kinds, addresses, strict=True)]
+        values: list[Any] = [kind.from_address(at).value for kind, at in zip(kinds, addresses, strict=True)]
         for address in (*values[:inputs], *values[inputs + kernel.scalars :]):
             self.at(address, 1)
         launch = Launch((x, y, z), tuple(values[inputs : inputs + kernel.scalars]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic
@@ -101,6 +102,7 @@ class DeviceBatch(Generic[A]):
             self._programs = {size: self._prepared(size) for size in sizes}
         self.clear()
         self._last: Callable[[], None] | None = None
+        self._began = 0.0
         self._states: Pool[dict[str, A]] = Pool(self._new_state)
         self._latents: Pool[A] = Pool(lambda: self._new_state("noisy_latent")["noisy_latent"][0])
 
@@ -135,11 +137,14 @@ class DeviceBatch(Generic[A]):
                 self._device.copy(array[target : target + 1], array[source : source + 1])
         self._silent[target] = self._silent[source]
 
-    def step(self, rows: Sequence[RowStep[A]]) -> None:
+    def step(self, rows: Sequence[RowStep[A]]) -> float:
         """One step of the first rows; waits for the step before.
 
         Args:
             rows: one per row in use.
+
+        Returns:
+            Seconds that the step before took; 0 if there was none since the start or the last `settle`.
 
         Raises:
             EngineError: the step cannot be queued, then the states are unchanged; or an earlier one failed.
@@ -153,8 +158,14 @@ class DeviceBatch(Generic[A]):
             self._draw(rows)
             self._programs[next(size for size in self._programs if size >= len(rows))]()
             before, self._last = self._last, device.mark()
-            if before is not None:
-                before()
+            began, self._began = self._began, time.perf_counter()
+            if before is None:
+                return 0.0
+            before()
+        done = time.perf_counter()
+        seconds = done - began
+        self._began = max(self._began, done)  # it runs when the one before is done
+        return seconds
 
     def settle(self) -> None:
         """Wait for the last step."""

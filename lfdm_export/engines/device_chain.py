@@ -42,7 +42,13 @@ class DeviceEncoded(Generic[A]):
 
 
 class DeviceChain(Generic[A]):
-    """Encode, sample and decode on one device. Any thread may call any method; they wait for each other."""
+    """Encode, sample and decode on one device. Any thread may call any method; they wait for each other.
+
+    Attributes:
+        device: the device.
+        stages: the stages of the bundle.
+        most_steps: training steps of the model: no sampler takes more.
+    """
 
     def __init__(
         self, device: Device[A], stages: Mapping[str, StageSpec], geometry: Geometry, training_steps: int
@@ -59,7 +65,7 @@ class DeviceChain(Generic[A]):
             EngineError: a stage cannot be prepared, or there is not enough memory.
         """
         self.device, self.stages = device, stages
-        self._geometry, self._most_steps = geometry, training_steps
+        self._geometry, self.most_steps = geometry, training_steps
         (self._image_spec,) = stages["encode"].inputs
         with device.owned():
             self._numbers = device.zeros((1 + training_steps,), "int64")
@@ -105,9 +111,9 @@ class DeviceChain(Generic[A]):
         Raises:
             EngineError: the sampler has more steps than the model was trained with.
         """
-        if table.steps > self._most_steps:
+        if table.steps > self.most_steps:
             raise EngineError(
-                f"the sampler takes {table.steps} steps, expected at most {self._most_steps}, the training steps of "
+                f"the sampler takes {table.steps} steps, expected at most {self.most_steps}, the training steps of "
                 "the model; ask for fewer"
             )
         device = self.device
@@ -247,8 +253,8 @@ class DeviceChain(Generic[A]):
         return DeviceSample(
             fixed,
             device.zeros((1,), "int64"),
-            device.zeros((self._most_steps,), "int64"),
-            device.zeros((self._most_steps, COEFFICIENTS), "float32"),
+            device.zeros((self.most_steps,), "int64"),
+            device.zeros((self.most_steps, COEFFICIENTS), "float32"),
         )
 
 

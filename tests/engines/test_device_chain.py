@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,15 @@ from lfdm_export.bundle.reader import Bundle
 from lfdm_export.engines.device import Layout, Pool
 from lfdm_export.engines.device_batch import DeviceState, RowStep, batch_sizes
 from lfdm_export.engines.device_chain import FRAMES, WARPED, DeviceChain, runs
-from lfdm_export.engines.tensorrt.device import GpuArray, GpuDevice
-from lfdm_export.engines.tensorrt.engine import TensorRtEngine
+from lfdm_export.engines.tensorrt.device import GpuArray
 from lfdm_export.errors import EngineError
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.ops.cuda.host import HostKernels
 from lfdm_export.pictures.preprocess import to_float
 from tests.closeness import assert_same_floats
+from tests.device_place import Place, make_place
 from tests.fake_bundle import GEOMETRY, SIZE, TRAINING_STEPS, write_fake_bundle
-from tests.fake_gpu import FakeGpu, fake_plan
 
-UP, DOWN = "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2"
 Chain = DeviceChain[GpuArray]
 
 
@@ -34,33 +31,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return write_fake_bundle(tmp_path_factory.mktemp("device") / "fake")
 
 
-@dataclasses.dataclass
-class Place:
-    gpu: FakeGpu
-    device: GpuDevice
-    chain: Chain
-
-    def copies(self) -> tuple[int, int]:
-        """Copies to and from the host since the last call."""
-        calls = Counter(self.gpu.library.calls)
-        self.gpu.library.calls.clear()
-        return calls[UP], calls[DOWN]
-
-
 @pytest.fixture(params=["tensorrt", "tensorrt-rtx"])
 def place(request: pytest.FixtureRequest, bundle: Bundle, tmp_path: Path, device_kernels: HostKernels) -> Place:
     return make_place(bundle, tmp_path, device_kernels, request.param)
-
-
-def make_place(bundle: Bundle, folder: Path, kernels: HostKernels, target: str = "tensorrt") -> Place:
-    gpu = FakeGpu(target, bundle.stages)
-    gpu.library.kernels = kernels
-    engines = {
-        stage: TensorRtEngine(fake_plan(bundle, stage, folder / f"{stage}.plan"), spec, session=gpu.session)
-        for stage, spec in bundle.stages.items()
-    }
-    device = GpuDevice(bundle, target, engines)
-    return Place(gpu, device, DeviceChain(device, bundle.stages, GEOMETRY, TRAINING_STEPS))
 
 
 def photo(seed: int) -> np.ndarray:
