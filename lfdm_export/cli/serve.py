@@ -206,14 +206,18 @@ def settle_target(bundle: Bundle, settings: ServingSettings) -> tuple[ServingSet
     """
     from lfdm_export.generate.stage_runner import StageRunner
 
-    choice = StageRunner(
+    runner = StageRunner(
         bundle,
         threads=settings.threads or None,
         device=cast(Device, settings.device),
         target=settings.target,
         self_check=settings.self_check,
-    ).choice
-    return replace(settings, target=choice.target or AUTO, self_check=False), choice
+    )
+    choice = runner.choice
+    settled = replace(
+        settings, target=choice.target or AUTO, on_device=settings.on_device or runner.prefers_device, self_check=False
+    )
+    return settled, choice
 
 
 def _announce(args: argparse.Namespace, bundle: Bundle, server: TritonServer) -> None:

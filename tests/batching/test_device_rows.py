@@ -7,28 +7,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from lfdm_export.batching.jobs import SampleJob
 from lfdm_export.batching.step_batcher import StepBatcher
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.engines.device_chain import DeviceChain
 from lfdm_export.engines.pytorch.compiled import VARIABLE
-from lfdm_export.engines.pytorch.device import TorchDevice
-from lfdm_export.engines.pytorch.session import TorchSession
 from lfdm_export.engines.tensorrt.captured_run import CapturedRun
 from lfdm_export.errors import EngineError, InputError
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.ops.cuda.host import HostKernels
 from lfdm_export.pictures.preprocess import to_float
-from lfdm_export.rewrite.precision import in_precision
-from lfdm_export.rewrite.stage_modules import stage_modules
-from lfdm_models.model import LfdmModel
 from tests.batching.test_step_loop import Sampler
 from tests.closeness import assert_same_floats
 from tests.device_place import Place, make_place
 from tests.fake_bundle import GEOMETRY, NULL, SIZE, write_fake_bundle
 from tests.sampler_fakes import Answers
+from tests.torch_bundle import write_torch_bundle
 
 #: Sampler, steps, guidance scale of jobs that differ in everything.
 MIX = (
@@ -141,7 +136,7 @@ def test_previews_are_the_estimates_of_their_steps(place: Place, bundle: Bundle)
     sampler.submit("it", job_of(place.chain, pipeline, 3, "unipc", 5, 1.0, preview_every=2))
     sampler.run()
     assert [step for step, _ in sampler.answers.previews["it"]] == [2, 4]
-    shown: list[tuple[int, Any]] = sampler.answers.previews["it"]  # type: ignore[assignment]
+    shown: list[tuple[int, Any]] = sampler.answers.previews["it"]
     for step, estimate in shown:
         assert_same_floats(place.chain.latent(estimate), estimates[step][0])
 
@@ -213,37 +208,32 @@ def test_the_time_of_a_step_is_that_of_the_one_before(place: Place, bundle: Bund
 # --------------------------------------------------------------------------------- PyTorch's CPU
 
 
-@pytest.fixture(scope="module")
-def torch_chain(small_bundle: Bundle, small_model: LfdmModel) -> DeviceChain[torch.Tensor]:
-    """The small model on the CPU as a device, uncompiled."""
-    frames = small_bundle.manifest.geometry.frames
-    modules = in_precision(stage_modules(small_model, frames), torch.float32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, "0")
-        session = TorchSession(small_bundle, threads=1, modules={**modules})
-        manifest = small_bundle.manifest
-        device = TorchDevice(session, small_bundle.stages)
-        return DeviceChain(device, small_bundle.stages, manifest.geometry, manifest.config.dm.training_steps)
-
-
-def test_on_pytorchs_cpu_clips_are_those_of_onnx_runtime(
-    torch_chain: DeviceChain[torch.Tensor], small_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.fixture
+def torch_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    """A tiny model on the CPU, uncompiled."""
     monkeypatch.setenv(VARIABLE, "0")
-    pipeline, answers = Pipeline(small_bundle, threads=1, target="onnxruntime"), Answers()
-    mix = (("ddim", 3, 1.0), ("unipc", 2, 2.5), ("ddim", 4, 0.0))
-    jobs = [job_of(torch_chain, pipeline, seed, *settings) for seed, settings in enumerate(mix)]
-    manifest = small_bundle.manifest
-    with StepBatcher(torch_chain, manifest.geometry, small_bundle.null_embedding, slots=2) as batcher:
+    return Pipeline(write_torch_bundle(tmp_path / "torch"), threads=1, target="torch", self_check=False)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_on_pytorchs_cpu_clips_are_those_of_the_host(torch_pipeline: Pipeline, slots: int):
+    chain, bundle, answers = torch_pipeline.stages.device_chain, torch_pipeline.bundle, Answers()
+    jobs = [job_of(chain, torch_pipeline, seed, *settings) for seed, settings in enumerate(MIX)]
+    with StepBatcher(chain, bundle.manifest.geometry, bundle.null_embedding, slots=slots) as batcher:
         for seed, job in enumerate(jobs):
             batcher.submit(job, on_done=answers.on_done(seed), on_error=answers.on_error(seed))
         assert batcher.drain(PATIENCE)
     assert answers.errors == {}
-    for seed, settings in enumerate(mix):
-        expected = expected_clip(pipeline, seed, *settings)
+    for seed, settings in enumerate(MIX):
+        expected = expected_clip(torch_pipeline, seed, *settings)
         latent = answers.done[seed].latent
-        assert np.abs(torch_chain.latent(latent) - expected.latent[0]).max() < 1e-3
-        ((begin, (frames, warped)),) = torch_chain.decode(jobs[seed].context, latent, wanted=("frames", "warped"))
+        assert np.abs(chain.latent(latent) - expected.latent[0]).max() < 1e-4
+        ((begin, (frames, warped)),) = chain.decode(jobs[seed].context, latent, wanted=("frames", "warped"))
         assert begin == 0
         assert np.abs(frames.astype(int) - expected.frames[0]).max() <= 1
         assert np.abs(warped.astype(int) - expected.warped[0]).max() <= 1
+
+
+def test_a_target_without_a_device_says_so(bundle: Bundle):
+    with pytest.raises(EngineError, match="'onnxruntime' keeps no clips on a device; take one of tensorrt, "):
+        _ = Pipeline(bundle, target="onnxruntime", self_check=False).stages.device_chain

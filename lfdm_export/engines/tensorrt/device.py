@@ -190,7 +190,7 @@ class GpuDevice:
         self._driver.launch_kernel(self._kernels[kernel.name], plan.grid, kernel.threads, arguments, self._stream)
 
 
-def device_chain(bundle: Bundle, target: Target, *, threads: int | None = None) -> DeviceChain[GpuArray]:  # noqa: ARG001
+def device_chain(bundle: Bundle, target: Target) -> DeviceChain[GpuArray]:
     """Whole clips of a bundle on the GPU.
 
     Raises:
