@@ -23,7 +23,9 @@ from lfdm_export.serving.server.supervisor import TritonServer, wait_for_signal
 from lfdm_export.serving.triton.settings import ServingSettings
 
 if TYPE_CHECKING:
+    from lfdm_export.batching.slots import Curve
     from lfdm_export.bundle.reader import Bundle
+    from lfdm_export.generate.stage_runner import StageRunner
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +113,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     settings, limits = ServingSettings(), Limits()
     sampler = parser.add_argument_group("sampler")
     sampler.add_argument(
-        "--slots", type=int, default=settings.slots, metavar="N", help="clips per step (default: %(default)s)"
+        "--slots", type=int, metavar="N", help="clips per step (default: as many as pay, by a measurement at the start)"
     )
     sampler.add_argument(
         "--queue",
@@ -164,6 +166,7 @@ def _serve(args: argparse.Namespace) -> int:
         if args.bundle is None:
             return OK
     from lfdm_export.bundle.reader import Bundle
+    from lfdm_export.serving.step_curve import described
     from lfdm_export.serving.triton.repository import write_repository
 
     options, settings = _server_options(args), _settings(args)
@@ -173,6 +176,9 @@ def _serve(args: argparse.Namespace) -> int:
     files = find_server(args.tritonserver)
     options = options.with_ports()
     say(args, f"target   {choice.target}: {choice.reason}")
+    if args.slots is None:
+        settings, curve = settle_slots(bundle, settings)
+        say(args, f"slots    {settings.slots}: a step takes {described(curve)}")
     with run_folder() as folder:
         repository = write_repository(bundle, folder / "repository", settings=settings, copy_bundle=False)
         with TritonServer(files, repository, options) as server:
@@ -204,20 +210,40 @@ def settle_target(bundle: Bundle, settings: ServingSettings) -> tuple[ServingSet
     Raises:
         EngineError: no target runs the bundle; or the target of the settings is not available, or gives wrong results.
     """
+    runner = _runner(bundle, settings)
+    choice = runner.choice
+    settled = replace(
+        settings, target=choice.target or AUTO, on_device=settings.on_device or runner.prefers_device, self_check=False
+    )
+    return settled, choice
+
+
+def settle_slots(bundle: Bundle, settings: ServingSettings) -> tuple[ServingSettings, Curve]:
+    """Choose the number of slots by what a step takes on this machine, once for all models.
+
+    Args:
+        bundle: the bundle.
+        settings: the result of `settle_target`.
+
+    Raises:
+        EngineError: an engine cannot be loaded or fails.
+    """
+    from lfdm_export.serving.step_curve import measured_slots
+
+    slots, curve = measured_slots(_runner(bundle, settings), on_device=settings.on_device)
+    return replace(settings, slots=slots), curve
+
+
+def _runner(bundle: Bundle, settings: ServingSettings) -> StageRunner:
     from lfdm_export.generate.stage_runner import StageRunner
 
-    runner = StageRunner(
+    return StageRunner(
         bundle,
         threads=settings.threads or None,
         device=cast(Device, settings.device),
         target=settings.target,
         self_check=settings.self_check,
     )
-    choice = runner.choice
-    settled = replace(
-        settings, target=choice.target or AUTO, on_device=settings.on_device or runner.prefers_device, self_check=False
-    )
-    return settled, choice
 
 
 def _announce(args: argparse.Namespace, bundle: Bundle, server: TritonServer) -> None:
@@ -258,7 +284,7 @@ def _settings(args: argparse.Namespace) -> ServingSettings:
     if args.threads < 0:
         raise InputError(f"--threads is {args.threads}, expected 1 or more, or 0 for all cores")
     return ServingSettings(
-        slots=args.slots,
+        slots=1 if args.slots is None else args.slots,
         queue_limit=args.queue,
         policy=args.policy,
         fixed_batch=args.fixed_batch,

@@ -63,7 +63,7 @@ class TorchDevice:
 
     def upload(self, target: Tensor, values: Array) -> None:
         """Copy from the host."""
-        source = torch.from_numpy(np.ascontiguousarray(values)).reshape(target.shape)
+        source = torch.from_numpy(np.array(values)).reshape(target.shape)
         if self._session.on_gpu:
             # PyTorch keeps pinned memory until its copies are done.
             target.copy_(source.pin_memory(), non_blocking=True)
