@@ -6,11 +6,9 @@ both branches of guidance run through `step_guided`, the others through `step`, 
 twice as much on a CPU (29 against 16 ms per step of the small model), so one graph for all jobs would double the cost
 of jobs without it. NumPy only; independent of servers.
 
-Number of slots: as many as batching makes cheaper. On a CPU, batching saves nothing: a step of the small model takes
-15.8 ms of processor time for one sample, 14.8 ms per sample for four, 16.0 for eight, 17.2 for sixteen. More slots then
-only delay all jobs; one slot, which always works on the job that is due first, gives the best tail latency and the most
-clips within their deadlines. On a GPU, where small batches should cost hardly more than one sample, start with 8; this
-is not measured.
+Number of slots: as many as batching makes cheaper, which `lfdm_export.batching.slots` decides from measured steps. On a
+CPU, where batching saves nothing, one slot, which always works on the job that is due first, gives the best tail
+latency and the most clips within their deadlines.
 """
 
 from __future__ import annotations

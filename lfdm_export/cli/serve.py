@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from lfdm_export.cli.console import OK, add_common_options, make_parser, run, say
@@ -228,10 +231,20 @@ def settle_slots(bundle: Bundle, settings: ServingSettings) -> tuple[ServingSett
     Raises:
         EngineError: an engine cannot be loaded or fails.
     """
+    if settings.on_device:  # in a process of its own, whose end frees the device for the server
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            slots, curve = pool.submit(_slots, bundle.path, settings).result()
+    else:
+        slots, curve = _slots(bundle, settings)
+    return replace(settings, slots=slots), curve
+
+
+def _slots(bundle: Bundle | Path, settings: ServingSettings) -> tuple[int, Curve]:
+    from lfdm_export.bundle.reader import Bundle
     from lfdm_export.serving.step_curve import measured_slots
 
-    slots, curve = measured_slots(_runner(bundle, settings), on_device=settings.on_device)
-    return replace(settings, slots=slots), curve
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, check_hashes=False)
+    return measured_slots(_runner(opened, settings), on_device=settings.on_device)
 
 
 def _runner(bundle: Bundle, settings: ServingSettings) -> StageRunner:

@@ -162,7 +162,7 @@ def test_real_steps_are_measured(bundle: Bundle):
 
 def test_real_steps_on_a_device_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(VARIABLE, "0")
-    runner = runner_of(write_torch_bundle(tmp_path / "torch"), target="torch")
-    slots, curve = measured_slots(runner, on_device=True)
-    assert slots in curve
+    bundle = write_torch_bundle(tmp_path / "torch")
+    settings, curve = settle_slots(bundle, ServingSettings(target="torch", threads=1, on_device=True, self_check=False))
+    assert settings.slots in curve
     assert all(seconds > 0 for seconds in curve.values())
