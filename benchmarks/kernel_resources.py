@@ -144,9 +144,17 @@ def build(kernel: Kernel, architecture: str, folder: Path) -> Resources:
     source.write_text(kernel.text, encoding="utf-8")
     command = ["nvcc", "-cubin", f"-arch={architecture}", "-Xptxas", "-v", *OPTIONS, f"-I{ROOT}", str(source)]
     done = subprocess.run([*command, "-o", str(folder / "cubin")], capture_output=True, text=True, check=False)
-    used = _USED.search(done.stderr)
-    if done.returncode or used is None:
+    found = reported(done.stderr)
+    if done.returncode or found is None:
         raise RuntimeError(f"nvcc failed for {kernel.name} on {architecture}: {done.stderr[-500:]}")
+    return found
+
+
+def reported(text: str) -> Resources | None:
+    """What the verbose assembler says of one kernel; None if it says nothing."""
+    used = _USED.search(text)
+    if used is None:
+        return None
     shared = _SHARED.search(used[5])
     return Resources(int(used[4]), int(used[2]) + int(used[3]), int(shared[1]) if shared else 0)
 
