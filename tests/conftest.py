@@ -174,6 +174,17 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def device_kernels(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
+    """The kernels of a chain that stays on a device, built for the host."""
+    from lfdm_export.ops.cuda.host import HostKernels, build
+    from lfdm_export.ops.pictures.kernels import not_finite_kernel, pictures_kernel
+    from lfdm_export.ops.thresholded_step.kernels import noise_kernel
+
+    kernels = (noise_kernel(), pictures_kernel(), not_finite_kernel())
+    return HostKernels(build(kernels, tmp_path_factory.mktemp("device") / "kernels.so"), kernels)
+
+
+@pytest.fixture(scope="session")
 def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
     """All kernels, built for the host."""
     from lfdm_export.ops.cuda.host import HostKernels, build

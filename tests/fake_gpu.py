@@ -10,6 +10,7 @@ pinned memory.
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import threading
 from collections.abc import Callable, Mapping
@@ -27,6 +28,8 @@ from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from lfdm_export.engines.target_spec import Target
 from lfdm_export.engines.tensorrt.api import Api
 from lfdm_export.engines.tensorrt.gpu_session import GpuSession
+from lfdm_export.ops.cuda.host import HostKernels
+from lfdm_export.ops.cuda.source import Launch
 from lfdm_export.stages import StageSpec
 
 OUT_OF_MEMORY, NO_DEVICE, INVALID_CONTEXT, ILLEGAL_ADDRESS, CAPTURING = 2, 100, 201, 700, 900
@@ -72,6 +75,9 @@ class FakeLibrary:
         self.streams: dict[int, FakeStream] = {}
         self.graphs: dict[int, list[Work]] = {}
         self.events: dict[int, tuple[FakeStream, int]] = {}
+        self.kernels: HostKernels | None = None
+        self._functions: dict[int, str] = {}
+        self._modules: dict[int, str] = {}
         self._handles = 1000
         self._contexts: dict[int, int] = {}
         self._thread = threading.local()
@@ -170,6 +176,8 @@ class FakeLibrary:
         pointer[0] = self._allocate(self.device, size)
 
     def _cuMemFree_v2(self, pointer: int) -> None:
+        for stream in self.streams.values():  # the driver, too, waits for the work that uses the memory
+            stream.run()
         del self.device[pointer]
 
     def _cuMemAllocHost_v2(self, address: Any, size: int) -> None:
@@ -193,6 +201,33 @@ class FakeLibrary:
     def _cuMemsetD8Async(self, target: int, value: int, size: int, stream: int) -> None:
         memory = self.at(target, size)
         self.streams[stream].submit(lambda: ctypes.memset(memory, value, size))
+
+    # --------------------------------------------------------------------------------------- kernels
+
+    def _cuModuleLoadDataEx(self, module: Any, image: int, count: int, options: int, values: int) -> None:
+        module[0] = handle = self._handle()
+        self._modules[handle] = ctypes.string_at(image).decode()
+
+    def _cuModuleGetFunction(self, function: Any, module: int, name: bytes) -> None:
+        assert f".visible .entry {name.decode()}(" in self._modules[module]
+        function[0] = handle = self._handle()
+        self._functions[handle] = name.decode()
+
+    def _cuLaunchKernel(self, function: int, x: int, y: int, z: int, *rest: int) -> None:
+        """Queue the host build of the kernel; the values of its parameters are read now, as by the driver."""
+        assert self.kernels is not None
+        kernel, (*_, stream, parameters, _) = self.kernels.kernel(self._functions[function]), rest
+        assert rest[:4] == (kernel.threads, 1, 1, 0)
+        inputs, outputs = kernel.pointers
+        addresses = (ctypes.c_void_p * (inputs + kernel.scalars + outputs)).from_address(parameters)
+        kinds = [ctypes.c_void_p] * inputs + [ctypes.c_int32] * kernel.scalars + [ctypes.c_void_p] * outputs
+        values: list[Any] = [kind.from_address(at).value for kind, at in zip(kinds, addresses, strict=True)]
+        for address in (*values[:inputs], *values[inputs + kernel.scalars :]):
+            self.at(address, 1)
+        launch = Launch((x, y, z), tuple(values[inputs : inputs + kernel.scalars]))
+        given, made = values[:inputs], values[inputs + kernel.scalars :]
+        run = functools.partial(self.kernels.run, kernel.name, launch, given, made)
+        self.streams[stream].submit(run)
 
     # ------------------------------------------------------------------------ streams, graphs, events
 

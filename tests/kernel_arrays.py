@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lfdm_export.ops.cuda.source import Kernel, Storage
 from lfdm_export.ops.group_norm_silu import kernels as norm
+from lfdm_export.ops.pictures.kernels import not_finite_kernel, pictures_kernel
 from lfdm_export.ops.temporal_attention.kernels import core_kernel
 from lfdm_export.ops.thresholded_step.kernels import (
     PASSES,
@@ -33,6 +34,8 @@ KERNELS: tuple[Kernel, ...] = (
     *(count_kernel(*storages, number) for storages in STORAGES for number in range(PASSES)),
     *(update_kernel(*storages) for storages in STORAGES),
     noise_kernel(),
+    pictures_kernel(),
+    not_finite_kernel(),
     # Sizes of the published network, of the small one, and others.
     *(core_kernel("float16", *sizes) for sizes in ((32, 40), (16, 8), (32, 16), (32, 64), (64, 40))),
     *(core_kernel("bfloat16", *sizes) for sizes in ((32, 40), (16, 8))),

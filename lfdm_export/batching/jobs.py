@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,10 @@ from lfdm_export.sampling.options import AS_TRAINED, takes_both_branches
 from lfdm_export.sampling.rows import SamplerTable
 
 Float32: TypeAlias = NDArray[np.float32]
+#: A latent (1, 3, T, h, w) and a context (1, C, h, w), float32. If the batch is on a device, these are
+#: `lfdm_export.engines.device_batch.DeviceLatent` and `lfdm_export.engines.device_chain.DeviceEncoded`.
+Latent: TypeAlias = Any
+Context: TypeAlias = Any
 #: How a job ends, always in exactly one of these ways.
 Outcome = Literal["finished", "failed", "cancelled", "expired"]
 
@@ -35,7 +39,7 @@ class SampleJob:
     """One sample to be drawn. The arrays must not change until the job has ended.
 
     Attributes:
-        context: (1, C, h, w) float32, an output of `encode`.
+        context: (1, C, h, w) float32, an output of `encode`; or an encoding on the device where the batch is.
         embedding: (text_width,) float32.
         table: the sampler, with its steps and timesteps.
         guidance_scale: 0 for the unconditional prediction, 1 for the conditional one; others run the network twice.
@@ -46,7 +50,7 @@ class SampleJob:
         progress_every: steps between progress reports; None for none.
     """
 
-    context: Float32
+    context: Context
     embedding: Float32
     table: SamplerTable
     guidance_scale: float = AS_TRAINED
@@ -82,11 +86,11 @@ class Sampled:
     """A finished sample.
 
     Attributes:
-        latent: (1, 3, T, h, w) float32, finite; owned by the receiver.
+        latent: owned by the receiver; on the host it is finite, on a device decoding checks it.
         timings: where the time went.
     """
 
-    latent: Float32
+    latent: Latent
     timings: Timings
 
 
@@ -97,13 +101,13 @@ class Callbacks:
     Attributes:
         done: called with the sample.
         error: called with the reason, instead of `done`.
-        preview: called with the steps done and the x0 estimate (1, 3, T, h, w) float32.
+        preview: called with the steps done and the x0 estimate.
         progress: called with the steps done.
         is_cancelled: called by the loop itself; must not block.
     """
 
     done: Callable[[Sampled], None]
     error: Callable[[Exception], None]
-    preview: Callable[[int, Float32], None] | None = None
+    preview: Callable[[int, Latent], None] | None = None
     progress: Callable[[int], None] | None = None
     is_cancelled: Callable[[], bool] | None = None

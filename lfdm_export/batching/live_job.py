@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lfdm_export.batching.jobs import Callbacks, Float32, SampleJob, Timings
+from lfdm_export.batching.jobs import Callbacks, Float32, Latent, SampleJob, Timings
 
 
 @dataclass(eq=False)
@@ -23,7 +23,8 @@ class LiveJob:
         ticks_before: ticks that had begun before submission.
         step: steps done.
         joined: start of the first step; None while the job waits for it.
-        latent, history: its state (3, T, h, w) and (2, 3, T, h, w) while it is in no slot.
+        latent, history: its state on the host (3, T, h, w) and (2, 3, T, h, w) while it is in no slot; in the end its
+            latent.
         next_noise: the draw of its next step, started early; None if the step draws none, or no draw was started.
         cancel_requested: whether the job was cancelled.
         asked: time of the last call of `is_cancelled`.
@@ -38,13 +39,13 @@ class LiveJob:
     ticks_before: int
     step: int = 0
     joined: float | None = None
-    latent: Float32 | None = None
+    latent: Latent | None = None
     history: Float32 | None = None
     next_noise: Future[Float32] | None = None
     cancel_requested: bool = False
     asked: float = -np.inf
     ended: bool = False
-    previews: deque[tuple[int, Float32]] = field(default_factory=lambda: deque(maxlen=1))
+    previews: deque[tuple[int, Latent]] = field(default_factory=lambda: deque(maxlen=1))
 
     @property
     def steps_left(self) -> int:

@@ -1,10 +1,8 @@
-"""The rows of the batch of one stage: which job has which row, and one step of all jobs. NumPy only."""
+"""The rows of the batch of one stage in arrays of the host, and one step of all jobs. NumPy only."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +11,7 @@ from numpy.typing import NDArray
 from lfdm_export.batching.jobs import Float32
 from lfdm_export.batching.live_job import LiveJob
 from lfdm_export.batching.noise_ahead import NoiseAhead
+from lfdm_export.batching.seating import Ran, Seating, step_index
 from lfdm_export.sampling.noise import START
 from lfdm_export.stages import COEFFICIENTS, Geometry
 
@@ -24,20 +23,11 @@ class Stages(Protocol):
         """Run one stage on its inputs, in the order of its `StageSpec`; it never writes to its outputs again."""
 
 
-@dataclass(frozen=True)
-class Ran:
-    """Seconds of a step in the engine, and of drawing its noise (for new jobs also their start)."""
-
-    engine: float
-    noise: float
-
-
-class Rows:
+class Rows(Seating):
     """A batch of `step` or `step_guided`.
 
     Constant inputs of a job are written when it joins. Latent and history are the engine's own outputs of the step
-    before, passed back unchanged: rows are copied only when a job joins or leaves. The first rows are the ones in use;
-    the row of a job that leaves goes to a new job, else to the job in the last row.
+    before, passed back unchanged: rows are copied only when a job joins or leaves.
     """
 
     def __init__(
@@ -64,6 +54,7 @@ class Rows:
             guided: whether the stage has a guidance scale as input.
             fixed_batch: run all slots each time; unused rows hold zeros, and remain zero.
         """
+        super().__init__()
         self._stages, self._stage, self._null, self._ahead = stages, stage, null_embedding, noise
         self._guided, self._fixed, self._slots = guided, fixed_batch, slots
         side = geometry.latent_size
@@ -78,30 +69,6 @@ class Rows:
         self._noise = np.zeros((slots, *self._shape), np.float32)
         self._coefficients = np.zeros((slots, COEFFICIENTS), np.float32)
         self._drawing = 0.0
-        #: The jobs in rows 0, 1, …
-        self.jobs: list[LiveJob] = []
-
-    def seat(self, jobs: Sequence[LiveJob]) -> None:
-        """Give the rows to exactly these jobs; a job that leaves keeps its state, unless it has ended.
-
-        Args:
-            jobs: at most as many as slots, in any order; jobs that have a row keep it.
-        """
-        wanted = set(jobs)
-        free = [row for row, job in enumerate(self.jobs) if job not in wanted]
-        seated = set(self.jobs)
-        coming = [job for job in jobs if job not in seated]
-        if not free and not coming:
-            return
-        for row in free:
-            self._save(row)
-        count = len(self.jobs) + max(0, len(coming) - len(free))
-        self._own(max(count, self._slots if self._fixed else 0))
-        for job in coming:
-            row = free.pop(0) if free else len(self.jobs)
-            self._sit(job, row)
-        for row in reversed(free):  # from the back, so that the last row is never free itself
-            self._move(len(self.jobs) - 1, row)
 
     def step(self) -> Ran:
         """One step of every job in a row.
@@ -111,7 +78,7 @@ class Rows:
         """
         for row, live in enumerate(self.jobs):
             table = live.job.table
-            index = min(live.step, table.steps - 1)  # a finished job in a batch of constant size repeats its last
+            index = step_index(live)
             self._timestep[row], self._coefficients[row] = table.timesteps[index], table.coefficients[index]
             if table.draws_noise[index]:
                 self._noise[row] = self._draw(live, index)
@@ -168,44 +135,39 @@ class Rows:
         self._drawing += time.perf_counter() - started
         return drawn
 
-    def _own(self, count: int) -> None:
-        """Make the state writable, with at least `count` rows: engine outputs have as many rows as the inputs."""
-        if not (self._latent.flags.writeable and self._history.flags.writeable and len(self._latent) >= count):
+    def _reserve(self, count: int) -> None:
+        """Make the state writable, with enough rows: engine outputs have as many rows as the inputs."""
+        needed = max(count, self._slots if self._fixed else 0)
+        if not (self._latent.flags.writeable and self._history.flags.writeable and len(self._latent) >= needed):
             rows = len(self.jobs)
             self._latent_home[:rows], self._history_home[:rows] = self._latent[:rows], self._history[:rows]
             self._latent, self._history = self._latent_home, self._history_home
 
     def _save(self, row: int) -> None:
         job = self.jobs[row]
-        if not job.ended:
-            job.latent, job.history = self._latent[row].copy(), self._history[row].copy()
+        job.latent, job.history = self._latent[row].copy(), self._history[row].copy()
 
     def _sit(self, live: LiveJob, row: int) -> None:
         job = live.job
-        if live.latent is None or live.history is None:
-            self._latent[row], self._history[row] = self._draw(live, START), 0
-        else:
+        assert isinstance(job.context, np.ndarray), "the context is on a device"
+        if live.latent is not None and live.history is not None:
             self._latent[row], self._history[row] = live.latent, live.history
+        else:
+            self._latent[row], self._history[row] = self._draw(live, START), 0
         live.latent = live.history = None
         self._context[row] = job.context[0]
         self._embedding[row] = self._null if job.guidance_scale == 0.0 else job.embedding
         self._guidance[row] = job.guidance_scale
         self._noise[row] = 0
-        if row < len(self.jobs):
-            self.jobs[row] = live
-        else:
-            self.jobs.append(live)
 
-    def _move(self, source: int, target: int) -> None:
-        """Move the last job to row `target`, and clear its old row."""
-        if source != target:
-            for array in self._arrays():
-                array[target] = array[source]
-            self.jobs[target] = self.jobs[source]
+    def _copy(self, source: int, target: int) -> None:
+        for array in self._arrays():
+            array[target] = array[source]
+
+    def _empty(self, row: int) -> None:
         if self._fixed:  # with coefficients of 0 a row of zeros gives zeros
             for array in self._arrays():
-                array[source] = 0
-        self.jobs.pop()
+                array[row] = 0
 
     def _arrays(self) -> tuple[NDArray[Any], ...]:
         """All arrays with one row per job."""

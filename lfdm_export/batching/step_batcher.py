@@ -6,11 +6,9 @@ both branches of guidance run through `step_guided`, the others through `step`, 
 twice as much on a CPU (29 against 16 ms per step of the small model), so one graph for all jobs would double the cost
 of jobs without it. NumPy only; independent of servers.
 
-Number of slots: as many as batching makes cheaper. On a CPU, batching saves nothing: a step of the small model takes
-15.8 ms of processor time for one sample, 14.8 ms per sample for four, 16.0 for eight, 17.2 for sixteen. More slots then
-only delay all jobs; one slot, which always works on the job that is due first, gives the best tail latency and the most
-clips within their deadlines. On a GPU, where small batches should cost hardly more than one sample, start with 8; this
-is not measured.
+Number of slots: as many as batching makes cheaper, which `lfdm_export.batching.slots` decides from measured steps. On a
+CPU, where batching saves nothing, one slot, which always works on the job that is due first, gives the best tail
+latency and the most clips within their deadlines.
 """
 
 from __future__ import annotations
@@ -21,17 +19,21 @@ import time
 from collections.abc import Callable
 from dataclasses import fields
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
 from lfdm_export.batching.delivery import Delivery
-from lfdm_export.batching.jobs import Callbacks, Float32, QueueFullError, Sampled, SampleJob, StoppingError
+from lfdm_export.batching.device_rows import DeviceRows
+from lfdm_export.batching.jobs import Callbacks, Float32, Latent, QueueFullError, Sampled, SampleJob, StoppingError
 from lfdm_export.batching.live_job import LiveJob
 from lfdm_export.batching.noise_ahead import NoiseAhead
 from lfdm_export.batching.observer import Observer, Stats, tell
 from lfdm_export.batching.order import DueFirst, Policy
 from lfdm_export.batching.rows import Rows, Stages
+from lfdm_export.batching.seating import Seating
 from lfdm_export.batching.step_loop import Counts, StepLoop
+from lfdm_export.engines.device_chain import DeviceChain, DeviceEncoded
 from lfdm_export.errors import EngineError, InputError
 from lfdm_export.protocol.contract import DRAINING_MESSAGE, QUEUE_FULL_MESSAGE
 from lfdm_export.sampling.noise import check_seeds
@@ -81,7 +83,7 @@ class StepBatcher:
 
     def __init__(
         self,
-        stages: Stages,
+        stages: Stages | DeviceChain[Any],
         geometry: Geometry,
         null_embedding: Float32,
         *,
@@ -95,7 +97,8 @@ class StepBatcher:
         """Start the loop.
 
         Args:
-            stages: runs `step` and `step_guided`; used by the loop thread only.
+            stages: runs `step` and `step_guided`; used by the loop thread only. With a chain on a device the states
+                stay there, jobs have an encoding there as their context, and their results are there.
             geometry: geometry of the bundle.
             null_embedding: (text_width,) float32, from the bundle.
             slots: maximum number of samples per step; the module docstring says how many.
@@ -111,25 +114,22 @@ class StepBatcher:
         _check_options(slots, queue_limit, fixed_batch, geometry)
         self._geometry, self._slots, self._limit = geometry, slots, slots + queue_limit
         self._observer, self._clock = observer, clock
+        self._most_steps = stages.most_steps if isinstance(stages, DeviceChain) else None
         side = geometry.latent_size
         self._noise = NoiseAhead((3, geometry.frames, side, side))
-        unguided, guided = (
-            Rows(
-                stages,
-                stage,
-                geometry,
-                null_embedding,
-                slots,
-                self._noise,
-                guided=stage == GUIDED,
-                fixed_batch=fixed_batch,
+
+        def rows(stage: str) -> Seating:
+            if isinstance(stages, DeviceChain):
+                return DeviceRows(stages, stage, null_embedding, slots, fixed_batch=fixed_batch)
+            guided = stage == GUIDED
+            return Rows(
+                stages, stage, geometry, null_embedding, slots, self._noise, guided=guided, fixed_batch=fixed_batch
             )
-            for stage in (UNGUIDED, GUIDED)
-        )
+
         self._delivery = Delivery("lfdm-delivery")
         self._loop = StepLoop(
-            unguided,
-            guided,
+            rows(UNGUIDED),
+            rows(GUIDED),
             slots=slots,
             policy=policy or DueFirst(),
             deliver=self._deliver,
@@ -152,7 +152,7 @@ class StepBatcher:
         *,
         on_done: Callable[[Sampled], None],
         on_error: Callable[[Exception], None],
-        on_preview: Callable[[int, Float32], None] | None = None,
+        on_preview: Callable[[int, Latent], None] | None = None,
         on_progress: Callable[[int], None] | None = None,
         is_cancelled: Callable[[], bool] | None = None,
     ) -> Ticket:
@@ -164,7 +164,7 @@ class StepBatcher:
             on_error: called with the reason for a failure: `RequestCancelledError`, `DeadlineExceededError` (the
                 deadline has passed, or is too near for the remaining steps at the fastest recent pace),
                 `StoppingError`, or another error.
-            on_preview: called with the steps done and the x0 estimate (1, 3, T, h, w) float32 after every
+            on_preview: called with the steps done and the x0 estimate after every
                 `preview_every` steps except the last; a slow receiver gets the newest and skips older ones.
             on_progress: called with the steps done after every `progress_every` steps.
             is_cancelled: called by the loop before each step of the job; must return immediately.
@@ -247,15 +247,23 @@ class StepBatcher:
     def _check(self, job: SampleJob) -> None:
         geometry = self._geometry
         side = geometry.latent_size
-        for name, array, shape in (
-            ("context", job.context, (1, geometry.context_channels, side, side)),
-            ("embedding", job.embedding, (geometry.text_width,)),
-        ):
+        given: list[tuple[str, Float32, tuple[int, ...]]] = [("embedding", job.embedding, (geometry.text_width,))]
+        if (self._most_steps is not None) != isinstance(job.context, DeviceEncoded):
+            where = "the host" if self._most_steps is None else "the device of the sampler"
+            raise InputError(f"context: found {type(job.context).__name__}, expected an encoding on {where}")
+        if not isinstance(job.context, DeviceEncoded):
+            given.insert(0, ("context", job.context, (1, geometry.context_channels, side, side)))
+        for name, array, shape in given:
             if array.dtype != np.float32 or array.shape != shape:
                 raise InputError(f"{name}: found {array.dtype} {array.shape}, expected float32 {shape}")
             if not np.isfinite(array).all():
                 raise InputError(f"{name}: found values that are not finite, expected finite ones; make it again")
         job.table.check()
+        if self._most_steps is not None and job.table.steps > self._most_steps:
+            raise InputError(
+                f"steps: found {job.table.steps}, expected at most {self._most_steps}, the training steps of the "
+                "model; ask for fewer"
+            )
         finite_number(job.guidance_scale, "guidance_scale")
         check_seeds([job.seed])
         for name, every in (("preview_every", job.preview_every), ("progress_every", job.progress_every)):

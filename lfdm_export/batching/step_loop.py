@@ -14,7 +14,7 @@ from lfdm_export.batching.jobs import DeadlineExceededError, Outcome, Sampled
 from lfdm_export.batching.live_job import LiveJob
 from lfdm_export.batching.observer import Observer, Tick, tell
 from lfdm_export.batching.order import Policy, Queue
-from lfdm_export.batching.rows import Ran, Rows
+from lfdm_export.batching.seating import Ran, Seating
 from lfdm_export.errors import EngineError, LfdmExportError
 from lfdm_export.protocol.contract import DEADLINE_MESSAGE, RequestCancelledError
 
@@ -51,8 +51,8 @@ class StepLoop:
 
     def __init__(
         self,
-        unguided: Rows,
-        guided: Rows,
+        unguided: Seating,
+        guided: Seating,
         *,
         slots: int,
         policy: Policy,
@@ -176,13 +176,14 @@ class StepLoop:
             alone = [self._step_rows(guided, [live]) for live in jobs]
             return Ran(sum(one.engine for one in alone), sum(one.noise for one in alone))
         recent = self._recent[guided]
-        recent.append(ran.engine + ran.noise)
-        self.pace[guided] = min(recent)
+        if ran.engine:  # a device reports the step before, if any
+            recent.append(ran.engine + ran.noise)
+            self.pace[guided] = min(recent)
         for row, (live, finite) in enumerate(zip(rows.jobs, rows.finite(), strict=True)):
             self._after_step(live, rows, row, finite)
         return ran
 
-    def _fail(self, rows: Rows, jobs: list[LiveJob], error: Exception) -> Ran:
+    def _fail(self, rows: Seating, jobs: list[LiveJob], error: Exception) -> Ran:
         """End these jobs and all others in the rows."""
         wrapped = error if isinstance(error, LfdmExportError) else EngineError(f"a step failed: {error!r}")
         for live in {*jobs, *rows.jobs}:
@@ -191,7 +192,7 @@ class StepLoop:
         rows.clear()
         return Ran(0.0, 0.0)
 
-    def _after_step(self, live: LiveJob, rows: Rows, row: int, finite: bool) -> None:
+    def _after_step(self, live: LiveJob, rows: Seating, row: int, finite: bool) -> None:
         job, callbacks = live.job, live.callbacks
         if live.ended:
             return

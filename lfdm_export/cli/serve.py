@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from lfdm_export.cli.console import OK, add_common_options, make_parser, run, say
@@ -23,7 +26,9 @@ from lfdm_export.serving.server.supervisor import TritonServer, wait_for_signal
 from lfdm_export.serving.triton.settings import ServingSettings
 
 if TYPE_CHECKING:
+    from lfdm_export.batching.slots import Curve
     from lfdm_export.bundle.reader import Bundle
+    from lfdm_export.generate.stage_runner import StageRunner
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +120,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     settings, limits = ServingSettings(), Limits()
     sampler = parser.add_argument_group("sampler")
     sampler.add_argument(
-        "--slots", type=int, default=settings.slots, metavar="N", help="clips per step (default: %(default)s)"
+        "--slots", type=int, metavar="N", help="clips per step (default: as many as pay, by a measurement at the start)"
     )
     sampler.add_argument(
         "--queue",
@@ -168,6 +173,7 @@ def _serve(args: argparse.Namespace) -> int:
         if args.bundle is None:
             return OK
     from lfdm_export.bundle.reader import Bundle
+    from lfdm_export.serving.step_curve import described
     from lfdm_export.serving.triton.repository import write_repository
 
     options, settings = _server_options(args), _settings(args)
@@ -177,6 +183,9 @@ def _serve(args: argparse.Namespace) -> int:
     files = find_server(args.tritonserver)
     options = options.with_ports()
     say(args, f"target   {choice.target}: {choice.reason}")
+    if args.slots is None:
+        settings, curve = settle_slots(bundle, settings)
+        say(args, f"slots    {settings.slots}: a step takes {described(curve)}")
     with run_folder() as folder:
         repository = write_repository(bundle, folder / "repository", settings=settings, copy_bundle=False)
         with TritonServer(files, repository, options) as server:
@@ -208,16 +217,50 @@ def settle_target(bundle: Bundle, settings: ServingSettings) -> tuple[ServingSet
     Raises:
         EngineError: no target runs the bundle; or the target of the settings is not available, or gives wrong results.
     """
+    runner = _runner(bundle, settings)
+    choice = runner.choice
+    settled = replace(
+        settings, target=choice.target or AUTO, on_device=settings.on_device or runner.prefers_device, self_check=False
+    )
+    return settled, choice
+
+
+def settle_slots(bundle: Bundle, settings: ServingSettings) -> tuple[ServingSettings, Curve]:
+    """Choose the number of slots by what a step takes on this machine, once for all models.
+
+    Args:
+        bundle: the bundle.
+        settings: the result of `settle_target`.
+
+    Raises:
+        EngineError: an engine cannot be loaded or fails.
+    """
+    if settings.on_device:  # in a process of its own, whose end frees the device for the server
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            slots, curve = pool.submit(_slots, bundle.path, settings).result()
+    else:
+        slots, curve = _slots(bundle, settings)
+    return replace(settings, slots=slots), curve
+
+
+def _slots(bundle: Bundle | Path, settings: ServingSettings) -> tuple[int, Curve]:
+    from lfdm_export.bundle.reader import Bundle
+    from lfdm_export.serving.step_curve import measured_slots
+
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, check_hashes=False)
+    return measured_slots(_runner(opened, settings), on_device=settings.on_device)
+
+
+def _runner(bundle: Bundle, settings: ServingSettings) -> StageRunner:
     from lfdm_export.generate.stage_runner import StageRunner
 
-    choice = StageRunner(
+    return StageRunner(
         bundle,
         threads=settings.threads or None,
         device=cast(Device, settings.device),
         target=settings.target,
         self_check=settings.self_check,
-    ).choice
-    return replace(settings, target=choice.target or AUTO, self_check=False), choice
+    )
 
 
 def _announce(args: argparse.Namespace, bundle: Bundle, server: TritonServer) -> None:
@@ -258,7 +301,7 @@ def _settings(args: argparse.Namespace) -> ServingSettings:
     if args.threads < 0:
         raise InputError(f"--threads is {args.threads}, expected 1 or more, or 0 for all cores")
     return ServingSettings(
-        slots=args.slots,
+        slots=1 if args.slots is None else args.slots,
         queue_limit=args.queue,
         policy=args.policy,
         fixed_batch=args.fixed_batch,

@@ -8,10 +8,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from lfdm_export.engines.device import DeviceMemoryError
 from lfdm_export.errors import EngineError
 
 #: Address in GPU memory.
@@ -40,6 +41,9 @@ SIGNATURES: Mapping[str, tuple[Any, ...]] = {
     "cuMemFree_v2": (_device_pointer,),
     "cuMemAllocHost_v2": (_out_handle, _size),
     "cuMemFreeHost": (_handle,),
+    "cuModuleLoadDataEx": (_out_handle, _handle, _uint, _handle, _handle),
+    "cuModuleGetFunction": (_out_handle, _handle, ctypes.c_char_p),
+    "cuLaunchKernel": (_handle, *[_uint] * 7, _handle, _handle, _handle),
     "cuMemcpyHtoDAsync_v2": (_device_pointer, _handle, _size, _handle),
     "cuMemcpyDtoHAsync_v2": (_handle, _device_pointer, _size, _handle),
     "cuMemcpyDtoDAsync_v2": (_device_pointer, _device_pointer, _size, _handle),
@@ -64,7 +68,7 @@ _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 _NON_BLOCKING, _NO_TIMING = 1, 2
 # During capture, only calls of the capturing thread are refused.
 _CAPTURE_THREAD_LOCAL = 1
-_NO_DEVICE = 100
+_OUT_OF_MEMORY, _NO_DEVICE = 2, 100
 
 
 @dataclass(frozen=True)
@@ -114,11 +118,12 @@ class CudaDriver:
         """Call a function by name.
 
         Raises:
-            EngineError: the driver reports an error.
+            EngineError: the driver reports an error; `DeviceMemoryError` if memory is lacking.
         """
         code = getattr(self._library, name)(*arguments)
         if code:
-            raise EngineError(f"the GPU's driver failed in {name}: {self._describe(code)}")
+            kind = DeviceMemoryError if code == _OUT_OF_MEMORY else EngineError
+            raise kind(f"the GPU's driver failed in {name}: {self._describe(code)}")
 
     def gpus(self) -> tuple[Gpu, ...]:
         """All visible GPUs, as ``CUDA_VISIBLE_DEVICES`` selects them.
@@ -202,6 +207,23 @@ class CudaDriver:
     def clear(self, target: DevicePointer, size: int, stream: Handle) -> None:
         """Queue setting `size` bytes to zero."""
         self.call("cuMemsetD8Async", target, 0, size, stream)
+
+    def load_kernel(self, ptx: str, name: str) -> Handle:
+        """Compile the text of a kernel for the GPU; it stays loaded as long as the process runs.
+
+        Raises:
+            EngineError: the driver rejects it.
+        """
+        module = self._made("cuModuleLoadDataEx", ptx.encode(), 0, None, None)
+        return self._made("cuModuleGetFunction", module, name.encode())
+
+    def launch_kernel(
+        self, function: Handle, grid: tuple[int, int, int], threads: int, arguments: Sequence[Any], stream: Handle
+    ) -> None:
+        """Queue a kernel from `load_kernel`; each argument is a value of `ctypes` with the type of the parameter."""
+        # The driver takes the address of each, and copies the values.
+        addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        self.call("cuLaunchKernel", function, *grid, threads, 1, 1, 0, stream, addresses, None)
 
     def create_stream(self) -> Handle:
         """Create a stream that does not wait for the default one."""

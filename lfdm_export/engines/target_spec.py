@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from lfdm_export.engines.cuda_driver import Gpu
 from lfdm_export.errors import InputError
 
 if TYPE_CHECKING:
     from lfdm_export.bundle.reader import Bundle
+    from lfdm_export.engines.device_chain import DeviceChain
     from lfdm_export.engines.interface import ClipMaker, Engine
 
 #: The name of a target; `lfdm_export.engines.targets` lists them all.
@@ -54,6 +55,8 @@ class Machine:
 Loader: TypeAlias = Callable[["Bundle", str, int | None, str], "Engine"]
 #: Prepares whole clips of a bundle, for a sampling stage, a batch size and threads; None: single stages only.
 ClipMakerLoader: TypeAlias = Callable[["Bundle", str, int, int | None], "ClipMaker | None"]
+#: Prepares clips of a bundle that stay on the device, for threads on a CPU; raises as a `Loader` does.
+DeviceChainLoader: TypeAlias = Callable[["Bundle", int | None], "DeviceChain[Any]"]
 #: Why a target with its packages installed lacks a supported precision, for a purpose on a machine; "" if it does not.
 #: The last argument is the GPU architectures to build plans for; None for the default of the target.
 Lacks: TypeAlias = Callable[[Purpose, str, Machine, Collection[str] | None], str]
@@ -83,6 +86,7 @@ class TargetSpec:
         builds_anywhere: whether its plans can be built without a GPU.
         lacks: what else it lacks, and where.
         clip_maker: makes whole clips, if it can.
+        device_chain: keeps clips of different steps on its device, if it can.
         first_in: precisions in which "auto" tries it before other targets that run graphs.
         auto_on_cpu: whether "auto" also uses it on a machine without a GPU.
         note: note in the table of targets, Markdown.
@@ -102,6 +106,7 @@ class TargetSpec:
     builds_anywhere: bool = False
     lacks: Lacks = _lacks_nothing
     clip_maker: ClipMakerLoader | None = None
+    device_chain: DeviceChainLoader | None = None
     first_in: tuple[str, ...] = ()
     auto_on_cpu: bool = True
     note: str = ""

@@ -5,19 +5,21 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.bundle.reader import Bundle
+from lfdm_export.engines.cuda_driver import find_gpus
+from lfdm_export.engines.device_chain import DeviceChain
 from lfdm_export.engines.held import held_targets
 from lfdm_export.engines.interface import ClipMaker, Engine, KeepsState, StateLoop
 from lfdm_export.engines.onnxruntime.target import Device
 from lfdm_export.engines.self_check import is_enabled
 from lfdm_export.engines.self_check_choice import choose_checked
 from lfdm_export.engines.target_spec import Target
-from lfdm_export.engines.targets import AUTO, Choice, check_target_name, device_target, find_targets, spec_of
+from lfdm_export.engines.targets import AUTO, TARGETS, Choice, check_target_name, device_target, find_targets, spec_of
 from lfdm_export.errors import EngineError
 from lfdm_export.machine import available_cores, package_versions, processor_facts
 from lfdm_export.sampling.loop import sample as run_loop
@@ -250,6 +252,27 @@ class StageRunner:
         if key not in self._makers:
             self._makers[key] = prepare(self.bundle, stage, batch, self._threads)
         return self._makers[key]
+
+    @functools.cached_property
+    def device_chain(self) -> DeviceChain[Any]:
+        """Encode, sampling steps and decode on the device of the target, where clips stay.
+
+        Raises:
+            EngineError: the target keeps no clips on a device, or a stage cannot be prepared there.
+        """
+        prepare = spec_of(self.target).device_chain
+        if prepare is None:
+            able = [spec.name for spec in TARGETS if spec.device_chain is not None]
+            raise EngineError(
+                f"the target {self.target!r} keeps no clips on a device; take one of {', '.join(able)}, or turn "
+                "on_device off"
+            )
+        return prepare(self.bundle, self._threads)
+
+    @property
+    def prefers_device(self) -> bool:
+        """Whether clips are better kept on the device: there is a GPU, and the target can."""
+        return spec_of(self.target).device_chain is not None and bool(find_gpus()[0])
 
     def state(self) -> str:
         """The target and the loaded stages, in one line; this loads and decides nothing."""

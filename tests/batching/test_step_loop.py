@@ -7,13 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lfdm_export.batching.device_rows import DeviceRows
 from lfdm_export.batching.jobs import Callbacks, DeadlineExceededError, SampleJob
 from lfdm_export.batching.live_job import LiveJob
 from lfdm_export.batching.noise_ahead import NoiseAhead
 from lfdm_export.batching.observer import Tick
 from lfdm_export.batching.order import PRIORITY_SECONDS, STRETCH, DueFirst, Policy
 from lfdm_export.batching.rows import Rows
+from lfdm_export.batching.seating import Seating
 from lfdm_export.batching.step_loop import StepLoop
+from lfdm_export.engines.device_chain import DeviceChain
 from lfdm_export.errors import EngineError
 from lfdm_export.protocol.contract import RequestCancelledError
 from tests.fake_bundle import GEOMETRY, NULL
@@ -23,11 +26,21 @@ from tests.sampler_fakes import SHAPE, Answers, Clock, Events, NumpyStages, expe
 class Sampler:
     """A loop whose steps the test takes, each lasting one second; `pace` is what it believes a step lasts."""
 
-    def __init__(self, *, slots: int = 1, policy: Policy | None = None, fixed_batch: bool = False, pace: float = 0.0):
+    def __init__(
+        self,
+        *,
+        slots: int = 1,
+        policy: Policy | None = None,
+        fixed_batch: bool = False,
+        pace: float = 0.0,
+        chain: DeviceChain[Any] | None = None,
+    ):
         self.stages, self.clock, self.answers, self.events = NumpyStages(), Clock(), Answers(), Events()
         noise = NoiseAhead(SHAPE)
-        rows = [
+        rows: list[Seating] = [
             Rows(self.stages, stage, GEOMETRY, NULL, slots, noise, guided=guided, fixed_batch=fixed_batch)
+            if chain is None
+            else DeviceRows(chain, stage, NULL, slots, fixed_batch=fixed_batch)
             for stage, guided in (("step", False), ("step_guided", True))
         ]
         self.loop = StepLoop(
@@ -313,6 +326,7 @@ def test_a_job_that_is_not_finite_any_more_fails_alone(fixed_batch: bool):
     sampler.tick(2)
     bad.context[...] = np.nan  # a mistake of the engine, as it were
     rows = sampler.loop._rows[False]
+    assert isinstance(rows, Rows)
     rows._context[rows.jobs.index(sampler.jobs["bad"])] = np.nan
     sampler.tick()
     assert list(sampler.answers.errors) == ["bad"]

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from lfdm_export.ops.cuda.host import THREAD_ORDERS, HostKernels, build
 from lfdm_export.ops.cuda.source import ROOT, Storage
+from lfdm_export.ops.pictures.kernels import not_finite_kernel, not_finite_launch, pictures_kernel, pictures_launch
 from lfdm_export.ops.thresholded_step import kernels as step_kernels
 from lfdm_export.ops.thresholded_step.kernels import STORAGES, noise_kernel, noise_launch, step_kernel, step_launch
 from lfdm_export.ops.thresholded_step.reference import thresholded_step_in_torch
 from lfdm_export.ops.warp.kernels import Layout, warp_kernel, warp_launch
 from lfdm_export.ops.warp.reference import warp_blend_in_torch, warp_in_torch
+from lfdm_export.pictures.preprocess import to_uint8
 from lfdm_export.sampling import rows
 from lfdm_export.sampling.loop import apply_step, quantile_rank
 from lfdm_export.sampling.noise import START, noise_for
@@ -428,12 +430,37 @@ def test_columns_are_the_sampler_tables() -> None:
 def test_noise_is_that_of_the_host(host: HostKernels, step: int, count: int) -> None:
     seeds = [0, 12345, 2**64 - 1]
     found = np.full((len(seeds), count), np.nan, np.float32)
-    inputs = [np.array(seeds, np.uint64), np.array([step], np.int64)]
+    steps = [step, 3, step]  # each sample has its own
+    inputs = [np.array(seeds, np.uint64), np.array(steps, np.int64)]
     host.run(noise_kernel().name, noise_launch(count, len(seeds)), addresses(inputs), addresses([found]))
-    expected = noise_for(seeds, step, (count,))
+    expected = np.concatenate([noise_for([seed], at, (count,)) for seed, at in zip(seeds, steps, strict=True)])
     np.testing.assert_array_max_ulp(found, expected, maxulp=1)
     # Mathematical libraries differ in one value of 10^8 or so.
     assert (found != expected).mean() < 1e-5
+
+
+# -- pictures
+
+
+def test_pictures_are_those_of_the_host(host: HostKernels) -> None:
+    images = np.random.default_rng(0).uniform(-0.2, 1.2, (2, 3, 4, 5, 9)).astype(np.float32)
+    images[0, :, 0, 0, :4] = [0.0, 1.0, -0.0, np.nextafter(np.float32(1), np.float32(0))]
+    found, flag = np.full((2, 4, 5, 9, 3), 7, np.uint8), np.zeros(1, np.uint32)
+    launch = pictures_launch(4 * 5 * 9, 2)
+    host.run(pictures_kernel().name, launch, addresses([images]), addresses([found, flag]))
+    np.testing.assert_array_equal(found, to_uint8(images))
+    assert flag[0] == 0
+    images[1, 2, 3, 4, 8] = np.inf
+    host.run(pictures_kernel().name, launch, addresses([images]), addresses([found, flag]))
+    assert flag[0] == 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, np.finfo(np.float32).max])
+def test_one_value_that_is_not_finite_is_found(host: HostKernels, value: float) -> None:
+    values, flag = np.ones(1000, np.float32), np.zeros(1, np.uint32)
+    values[-1] = value
+    host.run(not_finite_kernel().name, not_finite_launch(1000), addresses([values]), addresses([flag]))
+    assert bool(flag[0]) != np.isfinite(value)
 
 
 # -- memory

@@ -131,11 +131,12 @@ def test_the_configuration_has_the_bundles_facts_for_clients(tmp_path: Path, bun
         assert ModelFacts.from_json(text) == ModelFacts.of(bundle.manifest)
 
 
-@pytest.mark.parametrize("engines", ["python", "onnxruntime"])
+@pytest.mark.parametrize(("engines", "on_device"), [("python", False), ("python", True), ("onnxruntime", False)])
 @pytest.mark.parametrize("sizes", ["open", "exact"])
-def test_the_ensemble_is_a_whole_graph(engines: Any, sizes: str):
+def test_the_ensemble_is_a_whole_graph(engines: Any, sizes: str, on_device: bool):
     """Every step's required input is the ensemble's or an earlier step's output, of the same type and matching axes."""
-    configs = model_configs(GEOMETRY if sizes == "exact" else None, ServingSettings(), engines=engines)
+    settings = ServingSettings(on_device=on_device)
+    configs = model_configs(GEOMETRY if sizes == "exact" else None, settings, engines=engines)
     clip = configs[CLIP_MODEL]
     tensors = {tensor.name: tensor for tensor in clip.input}
     for step in clip.ensemble_scheduling.step:

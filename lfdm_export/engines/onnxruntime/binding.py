@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.engines.checks import Array, check_feeds
+from lfdm_export.engines.device_batch import STATE
 from lfdm_export.engines.onnxruntime.engine import MEMORY, OnnxRuntimeEngine
 from lfdm_export.engines.onnxruntime.target import Device
 from lfdm_export.errors import EngineError
@@ -21,8 +22,6 @@ from lfdm_export.stages import BATCH, COEFFICIENTS, StageSpec
 
 Float32: TypeAlias = NDArray[np.float32]
 
-#: Outputs of a sampling stage, and the inputs of the next step that they become.
-STATE = {"next_latent": "noisy_latent", "next_history": "history"}
 _EACH_STEP = ("timestep", "noise", "coefficients")
 
 

@@ -23,7 +23,8 @@ PROVIDERS: Mapping[Device, tuple[str, ...]] = {
 
 
 def _load(bundle: Bundle, stage: str, threads: int | None, device: str) -> Engine:
-    from lfdm_export.engines.onnxruntime.binding import STATE, BoundOnnxRuntimeEngine
+    from lfdm_export.engines.device_batch import STATE
+    from lfdm_export.engines.onnxruntime.binding import BoundOnnxRuntimeEngine
     from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 
     path, spec = bundle.stage_path(stage), bundle.stages[stage]

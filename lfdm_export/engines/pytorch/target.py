@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lfdm_export.engines.target_spec import Machine, Purpose, TargetSpec, gpu_lacks
 
 if TYPE_CHECKING:
     from lfdm_export.bundle.reader import Bundle
+    from lfdm_export.engines.device_chain import DeviceChain
     from lfdm_export.engines.interface import ClipMaker, Engine
 
 
@@ -22,6 +23,12 @@ def _clip_maker(bundle: Bundle, stage: str, batch: int, threads: int | None) -> 
     from lfdm_export.engines.pytorch.clips import clip_maker
 
     return clip_maker(bundle, stage, batch, threads=threads)
+
+
+def _device_chain(bundle: Bundle, threads: int | None) -> DeviceChain[Any]:
+    from lfdm_export.engines.pytorch.device import device_chain
+
+    return device_chain(bundle, threads=threads)
 
 
 def _lacks(purpose: Purpose, precision: str, machine: Machine, _gpus: Collection[str] | None) -> str:
@@ -45,6 +52,7 @@ PYTORCH = TargetSpec(
     gpu_precisions=("fp32", "tf32", "fp16", "bf16"),
     lacks=_lacks,
     clip_maker=_clip_maker,
+    device_chain=_device_chain,
     auto_on_cpu=False,  # on a CPU the others are as fast, and need no compiler
     note="of a bundle exported with `--target torch`; compiled where it runs; whole clips without a wait on a GPU",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+import functools
 from collections.abc import Mapping
 from typing import TypeAlias
 
@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.engines.checks import Array
-from lfdm_export.engines.cuda_driver import Handle
-from lfdm_export.engines.tensorrt.gpu_memory import DeviceBuffer, PinnedArray, PinnedRing, byte_count, quietly
+from lfdm_export.engines.cuda_driver import CudaDriver, Handle
+from lfdm_export.engines.device_batch import STATE
+from lfdm_export.engines.tensorrt.captured_run import CapturedRun
+from lfdm_export.engines.tensorrt.gpu_memory import DeviceBuffer, PinnedArray, PinnedRing, byte_count
 from lfdm_export.engines.tensorrt.gpu_session import GpuSession
 from lfdm_export.engines.tensorrt.plan_context import PlanContext
-from lfdm_export.engines.tensorrt.target import TENSORRT_RTX
 from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.stages import StageSpec
 
@@ -31,8 +32,8 @@ class DeviceLoop:
     responsible for the order of calls in a chain.
 
     Between `begin` and `latent` only noise is copied from the host, and nothing waits: noise is drawn into pinned
-    memory while the GPU runs earlier steps. With TensorRT a step, and the copies that make its results the next inputs,
-    are captured once as one CUDA graph; TensorRT for RTX captures its engines itself.
+    memory while the GPU runs earlier steps. A step and the copies that make its results the next inputs are one
+    `CapturedRun`.
     """
 
     def __init__(self, session: GpuSession, context: PlanContext, spec: StageSpec, batch: int) -> None:
@@ -47,7 +48,7 @@ class DeviceLoop:
         Raises:
             EngineError: there is not enough memory.
         """
-        self._session, self._context, self._batch = session, context, batch
+        self._session, self._batch = session, batch
         self._driver, self._stream = self._session.driver, self._session.stream
         self._inputs = {tensor.name: tensor.concrete(batch=batch) for tensor in spec.inputs}
         self._dtypes = {tensor.name: tensor.dtype for tensor in spec.inputs}
@@ -59,8 +60,11 @@ class DeviceLoop:
         self._rows: dict[str, DeviceBuffer] = {}
         self._staging: dict[str, PinnedArray] = {}
         self._noise: PinnedRing | None = None
-        self._graph: Handle | None = None
-        self._silent = self._warm = self._running = False
+        pointers = {name: memory.pointer for name, memory in self._memory.items()}
+        # Without a reference to the loop: it would keep the memory until the garbage collector finds the circle.
+        keep_state = functools.partial(_keep_state, self._driver, self._stream, self._memory)
+        self._advance = CapturedRun(session, context, self._inputs, pointers, keep_state)
+        self._silent = self._running = False
 
     def begin(self, start: Float32, fixed: Mapping[str, Array], table: SamplerTable) -> None:
         """Queue the start of a chain, and drop an incomplete one.
@@ -140,37 +144,6 @@ class DeviceLoop:
         if self._noise is not None:
             self._noise.settle()
 
-    def _advance(self) -> None:
-        """Queue the network, and the copies of its results into the next state; as a graph from the second run on."""
-        if self._context.prepare(self._inputs):
-            self._context.bind({name: memory.pointer for name, memory in self._memory.items()})
-            self._graph, self._warm = None, False
-        if self._session.api.target == TENSORRT_RTX.name or not self._warm:
-            # The first run of TensorRT does work that cannot be captured.
-            self._queue()
-            self._warm = True
-            return
-        if self._graph is None:
-            self._graph = self._captured()
-        self._driver.launch(self._graph, self._stream)
-
-    def _queue(self) -> None:
-        self._context.enqueue()
-        for state, result in (("noisy_latent", "next_latent"), ("history", "next_history")):
-            target, source = self._memory[state], self._memory[result]
-            self._driver.copy(target.pointer, source.pointer, target.size, self._stream)
-
-    def _captured(self) -> Handle:
-        self._driver.begin_capture(self._stream)
-        try:
-            self._queue()
-        except BaseException:
-            quietly(self._driver.abandon_capture, self._stream)
-            raise
-        graph = self._driver.end_capture(self._stream)
-        weakref.finalize(self, quietly, self._driver.destroy_graph, graph).atexit = False
-        return graph
-
     def _upload(self, name: str, target: DeviceBuffer, values: Array) -> None:
         staging = self._staged(name, values.shape, values.dtype)
         staging.array[...] = values
@@ -181,3 +154,10 @@ class DeviceLoop:
         if found is None or found.array.shape != shape:
             found = self._staging[name] = PinnedArray(self._driver, shape, dtype)
         return found
+
+
+def _keep_state(driver: CudaDriver, stream: Handle, memory: Mapping[str, DeviceBuffer]) -> None:
+    """Queue the copies of a step's results into the next state."""
+    for result, name in STATE.items():
+        target = memory[name]
+        driver.copy(target.pointer, memory[result].pointer, target.size, stream)

@@ -98,6 +98,44 @@ class PinnedRing:
         self._turn = (self._turn + 1) % len(self._arrays)
 
 
+class PinnedPool:
+    """Pinned memory for copies of any size: per power of two of bytes two blocks, used in turn."""
+
+    def __init__(self, driver: CudaDriver) -> None:
+        """Start without memory."""
+        self._driver = driver
+        self._blocks: dict[int, list[PinnedArray]] = {}
+        self._busy: dict[int, Handle] = {}
+
+    def upload(self, target: DevicePointer, values: NDArray[Any], stream: Handle) -> None:
+        """Queue a copy of `values`, which may change as soon as this returns.
+
+        Raises:
+            EngineError: there is not enough memory.
+        """
+        block = self._turn(values.nbytes)
+        block.array[: values.nbytes] = np.frombuffer(np.ascontiguousarray(values), np.uint8)
+        self._driver.upload(target, block.address, values.nbytes, stream)
+        self._busy[block.address] = self._driver.record(stream)
+
+    def download(self, source: DevicePointer, size: int, stream: Handle) -> NDArray[np.uint8]:
+        """Queue a copy of `size` bytes; the result is valid when the stream is done, until the next copy but one."""
+        block = self._turn(size)
+        self._driver.download(block.address, source, size, stream)
+        self._busy[block.address] = self._driver.record(stream)
+        return block.array[:size]
+
+    def _turn(self, size: int) -> PinnedArray:
+        capacity = 1 << max(0, size - 1).bit_length()
+        blocks = self._blocks.setdefault(capacity, [])
+        block = PinnedArray(self._driver, (capacity,), np.uint8) if len(blocks) < 2 else blocks.pop(0)
+        blocks.append(block)
+        busy = self._busy.pop(block.address, None)
+        if busy is not None:
+            self._driver.wait(busy)
+        return block
+
+
 def byte_count(shape: tuple[int, ...], dtype: DTypeLike) -> int:
     """Size of an array in bytes."""
     return np.dtype(dtype).itemsize * math.prod(shape)

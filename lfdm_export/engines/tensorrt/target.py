@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lfdm_export.engines.target_spec import FIRST_CAPABILITY, Machine, Purpose, Target, TargetSpec, gpu_lacks
 from lfdm_export.errors import InputError
 
 if TYPE_CHECKING:
     from lfdm_export.bundle.reader import Bundle
+    from lfdm_export.engines.device_chain import DeviceChain
     from lfdm_export.engines.interface import Engine
 
 #: The oldest TensorRT that supports every strongly typed graph of a bundle.
@@ -42,6 +43,12 @@ def _load(target: Target, bundle: Bundle, stage: str, _threads: int | None, _dev
     from lfdm_export.engines.tensorrt.engine import open_engine
 
     return open_engine(bundle, stage, target)
+
+
+def _device_chain(target: Target, bundle: Bundle, _threads: int | None) -> DeviceChain[Any]:
+    from lfdm_export.engines.tensorrt.device import device_chain
+
+    return device_chain(bundle, target)
 
 
 def _tensorrt_lacks(_purpose: Purpose, precision: str, machine: Machine, _gpus: Collection[str] | None) -> str:
@@ -93,6 +100,7 @@ TENSORRT = TargetSpec(
     packages={"tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")},
     takes="plans",
     load=functools.partial(_load, "tensorrt"),
+    device_chain=functools.partial(_device_chain, "tensorrt"),
     gpu_precisions=tuple(FIRST_CAPABILITY),
     bodies="tensorrt",
     lacks=_tensorrt_lacks,
@@ -108,6 +116,7 @@ TENSORRT_RTX = TargetSpec(
     },
     takes="plans",
     load=functools.partial(_load, "tensorrt-rtx"),
+    device_chain=functools.partial(_device_chain, "tensorrt-rtx"),
     gpu_precisions=tuple(FIRST_CAPABILITY),
     bodies="tensorrt",
     builds_anywhere=True,

@@ -36,6 +36,14 @@ class HostKernels:
         self._library = ctypes.CDLL(str(library))
         self._kernels = {kernel.name: kernel for kernel in kernels}
 
+    def kernel(self, name: str) -> Kernel:
+        """The description of a kernel.
+
+        Raises:
+            KeyError: the kernel was not built.
+        """
+        return self._kernels[name]
+
     def run(
         self, name: str, launch: Launch[int], inputs: Sequence[int], outputs: Sequence[int], order: int = 0
     ) -> None:

@@ -23,20 +23,20 @@ def thresholded_step_on_gpu(
     return results
 
 
-def noise_on_gpu(seeds: Tensor, step: Tensor, shape: Sequence[int]) -> Tensor:
+def noise_on_gpu(seeds: Tensor, steps: Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normal noise, generated on the GPU: the same values as `lfdm_export.sampling.noise.noise_for`.
 
-    The step is in the GPU's memory, so that a captured graph can be replayed for every step.
+    The steps are in the GPU's memory, so that a captured graph can be replayed for every step.
 
     Args:
         seeds: (B,) int64 with the bits of the unsigned seeds.
-        step: (1,) int64, from 0; -1 for the start of a chain.
+        steps: (B,) int64, from 0; -1 for the start of a chain; (1,) is the step of all samples.
         shape: shape of one sample.
 
     Returns:
         (B, *shape) float32.
     """
-    noise: Tensor = _noise(seeds, step, list(shape))
+    noise: Tensor = _noise(seeds, steps.expand(len(seeds)), list(shape))
     return noise
 
 
@@ -82,14 +82,14 @@ def _step_results(
     return latent.new_empty(latent.shape), latent.new_empty(history.shape)
 
 
-@torch.library.custom_op("lfdm::noise", mutates_args=(), schema="(Tensor seeds, Tensor step, int[] shape) -> Tensor")
-def _noise(seeds: Tensor, step: Tensor, shape: list[int]) -> Tensor:
-    result: Tensor = _noise_result(seeds, step, shape)
+@torch.library.custom_op("lfdm::noise", mutates_args=(), schema="(Tensor seeds, Tensor steps, int[] shape) -> Tensor")
+def _noise(seeds: Tensor, steps: Tensor, shape: list[int]) -> Tensor:
+    result: Tensor = _noise_result(seeds, steps, shape)
     elements = math.prod(shape)
-    launch(kernels.noise_kernel(), kernels.noise_launch(elements, len(seeds)), [dense(seeds), dense(step)], [result])
+    launch(kernels.noise_kernel(), kernels.noise_launch(elements, len(seeds)), [dense(seeds), dense(steps)], [result])
     return result
 
 
 @_noise.register_fake
-def _noise_result(seeds: Tensor, step: Tensor, shape: list[int]) -> Tensor:
+def _noise_result(seeds: Tensor, steps: Tensor, shape: list[int]) -> Tensor:
     return seeds.new_empty((seeds.shape[0], *shape), dtype=torch.float32)

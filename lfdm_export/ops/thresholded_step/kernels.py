@@ -90,7 +90,7 @@ def step_launch(elements: int, lower_rank: int, weight: float, batch: Size) -> L
 
 
 def noise_kernel() -> Kernel:
-    """Noise(seeds (B,) uint64, step (1,) int64) into (B, …) float32: the values of `sampling.noise.noise_for`."""
+    """Noise(seeds (B,) uint64, steps (B,) int64) into (B, …) float32: the values of `sampling.noise.noise_for`."""
     name = "lfdm_noise"
     return Kernel(name, "thresholded_step/noise.cuh", f"LFDM_NOISE_KERNEL({name})", _NOISE_THREADS, (2, 1), 1)
 

@@ -42,14 +42,14 @@ LFDM_INLINE Words philox(uint64 key, Words counter) {
 // In (0, 1).
 LFDM_INLINE double uniform(uint64 word) { return (double(word >> 12) + 0.5) * 0x1p-52; }
 
-// Grid: Philox blocks, samples. `step` is -1 for the start of a chain.
+// Grid: Philox blocks, samples. A step is -1 for the start of a chain.
 LFDM_INLINE void draw_noise(const Block<NOISE_THREADS>& block, const uint64* LFDM_RESTRICT seeds,
-                            const int64* LFDM_RESTRICT step, int elements, float* LFDM_RESTRICT noise) {
+                            const int64* LFDM_RESTRICT steps, int elements, float* LFDM_RESTRICT noise) {
     block.phase([&](int thread) {
         const int64 index = int64(block.x) * NOISE_THREADS + thread;
         const int64 first = 4 * index;
         if (first >= elements) return;
-        const Words words = philox(seeds[block.y], {{uint64(index) + 1, 0, uint64(step[0] + 1), 0}});
+        const Words words = philox(seeds[block.y], {{uint64(index) + 1, 0, uint64(steps[block.y] + 1), 0}});
         for (int pair = 0; pair < 2; ++pair) {
             const double radius = sqrt(-2.0 * log(uniform(words.word[2 * pair])));
             const double angle = 6.283185307179586 * uniform(words.word[2 * pair + 1]);
@@ -66,7 +66,7 @@ LFDM_INLINE void draw_noise(const Block<NOISE_THREADS>& block, const uint64* LFD
 
 #define LFDM_NOISE_KERNEL(name)                                                                                      \
     LFDM_KERNEL(name, lfdm::NOISE_THREADS)                                                                           \
-    (const lfdm::uint64* LFDM_RESTRICT seeds, const lfdm::int64* LFDM_RESTRICT step, int elements,                   \
+    (const lfdm::uint64* LFDM_RESTRICT seeds, const lfdm::int64* LFDM_RESTRICT steps, int elements,                  \
      float* LFDM_RESTRICT noise) {                                                                                   \
-        lfdm::draw_noise({}, seeds, step, elements, noise);                                                          \
+        lfdm::draw_noise({}, seeds, steps, elements, noise);                                                         \
     }

@@ -22,12 +22,13 @@ class RunningSampler:
     """A `StepBatcher` over a bundle, its metrics, and a watchdog that ends the process if the loop dies."""
 
     def __init__(self, loaded: Loaded) -> None:
-        """Load the engines, run each once, and start the loop."""
+        """Load the engines, run each once, and start the loop; on the device if the settings say so."""
         pipeline, settings, manifest = loaded.pipeline, loaded.settings, loaded.pipeline.bundle.manifest
-        warm_up_steps(loaded)
+        if not settings.on_device:
+            warm_up_steps(loaded)
         self.metrics = Metrics(loaded.interface.name, settings.slots)
         self.batcher = StepBatcher(
-            pipeline.stages,
+            pipeline.stages.device_chain if settings.on_device else pipeline.stages,
             manifest.geometry,
             pipeline.bundle.null_embedding,
             slots=settings.slots,

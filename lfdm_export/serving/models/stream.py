@@ -15,12 +15,9 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from numpy.typing import NDArray
 
-from lfdm_export.batching.jobs import Sampled, SampleJob
-from lfdm_export.generate.decoding import chunk_starts
-from lfdm_export.generate.encoded import Encoded
-from lfdm_export.pictures.preprocess import to_float, to_uint8
+from lfdm_export.batching.jobs import Latent, Sampled, SampleJob
+from lfdm_export.pictures.preprocess import to_float
 from lfdm_export.protocol.contract import (
     QUEUE_FULL_MESSAGE,
     STREAM_INPUTS,
@@ -32,9 +29,8 @@ from lfdm_export.protocol.contract import (
     preview_indices,
 )
 from lfdm_export.protocol.requests import check_request, parse_priority, parse_sampling
+from lfdm_export.serving.models.clips import Clips, DeviceClips, HostClips
 from lfdm_export.serving.models.condition import conditions, warm_up_text
-from lfdm_export.serving.models.decode import warm_up_decode
-from lfdm_export.serving.models.encode import encode, warm_up_encode
 from lfdm_export.serving.models.preprocess import prepared_pixels
 from lfdm_export.serving.models.sampler import RunningSampler
 from lfdm_export.serving.models.stub import Loaded, custom_parameters, deadline, failure, inputs, load, log_error
@@ -49,8 +45,9 @@ class StreamModel:
         """Load all engines, run each once, and start the threads."""
         self._loaded = load(args)
         warm_up_text(self._loaded)
-        warm_up_encode(self._loaded.pipeline)
-        warm_up_decode(self._loaded.pipeline)
+        pipeline = self._loaded.pipeline
+        on_device = self._loaded.settings.on_device
+        self._clips: Clips = DeviceClips(pipeline.stages.device_chain) if on_device else HostClips(pipeline)
         self._sampler = RunningSampler(self._loaded)
         self._preparing = ThreadPoolExecutor(1, "lfdm-prepare")
         self._decoding = ThreadPoolExecutor(1, "lfdm-decode")
@@ -97,6 +94,11 @@ class StreamModel:
         return self._loaded
 
     @property
+    def clips(self) -> Clips:
+        """What encodes and decodes."""
+        return self._clips
+
+    @property
     def sampler(self) -> RunningSampler:
         """The running sampler."""
         return self._sampler
@@ -126,8 +128,8 @@ class _Stream:
         self._priority, self._deadline = urgency
         self._began = time.monotonic()
         self._steps = self._seed = 0
-        self._encoded: Encoded | None = None
-        self._preview: tuple[int, NDArray[np.float32]] | None = None
+        self._encoded: Any = None
+        self._preview: tuple[int, Latent] | None = None
         # Keeps responses in order, and nothing after the last one.
         self._lock, self._over = threading.Lock(), False
 
@@ -150,10 +152,11 @@ class _Stream:
         found = conditions(tensors, loaded)
         reports = parse_sampling(tensors, loaded.settings.limits)
         pixels = prepared_pixels(tensors, loaded)
-        self._encoded = encode(loaded.pipeline, to_float(pixels[None]))
+        clips = self._model.clips
+        self._encoded = clips.encode(to_float(pixels[None]))
         self._steps, self._seed = found.table.steps, found.seed
         job = SampleJob(
-            context=self._encoded.context,
+            context=clips.context(self._encoded),
             embedding=found.embedding,
             table=found.table,
             guidance_scale=found.guidance_scale,
@@ -172,7 +175,7 @@ class _Stream:
             is_cancelled=self._sender.is_cancelled,
         )
 
-    def _on_preview(self, step: int, latent: NDArray[np.float32]) -> None:
+    def _on_preview(self, step: int, latent: Latent) -> None:
         """Keep the newest estimate for when the decoding thread has time."""
         with self._lock:
             waiting, self._preview = self._preview is not None, (step, latent)
@@ -191,21 +194,20 @@ class _Stream:
         step, latent = preview
         geometry = self._model.loaded.pipeline.bundle.manifest.geometry
         indices = preview_indices(geometry.frames, geometry.chunk_frames)
-        frames = self._frames(np.ascontiguousarray(latent[:, :, indices]))
-        self._respond("preview", step, {"frame_indices": indices, "frames": frames})
+        parts = [frames for _, (frames,) in self._model.clips.decode(self._encoded, latent, indices.tolist())]
+        self._respond("preview", step, {"frame_indices": indices, "frames": np.concatenate(parts)})
 
     def _decode(self, sampled: Sampled) -> None:
         """Decode and send chunk by chunk, then send the "done" response."""
         began = time.monotonic()
         geometry = self._model.loaded.pipeline.bundle.manifest.geometry
-        for begin, given in chunk_starts(geometry.frames, geometry.chunk_frames):
-            self._check_wanted()
-            end = begin + geometry.chunk_frames
-            frames = self._frames(sampled.latent[:, :, begin:end])[given:]
-            indices = np.arange(begin + given, end, dtype=np.int32)
+        self._check_wanted()
+        for begin, (frames,) in self._model.clips.decode(self._encoded, sampled.latent):
+            indices = np.arange(begin, begin + len(frames), dtype=np.int32)
             self._respond("frames", self._steps, {"frame_indices": indices, "frames": frames})
             if begin == 0:
                 self._model.sampler.metrics.first_frame(time.monotonic() - self._began)
+            self._check_wanted()
         times = sampled.timings
         timings = np.array([times.queued, times.sampling, times.steps, time.monotonic() - began], np.float32)
         outputs: dict[str, Array] = {
@@ -214,12 +216,6 @@ class _Stream:
             USED_SEED.name: np.array([self._seed], np.int64),
         }
         self._respond("done", self._steps, outputs, last=True)
-
-    def _frames(self, latent: NDArray[np.float32]) -> NDArray[np.uint8]:
-        assert self._encoded is not None
-        frames, _warped = self._model.loaded.pipeline.decode(self._encoded, latent)
-        pictures: NDArray[np.uint8] = to_uint8(frames)[0]
-        return pictures
 
     def _check_wanted(self) -> None:
         if self._sender.is_cancelled():

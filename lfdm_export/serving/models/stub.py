@@ -69,7 +69,8 @@ def load(args: Mapping[str, str]) -> Loaded:
         target=settings.target,
         self_check=settings.self_check,
     )
-    return Loaded(settings, parameters, pipeline, interfaces(bundle.manifest.geometry)[args["model_name"]])
+    known = interfaces(bundle.manifest.geometry, on_device=settings.on_device)
+    return Loaded(settings, parameters, pipeline, known[args["model_name"]])
 
 
 def _end_with_server() -> None:

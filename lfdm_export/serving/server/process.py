@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lfdm_export.errors import ServerError
-from lfdm_export.protocol.contract import CLIP_MODEL, STREAM_MODEL
+from lfdm_export.protocol.contract import CLIP_MODEL, MOTION_MODELS, STREAM_MODEL
 from lfdm_export.serving.server.control import Control
 from lfdm_export.serving.server.files import ServerFiles
 from lfdm_export.serving.server.options import ServerOptions
@@ -26,8 +26,6 @@ from lfdm_export.serving.server.watchdog import live_stubs
 
 logger = logging.getLogger(__name__)
 
-#: The models that clients use; loading them loads the models that they consist of.
-SERVED = (CLIP_MODEL, STREAM_MODEL)
 #: Seconds that a model's process may take to load its engines.
 _STUB_TIMEOUT = 600
 #: Seconds that the server waits at SIGTERM for remaining requests (those of a killed process), and seconds until
@@ -78,6 +76,7 @@ class TritonProcess:
         """
         self.sockets, self._recipe = sockets, recipe
         self.control = Control(sockets.grpc_target)
+        self._served = served(recipe.repository)
         self._log_lines: deque[str] = deque(maxlen=400)
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid()), *_command(recipe, sockets)],
@@ -142,7 +141,7 @@ class TritonProcess:
     def _wait_ready(self, stopping: threading.Event) -> None:
         seconds = self._recipe.options.start_timeout
         deadline = time.monotonic() + seconds
-        while not (self.control.ready() and all(map(self.control.model_ready, SERVED))):
+        while not (self.control.ready() and all(map(self.control.model_ready, self._served))):
             if not self.running:
                 self._reader.join(5.0)
                 raise ServerError(f"tritonserver did not start: {self.last_words()}", "UNAVAILABLE")
@@ -162,6 +161,21 @@ class TritonProcess:
                 logger.warning("%s", text)
 
 
+def served(repository: Path) -> tuple[str, ...]:
+    """The models that clients use; loading them loads the models that they consist of.
+
+    Raises:
+        ServerError: the repository has no ensemble.
+    """
+    try:
+        ensemble = (repository / CLIP_MODEL / "config.pbtxt").read_text(encoding="utf-8")
+    except OSError as error:
+        raise ServerError(f"{repository} is no model repository of this program: {error}") from error
+    # The models for motions may or may not be parts of the ensemble.
+    apart = [model for model in MOTION_MODELS if f'model_name: "{model}"' not in ensemble]
+    return (CLIP_MODEL, STREAM_MODEL, *apart)
+
+
 def _matters(line: str) -> bool:
     """Whether a line of the server's log is relevant to an operator: warnings, errors, output of models."""
     return bool(line) and not line.startswith(("I", "+", "|")) and not any(noise in line for noise in _NOISE)
@@ -174,7 +188,7 @@ def _command(recipe: Recipe, sockets: Sockets) -> list[str]:
         f"--model-repository={recipe.repository}",
         *([f"--backend-directory={files.backends}"] if files.backends else []),
         "--model-control-mode=explicit",
-        *(f"--load-model={model}" for model in SERVED),
+        *(f"--load-model={model}" for model in served(recipe.repository)),
         "--exit-on-error=true",
         "--strict-readiness=true",
         "--disable-auto-complete-config",  # else each Python process is started twice: once to ask for its interface

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from lfdm_export.errors import MissingDependencyError
-from lfdm_export.protocol.contract import CLIP_MODEL, DECODE_MODEL, ENCODE_MODEL, STEP_MODELS, STREAM_MODEL, WireTensor
+from lfdm_export.errors import InputError, MissingDependencyError
+from lfdm_export.protocol.contract import (
+    CLIP_MODEL,
+    DECODE_MODEL,
+    ENCODE_MODEL,
+    MOTION_MODELS,
+    STEP_MODELS,
+    STREAM_MODEL,
+    WireTensor,
+)
 from lfdm_export.protocol.model_facts import FACTS_PARAMETER, ModelFacts
 from lfdm_export.serving.triton.interfaces import (
     ANY_GEOMETRY,
@@ -47,9 +55,12 @@ def model_configs(
         `ModelConfig` messages by model name.
 
     Raises:
+        InputError: Triton's backends cannot run the stages of models that keep clips on a device.
         MissingDependencyError: tritonclient is not installed.
     """
-    known = interfaces(geometry)
+    if settings.on_device and engines != "python":
+        raise InputError(f"engines is {engines!r}, expected 'python' for models that keep clips on a device")
+    known = interfaces(geometry, on_device=settings.on_device)
     sizes = {} if geometry is None else _sizes(geometry)
     configs = {name: _python_config(known[name], sizes, settings) for name in (*STEP_MODELS, STREAM_MODEL)}
     configs[STREAM_MODEL].model_transaction_policy.decoupled = True
@@ -58,11 +69,16 @@ def model_configs(
         for name, stage in ((ENCODE_MODEL, stages["encode"]), (DECODE_CHUNK_MODEL, stages["decode"])):
             configs[name] = _engine_config(engine_interface(name, stage, exact=exact), stage, sizes, engines)
         _decode_on_gpu(configs[DECODE_MODEL])
-    configs[CLIP_MODEL] = _ensemble_config(known, sizes)
+    configs[CLIP_MODEL] = _ensemble_config(known, sizes, ensemble_steps(settings))
     if facts is not None:
         for name in (CLIP_MODEL, STREAM_MODEL):
             configs[name].parameters[FACTS_PARAMETER].string_value = facts.to_json()
     return configs
+
+
+def ensemble_steps(settings: ServingSettings) -> tuple[str, ...]:
+    """The models in the ensemble, in order."""
+    return tuple(name for name in STEP_MODELS if not (settings.on_device and name in MOTION_MODELS))
 
 
 def config_text(config: Any) -> str:
@@ -111,16 +127,16 @@ def _decode_on_gpu(config: Any) -> None:
     config.instance_group[0].kind = messages().ModelInstanceGroup.KIND_GPU
 
 
-def _ensemble_config(known: Mapping[str, ModelInterface], sizes: Mapping[str, int]) -> Any:
+def _ensemble_config(known: Mapping[str, ModelInterface], sizes: Mapping[str, int], steps: Sequence[str]) -> Any:
     """The steps in order: an input comes from the earlier output of that name, else from the request."""
     clip = known[CLIP_MODEL]
     config = _config(clip, sizes)
     config.platform = "ensemble"
     from_request = {tensor.name for tensor in clip.inputs}
     wanted = {tensor.name for tensor in clip.outputs}
-    wanted |= {tensor.name for name in STEP_MODELS for tensor in known[name].inputs}
+    wanted |= {tensor.name for name in steps for tensor in known[name].inputs}
     made: dict[str, str] = {}
-    for name in STEP_MODELS:
+    for name in steps:
         step = config.ensemble_scheduling.step.add(model_name=name, model_version=-1)
         for tensor in known[name].inputs:
             if tensor.name in made or tensor.name in from_request:

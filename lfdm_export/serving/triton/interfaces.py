@@ -75,10 +75,11 @@ def wire_tensor(tensor: TensorSpec, *, exact: bool = True) -> WireTensor:
     return WireTensor(tensor.name, _WIRE[tensor.dtype], shape)
 
 
-def interfaces(geometry: Geometry | None) -> dict[str, ModelInterface]:
+def interfaces(geometry: Geometry | None, *, on_device: bool = False) -> dict[str, ModelInterface]:
     """All models of a repository by name: the ensemble's steps in order, then the ensemble and the stream.
 
     Args:
+        on_device: see `ServingSettings`.
         geometry: determines the stages' shapes; axes that the contract names stay names. None leaves all axes of
             the stages open, which fits every model with as many encoder levels as the published ones.
     """
@@ -93,11 +94,15 @@ def interfaces(geometry: Geometry | None) -> dict[str, ModelInterface]:
     # A cancel request to the sampler has none of the other inputs.
     sample_inputs = (*(replace(tensor, optional=True) for tensor in (context, *sampler)), CANCEL_INPUT)
     decoded = (outputs["frames"], outputs["warped"], outputs["timings"])
+    results: tuple[WireTensor, ...] = (latent, SAMPLE_TIMINGS)
+    if on_device:
+        sample_inputs = (replace(image, optional=True), *sample_inputs[1:])
+        results = (*decoded[:2], latent, decoded[2])
     found = (
         ModelInterface(PREPROCESS_MODEL, IMAGE_INPUTS, (PIXELS,)),
         ModelInterface(CONDITION_MODEL, (PIXELS, *CONDITION_INPUTS, *SAMPLING_INPUTS), (image, *sampler, used_seed)),
         ModelInterface(ENCODE_MODEL, (image,), (*skips, context)),
-        ModelInterface(SAMPLE_MODEL, sample_inputs, (latent, SAMPLE_TIMINGS, CANCEL_OUTPUT)),
+        ModelInterface(SAMPLE_MODEL, sample_inputs, (*results, CANCEL_OUTPUT)),
         ModelInterface(DECODE_MODEL, (image, *skips, latent, SAMPLE_TIMINGS), decoded),
         ModelInterface(CLIP_MODEL, CLIP_INPUTS, CLIP_OUTPUTS),
         ModelInterface(STREAM_MODEL, STREAM_INPUTS, STREAM_OUTPUTS),

@@ -34,6 +34,8 @@ class ServingSettings:
         target: what runs the stages, one of `engines.targets`; "auto" for the best that the bundle and machine support.
         device: device of ONNX Runtime: "cpu" or "cuda".
         limits: limits of a request.
+        on_device: the model that samples also encodes and decodes, and keeps clips on the device of the target; for
+            targets that can.
         self_check: each model uses a target only after a self-check on this machine; not needed if the program that
             starts the server has made it.
     """
@@ -47,6 +49,7 @@ class ServingSettings:
     target: str = AUTO
     device: str = "cpu"
     limits: Limits = field(default_factory=Limits)
+    on_device: bool = False
     self_check: bool = True
 
     def __post_init__(self) -> None:
