@@ -70,8 +70,6 @@ def parse_request(tensors: Mapping[str, Array], inputs: tuple[WireTensor, ...]) 
     limits = Limits()
     check_request(tensors, inputs)
     image, condition = parse_image(tensors, limits), parse_condition(tensors, limits)
-    if image.image is None:
-        raise InputError("this server takes pixels only")
     return replace(
         parse_sampling(tensors, limits),
         image_bytes=image.image_bytes,
@@ -84,7 +82,7 @@ def parse_request(tensors: Mapping[str, Array], inputs: tuple[WireTensor, ...]) 
 
 def clip_of(request: GenerationRequest) -> Array:
     """Compute the fake clip, which depends on every field of the request."""
-    assert request.image is not None  # `parse_request` refuses encoded pictures
+    assert request.image is not None  # encoded pictures are refused
     words = (request.label or request.text or "").encode()
     embedding = 0 if request.text_embedding is None else int(request.text_embedding.sum())
     options = request.options
@@ -237,7 +235,10 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
                 context.abort(grpc.StatusCode.CANCELLED, "cut off")
         if self.refusals:
             raise RefusedError(*self.refusals.pop(0))
-        return seen, parse_request(seen.tensors, inputs)
+        parsed = parse_request(seen.tensors, inputs)
+        if parsed.image is None:
+            raise InputError("this server takes pixels only")
+        return seen, parsed
 
     def _check_token(self, context: Any) -> None:
         found = dict(context.invocation_metadata()).get("authorization")

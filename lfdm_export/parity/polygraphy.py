@@ -57,6 +57,7 @@ def compare_stage(
         MissingDependencyError: Polygraphy is not installed.
     """
     try:
+        from polygraphy.backend.base import BaseRunner
         from polygraphy.backend.onnxrt import OnnxrtRunner
         from polygraphy.comparator import Comparator, SimpleCompareFunc
         from polygraphy.exception import PolygraphyException
@@ -67,7 +68,7 @@ def compare_stage(
     feeds = {tensor.name: np.ascontiguousarray(inputs[tensor.name]) for tensor in spec.inputs}
     runners = [
         OnnxrtRunner(lambda: open_session(bundle.stage_path(spec.name)), name=_REFERENCE),
-        _engine_runner(load, spec, name),
+        _engine_runner(BaseRunner, load, spec, name),
     ]
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         try:
@@ -91,12 +92,11 @@ def compare_stage(
     ]
 
 
-def _engine_runner(load: Callable[[str], Engine], spec: StageSpec, name: str) -> Any:
-    """Adapt one of this program's engines to Polygraphy's runner interface."""
-    from polygraphy.backend.base import BaseRunner
+def _engine_runner(base: Any, load: Callable[[str], Engine], spec: StageSpec, name: str) -> Any:
+    """Adapt one of this program's engines to Polygraphy's runner interface, `base`."""
     from polygraphy.common import TensorMetadata
 
-    class EngineRunner(BaseRunner):
+    class EngineRunner(base):  # type: ignore[misc]
         def activate_impl(self) -> None:
             self.engine = load(spec.name)
 

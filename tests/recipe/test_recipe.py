@@ -17,7 +17,8 @@ from lfdm_export import Bundle, load_model
 from lfdm_export.checkpoints.model_folder import load_model_folder
 from lfdm_export.cli import train_main
 from lfdm_export.errors import InputError, LfdmExportError
-from lfdm_export.evaluation.evaluate import Evaluation, Generation, Reconstruction
+from lfdm_export.evaluation.evaluate import Evaluation, Generation
+from lfdm_export.evaluation.reconstruction import Reconstruction
 from lfdm_export.files.atomic import claimed
 from lfdm_export.files.json_codec import to_plain
 from lfdm_export.recipe import run as running
