@@ -96,7 +96,7 @@ def _engine_runner(base: Any, load: Callable[[str], Engine], spec: StageSpec, na
     """Adapt one of this program's engines to Polygraphy's runner interface, `base`."""
     from polygraphy.common import TensorMetadata
 
-    class EngineRunner(base):  # type: ignore[misc]
+    class EngineRunner(base):
         def activate_impl(self) -> None:
             self.engine = load(spec.name)
 

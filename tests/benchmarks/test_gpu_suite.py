@@ -634,7 +634,7 @@ def test_a_terminated_run_writes_its_results(tmp_path: Path) -> None:
 def test_no_plotting_library_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu_summary.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr("benchmarks.gpu_summary.importlib.util.find_spec", lambda _name: None)
     write_summary(measured(), tmp_path)
     assert "matplotlib is not installed" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["gpu.md"]

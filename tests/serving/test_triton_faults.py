@@ -24,6 +24,7 @@ from lfdm_export import Pipeline
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.errors import ServerError
 from lfdm_export.protocol.contract import CLIP_MODEL, DECODE_MODEL, ENCODE_MODEL, SAMPLE_MODEL, STREAM_MODEL
+from lfdm_export.serving.server import supervisor
 from lfdm_export.serving.server.files import install_server
 from lfdm_export.serving.server.options import ServerOptions
 from lfdm_export.serving.server.supervisor import TritonServer
@@ -271,6 +272,30 @@ def test_a_missing_bundle_prevents_the_start(repository: Path, tmp_path: Path, m
     options = ServerOptions(http_port=0, grpc_port=0, metrics_port=0)
     with pytest.raises(ServerError, match="there is no bundle at"):
         TritonServer(install_server(), repository, options)
+
+
+@pytest.mark.parametrize(("aborts", "succeeds"), [(0, True), (2, True), (3, False)])
+def test_an_abort_of_triton_while_it_starts_is_not_the_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, aborts: int, succeeds: bool
+):
+    started: list[Path] = []
+
+    def start(_recipe: object, sockets: Any, _stopping: object) -> str:
+        started.append(sockets.folder)
+        if len(started) <= aborts:
+            raise ServerError("tritonserver did not start: what(): boost::interprocess::lock_exception", "UNAVAILABLE")
+        return "running"
+
+    monkeypatch.setattr(supervisor, "TritonProcess", start)
+    server: Any = object.__new__(TritonServer)
+    server._starts, server._folder, server._recipe, server._stopping = 0, tmp_path, None, None
+    server.options = ServerOptions()
+    if succeeds:
+        assert server._start() == "running"
+        assert len(set(started)) == aborts + 1
+    else:
+        with pytest.raises(ServerError, match="lock_exception"):
+            server._start()
 
 
 def test_a_numpy_that_the_server_does_not_support_is_refused(

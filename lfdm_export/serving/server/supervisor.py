@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import signal
 import threading
@@ -35,6 +36,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 #: A server that ran for this many seconds is restarted at once.
 _LONG = 60.0
 _LOOK = 0.1
+#: Triton's own end while it starts on a machine under heavy load: its Python backend aborts at a mutex whose owner has
+#: ended. It is no fault of the models, and the next start may succeed.
+_ABORTED, _MOST_ABORTS = "lock_exception", 2
 
 
 class TritonServer:
@@ -142,11 +146,18 @@ class TritonServer:
     # --- The server process, and its successors ---------------------------------------------------
 
     def _start(self) -> TritonProcess:
-        self._starts += 1
-        folder = self._folder / str(self._starts)
-        folder.mkdir(mode=0o700)
-        sockets = Sockets(folder, self.options.http_port, self.options.grpc_port)
-        return TritonProcess(self._recipe, sockets, self._stopping)
+        for aborts in itertools.count(1):
+            self._starts += 1
+            folder = self._folder / str(self._starts)
+            folder.mkdir(mode=0o700)
+            sockets = Sockets(folder, self.options.http_port, self.options.grpc_port)
+            try:
+                return TritonProcess(self._recipe, sockets, self._stopping)
+            except ServerError as error:
+                if _ABORTED not in str(error) or aborts > _MOST_ABORTS:
+                    raise
+                logger.warning("tritonserver aborted while it started; it is started again")
+        raise AssertionError
 
     def _watch(self) -> None:
         models = sorted({stub.model for stub in live_stubs(self.region_prefix)})
