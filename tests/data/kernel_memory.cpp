@@ -110,14 +110,31 @@ void check_step(Step step, const Count (&passes)[3], Update update, int elements
 
 void check_noise(int elements) {
     auto seeds = buffer<lfdm::uint64>("seeds", 2);
-    auto step = buffer<lfdm::int64>("step", 1);
+    auto steps = buffer<lfdm::int64>("steps", 2);
     auto noise = buffer<float>("noise", size_t(2) * elements);
-    step[0] = -1;
+    steps[0] = -1;
     for (int y = 0; y < 2; ++y)
         for (int x = 0; x * 1024 < elements; ++x) {
             launch_at(x, y, (elements + 1023) / 1024);
-            lfdm_noise(seeds.get(), step.get(), elements, noise.get());
+            lfdm_noise(seeds.get(), steps.get(), elements, noise.get());
         }
+}
+
+void check_pictures(int pixels) {
+    const int batch = 2, blocks = (pixels + lfdm::PICTURE_THREADS - 1) / lfdm::PICTURE_THREADS;
+    auto images = buffer<float>("images", size_t(batch) * 3 * pixels);
+    auto pictures = buffer<lfdm::uint8>("pictures", size_t(batch) * pixels * 3);
+    auto flag = buffer<lfdm::uint32>("flag", 1);
+    for (int y = 0; y < batch; ++y)
+        for (int x = 0; x < blocks; ++x) {
+            launch_at(x, y, blocks);
+            lfdm_pictures(images.get(), pixels, pictures.get(), flag.get());
+        }
+    auto values = buffer<float>("values", pixels);
+    for (int x = 0; x < blocks; ++x) {
+        launch_at(x, 0, blocks);
+        lfdm_not_finite(values.get(), pixels, flag.get());
+    }
 }
 
 template <class T, class Core>
@@ -211,6 +228,7 @@ int main(int count, char** arguments) {
             {lfdm_step_count_0_bf16, lfdm_step_count_1_bf16, lfdm_step_count_2_bf16},
             lfdm_step_update_bf16, elements);
         check_noise(elements);
+        check_pictures(elements);
     }
     {
         using namespace lfdm;
