@@ -387,6 +387,7 @@ def test_cancelling_by_id_frees_the_slot(triton_server: RunningServer, client: A
         return bool(result.as_numpy("cancelled")[0])
 
     assert not cancel()
+    eventually(lambda: busy(triton_server, SAMPLE_MODEL) == 0, "no slot is busy with an earlier test's clip")
     with triton_server.client() as other, ThreadPoolExecutor(1) as pool:
         running = pool.submit(
             triton_server.infer, other, {**REQUEST, "steps": 900}, client_timeout=DEADLINE, request_id="a long clip"
