@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from lfdm_export.cli.console import OK, Bars, complain, say
@@ -13,6 +14,7 @@ from lfdm_export.files.names import user_path
 from lfdm_models.training.settings import DATA, DEVICES
 
 if TYPE_CHECKING:
+    from lfdm_export.bundle.reader import Bundle
     from lfdm_export.evaluation.held_out import HeldOutClips
     from lfdm_export.evaluation.measures import Measure
     from lfdm_export.generate.pipeline import Pipeline
@@ -80,9 +82,7 @@ def measure(program: str, args: argparse.Namespace, settings: Sequence[SamplingO
     clips = PUBLISHED_CLIPS if args.clips is None else args.clips
     counts = Counts(clips, args.real_clips, args.batch_size, args.seed)
     pipeline = Pipeline.open(args.bundle, threads=args.threads)
-    folder = pipeline.bundle.path / "evaluation" if args.out is None else user_path(args.out)
-    if args.out is not None:  # checked before hours of measuring
-        rehearse(folder / JSON)
+    folder = report_folder(args, pipeline.bundle, JSON)
     try:
         held_out = _held_out(args, pipeline)
         features = None if args.i3d is None else VideoFeatures.load(user_path(args.i3d), args.device)
@@ -94,14 +94,37 @@ def measure(program: str, args: argparse.Namespace, settings: Sequence[SamplingO
             pipeline, held_out, settings, wanted, features=features, counts=counts, progress=progress
         )
     say(args, measures_markdown(found))
+    say_reports(program, args, lambda: write_measures(found, folder, plot=not args.no_plot))
+    return OK
+
+
+def report_folder(args: argparse.Namespace, bundle: Bundle, name: str) -> Path:
+    """The folder for the results: --out, else inside the bundle.
+
+    One that is named is checked before hours of measuring, by its file `name`; the bundle may be mounted read-only.
+
+    Raises:
+        OSError: a named folder cannot be written to.
+    """
+    if args.out is None:
+        return bundle.path / "evaluation"
+    folder = user_path(args.out)
+    rehearse(folder / name)
+    return folder
+
+
+def say_reports(program: str, args: argparse.Namespace, write: Callable[[], Sequence[Path]]) -> None:
+    """Write the results, and print their paths; without --out a failure is a warning, as the results are printed.
+
+    Raises:
+        InputError: a named folder cannot be written to.
+    """
     try:
-        written = write_measures(found, folder, plot=not args.no_plot)
-        say(args, "\n".join(f"report  {path}" for path in written))
+        say(args, "\n".join(f"report  {path}" for path in write()))
     except InputError as error:
         if args.out is not None:
             raise
-        complain(program, f"warning: {error}")  # the bundle may be mounted read-only; the results are still printed
-    return OK
+        complain(program, f"warning: {error}")
 
 
 def _held_out(args: argparse.Namespace, pipeline: Pipeline) -> HeldOutClips:

@@ -9,11 +9,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lfdm_export.cli.console import OK, Bars, add_common_options, complain, make_parser, run, say
+from lfdm_export.cli.console import OK, Bars, add_common_options, make_parser, run, say
 from lfdm_export.cli.ending import orderly
-from lfdm_export.cli.measure import DRAWN, add_data_options, measure, refuse_data_options
+from lfdm_export.cli.measure import DRAWN, add_data_options, measure, refuse_data_options, report_folder, say_reports
 from lfdm_export.errors import InputError, LfdmExportError
-from lfdm_export.files.atomic import rehearse
 from lfdm_export.files.names import user_path
 from lfdm_export.sampling.options import SamplingOptions
 from lfdm_export.sampling.tables import SAMPLERS
@@ -116,11 +115,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     pipeline = Pipeline.open(args.bundle, threads=args.threads)
     require_drawn_characters(pipeline.bundle)
-    if args.out is None:
-        folder = pipeline.bundle.path / "evaluation"
-    else:  # checked before minutes of measuring, so that a folder that is not writable fails at once
-        folder = user_path(args.out)
-        rehearse(folder / JSON)
+    folder = report_folder(args, pipeline.bundle, JSON)
     try:
         classifier = shipped_classifier() if args.classifier is None else load_classifier(user_path(args.classifier))
     except TrainingError as error:
@@ -135,13 +130,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             progress=progress,
         )
     say(args, markdown(evaluation))
-    try:
-        written = write_evaluation(evaluation, folder)
-        say(args, "\n".join(f"report  {path}" for path in written))
-    except InputError as error:
-        if args.out is not None:
-            raise
-        complain(PROGRAM, f"warning: {error}")  # the bundle may be mounted read-only; the results are still printed
+    say_reports(PROGRAM, args, lambda: write_evaluation(evaluation, folder))
     return OK
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import signal
 import threading
@@ -146,18 +145,21 @@ class TritonServer:
     # --- The server process, and its successors ---------------------------------------------------
 
     def _start(self) -> TritonProcess:
-        for aborts in itertools.count(1):
-            self._starts += 1
-            folder = self._folder / str(self._starts)
-            folder.mkdir(mode=0o700)
-            sockets = Sockets(folder, self.options.http_port, self.options.grpc_port)
+        for _ in range(_MOST_ABORTS):
             try:
-                return TritonProcess(self._recipe, sockets, self._stopping)
+                return self._start_once()
             except ServerError as error:
-                if _ABORTED not in str(error) or aborts > _MOST_ABORTS:
+                if _ABORTED not in str(error):
                     raise
                 logger.warning("tritonserver aborted while it started; it is started again")
-        raise AssertionError
+        return self._start_once()
+
+    def _start_once(self) -> TritonProcess:
+        self._starts += 1
+        folder = self._folder / str(self._starts)
+        folder.mkdir(mode=0o700)
+        sockets = Sockets(folder, self.options.http_port, self.options.grpc_port)
+        return TritonProcess(self._recipe, sockets, self._stopping)
 
     def _watch(self) -> None:
         models = sorted({stub.model for stub in live_stubs(self.region_prefix)})
