@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -34,6 +35,11 @@ class Face:
 
     crop: tuple[int, int, int, int]
     found: int
+
+
+def can_find_faces() -> bool:
+    """Whether OpenCV, which finds faces, is installed."""
+    return importlib.util.find_spec("cv2") is not None
 
 
 def largest_face(picture: UInt8Array | Raster) -> Face:

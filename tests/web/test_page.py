@@ -20,6 +20,7 @@ from lfdm_export.errors import InputError
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.generate.previews import Previews
 from lfdm_export.pictures.clips import load_clip
+from lfdm_export.pictures.faces import Face
 from lfdm_export.pictures.metadata import clip_metadata
 from lfdm_export.pictures.preprocess import to_uint8
 from lfdm_export.protocol.contract import preview_indices
@@ -213,10 +214,49 @@ def test_a_visitor_sees_progress_previews_and_the_clip_of_generate(visit: Visit,
 
 def test_another_clip_drives(visit: Visit, pipeline: Pipeline, photo: str, tmp_path: Path):
     (driving,) = pipeline.generate(PIXELS, label="Anger", steps=2).save(tmp_path / "driving.gif", fps=20)
-    _, picture = visit.shown(Form(photo, source="clip", clip=str(driving), center=True))[-1]
+    _, picture = visit.shown(Form(photo, source="clip", clip=str(driving), part="center"))[-1]
     expected = pipeline.transfer_motion(PIXELS, driving, crop="center")
     (gif,) = expected.save(tmp_path / "expected.gif")
     assert visit.files(picture)["clip.gif"].read_bytes() == gif.read_bytes()
+
+
+@pytest.mark.parametrize("driven", [False, True])
+def test_a_part_is_put_back_into_the_photograph(visit: Visit, pipeline: Pipeline, tmp_path: Path, driven: bool):
+    wide = np.concatenate([np.full_like(PIXELS, 90), PIXELS], axis=1)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    height, width = PIXELS.shape[:2]
+    region = (width, 0, width, height)
+    text = ",".join(map(str, region))
+    form = Form(str(tmp_path / "wide.png"), "region", text, paste_back=True, label="Anger", steps=2, seed=0)
+    if driven:
+        (driving,) = pipeline.generate(PIXELS, label="Anger", steps=2).save(tmp_path / "driving.gif", fps=20)
+        form = dataclasses.replace(form, source="clip", clip=str(driving))
+        expected = pipeline.transfer_motion(wide, driving, crop=region)
+    else:
+        expected = pipeline.generate(wide, label="Anger", steps=2, seed=0, crop=region)
+    status, picture = visit.shown(form)[-1]
+    assert f"{2 * width} × {height} in" in status
+    assert f'width="{2 * width}" height="{height}"' in picture
+    (gif,) = expected.paste_back(wide, region).save(tmp_path / "expected.gif")
+    assert visit.files(picture)["clip.gif"].read_bytes() == gif.read_bytes()
+
+
+def test_the_largest_face_moves(
+    visit: Visit, pipeline: Pipeline, photo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The search itself is tested in `tests/pictures`; the crop is found once, in the photograph as it was sent."""
+    found: list[tuple[int, ...]] = []
+
+    def face(picture: object) -> Face:
+        found.append(picture.shape)  # type: ignore[attr-defined]
+        return Face((1, 2, 8, 8), 1)
+
+    monkeypatch.setattr("lfdm_export.pictures.preprocess.largest_face", face)
+    _, picture = visit.shown(Form(photo, "face", label="Anger", steps=2, seed=0))[-1]
+    expected = pipeline.generate(np.asarray(Image.open(photo)), label="Anger", steps=2, seed=0, crop=(1, 2, 8, 8))
+    (gif,) = expected.save(tmp_path / "expected.gif")
+    assert visit.files(picture)["clip.gif"].read_bytes() == gif.read_bytes()
+    assert len(found) == 1
 
 
 def test_the_shelf_keeps_the_newest(visit: Visit, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch):
@@ -252,6 +292,9 @@ def test_examples_are_drawn(tmp_path: Path):
         ({"seed": float("inf")}, "seed is inf"),
         ({"sampler": "euler"}, "sampler"),
         ({"guidance": float("nan")}, "guidance_scale"),
+        ({"part": "region"}, "the crop is &#x27;&#x27;, expected center, face, or X,Y,W,H"),
+        ({"part": "region", "region": "0,0,9000,10"}, "is not within the picture"),
+        ({"paste_back": True}, "nothing to put the clip back into; animate a part"),
     ],
 )
 def test_what_cannot_be_made_is_said_in_the_librarys_words(
@@ -268,12 +311,15 @@ def test_what_cannot_be_made_is_said_in_the_librarys_words(
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (0, "text.png", "the photo was not uploaded"), (5, __file__, "the motion was not uploaded"),
+        (0, "text.png", "the photo was not uploaded"), (7, __file__, "the motion was not uploaded"),
         (0, 3, "photo is &#x27;3&#x27;, expected text"),
         (0, {"path": 3}, "photo is"), (0, {}, "there is no photograph"),
-        (1, "yes", "center is &#x27;yes&#x27;, expected yes or no"), (2, "film", "the source is &#x27;film&#x27;"),
-        (2, None, "the source is None"), (3, ["Anger"], "label is"), (7, 3, "sampler is"), (8, "2", "steps is"),
-        (8, True, "steps is &#x27;True&#x27;, expected a number"), (10, {}, "seed is"), (11, 1, "panels is"),
+        (1, "ear", "the part is &#x27;ear&#x27;, expected one of whole, center, face, region"),
+        (1, None, "the part is None"),
+        (2, 3, "region is"), (3, "yes", "paste_back is &#x27;yes&#x27;, expected yes or no"),
+        (4, "film", "the source is &#x27;film&#x27;"), (4, None, "the source is None"),
+        (5, ["Anger"], "label is"), (9, 3, "sampler is"), (10, "2", "steps is"),
+        (10, True, "steps is &#x27;True&#x27;, expected a number"), (12, {}, "seed is"), (13, 1, "panels is"),
     ],
 )  # fmt: skip
 def test_values_that_no_browser_sends(visit: Visit, photo: str, place: int, value: object, message: str):

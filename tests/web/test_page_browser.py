@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lfdm_export.pictures.clips import load_clip
 from lfdm_export.pictures.metadata import clip_metadata
@@ -218,7 +219,7 @@ def test_a_keyboard_is_enough(visit: Callable[..., Any]):
     page.keyboard.press("Enter")
     wait_for_clip(page)
     expected = [
-        "drawing 1", "drawing 2", "drawing 3", "drawing 4", "Crop to the centered square, instead of black bars",
+        "drawing 1", "drawing 2", "drawing 3", "drawing 4", "All, with black bars",
         "Label", "Saved motion", "Label", "Sampler", "Steps", "Guidance (1: as trained)", "Seed",
         "Show the panels (source, clip, warped, grid, occlusion)", "Make the clip",
     ]  # fmt: skip
@@ -239,9 +240,37 @@ def test_the_camera(visit: Callable[..., Any]):
     page.wait_for_function("document.querySelector('#photo video')?.readyState >= 2")
     page.get_by_label("capture photo").click()
     page.wait_for_selector("#photo img")
-    page.get_by_label("Crop to the centered square").check()
+    page.get_by_label("Centered square").check()
     page.click("#make")
     wait_for_clip(page)
+
+
+def test_a_part_moves_in_the_whole_photograph(visit: Callable[..., Any], tmp_path: Path):
+    page = visit(accept_downloads=True)
+    drawing = Image.open(PICTURE).convert("RGB").resize((90, 90))
+    whole = Image.new("RGB", (160, 100), (40, 90, 160))
+    whole.paste(drawing, (60, 5))
+    whole.save(tmp_path / "party.png")
+    choose_picture(page, tmp_path / "party.png")
+    page.get_by_label("A region").check()
+    page.get_by_label("Region", exact=True).fill("60,5,90,90")
+    page.get_by_label("Put it back into the photograph").check()
+    page.click("#make")
+    wait_for_clip(page)
+    assert page.evaluate("(v => [v.videoWidth, v.videoHeight])(document.querySelector('#result video'))") == [160, 100]
+    shown = page.locator("#result video").bounding_box()
+    assert shown["width"] / shown["height"] == pytest.approx(1.6, abs=0.02)
+    frames = load_clip(save(page, "GIF", tmp_path))
+    assert frames.shape == (16, 100, 160, 3)
+    still = np.abs(np.diff(frames.astype(int), axis=0)).max((0, 3)) == 0
+    assert still[:, :60].all(), "only the region moves"
+    assert not still[10:90, 70:140].all()
+
+    page.get_by_label("All, with black bars").check()
+    page.wait_for_selector("#region", state="hidden")
+    page.wait_for_selector("#paste-back", state="hidden")
+    page.click("#make")
+    page.wait_for_function("document.querySelector('#result video')?.videoWidth === 64")
 
 
 def test_the_clipboard(visit: Callable[..., Any]):

@@ -12,13 +12,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.errors import InputError
-from lfdm_export.pictures.crop import Crop
-from lfdm_export.pictures.preprocess import prepare_image, read_stream
+from lfdm_export.pictures.crop import Crop, parse_crop
+from lfdm_export.pictures.paste import Surroundings, read_surroundings
+from lfdm_export.pictures.preprocess import prepare_image, read_stream, settled_crop
 from lfdm_export.protocol.model_facts import ModelFacts
 
 #: Sources of a clip's motion.
 Source = Literal["label", "text", "motion", "clip"]
-_FILES, _NUMBERS, _SWITCHES = ("photo", "motion", "clip"), ("steps", "guidance", "seed"), ("center", "panels")
+#: Parts of the photograph that can be animated.
+Part = Literal["whole", "center", "face", "region"]
+_CHOICES = {"part": get_args(Part), "source": get_args(Source)}
+_FILES, _NUMBERS, _SWITCHES = ("photo", "motion", "clip"), ("steps", "guidance", "seed"), ("paste_back", "panels")
+
+
+@dataclass(frozen=True, eq=False)
+class Photo:
+    """A photograph, ready for the model.
+
+    Attributes:
+        pixels: (size, size, 3) uint8.
+        surroundings: the photograph that the clip is put back into; None for none.
+    """
+
+    pixels: NDArray[np.uint8]
+    surroundings: Surroundings | None = None
 
 
 @dataclass(frozen=True)
@@ -27,7 +44,9 @@ class Form:
 
     Attributes:
         photo: path of the photograph.
-        center: crop to the largest centered square, instead of adding black bars.
+        part: the whole photograph with black bars, its centered square, a square around its largest face, or `region`.
+        region: X,Y,W,H in pixels.
+        paste_back: whether the clip shows the whole photograph, of which the part moves.
         source: source of the motion; it selects one of the next four fields.
         label: a label of the model.
         text: free text.
@@ -38,7 +57,9 @@ class Form:
     """
 
     photo: str | None = None
-    center: bool = False
+    part: Part = "whole"
+    region: str | None = None
+    paste_back: bool = False
     source: Source = "label"
     label: str | None = None
     text: str | None = None
@@ -62,8 +83,9 @@ class Form:
             InputError: a value has the wrong type, or a file was not uploaded.
         """
         found = {field.name: _read(field.name, value) for field, value in zip(fields(cls), values, strict=True)}
-        if found["source"] not in get_args(Source):
-            raise InputError(f"the source is {found['source']!r}, expected one of {', '.join(get_args(Source))}")
+        for name, choices in _CHOICES.items():
+            if found[name] not in choices:
+                raise InputError(f"the {name} is {found[name]!r}, expected one of {', '.join(choices)}")
         for name in _FILES:
             if found[name] is not None and not Path(found[name]).resolve().is_relative_to(uploads.resolve()):
                 raise InputError(f"the {name} was not uploaded; choose its file")
@@ -71,8 +93,14 @@ class Form:
 
     @property
     def crop(self) -> Crop | None:
-        """The crop of the photograph."""
-        return "center" if self.center else None
+        """The crop of the photograph.
+
+        Raises:
+            InputError: the region is empty, or not X,Y,W,H.
+        """
+        if self.part == "region":
+            return parse_crop(self.region or "")
+        return None if self.part == "whole" else self.part
 
     @property
     def sampled(self) -> bool:
@@ -114,22 +142,28 @@ class Form:
             raise InputError(f"{name} is {value:g}, expected a whole number")
         return int(value)
 
-    def prepared(self, facts: ModelFacts, most_pixels: int) -> NDArray[np.uint8]:
-        """Prepare the photograph for the model, (size, size, 3) uint8.
+    def prepared(self, facts: ModelFacts, most_pixels: int) -> Photo:
+        """Read the photograph and prepare it for the model.
 
         Args:
             facts: facts of the model.
             most_pixels: most pixels of the photograph, checked before it is decoded.
 
         Raises:
-            InputError: there is no photograph, or it cannot be used.
+            InputError: there is no photograph, it cannot be used, or it has no such part.
+            MissingDependencyError: OpenCV, which finds faces, is not installed.
         """
         if self.photo is None:
             raise InputError("there is no photograph; choose one, take one with the camera, or take an example")
+        crop = self.crop
+        if self.paste_back and crop is None:
+            raise InputError("the whole photograph moves, there is nothing to put the clip back into; animate a part")
         try:
             with Path(self.photo).open("rb") as stream:
                 raster = read_stream(stream, os.path.basename(self.photo), most_pixels=most_pixels)  # noqa: PTH119
-                return prepare_image(raster, facts.image_size, facts.preprocessing, crop=self.crop)
+                crop = None if crop is None else settled_crop(raster, crop)
+                pixels = prepare_image(raster, facts.image_size, facts.preprocessing, crop=crop)
+                return Photo(pixels, read_surroundings(raster, crop) if self.paste_back else None)
         except FileNotFoundError as error:
             raise InputError("the photograph was removed from the server; choose it again") from error
 

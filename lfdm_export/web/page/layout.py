@@ -9,15 +9,19 @@ from pathlib import Path
 
 import gradio as gr
 
+from lfdm_export.pictures.faces import can_find_faces
 from lfdm_export.web.page import markup
 from lfdm_export.web.page.examples import draw_examples
-from lfdm_export.web.page.form import Form, Source
+from lfdm_export.web.page.form import Form, Part, Source
 from lfdm_export.web.page.makers import Maker
 from lfdm_export.web.page.studio import Studio
 from lfdm_models.pictures.formats import FORMAT_NAMES
 
 STYLE = Path(__file__).with_name("page.css")
 _SOURCES: dict[Source, str] = {"label": "Label", "text": "Text", "motion": "Saved motion", "clip": "Another clip"}
+_PARTS: dict[Part, str] = {
+    "whole": "All, with black bars", "center": "Centered square", "face": "Largest face", "region": "A region",
+}  # fmt: skip
 #: Names for screen readers: Gradio gives its buttons of examples none.
 NAMES = """
 () => document.querySelectorAll("#examples button").forEach((button, index) =>
@@ -80,7 +84,7 @@ def _form(maker: Maker, folder: Path) -> list[gr.components.Component]:
         [[str(path)] for path in draw_examples(folder)], [photo], label="Or choose a drawing", elem_id="examples",
         api_visibility="private",
     )  # fmt: skip
-    center = gr.Checkbox(False, label="Crop to the centered square, instead of black bars", elem_id="center")
+    parts_of_photo = _parts_of_photo()
     sources = [(words, name) for name, words in _SOURCES.items() if _has(maker, name)]
     first: Source = sources[0][1]
     source = gr.Radio(sources, value=first, label="Source of the motion", elem_id="source")
@@ -95,9 +99,27 @@ def _form(maker: Maker, folder: Path) -> list[gr.components.Component]:
         source, [*parts.values(), sampling], queue=False, show_progress="hidden", api_visibility="private",
     )  # fmt: skip
     found = {
-        "photo": photo, "center": center, "source": source, **parts, **fields_of_sampling, "panels": panels,
+        "photo": photo, **parts_of_photo, "source": source, **parts, **fields_of_sampling, "panels": panels,
     }  # fmt: skip
     return [found[field.name] for field in fields(Form)]
+
+
+def _parts_of_photo() -> dict[str, gr.components.Component]:
+    choices = [(words, name) for name, words in _PARTS.items() if name != "face" or can_find_faces()]
+    part = gr.Radio(choices, value="whole", label="Part of the photograph that moves", elem_id="part")
+    region = gr.Textbox(
+        label="Region", placeholder="X,Y,W,H in pixels, from the upper left", max_lines=1, visible=False,
+        elem_id="region",
+    )  # fmt: skip
+    paste_back = gr.Checkbox(False, label="Put it back into the photograph", visible=False, elem_id="paste-back")
+    part.change(
+        lambda chosen: (
+            gr.update(visible=chosen == "region"),
+            gr.update(visible=False, value=False) if chosen == "whole" else gr.update(visible=True),
+        ),
+        part, [region, paste_back], queue=False, show_progress="hidden", api_visibility="private",
+    )  # fmt: skip
+    return {"part": part, "region": region, "paste_back": paste_back}
 
 
 def _motion_parts(maker: Maker, first: Source) -> dict[Source, gr.components.Component]:

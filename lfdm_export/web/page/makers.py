@@ -16,6 +16,7 @@ from lfdm_export.client import Preview as ServerPreview
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.generate.previews import Previews
 from lfdm_export.pictures.clip import Clip
+from lfdm_export.pictures.crop import Crop
 from lfdm_export.pictures.motion import load_motion
 from lfdm_export.protocol.contract import preview_indices
 from lfdm_export.protocol.model_facts import ModelFacts
@@ -95,7 +96,9 @@ class LocalMaker:
             path = form.motion_file()
             if form.source == "motion":
                 return partial(pipeline.animate, photo, load_motion(path), progress=watch.progress)
-            return partial(pipeline.transfer_motion, photo, path, crop=form.crop, progress=watch.progress)
+            # The photograph is a square already, which this crop leaves as it is: it is for the driving frames.
+            middle: Crop | None = None if form.crop is None else "center"
+            return partial(pipeline.transfer_motion, photo, path, crop=middle, progress=watch.progress)
         steps, geometry = form.whole("steps"), pipeline.bundle.manifest.geometry
         previews = Previews(
             every=_every(pipeline.sampler_table(form.sampler, steps).steps),

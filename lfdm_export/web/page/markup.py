@@ -68,7 +68,7 @@ def preview(event: Preview, size: int) -> str:
 def result(kept: Kept) -> str:
     """A clip, its panels, and the links to save them."""
     place, about = f"{CLIPS}/{kept.place}", html.escape(kept.about, quote=True)
-    parts = [_figure(_video(f"{place}/clip.mp4", f"the clip: {about}", kept.size, kept.size), f"{about}")]
+    parts = [_figure(_video(f"{place}/clip.mp4", f"the clip: {about}", kept.width, kept.height), f"{about}")]
     if "panels.mp4" in kept.files:
         titles = ", ".join(TITLES)
         video = _video(f"{place}/panels.mp4", f"panels: {titles}", kept.size * len(TITLES), kept.size)

@@ -6,7 +6,7 @@ import re
 import secrets
 import shutil
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lfdm_export.pictures.clip import Clip
@@ -25,7 +25,8 @@ class Kept:
         files: names of its files in the folder; "clip.motion" and "panels.mp4" are optional.
         about: what the clip shows, as alternative text.
         frames: number of frames.
-        size: rows and columns of a frame.
+        width, height: pixels of the clip's pictures.
+        size: rows and columns of each panel.
     """
 
     place: str
@@ -33,6 +34,8 @@ class Kept:
     files: tuple[str, ...]
     about: str
     frames: int
+    width: int
+    height: int
     size: int
 
 
@@ -59,8 +62,9 @@ class Shelf:
         place = secrets.token_hex(16)
         folder = self.folder / place
         folder.mkdir()
-        endings = ["mp4", "gif", *(["motion"] if clip.latent.size else [])]
-        files = [path.name for ending in endings for path in clip.save(folder / f"clip.{ending}")]
+        files = [path.name for ending in ("mp4", "gif") for path in clip.save(folder / f"clip.{ending}")]
+        if clip.latent.size:  # a motion has no surroundings
+            files += [path.name for path in replace(clip, surroundings=None).save(folder / "clip.motion")]
         if panels:
             files += [path.name for path in clip.save(folder / "panels.mp4", panels=True)]
         with self._lock:
@@ -71,4 +75,6 @@ class Shelf:
         about = clip.labels[0] if clip.labels else "a motion"
         seed = f"-{clip.seeds[0]}" if clip.seeds else ""
         name = re.sub(r"\W+", "_", about)[:_LONGEST_NAME].strip("_") or "clip"
-        return Kept(place, name + seed, tuple(files), about, *clip.frames.shape[1:3])
+        frames, size = clip.frames.shape[1:3]
+        height, width = (size, size) if clip.surroundings is None else clip.surroundings.picture.shape[:2]
+        return Kept(place, name + seed, tuple(files), about, frames, width, height, size)

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lfdm_export.errors import LfdmExportError
@@ -97,7 +98,7 @@ class Studio:
         try:
             form = Form.read(values, self._uploads)
             photo = form.prepared(self.maker.facts, self._most_pixels)
-            clip = self.maker.make(form, photo, watch)
+            clip = replace(self.maker.make(form, photo.pixels, watch), surroundings=photo.surroundings)
             watch.progress("write the files", 0, 1)
             watch.tell(Made(self._shelf.keep(clip, panels=form.panels)))
         except Stopped:
@@ -115,7 +116,7 @@ class Studio:
         """The status and the picture after an event."""
         if isinstance(event, Made):
             kept = event.kept
-            size = f"{kept.size} × {kept.size}"
+            size = f"{kept.width} × {kept.height}"
             return markup.said(f"{count(kept.frames, 'frame')} of {size} in {seconds:.1f} s"), markup.result(kept)
         if isinstance(event, Failed):
             return markup.failure(event.why), markup.nothing()
