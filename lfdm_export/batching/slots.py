@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 #: A batch size is enough if it makes this share of the steps per second of the best one.
 ENOUGH = 0.9
+#: A batch size that makes less than this times the steps per second of all smaller ones is the last to be measured.
+GAIN = 1.05
 #: Seconds of measurement after which no further batch size is begun.
 BUDGET = 4.0
 #: Timed runs per batch size, after one that is not timed.
@@ -38,7 +40,9 @@ def measure_curve(
     *,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[int, float]:
-    """Measure steps until the time is up: the fastest of a few runs per batch size.
+    """Measure steps until a larger batch gains too little, or the time is up: the fastest of a few runs per batch size.
+
+    Where one batch size gains nothing, the next ones do not either; but an engine may take seconds to prepare each.
 
     Args:
         prepare: prepares a batch size, which does not count as measurement; returns a function that runs one step and
@@ -61,5 +65,8 @@ def measure_curve(
             step()
             seconds = clock() - began
             best, spent = min(best, seconds), spent + seconds
+        before = max((one / took for one, took in curve.items()), default=0.0)
         curve[size] = best
+        if size / best < GAIN * before:
+            break
     return curve

@@ -65,10 +65,18 @@ class Steps:
 
 
 def test_a_curve_has_the_seconds_of_warm_steps():
-    assert Steps(lambda size: 0.25 * size).measured() == {size: 0.25 * size for size in (1, 2, 4)}, "4 s at most, about"
+    slower = Steps(lambda size: 0.3 * size**0.8)
+    assert list(slower.measured()) == [1, 2, 4], "4 s at most, about"
+    assert slower.measured() == pytest.approx({size: 0.3 * size**0.8 for size in (1, 2, 4)})
     quick = Steps(lambda size: 0.001)
     assert quick.measured() == pytest.approx(dict.fromkeys(SIZES, 0.001))
     assert quick.runs == [size for size in SIZES for _ in range(4)]
+
+
+@pytest.mark.parametrize(("seconds", "last"), [((1, 2, 4, 8, 16), 2), ((1, 1.9, 3.4, 6.9, 5), 8), ((1, 3, 1, 1, 1), 2)])
+def test_the_curve_ends_where_a_larger_batch_gains_nothing(seconds: tuple[float, ...], last: int):
+    curve = dict(zip(SIZES, (0.01 * one for one in seconds), strict=True))
+    assert list(Steps(lambda size: curve[size]).measured()) == [size for size in SIZES if size <= last]
 
 
 def test_slow_steps_are_measured_for_one_clip_alone():
