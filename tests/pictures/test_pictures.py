@@ -153,13 +153,20 @@ def test_postscript_starts_no_program_under_any_name(tmp_path: Path, monkeypatch
         (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIF or AVIF"),
         (b"\0\0\0\x18ftypmp42\0\0\0\0", "a video"),
         (b"P6\n2 2\n255\n" + bytes(12), "unknown"),
-        (b"", "empty"),
     ],
 )
 def test_what_is_not_on_the_list_is_named(tmp_path: Path, data: bytes, what: str):
     (tmp_path / "face.png").write_bytes(data)
     with pytest.raises(InputError, match=f"its format is {what}, expected one of JPEG, PNG, WebP, GIF, BMP, TIFF"):
         read_image(tmp_path / "face.png")
+
+
+def test_what_is_empty_or_an_address_is_said(tmp_path: Path):
+    (tmp_path / "photo.png").touch()
+    with pytest.raises(InputError, match=r"photo.png is empty, expected an image; copy it again"):
+        prepare_image(tmp_path / "photo.png", 8)
+    with pytest.raises(InputError, match=r"is an address, expected a file; download it first"):
+        prepare_image("https://example.com/photo.png", 8)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])

@@ -114,6 +114,8 @@ def open_stream(source: Source, name: str) -> Iterator[BinaryIO]:
     try:
         opened = open(source, "rb")  # noqa: PTH123, SIM115 (closed below)
     except FileNotFoundError:
+        if re.match("https?:/", str(source)):
+            raise PictureError(f"{name} is an address, expected a file; download it first") from None
         raise PictureError(f"{name} does not exist; check the path") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise PictureError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
@@ -151,9 +153,11 @@ def open_picture(stream: BinaryIO, name: str, *, most_pixels: int | None = None)
     """
     stream.seek(0)
     head = stream.read(16)
+    if not head:
+        raise PictureError(f"{name} is empty, expected an image; copy it again")
     found = format_of(head)
     if found is None:
-        other = next((what for signature, what in _OTHERS if signature.match(head)), "empty" if not head else "unknown")
+        other = next((what for signature, what in _OTHERS if signature.match(head)), "unknown")
         raise PictureError(
             f"{name} cannot be read as an image: its format is {other}, expected one of {FORMAT_NAMES}; "
             "save it as JPEG or PNG"
