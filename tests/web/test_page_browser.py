@@ -56,9 +56,9 @@ class Served:
         self.temporary.mkdir()
         #: While this file is there, no clip comes to its end.
         self.held = folder / "held"
-        words = [str(self.held), "characters", "--port", "0", "--state", str(folder / "state"), "--target", "onnxruntime"]
+        words = ["characters", "--port", "0", "--state", str(folder / "state"), "--target", "onnxruntime"]
         self.process = subprocess.Popen(
-            [sys.executable, "-u", "-c", COMMAND, *words], stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-u", "-c", COMMAND, str(self.held), *words], stdout=subprocess.PIPE, text=True,
             env={**os.environ, "TMPDIR": str(self.temporary)},
         )  # fmt: skip
         assert self.process.stdout is not None
