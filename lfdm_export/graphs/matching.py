@@ -21,7 +21,7 @@ def quick_matching() -> Iterator[None]:
     For such a pattern, onnxscript (0.7) lists all nodes of the graph at every node before it compares any operator:
     this took two fifths of an export of the small model.
     """
-    matcher = pattern.SimplePatternMatcher
+    matcher: Any = pattern.SimplePatternMatcher
     with _LOCK:
         real = matcher.match
 
@@ -31,8 +31,8 @@ def quick_matching() -> Iterator[None]:
                 return pattern.MatchResult().fail("another operator")
             return real(self, model, graph, node, **options)
 
-        matcher.match = match  # type: ignore[method-assign]
+        matcher.match = match
         try:
             yield
         finally:
-            matcher.match = real  # type: ignore[method-assign]
+            matcher.match = real
