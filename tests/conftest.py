@@ -1,20 +1,22 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from lfdm_export.bundle.reader import Bundle
     from lfdm_export.ops.cuda.host import HostKernels
+    from lfdm_export.ops.cuda.source import Kernel
     from lfdm_models.model import LfdmModel
     from tests.running_server import RunningServer
 
@@ -26,12 +28,30 @@ FOREIGN = (
     "LOCAL_RANK", "LFDM_BUNDLE",
 )  # fmt: skip
 
+#: Long files that need no bundle: they come first, while another process exports the small one.
+WITHOUT_BUNDLE = (
+    "ops/test_kernels.py", "benchmarks/test_gpu_suite.py", "test_imports.py", "models/test_training.py",
+    "parity/test_golden.py", "models/test_training_recipe.py", "ops/test_kernels_in_modules.py",
+)  # fmt: skip
+#: Files that share one Triton server: if processes of pytest-xdist divided them, each would start its own.
+ONE_SERVER = ("serving/test_triton_server.py", "client/test_client_server.py", "security/test_live_server.py")
+#: Other long files, which follow.
+WITH_BUNDLE = (
+    "serving/test_triton_faults.py", "engines/test_openvino_engine.py", "parity/test_verify_engines.py",
+    "parity/test_verify.py", "engines/test_torch_engine.py", "quantize/test_quantize_export.py",
+    "engines/test_tensorrt_build.py", "evaluation/test_evaluate.py",
+)  # fmt: skip
+FIRST = (*WITHOUT_BUNDLE, *ONE_SERVER, *WITH_BUNDLE)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # Must precede the imports of torch and rich; commands that tests start inherit it.
     for name in FOREIGN:
         os.environ.pop(name, None)
     os.environ["TERM"] = "xterm-256color"
+    # Else every process that tests start compiles the project's files again.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     # A shell that starts the tests in the background has SIGINT ignored; tests interrupt themselves and their children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # The small models of the default tests run faster on one thread; the full-size chains need every core.
@@ -41,6 +61,33 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("LFDM_CACHE_SIZE", "0")
     # Only tests that request the self-check compare engines; the others do not load two engines to choose one.
     os.environ.setdefault("LFDM_SELF_CHECK", "0")
+
+
+def file_of(nodeid: str) -> str:
+    """The file of a test, within the folder of tests."""
+    return nodeid.partition("::")[0].removeprefix("tests/")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take long, so that none of them is still running when the others are done."""
+    places = {file: place for place, file in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(file_of(item.nodeid), len(FIRST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """``--dist loadfile``, in the order of `pytest_collection_modifyitems`, and with one process for `ONE_SERVER`."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "one server" if file_of(nodeid) in ONE_SERVER else super()._split_scope(nodeid)
+
+    config.option.loadscopereorder = False
+    return LoadFile(config, log)
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +206,27 @@ def traced_already(small_bundle: Bundle) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def loaded_once() -> Iterator[None]:
+    """Reuse ONNX Runtime's sessions of equal graphs, weights and options: loading takes longer than running."""
+    from lfdm_export.engines.onnxruntime import engine
+
+    sessions: dict[object, Any] = {}
+    real = engine.open_session
+
+    def open_session(path: Path, **options: Any) -> Any:
+        graph = path.read_bytes() if path.is_file() else b""
+        weights = [data.read_bytes() for data in sorted(path.parent.glob("*.data")) if data.name.encode() in graph]
+        key = (hashlib.sha256(b"".join([graph, *weights])).digest(), *sorted(options.items()))
+        if key not in sessions:
+            sessions[key] = real(path, **options)
+        return sessions[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "open_session", open_session)
+        yield
+
+
+@pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Cache OpenVINO's compiled models during the tests, shared by all test files with equal graphs."""
     with pytest.MonkeyPatch.context() as patch:
@@ -173,24 +241,34 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
 
+def built_once(kernels: Sequence[Kernel], library: Path) -> HostKernels:
+    """Build kernels for the host, if no other process has done or is doing so."""
+    from lfdm_export.files.atomic import locked
+    from lfdm_export.ops.cuda.host import HostKernels, build
+
+    library.parent.mkdir(exist_ok=True)
+    with locked(library.parent):
+        if not library.exists():
+            build(kernels, library.with_name(f"new-{library.name}")).rename(library)
+    return HostKernels(library, kernels)
+
+
 @pytest.fixture(scope="session")
 def device_kernels(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
     """The kernels of a chain that stays on a device, built for the host."""
-    from lfdm_export.ops.cuda.host import HostKernels, build
     from lfdm_export.ops.pictures.kernels import not_finite_kernel, pictures_kernel
     from lfdm_export.ops.thresholded_step.kernels import noise_kernel
 
     kernels = (noise_kernel(), pictures_kernel(), not_finite_kernel())
-    return HostKernels(build(kernels, tmp_path_factory.mktemp("device") / "kernels.so"), kernels)
+    return built_once(kernels, shared_folder(tmp_path_factory) / "device" / "kernels.so")
 
 
 @pytest.fixture(scope="session")
 def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
     """All kernels, built for the host."""
-    from lfdm_export.ops.cuda.host import HostKernels, build
     from tests.kernel_arrays import KERNELS
 
-    return HostKernels(build(KERNELS, tmp_path_factory.mktemp("kernels") / "kernels.so"), KERNELS)
+    return built_once(KERNELS, shared_folder(tmp_path_factory) / "kernels" / "kernels.so")
 
 
 @pytest.fixture(scope="session")

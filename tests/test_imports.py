@@ -53,6 +53,7 @@ HEAVY = (
     "lfdm_export.export.bundle_export",
     "lfdm_export.export.precisions",
     "lfdm_export.graphs.bodies",
+    "lfdm_export.graphs.matching",
     "lfdm_export.graphs.openvino_quantized",
     "lfdm_export.graphs.policy",
     "lfdm_export.graphs.stored",

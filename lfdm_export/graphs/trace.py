@@ -18,6 +18,7 @@ from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
 from lfdm_export.errors import ExportError
+from lfdm_export.graphs.matching import quick_matching
 from lfdm_export.graphs.policy import node_name
 from lfdm_export.machine import torch_threads
 from lfdm_export.ops.domain import DOMAIN, OPSET, VERSION
@@ -64,7 +65,7 @@ def trace(module: nn.Module, inputs: Iterable[TensorSpec], outputs: Iterable[Ten
         shapes = (*shapes[:named], shapes[named:])
     # The exporter logs internal warnings, and warns if torchvision is not installed.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-    with torch.no_grad(), torch_threads(), warnings.catch_warnings():
+    with torch.no_grad(), torch_threads(), quick_matching(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module,

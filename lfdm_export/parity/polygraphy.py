@@ -36,6 +36,7 @@ def compare_stage(
     tolerance: float,
     inputs: Mapping[str, Array],
     *,
+    threads: int | None = None,
     save: str | os.PathLike[str] | None = None,
 ) -> list[Check]:
     """Run one stage by an engine and by Polygraphy's ONNX Runtime, and compare the outputs.
@@ -47,6 +48,7 @@ def compare_stage(
         name: name of the engine, for Polygraphy.
         tolerance: largest allowed error, relative to max(1, largest magnitude of ONNX Runtime's output).
         inputs: every stage input by name.
+        threads: threads of ONNX Runtime; None uses all cores.
         save: folder for all outputs as ``STAGE.json``, which the ``polygraphy`` command reads; None saves nothing.
 
     Returns:
@@ -67,7 +69,7 @@ def compare_stage(
 
     feeds = {tensor.name: np.ascontiguousarray(inputs[tensor.name]) for tensor in spec.inputs}
     runners = [
-        OnnxrtRunner(lambda: open_session(bundle.stage_path(spec.name)), name=_REFERENCE),
+        OnnxrtRunner(lambda: open_session(bundle.stage_path(spec.name), threads=threads), name=_REFERENCE),
         _engine_runner(BaseRunner, load, spec, name),
     ]
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):

@@ -274,7 +274,9 @@ def _by_polygraphy(comparison: _Comparison, target: Target) -> OtherEngine:
         tolerance = spec.tolerance[bundle.manifest.precision]
         save = bundle.path / PARITY_FOLDER / "polygraphy"
         try:
-            checks += compare_stage(bundle, spec, load, title, tolerance, comparison.inputs, save=save)
+            checks += compare_stage(
+                bundle, spec, load, title, tolerance, comparison.inputs, threads=comparison.threads, save=save
+            )
         except EngineError as error:
             checks.append(Check(spec.name, "interface", "Polygraphy", passed=False, meaning=str(error)))
     return OtherEngine(f"{title} against ONNX Runtime, by Polygraphy", tuple(checks))

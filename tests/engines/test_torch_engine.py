@@ -149,8 +149,8 @@ def test_weights_of_something_else_are_refused(
 
 @pytest.mark.usefixtures("uncompiled")
 def test_clips_are_those_of_onnx_runtime(torch_bundle: Bundle, picture: np.ndarray) -> None:
-    ours = Pipeline(torch_bundle, target="torch", self_check=False)
-    other = Pipeline(torch_bundle, target="onnxruntime", self_check=False)
+    ours = Pipeline(torch_bundle, target="torch", threads=1, self_check=False)
+    other = Pipeline(torch_bundle, target="onnxruntime", threads=1, self_check=False)
     for scale in (1.0, 2.5):
         found, expected = (
             pipe.generate(picture, label=torch_bundle.labels[0], steps=3, guidance_scale=scale, seed=5)
@@ -163,7 +163,7 @@ def test_clips_are_those_of_onnx_runtime(torch_bundle: Bundle, picture: np.ndarr
 
 @pytest.mark.usefixtures("uncompiled")
 def test_a_sample_depends_on_no_other(torch_bundle: Bundle) -> None:
-    engine = open_engine(torch_bundle, "denoise")
+    engine = open_engine(torch_bundle, "denoise", threads=1)
     rng = np.random.default_rng(0)
     feeds = {
         tensor.name: rng.integers(0, 999, 3) if tensor.dtype == "int64" else rng.standard_normal(
@@ -258,14 +258,14 @@ def test_a_machine_without_a_compiler_gets_the_remedy(
 def test_whole_clips_are_those_of_the_stages(
     torch_bundle: Bundle, host_kernels: HostKernels, picture: np.ndarray, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = Pipeline(torch_bundle, target="onnxruntime", self_check=False)
-    pipe = Pipeline(torch_bundle, target="torch", self_check=False)
+    expected = Pipeline(torch_bundle, target="onnxruntime", threads=1, self_check=False)
+    pipe = Pipeline(torch_bundle, target="torch", threads=1, self_check=False)
     made: list[int] = []
 
     def maker(stage: str, batch: int) -> TorchClipMaker:
         made.append(batch)
         stages = torch_bundle.stages
-        return TorchClipMaker(TorchSession(torch_bundle), stages["encode"], stages[stage], batch)
+        return TorchClipMaker(torch_session(torch_bundle, threads=1), stages["encode"], stages[stage], batch)
 
     monkeypatch.setattr(pipe.stages, "clip_maker", maker)  # as on a GPU
     options = {"label": [torch_bundle.labels[0]] * batch, "seed": [7, 8][:batch]}
@@ -288,7 +288,7 @@ def test_whole_clips_are_those_of_the_stages(
 def test_a_loop_takes_noise_of_the_host_or_draws_its_own(torch_bundle: Bundle, host_kernels: HostKernels) -> None:
     from lfdm_export.sampling.noise import START, seeded_noise
 
-    pipe = Pipeline(torch_bundle, target="torch", self_check=False)
+    pipe = Pipeline(torch_bundle, target="torch", threads=1, self_check=False)
     table = pipe.sampler_table("ddim", 3, 1.0)
     spec = torch_bundle.stages["step"]
     rng = np.random.default_rng(0)
@@ -298,7 +298,7 @@ def test_a_loop_takes_noise_of_the_host_or_draws_its_own(torch_bundle: Bundle, h
         if tensor.name in ("context", "text_embedding")
     }
     with standing_in(host_kernels):
-        loop = TorchLoop(TorchSession(torch_bundle), spec, 2)
+        loop = TorchLoop(torch_session(torch_bundle, threads=1), spec, 2)
         source = seeded_noise([3, 4], spec.inputs[0].concrete(batch=1)[1:])
         loop.begin(source(START), fixed, table)
         for index in range(table.steps):

@@ -25,6 +25,7 @@ from lfdm_models.text import BertTextEncoder
 from tests.fake_bundle import write_fake_bundle
 from tests.test_imports import BLOCKER
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
 EVERY_SUBJECT = {
     "latent, largest error", "latent, mean error", "flow, largest error", "flow, mean error",
     "occlusion, largest error", "occlusion, mean error", "frames, largest error", "frames, PSNR",
@@ -33,7 +34,7 @@ EVERY_SUBJECT = {
 
 
 @pytest.fixture(scope="module")
-def report(small_bundle: Bundle) -> Report:
+def report(small_bundle: Bundle, loaded_once: None) -> Report:
     return verify_bundle(small_bundle, threads=1)
 
 

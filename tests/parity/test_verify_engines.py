@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,12 +25,15 @@ from lfdm_export.parity.chain import ChainResult
 from lfdm_export.parity.report.model import OtherEngine, Report
 from lfdm_export.parity.report.page import page
 from lfdm_export.parity.verify import verify_bundle
+from lfdm_export.stages import stage_specs
 from tests.engines.test_plans import L4
 from tests.engines.test_targets import EVERYTHING, machine
 from tests.processor import needs_openvino
 
 NO_GPU = machine(EVERYTHING)
-pytestmark = [pytest.mark.usefixtures("compiled_once"), needs_openvino]
+#: Each network once. ONNX Runtime runs the other stages in test_verify, every engine all of them in a full test.
+STAGES = ("encode", "step", "decode")
+pytestmark = [pytest.mark.usefixtures("compiled_once", "loaded_once", "few_stages"), needs_openvino]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,17 @@ def bundle(small_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bu
 
 
 @pytest.fixture(scope="module")
-def report(bundle: Bundle, compiled_once: None) -> Report:
+def few_stages() -> Iterator[None]:
+    """Compare the stages of `STAGES` only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            verify, "stage_specs", lambda *g, **more: {name: stage_specs(*g, **more)[name] for name in STAGES}
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def report(bundle: Bundle, compiled_once: None, loaded_once: None, few_stages: None) -> Report:
     return verify_bundle(bundle, threads=1, targets=("all",), polygraphy=True)
 
 
@@ -65,12 +79,20 @@ def test_every_available_engine_runs_and_the_others_report_why_not(report: Repor
     assert len(report.all_checks) > 2 * len(report.checks)
 
 
+@pytest.mark.full  # a minute: four more stages are compiled for two sizes of a batch
+def test_every_stage_passes_with_every_engine(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(verify, "stage_specs", stage_specs)
+    report = verify_bundle(bundle, threads=1, targets=("all",), polygraphy=True)
+    assert report.passed, report.failures
+    assert {check.stage for check in of(report, "OpenVINO, CPU").checks} > bundle.stages.keys()
+    for name in ("ONNX Runtime against", "OpenVINO against"):
+        assert {check.stage for check in of(report, name).checks} == bundle.stages.keys()
+
+
 def test_polygraphy_agrees(report: Report, bundle: Bundle):
     for name in ("ONNX Runtime against ONNX Runtime, by Polygraphy", "OpenVINO against ONNX Runtime, by Polygraphy"):
         other = of(report, name)
-        assert [check.stage for check in other.checks] == [
-            spec.name for spec in bundle.stages.values() for _ in spec.outputs
-        ]
+        assert [check.stage for check in other.checks] == [name for name in STAGES for _ in bundle.stages[name].outputs]
         assert all(check.found is not None for check in other.checks)
     own = of(report, "ONNX Runtime against")
     assert max(check.found or 0 for check in own.checks) < 1e-5, "the same engine, in other memory"
@@ -128,7 +150,7 @@ def test_an_engine_error_also_fails_polygraphys_comparison(bundle: Bundle, monke
     report = verify_bundle(bundle, threads=1, polygraphy=True)
     checks = of(report, "ONNX Runtime against").checks
     assert {check.meaning for check in checks} == {"out of order"}
-    assert len(checks) == len(bundle.stages)
+    assert len(checks) == len(STAGES)
 
 
 def test_one_engine_by_name(bundle: Bundle):

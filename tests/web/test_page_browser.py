@@ -30,6 +30,23 @@ PICTURE = Path(__file__).resolve().parents[2] / "docs" / "character.png"
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 #: Milliseconds after which a test has failed; nothing takes that long.
 PATIENCE = 120_000
+#: The command; a clip's next to last step lasts while the file named first is there, or until the clip is stopped.
+COMMAND = """
+import sys
+from pathlib import Path
+from lfdm_export.cli import web_main
+from lfdm_export.web.page.watch import Watch
+
+tell, held = Watch.progress, Path(sys.argv.pop(1))
+
+def progress(watch, stage, done, total):
+    tell(watch, stage, done, total)
+    while stage == "denoise" and done == total - 1 and held.exists() and not watch.stopped:
+        watch._stopped.wait(0.01)
+
+Watch.progress = progress
+sys.exit(web_main())
+"""
 
 
 class Served:
@@ -38,10 +55,11 @@ class Served:
     def __init__(self, folder: Path) -> None:
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
-        code = "import sys; from lfdm_export.cli import web_main; sys.exit(web_main())"
+        #: While this file is there, no clip comes to its end.
+        self.held = folder / "held"
         words = ["characters", "--port", "0", "--state", str(folder / "state"), "--target", "onnxruntime"]
         self.process = subprocess.Popen(
-            [sys.executable, "-u", "-c", code, *words], stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-u", "-c", COMMAND, str(self.held), *words], stdout=subprocess.PIPE, text=True,
             env={**os.environ, "TMPDIR": str(self.temporary)},
         )  # fmt: skip
         assert self.process.stdout is not None
@@ -100,6 +118,7 @@ def visit(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
         return page
 
     yield visit
+    served.held.unlink(missing_ok=True)
     for context in contexts:
         context.close()
     here = ("http://127.0.0.1:", "data:", "blob:http://127.0.0.1:")
@@ -127,8 +146,9 @@ def save(page: Any, words: str, folder: Path) -> Path:
     return path
 
 
-def test_from_upload_to_download(visit: Callable[..., Any], tmp_path: Path):
+def test_from_upload_to_download(visit: Callable[..., Any], served: Served, tmp_path: Path):
     page = visit(accept_downloads=True)
+    served.held.touch()
     choose_picture(page)
     page.get_by_label("Label", exact=True).last.click()
     page.get_by_role("option", name="nod").click()
@@ -139,6 +159,7 @@ def test_from_upload_to_download(visit: Callable[..., Any], tmp_path: Path):
     page.wait_for_selector("#status progress[value]")
     preview = page.wait_for_selector("#result img[alt^='preview after step']")
     assert preview.evaluate("picture => [picture.naturalWidth, picture.naturalHeight]") == [64, 64]
+    served.held.unlink()
     wait_for_clip(page)
     assert page.inner_text("#status").startswith("16 frames of 64 × 64 in ")
     assert page.evaluate("[...document.querySelectorAll('#result video')].map(v => v.videoWidth)") == [64, 320]
@@ -288,14 +309,16 @@ def test_the_clipboard(visit: Callable[..., Any]):
     wait_for_clip(page)
 
 
-def test_stop_and_the_next_clip(visit: Callable[..., Any]):
+def test_stop_and_the_next_clip(visit: Callable[..., Any], served: Served):
     page = visit()
+    served.held.touch()
     choose_picture(page)
-    page.get_by_label("Steps").fill("900")
+    page.get_by_label("Steps").fill("9")
     page.click("#make")
-    page.wait_for_selector("#status :text('of 900')")
+    page.wait_for_selector("#status :text('of 9')")
     page.click("#stop")
     page.wait_for_selector("#status :text('Stopped.')")
+    served.held.unlink()
     assert page.inner_text("#status").strip() == "Stopped."
     page.get_by_label("Steps").fill("2")
     page.click("#make")
@@ -309,10 +332,11 @@ def test_the_server_ends_while_a_browser_looks_on(browser: Any, tmp_path: Path):
     page = browser.new_page()
     try:
         page.goto(served.address)
+        served.held.touch()
         choose_picture(page)
-        page.get_by_label("Steps").fill("900")
+        page.get_by_label("Steps").fill("9")
         page.click("#make")
-        page.wait_for_selector("#status :text('of 900')", timeout=PATIENCE)
+        page.wait_for_selector("#status :text('of 9')", timeout=PATIENCE)
         assert any(folder.rglob("character.png"))
         assert served.end() == 128 + signal.SIGTERM
         assert not folder.exists()
