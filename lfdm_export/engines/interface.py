@@ -61,17 +61,19 @@ class ClipRequest:
         fixed: inputs of the sampling stage that no step changes, by name, except outputs of the encoder.
         seeds: one per sample, 0 to 2^64 - 1.
         table: the sampler.
+        frames: positions of the frames of the clips, ascending; None for all.
     """
 
     image: Float32
     fixed: Mapping[str, Float32]
     seeds: tuple[int, ...]
     table: SamplerTable
+    frames: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class MadeClips:
-    """Whole clips of B samples.
+    """Clips of B samples, with the requested frames.
 
     Attributes:
         frames: (B, T, H, W, 3) uint8.

@@ -83,6 +83,7 @@ def make_whole_clip(
     table: SamplerTable,
     seeds: tuple[int, ...],
     progress: Progress | None,
+    frames: tuple[int, ...] | None = None,
 ) -> Clip | None:
     """Make clips of B embeddings in one call on the device of the engine; None if it runs single stages only.
 
@@ -94,6 +95,7 @@ def make_whole_clip(
         table: the sampler.
         seeds: one per sample.
         progress: called as ``progress("denoise", steps done, steps)``.
+        frames: positions of the frames of the clip, ascending; None for all.
 
     Raises:
         EngineError: an engine cannot be loaded or fails.
@@ -106,7 +108,7 @@ def make_whole_clip(
     image = np.repeat(to_float(prepared), batch // len(prepared), axis=0)
     report(progress, "denoise", 0, table.steps)
     made = maker.make(
-        ClipRequest(image, fixed, seeds, table),
+        ClipRequest(image, fixed, seeds, table, frames),
         on_step=lambda index: report(progress, "denoise", index + 1, table.steps),
     )
     return Clip(
