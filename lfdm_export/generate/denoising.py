@@ -17,7 +17,7 @@ from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.preprocess import to_float
 from lfdm_export.progress import Progress, report
 from lfdm_export.sampling.noise import NoiseSource
-from lfdm_export.sampling.options import SamplingOptions, guided_steps, takes_both_branches
+from lfdm_export.sampling.options import SamplingOptions, guided_at, takes_both_branches
 from lfdm_export.sampling.rows import SamplerTable
 
 Float32: TypeAlias = NDArray[np.float32]
@@ -57,9 +57,7 @@ def denoise(
     rows = embedding_rows(embedding, manifest.geometry.text_width)
     if len(rows) not in (1, batch):
         raise InputError(f"found {len(rows)} text embeddings for {batch} images, expected 1 or {batch}")
-    guided = guided_steps(table.timesteps, manifest.config.dm.training_steps, options.guidance_interval)
-    if scale == 0.0 and not guided.all():
-        raise InputError("guidance_scale is 0, the unconditional prediction, which takes no guidance_interval")
+    guided = guided_at(scale, table.timesteps, manifest.config.dm.training_steps, options.guidance_interval)
 
     def on_step(index: int, latent: Float32 | None) -> None:
         if latent is not None:

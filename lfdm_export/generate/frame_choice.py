@@ -45,7 +45,7 @@ class FrameChoice:
             part: Sequence[int] = () if frames.step == 0 else range(*frames.indices(total))
         else:
             part = frames if isinstance(frames, Sequence | np.ndarray) and not isinstance(frames, str) else ()
-        found = tuple(part)
+        found = tuple(part) if len(part) <= total else ()
         whole = all(isinstance(one, int | np.integer) and not isinstance(one, bool) for one in found)
         if not found or not whole or list(found) != sorted(set(found)) or found[0] < 0 or found[-1] >= total:
             raise InputError(
