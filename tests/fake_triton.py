@@ -87,6 +87,8 @@ def clip_of(request: GenerationRequest) -> Array:
     embedding = 0 if request.text_embedding is None else int(request.text_embedding.sum())
     options = request.options
     sampling = (options.steps or 0) + len(options.sampler or "") + int(10 * (options.eta or 0))
+    low, high = options.guidance_interval
+    sampling += int(10 * low) + int(10 * (1 - high))
     base = (request.seed or 0) + sum(words) + embedding + sampling + int(10 * (options.guidance_scale or 0))
     frames = np.arange(FACTS.frames, dtype=np.int64)[:, None, None, None] + base + request.image[None]
     return (frames % 256).astype(np.uint8)
@@ -259,9 +261,13 @@ def stream_tensors(request: GenerationRequest) -> Iterator[dict[str, Array]]:
             yield tensors
         if request.preview_every and step % request.preview_every == 0:
             indices = np.array([0, 2, 4], np.int32)
-            yield tensors | {"kind": text("preview"), "frame_indices": indices, "frames": frames[indices]}
+            shown = 255 - frames[indices] if request.preview_warped else frames[indices]
+            yield tensors | {"kind": text("preview"), "frame_indices": indices, "frames": shown}
+    wanted = range(FACTS.frames) if request.only_frames is None else request.only_frames
     for start in (0, 2, 3):
-        indices = np.arange(start, start + 2, dtype=np.int32)
+        indices = np.array([index for index in (start, start + 1) if index in wanted], np.int32)
+        if not indices.size:
+            continue
         yield tensors | {"kind": text("frames"), "frame_indices": indices, "frames": frames[indices]}
     timings = np.array([0.25, 1.5, total, 0.5], np.float32)
     used = {"used_seed": np.array([request.seed], np.int64)}

@@ -14,9 +14,9 @@ import numpy as np
 
 from lfdm_export.batching.jobs import Float32, Latent
 from lfdm_export.batching.live_job import LiveJob
-from lfdm_export.batching.seating import Ran, Seating, step_index
+from lfdm_export.batching.seating import Ran, Seating
 from lfdm_export.engines.device import A
-from lfdm_export.engines.device_batch import DeviceLatent, DeviceSample, DeviceState, RowStep
+from lfdm_export.engines.device_batch import DeviceLatent, DeviceSample, RowStep
 from lfdm_export.engines.device_chain import DeviceChain, DeviceEncoded
 
 
@@ -48,7 +48,6 @@ class DeviceRows(Seating, Generic[A]):
         self._chain, self._stage, self._null = chain, stage, null_embedding
         self._batch = chain.batch(stage, slots, fixed=fixed_batch)
         self._samples: weakref.WeakKeyDictionary[LiveJob, DeviceSample[A]] = weakref.WeakKeyDictionary()
-        self._paused: weakref.WeakKeyDictionary[LiveJob, DeviceState[A]] = weakref.WeakKeyDictionary()
 
     def seat(self, jobs: Sequence[LiveJob]) -> None:
         """Give the rows to exactly these jobs; see `Seating.seat`."""
@@ -60,7 +59,7 @@ class DeviceRows(Seating, Generic[A]):
         """One step of every job in a row; the time is that of the step before, and 0 if there was none."""
         rows = []
         for live in self.jobs:
-            index = step_index(live)
+            index = live.step_index
             rows.append(RowStep(self._samples[live], index, bool(live.job.table.draws_noise[index])))
         return Ran(self._batch.step(rows), 0.0)
 
@@ -85,16 +84,16 @@ class DeviceRows(Seating, Generic[A]):
         """All rows are always writable."""
 
     def _save(self, row: int) -> None:
-        self._paused[self.jobs[row]] = self._batch.save(row)
+        self.jobs[row].paused = self._batch.save(row)
 
     def _sit(self, live: LiveJob, row: int) -> None:
         if live not in self._samples:
             self._samples[live] = self._uploaded(live)
-        state = self._paused.pop(live, None)
-        if state is None:
+        if live.paused is None:
             self._batch.begin(row, self._samples[live])
         else:
-            self._batch.resume(row, self._samples[live], state)
+            self._batch.resume(row, self._samples[live], live.paused)
+            live.paused = None
 
     def _uploaded(self, live: LiveJob) -> DeviceSample[A]:
         job = live.job

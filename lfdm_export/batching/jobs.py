@@ -48,6 +48,7 @@ class SampleJob:
         deadline: on the clock of the sampler, `time.monotonic` in seconds; None for none.
         preview_every: steps between previews; None for none.
         progress_every: steps between progress reports; None for none.
+        guided_steps: (S,) bool, where guidance acts; other steps take the conditional prediction. None for all.
     """
 
     context: Context
@@ -59,11 +60,24 @@ class SampleJob:
     deadline: float | None = None
     preview_every: int | None = None
     progress_every: int | None = None
+    guided_steps: NDArray[np.bool_] | None = None
 
     @property
     def guided(self) -> bool:
+        """Whether any step needs both branches of guidance."""
+        return self.guided_from(0) > 0
+
+    def guided_from(self, step: int) -> int:
+        """How many steps from this one on need both branches of guidance."""
+        if not takes_both_branches(self.guidance_scale):
+            return 0
+        given = self.guided_steps
+        return self.table.steps - step if given is None else int(np.count_nonzero(given[step:]))
+
+    def is_guided(self, step: int) -> bool:
         """Whether a step needs both branches of guidance."""
-        return takes_both_branches(self.guidance_scale)
+        given = self.guided_steps
+        return takes_both_branches(self.guidance_scale) and (given is None or bool(given[step]))
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +27,7 @@ class LiveJob:
         joined: start of the first step; None while the job waits for it.
         latent, history: its state on the host (3, T, h, w) and (2, 3, T, h, w) while it is in no slot; in the end its
             latent.
+        paused: its state on a device while it is in no row there.
         next_noise: the draw of its next step, started early; None if the step draws none, or no draw was started.
         cancel_requested: whether the job was cancelled.
         asked: time of the last call of `is_cancelled`.
@@ -41,6 +44,7 @@ class LiveJob:
     joined: float | None = None
     latent: Latent | None = None
     history: Float32 | None = None
+    paused: Any = None
     next_noise: Future[Float32] | None = None
     cancel_requested: bool = False
     asked: float = -np.inf
@@ -51,6 +55,21 @@ class LiveJob:
     def steps_left(self) -> int:
         """Remaining steps."""
         return self.job.table.steps - self.step
+
+    @property
+    def step_index(self) -> int:
+        """The row of its table that it takes now; a finished job in a batch of constant size repeats its last."""
+        return min(self.step, self.job.table.steps - 1)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the step that it takes now needs both branches of guidance."""
+        return self.job.is_guided(self.step_index)
+
+    def seconds_from(self, step: int, pace: Mapping[bool, float]) -> float:
+        """Seconds of its steps from one on, by those of a step without and with guidance."""
+        guided = self.job.guided_from(step)
+        return guided * pace[True] + (self.job.table.steps - step - guided) * pace[False]
 
     def timings(self, now: float) -> Timings:
         """Where the time went so far."""

@@ -78,7 +78,7 @@ class DueFirst:
         """The jobs that are due first."""
         known = {guided: queue.pace[guided] or queue.pace[not guided] for guided in queue.pace}
         return heapq.nsmallest(
-            queue.slots, queue.live, key=lambda live: (due_time(live, known[live.job.guided]), live.number)
+            queue.slots, queue.live, key=lambda live: (due_time(live, live.seconds_from(0, known)), live.number)
         )
 
     def answered(self, queue: Queue) -> Sequence[LiveJob]:
@@ -86,15 +86,15 @@ class DueFirst:
         return queue.finished
 
 
-def due_time(live: LiveJob, pace: float) -> float:
+def due_time(live: LiveJob, alone: float) -> float:
     """When a job is due, as the module docstring describes.
 
     Args:
         live: the job.
-        pace: seconds of a step alone; 0 if unknown, which gives the order of arrival.
+        alone: seconds that its steps take alone; 0 if unknown, which gives the order of arrival.
     """
     job = live.job
-    due = live.submitted + STRETCH * pace * job.table.steps
+    due = live.submitted + STRETCH * alone
     return (due if job.deadline is None else min(due, job.deadline)) - PRIORITY_SECONDS * job.priority
 
 

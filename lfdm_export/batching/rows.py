@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lfdm_export.batching.jobs import Float32
 from lfdm_export.batching.live_job import LiveJob
 from lfdm_export.batching.noise_ahead import NoiseAhead
-from lfdm_export.batching.seating import Ran, Seating, step_index
+from lfdm_export.batching.seating import Ran, Seating
 from lfdm_export.sampling.noise import START
 from lfdm_export.stages import COEFFICIENTS, Geometry
 
@@ -78,7 +78,7 @@ class Rows(Seating):
         """
         for row, live in enumerate(self.jobs):
             table = live.job.table
-            index = step_index(live)
+            index = live.step_index
             self._timestep[row], self._coefficients[row] = table.timesteps[index], table.coefficients[index]
             if table.draws_noise[index]:
                 self._noise[row] = self._draw(live, index)

@@ -103,8 +103,3 @@ class Seating(ABC):
     @abstractmethod
     def _empty(self, row: int) -> None:
         """Empty a row that no job has any more."""
-
-
-def step_index(live: LiveJob) -> int:
-    """The row of its table that a job takes now; a finished job in a batch of constant size repeats its last."""
-    return min(live.step, live.job.table.steps - 1)

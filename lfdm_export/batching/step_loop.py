@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -114,7 +114,8 @@ class StepLoop:
             if cancelled:
                 self._end(live, "cancelled", RequestCancelledError("the request was cancelled"))
             elif live.job.deadline is not None:
-                late = _lateness(live, live.job.deadline - now, self.pace[live.job.guided])
+                least = live.seconds_from(live.step, self.pace)
+                late = _lateness(live, live.job.deadline - now, least)
                 if late is not None:
                     self._end(live, "expired", DeadlineExceededError(f"{DEADLINE_MESSAGE}: {late}"))
 
@@ -133,7 +134,9 @@ class StepLoop:
             if live.joined is None:
                 self._join(live, now)
         counts.ticks += 1
-        ran = [self._step_rows(guided, [live for live in chosen if live.job.guided is guided]) for guided in self._rows]
+        takes = {guided: [live for live in chosen if live.guided is guided] for guided in self._rows}
+        self._leave(takes)
+        ran = [self._step_rows(guided, jobs) for guided, jobs in takes.items()]
         self._answer()
         if not self.live:  # no job will replace those that just ended
             for rows in self._rows.values():
@@ -153,6 +156,17 @@ class StepLoop:
         self.counts.queued_seconds += queued
         if self._observer is not None:
             tell(partial(self._observer.joined, queued, self.counts.ticks - live.ticks_before))
+
+    def _leave(self, takes: Mapping[bool, list[LiveJob]]) -> None:
+        """Take jobs whose guidance begins or ends now out of their rows, before the other rows take them."""
+        for guided, rows in self._rows.items():
+            stay = [live for live in rows.jobs if live not in takes[not guided]]
+            if len(stay) < len(rows.jobs):
+                try:
+                    rows.seat(stay)
+                except Exception as error:
+                    logger.exception("jobs could not leave their rows, and %d are lost", len(rows.jobs))
+                    self._fail(rows, [], error)
 
     def _step_rows(self, guided: bool, jobs: list[LiveJob]) -> Ran:
         """One step of the jobs of one stage; if it fails, each job repeats it alone, so that no other is affected."""
@@ -239,7 +253,7 @@ class StepLoop:
             self._deliver(partial(live.callbacks.error, error), True)
         elif live.latent is not None:
             self._deliver(partial(live.callbacks.done, Sampled(live.latent, timings)), True)
-        live.latent = live.history = None
+        live.latent = live.history = live.paused = None
 
 
 def _call_with_preview(live: LiveJob) -> None:
@@ -247,18 +261,17 @@ def _call_with_preview(live: LiveJob) -> None:
         live.callbacks.preview(*live.previews.popleft())
 
 
-def _lateness(live: LiveJob, seconds_left: float, pace: float) -> str | None:
+def _lateness(live: LiveJob, seconds_left: float, least: float) -> str | None:
     """Why a deadline is missed; None if it may still be met.
 
     Args:
         live: the job.
         seconds_left: seconds until the deadline.
-        pace: seconds of the fastest recent step; 0 if unknown.
+        least: seconds of its remaining steps at the pace of the fastest recent ones; 0 if unknown.
     """
     steps = live.job.table.steps
     if seconds_left <= 0:
         return f"{live.step} of {steps} steps were done; allow more time, or use fewer steps"
-    least = live.steps_left * pace
     if least <= seconds_left:
         return None
     return (

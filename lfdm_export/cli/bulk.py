@@ -67,6 +67,8 @@ def check_bulk_options(parser: argparse.ArgumentParser, args: argparse.Namespace
     given = [name for name in _OF_A_ROW if getattr(args, name) not in (None, False)]
     if given:
         parser.error(f"--{given[0].replace('_', '-')} is of one clip: with --jobs the rows say it; leave it out")
+    if args.frames is not None or args.stride is not None:
+        parser.error("--frames and --stride are not for --jobs, whose clips are whole; leave them out")
 
 
 def generate_in_bulk(args: argparse.Namespace) -> int:

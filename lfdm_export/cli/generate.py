@@ -15,9 +15,11 @@ from lfdm_export.cli.photograph import add_crop_options, check_crop_options, say
 from lfdm_export.cli.planned import (
     PlannedClip,
     example_name,
+    frames_of,
     inputs_of,
     options_of,
     planned_clips,
+    positions_of,
     seeds_of,
     wants_many,
 )
@@ -45,6 +47,7 @@ _EXAMPLES = """\
   lfdm-generate mug --image face.jpg --label anger fear --seeds 1-4 --format gif -o clips/
   lfdm-generate mug --image face.jpg --label happiness -o happy.motion
   lfdm-generate mug --image other.jpg --motion happy.motion -o other.gif
+  lfdm-generate mug --image face.jpg --label happiness --stride 4 -o quick.gif
   lfdm-generate mug --jobs jobs.csv -o clips/ --workers 4
   lfdm-generate --url localhost:8001 --image face.jpg --label happiness -o happiness.gif
 """
@@ -64,6 +67,10 @@ def generate_main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, name) is not None and any(getattr(args, option) is not None for option in _SAMPLING):
             options = ", ".join("--" + option.replace("_", "-") for option in _SAMPLING)
             parser.error(f"--{name} samples nothing: leave out {options}")
+    if args.stride is not None and args.stride < 1:
+        parser.error(f"--stride is {args.stride}, expected a number of frames from 1")
+    if args.drive is not None and frames_of(args) is not None:
+        parser.error("--drive takes its frames from CLIP: leave out --frames and --stride, or give --fps")
     check_bulk_options(parser, args)
     check_crop_options(parser, args)
     if args.bundle is None and args.url is None and len(args.label or ()) > 1:
@@ -138,6 +145,18 @@ def _add_clip_options(parser: argparse.ArgumentParser) -> None:
     )
     output.add_argument(
         "--scale", type=int, default=1, metavar="N", help="enlarge the frames N times, 1 to 8 (default: 1)"
+    )
+    frames = output.add_mutually_exclusive_group()
+    frames.add_argument(
+        "--frames",
+        type=positions_of,
+        nargs="+",
+        action="extend",
+        metavar="N|N-M",
+        help="decode only these frames, counted from 0 (default: all)",
+    )
+    frames.add_argument(
+        "--stride", type=int, metavar="N", help="decode only every N-th frame; the clip keeps its duration"
     )
     output.add_argument(
         "--panels",
@@ -231,7 +250,7 @@ def _clip(pipeline: Pipeline, args: argparse.Namespace, progress: Bars, part: Se
     if args.drive is not None:
         return pipeline.transfer_motion(args.image, args.drive, crop=args.crop, fps=args.fps, progress=progress)
     if args.motion is not None:
-        return pipeline.animate(args.image, args.motion, crop=args.crop, progress=progress)
+        return pipeline.animate(args.image, args.motion, crop=args.crop, frames=frames_of(args), progress=progress)
     embedding = None
     if args.embedding is not None:
         from lfdm_export.generate.arguments import load_embedding
@@ -246,6 +265,7 @@ def _clip(pipeline: Pipeline, args: argparse.Namespace, progress: Bars, part: Se
         text=args.text,
         text_embedding=embedding,
         seed=seeds[0] if one else seeds,
+        frames=frames_of(args),
         progress=progress,
         **options_of(args).given(),
     )

@@ -56,6 +56,26 @@ def seeds_of(word: str) -> range:
     return range(first, last + 1)
 
 
+def positions_of(word: str) -> range:
+    """Parse the position of a frame, or a range such as 0-7, both ends included.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is neither, or the range is empty or beyond any clip.
+    """
+    found = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", word)
+    frames = range(0) if found is None else range(int(found[1]), int(found[2] or found[1]) + 1)
+    if not frames:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither the position of a frame nor a range such as 0-7")
+    return frames
+
+
+def frames_of(args: argparse.Namespace) -> list[int] | slice | None:
+    """Return the frames to decode; None for all."""
+    if args.stride is not None:
+        return slice(None, None, args.stride)
+    return None if args.frames is None else sorted({frame for part in args.frames for frame in part})
+
+
 def inputs_of(args: argparse.Namespace) -> dict[str, str | None]:
     """Return the files and folders that the command reads, which no clip may replace."""
     named = {f"--{name}": getattr(args, name) for name in ("image", "drive", "motion", "embedding")}

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from lfdm_export.cli.console import Bars, say
 from lfdm_export.cli.making import Making
 from lfdm_export.cli.photograph import say_bars
-from lfdm_export.cli.planned import PlannedClip, options_of, planned_clips, wants_many
+from lfdm_export.cli.planned import PlannedClip, frames_of, options_of, planned_clips, wants_many
 from lfdm_export.errors import AuthenticationError, ServerUnavailableError
+from lfdm_export.generate.frame_choice import FrameChoice
 from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.clip_files import ARCHIVES
 
@@ -68,14 +69,17 @@ def check_remote_options(parser: argparse.ArgumentParser, args: argparse.Namespa
     for name in ("drive", "cache"):
         if getattr(args, name) is not None:
             parser.error(f"--{name} is for a BUNDLE that runs here; leave out --url")
-    if args.guidance_interval is not None:
-        parser.error("--guidance-interval is for a BUNDLE that runs here; leave it out")
     if args.threads is not None:
         parser.error("--threads is for a BUNDLE that runs here; leave it out")
     if args.stream and args.motion is not None:
         parser.error("--motion is decoded at once: leave out --stream")
-    if args.stream and (args.panels or _is_archive(args)):
-        parser.error("a stream brings the frames alone, but --panels, npz and motion need more; leave out --stream")
+    if frames_of(args) is not None and args.motion is not None:
+        parser.error("--frames and --stride are for a BUNDLE that runs here, or for a sampled clip; leave them out")
+    if _streams(args) and (args.panels or _is_archive(args)):
+        parser.error(
+            "a stream brings the frames alone, but --panels, npz and motion need more; leave out --stream, --frames "
+            "and --stride"
+        )
     if (args.tls_key is None) != (args.tls_cert is None):
         parser.error("--tls-key and --tls-cert belong together: give both, or neither")
 
@@ -91,11 +95,11 @@ def generate_remotely(args: argparse.Namespace) -> int:
         known = client.facts().labels if wants_many(args) else ()
         with Bars(quiet=args.quiet, names=_STAGES) as progress:
             making = Making(args, planned_clips(args, known))
-            if args.stream or len(making.wanted) == 1:
+            if _streams(args) or len(making.wanted) == 1:
                 for planned in making.wanted:
                     making.attempt(
                         planned,
-                        functools.partial(_streamed if args.stream else _whole, client, args, planned, progress),
+                        functools.partial(_streamed if _streams(args) else _whole, client, args, planned, progress),
                     )
             else:
                 _together(client, args, making, progress)
@@ -172,6 +176,11 @@ def _whole(client: Client, args: argparse.Namespace, planned: PlannedClip, progr
     )
 
 
+def _streams(args: argparse.Namespace) -> bool:
+    """Whether the clips are streamed; only a stream can have some of the frames."""
+    return bool(args.stream) or frames_of(args) is not None
+
+
 def _is_archive(args: argparse.Namespace) -> bool:
     return (args.format or args.out.lower().rpartition(".")[2]) in ARCHIVES
 
@@ -180,7 +189,7 @@ def _streamed(client: Client, args: argparse.Namespace, planned: PlannedClip, pr
     from lfdm_export.client import Frames, Progress
 
     have: set[int] = set()
-    steps = 0
+    steps, total = 0, FrameChoice.of(frames_of(args), client.facts().frames).count
     with client.stream(
         args.image,
         crop=args.crop,
@@ -188,6 +197,7 @@ def _streamed(client: Client, args: argparse.Namespace, planned: PlannedClip, pr
         text=args.text,
         text_embedding=_embedding(args),
         seed=planned.seed,
+        frames=frames_of(args),
         progress_every=1,
         priority=args.priority or 0,
         **options_of(args).given(),
@@ -199,7 +209,7 @@ def _streamed(client: Client, args: argparse.Namespace, planned: PlannedClip, pr
             elif isinstance(event, Frames):
                 have.update(event.indices.tolist())
                 progress("denoise", steps, steps)
-                progress("decode", len(have), client.facts().frames)
+                progress("decode", len(have), total)
         return stream.clip()
 
 

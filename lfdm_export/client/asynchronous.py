@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from lfdm_export.client.calls import QUICK
 from lfdm_export.client.connection import Connection, Flight
-from lfdm_export.client.events import plan_stream
+from lfdm_export.client.events import Reports, plan_stream
 from lfdm_export.client.faults import Attempts
 from lfdm_export.client.health import Health, not_up, read_facts
 from lfdm_export.client.jobs import Arguments, Job, Plan, make_clip, make_plan
@@ -19,6 +19,7 @@ from lfdm_export.client.motions import plan_motion
 from lfdm_export.client.settings import Retry, Settings, import_protocol
 from lfdm_export.client.stream import AsyncStream, OpeningStream
 from lfdm_export.client.waiting import Suspending, Waiting
+from lfdm_export.generate.frame_choice import FrameChoice
 from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.crop import Crop
 from lfdm_export.pictures.motion import Motion, as_motion
@@ -26,7 +27,7 @@ from lfdm_export.pictures.preprocess import ImageLike
 from lfdm_export.progress import Progress, report
 from lfdm_export.protocol.contract import CLIP_MODEL, Array
 from lfdm_export.protocol.model_facts import ModelFacts
-from lfdm_export.sampling.options import SamplingOptions
+from lfdm_export.sampling.options import WHOLE, SamplingOptions
 
 
 class AsyncClient:
@@ -134,6 +135,7 @@ class AsyncClient:
         steps: int | None = None,
         eta: float | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = WHOLE,
         seed: int | Sequence[int] | None = None,
         warped: bool = False,
         latent: bool = False,
@@ -159,6 +161,8 @@ class AsyncClient:
             steps: sampling steps.
             eta: DDIM's share of fresh noise, in [0, 1].
             guidance_scale: scale of classifier-free guidance: 1 as trained; above 1 strengthens the label.
+            guidance_interval: (low, high), shares of the schedule, 0 (no noise) … 1 (pure noise), in which guidance
+                acts. Steps outside it use the conditional prediction alone, at half the cost.
             seed: one per sample; a single seed gives sample i ``seed + i``. None draws one, stored in the clip.
             warped: whether to return the warped images too.
             latent: whether to return the latent too.
@@ -182,7 +186,7 @@ class AsyncClient:
             label=label,
             text=text,
             text_embedding=text_embedding,
-            options=SamplingOptions(sampler, steps, eta, guidance_scale),
+            options=SamplingOptions(sampler, steps, eta, guidance_scale, guidance_interval),
             seed=seed,
             warped=warped,
             latent=latent,
@@ -241,8 +245,11 @@ class AsyncClient:
         steps: int | None = None,
         eta: float | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = WHOLE,
         seed: int | None = None,
+        frames: Sequence[int] | slice | None = None,
         preview_every: int = 0,
+        preview_warped: bool = False,
         progress_every: int = 0,
         priority: int = 0,
         deadline: float | None = None,
@@ -262,8 +269,11 @@ class AsyncClient:
             steps: sampling steps.
             eta: DDIM's share of fresh noise.
             guidance_scale: scale of classifier-free guidance.
+            guidance_interval: (low, high), where guidance acts.
             seed: seed of the noise; None draws one.
+            frames: ascending positions of the frames to decode, from 0, or a slice; None for all.
             preview_every: steps between `Preview` events; 0 disables them. Each preview decodes some frames.
+            preview_warped: previews show the image moved by the flow alone, which costs no decoding.
             progress_every: steps between `Progress` events; 0 disables them.
             priority: higher runs first.
             deadline: seconds; None uses `Settings.timeout`.
@@ -286,15 +296,16 @@ class AsyncClient:
                 label=label,
                 text=text,
                 text_embedding=text_embedding,
-                options=SamplingOptions(sampler, steps, eta, guidance_scale),
+                options=SamplingOptions(sampler, steps, eta, guidance_scale, guidance_interval),
                 seed=seed,
                 priority=priority,
                 deadline=deadline,
                 request_id=request_id,
             )
             facts = await self.facts()
+            reports = Reports(preview_every, progress_every, preview_warped)
             plan, job = await self._connection.waiting.aside(
-                partial(plan_stream, call, facts, preview_every=preview_every, progress_every=progress_every)
+                partial(plan_stream, call, facts, FrameChoice.of(frames, facts.frames), reports)
             )
             return AsyncStream(self._connection, plan, job, facts, seconds)
 

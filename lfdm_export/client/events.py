@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lfdm_export.client.jobs import Arguments, Job, Plan, make_clip, make_plan, read_timings
 from lfdm_export.errors import InputError, ServerError
+from lfdm_export.generate.frame_choice import FrameChoice
 from lfdm_export.pictures.clip import Clip
 from lfdm_export.protocol.contract import Array
 from lfdm_export.protocol.model_facts import ModelFacts
@@ -87,7 +88,33 @@ def _listed(indices: NDArray[np.int32]) -> str:
     return f"frame {indices[0]}" if len(indices) == 1 else f"{len(indices)} frames, {indices[0]} … {indices[-1]}"
 
 
-def plan_stream(call: Arguments, facts: ModelFacts, *, preview_every: int, progress_every: int) -> tuple[Plan, Job]:
+@dataclass(frozen=True)
+class Reports:
+    """What a stream reports meanwhile; see `lfdm_export.client.AsyncClient.stream`."""
+
+    preview_every: int = 0
+    progress_every: int = 0
+    preview_warped: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the numbers of steps.
+
+        Raises:
+            InputError: one is not a number of steps.
+        """
+        for name in ("preview_every", "progress_every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+                raise InputError(f"{name} is {value!r}, expected a number of steps, or 0 for none")
+
+    def tensors(self) -> dict[str, Array]:
+        """The inputs of the request; those with their default are left out."""
+        numbers = {"preview_every": self.preview_every, "progress_every": self.progress_every}
+        tensors: dict[str, Array] = {name: np.array([value], np.int32) for name, value in numbers.items() if value}
+        return {**tensors, "preview_warped": np.array([True])} if self.preview_warped else tensors
+
+
+def plan_stream(call: Arguments, facts: ModelFacts, chosen: FrameChoice, reports: Reports) -> tuple[Plan, Job]:
     """Prepare the request of one streamed sample.
 
     Raises:
@@ -96,12 +123,11 @@ def plan_stream(call: Arguments, facts: ModelFacts, *, preview_every: int, progr
     plan = make_plan(call, facts)
     if len(plan.jobs) != 1:
         raise InputError(f"found {len(plan.jobs)} samples, expected one per stream; open more streams, or use generate")
-    every = {"preview_every": preview_every, "progress_every": progress_every}
-    for name, value in every.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-            raise InputError(f"{name} is {value!r}, expected a number of steps, or 0 for none")
     (job,) = plan.jobs
-    tensors = {**job.tensors, **{name: np.array([value], np.int32) for name, value in every.items() if value}}
+    tensors = {**job.tensors, **reports.tensors()}
+    if chosen.positions is not None:
+        tensors["only_frames"] = np.array(chosen.positions, np.int32)
+        plan = replace(plan, settings={**plan.settings, **chosen.facts()})
     return plan, Job(tensors, job.request_id)
 
 
@@ -112,6 +138,9 @@ class Assembly:
         """Start with no responses."""
         self._plan, self._job, self._facts = plan, job, facts
         self._frames = np.zeros((facts.frames, facts.image_size, facts.image_size, 3), np.uint8)
+        only = job.tensors.get("only_frames")
+        self._chosen = FrameChoice.of(None if only is None else only.tolist(), facts.frames)
+        self._positions = list(range(facts.frames) if only is None else only)
         self._have = np.zeros(facts.frames, bool)
         self._timings: Array | None = None
 
@@ -122,7 +151,7 @@ class Assembly:
 
     def state(self) -> str:
         """Short description of the progress."""
-        return "done" if self.done else f"{self._have.sum()} of {len(self._have)} frames"
+        return "done" if self.done else self._progress()
 
     def take(self, tensors: Mapping[str, Array]) -> Event:
         """Convert a response into an event.
@@ -145,8 +174,8 @@ class Assembly:
             self._frames[indices], self._have[indices] = frames, True
             return Frames(indices, frames)
         if kind == "done":
-            if "timings" not in tensors or not self._have.all():
-                raise self._wrong(f"the end after {self._have.sum()} of {len(self._have)} frames")
+            if "timings" not in tensors or not self._have[self._positions].all():
+                raise self._wrong(f"the end after {self._progress()}")
             self._timings = tensors["timings"]
             return Done(read_timings(tensors["timings"]))
         raise self._wrong(f"{kind!r}")
@@ -158,9 +187,13 @@ class Assembly:
             ServerError: the stream has not ended.
         """
         if self._timings is None:
-            raise self._wrong(f"{self._have.sum()} of {len(self._have)} frames and no end")
-        answer = {"frames": self._frames, "timings": self._timings}
-        return make_clip([answer], self._plan, self._facts)
+            raise self._wrong(f"{self._progress()} and no end")
+        answer = {"frames": self._frames[self._positions], "timings": self._timings}
+        clip = make_clip([answer], self._plan, self._facts)
+        return replace(clip, fps=self._chosen.rate(None))
+
+    def _progress(self) -> str:
+        return f"{self._have.sum()} of {self._chosen.count} frames"
 
     def _steps(self, tensors: Mapping[str, Array]) -> tuple[int, int]:
         if "step" not in tensors or "steps" not in tensors:

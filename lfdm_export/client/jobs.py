@@ -163,7 +163,9 @@ def _sampling(options: SamplingOptions) -> dict[str, Array]:
     """Return the inputs that all samples share; the server checks the ranges that depend on its model."""
     given = options.given()
     return {
-        spec.name: text_tensor(value) if isinstance(value := given[spec.name], str) else np.array([value], spec.dtype)
+        spec.name: text_tensor(value)
+        if isinstance(value := given[spec.name], str)
+        else np.array(value, spec.dtype).reshape(spec.shape)
         for spec in SAMPLING_INPUTS
         if spec.name in given
     }

@@ -52,6 +52,23 @@ class KeepsState(Protocol):
         """Make a loop for a batch size, at most the largest of the stage."""
 
 
+@runtime_checkable
+class KeepsInputs(Protocol):
+    """An engine that can keep inputs where it runs, for several runs."""
+
+    spec: StageSpec
+
+    def keep(self, inputs: Mapping[str, Array], rows: int) -> KeptInputs:
+        """Copy inputs (batch, …), by name, to where the engine runs; each is repeated to `rows` rows per sample."""
+
+
+class KeptInputs(Protocol):
+    """Inputs of a stage that stay where its engine runs."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the stage once with these and its other inputs, by name; returns its outputs, by name."""
+
+
 @dataclass(frozen=True, eq=False)
 class ClipRequest:
     """The inputs for clips of B samples.
@@ -61,17 +78,19 @@ class ClipRequest:
         fixed: inputs of the sampling stage that no step changes, by name, except outputs of the encoder.
         seeds: one per sample, 0 to 2^64 - 1.
         table: the sampler.
+        frames: positions of the frames of the clips, ascending; None for all.
     """
 
     image: Float32
     fixed: Mapping[str, Float32]
     seeds: tuple[int, ...]
     table: SamplerTable
+    frames: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class MadeClips:
-    """Whole clips of B samples.
+    """Clips of B samples, with the requested frames.
 
     Attributes:
         frames: (B, T, H, W, 3) uint8.

@@ -60,9 +60,10 @@ def decode_chunks(
     if frames < chunk:
         latent = np.concatenate([latent, np.repeat(latent[:, :, -1:], chunk - frames, axis=2)], axis=2)
     report(progress, "decode", 0, frames)
-    for begin, given in chunk_starts(frames, chunk):
-        part = latent[:, :, begin : begin + chunk]
-        decoded = stages.run("decode", encoded.image, *encoded.skips, part)
+    starts = list(chunk_starts(frames, chunk))
+    parts = [latent[:, :, begin : begin + chunk] for begin, _ in starts]
+    runs = stages.run_each("decode", (encoded.image, *encoded.skips), parts)
+    for (begin, given), decoded in zip(starts, runs, strict=True):
         some_frames, some_warped = (images[:, :, : frames - begin] for images in decoded)
         yield begin, some_frames, some_warped
         report(progress, "decode", min(begin + given + chunk, frames), frames)

@@ -17,7 +17,7 @@ from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.preprocess import to_float
 from lfdm_export.progress import Progress, report
 from lfdm_export.sampling.noise import NoiseSource
-from lfdm_export.sampling.options import SamplingOptions, guided_steps, takes_both_branches
+from lfdm_export.sampling.options import SamplingOptions, guided_at, takes_both_branches
 from lfdm_export.sampling.rows import SamplerTable
 
 Float32: TypeAlias = NDArray[np.float32]
@@ -57,9 +57,7 @@ def denoise(
     rows = embedding_rows(embedding, manifest.geometry.text_width)
     if len(rows) not in (1, batch):
         raise InputError(f"found {len(rows)} text embeddings for {batch} images, expected 1 or {batch}")
-    guided = guided_steps(table.timesteps, manifest.config.dm.training_steps, options.guidance_interval)
-    if scale == 0.0 and not guided.all():
-        raise InputError("guidance_scale is 0, the unconditional prediction, which takes no guidance_interval")
+    guided = guided_at(scale, table.timesteps, manifest.config.dm.training_steps, options.guidance_interval)
 
     def on_step(index: int, latent: Float32 | None) -> None:
         if latent is not None:
@@ -83,6 +81,7 @@ def make_whole_clip(
     table: SamplerTable,
     seeds: tuple[int, ...],
     progress: Progress | None,
+    frames: tuple[int, ...] | None = None,
 ) -> Clip | None:
     """Make clips of B embeddings in one call on the device of the engine; None if it runs single stages only.
 
@@ -94,6 +93,7 @@ def make_whole_clip(
         table: the sampler.
         seeds: one per sample.
         progress: called as ``progress("denoise", steps done, steps)``.
+        frames: positions of the frames of the clip, ascending; None for all.
 
     Raises:
         EngineError: an engine cannot be loaded or fails.
@@ -106,7 +106,7 @@ def make_whole_clip(
     image = np.repeat(to_float(prepared), batch // len(prepared), axis=0)
     report(progress, "denoise", 0, table.steps)
     made = maker.make(
-        ClipRequest(image, fixed, seeds, table),
+        ClipRequest(image, fixed, seeds, table, frames),
         on_step=lambda index: report(progress, "denoise", index + 1, table.steps),
     )
     return Clip(

@@ -22,6 +22,7 @@ from lfdm_export.generate.decoding import decode_chunks, decode_clip
 from lfdm_export.generate.denoising import denoise, make_whole_clip
 from lfdm_export.generate.driving import estimate_motion, prepare_footage
 from lfdm_export.generate.encoded import Encoded, encode_images
+from lfdm_export.generate.frame_choice import FrameChoice
 from lfdm_export.generate.previews import Previews
 from lfdm_export.generate.stage_runner import OnEstimate, StageRunner
 from lfdm_export.pictures.clip import Clip
@@ -134,6 +135,7 @@ class Pipeline:
         guidance_interval: tuple[float, float] = WHOLE,
         seed: int | Sequence[int] | None = None,
         noise: Iterator[Float32] | None = None,
+        frames: Sequence[int] | slice | None = None,
         progress: Progress | None = None,
         previews: Previews | None = None,
     ) -> Clip:
@@ -162,6 +164,9 @@ class Pipeline:
                 depends only on its seed. None draws one, which ``clip.seeds`` holds.
             noise: instead of a seed: float32 draws (B,3,T,h,w), first the start, then one per step that
                 draws noise.
+            frames: ascending positions of the frames to decode, from 0, or a slice such as ``slice(0, None, 4)``. The
+                clip has only these frames, at equal distances with a rate that keeps its duration; the others are not
+                decoded. None decodes all.
             progress: called as ``progress(stage, done, total)``.
             previews: previews during sampling. The steps then run one by one, even if an engine could make the whole
                 clip in one call. None for no previews.
@@ -173,30 +178,35 @@ class Pipeline:
         options, table = self.resolve(SamplingOptions(sampler, steps, eta, guidance_scale, guidance_interval))
         prepared = self._prepare(image, crop)
         words, embeddings = find_conditions(self.stages, label, text, text_embedding)
+        chosen = FrameChoice.of(frames, self.bundle.manifest.geometry.frames)
         batch = common_batch({"images": len(prepared), "labels": len(embeddings), "seeds": seed_count(seed)})
         settings = {
             **self._origin("generate"),
             **to_plain(options),
             "condition": "label" if label is not None else "text" if text is not None else "text_embedding",
+            **chosen.facts(),
         }
         seeds, source = find_noise(seed, noise, batch, self._noise_shape())
 
         def make() -> Clip:
             rows = np.repeat(embeddings, batch // len(embeddings), axis=0)
             if seeds is not None and options.guidance_interval == WHOLE and previews is None:
-                whole = make_whole_clip(self.stages, prepared, rows, options.scale, table, seeds, progress)
+                whole = make_whole_clip(
+                    self.stages, prepared, rows, options.scale, table, seeds, progress, chosen.positions
+                )
                 if whole is not None:
                     return whole
             encoded = encode_images(self.stages, prepared, progress).repeat(batch)
             shown = None if previews is None else previews.on_estimate(self.stages, encoded, table.steps)
             latent = denoise(self.stages, encoded, rows, options, table, source, progress, shown)
-            return decode_clip(self.stages, prepared, encoded, latent, progress)
+            return decode_clip(self.stages, prepared, encoded, chosen.part(latent), progress)
 
-        made_from = {**settings, "seeds": seeds, "frames": self.bundle.manifest.geometry.frames, "batch": batch}
+        made_from = {**settings, "seeds": seeds, "frames": chosen.count, "batch": batch}
         return replace(
             make() if seeds is None else self._remembered(made_from, (prepared, embeddings), make),
             labels=None if words is None else words * (batch // len(words)),
             seeds=seeds,
+            fps=chosen.rate(None),
             settings=settings,
         )
 
@@ -253,6 +263,7 @@ class Pipeline:
         motion: Motion | str | os.PathLike[str],
         *,
         crop: Crop | None = None,
+        frames: Sequence[int] | slice | None = None,
         progress: Progress | None = None,
     ) -> Clip:
         """Make a clip in which `image` moves as in an earlier clip: decode its latent, without sampling.
@@ -263,18 +274,20 @@ class Pipeline:
             image: a path, a PIL image, (H,W,3) uint8, or (B,H,W,3) uint8 for a batch, which all move in the same way.
             motion: ``clip.motion`` of a clip of one sample, or the path of a ``.motion`` file from ``clip.save``.
             crop: region cut out of the image first, as in `generate`.
+            frames: positions in the motion of the frames to decode, as in `generate`.
             progress: called as ``progress(stage, done, total)``.
 
         Raises:
-            InputError: the image or the motion is not valid, or the motion is from a model of other sizes.
+            InputError: the image, the motion or a position is not valid, or the motion is from a model of other sizes.
             EngineError: an engine cannot be loaded or fails.
         """
         motion = as_motion(motion)
         geometry, config = self.bundle.manifest.geometry, self.bundle.manifest.config
         motion.require_fit(geometry.latent_size, geometry.frames, residual_flow=config.residual_flow)
         prepared = self._prepare(image, crop)
-        latent = np.repeat(motion.latent[None], len(prepared), axis=0)
-        origin = self._origin("animate")
+        chosen = FrameChoice.of(frames, motion.latent.shape[1])
+        latent = np.repeat(chosen.part(motion.latent[None]), len(prepared), axis=0)
+        origin = {**self._origin("animate"), **chosen.facts()}
         made_from = {**origin, "frames": latent.shape[2], "batch": len(prepared)}
         made = dict(motion.settings)
         word, seed = made.pop("text", made.pop("label", None)), made.pop("seed", None)
@@ -287,7 +300,7 @@ class Pipeline:
             self._remembered(made_from, (prepared, latent), make),
             labels=(word,) * len(prepared) if isinstance(word, str) else None,
             seeds=(seed,) * len(prepared) if isinstance(seed, int) else None,
-            fps=motion.fps,
+            fps=chosen.rate(motion.fps),
             settings={**made, **origin, "motion_bundle_id": made.get("bundle_id")},
         )
 

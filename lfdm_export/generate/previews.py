@@ -13,6 +13,7 @@ from lfdm_export.errors import InputError
 from lfdm_export.generate.decoding import decode_chunks
 from lfdm_export.generate.encoded import Encoded
 from lfdm_export.generate.stage_runner import OnEstimate, StageRunner
+from lfdm_export.ops.warp.on_host import warped_images
 from lfdm_export.pictures.preprocess import to_uint8
 
 Float32: TypeAlias = NDArray[np.float32]
@@ -25,13 +26,15 @@ class Previews:
 
     Attributes:
         every: interval of the previews in steps; none after the last step.
-        indices: (n,) integers, the frames of the clip that are shown. Each costs its decoding.
+        indices: (n,) integers, the frames of the clip that are shown. Each costs its decoding, unless `warped` is set.
         show: called with the steps done, the steps there are, and those frames, (B, n, H, W, 3) uint8.
+        warped: show the image moved by the flow alone, which costs no decoding.
     """
 
     every: int
     indices: NDArray[np.integer[Any]]
     show: Callable[[int, int, UInt8], None]
+    warped: bool = False
 
     def __post_init__(self) -> None:
         """Check `every`.
@@ -55,7 +58,12 @@ class Previews:
             done = index + 1
             if done < steps and done % self.every == 0:
                 some = np.ascontiguousarray(estimate[:, :, self.indices])
-                frames = np.concatenate([frames for _, frames, _ in decode_chunks(stages, encoded, some, None)], axis=2)
+                if self.warped:
+                    residual_flow = stages.bundle.manifest.config.residual_flow
+                    frames = warped_images(encoded.image, some, residual_flow=residual_flow)
+                else:
+                    parts = decode_chunks(stages, encoded, some, None)
+                    frames = np.concatenate([frames for _, frames, _ in parts], axis=2)
                 self.show(done, steps, to_uint8(frames))
 
         return show

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.engines.cuda_driver import find_gpus
+from lfdm_export.engines.device import DeviceMemoryError
 from lfdm_export.engines.device_chain import DeviceChain
 from lfdm_export.engines.held import held_targets
-from lfdm_export.engines.interface import ClipMaker, Engine, KeepsState, StateLoop
+from lfdm_export.engines.interface import ClipMaker, Engine, KeepsInputs, KeepsState, StateLoop
 from lfdm_export.engines.onnxruntime.target import Device
 from lfdm_export.engines.self_check import is_enabled
 from lfdm_export.engines.self_check_choice import choose_checked
@@ -68,6 +69,7 @@ class StageRunner:
         self._engines: dict[str, Engine] = {}
         self._loops: dict[tuple[str, int, int], StateLoop] = {}
         self._makers: dict[tuple[str, int], ClipMaker | None] = {}
+        self._most_rows: dict[tuple[str, int], int] = {}
 
     @functools.cached_property
     def choice(self) -> Choice:
@@ -147,6 +149,54 @@ class StageRunner:
             parts.append([outputs[tensor.name] for tensor in spec.outputs])
         joined = (some[0] if len(some) == 1 else np.concatenate(some) for some in zip(*parts, strict=True))
         return cast(tuple[Float32, ...], tuple(joined))
+
+    def run_each(
+        self, stage: str, fixed: Sequence[NDArray[np.float32]], parts: Sequence[NDArray[np.float32]]
+    ) -> Iterator[tuple[Float32, ...]]:
+        """Run one stage once per part, with other inputs that stay the same.
+
+        An engine that can keep inputs gets those once, and runs several parts as rows of one batch, as many as its
+        memory allows.
+
+        Args:
+            stage: its name.
+            fixed: its inputs but the last, in the order of its `StageSpec`, (batch, …) each.
+            parts: its last input of each run, (batch, …).
+
+        Yields:
+            Its outputs for each part.
+
+        Raises:
+            EngineError: the engine cannot be loaded, the inputs do not match, or a run fails.
+        """
+        engine, batch = self.engine(stage), len(fixed[0])
+        most = engine.spec.batch[2] // batch
+        if not isinstance(engine, KeepsInputs) or len(parts) == 1 or not most:
+            for part in parts:
+                yield self.run(stage, *fixed, part)
+            return
+        *names, last = (tensor.name for tensor in engine.spec.inputs)
+        given, done = dict(zip(names, fixed, strict=True)), 0
+        most = min(most, self._most_rows.get((stage, batch), most))
+        while done < len(parts):
+            left = parts[done:]
+            rows = -(-len(left) // -(-len(left) // most))  # equal groups
+            try:
+                kept = engine.keep(given, rows)
+                for first in range(0, len(left), rows):
+                    some = left[first : first + rows]
+                    stacked = np.stack([*some, *[some[-1]] * (rows - len(some))], axis=1)
+                    outputs = kept.run({last: stacked.reshape(batch * rows, *stacked.shape[2:])})
+                    split = [outputs[tensor.name] for tensor in engine.spec.outputs]
+                    apart = [array.reshape(batch, rows, *array.shape[1:]) for array in split]
+                    for row in range(len(some)):
+                        yield tuple(array[:, row] for array in apart)
+                    done += len(some)
+            except DeviceMemoryError as error:
+                if rows == 1:
+                    raise
+                logger.info("%s does not fit with %d rows per sample: %s", stage, rows, error)
+                most = self._most_rows[stage, batch] = max(1, rows // 2)
 
     def sample(
         self,

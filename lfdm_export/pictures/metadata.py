@@ -70,7 +70,8 @@ def clip_metadata(path: str | os.PathLike[str]) -> dict[str, object]:
         ``program``, ``version``, and those of the following that are known: ``made_by`` ("generate", "transfer_motion"
         or "animate"), ``bundle`` (its name), ``bundle_id`` (`lfdm_export.bundle.manifest.Manifest.bundle_id`),
         ``precision``, ``condition``, ``label``, ``text``, ``seed``, ``sampler``, ``steps``, ``eta``,
-        ``guidance_scale``, ``fps``, ``motion_bundle_id`` (for an animated picture: the bundle that made its motion),
+        ``guidance_scale``, ``fps``, ``frame_indices`` (if only some frames were decoded), ``motion_bundle_id`` (for an
+        animated picture: the bundle that made its motion),
         ``job`` (for a bulk run: the row). An archive of several samples has lists as label and seed.
 
     Raises:

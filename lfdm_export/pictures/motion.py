@@ -21,6 +21,8 @@ from lfdm_models.pictures.formats import open_stream
 
 #: Metadata keys of the kind of grid, and of the sizes of the model that made it.
 RESIDUAL_FLOW, GEOMETRY = "residual_flow", "geometry"
+#: Metadata key of the positions of a clip's frames, if only some were decoded.
+FRAME_INDICES = "frame_indices"
 #: Maximum number of values: 10,000 frames of 64 x 64, more than any clip that this program reads or makes.
 MAX_VALUES = 10_000 * 3 * 64 * 64
 _OF_THE_FILE = ("program", "version", "fps", RESIDUAL_FLOW, GEOMETRY)
@@ -70,10 +72,11 @@ class Motion:
 
         Raises:
             InputError: the latent has another size, its grid has another meaning, or a model with another number of
-                frames sampled it. (A motion from a driving clip has as many frames as that clip.)
+                frames sampled it. (A motion from a driving clip has as many frames as that clip, one of chosen frames
+                has those.)
         """
         frames, size = self.latent.shape[1:3]
-        sampled = self.settings.get("sampler") is not None
+        sampled = self.settings.get("sampler") is not None and FRAME_INDICES not in self.settings
         if size != latent_size or (sampled and frames != model_frames):
             raise InputError(
                 f"the motion has {count(frames, 'frame')} of {size}x{size}, the bundle's latents have "

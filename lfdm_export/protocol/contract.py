@@ -133,6 +133,7 @@ SAMPLING_INPUTS = (
     _option("sampler", "BYTES", f"one of {', '.join(sampler_names())}"),
     _option("eta", "FP32", "DDIM's share of fresh noise, 0 to 1"),
     _option("guidance_scale", "FP32", "1: as trained; above 1: more of the label"),
+    WireTensor("guidance_interval", "FP32", (2,), optional=True, about="shares of the schedule, 0 to 1, with guidance"),
 )
 CLIP_INPUTS = (*IMAGE_INPUTS, *CONDITION_INPUTS, *SAMPLING_INPUTS)
 #: The seed of the clip. It needs its own name, because the inputs and outputs of an ensemble share theirs.
@@ -148,6 +149,10 @@ STREAM_INPUTS = (
     *CLIP_INPUTS,
     _option("preview_every", "INT32", "interval of the previews in steps; 0, the default, for none"),
     _option("progress_every", "INT32", "interval of the responses of kind progress in steps; 0, the default, for none"),
+    _option("preview_warped", "BOOL", "previews show the image moved by the flow alone, which costs no decoding"),
+    WireTensor(
+        "only_frames", "INT32", ("n",), optional=True, about="ascending positions of the frames to decode, from 0"
+    ),
 )
 #: `kind`, `step` and `steps` are in each response; `frame_indices` and `frames` in previews and frames; the rest in the
 #: last response, of kind done.

@@ -21,7 +21,7 @@ from lfdm_export.protocol.contract import (
     Array,
     WireTensor,
 )
-from lfdm_export.sampling.options import SamplingOptions
+from lfdm_export.sampling.options import WHOLE, SamplingOptions
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class GenerationRequest:
         seed: 0 … 2^63 - 1.
         options: sampling options.
         preview_every, progress_every: in steps; 0 for none.
+        preview_warped: previews show the warped image.
+        only_frames: positions of the frames to decode; None for all.
     """
 
     image_bytes: bytes | None = None
@@ -75,6 +77,8 @@ class GenerationRequest:
     options: SamplingOptions = SamplingOptions()
     preview_every: int = 0
     progress_every: int = 0
+    preview_warped: bool = False
+    only_frames: NDArray[np.int32] | None = None
 
 
 def check_request(tensors: Mapping[str, Array], known: Sequence[WireTensor]) -> None:
@@ -154,12 +158,15 @@ def parse_sampling(tensors: Mapping[str, Array], limits: Limits) -> GenerationRe
         steps=_integer(tensors, "steps", 1, limits.steps),
         eta=float(tensors["eta"][0]) if "eta" in tensors else None,
         guidance_scale=_number(tensors, "guidance_scale", limits.guidance_scale),
+        guidance_interval=_interval(tensors, "guidance_interval"),
     )
     return GenerationRequest(
         seed=_integer(tensors, "seed", 0, MAX_SEED),
         options=options,
         preview_every=_integer(tensors, "preview_every", 0, limits.steps) or 0,
         progress_every=_integer(tensors, "progress_every", 0, limits.steps) or 0,
+        preview_warped="preview_warped" in tensors and bool(tensors["preview_warped"][0]),
+        only_frames=tensors.get("only_frames"),
     )
 
 
@@ -262,3 +269,11 @@ def _number(tensors: Mapping[str, Array], name: str, most: float) -> float | Non
     if not 0.0 <= value <= most:  # NaN also fails
         raise InputError(f"{name} is {value}, expected 0 to {most:g}")
     return value
+
+
+def _interval(tensors: Mapping[str, Array], name: str) -> tuple[float, float]:
+    """The ends of an interval as the client wrote them: 0.2 is not the nearest 32-bit float."""
+    if name not in tensors:
+        return WHOLE
+    low, high = (float(str(end)) for end in tensors[name])
+    return low, high

@@ -163,6 +163,20 @@ def guided_steps(timesteps: NDArray[np.int64], training_steps: int, interval: tu
     return (low <= shares) & (shares <= high)
 
 
+def guided_at(
+    scale: float, timesteps: NDArray[np.int64], training_steps: int, interval: tuple[float, float]
+) -> NDArray[np.bool_]:
+    """`guided_steps`, checked against the scale.
+
+    Raises:
+        InputError: the scale takes no interval.
+    """
+    guided = guided_steps(timesteps, training_steps, interval)
+    if scale == 0.0 and not guided.all():
+        raise InputError("guidance_scale is 0, the unconditional prediction, which takes no guidance_interval")
+    return guided
+
+
 def _some_steps(steps: int) -> int:
     """Return a number of steps that some schedule allows."""
     if not 1 <= whole_steps(steps) <= MOST_TRAINING_STEPS:

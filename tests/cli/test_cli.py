@@ -236,6 +236,7 @@ def test_options_reach_the_pipeline(bundle: Bundle, photo: str, tmp_path: Path, 
         "guidance_scale": 2.0,
         "guidance_interval": (0.2, 0.8),
         "seed": 5,
+        "frames": None,
     }
     with Image.open(tmp_path / "clip") as image:
         assert (image.format, image.width, image.info["duration"]) == ("GIF", 5 * SIZE, 200)

@@ -141,6 +141,8 @@ def test_panels(address: str, photo: str, tmp_path: Path):
         (["--url", "localhost:1", "--threads", "2", "--label", "a"], "--threads is for a BUNDLE"),
         (["--url", "localhost:1", "--stream", "--panels", "--label", "a"], "leave out --stream"),
         (["--url", "localhost:1", "--stream", "--format", "npz", "--label", "a"], "leave out --stream"),
+        (["--url", "localhost:1", "--stride", "2", "--format", "npz", "--label", "a"], "leave out --stream, --frames"),
+        (["--url", "localhost:1", "--stride", "2", "--motion", "a.motion"], "are for a BUNDLE that runs here"),
         (["--url", "localhost:1", "--tls-key", "k", "--label", "a"], "--tls-key and --tls-cert belong together"),
     ],
 )
@@ -149,6 +151,15 @@ def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureF
         generate_main([*arguments, "--image", "i.png", "-o", "o.gif"])
     assert done.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_some_frames_and_an_interval(fake: FakeTriton, address: str, photo: str, tmp_path: Path):
+    out, interval = tmp_path / "clip.webp", ["--guidance", "2", "--guidance-interval", "0.25", "0.5"]
+    arguments = ["--url", address, "--image", photo, "--label", "anger", "--stride", "2", *interval, "-q"]
+    assert generate_main([*arguments, "-o", str(out)]) == 0
+    assert load_clip(out).shape[0] == 3
+    assert fake.seen[0].tensors["only_frames"].tolist() == [0, 2, 4]
+    assert fake.seen[0].tensors["guidance_interval"].tolist() == [0.25, 0.5]
 
 
 def generate(address: str, photo: str, tmp_path: Path, *more: str) -> int:

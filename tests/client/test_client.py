@@ -143,8 +143,8 @@ def test_a_clip(kind: str, fake: FakeTriton, address: str):
 @both
 def test_every_argument_reaches_the_server(kind: str, fake: FakeTriton, address: str):
     clip = generate(
-        kind, address, sampler="unipc", steps=7, guidance_scale=1.5, seed=2**40, warped=True, latent=True,
-        priority=-3, deadline=500.0, request_id="mine",
+        kind, address, sampler="unipc", steps=7, guidance_scale=1.5, guidance_interval=(0.25, 0.5), seed=2**40,
+        warped=True, latent=True, priority=-3, deadline=500.0, request_id="mine",
     )  # fmt: skip
     (seen,) = fake.seen
     assert {name: value.tolist() for name, value in seen.tensors.items() if name != "image"} == {
@@ -153,7 +153,9 @@ def test_every_argument_reaches_the_server(kind: str, fake: FakeTriton, address:
         "sampler": [b"unipc"],
         "steps": [7],
         "guidance_scale": [1.5],
+        "guidance_interval": [0.25, 0.5],
     }
+    assert clip.settings["guidance_interval"] == [0.25, 0.5]
     assert (seen.request_id, seen.outputs) == ("mine", ("frames", "warped", "latent", "timings"))
     assert seen.parameters[PRIORITY_PARAMETER] == -3
     assert 400e6 < seen.parameters["timeout"] <= 500e6, "microseconds"
@@ -289,7 +291,35 @@ def test_previews_are_only_made_when_asked_for(kind: str, address: str):
     assert [type(event) for event in events] == [*[Frames] * 3, Done]
 
 
+@both
+def test_a_stream_of_some_frames(kind: str, fake: FakeTriton, address: str):
+    chosen = [1, 3]
+    events, clip = stream(
+        kind, address, frames=chosen, preview_every=3, preview_warped=True, guidance_interval=(0, 0.5), steps=4
+    )
+    frames = expected_frames(3 + ANGER + 4 + 5)
+    assert fake.seen[0].tensors["only_frames"].tolist() == chosen
+    np.testing.assert_array_equal(clip.frames[0], frames[chosen])
+    assert [event.indices.tolist() for event in events if isinstance(event, Frames)] == [[1], [3], [3]]
+    (preview,) = (event for event in events if isinstance(event, Preview))
+    np.testing.assert_array_equal(preview.frames, 255 - frames[[0, 2, 4]])
+    assert (clip.fps, clip.settings["frame_indices"]) == (5, chosen)
+    assert stream(kind, address, frames=slice(0, None, 4))[1].frames.shape[1] == 2
+
+
+def test_a_stream_that_lacks_a_requested_frame_is_an_error(fake: FakeTriton, address: str):
+    def drop(response: Any) -> None:
+        if response.outputs[0].name == "kind" and b"frames" in response.raw_output_contents[0]:
+            response.raw_output_contents[3] = np.array([0], np.int32).tobytes()
+
+    fake.change = drop
+    with pytest.raises(ServerError, match="the end after 1 of 2 frames"):
+        stream("sync", address, frames=[1, 3])
+
+
 def test_a_stream_is_one_clip(client: Client):
+    with pytest.raises(InputError, match=r"frames is \[5\], expected ascending positions from 0 to 4"):
+        client.stream(PHOTO, label="anger", frames=[5])
     with pytest.raises(InputError, match="found 2 samples"):
         client.stream(PHOTO, label=["anger", "happiness"])  # type: ignore[arg-type]
     with pytest.raises(InputError, match="preview_every is -1"):

@@ -16,6 +16,7 @@ import pytest
 from lfdm_export import Pipeline
 from lfdm_export.bundle.reader import Bundle, fingerprint
 from lfdm_export.engines.cuda_driver import CudaDriver, Gpu
+from lfdm_export.engines.device import DeviceMemoryError
 from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from lfdm_export.engines.target_spec import Target
 from lfdm_export.engines.tensorrt import device_loop, gpu_session
@@ -33,7 +34,7 @@ from lfdm_export.sampling.tables import sampler_table
 from lfdm_export.stages import StageSpec
 from lfdm_models.schedule import cosine_schedule
 from tests.closeness import assert_same_floats
-from tests.fake_bundle import FRAMES, LATENT, SIZE, TRAINING_STEPS, feeds_for, write_fake_bundle
+from tests.fake_bundle import CHUNK, FRAMES, LATENT, SIZE, TRAINING_STEPS, feeds_for, write_fake_bundle
 from tests.fake_gpu import FakeGpu, FakeLibrary, fake_plan
 
 SHAPE = (3, FRAMES, LATENT, LATENT)
@@ -569,6 +570,73 @@ def test_a_clip_is_the_one_of_onnx_runtime(place: Place):
         assert_same_floats(clip.latent, expected.latent)
         assert np.abs(clip.frames.astype(int) - expected.frames).max() <= 1
         assert np.abs(clip.warped.astype(int) - expected.warped).max() <= 1
+
+
+def latents(batch: int, frames: int) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((batch, 3, frames, LATENT, LATENT), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("batch", "frames", "runs"), [(1, 5, 1), (2, 5, 1), (3, 5, 2), (1, 20, 2), (5, 5, 3), (1, 2, 1)]
+)
+def test_what_all_frames_share_is_uploaded_once(place: Place, batch: int, frames: int, runs: int):
+    """The image and the encoder's outputs of each sample go up once per clip, and chunks are rows of few runs."""
+    pipe, latent = Pipeline.open(place.bundle), latents(batch, frames)
+    pipe.stages = place.runner
+    photos = np.random.default_rng(0).integers(0, 256, (batch, SIZE, SIZE, 3), np.uint8)
+    encoded = pipe.encode(photos)
+    pipe.decode(encoded, latent)
+    place.calls.clear()
+    found = pipe.decode(encoded, latent)
+    shared = 1 + len(encoded.skips)
+    alone = frames == CHUNK  # one run takes all at once
+    assert place.calls.count("cuMemcpyHtoDAsync_v2") == (shared if alone else batch * shared) + runs
+    assert place.calls.count("cuMemcpyDtoHAsync_v2") == 2 * runs
+    assert not [name for name in place.calls if "Alloc" in name or "Free" in name]
+    reference = Pipeline.open(place.bundle, threads=1, target="onnxruntime")
+    for one, expected in zip(found, reference.decode(encoded, latent), strict=True):
+        assert_same_floats(one, expected)
+
+
+def test_as_many_rows_as_the_memory_allows(place: Place, monkeypatch: pytest.MonkeyPatch):
+    pipe, latent = Pipeline.open(place.bundle), latents(1, 20)
+    pipe.stages = place.runner
+    encoded = pipe.encode(np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8))
+    rows: list[int] = []
+    real = TensorRtEngine.keep
+
+    def keep(engine: TensorRtEngine, inputs: Any, count: int) -> Any:
+        rows.append(count)
+        if count > 2:
+            raise DeviceMemoryError("no memory")
+        return real(engine, inputs, count)
+
+    monkeypatch.setattr(TensorRtEngine, "keep", keep)
+    found = pipe.decode(encoded, latent)
+    assert rows == [5, 2], "ten chunks as two runs of five, then as five of two"
+    reference = Pipeline.open(place.bundle, threads=1, target="onnxruntime")
+    for one, expected in zip(found, reference.decode(encoded, latent), strict=True):
+        assert_same_floats(one, expected)
+    rows.clear()
+    pipe.decode(encoded, latent)
+    assert rows == [2], "what does not fit is not tried again"
+
+
+def test_kept_inputs_are_checked(place: Place):
+    engine = place.runner.engine("decode")
+    feeds = feeds_for(engine.spec, batch=2)
+    fixed = {name: values for name, values in feeds.items() if name != "latent"}
+    kept = engine.keep(fixed, 1)
+    with pytest.raises(EngineError, match="lacks the input latent"):
+        kept.run({})
+    with pytest.raises(EngineError, match="unexpected input image"):
+        kept.run(feeds)
+    with pytest.raises(EngineError, match="expected batch 2, found 1"):
+        kept.run({"latent": feeds["latent"][:1]})
+    with pytest.raises(EngineError, match="image has dtype float64"):
+        engine.keep({**fixed, "image": fixed["image"].astype(np.float64)}, 1)
+    for name, values in engine.run(feeds).items():
+        assert_same_floats(kept.run({"latent": feeds["latent"]})[name], values)
 
 
 def test_values_that_are_not_finite_are_found_at_the_end(place: Place, monkeypatch: pytest.MonkeyPatch):

@@ -23,7 +23,7 @@ import pytest
 from lfdm_export.cli import serve_main
 from lfdm_export.errors import InputError
 from lfdm_export.protocol.contract import CLIP_INPUTS, STREAM_INPUTS, preview_indices
-from lfdm_export.protocol.requests import Limits, image_file, parse_priority
+from lfdm_export.protocol.requests import Limits, image_file, parse_priority, parse_sampling
 from lfdm_export.sampling.options import SamplingOptions
 from lfdm_export.serving.server import files as server_files
 from lfdm_export.serving.server.control import open_directly
@@ -55,12 +55,17 @@ def test_a_request_is_parsed():
         "sampler": text("unipc"),
         "guidance_scale": np.array([1.5], np.float32),
         "preview_every": np.array([2], np.int32),
+        "preview_warped": np.array([True]),
+        "only_frames": np.array([0, 3], np.int32),
+        "guidance_interval": np.array([0.2, 0.8], np.float32),
     }
     request = parse_request(tensors, STREAM_INPUTS)
     assert request.image_bytes == JPEG
     assert (request.label, request.text, request.options.eta) == (None, None, None)
     assert (request.seed, request.options.steps, request.options.sampler) == (2**63 - 1, 5, "unipc")
     assert (request.options.guidance_scale, request.preview_every, request.progress_every) == (1.5, 2, 0)
+    assert request.options.guidance_interval == (0.2, 0.8), "as written, not the nearest 32-bit floats"
+    assert (request.preview_warped, request.only_frames.tolist()) == (True, [0, 3])
     with pytest.raises(InputError, match="unknown input 'preview_every'"):
         parse_request(tensors, CLIP_INPUTS)  # an input of the stream only
 
@@ -68,6 +73,13 @@ def test_a_request_is_parsed():
 def test_what_a_request_leaves_out_is_left_open():
     request = parse_request({"image_bytes": np.array([JPEG], np.object_), "label": text("anger")}, CLIP_INPUTS)
     assert (request.seed, request.options) == (None, SamplingOptions())
+
+
+@pytest.mark.parametrize("interval", [(0.8, 0.2), (-0.1, 1), (0, 1.5), (0, float("nan"))])
+def test_an_interval_lies_in_the_schedule(interval: tuple[float, float]):
+    tensors = {"guidance_interval": np.array(interval, np.float32)}
+    with pytest.raises(InputError, match="guidance_interval"):
+        parse_sampling(tensors, Limits())
 
 
 def test_base64_is_decoded_and_pictures_stay_unchanged():

@@ -87,6 +87,7 @@ def test_the_defaults_are_the_bundles(triton_server: RunningServer, client: Any,
     [
         {"sampler": "unipc", "steps": 3, "guidance_scale": 2.0},
         {"sampler": "dpm++2m", "steps": 4, "guidance_scale": 0.0},
+        {"sampler": "dpm++sde", "steps": 4, "guidance_scale": 3.0, "guidance_interval": [0.3, 0.8]},
         {"sampler": "ddim", "steps": 3, "eta": 0.5},
     ],
     ids=lambda options: options["sampler"],
@@ -98,6 +99,11 @@ def test_every_option_reaches_the_sampler(
     values = {"image_bytes": REQUEST["image_bytes"], "text_embedding": embedding, "seed": 2**40, **options}
     outputs = triton_server.infer(client, values, ("frames", "latent"))
     expected = pipeline.generate(PHOTO, text_embedding=embedding, seed=2**40, **options)
+    if "guidance_interval" in options:
+        whole = pipeline.generate(
+            PHOTO, text_embedding=embedding, seed=2**40, **options | {"guidance_interval": (0, 1)}
+        )
+        assert np.abs(whole.latent - expected.latent).max() > 1e-3, "the interval must matter, or nothing is tested"
     np.testing.assert_allclose(outputs["latent"], expected.latent[0], atol=1e-4)
     assert_same_pictures(outputs["frames"], expected.frames[0])
 
@@ -209,6 +215,20 @@ def test_stream_gives_progress_previews_and_the_same_frames(
     assert responses[-1].as_numpy("frame_count")[0] == geometry.frames
     assert responses[-1].as_numpy("timings")[2] == 4
     assert responses[-1].as_numpy("used_seed").tolist() == [REQUEST["seed"]]
+
+
+def test_a_stream_of_some_frames_with_warped_previews(client: Any, clip: Clip, small_bundle: Bundle):
+    only = np.array([1, 5, 9], np.int32)
+    responses = stream(client, {**REQUEST, "preview_every": 3, "preview_warped": np.array([True]), "only_frames": only})
+    frames = next(response for response in responses if kind(response) == "frames")
+    np.testing.assert_array_equal(frames.as_numpy("frame_indices"), only)
+    assert_same_pictures(frames.as_numpy("frames"), clip.frames[0][only])
+    assert [kind(response) for response in responses].count("frames") == 1
+    preview = next(response for response in responses if kind(response) == "preview")
+    geometry = small_bundle.manifest.geometry
+    assert preview.as_numpy("frames").shape == (geometry.chunk_frames, 64, 64, 3)
+    (error,) = stream(client, {**REQUEST, "only_frames": np.array([10], np.int32)})
+    assert "expected ascending positions from 0 to 9" in str(error)
 
 
 def test_a_stream_draws_a_seed_and_tells_it(client: Any):

@@ -87,22 +87,24 @@ class TorchClipMaker:
                     self._loop.step_seeded(index, draws=bool(request.table.draws_noise[index]))
                     if on_step is not None:
                         on_step(index)
-                return self._finish()
+                return self._finish(request.frames)
         except RuntimeError as error:
             raise EngineError(f"clips failed in PyTorch: {one_line(error, 300)}") from error
 
-    def _finish(self) -> MadeClips:
+    def _finish(self, wanted: tuple[int, ...] | None) -> MadeClips:
+        """Decode the runs of frames that hold wanted ones: the shape of a run is fixed."""
         latent = self._loop.inputs["noisy_latent"]
         self._latent.copy_(latent, non_blocking=True)
-        for first in range(0, latent.shape[2], self._chunk):
+        chosen = list(range(latent.shape[2]) if wanted is None else wanted)
+        for first in sorted({frame - frame % self._chunk for frame in chosen}):
             self._part.copy_(latent[:, :, first : first + self._chunk])
             self._decode()
             for pictures, decoded in zip(self._pictures, self._decoded, strict=True):
                 pictures[:, first : first + self._chunk].copy_(decoded, non_blocking=True)
         if self._session.on_gpu:
             torch.cuda.current_stream().synchronize()
-        frames, warped = (pictures.numpy().copy() for pictures in self._pictures)
-        found: Float32 = self._latent.numpy().copy()
+        frames, warped = (pictures.numpy()[:, chosen] for pictures in self._pictures)
+        found: Float32 = self._latent.numpy()[:, :, chosen]
         if not np.isfinite(found).all():
             raise EngineError(
                 "sampling gave values that are not finite; the weights or the engine are at fault: check the bundle "

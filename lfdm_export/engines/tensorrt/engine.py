@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from lfdm_export.bundle.reader import Bundle
-from lfdm_export.engines.checks import Array, check_feeds
+from lfdm_export.engines.checks import Array, check_feeds, check_tensors
+from lfdm_export.engines.device import Pool
 from lfdm_export.engines.target_spec import Target
 from lfdm_export.engines.tensorrt.api import refit_engine
 from lfdm_export.engines.tensorrt.device_loop import DeviceLoop
-from lfdm_export.engines.tensorrt.gpu_memory import DeviceBuffer, PinnedArray
+from lfdm_export.engines.tensorrt.gpu_memory import DeviceBuffer, PinnedArray, byte_count
 from lfdm_export.engines.tensorrt.gpu_session import GpuSession, gpu_session
 from lfdm_export.engines.tensorrt.plan_checks import plan_to_run
 from lfdm_export.engines.tensorrt.plan_context import PlanContext
 from lfdm_export.engines.tensorrt.plans import remake
 from lfdm_export.errors import EngineError
 from lfdm_export.graphs.file import TYPES, Value, compare_interface
-from lfdm_export.stages import StageSpec, TensorSpec
+from lfdm_export.stages import BATCH, StageSpec, TensorSpec
 
 
 class TensorRtEngine:
@@ -62,6 +63,7 @@ class TensorRtEngine:
             self._own = self.context()
         self._buffers: dict[str, DeviceBuffer] = {}
         self._staging: dict[str, PinnedArray] = {}
+        self._kept: dict[tuple[int, tuple[str, ...]], Pool[dict[str, DeviceBuffer]]] = {}
 
     def context(self) -> PlanContext:
         """Make another execution context with the same weights: a captured CUDA graph needs its own.
@@ -94,19 +96,69 @@ class TensorRtEngine:
         """
         axes = check_feeds(self.spec, feeds)
         with self.session.owned():
-            return self._run(feeds, axes)
+            return self._run(feeds, axes, {})
 
-    def _run(self, feeds: Mapping[str, Array], axes: Mapping[str, int]) -> dict[str, Array]:
+    def keep(self, inputs: Mapping[str, Array], rows: int) -> KeptOnGpu:
+        """Upload inputs for several runs.
+
+        Args:
+            inputs: some inputs of the stage, (batch, …) each, by name.
+            rows: rows per sample: each sample is repeated so many times.
+
+        Raises:
+            EngineError: an input does not match the stage; `DeviceMemoryError` if memory is lacking.
+        """
+        specs = tuple(tensor for tensor in self.spec.inputs if tensor.name in inputs)
+        samples = check_tensors(self.spec, specs, inputs, "input")[BATCH]
+        batch, driver, stream = samples * rows, self.session.driver, self.session.stream
+        key = batch, tuple(tensor.name for tensor in specs)
+        with self.session.owned():
+            if key not in self._kept:
+                self._kept[key] = Pool(lambda: {one.name: self._memory(one, batch) for one in specs})
+            memory = self._kept[key].take()
+            for tensor in specs:
+                staging = self._staged(f"{tensor.name} kept", tensor.concrete(batch=samples), tensor.dtype)
+                staging.array[...] = inputs[tensor.name]
+                each, start = staging.size // samples, memory[tensor.name].pointer
+                for sample in range(samples):
+                    first = start + sample * rows * each
+                    driver.upload(first, staging.address + sample * each, each, stream)
+                    for row in range(1, rows):
+                        driver.copy(first + row * each, first, each, stream)
+            driver.synchronize(stream)  # the staging memory is used again
+        return self._kept[key].lend(KeptOnGpu(self, memory, batch), memory)
+
+    def run_with(self, kept: Mapping[str, DeviceBuffer], feeds: Mapping[str, Array], batch: int) -> dict[str, Array]:
+        """`run`, with some inputs of that batch size on the GPU already.
+
+        Raises:
+            EngineError: as for `run`; `DeviceMemoryError` if memory is lacking.
+        """
+        given = tuple(tensor for tensor in self.spec.inputs if tensor.name not in kept)
+        axes = check_tensors(self.spec, given, feeds, "input")
+        if axes[BATCH] != batch:
+            raise EngineError(f"stage {self.spec.name!r}: expected batch {batch}, found {axes[BATCH]}")
+        with self.session.owned():
+            return self._run(feeds, axes, kept)
+
+    def _run(
+        self, feeds: Mapping[str, Array], axes: Mapping[str, int], kept: Mapping[str, DeviceBuffer]
+    ) -> dict[str, Array]:
         driver, stream = self.session.driver, self.session.stream
         tensors = (*self.spec.inputs, *self.spec.outputs)
-        staged = {tensor.name: self._staged(tensor, tensor.concrete(**axes)) for tensor in tensors}
+        staged = {
+            tensor.name: self._staged(tensor.name, tensor.concrete(**axes), tensor.dtype)
+            for tensor in tensors
+            if tensor.name not in kept
+        }
         pointers = {name: self._pointer(name, staging.size) for name, staging in staged.items()}
+        pointers |= {name: buffer.pointer for name, buffer in kept.items()}
         fresh = self._own.prepare({tensor.name: tensor.concrete(**axes) for tensor in self.spec.inputs})
         self._own.bind(pointers)
-        for tensor in self.spec.inputs:
-            staging = staged[tensor.name]
-            staging.array[...] = feeds[tensor.name]
-            driver.upload(pointers[tensor.name], staging.address, staging.size, stream)
+        for name, values in feeds.items():
+            staging = staged[name]
+            staging.array[...] = values
+            driver.upload(pointers[name], staging.address, staging.size, stream)
         self._own.enqueue()
         for tensor in self.spec.outputs:
             staging = staged[tensor.name]
@@ -116,10 +168,13 @@ class TensorRtEngine:
             self.session.keep_kernels()
         return {tensor.name: staged[tensor.name].array.copy() for tensor in self.spec.outputs}
 
-    def _staged(self, tensor: TensorSpec, shape: tuple[int, ...]) -> PinnedArray:
-        found = self._staging.get(tensor.name)
+    def _memory(self, tensor: TensorSpec, batch: int) -> DeviceBuffer:
+        return DeviceBuffer(self.session.driver, byte_count(tensor.concrete(batch=batch), tensor.dtype))
+
+    def _staged(self, name: str, shape: tuple[int, ...], dtype: str) -> PinnedArray:
+        found = self._staging.get(name)
         if found is None or found.array.shape != shape:
-            found = self._staging[tensor.name] = PinnedArray(self.session.driver, shape, tensor.dtype)
+            found = self._staging[name] = PinnedArray(self.session.driver, shape, dtype)
         return found
 
     def _pointer(self, name: str, size: int) -> int:
@@ -127,6 +182,22 @@ class TensorRtEngine:
         if found is None or found.size < size:
             found = self._buffers[name] = DeviceBuffer(self.session.driver, size)
         return found.pointer
+
+
+class KeptOnGpu:
+    """Inputs of a stage on the GPU, for several runs. Any thread may use it, as it may use the engine."""
+
+    def __init__(self, engine: TensorRtEngine, memory: Mapping[str, DeviceBuffer], batch: int) -> None:
+        """Made by `TensorRtEngine.keep`."""
+        self._engine, self._memory, self._batch = engine, memory, batch
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the stage with these inputs and the others.
+
+        Raises:
+            EngineError: the feeds do not match, or the run fails; `DeviceMemoryError` if memory is lacking.
+        """
+        return self._engine.run_with(self._memory, feeds, self._batch)
 
 
 def open_engine(bundle: Bundle, stage: str, target: Target) -> TensorRtEngine:

@@ -29,6 +29,9 @@ class Clips(Protocol):
     def context(self, encoded: Any) -> Context:
         """What the sampler needs of an encoding."""
 
+    def on_host(self, latent: Latent) -> NDArray[np.float32]:
+        """A latent (1, 3, T, h, w) as an array."""
+
     def decode(
         self,
         encoded: Any,
@@ -56,6 +59,11 @@ class HostClips:
         """The output of `encode` that the sampler needs."""
         return encoded.context
 
+    def on_host(self, latent: Latent) -> NDArray[np.float32]:
+        """The latent itself."""
+        array: NDArray[np.float32] = latent
+        return array
+
     def decode(
         self,
         encoded: Encoded,
@@ -64,7 +72,7 @@ class HostClips:
         wanted: Sequence[str] = (FRAMES,),
     ) -> Iterator[tuple[int, list[UInt8]]]:
         """See `Clips`; one run per chunk."""
-        chosen = latent if frames is None else latent[:, :, frames]
+        chosen = latent if frames is None else latent[:, :, list(frames)]
         chunk = self._pipeline.bundle.manifest.geometry.chunk_frames
         for begin, given in chunk_starts(chosen.shape[2], chunk):
             decoded = self._pipeline.decode(encoded, np.ascontiguousarray(chosen[:, :, begin : begin + chunk]))
@@ -86,6 +94,10 @@ class DeviceClips:
     def context(self, encoded: DeviceEncoded[Any]) -> Context:
         """The encoding itself: it stays on the device."""
         return encoded
+
+    def on_host(self, latent: Latent) -> NDArray[np.float32]:
+        """A copy of the latent."""
+        return self.chain.latent(latent)[None]
 
     def decode(
         self,

@@ -17,6 +17,7 @@ from lfdm_export.pictures.preprocess import to_float
 from lfdm_export.protocol.contract import USED_SEED, Array
 from lfdm_export.protocol.requests import parse_condition, parse_sampling
 from lfdm_export.sampling.noise import draw_seed
+from lfdm_export.sampling.options import guided_at
 from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.serving.models.stub import Loaded, answer_each, load
 
@@ -31,12 +32,14 @@ class Conditions:
         embedding: (text_width,) float32.
         table: the sampler's steps.
         guidance_scale: scale of classifier-free guidance.
+        guided: (S,) bool, the steps at which guidance acts.
         seed: seed of the noise, given or drawn.
     """
 
     embedding: NDArray[np.float32]
     table: SamplerTable
     guidance_scale: float
+    guided: NDArray[np.bool_]
     seed: int
 
 
@@ -52,6 +55,8 @@ def conditions(tensors: Mapping[str, Array], loaded: Loaded) -> Conditions:
     options, table = pipeline.resolve(sampling.options)
     if table.steps > limits.steps:
         raise InputError(f"{table.name} would take {table.steps} steps, this server allows {limits.steps}; use fewer")
+    training_steps = pipeline.bundle.manifest.config.dm.training_steps
+    guided = guided_at(options.scale, table.timesteps, training_steps, options.guidance_interval)
     if given.label is not None:
         embedding = pipeline.bundle.embedding(given.label)
     elif given.text is not None:
@@ -59,7 +64,8 @@ def conditions(tensors: Mapping[str, Array], loaded: Loaded) -> Conditions:
     else:
         assert given.text_embedding is not None  # one of the three is there
         embedding = embedding_rows(given.text_embedding, pipeline.bundle.manifest.geometry.text_width)[0]
-    return Conditions(embedding, table, options.scale, draw_seed() if sampling.seed is None else sampling.seed)
+    seed = draw_seed() if sampling.seed is None else sampling.seed
+    return Conditions(embedding, table, options.scale, guided, seed)
 
 
 def _embedded(text: str, loaded: Loaded) -> NDArray[np.float32]:
@@ -112,4 +118,5 @@ class ConditionModel:
             "timesteps": found.table.timesteps,
             "coefficients": found.table.coefficients,
             "draws_noise": found.table.draws_noise,
+            "guided": found.guided,
         }

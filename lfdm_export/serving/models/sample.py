@@ -170,7 +170,7 @@ def sample_job(
     Raises:
         InputError: a tensor is missing, or exceeds a limit of the server.
     """
-    names = (given, "text_embedding", "seed", "guidance_scale", "timesteps", "coefficients", "draws_noise")
+    names = (given, "text_embedding", "seed", "guidance_scale", "timesteps", "coefficients", "draws_noise", "guided")
     missing = [name for name in names if name not in tensors]
     if missing:
         raise InputError(f"the inputs {', '.join(missing)} are missing; the ensemble gives them")
@@ -182,6 +182,7 @@ def sample_job(
         embedding=tensors["text_embedding"],
         table=table,
         guidance_scale=float(tensors["guidance_scale"][0]),
+        guided_steps=tensors["guided"],
         seed=int(tensors["seed"][0]),
         priority=priority,
         deadline=due,

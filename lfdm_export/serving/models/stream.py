@@ -15,9 +15,12 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
 
 from lfdm_export.batching.jobs import Latent, Sampled, SampleJob
-from lfdm_export.pictures.preprocess import to_float
+from lfdm_export.generate.frame_choice import FrameChoice
+from lfdm_export.ops.warp.on_host import warped_images
+from lfdm_export.pictures.preprocess import to_float, to_uint8
 from lfdm_export.protocol.contract import (
     QUEUE_FULL_MESSAGE,
     STREAM_INPUTS,
@@ -129,6 +132,8 @@ class _Stream:
         self._began = time.monotonic()
         self._steps = self._seed = 0
         self._encoded: Any = None
+        self._chosen: FrameChoice | None = None
+        self._warped: NDArray[np.float32] | None = None  # the image, if previews show it warped
         self._preview: tuple[int, Latent] | None = None
         # Keeps responses in order, and nothing after the last one.
         self._lock, self._over = threading.Lock(), False
@@ -151,15 +156,18 @@ class _Stream:
         check_request(tensors, STREAM_INPUTS)
         found = conditions(tensors, loaded)
         reports = parse_sampling(tensors, loaded.settings.limits)
-        pixels = prepared_pixels(tensors, loaded)
+        self._chosen = FrameChoice.of(reports.only_frames, loaded.pipeline.bundle.manifest.geometry.frames)
+        image = to_float(prepared_pixels(tensors, loaded)[None])
         clips = self._model.clips
-        self._encoded = clips.encode(to_float(pixels[None]))
+        self._encoded = clips.encode(image)
+        self._warped = image if reports.preview_warped else None
         self._steps, self._seed = found.table.steps, found.seed
         job = SampleJob(
             context=clips.context(self._encoded),
             embedding=found.embedding,
             table=found.table,
             guidance_scale=found.guidance_scale,
+            guided_steps=found.guided,
             seed=found.seed,
             priority=self._priority,
             deadline=self._deadline,
@@ -194,16 +202,24 @@ class _Stream:
         step, latent = preview
         geometry = self._model.loaded.pipeline.bundle.manifest.geometry
         indices = preview_indices(geometry.frames, geometry.chunk_frames)
-        parts = [frames for _, (frames,) in self._model.clips.decode(self._encoded, latent, indices.tolist())]
-        self._respond("preview", step, {"frame_indices": indices, "frames": np.concatenate(parts)})
+        clips = self._model.clips
+        if self._warped is None:
+            frames = np.concatenate([part for _, (part,) in clips.decode(self._encoded, latent, indices.tolist())])
+        else:
+            some = clips.on_host(latent)[:, :, indices]
+            residual_flow = self._model.loaded.pipeline.bundle.manifest.config.residual_flow
+            (frames,) = to_uint8(warped_images(self._warped, some, residual_flow=residual_flow))
+        self._respond("preview", step, {"frame_indices": indices, "frames": frames})
 
     def _decode(self, sampled: Sampled) -> None:
         """Decode and send chunk by chunk, then send the "done" response."""
         began = time.monotonic()
         geometry = self._model.loaded.pipeline.bundle.manifest.geometry
+        chosen = None if self._chosen is None else self._chosen.positions
+        positions = np.arange(geometry.frames, dtype=np.int32) if chosen is None else np.array(chosen, np.int32)
         self._check_wanted()
-        for begin, (frames,) in self._model.clips.decode(self._encoded, sampled.latent):
-            indices = np.arange(begin, begin + len(frames), dtype=np.int32)
+        for begin, (frames,) in self._model.clips.decode(self._encoded, sampled.latent, chosen):
+            indices = positions[begin : begin + len(frames)]
             self._respond("frames", self._steps, {"frame_indices": indices, "frames": frames})
             if begin == 0:
                 self._model.sampler.metrics.first_frame(time.monotonic() - self._began)

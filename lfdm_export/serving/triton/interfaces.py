@@ -51,6 +51,8 @@ GUIDANCE_SCALE = WireTensor("guidance_scale", "FP32", (1,))
 TIMESTEPS = WireTensor("timesteps", "INT64", ("steps",))
 COEFFICIENT_ROWS = WireTensor("coefficients", "FP32", ("steps", COEFFICIENTS))
 DRAWS_NOISE = WireTensor("draws_noise", "BOOL", ("steps",))
+#: The steps at which guidance acts.
+GUIDED = WireTensor("guided", "BOOL", ("steps",))
 #: The first three of the contract's timings.
 SAMPLE_TIMINGS = WireTensor("sample_timings", "FP32", (3,))
 
@@ -88,7 +90,8 @@ def interfaces(geometry: Geometry | None, *, on_device: bool = False) -> dict[st
         wire_tensor(tensor, exact=geometry is not None) for tensor in (*encode.inputs, *encode.outputs)
     )
     embedding = next(tensor for tensor in CONDITION_INPUTS if tensor.name == "text_embedding")
-    sampler = (replace(embedding, optional=False), SEED, GUIDANCE_SCALE, TIMESTEPS, COEFFICIENT_ROWS, DRAWS_NOISE)
+    table = (TIMESTEPS, COEFFICIENT_ROWS, DRAWS_NOISE, GUIDED)
+    sampler = (replace(embedding, optional=False), SEED, GUIDANCE_SCALE, *table)
     outputs = {tensor.name: tensor for tensor in CLIP_OUTPUTS}
     latent, used_seed = (replace(outputs[name], optional=False) for name in ("latent", USED_SEED.name))
     # A cancel request to the sampler has none of the other inputs.
