@@ -88,6 +88,7 @@ class TargetSpec:
         clip_maker: makes whole clips, if it can.
         device_chain: keeps clips of different steps on its device, if it can.
         first_in: precisions in which "auto" tries it before other targets that run graphs.
+        loads_together: whether several threads may load stages at the same time.
         auto_on_cpu: whether "auto" also uses it on a machine without a GPU.
         note: note in the table of targets, Markdown.
     """
@@ -108,6 +109,7 @@ class TargetSpec:
     clip_maker: ClipMakerLoader | None = None
     device_chain: DeviceChainLoader | None = None
     first_in: tuple[str, ...] = ()
+    loads_together: bool = False
     auto_on_cpu: bool = True
     note: str = ""
 

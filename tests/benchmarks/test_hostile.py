@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -51,14 +50,9 @@ def test_a_status_is_judged():
 # --- Kills -----------------------------------------------------------------------------------------
 
 
-def writer(place: Path, code: str) -> Callable[[int], list[str]]:
-    """A command that writes a version of a file by `code`."""
-    return lambda version: [
-        sys.executable,
-        "-S",
-        "-c",
-        f"import pathlib\nplace = pathlib.Path({str(place)!r})\nversion = {version}\n{code}",
-    ]
+def writer(place: Path, code: str) -> Callable[[int], kills.Work]:
+    """Work that writes a version of a file by `code`."""
+    return lambda version: lambda: exec(code, {"place": place, "version": version})  # noqa: S102 (code of this file)
 
 
 def digest(place: Path) -> str:

@@ -46,5 +46,6 @@ ONNXRUNTIME = TargetSpec(
     cpu_precisions=("fp32", "tf32", "fp16", "int8", "fp8"),
     cpu_notes={"int8": "rounded to int8, convolved in float32", "fp8": "rounded to fp8, multiplied in float32"},
     devices=tuple(PROVIDERS),
+    loads_together=True,
     note="on a GPU with `onnxruntime-gpu` and `device=`: CUDA, or the execution provider of either TensorRT",
 )

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from lfdm_export.wording import one_line
 # Precisions in which the plugin may compute float32 operators in bf16; a graph of fp16 marks what is rounded.
 _HINTED = ("bf16", "int8")
 _DEVICE = "CPU"
+_ONE_AT_A_TIME = threading.Lock()
 # Marks in a graph that its weights are in the memory of this process, where this module has mapped their file.
 _MAPPED = "*/_ORT_MEM_ADDR_/*"
 
@@ -217,9 +219,8 @@ def _mapped(path: Path, name: str) -> NDArray[np.uint8]:
         raise EngineError(f"OpenVINO cannot load {path}: {one_line(error)}; export again") from error
 
 
-@functools.cache
 def shared_core() -> Any:
-    """The `openvino.Core` of this process; it is never released.
+    """The `openvino.Core` of this process, the same for all threads; it is never released.
 
     Its CPU plugin gives the loading thread a stack for signals, and frees the memory with the last core that
     uses it, but does not remove it from the thread: the next signal would write to whatever is there by then.
@@ -228,6 +229,12 @@ def shared_core() -> Any:
     Raises:
         MissingDependencyError: OpenVINO is not installed.
     """
+    with _ONE_AT_A_TIME:
+        return _core()
+
+
+@functools.cache
+def _core() -> Any:
     try:
         return import_openvino().Core()
     except ImportError as error:

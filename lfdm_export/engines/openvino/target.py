@@ -60,5 +60,6 @@ OPENVINO = TargetSpec(
     lacks=_lacks,
     # ONNX Runtime convolves in float32 what an int8 graph has quantized; see docs/precision.md.
     first_in=("int8",),
+    loads_together=True,
     note="needs AVX; bf16 with AVX-512 BF16 or AMX, int8 with VNNI or AMX",
 )

@@ -14,8 +14,7 @@ from lfdm_export.generate.decoding import chunk_starts
 from lfdm_export.generate.encoded import Encoded
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.pictures.preprocess import to_uint8
-from lfdm_export.serving.models.decode import warm_up_decode
-from lfdm_export.serving.models.encode import encode, warm_up_encode
+from lfdm_export.serving.models.encode import encode
 
 UInt8 = NDArray[np.uint8]
 
@@ -46,10 +45,8 @@ class HostClips:
     """Single stages, with arrays of the host between them."""
 
     def __init__(self, pipeline: Pipeline) -> None:
-        """Load both engines and run each once."""
+        """Use a pipeline."""
         self._pipeline = pipeline
-        warm_up_encode(pipeline)
-        warm_up_decode(pipeline)
 
     def encode(self, image: NDArray[np.float32]) -> Encoded:
         """See `Clips`."""

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from lfdm_export.errors import EngineError, InputError
 from lfdm_export.generate.decoding import chunk_starts
 from lfdm_export.generate.encoded import Encoded
-from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.pictures.preprocess import to_uint8
 from lfdm_export.protocol.contract import Array, RequestCancelledError
 from lfdm_export.serving.models.stub import failure, load, response
+from lfdm_export.serving.models.warm_up import warm_up
 from lfdm_export.serving.triton.config import DECODE_MODEL_PARAMETER
 from lfdm_export.serving.triton.engine_files import check_engines
 
@@ -34,7 +34,7 @@ class DecodeModel:
         self._pipeline, self._interface = loaded.pipeline, loaded.interface
         self._chunk_model = loaded.parameters.get(DECODE_MODEL_PARAMETER)
         if self._chunk_model is None:
-            warm_up_decode(self._pipeline)
+            warm_up(self._pipeline, {"decode": [1]})
         else:  # checks the encoder's engine too, whose model has no Python code
             check_engines(self._pipeline.bundle, Path(args["model_repository"]).parent)
 
@@ -101,9 +101,3 @@ class DecodeModel:
             return frames, warped
 
         return decode
-
-
-def warm_up_decode(pipeline: Pipeline) -> None:
-    """Load the decode engine and run it once, on zeros."""
-    spec = pipeline.bundle.stages["decode"]
-    pipeline.stages.run("decode", *(np.zeros(tensor.concrete(batch=1), np.float32) for tensor in spec.inputs))

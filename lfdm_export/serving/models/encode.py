@@ -5,24 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from lfdm_export.generate.encoded import Encoded
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.protocol.contract import Array
 from lfdm_export.serving.models.stub import answer_each, load
+from lfdm_export.serving.models.warm_up import warm_up
 
 
 def encode(pipeline: Pipeline, image: Array) -> Encoded:
     """Encode one picture (1, 3, size, size) float32."""
     *skips, context = pipeline.stages.run("encode", image)
     return Encoded(image, tuple(skips), context)
-
-
-def warm_up_encode(pipeline: Pipeline) -> None:
-    """Load the encode engine and run it once, on a black picture."""
-    size = pipeline.bundle.manifest.geometry.image_size
-    encode(pipeline, np.zeros((1, 3, size, size), np.float32))
 
 
 class EncodeModel:
@@ -32,7 +25,7 @@ class EncodeModel:
         """Load the engine and run it once."""
         loaded = load(args)
         self._pipeline, self._interface = loaded.pipeline, loaded.interface
-        warm_up_encode(self._pipeline)
+        warm_up(self._pipeline, {"encode": [1]})
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer each request with the stage's outputs."""

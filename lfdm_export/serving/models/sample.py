@@ -27,6 +27,7 @@ from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.serving.models.clips import DeviceClips
 from lfdm_export.serving.models.sampler import RunningSampler
 from lfdm_export.serving.models.stub import custom_parameters, deadline, failure, inputs, load, log_error, response
+from lfdm_export.serving.models.warm_up import step_batches, warm_up
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -39,6 +40,8 @@ class SampleModel:
         self._loaded = load(args)
         on_device = self._loaded.settings.on_device
         self._clips = DeviceClips(self._loaded.pipeline.stages.device_chain) if on_device else None
+        if not on_device:
+            warm_up(self._loaded.pipeline, step_batches(self._loaded.settings.slots))
         self._sampler = RunningSampler(self._loaded)
         self._preparing, self._decoding = (ThreadPoolExecutor(1, f"lfdm-{name}") for name in ("prepare", "decode"))
         self._tickets: dict[str, list[Ticket]] = {}

@@ -22,10 +22,8 @@ class RunningSampler:
     """A `StepBatcher` over a bundle, its metrics, and a watchdog that ends the process if the loop dies."""
 
     def __init__(self, loaded: Loaded) -> None:
-        """Load the engines, run each once, and start the loop; on the device if the settings say so."""
+        """Start the loop; on the device if the settings say so."""
         pipeline, settings, manifest = loaded.pipeline, loaded.settings, loaded.pipeline.bundle.manifest
-        if not settings.on_device:
-            warm_up_steps(loaded)
         self.metrics = Metrics(loaded.interface.name, settings.slots)
         self.batcher = StepBatcher(
             pipeline.stages.device_chain if settings.on_device else pipeline.stages,
@@ -55,14 +53,3 @@ class RunningSampler:
                 os._exit(1)
             if self.batcher.stats().outstanding == 0:  # the gauges would keep the last step's values
                 self.metrics.idle()
-
-
-def warm_up_steps(loaded: Loaded) -> None:
-    """Load both sampling engines and run each with one sample and with all slots, on zeros."""
-    import numpy as np
-
-    for name in ("step", "step_guided"):
-        spec = loaded.pipeline.bundle.stages[name]
-        for batch in sorted({1, loaded.settings.slots}):
-            zeros = (np.zeros(tensor.concrete(batch=batch), tensor.dtype) for tensor in spec.inputs)
-            loaded.pipeline.stages.run(name, *zeros)

@@ -37,6 +37,7 @@ from lfdm_export.serving.models.condition import conditions, warm_up_text
 from lfdm_export.serving.models.preprocess import prepared_pixels
 from lfdm_export.serving.models.sampler import RunningSampler
 from lfdm_export.serving.models.stub import Loaded, custom_parameters, deadline, failure, inputs, load, log_error
+from lfdm_export.serving.models.warm_up import step_batches, warm_up
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -50,6 +51,8 @@ class StreamModel:
         warm_up_text(self._loaded)
         pipeline = self._loaded.pipeline
         on_device = self._loaded.settings.on_device
+        if not on_device:
+            warm_up(pipeline, {**step_batches(self._loaded.settings.slots), "encode": [1], "decode": [1]})
         self._clips: Clips = DeviceClips(pipeline.stages.device_chain) if on_device else HostClips(pipeline)
         self._sampler = RunningSampler(self._loaded)
         self._preparing = ThreadPoolExecutor(1, "lfdm-prepare")

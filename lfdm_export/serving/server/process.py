@@ -149,7 +149,7 @@ class TritonProcess:
                 raise ServerError(
                     f"tritonserver was not ready within {seconds:.0f} s: {self.last_words()}", "UNAVAILABLE"
                 )
-            if stopping.wait(0.1):
+            if stopping.wait(0.05):
                 raise ServerError("the server is being stopped", "UNAVAILABLE")
 
     def _read(self) -> None:

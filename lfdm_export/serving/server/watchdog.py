@@ -26,7 +26,7 @@ from lfdm_export.serving.server.shared_memory import make_private, remove_shared
 logger = logging.getLogger(__name__)
 
 #: Seconds between two checks of the processes, and between two probes.
-LOOK_EVERY, PROBE_EVERY = 0.3, 5.0
+LOOK_EVERY, PROBE_EVERY = 0.05, 5.0
 #: Timeout in seconds of a probe, after which its model counts as hanging; it includes the wait for earlier requests.
 PROBE_TIMEOUT = 30.0
 #: Seconds until a failed load is retried: at first, and at most.
@@ -61,18 +61,20 @@ def live_stubs(region_prefix: str) -> list[Stub]:
     Args:
         region_prefix: prefix of the names of the server's shared memory regions.
     """
-    found = []
-    for entry in os.listdir("/proc"):  # noqa: PTH208 (thrice a second: no objects for names)
-        if not entry.isdigit():
-            continue
-        try:
-            arguments = Path(f"/proc/{entry}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
-        except OSError:
-            continue  # the process has ended
-        # A zombie process has no arguments.
-        if len(arguments) > 2 and arguments[0].endswith(_STUB) and arguments[2].startswith(region_prefix):
-            found.append(Stub(Path(arguments[1]).parent.parent.name, int(entry), arguments[2]))
-    return found
+    processes = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return [stub for stub in map(_stub, processes) if stub is not None and stub.region.startswith(region_prefix)]
+
+
+def _stub(pid: int) -> Stub | None:
+    """The Python model that a process runs; None if it runs none, or has ended."""
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+    except OSError:
+        return None
+    # A zombie process has no arguments.
+    if len(arguments) < 3 or not arguments[0].endswith(_STUB):
+        return None
+    return Stub(Path(arguments[1]).parent.parent.name, pid, arguments[2])
 
 
 class Watchdog:
@@ -107,8 +109,11 @@ class Watchdog:
     def _watch(self) -> None:
         wait = dict.fromkeys(self._models, 0.0)
         not_before = dict.fromkeys(self._models, 0.0)
+        stubs = live_stubs(self._prefix)
         while not self._stop.wait(LOOK_EVERY):
-            alive = {stub.model for stub in live_stubs(self._prefix)}
+            if len(stubs) < len(self._models) or any(_stub(stub.pid) != stub for stub in stubs):
+                stubs = live_stubs(self._prefix)
+            alive = {stub.model for stub in stubs}
             for model in self._models:
                 if model in alive or time.monotonic() < not_before[model]:
                     continue
