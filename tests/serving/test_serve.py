@@ -31,6 +31,7 @@ from lfdm_export.serving.server.files import ServerFiles, ServerFilesError, find
 from lfdm_export.serving.server.options import ServerOptions
 from lfdm_export.serving.server.run_folder import run_folder
 from lfdm_export.serving.server.shared_memory import own_prefix, remove_orphans, remove_shared_memory
+from lfdm_export.serving.server.sockets import Sockets
 from lfdm_export.serving.server.watchdog import live_stubs
 from lfdm_export.serving.triton.settings import BUNDLE_VARIABLE, ServingSettings
 from tests.fake_bundle import fake_manifest, write_fake_bundle
@@ -599,3 +600,15 @@ def test_labels_are_served_without_a_tokenizer():
         )
     assert done.returncode == 0, done.stderr
     assert "this server takes no free text, for it has no tokenizers; give one of its labels (" in done.stdout
+
+
+def test_a_server_listens_from_the_moment_it_accepts_connections():
+    with tempfile.TemporaryDirectory() as folder:  # a socket's path is short
+        sockets = Sockets(Path(folder), 1, 2)
+        assert not sockets.listened()
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(sockets.grpc_target.removeprefix("unix:"))
+            assert not sockets.listened(), "it is bound, but refuses"
+            server.listen()
+            assert sockets.listened()
+        assert not sockets.listened()

@@ -141,7 +141,10 @@ class TritonProcess:
     def _wait_ready(self, stopping: threading.Event) -> None:
         seconds = self._recipe.options.start_timeout
         deadline = time.monotonic() + seconds
-        while not (self.control.ready() and all(map(self.control.model_ready, self._served))):
+        # A gRPC channel that was refused may notice only seconds later that the server listens now.
+        while not (
+            self.sockets.listened() and self.control.ready() and all(map(self.control.model_ready, self._served))
+        ):
             if not self.running:
                 self._reader.join(5.0)
                 raise ServerError(f"tritonserver did not start: {self.last_words()}", "UNAVAILABLE")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,11 @@ class Sockets:
     def grpc_target(self) -> str:
         """The gRPC address of the server's socket."""
         return f"unix:{self._grpc}"
+
+    def listened(self) -> bool:
+        """Whether the server listens for gRPC."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self._grpc)) == 0
 
     @property
     def metrics(self) -> Path:
