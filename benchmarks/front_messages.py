@@ -2,11 +2,12 @@
 
     python benchmarks/front_messages.py [--pairs 500] [--out FILE]
 
-A clip of the published model is 40 x 128 x 128 x 3 bytes; a stream sends it in 5 parts. Instead of Triton a process
-answers with stored bytes over a socket as Triton's, so that nothing but the transport and the front takes time. Of each
-pair, one request is sent through the front and one past it, in alternating order. The cost is the median of the
-differences, with a bootstrap interval of 95%; beside it stands the CPU time of the front's process per request, which
-does not depend on what else the machine does.
+A clip of the published model is 40 x 128 x 128 x 3 bytes; a stream sends it in 5 parts. Requests have ids, as those of
+`lfdm_export.client` do: without one, the front removes its own from the answer, which copies it once more. Instead of
+Triton a process answers with stored bytes over a socket as Triton's, so that nothing but the transport and the front
+takes time. Of each pair, one request is sent through the front and one past it, in alternating order. The cost is the
+median of the differences, with a bootstrap interval of 95%; beside it stands the CPU time of the front's process per
+request (of a stream, for all its messages).
 """
 
 from __future__ import annotations
@@ -173,7 +174,9 @@ def _request(model: str, inputs: tuple[WireTensor, ...]) -> bytes:
         "seed": np.array([1], np.int64),
     }
     outputs = ("frames",) if model == CLIP_MODEL else ()
-    request: bytes = infer_request(model, inputs, tensors, outputs=outputs).SerializeToString()
+    request: bytes = infer_request(
+        model, inputs, tensors, outputs=outputs, request_id="as-the-client-draws"
+    ).SerializeToString()
     return request
 
 
