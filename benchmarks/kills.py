@@ -75,7 +75,7 @@ def kill(work: Work, seconds: float, linger: float) -> bool:
         RuntimeError: it failed.
     """
     process = _begin(work)
-    status = _wait_until(process, lambda: _cpu_seconds(process) >= seconds)
+    status = _wait_until(process, lambda: cpu_seconds(process) >= seconds)
     if status is None:
         late = time.monotonic() + linger
         status = _wait_until(process, lambda: time.monotonic() >= late)
@@ -115,7 +115,7 @@ def _wait_until(process: int, condition: Callable[[], bool]) -> int | None:
     return None
 
 
-def _cpu_seconds(process: int) -> float:
+def cpu_seconds(process: int) -> float:
     """Seconds of CPU that a process has used, all threads together."""
     # Source: clock_getcpuclockid(3), whose result Linux computes so (linux/posix-timers_types.h, CPUCLOCK_SCHED).
     return time.clock_gettime(~process << 3 | 2)

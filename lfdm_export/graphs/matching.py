@@ -26,7 +26,7 @@ def quick_matching() -> Iterator[None]:
         real = matcher.match
 
         def match(self: Any, model: ir.Model, graph: ir.Graph | ir.Function, node: ir.Node, **options: Any) -> Any:
-            nodes = getattr(self.pattern, "output_nodes", ())
+            nodes: Any = getattr(self.pattern, "output_nodes", ())
             if len(nodes) > 1 and nodes[0].op_identifier() not in (None, node.op_identifier()):
                 return pattern.MatchResult().fail("another operator")
             return real(self, model, graph, node, **options)

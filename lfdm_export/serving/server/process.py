@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that a model's process may take to load its engines.
 _STUB_TIMEOUT = 600
+#: Models that are loaded at a time; there are fewer.
+_LOAD_THREADS = 8
 #: Seconds that the server waits at SIGTERM for remaining requests (those of a killed process), and seconds until
 #: SIGKILL.
 _EXIT_TIMEOUT, _TERM_TIMEOUT = 3, 8.0
@@ -194,6 +196,8 @@ def _command(recipe: Recipe, sockets: Sockets) -> list[str]:
         *(f"--load-model={model}" for model in served(recipe.repository)),
         "--exit-on-error=true",
         "--strict-readiness=true",
+        # All models at once: by default four, and those that load longest would wait for the others.
+        f"--model-load-thread-count={_LOAD_THREADS}",
         "--disable-auto-complete-config",  # else each Python process is started twice: once to ask for its interface
         *sockets.arguments(),
         f"--backend-config=python,shm-region-prefix-name={recipe.region_prefix}",
