@@ -280,12 +280,14 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=2000, help="hostile requests (2000)")
     parser.add_argument("--rounds", type=int, default=2, help="kills of each process (2)")
     parser.add_argument("--threads", type=int, default=1, help="threads per engine (1)")
+    parser.add_argument("--slots", type=int, default=4, help="samples that share a step (4)")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args()
     bundle, record = Bundle.open(args.bundle), Record()
+    options = [f"--threads={args.threads}", f"--slots={args.slots}"]
     result: dict[str, Any] = {"machine": describe()}
     with tempfile.TemporaryDirectory(prefix="lfdm-hostile-") as name:
-        with serve(bundle.path, Path(name) / "serve.log", [f"--threads={args.threads}", "--slots=4"]) as served:
+        with serve(bundle.path, Path(name) / "serve.log", options) as served:
             doors = Doors.at(served.http_address, served.address)
             clips = Clips(doors, bundle.manifest.labels[0])
             result["requests"] = attack(served, doors, clips, args.requests, record)

@@ -69,9 +69,11 @@ def test_kills_of_a_writer_that_replaces_violate_nothing(tmp_path: Path):
     assert found.counts["neither"] == 0
 
 
-def test_a_file_that_is_half_written_is_found(tmp_path: Path):
-    """The writer is slow: nearly every kill meets half a file."""
-    code = "import time\nplace.write_text('half')\ntime.sleep(0.3)\nplace.write_text(f'{version}\\n')"
+def test_a_file_that_is_half_written_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The writer computes between the halves: nearly every moment of its CPU time meets half a file."""
+    monkeypatch.setattr(kills, "_LINGER", 0.0)
+    code = "import time\nplace.write_text('half')\nend = time.process_time() + 0.2\n"
+    code += "while time.process_time() < end:\n    pass\nplace.write_text(f'{version}\\n')"
     found = kills.kill_writer(tmp_path / "file", writer(tmp_path / "file", code), digest, 5, random.Random(0))
     assert found.counts["neither"] > 0
     assert any("half a file" in line for line in found.wrong)

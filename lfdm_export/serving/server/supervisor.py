@@ -33,7 +33,7 @@ _MOST_STARTS = 5
 #: Seconds until the next start: zero after the first end, then the first value, doubled up to the second.
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 #: A server that ran for this many seconds is restarted at once.
-_LONG = 60.0
+_LONG = 10.0
 _LOOK = 0.1
 #: Triton's own end while it starts on a machine under heavy load: its Python backend aborts at a mutex whose owner has
 #: ended. It is no fault of the models, and the next start may succeed.
