@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -75,11 +77,29 @@ def test_kills_of_a_writer_that_replaces_violate_nothing(tmp_path: Path):
     assert found.counts["neither"] == 0
 
 
-def test_a_file_that_is_half_written_is_found(tmp_path: Path):
-    """The writer is slow: nearly every kill meets half a file."""
-    code = "import time\nplace.write_text('half')\ntime.sleep(0.3)\nplace.write_text(f'{version}\\n')"
-    found = kills.kill_writer(tmp_path / "file", writer(tmp_path / "file", code), digest, 5, random.Random(0))
-    assert found.counts["neither"] > 0
+def test_a_file_that_is_half_written_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A writer that is to be killed stops at half of the file."""
+
+    def kill_at_half(command: Sequence[str], _seconds: float) -> bool:
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "STOP": "1"}
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"half\n"
+            process.kill()
+        return True
+
+    monkeypatch.setattr(kills, "kill", kill_at_half)
+    code = """
+import os, sys
+place.write_text('half')
+if 'STOP' in os.environ:
+    print('half', flush=True)
+    sys.stdin.read()
+place.write_text(f'{version}\\n')
+"""
+    found = kills.kill_writer(tmp_path / "file", writer(tmp_path / "file", code), digest, 2, random.Random(0))
+    assert found.counts == {"neither": 2}
     assert any("half a file" in line for line in found.wrong)
 
 
