@@ -41,13 +41,13 @@ def test_every_case_passes(target: str):
 
 
 @pytest.mark.parametrize(
-    ("code", "outcome"),
+    ("code", "seconds", "outcome"),
     [
-        ("import os; os.abort()", "crash:-6"),
-        ("import time; time.sleep(1000)", "hang"),
-        ("print('end taken', 1 << 40, flush=True)", "grown"),
+        ("import os; os.abort()", 120, "crash:-6"),
+        ("import time; time.sleep(1000)", 0.2, "hang"),
+        ("print('end taken', 1 << 40, flush=True)", 120, "grown"),
     ],
 )
-def test_failed_children_are_detected(code: str, outcome: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fuzz, "SECONDS", 0.2)
+def test_failed_children_are_detected(code: str, seconds: float, outcome: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fuzz, "SECONDS", seconds)
     assert list(fuzz.cases((sys.executable, "-c", f"print('begin 3', flush=True); {code}"))) == [(3, outcome)]

@@ -248,7 +248,8 @@ def test_a_machine_without_a_compiler_gets_the_remedy(
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", no_compiler)
-    engine = open_engine(torch_bundle, "encode", threads=1)
+    # Its own session: that of the other tests may have run this stage already.
+    engine = open_engine(Bundle.open(torch_bundle.path), "encode", threads=1)
     with pytest.raises(EngineError, match=r"No working C\+\+ compiler found; .* LFDM_TORCH_COMPILE=0 runs it"):
         engine.run({"image": np.zeros((1, 3, 64, 64), np.float32)})
 

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import io
 import json
-import os
 import random
 import signal
 import sqlite3
@@ -421,15 +420,35 @@ def test_two_servers_do_not_share_a_folder(bundle: Bundle, tmp_path: Path):
         Store(tmp_path / "file")
 
 
+#: The command; while the file named first is there, it waits at the fifth clip.
+HELD_COMMAND = """
+import sys, threading
+from pathlib import Path
+from lfdm_export.cli import web_main
+from lfdm_export.generate.pipeline import Pipeline
+
+held, real, begun = Path(sys.argv.pop(1)), Pipeline.generate, []
+
+def generate(pipeline, *arguments, **options):
+    begun.append(1)
+    if held.exists() and len(begun) == 5:
+        threading.Event().wait()
+    return real(pipeline, *arguments, **options)
+
+Pipeline.generate = generate
+sys.exit(web_main())
+"""
+
+
 def test_the_command_survives_a_kill(bundle: Bundle, tmp_path: Path):
-    code = "import sys; from lfdm_export.cli import web_main; sys.exit(web_main())"
-    words = [str(bundle.path), "--no-page", "--port", "0", "--state", str(tmp_path), "--threads", "1"]
+    (held := tmp_path / "held").touch()
+    words = [str(held), str(bundle.path), "--no-page", "--port", "0", "--state", str(tmp_path), "--threads", "1"]
     words += ["--target", "onnxruntime"]
 
     @contextmanager
     def started() -> Iterator[tuple[subprocess.Popen[str], Served]]:
         process = subprocess.Popen(
-            [sys.executable, "-u", "-c", code, *words], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+            [sys.executable, "-u", "-c", HELD_COMMAND, *words], stdout=subprocess.PIPE, text=True
         )
         assert process.stdout is not None
         line = next(line for line in process.stdout if line.startswith("videos"))
@@ -446,7 +465,8 @@ def test_the_command_survives_a_kill(bundle: Bundle, tmp_path: Path):
         process.wait()
     with contextlib.closing(sqlite3.connect(tmp_path / "videos.sqlite3")) as database:
         (left,) = database.execute("SELECT count(*) FROM videos WHERE status != 'completed'").fetchone()
-    assert left > 0, "it was killed in the middle"
+    assert left >= 8, "it was killed in the middle"
+    held.unlink()
     with started() as (process, served):
         for name in wanted:
             assert served.wait_for(name, "completed", "failed")["status"] == "completed"
