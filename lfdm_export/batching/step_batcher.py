@@ -265,9 +265,9 @@ class StepBatcher:
                 "model; ask for fewer"
             )
         finite_number(job.guidance_scale, "guidance_scale")
-        given = job.guided_steps
-        if given is not None and (given.dtype != np.bool_ or given.shape != (job.table.steps,)):
-            raise InputError(f"guided: found {given.dtype} {given.shape}, expected bool ({job.table.steps},)")
+        guided = job.guided_steps
+        if guided is not None and (guided.dtype != np.bool_ or guided.shape != (job.table.steps,)):
+            raise InputError(f"guided: found {guided.dtype} {guided.shape}, expected bool ({job.table.steps},)")
         check_seeds([job.seed])
         for name, every in (("preview_every", job.preview_every), ("progress_every", job.progress_every)):
             if every is not None and every < 1:

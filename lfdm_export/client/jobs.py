@@ -165,7 +165,7 @@ def _sampling(options: SamplingOptions) -> dict[str, Array]:
     return {
         spec.name: text_tensor(value)
         if isinstance(value := given[spec.name], str)
-        else np.array(value, spec.dtype).reshape(spec.shape)
+        else np.atleast_1d(np.array(value, spec.dtype))
         for spec in SAMPLING_INPUTS
         if spec.name in given
     }

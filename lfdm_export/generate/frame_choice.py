@@ -44,7 +44,7 @@ class FrameChoice:
         if isinstance(frames, slice):
             part: Sequence[int] = () if frames.step == 0 else range(*frames.indices(total))
         else:
-            part = frames if isinstance(frames, Sequence | np.ndarray) and not isinstance(frames, str) else ()
+            part = frames if isinstance(frames, Sequence | np.ndarray) else ()
         found = tuple(part) if len(part) <= total else ()
         whole = all(isinstance(one, int | np.integer) and not isinstance(one, bool) for one in found)
         if not found or not whole or list(found) != sorted(set(found)) or found[0] < 0 or found[-1] >= total:

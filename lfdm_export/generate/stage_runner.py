@@ -187,7 +187,7 @@ class StageRunner:
                     some = left[first : first + rows]
                     stacked = np.stack([*some, *[some[-1]] * (rows - len(some))], axis=1)
                     outputs = kept.run({last: stacked.reshape(batch * rows, *stacked.shape[2:])})
-                    split = [outputs[tensor.name] for tensor in engine.spec.outputs]
+                    split = [cast(Float32, outputs[tensor.name]) for tensor in engine.spec.outputs]
                     apart = [array.reshape(batch, rows, *array.shape[1:]) for array in split]
                     for row in range(len(some)):
                         yield tuple(array[:, row] for array in apart)

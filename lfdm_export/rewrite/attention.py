@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfdm_export.ops.cuda.dispatch import on_gpu
+from lfdm_export.ops.linear_attention.gpu import attend_on_gpu, suits
+from lfdm_export.ops.linear_attention.reference import head_weights
 from lfdm_export.ops.spatial_attention.reference import SpatialWeights, spatial_attention
+from lfdm_export.ops.symbolic import exporting
 from lfdm_export.ops.temporal_attention.kernels import covers
 from lfdm_export.ops.temporal_attention.reference import (
     FrameWeights,
@@ -37,7 +40,8 @@ class FoldedLinearAttention(nn.Module):
     into Wo.
 
     k x, with k the softmax of Wk x', is an attention itself: the rows of Wk are the queries, x the keys and values. On
-    a GPU it is one fused kernel, and k, 4 times as large as x on the largest map, is never written.
+    a GPU it is one fused kernel, and k, 4 times as large as x on the largest map, is never written. Nor are the
+    queries, which are as large: a kernel forms them, and takes them to the result.
     """
 
     query: Tensor
@@ -69,7 +73,8 @@ class FoldedLinearAttention(nn.Module):
         channels = x.shape[-1]
         head_width = self.query.shape[1] // self.heads
         normed = F.layer_norm(x, (channels,), eps=_EPSILON)
-        q = (normed @ self.query).unflatten(-1, (self.heads, head_width)).softmax(dim=-1).flatten(-2)
+        by_kernel = not exporting() and suits(x, self.query, self.heads)
+        weights = None if by_kernel else head_weights(normed, self.query, heads=self.heads)
         if on_gpu(x) and channels <= FUSED_WIDTH:
             rows = self.key.expand(x.shape[0], 1, -1, -1).contiguous()
             mixed = F.scaled_dot_product_attention(rows, normed[:, None], normed[:, None], scale=1.0)[:, 0]
@@ -77,7 +82,9 @@ class FoldedLinearAttention(nn.Module):
             mixed = (self.key @ normed.transpose(1, 2)).softmax(dim=-1) @ normed
         context = mixed.unflatten(1, (self.heads, head_width)) @ self.value
         projection = (context @ self.out).flatten(1, 2)
-        out: Tensor = x + (q @ projection + self.bias)
+        if weights is None:
+            return attend_on_gpu(x, normed, self.query, projection, self.bias, heads=self.heads)
+        out: Tensor = x + (weights @ projection + self.bias)
         return out
 
 

@@ -272,10 +272,11 @@ def test_networks_use_the_kernels(
     blocks = sum(isinstance(module, FoldedTemporalAttention) for module in modules["step"].modules())
     guided = sum(isinstance(module, FoldedTemporalAttention) for module in modules["step_guided"].modules())
     assert names.count("lfdm_temporal_core_16x1_f16") == blocks + guided > 0
+    assert [name for name in names if "linear_attention" in name]
     names.clear()
     with standing_in(host):  # for float32 there is none
         run(modules, small_model)
-    assert not [name for name in names if "temporal_core" in name]
+    assert not [name for name in names if "temporal_core" in name or "linear_attention" in name]
 
 
 def test_tables_of_kernels_stay_float32(modules: dict[str, nn.Module]) -> None:

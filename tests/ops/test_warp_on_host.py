@@ -41,9 +41,12 @@ def test_previews_of_warped_images_decode_nothing(small_bundle: Bundle, monkeypa
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     stages: list[str] = []
     run = StageRunner.run
-    monkeypatch.setattr(
-        StageRunner, "run", lambda self, stage, *inputs: (stages.append(stage), run(self, stage, *inputs))[1]
-    )
+
+    def noting(self: StageRunner, stage: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        stages.append(stage)
+        return run(self, stage, *inputs)
+
+    monkeypatch.setattr(StageRunner, "run", noting)
     shown: list[tuple[int, int, np.ndarray]] = []
     estimates: list[np.ndarray] = []
     indices = np.array([0, 4, 9])

@@ -87,7 +87,7 @@ def test_the_defaults_are_the_bundles(triton_server: RunningServer, client: Any,
     [
         {"sampler": "unipc", "steps": 3, "guidance_scale": 2.0},
         {"sampler": "dpm++2m", "steps": 4, "guidance_scale": 0.0},
-        {"sampler": "dpm++sde", "steps": 4, "guidance_scale": 3.0, "guidance_interval": [0.3, 0.8]},
+        {"sampler": "sde-dpm++2m", "steps": 4, "guidance_scale": 3.0, "guidance_interval": [0.3, 0.8]},
         {"sampler": "ddim", "steps": 3, "eta": 0.5},
     ],
     ids=lambda options: options["sampler"],
