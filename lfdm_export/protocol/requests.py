@@ -78,7 +78,7 @@ class GenerationRequest:
     preview_every: int = 0
     progress_every: int = 0
     preview_warped: bool = False
-    only_frames: NDArray[np.int32] | None = None
+    only_frames: tuple[int, ...] | None = None
 
 
 def check_request(tensors: Mapping[str, Array], known: Sequence[WireTensor]) -> None:
@@ -166,7 +166,7 @@ def parse_sampling(tensors: Mapping[str, Array], limits: Limits) -> GenerationRe
         preview_every=_integer(tensors, "preview_every", 0, limits.steps) or 0,
         progress_every=_integer(tensors, "progress_every", 0, limits.steps) or 0,
         preview_warped="preview_warped" in tensors and bool(tensors["preview_warped"][0]),
-        only_frames=tensors.get("only_frames"),
+        only_frames=None if (frames := tensors.get("only_frames")) is None else tuple(frames.tolist()),
     )
 
 

@@ -26,7 +26,7 @@ def wait_at_last() -> None:
             threading.Event().wait()
         return real(maker, unit)
 
-    Maker.make = make  # type: ignore[method-assign]
+    Maker.make = make  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":

@@ -624,6 +624,7 @@ def test_as_many_rows_as_the_memory_allows(place: Place, monkeypatch: pytest.Mon
 
 def test_kept_inputs_are_checked(place: Place):
     engine = place.runner.engine("decode")
+    assert isinstance(engine, TensorRtEngine)
     feeds = feeds_for(engine.spec, batch=2)
     fixed = {name: values for name, values in feeds.items() if name != "latent"}
     kept = engine.keep(fixed, 1)

@@ -66,7 +66,8 @@ def test_a_request_is_parsed():
     assert (request.seed, request.options.steps, request.options.sampler) == (2**63 - 1, 5, "unipc")
     assert (request.options.guidance_scale, request.preview_every, request.progress_every) == (1.5, 2, 0)
     assert request.options.guidance_interval == (0.2, 0.8), "as written, not the nearest 32-bit floats"
-    assert (request.preview_warped, request.only_frames.tolist()) == (True, [0, 3])
+    assert request.preview_warped
+    assert request.only_frames == (0, 3)
     with pytest.raises(InputError, match="unknown input 'preview_every'"):
         parse_request(tensors, CLIP_INPUTS)  # an input of the stream only
 
