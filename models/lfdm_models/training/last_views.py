@@ -77,7 +77,8 @@ def warped(latent: Tensor, feature: Tensor, residual_flow: bool) -> Tensor:
     frames = latent.shape[2]
     flow = latent_to_flow(latent.transpose(1, 2).flatten(0, 1), residual_flow=residual_flow)
     repeated = feature[:, None].expand(-1, frames, -1, -1, -1).flatten(0, 1)
-    return (sample(repeated, flow.grid) * flow.occlusion).unflatten(0, (-1, frames)).transpose(1, 2)
+    seen: Tensor = (sample(repeated, flow.grid) * flow.occlusion).unflatten(0, (-1, frames))
+    return seen.transpose(1, 2)
 
 
 def latent_views(latent: Tensor) -> tuple[Tensor, ...]:
