@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PROGRAM = "lfdm-train schedule"
 _EXAMPLES = """\
   lfdm-train schedule bundle --steps 4,5,6         then: lfdm-generate bundle --sampler tuned --steps 5 …
+  lfdm-train schedule two --steps 2 --teacher bundle   two: a bundle of a DM that lfdm-train distill wrote
   lfdm-train schedule mug --steps 5 --images faces/ --out tuned.json
   lfdm-export --lfae RegionMM_mug.pth --dm flowdiff_mug.pth --dataset mug --engine fp16 --tuned tuned.json --out mug16
 """
@@ -38,6 +39,11 @@ def schedule_main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", default="4,5,6", metavar="N,M", help="one table per number (default: %(default)s)")
     parser.add_argument(
         "--images", metavar="FOLDER", help="images to tune on (default: drawn characters, for bundles trained on these)"
+    )
+    parser.add_argument(
+        "--teacher",
+        metavar="BUNDLE",
+        help="for a bundle of a distilled DM: the bundle of the DM that it was distilled from, with the same LFAE",
     )
     parser.add_argument(
         "--conditions", type=int, default=64, metavar="N", help="pairs of image and label (default: %(default)s)"
@@ -73,10 +79,17 @@ def _schedule(args: argparse.Namespace) -> int:
     if out is not None:  # checked before minutes of tuning
         rehearse(out)
     pipeline = Pipeline.open(args.bundle, threads=args.threads)
+    teacher = None if args.teacher is None else Pipeline.open(args.teacher, threads=args.threads)
     pictures = None if args.images is None else read_pictures(user_path(args.images), pipeline.bundle)
     with Bars(quiet=args.quiet) as progress:
         tuned = tune_bundle(
-            pipeline, counts, search=search, conditions=args.conditions, pictures=pictures, progress=progress
+            pipeline,
+            counts,
+            search=search,
+            conditions=args.conditions,
+            pictures=pictures,
+            teacher=teacher,
+            progress=progress,
         )
     bundle = store_tuned(pipeline.bundle, tuned)
     for table in tuned.tables:

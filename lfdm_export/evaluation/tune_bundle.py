@@ -60,6 +60,7 @@ def tune_bundle(
     search: Search | None = None,
     conditions: int = 64,
     pictures: UInt8Array | None = None,
+    teacher: Pipeline | None = None,
     progress: Progress | None = None,
 ) -> TunedSampler:
     """Tune sampler tables of few steps for a bundle's weights, at its default guidance.
@@ -71,6 +72,8 @@ def tune_bundle(
         conditions: pairs of image and label that the long chain runs for.
         pictures: (P, H, W, 3) uint8 in the model's format, used in turn. None uses drawn characters of the training
             split, for bundles of drawn characters.
+        teacher: pipeline of the bundle that the long chain runs on, for a bundle of a distilled DM; None for the
+            bundle itself.
         progress: called as ``progress(stage, done, total)``.
 
     Returns:
@@ -78,7 +81,8 @@ def tune_bundle(
 
     Raises:
         InputError: the bundle has no labels, its provenance does not name its weights, a number is out of range, or
-            `pictures` is None for a bundle of other data than drawn characters.
+            `pictures` is None for a bundle of other data than drawn characters; or the bundle's DM was distilled and
+            there is no teacher, or the teacher does not fit it.
         EngineError: an engine cannot be loaded or fails.
     """
     search, manifest = search or Search(), pipeline.bundle.manifest
@@ -90,26 +94,33 @@ def tune_bundle(
         raise InputError(
             f"found {search.clips} clips of {conditions} conditions, expected 2 or more, of as many conditions"
         )
+    distilled = _distilled(pipeline)
+    if teacher is not None:
+        _require_teacher(teacher, pipeline)
+    elif distilled is not None:
+        raise InputError(
+            "the bundle's DM was distilled, and long chains of its own are no target; give its teacher's bundle"
+        )
     schedule = cosine_schedule(manifest.config.dm.training_steps)
     if max(step_counts) > schedule.steps:
         raise InputError(f"steps: found {max(step_counts)}, expected at most the schedule's {schedule.steps}")
     shown = _conditions(pipeline, conditions, pictures)
     shape = (3, manifest.geometry.frames, manifest.geometry.latent_size, manifest.geometry.latent_size)
 
-    def chain(table: SamplerTable, part: slice, first_seed: int) -> Float32:
+    def chain(runner: Pipeline, table: SamplerTable, part: slice, first_seed: int) -> Float32:
         encoded, embeddings = shown.part(part)
         seeds = [first_seed + index for index in range(len(embeddings))]
-        return pipeline.run_table(encoded, embeddings, table, seeded_noise(seeds, shape))
+        return runner.run_table(encoded, embeddings, table, seeded_noise(seeds, shape))
 
     def candidate(table: SamplerTable, part: slice, draw: int) -> Float32:
-        return chain(table, part, _SEEDS + (search.seed * search.generations + draw) * conditions)
+        return chain(pipeline, table, part, _SEEDS + (search.seed * search.generations + draw) * conditions)
 
     long = sampler_table(LONG_SAMPLER, schedule, min(LONG_STEPS, schedule.steps - 1))
     latents = []
     for start in range(0, conditions, _BATCH):
         report(progress, "long chain", start, conditions)
         part = slice(start, min(start + _BATCH, conditions))
-        latents.append(chain(long, part, _LONG_SEEDS + search.seed * conditions + start))
+        latents.append(chain(teacher or pipeline, long, part, _LONG_SEEDS + search.seed * conditions + start))
     report(progress, "long chain", conditions, conditions)
     target = Target(np.concatenate(latents), shown.groups)
 
@@ -117,7 +128,8 @@ def tune_bundle(
         def tell(done: int, total: int) -> None:
             report(progress, f"{steps} steps", done, total)
 
-        return tune(schedule, steps, candidate, target, conditions, search, tell)
+        first = distilled if distilled is not None and distilled.steps == steps else None
+        return tune(schedule, steps, candidate, target, conditions, search, tell, first)
 
     return TunedSampler(
         dm_sha256=manifest.dm_sha256,
@@ -126,6 +138,36 @@ def tune_bundle(
         found=f"CMA-ES against {long.name} of {long.steps} steps on {conditions} conditions, {search.clips} clips a "
         f"candidate, {search.generations} generations of {search.candidates}, seed {search.seed}",
     )
+
+
+def _distilled(pipeline: Pipeline) -> TunedSteps | None:
+    """The steps that the bundle's DM was distilled for; None if it was not.
+
+    Raises:
+        InputError: the provenance is wrong.
+    """
+    manifest = pipeline.bundle.manifest
+    try:
+        found = TunedSampler.of_distilled(manifest.provenance, manifest.dm_sha256)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return None if found is None else found.tables[0]
+
+
+def _require_teacher(teacher: Pipeline, pipeline: Pipeline) -> None:
+    """Refuse a teacher whose latents mean something else.
+
+    Raises:
+        InputError: it has other labels, sizes or another architecture.
+    """
+    theirs, ours = teacher.bundle.manifest, pipeline.bundle.manifest
+    for what, found, wanted in (
+        ("labels", theirs.labels, ours.labels),
+        ("sizes", theirs.geometry, ours.geometry),
+        ("networks", theirs.config, ours.config),
+    ):
+        if found != wanted:
+            raise InputError(f"the teacher's bundle has other {what}: found {found}, expected {wanted}")
 
 
 def _conditions(pipeline: Pipeline, count: int, pictures: UInt8Array | None) -> Conditions:

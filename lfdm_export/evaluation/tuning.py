@@ -36,6 +36,8 @@ _DIRECTIONS = 16
 #: Start of the search: times fall evenly between these shares of the schedule, most noise is fresh, and a gain enlarges
 #: the first estimates, because the network's estimates at high noise are too small.
 _FIRST, _LAST, _FRESH, _GAIN = 0.9, 0.166, 0.9, 1.5
+#: Largest share of fresh noise at the start of a search; at 1 its logit is infinite.
+_MOST_FRESH = 0.98
 #: Standard deviation of the first candidates, in logits of times and noise and in logarithms of gains.
 _SIGMA = 0.3
 
@@ -104,6 +106,7 @@ def tune(
     count: int,
     search: Search,
     progress: Callable[[int, int], None],
+    start: TunedSteps | None = None,
 ) -> TunedSteps:
     """Search for the times, gains and noise of a chain of `steps` steps.
 
@@ -115,6 +118,7 @@ def tune(
         count: number of conditions.
         search: options of the search.
         progress: called with the number of candidates done, and the total.
+        start: the table from which the search starts; None for one of `steps` even times.
     """
     with warnings.catch_warnings():  # it warns that matplotlib, which is not used here, is missing
         warnings.simplefilter("ignore", UserWarning)
@@ -123,7 +127,9 @@ def tune(
     # Its own generator: given a seed, the library would seed NumPy's global state.
     draws = np.random.RandomState(search.seed + 1).randn
     options = {"randn": draws, "seed": math.nan, "verbose": -9, "popsize": search.candidates}
-    strategy = cma.CMAEvolutionStrategy(_start(steps), _SIGMA, options)
+    strategy = cma.CMAEvolutionStrategy(
+        _start(steps) if start is None else _encoded(start, schedule.steps), _SIGMA, options
+    )
     clips, total = min(search.clips, count), search.generations * search.candidates
     for generation in range(search.generations):
         first = generation * clips % (count - clips + 1)
@@ -143,6 +149,14 @@ def _start(steps: int) -> list[float]:
     falls = [_FIRST, *(times[1:] / times[:-1])]
     gains = np.linspace(math.log(_GAIN), 0.0, steps)
     return [*map(_logit, falls), *gains, *[_logit(_FRESH)] * (steps - 1)]
+
+
+def _encoded(table: TunedSteps, training_steps: int) -> list[float]:
+    """The numbers of a table; `_decoded` is the inverse."""
+    before = (training_steps, *table.times)
+    falls = [_logit(max(time, 0.5) / last) for time, last in zip(table.times, before, strict=False)]
+    fresh = [_logit(min(max(share, 1 - _MOST_FRESH), _MOST_FRESH)) for share in table.fresh]
+    return [*falls, *map(math.log, table.gains), *fresh]
 
 
 def _decoded(numbers: Sequence[float] | Float64, training_steps: int) -> TunedSteps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from lfdm_export.cli.train import train_main
 from lfdm_export.errors import BundleError
 from lfdm_export.evaluation.tune_bundle import tune_bundle
 from lfdm_export.evaluation.tuning import Search, Target, tune
+from lfdm_export.files.json_codec import to_plain
+from lfdm_export.generate.encoded import Encoded
 from lfdm_export.protocol.requests import Limits, parse_sampling
 from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.sampling.tuned import TunedSampler, TunedSteps
@@ -117,6 +120,66 @@ def test_a_bundle_is_tuned(bundle: Bundle):
     assert ("3 steps", 6, 6) in said
     other = tune_bundle(pipeline, [2], search=dataclasses.replace(QUICK, seed=1), conditions=6, pictures=pictures())
     assert other.tables[0] != found.tables[0]
+
+
+def distilled(folder: Path, table: TunedSteps) -> Bundle:
+    """A bundle whose DM was distilled for these steps."""
+    return write_fake_bundle(
+        folder,
+        dataclasses.replace(WITH_WEIGHTS, provenance={**WITH_WEIGHTS.provenance, "few_steps": to_plain(table)}),
+    )
+
+
+def test_a_distilled_dm_is_tuned_from_its_steps_against_its_teacher(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    table = TunedSteps((17, 5), (1.5, 0.8), (1.0,))
+    pipeline = Pipeline.open(distilled(tmp_path / "two", table), threads=1)
+    with pytest.raises(InputError, match=r"the bundle's DM was distilled, .*; give its teacher's bundle"):
+        tune_bundle(pipeline, [2], search=QUICK, conditions=6, pictures=pictures())
+    teacher = Pipeline.open(bundle, threads=1)
+    run: list[tuple[Pipeline, int]] = []
+
+    def told(self: Pipeline, encoded: Encoded, embeddings: np.ndarray, table: SamplerTable, noise: object) -> object:
+        run.append((self, table.steps))
+        return run_table(self, encoded, embeddings, table, noise)  # type: ignore[arg-type]
+
+    run_table = Pipeline.run_table
+    monkeypatch.setattr(Pipeline, "run_table", told)
+    starts: list[TunedSteps | None] = []
+
+    def searched(*arguments: Any) -> TunedSteps:
+        starts.append(arguments[-1])
+        return tune(*arguments)
+
+    monkeypatch.setattr("lfdm_export.evaluation.tune_bundle.tune", searched)
+    found = tune_bundle(pipeline, [1, 2], search=QUICK, conditions=6, pictures=pictures(), teacher=teacher)
+    assert [len(some.times) for some in found.tables] == [1, 2]
+    assert starts == [None, table]
+    assert {steps for runner, steps in run if runner is teacher} == {19}
+    assert {steps for runner, steps in run if runner is pipeline} == {1, 2}
+
+
+def test_a_teacher_must_fit(bundle: Bundle, tmp_path: Path):
+    manifest = dataclasses.replace(WITH_WEIGHTS, labels=tuple(reversed(WITH_WEIGHTS.labels)))
+    other = Pipeline.open(write_fake_bundle(tmp_path / "other", manifest), threads=1)
+    with pytest.raises(InputError, match=r"the teacher's bundle has other labels: found \("):
+        tune_bundle(
+            Pipeline.open(bundle, threads=1), [2], search=QUICK, conditions=6, pictures=pictures(), teacher=other
+        )
+
+
+def test_a_search_without_width_ends_at_its_start(monkeypatch: pytest.MonkeyPatch):
+    """Times, gains and noise become numbers of the search and come back; all noise fresh is almost reached."""
+    monkeypatch.setattr("lfdm_export.evaluation.tuning._SIGMA", 1e-6)
+    table, schedule = TunedSteps((875, 475, 0), (1.2, 0.9, 1.1), (1.0, 0.3)), cosine_schedule(1000)
+    latents = np.random.default_rng(0).standard_normal((4, 3, 1, 2, 2)).astype(np.float32)
+    target = Target(latents, np.zeros(4, np.int64))
+    search = Search(clips=4, generations=1, candidates=4)
+    found = tune(schedule, 3, lambda *_: latents, target, 4, search, lambda *_: None, table)
+    assert found.times == table.times
+    assert found.gains == pytest.approx(table.gains, rel=1e-4)
+    assert found.fresh == pytest.approx((0.98, 0.3), rel=1e-4)
 
 
 def test_what_cannot_be_tuned_is_refused(bundle: Bundle, tmp_path: Path):

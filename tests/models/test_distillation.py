@@ -17,6 +17,7 @@ from lfdm_export.errors import CheckpointError
 from lfdm_export.sampling.loop import sample, step_from_denoiser
 from lfdm_export.sampling.loop import threshold as numpy_threshold
 from lfdm_export.sampling.tuned import TunedSteps
+from lfdm_models.lfae import latent_to_flow
 from lfdm_models.schedule import cosine_schedule
 from lfdm_models.training import recipes
 from lfdm_models.training.centering import center, constant_of
@@ -26,12 +27,14 @@ from lfdm_models.training.distill import Teacher, distill, no_samples_report
 from lfdm_models.training.distill_stage import DRAWS, DistillStage, distance, energy_score
 from lfdm_models.training.dm import DmStage, new_diffusion
 from lfdm_models.training.errors import TrainingError
-from lfdm_models.training.few_steps import FewSteps, chosen_times, long_chain, run_chain, threshold
+from lfdm_models.training.few_steps import FewSteps, chosen_times, levels, long_chain, run_chain, threshold
+from lfdm_models.training.last_stage import KeptFeatures, LastStage, bytes_kept
+from lfdm_models.training.last_views import Score, warped
 from lfdm_models.training.lfae import new_lfae
 from lfdm_models.training.loop import STATE, Outcome, ReportProgress, no_report, train
 from lfdm_models.training.procedural import LABELS
 from lfdm_models.training.processes import Processes
-from lfdm_models.training.settings import DEFAULT_TIMES, OptimizerSettings
+from lfdm_models.training.settings import DEFAULT_TIMES, DistillLearn, OptimizerSettings
 from lfdm_models.training.teacher import Sampling, TeacherSamples, draw_samples
 from tests.models.test_training import (
     CONFIG,
@@ -60,6 +63,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "lfae" / "lfae.pth", folder / "dm" / "dm.pth"
 
 
+@pytest.fixture(autouse=True)
+def few_kept_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfdm_models.training.distill._KEPT", 6)
+
+
 def run(
     pair: tuple[Path, Path],
     folder: Path,
@@ -67,12 +75,21 @@ def run(
     *,
     steps: int = 2,
     sampling: Sampling | None = None,
+    learn: DistillLearn = "all",
     resume: bool = False,
     progress: ReportProgress = no_report,
 ) -> Outcome:
-    teacher, settings = Teacher(*pair, CONFIG), run_settings(updates)
     return distill(
-        teacher, steps, POOL, OPTIMISER, settings, folder, sampling=sampling, resume=resume, progress=progress
+        Teacher(*pair, CONFIG),
+        steps,
+        POOL,
+        OPTIMISER,
+        run_settings(updates),
+        folder,
+        sampling=sampling,
+        learn=learn,
+        resume=resume,
+        progress=progress,
     )
 
 
@@ -266,16 +283,151 @@ def test_a_condition_is_drawn_twice_with_noise_of_its_own():
     assert missing == []
 
 
+# --- The last level ---------------------------------------------------------------------------------
+
+
+def last_stage(times: tuple[int, ...], latents: Tensor, features: Tensor) -> LastStage:
+    return LastStage(
+        CONFIG,
+        new_lfae(LFAE, 0, SIZE),
+        new_diffusion(CONFIG, 0),
+        label_table(LABELS, 64),
+        times=times,
+        first={"latent": latents, "feature": features},
+        examples={},
+    )
+
+
+@pytest.mark.parametrize("times", [(70,), (80, 40), (85, 60, 40, 20)])
+def test_the_exported_last_level_gives_the_trained_latents(times: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
+    """The checkpoint's chain, from the noise of the kept features, is what the losses see, at each step."""
+    latents, features = (
+        0.1 * noise(4, *SHAPE) + torch.tensor([0.0, 0.1, 0.8]).view(3, 1, 1, 1),
+        features_with_a_constant(),
+    )
+    stage = last_stage(times, latents, features)
+    with torch.no_grad():
+        for head in (stage.last_level.final_conv, stage.last_level.occlusion_map):
+            assert head.conv.bias is not None
+            head.conv.weight.normal_(0, 0.2, generator=torch.Generator().manual_seed(0))
+            head.conv.bias.normal_(0, 0.2, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 1, -1, 2])
+    kept = stage.keep(latents, features, labels, 7, no_samples_report)
+    exported = new_diffusion(CONFIG, 0)
+    exported.load_state_dict(stage.checkpoint(stage.last_level.state_dict())["diffusion"])
+    seen: list[Tensor] = []
+
+    def score(drawn: Tensor, wanted: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(drawn)
+        return drawn.sum(), wanted.sum() + feature.sum()
+
+    monkeypatch.setattr(Score, "__call__", lambda self, *given: score(*given))
+    generator = torch.Generator().manual_seed(7 * 0x9E3779B97F4A7C15 % 2**63)
+    for step, (time, gain) in enumerate(zip(stage.table_of_steps.times, stage.table_of_steps.gains, strict=True)):
+        with torch.no_grad():
+            stage.losses(batch_of(kept, step), torch.Generator())
+            signal, spread = levels(exported, time)
+            latent = torch.randn((2 * len(latents), *SHAPE), generator=generator)
+            if step:
+                before = latents - stage.offsets[step - 1].view(1, 3, 1, 1, 1)
+                latent = signal * before.repeat_interleave(2, 0) + spread * latent
+            words = stage.embedding_of(labels).repeat_interleave(2, 0)
+            shown = features.repeat_interleave(2, 0)
+            predicted = exported.denoise_fn(latent, shown, words, torch.full((len(latent),), time))
+            found = gain * (latent - spread * predicted) / signal
+        leak = gain / signal * latent  # what little of the input is left
+        wanted = seen[-1].flatten(0, 1) - stage.offsets[step].view(1, 3, 1, 1, 1)
+        assert leak.square().mean().sqrt() < 2e-3 * latent.square().mean().sqrt() / float(spread) + 1e-9
+        torch.testing.assert_close(found - leak, wanted, rtol=1e-2, atol=4e-3)
+
+
+def batch_of(kept: KeptFeatures, step: int) -> dict[str, Tensor]:
+    return {
+        "inputs": kept.inputs[:, step],
+        "first": kept.first[:, step],
+        "condition": kept.conditions[:, step],
+        "latent": kept.latents,
+        "feature": kept.features,
+        "step": torch.full((len(kept.latents),), step),
+    }
+
+
+def test_later_steps_see_the_data_with_the_noise_of_their_time():
+    """What `center` adds to the first convolution is what the estimate before lacks: the network sees x + noise."""
+    latents, features = 0.1 * noise(4, *SHAPE) + 0.8, features_with_a_constant()
+    stage = last_stage((80, 40), latents, features)
+    (s0, n0), (s1, _) = ([float(level) for level in levels(stage.diffusion, time)] for time in (80, 40))
+    given = s1 * (latents - stage.offsets[0].view(1, 3, 1, 1, 1))
+    mean = latents.mean(dim=(0, 2, 3, 4)).view(1, 3, 1, 1, 1)
+    torch.testing.assert_close(n0 * given + s0 * mean, n0 * s1 * latents)
+    assert stage.offsets[1].tolist() == [0, 0, 0]
+
+
+def test_an_epoch_has_each_picture_at_each_step():
+    stage = last_stage((80, 40), noise(3, *SHAPE), features_with_a_constant()[:3])
+    kept = stage.keep(noise(3, *SHAPE), features_with_a_constant()[:3], torch.tensor([0, 1, 2]), 0, no_samples_report)
+    assert kept.inputs.shape == (3, 2, DRAWS, 2 * CONFIG.dm.width, FRAMES, 8, 8)
+    assert kept.inputs.nbytes + kept.first.nbytes == 3 * bytes_kept(CONFIG, 2, SHAPE)
+    examples = [kept[number] for number in range(12)]
+    shown = [(int(one["step"]), float(one["latent"].sum())) for one in examples]
+    assert len(set(shown[:6])) == len(set(shown[6:])) == 6
+    assert shown[:6] != shown[6:]
+    assert not torch.equal(examples[0]["inputs"][0], examples[0]["inputs"][1])  # two draws
+
+
+def test_warped_features_are_those_of_the_decoder():
+    latents, features = 0.3 * noise(2, *SHAPE), noise(2, 16, 8, 8, seed=1)
+    found = warped(latents, features, residual_flow=True)
+    flow = latent_to_flow(latents[:, :, 1], residual_flow=True)
+    wanted = torch.nn.functional.grid_sample(features, flow.grid, align_corners=False) * flow.occlusion
+    torch.testing.assert_close(found[:, :, 1], wanted)
+
+
+def test_the_last_level_learns_labels_and_scatter(tmp_path: Path):
+    """As above, but all other levels are those of a new network."""
+    labels, scatter = torch.arange(64) % 2, 0.2
+    latents = (labels.view(-1, 1, 1, 1, 1) - 0.5 + scatter * noise(64, 1, 1, 1, 1, seed=7)).expand(-1, *SHAPE)
+    latents = latents.contiguous() + 0.01 * noise(64, *SHAPE)
+    features = features_with_a_constant()[:1].expand(64, -1, -1, -1).contiguous()
+    stage = last_stage((70,), latents, features)
+    kept = stage.keep(latents, features, labels, 0, no_samples_report)
+    optimizer = OptimizerSettings(1e-2, (0.9, 0.95), clip_norm=2.0, cosine=True)
+    outcome = train(
+        stage,
+        kept,
+        optimizer,
+        run_settings(100, batch_size=4),
+        tmp_path,
+    )
+    distilled = new_diffusion(CONFIG, 0).eval()
+    distilled.load_state_dict(torch.load(outcome.checkpoint, weights_only=True)["diffusion"])
+    with torch.no_grad():
+        drawn = run_chain(
+            distilled,
+            stage.table_of_steps,
+            features,
+            stage.embedding_of(labels),
+            FRAMES,
+            torch.Generator().manual_seed(9),
+        )
+    level = drawn.mean(dim=(1, 2, 3, 4))
+    assert level[labels == 0].mean() == pytest.approx(-0.5, abs=0.12)
+    assert level[labels == 1].mean() == pytest.approx(0.5, abs=0.12)
+
+
 # --- Runs ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("learn", ["all", "last"])
 @pytest.mark.parametrize("sampling", [None, Sampling(5, steps=3, guidance=2.0)], ids=["data", "samples"])
-def test_a_killed_run_ends_in_the_same_bits(pair: tuple[Path, Path], tmp_path: Path, sampling: Sampling | None):
-    run(pair, tmp_path / "whole", sampling=sampling)
+def test_a_killed_run_ends_in_the_same_bits(
+    pair: tuple[Path, Path], tmp_path: Path, sampling: Sampling | None, learn: DistillLearn
+):
+    run(pair, tmp_path / "whole", sampling=sampling, learn=learn)
     with pytest.raises(Killed):
-        run(pair, tmp_path / "killed", sampling=sampling, progress=killed_after(3))
+        run(pair, tmp_path / "killed", sampling=sampling, learn=learn, progress=killed_after(3))
     assert torch.load(tmp_path / "killed" / STATE, weights_only=True)["step"] == 2
-    run(pair, tmp_path / "killed", sampling=sampling, resume=True)
+    run(pair, tmp_path / "killed", sampling=sampling, learn=learn, resume=True)
     assert_same_bits(tmp_path / "killed" / "dm.pth", tmp_path / "whole" / "dm.pth")
     assert_same_bits(tmp_path / "killed" / STATE, tmp_path / "whole" / STATE)
 
@@ -454,6 +606,23 @@ def test_the_beginning_alone_is_a_model_too(
         "denoise_fn.init_conv.weight",
         *(f"denoise_fn.{head}.{leaf}" for head in heads for leaf in ("weight", "bias")),
     }
+
+
+def test_one_step_is_trained_unless_told_otherwise(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lfdm_models.training.cli.LAST_UPDATES", 2)
+    common = ["--lfae", str(pair[0]), "--dm", str(pair[1]), "--image-size", str(SIZE), "--frames", str(FRAMES)]
+    options = ["distill", *common, "--pool", "4", "--steps", "1", "--device", "cpu", "--batch-size", "2"]
+    assert main([*options, "--out", str(tmp_path / "last")]) == 0
+    told = torch.load(tmp_path / "last" / "dm.pth", weights_only=True)
+    assert (told["step"], told["training"]["learn"], told["training"]["examples"]["kept"]) == (2, "last", 6)
+    found, teacher = load_model(pair[0], tmp_path / "last" / "dm.pth").diffusion, load_model(*pair).diffusion
+    weights, before = found.state_dict(), teacher.state_dict()
+    changed = {key.split(".")[1] for key in weights if not torch.equal(weights[key], before[key])}
+    assert changed == {"init_conv", "ups", "final_conv", "occlusion_map"}
+    assert main([*options, "--out", str(tmp_path / "none"), "--learn", "all"]) == 0
+    assert torch.load(tmp_path / "none" / "dm.pth", weights_only=True)["step"] == 0
 
 
 def test_a_dm_of_other_labels_is_refused(pair: tuple[Path, Path], tmp_path: Path):

@@ -28,7 +28,12 @@ from lfdm_models.training.settings import (
     DATA,
     DEFAULT_TIMES,
     DEVICES,
+    DISTILL_LEARN,
     DM_OPTIMIZER,
+    LAST_BATCH,
+    LAST_EMA,
+    LAST_OPTIMIZER,
+    LAST_UPDATES,
     LEARN,
     LFAE_OPTIMIZER,
     PRECISIONS,
@@ -156,7 +161,13 @@ def _parser() -> argparse.ArgumentParser:
     stages.add_parser("recipe", help="make a model from nothing (see lfdm-train recipe --help)", add_help=False)
     _add_options(lfae, batch_size=16)
     _add_options(dm, batch_size=8)
-    _add_options(distill, batch_size=4, updates="--updates")
+    _add_options(distill, batch_size=LAST_BATCH, updates="--updates")
+    distill.set_defaults(
+        ema=LAST_EMA,
+        warm_up=LAST_OPTIMIZER.warm_up,
+        clip_norm=LAST_OPTIMIZER.clip_norm,
+        cosine=LAST_OPTIMIZER.cosine,
+    )
     return parser
 
 
@@ -169,6 +180,12 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
         required=True,
         choices=sorted(DEFAULT_TIMES),
         help="sampling steps of the new model",
+    )
+    parser.add_argument(
+        "--learn",
+        choices=DISTILL_LEARN,
+        default="last",
+        help="what is trained: the last level, in minutes on a CPU, or all (%(default)s)",
     )
     parser.add_argument(
         "--synthetic",
@@ -208,7 +225,8 @@ def _add_options(parser: argparse.ArgumentParser, *, batch_size: int, updates: s
     if updates == "--steps":
         run.add_argument(updates, dest="updates", type=int, required=True, metavar="N", help="steps of the optimizer")
     else:  # --steps is the number of sampling steps
-        run.add_argument(updates, type=int, default=0, metavar="N", help="steps of the optimizer; 0: do not train (0)")
+        several = f"steps of the optimizer; 0: none (default: {LAST_UPDATES} for one sampling step, 0 for more)"
+        run.add_argument(updates, type=int, metavar="N", help=several)
     run.add_argument("--batch-size", type=int, default=batch_size, metavar="N", help="examples per pass (%(default)s)")
     run.add_argument("--accumulate", type=int, default=1, metavar="N", help="passes per step (%(default)s)")
     run.add_argument("--learning-rate", type=float, metavar="RATE", help="initial step size (default: as published)")
@@ -265,6 +283,8 @@ def _train(args: argparse.Namespace) -> Outcome:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     config = recipes.network_config(args.size, args.data)
+    if args.stage == "distill" and args.updates is None:  # more steps are good without it, and not measured with it
+        args.updates = LAST_UPDATES if (args.steps, args.learn) == (1, "last") else 0
     untrained = args.stage == "distill" and args.updates == 0
     if args.stage == "lfae" and args.hold_out is not None:
         raise TrainingError("--hold-out is for --learn decoder; other training takes the data's own split")
@@ -369,11 +389,12 @@ def _distill(args: argparse.Namespace, config: LfdmConfig, data: DataSettings, r
         Teacher(args.lfae, args.dm, config, args.text_encoder),
         args.steps,
         data,
-        _optimizer(args, DM_OPTIMIZER),
+        _optimizer(args, LAST_OPTIMIZER if args.learn == "last" else DM_OPTIMIZER),
         run,
         args.out,
         sampling=sampling,
         untrained=args.updates == 0,
+        learn=args.learn,
         resume=args.resume,
         progress=bar,
         on_sample=lambda done, total: bar(done, total, {}),

@@ -21,16 +21,19 @@ from lfdm_models.training.drawing import UInt8Array
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.few_steps import chosen_times
 from lfdm_models.training.files import load, save
+from lfdm_models.training.last_stage import LastStage, bytes_kept
 from lfdm_models.training.lfae import load_lfae
 from lfdm_models.training.loop import STATE, Outcome, ReportProgress, no_report, train
 from lfdm_models.training.pictures import ClipError, DiskClip, Framing
 from lfdm_models.training.processes import Processes
 from lfdm_models.training.recipes import DataSettings, fingerprint, label_embeddings, preview_clips
-from lfdm_models.training.settings import OptimizerSettings, RunSettings
+from lfdm_models.training.settings import DistillLearn, OptimizerSettings, RunSettings
 from lfdm_models.training.teacher import Picture, ReportSamples, Sampling, TeacherSamples, draw_samples
 
 #: Examples from which the latents' means and deviations are measured; fewer if there are fewer.
 _MEASURED = 64
+# Examples of the last level, and the bytes that their features may take.
+_KEPT, _KEPT_BYTES = 512, 4 << 30
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def distill(
     *,
     sampling: Sampling | None = None,
     untrained: bool = False,
+    learn: DistillLearn = "all",
     resume: bool = False,
     progress: ReportProgress = no_report,
     on_sample: ReportSamples = no_samples_report,
@@ -79,6 +83,7 @@ def distill(
         folder: folder of the run: its state, checkpoints, log and samples.
         sampling: how the teacher draws samples, which replace the data's clips; None to learn from the data.
         untrained: write the initial weights of the training (`centering`), which may be good enough.
+        learn: what is trained: the last level on features that are kept (`last_stage`), or all (`distill_stage`).
         resume: continue the run in `folder`, if there is one.
         progress: called after every step.
         on_sample: called with the number of teacher samples drawn so far and their total.
@@ -105,13 +110,18 @@ def distill(
         reader.to(torch.device("cpu"))
     elif source is not None:
         examples = TrainingClips(source, data.frames, run.seed, data.colors)
-    stage = DistillStage(
+    last = learn == "last" and not untrained
+    if last:
+        shape = (3, data.frames, *[config.latent_size(data.image_size)] * 2)
+        facts["kept"] = max(min(_KEPT, _KEPT_BYTES // bytes_kept(config, steps, shape)), 1)
+    first = _first_examples(reader, examples, facts["kept"] if last else _MEASURED, on_sample)
+    stage = (LastStage if last else DistillStage)(
         config,
         lfae,
         diffusion,
         embeddings,
         times=times,
-        first=_first_examples(reader, examples),
+        first={name: values[:_MEASURED] for name, values in first.items()},
         examples=facts,
         guidance=1.0 if sampling is None else sampling.guidance,
         preview_clips=None if source is None or not run.preview_every else preview_clips(source, data),
@@ -121,6 +131,10 @@ def distill(
         weights = {key: value.detach() for key, value in stage.network.state_dict().items()}
         save(path, {**stage.checkpoint(weights), "example": 0, "epoch": 0, "step": 0})
         return Outcome(path, 0, True, {})
+    if isinstance(stage, LastStage):
+        stage.to(Processes(run.device).device)
+        kept = stage.keep(first["latent"], first["feature"], first["label"], run.seed, on_sample)
+        return train(stage, kept, optimizer, run, folder, resume=resume, progress=progress)
     return train(stage, examples, optimizer, run, folder, resume=resume, progress=progress)
 
 
@@ -201,11 +215,18 @@ def _picture(images: Path | None, source: ClipSource | None, size: int) -> Pictu
     return read
 
 
-def _first_examples(reader: DmStage, examples: TrainingClips | TeacherSamples) -> dict[str, Tensor]:
-    """The latents and features of the first examples."""
+def _first_examples(
+    reader: DmStage, examples: TrainingClips | TeacherSamples, count: int, report: ReportSamples
+) -> dict[str, Tensor]:
+    """The latents, features and labels of the first examples, with none of a teacher's samples twice."""
     if isinstance(examples, TeacherSamples):
-        return {"latent": examples.latents[:_MEASURED], "feature": examples.features[:_MEASURED]}
-    clips = (examples[number] for number in range(_MEASURED))
-    pairs = [reader.encode_once(clip["frames"][None], [int(clip["clip"])]) for clip in clips]
-    latents, features = zip(*pairs, strict=True)
-    return {"latent": torch.cat(latents), "feature": torch.cat(features)}
+        part = slice(min(count, len(examples.latents)))
+        return {"latent": examples.latents[part], "feature": examples.features[part], "label": examples.labels[part]}
+    found = []
+    for number in range(count):
+        clip = examples[number]
+        found.append((*reader.encode_once(clip["frames"][None], [int(clip["clip"])]), clip["label"][None]))
+        if count > _MEASURED:  # it takes minutes
+            report(number + 1, count)
+    latents, features, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return {"latent": latents, "feature": features, "label": labels}

@@ -31,8 +31,8 @@ from lfdm_models.training.settings import Precision
 DRAWS = 2
 # Side of the squares of latents that are compared in addition to the whole, which is insensitive to details.
 _SQUARE = 4
-# Least standard deviation of a channel; differences are divided by it.
-_LEAST_DEVIATION = 1e-3
+#: Least standard deviation of a channel; differences are divided by it.
+LEAST_DEVIATION = 1e-3
 
 
 def views(latent: Tensor) -> tuple[Tensor, ...]:
@@ -105,7 +105,7 @@ class DistillStage(DmStage):
             weight.requires_grad_(not name.endswith("rotary_emb.freqs"))
         latent, feature = self.shown(first)
         mean = latent.mean(dim=(0, 2, 3, 4))
-        deviation = latent.std(dim=(0, 2, 3, 4)).clamp(min=_LEAST_DEVIATION)
+        deviation = latent.std(dim=(0, 2, 3, 4)).clamp(min=LEAST_DEVIATION)
         self.deviation = deviation.view(1, -1, 1, 1, 1)
         self.table_of_steps = center(self.diffusion, times, mean, feature)
         self.facts |= {"stage": "distill", "few_steps": self.table_of_steps.plain(), "guidance distilled": guidance}

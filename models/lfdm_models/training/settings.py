@@ -14,10 +14,13 @@ DataName = Literal["procedural", "mug", "mhad", "natops", "plain"]
 Size = Literal["small", "published"]
 #: Trained parts of an LFAE: regions from landmarks; also the flow, by the warped source; what decodes; all of it.
 Learn = Literal["regions", "motion", "decoder", "all"]
+#: Trained parts of a distilled DM: its last level, on features that are kept; all of it.
+DistillLearn = Literal["last", "all"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DEVICES: tuple[Device, ...] = get_args(Device)
 DATA: tuple[DataName, ...] = get_args(DataName)
 LEARN: tuple[Learn, ...] = get_args(Learn)
+DISTILL_LEARN: tuple[DistillLearn, ...] = get_args(DistillLearn)
 SIZES: tuple[Size, ...] = get_args(Size)
 
 #: For clips of 16 frames and 64x64 pixels.
@@ -100,6 +103,9 @@ class OptimizerSettings:
 #: Spec: the published settings; its milestones are epochs 60 and 90 of 100.
 LFAE_OPTIMIZER = OptimizerSettings(2e-4, (0.5, 0.999), milestones=(0.6, 0.9))
 DM_OPTIMIZER = OptimizerSettings(1e-4, (0.9, 0.99))
+#: Of the last level alone, by experiments with the shipped model; with an EMA of `LAST_EMA`.
+LAST_OPTIMIZER = OptimizerSettings(1.5e-3, (0.9, 0.95), warm_up=20, clip_norm=2.0, cosine=True)
+LAST_EMA, LAST_UPDATES, LAST_BATCH = 0.98, 800, 8
 
 
 @dataclass(frozen=True)
