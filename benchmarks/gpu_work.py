@@ -193,6 +193,7 @@ def kernels_for(settings: Settings) -> Iterator[None]:
 
 def _kernels() -> list[Kernel]:
     from lfdm_export.ops.group_norm_silu import kernels as norm
+    from lfdm_export.ops.linear_attention import kernels as linear
     from lfdm_export.ops.temporal_attention.kernels import STORAGES as CORES
     from lfdm_export.ops.temporal_attention.kernels import core_kernel
     from lfdm_export.ops.thresholded_step import kernels as step
@@ -204,6 +205,8 @@ def _kernels() -> list[Kernel]:
         kernels += [step.count_kernel(*storages, number) for number in range(step.PASSES)]
     # Kernels of the published network, and of the small one.
     kernels += [core_kernel(storage, width, frames) for storage in CORES for width, frames in ((32, 40), (16, 8))]
+    sizes = [*((channels, 32) for channels in (64, 128, 256)), *((channels, 16) for channels in (32, 64))]
+    kernels += [linear.linear_kernel(storage, *size) for storage in linear.STORAGES for size in sizes]
     kernels += [norm.apply_kernel(*storages) for storages in norm.STORAGES]
     for storage in ("float32", "float16", "bfloat16"):
         kernels.append(norm.statistics_kernel(storage))

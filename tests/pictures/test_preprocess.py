@@ -159,7 +159,7 @@ def test_what_is_no_picture_is_refused(tmp_path):
     (tmp_path / "cut.jpg").write_bytes(PHOTO.read_bytes()[:5000])
     for name, expected in (
         ("text.png", "cannot be read as an image"),
-        ("empty.jpg", "cannot be read as an image"),
+        ("empty.jpg", "is empty, expected an image"),
         ("cut.jpg", "truncated"),
         ("none.jpg", "does not exist"),
         ("", "is a folder"),

@@ -164,7 +164,7 @@ def test_a_photograph_is_what_was_uploaded(site: Site, photo: object, message: s
     config = json.loads(site.call("/config")[1])
     (button,) = (part["id"] for part in config["components"] if part["props"].get("elem_id") == "make")
     (make,) = (one["id"] for one in config["dependencies"] if [button, "click"] in one["targets"])
-    values = [photo, False, "label", "Anger", "", None, None, "ddim", 2, 1, 0, False]
+    values = [photo, "whole", "", False, "label", "Anger", "", None, None, "ddim", 2, 1, 0, False]
     request = {"data": values, "fn_index": make, "session_hash": secrets.token_hex(8), "event_data": None}
     site.call("/gradio_api/queue/join", json.dumps(request).encode(), Content_Type="application/json")
     _, events, _ = site.call(f"/gradio_api/queue/data?session_hash={request['session_hash']}")
