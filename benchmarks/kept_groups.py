@@ -129,7 +129,10 @@ def main() -> None:
     bundle = Bundle.open(arguments.bundle, check_hashes=False)
     if bundle.manifest.precision != "fp32" or bundle.reference_path is None:
         parser.error("the bundle must have precision fp32 and contain a reference")
-    reference = Reference.load(bundle.reference_path, bundle.manifest.config, bundle.manifest.geometry, bundle.stages)
+    manifest = bundle.manifest
+    reference = Reference.load(
+        bundle.reference_path, manifest.config, manifest.geometry, bundle.stages, manifest.provenance
+    )
     nodes = [node for stage in STAGES for node in ir.load(bundle.stage_path(stage)).graph]
     present = [name for name, group in GROUPS.items() if any(group.has(node) for node in nodes)]
     found: dict[str, dict[str, float]] = {}

@@ -59,7 +59,9 @@ def cases(bundle: Bundle, characters: int) -> list[Case]:
     """The reference case of a bundle, and a held-out character for each of its first labels."""
     assert bundle.reference_path is not None
     manifest = bundle.manifest
-    reference = Reference.load(bundle.reference_path, manifest.config, manifest.geometry, bundle.stages)
+    reference = Reference.load(
+        bundle.reference_path, manifest.config, manifest.geometry, bundle.stages, manifest.provenance
+    )
     found = [Case(reference.chain.image, reference.chain.embedding, reference.seed)]
     for index, label in enumerate(manifest.labels[:characters]):
         drawn = sample_clip(HELD_OUT_SEEDS[index], size=manifest.geometry.image_size, frames=2, label=label)

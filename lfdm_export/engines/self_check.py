@@ -125,11 +125,12 @@ class SelfCheck:
     def _reference(self) -> Reference:
         path, manifest = self._bundle.reference_path, self._bundle.manifest
         assert path is not None, "a bundle without one is not checked"
-        return Reference.load(path, manifest.config, manifest.geometry, self._specs)
+        return Reference.load(path, manifest.config, manifest.geometry, self._specs, manifest.provenance)
 
     @functools.cached_property
     def _table(self) -> SamplerTable:
-        return chain_table(cosine_schedule(self._bundle.manifest.config.dm.training_steps))
+        manifest = self._bundle.manifest
+        return chain_table(cosine_schedule(manifest.config.dm.training_steps), manifest.provenance)
 
     def _stages(self, runner: Runner) -> tuple[float, list[str]]:
         """Seconds of a clip, and the errors in the first sample of each stage."""

@@ -21,9 +21,10 @@ from lfdm_export.parity.report.model import CHAIN, Check, Pictures, StepError
 from lfdm_export.pictures.panels import panels
 from lfdm_export.pictures.preprocess import to_uint8
 from lfdm_export.progress import Progress, report
-from lfdm_export.reference.inputs import CHAIN_OPTIONS, chain_table
+from lfdm_export.reference.inputs import chain_table
 from lfdm_export.reference.stored import ChainReference
 from lfdm_export.sampling.noise import seeded_noise
+from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.stages import CHAIN_TOLERANCES, ChainTolerance
 from lfdm_models.schedule import cosine_schedule
 
@@ -137,14 +138,19 @@ def _sample(
 
     fixed = {"context": encoded.context, "text_embedding": reference.embedding[None]}
     source = seeded_noise([seed], reference.latents.shape[1:])
-    _, table = pipe.resolve(dataclasses.replace(CHAIN_OPTIONS, steps=total))
+    table = _table(pipe.bundle)
     with contextlib.suppress(_NothingMoreError):
         pipe.stages.sample("step", fixed, table, source, on_step=on_step, every_latent=True)
     return latents
 
 
+def _table(bundle: Bundle) -> SamplerTable:
+    manifest = bundle.manifest
+    return chain_table(cosine_schedule(manifest.config.dm.training_steps), manifest.provenance)
+
+
 def _step_errors(bundle: Bundle, latents: list[Float32], expected: Float32) -> tuple[StepError, ...]:
-    timesteps = chain_table(cosine_schedule(bundle.manifest.config.dm.training_steps)).timesteps
+    timesteps = _table(bundle).timesteps
     steps = []
     for timestep, latent, reference in zip(timesteps, latents, expected, strict=False):
         error = np.abs(latent.astype(np.float64) - reference)

@@ -37,7 +37,7 @@ from lfdm_export.parity.polygraphy import compare_stage
 from lfdm_export.parity.report.model import Check, OtherEngine, Report
 from lfdm_export.parity.stages import check_stage
 from lfdm_export.progress import Progress, report
-from lfdm_export.reference.inputs import CHAIN_OPTIONS
+from lfdm_export.reference.inputs import chain_words
 from lfdm_export.reference.stored import Reference
 from lfdm_export.sampling.noise import draw_seed
 from lfdm_export.stages import CHAIN_TOLERANCES, StageSpec, stage_specs
@@ -113,7 +113,7 @@ def verify_bundle(
         _simulate(comparison) if target == SIMULATION else _run(comparison, target, manifest.precision)
         for target in runs
     ]
-    first, chain = outcomes[0], CHAIN_OPTIONS
+    first = outcomes[0]
     others = [outcome.engine for outcome in outcomes[1:]]
     if polygraphy:
         engines = [target for target in runs if target != SIMULATION]
@@ -125,7 +125,7 @@ def verify_bundle(
         engine=first.engine.name,
         reference=origin,
         seed=reference.seed,
-        sampler=f"{chain.sampler}, {len(reference.chain.latents)} steps, eta {chain.eta:g}, guidance {chain.scale:g}",
+        sampler=chain_words(manifest.provenance, len(reference.chain.latents)),
         checks=first.engine.checks,
         steps=first.chain.steps,
         environment=environment(threads, _took_part(runs, model is not None)),
@@ -293,7 +293,8 @@ def _stored(bundle: Bundle, specs: Mapping[str, StageSpec], seed: int | None) ->
         raise InputError(
             "seed is given, but the bundle's stored reference has its own seed; give the model as well, or no seed"
         )
-    return Reference.load(path, bundle.manifest.config, bundle.manifest.geometry, specs)
+    manifest = bundle.manifest
+    return Reference.load(path, manifest.config, manifest.geometry, specs, manifest.provenance)
 
 
 def _fresh(

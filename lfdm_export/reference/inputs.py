@@ -10,16 +10,20 @@ Encoder outputs and tokens cannot be drawn; a `Reference` stores them.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lfdm_export.bundle.manifest import dm_sha256_of
+from lfdm_export.errors import InputError
 from lfdm_export.pictures.preprocess import to_float
 from lfdm_export.sampling.options import AS_TRAINED, SamplingOptions
 from lfdm_export.sampling.rows import X0_FROM_LATENT, X0_FROM_PREDICTED_NOISE, SamplerTable
+from lfdm_export.sampling.tuned import FEW_STEPS, TunedSampler
 from lfdm_export.stages import COEFFICIENTS, Geometry
+from lfdm_export.wording import count
 from lfdm_models.config import LfdmConfig
 from lfdm_models.schedule import Schedule, cosine_schedule
 
@@ -92,9 +96,33 @@ def chain_conditions(labels: Sequence[Float32], geometry: Geometry, seed: int) -
     return picture, _generator(seed, "chain_embedding").standard_normal(geometry.text_width, np.float32)
 
 
-def chain_table(schedule: Schedule) -> SamplerTable:
-    """The steps of the chain: DDIM as in the released program, 10 of them on an ordinary schedule."""
-    return CHAIN_OPTIONS.table(schedule)
+def chain_table(schedule: Schedule, provenance: Mapping[str, object]) -> SamplerTable:
+    """The steps of the chain: DDIM as in the released program, 10 of them on an ordinary schedule.
+
+    Of a distilled DM, the steps that it was distilled for: it predicts nothing useful at other times.
+
+    Args:
+        schedule: the schedule of the model.
+        provenance: of the model.
+
+    Raises:
+        InputError: the provenance's steps are wrong.
+    """
+    try:
+        distilled = TunedSampler.of_distilled(provenance, dm_sha256_of(provenance))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if distilled is None:
+        return CHAIN_OPTIONS.table(schedule)
+    return distilled.table(schedule, distilled.tables[0].steps)
+
+
+def chain_words(provenance: Mapping[str, object], steps: int) -> str:
+    """The sampler of the chain, in words."""
+    if FEW_STEPS in provenance:
+        return f"as distilled, {count(steps, 'step')}"
+    chain = CHAIN_OPTIONS
+    return f"{chain.sampler}, {steps} steps, eta {chain.eta:g}, guidance {chain.scale:g}"
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:

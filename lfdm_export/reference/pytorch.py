@@ -73,7 +73,7 @@ def make_reference(
     """
     check_seeds([seed])
     stages = stage_specs(geometry, with_text=text_encoder is not None, with_drive=drive)
-    steps = chain_table(model.diffusion.schedule()).steps
+    steps = chain_table(model.diffusion.schedule(), model.provenance).steps
     tick = _ticker(progress, 2 * BATCH_SIZE + geometry.chunk_frames + steps + geometry.frames)
     with torch.inference_mode(), torch_threads():
         drawn = draw_inputs(model.config, geometry, seed)
@@ -224,7 +224,7 @@ def _chain(model: LfdmModel, geometry: Geometry, seed: int, tick: Callable[[int]
         tick(1)
 
     source = seeded_noise([seed], (3, geometry.frames, geometry.latent_size, geometry.latent_size))
-    table = chain_table(model.diffusion.schedule())
+    table = chain_table(model.diffusion.schedule(), model.provenance)
     latent = sample(step_from_denoiser(denoise), table, source(START), source, on_step=keep)
     frames, warped = _decode_frames(model, image, skips, torch.from_numpy(latent), tick)
     if not np.isfinite(frames).all() or not np.isfinite(warped).all():

@@ -107,7 +107,14 @@ class Reference:
             np.savez_compressed(file, **self._arrays())  # type: ignore[arg-type]  # as in BundleWriter
 
     @classmethod
-    def load(cls, path: Path, config: LfdmConfig, geometry: Geometry, stages: Mapping[str, StageSpec]) -> Reference:
+    def load(
+        cls,
+        path: Path,
+        config: LfdmConfig,
+        geometry: Geometry,
+        stages: Mapping[str, StageSpec],
+        provenance: Mapping[str, object],
+    ) -> Reference:
         """Read the result of `save`.
 
         Args:
@@ -115,11 +122,13 @@ class Reference:
             config: architecture of the bundle's networks.
             geometry: sizes of its stages.
             stages: stages of the bundle.
+            provenance: of its model.
 
         Raises:
             BundleError: the archive is damaged, or belongs to another bundle.
+            InputError: the provenance is wrong.
         """
-        arrays = read_arrays(path, _expected(config, geometry, stages), _WHAT)
+        arrays = read_arrays(path, _expected(config, geometry, stages, provenance), _WHAT)
         chain = {name.partition("/")[2]: array for name, array in arrays.items() if name.startswith("chain/")}
         if not np.array_equal(chain["kept"], kept_frames(geometry.frames)):
             raise BundleError(f"{path}: chain/kept names other frames than this program does; export again")
@@ -201,11 +210,11 @@ def kept_frames(frames: int) -> Int64:
 
 
 def _expected(
-    config: LfdmConfig, g: Geometry, stages: Mapping[str, StageSpec]
+    config: LfdmConfig, g: Geometry, stages: Mapping[str, StageSpec], provenance: Mapping[str, object]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Dtype and shape of each array of the archive."""
     picture, kept = (g.image_size, g.image_size), len(kept_frames(g.frames))
-    steps = chain_table(cosine_schedule(config.dm.training_steps)).steps
+    steps = chain_table(cosine_schedule(config.dm.training_steps), provenance).steps
     skips, stored = skip_specs(stages), stored_specs(stages)
     outputs = {(stage, t.name): math.prod(_shape(t)) for stage, spec in stages.items() for t in spec.outputs}
     return {

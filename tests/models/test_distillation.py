@@ -14,6 +14,7 @@ from torch import Tensor
 from lfdm_export import Pipeline, export_bundle, load_model
 from lfdm_export.checkpoints.model_folder import load_model_folder, save_model
 from lfdm_export.errors import CheckpointError
+from lfdm_export.parity.verify import verify_bundle
 from lfdm_export.sampling.loop import sample, step_from_denoiser
 from lfdm_export.sampling.loop import threshold as numpy_threshold
 from lfdm_export.sampling.tuned import TunedSteps
@@ -517,7 +518,10 @@ def test_a_distilled_model_is_a_bundle_whose_sampler_is_its_own(pair: tuple[Path
     model = load_model(pair[0], outcome.checkpoint)  # strict: the released keys, and no others
     assert model.config == CONFIG
     save_model(model, tmp_path / "model")
-    bundle = export_bundle(load_model_folder(tmp_path / "model"), tmp_path / "bundle", drive=False, reference=False)
+    bundle = export_bundle(load_model_folder(tmp_path / "model"), tmp_path / "bundle", drive=False)
+    report = verify_bundle(bundle, threads=1)
+    assert report.passed
+    assert report.sampler == "as distilled, 2 steps"
     assert (bundle.manifest.sampler.sampler, bundle.manifest.sampler.steps) == ("tuned", 2)
     pipeline = Pipeline.open(bundle.path, threads=1)
     image = np.random.default_rng(0).integers(0, 255, (SIZE, SIZE, 3), np.uint8)
@@ -594,7 +598,7 @@ def test_the_beginning_alone_is_a_model_too(
     pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     common = ["--lfae", str(pair[0]), "--dm", str(pair[1]), "--image-size", str(SIZE), "--frames", str(FRAMES)]
-    options = [*common, "--pool", "4", "--steps", "2", "--device", "cpu", "--out", str(tmp_path)]
+    options = [*common, "--pool", "4", "--steps", "2", "--updates", "0", "--device", "cpu", "--out", str(tmp_path)]
     assert main(["distill", *options]) == 0
     assert "not trained" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["dm.pth"]
@@ -608,12 +612,13 @@ def test_the_beginning_alone_is_a_model_too(
     }
 
 
-def test_one_step_is_trained_unless_told_otherwise(
-    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("steps", [1, 2])
+def test_one_and_two_steps_are_trained_unless_told_otherwise(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ):
     monkeypatch.setattr("lfdm_models.training.cli.LAST_UPDATES", 2)
     common = ["--lfae", str(pair[0]), "--dm", str(pair[1]), "--image-size", str(SIZE), "--frames", str(FRAMES)]
-    options = ["distill", *common, "--pool", "4", "--steps", "1", "--device", "cpu", "--batch-size", "2"]
+    options = ["distill", *common, "--pool", "4", "--steps", str(steps), "--device", "cpu", "--batch-size", "2"]
     assert main([*options, "--out", str(tmp_path / "last")]) == 0
     told = torch.load(tmp_path / "last" / "dm.pth", weights_only=True)
     assert (told["step"], told["training"]["learn"], told["training"]["examples"]["kept"]) == (2, "last", 6)

@@ -289,7 +289,8 @@ def test_a_stage_that_takes_no_single_sample(small_bundle: Bundle, monkeypatch: 
 def test_a_wrong_sampler_fails_only_in_the_clip(small_bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
     import lfdm_export.parity.chain as chain
 
-    monkeypatch.setattr(chain, "CHAIN_OPTIONS", dataclasses.replace(CHAIN_OPTIONS, eta=0.5))
+    other = dataclasses.replace(CHAIN_OPTIONS, eta=0.5)
+    monkeypatch.setattr(chain, "chain_table", lambda schedule, _provenance: other.table(schedule))
     report = verify_bundle(small_bundle, threads=1)
     assert failing(report) == {CHAIN}
     assert {check.subject for check in report.failures} >= {"latent, largest error", "latent, mean error"}

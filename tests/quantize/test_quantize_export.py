@@ -95,7 +95,9 @@ def test_a_clip_has_it_in_openvino_as_well(bundles: dict[Format, Bundle]):
     bundle = bundles["int8"]
     assert bundle.reference_path is not None
     manifest = bundle.manifest
-    reference = Reference.load(bundle.reference_path, manifest.config, manifest.geometry, bundle.stages)
+    reference = Reference.load(
+        bundle.reference_path, manifest.config, manifest.geometry, bundle.stages, manifest.provenance
+    )
     assert_parity(check_chain(bundle, reference.chain, reference.seed, 1, None, "openvino").checks)
 
 

@@ -45,7 +45,7 @@ def stored(small_model: LfdmModel, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def load(path: Path, geometry: Geometry = GEOMETRY, config: LfdmConfig = CONFIG) -> Reference:
-    return Reference.load(path, config, geometry, stage_specs(geometry))
+    return Reference.load(path, config, geometry, stage_specs(geometry), {})
 
 
 def output(reference: Reference, stage: str, name: str) -> NDArray[np.float32]:
@@ -159,7 +159,7 @@ def test_the_chain_ends_in_its_own_frames(small_model: LfdmModel, reference: Ref
 
 
 def test_the_chains_first_step(small_model: LfdmModel, reference: Reference):
-    chain, table = reference.chain, chain_table(cosine_schedule(1000))
+    chain, table = reference.chain, chain_table(cosine_schedule(1000), {})
     shape = chain.latents.shape[1:]
     start, noise = (noise_for([SEED], step, shape) for step in (-1, 0))
     source = torch.from_numpy(chain.image.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255))
@@ -319,5 +319,11 @@ def test_an_export_holds_its_reference(small_bundle: Bundle, small_model: LfdmMo
     assert small_bundle.reference_path == small_bundle.path / "reference.npz"
     assert "reference.npz" in small_bundle.manifest.files
     manifest = small_bundle.manifest
-    found = Reference.load(small_bundle.path / "reference.npz", manifest.config, manifest.geometry, small_bundle.stages)
+    found = Reference.load(
+        small_bundle.path / "reference.npz",
+        manifest.config,
+        manifest.geometry,
+        small_bundle.stages,
+        manifest.provenance,
+    )
     np.testing.assert_array_equal(found.chain.embedding, small_bundle.embeddings[0])

@@ -225,7 +225,7 @@ def _add_options(parser: argparse.ArgumentParser, *, batch_size: int, updates: s
     if updates == "--steps":
         run.add_argument(updates, dest="updates", type=int, required=True, metavar="N", help="steps of the optimizer")
     else:  # --steps is the number of sampling steps
-        several = f"steps of the optimizer; 0: none (default: {LAST_UPDATES} for one sampling step, 0 for more)"
+        several = f"steps of the optimizer; 0: none (default: {LAST_UPDATES} for one or two sampling steps, 0 for more)"
         run.add_argument(updates, type=int, metavar="N", help=several)
     run.add_argument("--batch-size", type=int, default=batch_size, metavar="N", help="examples per pass (%(default)s)")
     run.add_argument("--accumulate", type=int, default=1, metavar="N", help="passes per step (%(default)s)")
@@ -283,8 +283,8 @@ def _train(args: argparse.Namespace) -> Outcome:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     config = recipes.network_config(args.size, args.data)
-    if args.stage == "distill" and args.updates is None:  # more steps are good without it, and not measured with it
-        args.updates = LAST_UPDATES if (args.steps, args.learn) == (1, "last") else 0
+    if args.stage == "distill" and args.updates is None:  # four steps are good without it, and not measured with it
+        args.updates = LAST_UPDATES if args.steps <= 2 and args.learn == "last" else 0
     untrained = args.stage == "distill" and args.updates == 0
     if args.stage == "lfae" and args.hold_out is not None:
         raise TrainingError("--hold-out is for --learn decoder; other training takes the data's own split")
