@@ -140,7 +140,7 @@ class Assembly:
         self._frames = np.zeros((facts.frames, facts.image_size, facts.image_size, 3), np.uint8)
         only = job.tensors.get("only_frames")
         self._chosen = FrameChoice.of(None if only is None else only.tolist(), facts.frames)
-        self._positions = list(range(facts.frames) if only is None else only)
+        self._positions = list(self._chosen.positions or range(facts.frames))
         self._have = np.zeros(facts.frames, bool)
         self._timings: Array | None = None
 

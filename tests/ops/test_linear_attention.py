@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lfdm_export.errors import EngineError
 from lfdm_export.ops.cuda.dispatch import standing_in
@@ -20,6 +19,7 @@ from lfdm_export.ops.linear_attention.reference import head_weights
 from lfdm_export.rewrite.attention import FoldedLinearAttention
 from lfdm_models.attention import PreNorm, Residual, SpatialLinearAttention
 from tests.kernel_arrays import addresses, empty, stored, values_of
+from tests.torch_calls import Calls
 
 #: Largest errors of what is added to x, relative to its largest value: rounding of weights and of the result. Measured:
 #: 1.0e-3 and 7.8e-3.
@@ -163,19 +163,6 @@ def test_what_there_is_a_kernel_for(
 ) -> None:
     query = torch.empty(channels, 2 * head_width, dtype=of_query)
     assert suits(torch.empty(1, 4, channels, dtype=dtype), query, 2) is fits
-
-
-class Calls(TorchDispatchMode):
-    """Names of torch's operators that ran, but for views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not func.is_view and func is not torch.ops.aten._unsafe_view.default:
-            self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 def test_the_block_takes_the_kernel(kernels: HostKernels) -> None:

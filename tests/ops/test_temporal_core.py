@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lfdm_export.errors import EngineError
 from lfdm_export.ops.cuda.dispatch import standing_in
@@ -26,6 +25,7 @@ from lfdm_export.ops.temporal_attention.reference import (
 )
 from lfdm_export.ops.temporal_attention.tables import lay_out_bias, lay_out_turns
 from tests.kernel_arrays import addresses, empty, stored, values_of
+from tests.torch_calls import Calls
 
 #: Largest errors relative to the largest value, against float64 on rotated queries and keys of the storage type:
 #: rounding of weights and of the result. Measured: 5e-4 and 4e-3.
@@ -168,19 +168,6 @@ def test_what_there_is_a_kernel_for(dtype: torch.dtype, frames: int, head_width:
 
 
 # -- the whole operator
-
-
-class Calls(TorchDispatchMode):
-    """Names of torch's operators that ran, but for views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not func.is_view and func is not torch.ops.aten._unsafe_view.default:
-            self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 def weights_for(channels: int, head_width: int, frames: int, heads: int) -> TemporalWeights:

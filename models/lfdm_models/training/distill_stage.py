@@ -24,7 +24,7 @@ from lfdm_models.lfae import Lfae
 from lfdm_models.training.centering import center
 from lfdm_models.training.conditions import Float32Array
 from lfdm_models.training.dm import DmStage
-from lfdm_models.training.few_steps import run_chain
+from lfdm_models.training.few_steps import FewSteps, run_chain
 from lfdm_models.training.settings import Precision
 
 #: Chains per picture and label.
@@ -32,7 +32,7 @@ DRAWS = 2
 # Side of the squares of latents that are compared in addition to the whole, which is insensitive to details.
 _SQUARE = 4
 #: Least standard deviation of a channel; differences are divided by it.
-LEAST_DEVIATION = 1e-3
+_LEAST_DEVIATION = 1e-3
 
 
 def views(latent: Tensor) -> tuple[Tensor, ...]:
@@ -60,11 +60,28 @@ def energy_score(drawn: Tensor, wanted: Tensor) -> Tensor:
     return (away - distance(first, second) / 2).mean()
 
 
-class DistillStage(DmStage):
-    """Training of a DM for few steps; see the module's docstring."""
+def spread_of(latent: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (3,) of each channel of latents (N, 3, T, h, w)."""
+    return latent.mean(dim=(0, 2, 3, 4)), latent.std(dim=(0, 2, 3, 4)).clamp(min=_LEAST_DEVIATION)
+
+
+class FewStepStage(DmStage):
+    """Training of a DM for the few steps of its table."""
 
     # In bfloat16, the network would copy the noise with 8 bits; few steps cannot correct such errors.
     gpu_precision: Precision = "tf32"
+
+    table_of_steps: FewSteps
+
+    def sample(self, diffusion: Diffusion, clips: Tensor, embedding: Tensor) -> Tensor:
+        """Latents for the first frames of `clips` from the chain of few steps; for previews."""
+        feature = self.lfae.generator.encode(clips[:, :, 0])[-1]
+        generator = torch.Generator(clips.device).manual_seed(0)
+        return run_chain(diffusion, self.table_of_steps, feature, embedding, clips.shape[2], generator)
+
+
+class DistillStage(FewStepStage):
+    """Training of a DM for few steps; see the module's docstring."""
 
     def __init__(
         self,
@@ -104,8 +121,7 @@ class DistillStage(DmStage):
         for name, weight in self.diffusion.named_parameters():
             weight.requires_grad_(not name.endswith("rotary_emb.freqs"))
         latent, feature = self.shown(first)
-        mean = latent.mean(dim=(0, 2, 3, 4))
-        deviation = latent.std(dim=(0, 2, 3, 4)).clamp(min=LEAST_DEVIATION)
+        mean, deviation = spread_of(latent)
         self.deviation = deviation.view(1, -1, 1, 1, 1)
         self.table_of_steps = center(self.diffusion, times, mean, feature)
         self.facts |= {"stage": "distill", "few_steps": self.table_of_steps.plain(), "guidance distilled": guidance}
@@ -124,10 +140,7 @@ class DistillStage(DmStage):
     def losses(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """The energy score of the chains, with each channel divided by its deviation."""
         wanted, feature = self.shown(batch)
-        label = batch["label"]
-        embedding = torch.where(
-            (label < 0)[:, None], self.diffusion.denoise_fn.null_cond_emb, self.table[label.clamp(min=0)]
-        )
+        embedding = self.embedding_of(batch["label"])
         drawn = run_chain(
             self.diffusion,
             self.table_of_steps,
@@ -137,9 +150,3 @@ class DistillStage(DmStage):
             generator,
         )
         return {"energy": energy_score((drawn / self.deviation).unflatten(0, (-1, DRAWS)), wanted / self.deviation)}
-
-    def sample(self, diffusion: Diffusion, clips: Tensor, embedding: Tensor) -> Tensor:
-        """Latents for the first frames of `clips` from the chain of few steps; for previews."""
-        feature = self.lfae.generator.encode(clips[:, :, 0])[-1]
-        generator = torch.Generator(clips.device).manual_seed(0)
-        return run_chain(diffusion, self.table_of_steps, feature, embedding, clips.shape[2], generator)

@@ -179,6 +179,11 @@ class DmStage:
         latents, features = zip(*(self._encoded[clip] for clip in clips), strict=True)
         return torch.cat(latents), torch.cat(features)
 
+    def embedding_of(self, label: Tensor) -> Tensor:
+        """Embeddings (B, text_width) of labels (B,); the null embedding for those below 0."""
+        null = self.diffusion.denoise_fn.null_cond_emb
+        return torch.where((label < 0)[:, None], null, self.table[label.clamp(min=0)])
+
     def losses(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Mean squared error of the predicted noise, each at a random step of the schedule."""
         frames = batch["frames"]
@@ -196,8 +201,7 @@ class DmStage:
         )
         unet = self.diffusion.denoise_fn
         dropped = torch.rand(count, generator=generator, device=device) < self.null_probability
-        label = batch["label"]
-        embedding = torch.where((dropped | (label < 0))[:, None], unet.null_cond_emb, self.table[label.clamp(min=0)])
+        embedding = self.embedding_of(batch["label"].masked_fill(dropped, -1))
         predicted = unet(signal * latent + spread * noise, feature, embedding, timestep)
         error = (predicted.float() - noise).square().mean(dim=(1, 2, 3, 4))
         return {"noise": (noise_weight(signal, spread, self.signal_std).flatten() * error).mean()}

@@ -33,11 +33,9 @@ from lfdm_models.lfae import Lfae
 from lfdm_models.training.centering import center
 from lfdm_models.training.conditions import Float32Array
 from lfdm_models.training.data import permutation
-from lfdm_models.training.distill_stage import DRAWS, LEAST_DEVIATION
-from lfdm_models.training.dm import DmStage
-from lfdm_models.training.few_steps import FewSteps, levels, run_chain
+from lfdm_models.training.distill_stage import DRAWS, FewStepStage, spread_of
+from lfdm_models.training.few_steps import FewSteps, levels
 from lfdm_models.training.last_views import Score
-from lfdm_models.training.settings import Precision
 from lfdm_models.training.teacher import ReportSamples
 from lfdm_models.unet import Unet3D
 
@@ -98,10 +96,8 @@ class KeptFeatures(Dataset[dict[str, Tensor]]):
         }
 
 
-class LastStage(DmStage):
+class LastStage(FewStepStage):
     """Training of the last level; see the module's docstring."""
-
-    gpu_precision: Precision = "tf32"
 
     def __init__(
         self,
@@ -127,8 +123,7 @@ class LastStage(DmStage):
             preview_clips=preview_clips,
         )
         latent, feature = first["latent"], first["feature"]
-        mean = latent.mean(dim=(0, 2, 3, 4))
-        deviation = latent.std(dim=(0, 2, 3, 4)).clamp(min=LEAST_DEVIATION)
+        mean, deviation = spread_of(latent)
         self.score = Score(latent, feature, mean, deviation, residual_flow=config.residual_flow)
         center(self.diffusion, times, mean, feature)
         signals, spreads = zip(
@@ -212,11 +207,6 @@ class LastStage(DmStage):
         timestep = torch.full((len(seen),), time, device=device)
         unet(seen.to(device), feature.to(device).repeat_interleave(DRAWS, 0), embedding, timestep)
 
-    def embedding_of(self, label: Tensor) -> Tensor:
-        """Embeddings (B, text_width) of labels (B,); the null embedding for those below 0."""
-        null = self.diffusion.denoise_fn.null_cond_emb
-        return torch.where((label < 0)[:, None], null, self.table[label.clamp(min=0)])
-
     def losses(
         self,
         batch: Mapping[str, Tensor],
@@ -245,12 +235,6 @@ class LastStage(DmStage):
             unet[f"{head}.weight"] *= -deviation[part].view(-1, 1, 1, 1, 1) / _FACTOR
             unet[f"{head}.bias"] = -(deviation[part] * unet[f"{head}.bias"] + mean[part]) / _FACTOR
         return super().checkpoint(unet)
-
-    def sample(self, diffusion: Diffusion, clips: Tensor, embedding: Tensor) -> Tensor:
-        """Latents for the first frames of `clips` from the chain of few steps; for previews."""
-        feature = self.lfae.generator.encode(clips[:, :, 0])[-1]
-        generator = torch.Generator(clips.device).manual_seed(0)
-        return run_chain(diffusion, self.table_of_steps, feature, embedding, clips.shape[2], generator)
 
     def preview(self, weights: Mapping[str, Tensor], folder: Path, step: int) -> None:
         """See `DmStage.preview`; the weights are those of the last level."""
