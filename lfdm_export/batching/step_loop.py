@@ -15,7 +15,7 @@ from lfdm_export.batching.live_job import LiveJob
 from lfdm_export.batching.observer import Observer, Tick, tell
 from lfdm_export.batching.order import Policy, Queue
 from lfdm_export.batching.seating import Ran, Seating
-from lfdm_export.errors import EngineError, LfdmExportError
+from lfdm_export.errors import EngineError, LfdmExportError, not_finite
 from lfdm_export.protocol.contract import DEADLINE_MESSAGE, RequestCancelledError
 
 logger = logging.getLogger(__name__)
@@ -213,11 +213,7 @@ class StepLoop:
         live.step += 1
         self.counts.steps += 1
         if not finite:
-            message = (
-                f"step {live.step} of {job.table.steps} gave values that are not finite; "
-                "the weights or the engine are at fault: check the bundle with lfdm-verify"
-            )
-            self._end(live, "failed", EngineError(message))
+            self._end(live, "failed", not_finite(f"step {live.step} of {job.table.steps} gave"))
         elif not live.steps_left:
             live.latent = rows.latent(row)
             live.ended = True

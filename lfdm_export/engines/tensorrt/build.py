@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lfdm_export.engines.cuda_driver import find_gpus
 from lfdm_export.engines.target_spec import Target
 from lfdm_export.engines.targets import spec_of
 from lfdm_export.engines.tensorrt.api import Api, load_api, refit_engine
@@ -265,8 +266,6 @@ def _refitted(api: Api, plan: Path, graph: bytes, weights_beside: str) -> Any:
 
 def _inspected(api: Api, plan: Any) -> str | None:
     """Inspector output for the plan, as JSON; None if the plan cannot be loaded, as for RTX without a GPU."""
-    from lfdm_export.engines.cuda_driver import find_gpus
-
     if not find_gpus()[0]:
         return None
     engine = api.module.Runtime(api.logger).deserialize_cuda_engine(plan)

@@ -13,10 +13,11 @@ from lfdm_export.engines.device import Pool
 from lfdm_export.engines.target_spec import Target
 from lfdm_export.engines.tensorrt.api import refit_engine
 from lfdm_export.engines.tensorrt.device_loop import DeviceLoop
-from lfdm_export.engines.tensorrt.gpu_memory import DeviceBuffer, PinnedArray, byte_count
+from lfdm_export.engines.tensorrt.gpu_memory import DeviceBuffer, PinnedArray, byte_count, staged
 from lfdm_export.engines.tensorrt.gpu_session import GpuSession, gpu_session
 from lfdm_export.engines.tensorrt.plan_checks import plan_to_run
 from lfdm_export.engines.tensorrt.plan_context import PlanContext
+from lfdm_export.engines.tensorrt.plan_graph import builder_graph
 from lfdm_export.engines.tensorrt.plans import remake
 from lfdm_export.errors import EngineError
 from lfdm_export.graphs.file import TYPES, Value, compare_interface
@@ -172,10 +173,7 @@ class TensorRtEngine:
         return DeviceBuffer(self.session.driver, byte_count(tensor.concrete(batch=batch), tensor.dtype))
 
     def _staged(self, name: str, shape: tuple[int, ...], dtype: str) -> PinnedArray:
-        found = self._staging.get(name)
-        if found is None or found.array.shape != shape:
-            found = self._staging[name] = PinnedArray(self.session.driver, shape, dtype)
-        return found
+        return staged(self._staging, self.session.driver, name, shape, dtype)
 
     def _pointer(self, name: str, size: int) -> int:
         found = self._buffers.get(name)
@@ -200,7 +198,9 @@ class KeptOnGpu:
         return self._engine.run_with(self._memory, feeds, self._batch)
 
 
-def open_engine(bundle: Bundle, stage: str, target: Target) -> TensorRtEngine:
+def open_engine(
+    bundle: Bundle, stage: str, target: Target, _threads: int | None = None, _device: str = "cpu"
+) -> TensorRtEngine:
     """The engine of a stage, if its plan is for this bundle, this version and this GPU.
 
     Raises:
@@ -212,8 +212,6 @@ def open_engine(bundle: Bundle, stage: str, target: Target) -> TensorRtEngine:
     options = record.fingerprint.options
     weights = None
     if options.strip:
-        from lfdm_export.engines.tensorrt.plan_graph import builder_graph
-
         graph, structure, _ = builder_graph(bundle, stage, target)
         if structure != record.fingerprint.structure:
             raise EngineError(
