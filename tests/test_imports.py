@@ -82,6 +82,7 @@ LIGHT_NETWORKS = (
     "lfdm_models.pictures", "lfdm_models.pictures.errors", "lfdm_models.pictures.formats",
     "lfdm_models.pictures.headers",
     "lfdm_models.pictures.raster", "lfdm_models.pictures.timed", "lfdm_models.schedule", "lfdm_models.training",
+    "lfdm_models.training.arguments",
     "lfdm_models.training.characters", "lfdm_models.training.cli", "lfdm_models.training.conditions",
     "lfdm_models.training.drawing", "lfdm_models.training.draws", "lfdm_models.training.errors",
     "lfdm_models.training.face", "lfdm_models.training.figure", "lfdm_models.training.head",

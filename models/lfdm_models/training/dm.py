@@ -21,6 +21,7 @@ from lfdm_models.lfae import Lfae, flow_to_latent, latent_to_flow
 from lfdm_models.training.conditions import Float32Array
 from lfdm_models.training.data import NO_CLIP
 from lfdm_models.training.errors import TrainingError
+from lfdm_models.training.few_steps import levels
 from lfdm_models.training.files import load
 from lfdm_models.training.lfae import plain
 from lfdm_models.training.previews import save_gif
@@ -192,13 +193,7 @@ class DmStage:
         count, device = len(latent), latent.device
         timestep = torch.randint(self.config.dm.training_steps, (count,), generator=generator, device=device)
         noise = torch.randn(latent.shape, generator=generator, device=device)
-        signal, spread = (
-            buffer[timestep].view(-1, 1, 1, 1, 1)
-            for buffer in (
-                self.diffusion.get_buffer("sqrt_alphas_cumprod"),
-                self.diffusion.get_buffer("sqrt_one_minus_alphas_cumprod"),
-            )
-        )
+        signal, spread = (factor.view(-1, 1, 1, 1, 1) for factor in levels(self.diffusion, timestep))
         unet = self.diffusion.denoise_fn
         dropped = torch.rand(count, generator=generator, device=device) < self.null_probability
         embedding = self.embedding_of(batch["label"].masked_fill(dropped, -1))
