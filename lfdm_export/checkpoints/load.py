@@ -20,6 +20,7 @@ from lfdm_export.errors import CheckpointError, InputError
 from lfdm_export.files.json_codec import to_plain
 from lfdm_export.files.names import user_path
 from lfdm_export.sampling.tuned import FEW_STEPS
+from lfdm_export.wording import first_line
 from lfdm_models.config import DmConfig, LfaeConfig, LfdmConfig
 from lfdm_models.diffusion import Diffusion
 from lfdm_models.lfae import Lfae
@@ -239,9 +240,9 @@ def _without_memory(build: Callable[[], N], where: str) -> N:
         with torch.device("meta"):
             return build()
     except (RuntimeError, ValueError, OverflowError) as error:  # for sizes beyond 64 bits
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error, 160)
         raise CheckpointError(
-            f"{where}: no network of these shapes can be built ({reason[:160]}); the file is damaged"
+            f"{where}: no network of these shapes can be built ({reason}); the file is damaged"
         ) from error
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lfdm_export.errors import CheckpointError
 from lfdm_export.files.digests import sha256_and_size
+from lfdm_export.wording import first_line
 from lfdm_models.stored_files import LARGEST_SAFETENSORS_HEADER, LEGACY_MAGIC, ZIP_MAGIC, TorchFile, read_safetensors
 from lfdm_models.stored_values import (
     DamagedFileError,
@@ -166,8 +167,7 @@ def _blaming(path: Path) -> Iterator[None]:
     except MemoryError as error:
         raise CheckpointError(f"{path} does not fit in memory, or is damaged") from error
     except (RuntimeError, ValueError, TypeError) as error:  # from torch, if it cannot view the bytes as this type
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} is truncated or damaged ({reason[:160]}); {_COPY_AGAIN}") from error
+        raise CheckpointError(f"{path} is truncated or damaged ({first_line(error, 160)}); {_COPY_AGAIN}") from error
 
 
 def sha256(path: Path) -> str:
