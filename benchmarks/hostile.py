@@ -21,7 +21,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2 as messages
 
 from benchmarks.hostile_requests import KINDS, SHARES, TIMEOUT, Doors
+from benchmarks.ledger import Ledger
 from benchmarks.machine import describe
 from benchmarks.served import GUARD, Served, print_logs, serve
 from lfdm_export.bundle.reader import Bundle
@@ -47,31 +47,6 @@ FLAT, _SETTLE = 0.05, 10.0
 _PAUSE = 0.1
 #: The largest time to serve again, in seconds.
 AGAIN = 5.0
-
-
-@dataclass
-class Record:
-    """What happened.
-
-    Attributes:
-        ends: number of requests by kind and end.
-        wrong: what must not happen.
-    """
-
-    ends: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def end(self, what: str) -> None:
-        """Count one end."""
-        with self._lock:
-            self.ends[what] += 1
-
-    def violation(self, what: str) -> None:
-        """Record and print what must not happen."""
-        with self._lock:
-            self.wrong.append(what)
-        print("VIOLATION", what, flush=True)
 
 
 class Clips:
@@ -105,7 +80,7 @@ class Clips:
         return int(np.abs(levels).max()) <= 1
 
 
-def send_all(doors: Doors, clips: Clips, count: int, record: Record) -> None:
+def send_all(doors: Doors, clips: Clips, count: int, ledger: Ledger) -> None:
     """Send hostile requests from several threads, each with a valid one every `_EVERY`."""
 
     def send(sender: int) -> None:
@@ -116,11 +91,11 @@ def send_all(doors: Doors, clips: Clips, count: int, record: Record) -> None:
                 end = kind(rng, doors)
             except Exception as error:  # noqa: BLE001 (what is looked for)
                 end = f"{type(error).__name__}: {error}"
-            record.end(f"{kind.__name__} {end.partition(':')[0]}")
+            ledger.end(f"{kind.__name__} {end.partition(':')[0]}")
             if end not in ("refused", "answered"):
-                record.violation(f"request {number}, {kind.__name__}: {end}")
+                ledger.violation(f"request {number}, {kind.__name__}: {end}")
             if (number // _SENDERS) % _EVERY == 0:
-                _send_valid(clips, record, number)
+                _send_valid(clips, ledger, number)
 
     threads = [threading.Thread(target=send, args=(sender,)) for sender in range(_SENDERS)]
     for thread in threads:
@@ -129,16 +104,16 @@ def send_all(doors: Doors, clips: Clips, count: int, record: Record) -> None:
         thread.join()
 
 
-def _send_valid(clips: Clips, record: Record, number: int) -> None:
+def _send_valid(clips: Clips, ledger: Ledger, number: int) -> None:
     try:
         with clips.alone:  # in a batch of one, as the expected clip
             equal = clips.frames() == clips.expected
     except grpc.RpcError as error:
-        record.violation(f"the valid clip after request {number}: {error.code().name}: {error.details()}")
+        ledger.violation(f"the valid clip after request {number}: {error.code().name}: {error.details()}")
         return
-    record.end("valid clip")
+    ledger.end("valid clip")
     if not equal:
-        record.violation(f"the valid clip after request {number} has other bytes")
+        ledger.violation(f"the valid clip after request {number} has other bytes")
 
 
 def measured_memory(served: Served) -> dict[str, int]:
@@ -148,35 +123,35 @@ def measured_memory(served: Served) -> dict[str, int]:
     return {"processes": sum(served.memory().values()), "shared": shared}
 
 
-def attack(served: Served, doors: Doors, clips: Clips, count: int, record: Record) -> dict[str, Any]:
+def attack(served: Served, doors: Doors, clips: Clips, count: int, ledger: Ledger) -> dict[str, Any]:
     """Send `count` hostile requests after a warm-up of a tenth, and compare memory and processes."""
-    send_all(doors, clips, count // 10, Record())
+    send_all(doors, clips, count // 10, Ledger())
     before, processes = measured_memory(served), set(served.processes())
     began = time.monotonic()
-    send_all(doors, clips, count, record)
+    send_all(doors, clips, count, ledger)
     seconds = time.monotonic() - began
     after = measured_memory(served)
     if set(served.processes()) != processes:
-        record.violation(f"processes were replaced: {processes - set(served.processes())} have ended")
+        ledger.violation(f"processes were replaced: {processes - set(served.processes())} have ended")
     for name, old in before.items():
         if after[name] > (1 + FLAT) * old:
-            record.violation(f"memory ({name}) went from {old / 1e6:.0f} to {after[name] / 1e6:.0f} MB")
-    return {"requests": count, "seconds": seconds, "ends": dict(record.ends), "before": before, "after": after}
+            ledger.violation(f"memory ({name}) went from {old / 1e6:.0f} to {after[name] / 1e6:.0f} MB")
+    return {"requests": count, "seconds": seconds, "ends": dict(ledger.ends), "before": before, "after": after}
 
 
 class Load:
     """Clients that ask for the clip again and again, until the context ends."""
 
-    def __init__(self, clips: Clips, what: str, record: Record) -> None:
+    def __init__(self, clips: Clips, what: str, ledger: Ledger) -> None:
         """Start them.
 
         Args:
             clips: what they ask for.
             what: what is done to the server meanwhile, for messages.
-            record: for what must not happen.
+            ledger: for what must not happen.
         """
         self.ends: Counter[str] = Counter()
-        self._clips, self._what, self._record, self._stop = clips, what, record, threading.Event()
+        self._clips, self._what, self._ledger, self._stop = clips, what, ledger, threading.Event()
         self._threads = [threading.Thread(target=self._work) for _ in range(_CLIENTS)]
 
     def __enter__(self) -> Load:
@@ -189,7 +164,7 @@ class Load:
         for thread in self._threads:
             thread.join(TIMEOUT)
             if thread.is_alive():
-                self._record.violation(f"{self._what}: a client never got an answer")
+                self._ledger.violation(f"{self._what}: a client never got an answer")
 
     def _work(self) -> None:
         while not self._stop.is_set():
@@ -199,32 +174,32 @@ class Load:
                 code = error.code().name
                 self.ends[code] += 1
                 if code != "UNAVAILABLE":
-                    self._record.violation(f"{self._what}: a client got {code}: {error.details()}")
+                    self._ledger.violation(f"{self._what}: a client got {code}: {error.details()}")
                 time.sleep(_PAUSE)
                 continue
             self.ends["clip"] += 1
             if not right:
-                self._record.violation(f"{self._what}: a clip is wrong")
+                self._ledger.violation(f"{self._what}: a clip is wrong")
 
 
-def kill_each(served: Served, doors: Doors, clips: Clips, rounds: int, record: Record) -> list[dict[str, Any]]:
+def kill_each(served: Served, doors: Doors, clips: Clips, rounds: int, ledger: Ledger) -> list[dict[str, Any]]:
     """Kill each process but `lfdm-serve` itself and its guard under load, and wait until clips come again."""
     names = sorted({name for pid, name in served.processes().items() if pid != served.pid and name != GUARD})
-    return [_kill(served, doors, clips, name, record) for _ in range(rounds) for name in names]
+    return [_kill(served, doors, clips, name, ledger) for _ in range(rounds) for name in names]
 
 
-def _kill(served: Served, doors: Doors, clips: Clips, name: str, record: Record) -> dict[str, Any]:
+def _kill(served: Served, doors: Doors, clips: Clips, name: str, ledger: Ledger) -> dict[str, Any]:
     what = f"{name} killed"
-    with Load(clips, what, record) as load:
+    with Load(clips, what, ledger) as load:
         time.sleep(1.0)
         (pid,) = (pid for pid, one in served.processes().items() if one == name)
         os.kill(pid, signal.SIGKILL)
         began = time.monotonic()
         again = _until(lambda: _replaced(served, name, pid) and _serves(doors, clips), began)
     if again is None:
-        record.violation(f"{what}: it did not serve again within {TIMEOUT:.0f} s")
+        ledger.violation(f"{what}: it did not serve again within {TIMEOUT:.0f} s")
     elif again > AGAIN:
-        record.violation(f"{what}: it took {again:.1f} s until clips came again, expected at most {AGAIN:.0f} s")
+        ledger.violation(f"{what}: it took {again:.1f} s until clips came again, expected at most {AGAIN:.0f} s")
     print(f"{what}: serves again after {again} s; clients: {dict(load.ends)}", flush=True)
     return {"killed": name, "seconds": again, "clients": dict(load.ends)}
 
@@ -255,13 +230,13 @@ def _serves(doors: Doors, clips: Clips) -> bool:
     return True
 
 
-def end_with_parent(served: Served, record: Record) -> float | None:
+def end_with_parent(served: Served, ledger: Ledger) -> float | None:
     """Kill `lfdm-serve` itself; returns seconds until none of its processes is left."""
     processes = set(served.processes()) - {served.pid}
     os.kill(served.pid, signal.SIGKILL)
     seconds = _until(lambda: not any(map(_alive, processes)), time.monotonic())
     if seconds is None:
-        record.violation(f"lfdm-serve killed: {sum(map(_alive, processes))} processes are left")
+        ledger.violation(f"lfdm-serve killed: {sum(map(_alive, processes))} processes are left")
     return seconds
 
 
@@ -283,25 +258,25 @@ def main() -> int:
     parser.add_argument("--slots", type=int, default=4, help="samples that share a step (4)")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args()
-    bundle, record = Bundle.open(args.bundle), Record()
+    bundle, ledger = Bundle.open(args.bundle), Ledger()
     options = [f"--threads={args.threads}", f"--slots={args.slots}"]
     result: dict[str, Any] = {"machine": describe()}
     with tempfile.TemporaryDirectory(prefix="lfdm-hostile-") as name:
         with serve(bundle.path, Path(name) / "serve.log", options) as served:
             doors = Doors.at(served.http_address, served.address)
             clips = Clips(doors, bundle.manifest.labels[0])
-            result["requests"] = attack(served, doors, clips, args.requests, record)
+            result["requests"] = attack(served, doors, clips, args.requests, ledger)
             print(json.dumps(result["requests"], indent=1), flush=True)
-            result["kills"] = kill_each(served, doors, clips, args.rounds, record)
-            result["seconds_after_kill_of_lfdm_serve"] = end_with_parent(served, record)
+            result["kills"] = kill_each(served, doors, clips, args.rounds, ledger)
+            result["seconds_after_kill_of_lfdm_serve"] = end_with_parent(served, ledger)
             print(f"lfdm-serve killed: no process is left after {result['seconds_after_kill_of_lfdm_serve']} s")
-        if record.wrong:
+        if ledger.wrong:
             print_logs(Path(name))
-    result["violations"] = record.wrong
+    result["violations"] = ledger.wrong
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(record.wrong)} violations")
-    return int(bool(record.wrong))
+    print(f"{len(ledger.wrong)} violations")
+    return int(bool(ledger.wrong))
 
 
 if __name__ == "__main__":

@@ -36,11 +36,6 @@ def one_line(error: Exception, most: int = 500) -> str:
     return " ".join(str(error).split())[:most]
 
 
-def first_line(error: Exception, most: int = 300) -> str:
-    """The first line of a library's error, at most `most` characters; its class if it has no text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
-
-
 def describe_error(error: Exception) -> str:
     """What went wrong, in one sentence."""
     if isinstance(error, LfdmExportError):

@@ -28,7 +28,7 @@ FORMER = ("bundle_writer", "media", "preprocess")
 #: Modules of `lfdm_models` with plain facts, which import no network.
 FACTS = (
     "lfdm_models.command_line", "lfdm_models.config", "lfdm_models.labels", "lfdm_models.pictures",
-    "lfdm_models.schedule",
+    "lfdm_models.schedule", "lfdm_models.wording",
 )  # fmt: skip
 
 #: Packages outside the core's dependencies; no light module may import them.
@@ -88,7 +88,7 @@ LIGHT_NETWORKS = (
     "lfdm_models.training.face", "lfdm_models.training.figure", "lfdm_models.training.head",
     "lfdm_models.training.landmarks", "lfdm_models.training.layouts", "lfdm_models.training.logs",
     "lfdm_models.training.motions", "lfdm_models.training.pictures", "lfdm_models.training.procedural",
-    "lfdm_models.training.settings",
+    "lfdm_models.training.settings", "lfdm_models.wording",
 )  # fmt: skip
 
 BLOCKER = """

@@ -16,8 +16,8 @@ from typing import Any
 
 from lfdm_export.errors import BundleError, InputError, MissingDependencyError
 from lfdm_export.pictures.clip import Clip
-from lfdm_export.wording import first_line
 from lfdm_models.patience import within
+from lfdm_models.wording import first_line
 
 logger = logging.getLogger(__name__)
 

@@ -20,12 +20,12 @@ from lfdm_export.errors import CheckpointError, InputError
 from lfdm_export.files.json_codec import to_plain
 from lfdm_export.files.names import user_path
 from lfdm_export.sampling.tuned import FEW_STEPS
-from lfdm_export.wording import first_line
 from lfdm_models.config import DmConfig, LfaeConfig, LfdmConfig
 from lfdm_models.diffusion import Diffusion
 from lfdm_models.lfae import Lfae
 from lfdm_models.model import LfdmModel
 from lfdm_models.schedule import Schedule, cosine_schedule
+from lfdm_models.wording import first_line
 
 N = TypeVar("N", bound=nn.Module)
 T = TypeVar("T")

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lfdm_export.errors import CheckpointError
 from lfdm_export.files.digests import sha256_and_size
-from lfdm_export.wording import first_line
 from lfdm_models.stored_files import LARGEST_SAFETENSORS_HEADER, LEGACY_MAGIC, ZIP_MAGIC, TorchFile, read_safetensors
 from lfdm_models.stored_values import (
     DamagedFileError,
@@ -28,6 +27,7 @@ from lfdm_models.stored_values import (
     StoredFileError,
     StoredTensor,
 )
+from lfdm_models.wording import first_line
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from lfdm_export.engines.compiled_cache import CompiledCache
 from lfdm_export.errors import EngineError, InputError
 from lfdm_export.files.digests import json_digest
 from lfdm_export.machine import package_versions, processor_facts
-from lfdm_export.wording import first_line
+from lfdm_models.wording import first_line
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ Source: De Bortoli et al., Distributional Diffusion Models with Scoring Rules (a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch.utils.data import Dataset
 from lfdm_models.config import LfdmConfig
 from lfdm_models.training.centering import center
 from lfdm_models.training.data import permutation
+from lfdm_models.training.devices import generator
 from lfdm_models.training.distill_stage import DRAWS, FewStepStage, spread_of
 from lfdm_models.training.few_steps import FewSteps, levels, levels_of_steps
 from lfdm_models.training.last_views import Score
@@ -40,7 +40,6 @@ from lfdm_models.unet import Unet3D
 _FACTOR = 1e-3
 # Pictures per run of the network; a batch is always the same examples, so that its bits do not depend on a resumption.
 _BATCH = 4
-_order = functools.lru_cache(maxsize=2)(permutation)
 
 
 class LastLevel(nn.Module):
@@ -81,7 +80,7 @@ class KeptFeatures(Dataset[dict[str, Tensor]]):
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         count, steps = self.inputs.shape[:2]
         epoch, place = divmod(number, count * steps)
-        clip, step = divmod(int(_order(count * steps, self.seed, epoch)[place]), steps)
+        clip, step = divmod(int(permutation(count * steps, self.seed, epoch)[place]), steps)
         return {
             "inputs": self.inputs[clip, step],
             "first": self.first[clip, step],
@@ -146,9 +145,9 @@ class LastStage(FewStepStage):
         try:
             for start in range(0, len(latents), _BATCH):
                 part = slice(start, start + _BATCH)
-                generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + start) % 2**63)
+                draws = generator(seed, start)
                 for step, time in enumerate(times):
-                    self._run(unet, latents[part], features[part], labels[part], step, time, generator)
+                    self._run(unet, latents[part], features[part], labels[part], step, time, draws)
                 report(min(start + _BATCH, len(latents)), len(latents))
         finally:
             for hook in hooks:
