@@ -18,16 +18,9 @@ def fixed_conv(
     weight: Tensor, bias: Tensor | None, *, padding: tuple[int, int], stride: tuple[int, int] = (1, 1)
 ) -> nn.Conv2d:
     """A convolution with given weights (out, in, k, k), which are not trained."""
-    out_channels, in_channels, *size = weight.shape
-    conv = nn.Conv2d(
-        in_channels,
-        out_channels,
-        tuple(size),
-        stride,
-        padding,
-        bias=bias is not None,
-        device="meta",  # type: ignore[arg-type]
-    )
+    out_channels, in_channels, height, width = weight.shape
+    has_bias = bias is not None
+    conv = nn.Conv2d(in_channels, out_channels, (height, width), stride, padding, bias=has_bias, device="meta")
     conv.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         conv.bias = nn.Parameter(bias, requires_grad=False)
