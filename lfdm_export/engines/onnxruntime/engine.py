@@ -59,17 +59,7 @@ class OnnxRuntimeEngine:
         self._session = open_session(self.path, threads=threads, device=device, tf32=tf32)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the stage once.
-
-        Args:
-            feeds: exactly the inputs of the stage, by name, with its dtypes and shapes.
-
-        Returns:
-            The outputs of the stage, by name.
-
-        Raises:
-            EngineError: the feeds do not match the stage, or the run fails (for example, out of memory).
-        """
+        """Run the stage once; see `lfdm_export.engines.interface.Engine`."""
         axes = check_feeds(self.spec, feeds)
         names = [tensor.name for tensor in self.spec.outputs]
         contiguous = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
@@ -128,8 +118,6 @@ def _providers(device: Device) -> tuple[str, ...]:
 
 
 def _load(path: Path, options: Any, providers: Sequence[str], *, on_gpu: bool, tf32: bool) -> Any:
-    if not path.is_file():
-        raise EngineError(f"there is no graph at {path}; export again")
     name = require_utf8(path, "ONNX Runtime")
     graph = gpu_graph(path, options) if on_gpu else name
     # Source: options of the CUDA provider of ONNX Runtime.

@@ -72,25 +72,13 @@ class OpenVinoEngine:
         threads = thread_count(threads)
         self._core = shared_core()
         self._options = _options(self._core, threads, precision)
-        if not self.path.is_file():
-            raise EngineError(f"there is no graph at {self.path}; export again")
         self._graph, self._weights, self._identity = _graph_and_weights(self.path, spec)
         self._used = {name for port in self._model(batch=None).inputs for name in port.get_names()}
         self._cache = cache
         self._requests: dict[int | None, Any] = {}
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the stage once.
-
-        Args:
-            feeds: exactly the inputs of the stage, by name, with its dtypes and shapes.
-
-        Returns:
-            The outputs of the stage, by name.
-
-        Raises:
-            EngineError: the feeds do not match the stage, or the run fails (for example, out of memory).
-        """
+        """Run the stage once; see `lfdm_export.engines.interface.Engine`."""
         axes = check_feeds(self.spec, feeds)
         contiguous = {name: np.ascontiguousarray(array) for name, array in feeds.items() if name in self._used}
         try:
@@ -212,7 +200,7 @@ def _graph_and_weights(path: Path, spec: StageSpec) -> tuple[bytes, dict[str, ND
             continue
         mapped += 1
         entries = {entry.key: entry.value for entry in tensor.external_data}
-        name, start, length = entries["location"], int(entries.get("offset", 0)), int(entries["length"])
+        name, start, length = entries["location"], int(entries.get("offset", 0)), int(entries.get("length", -1))
         if name not in weights:
             weights[name] = _mapped(path, name)
         if start < 0 or length < 0 or start + length > len(weights[name]):
