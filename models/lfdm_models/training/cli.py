@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lfdm_models.command_line import Parser
+from lfdm_models.memory import keep_freed_memory
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.settings import (
     DATA,
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler.setFormatter(_Formatter(f"{PROGRAM}: %(levelname)s: %(message)s"))
     logger = logging.getLogger("lfdm_models")
     logger.addHandler(handler)
+    keep_freed_memory()
     try:
         if args.stage == "classifier":
             return _train_classifier(args)
