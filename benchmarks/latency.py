@@ -1,6 +1,6 @@
 """Time per clip, measured side by side in one process: PyTorch, a naive ONNX export, the bundle.
 
-    python benchmarks/latency.py (--golden mug128 | --checkpoints LFAE DM) [--bundle DIR] [--rounds 5]
+    python benchmarks/latency.py (--golden mug128 | --checkpoints LFAE DM) [--bundle DIR] [--target T …] [--rounds 5]
 
 Rounds are interleaved (A B C, A B C, …) after a warm-up, so that disturbances affect all contestants equally.
 All make the same clip from the same noise; if the clips differ, no times are reported. Results go to
@@ -24,6 +24,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import figures, machine, plots, subject
+from lfdm_export.engines.targets import target_names
 from lfdm_export.machine import available_cores
 
 if TYPE_CHECKING:
@@ -86,6 +87,13 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = clip_parser("Time clips of PyTorch, a naive ONNX export and the bundle.", "latency")
     parser.add_argument("--bundle", type=Path, help="a bundle of these checkpoints (else it is exported first)")
+    parser.add_argument(
+        "--target",
+        action="append",
+        default=[],
+        choices=target_names(),
+        help="run the bundle by it; repeat to compare (auto)",
+    )
     parser.add_argument("--skip", choices=("pytorch", "naive"), action="append", default=[], help="leave one out")
     return parse(parser)
 
@@ -119,7 +127,8 @@ def _bundle(model: LfdmModel, arguments: argparse.Namespace, folder: Path) -> Bu
 
     size = (arguments.frames, arguments.image_size)
     if arguments.bundle is None:
-        return export_bundle(model, folder / "bundle", frames=size[0], image_size=size[1])
+        weights = any(target in target_names("weights") for target in arguments.target)
+        return export_bundle(model, folder / "bundle", frames=size[0], image_size=size[1], torch_weights=weights)
     bundle = Bundle.open(arguments.bundle)
     geometry = bundle.manifest.geometry
     if (geometry.frames, geometry.image_size) != size:
@@ -157,7 +166,9 @@ def _contestants(
         graphs = folder / "naive"
         graphs.mkdir()
         yield contestants.naive(model, task, graphs, arguments.threads)
-    yield contestants.Exported("bundle", Pipeline(bundle, threads=arguments.threads))
+    for target in arguments.target or ("auto",):
+        name = "bundle" if target == "auto" else f"bundle, {target}"
+        yield contestants.Exported(name, Pipeline(bundle, threads=arguments.threads, target=target))
 
 
 def _measure(

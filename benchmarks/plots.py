@@ -30,7 +30,7 @@ def plot_latency(result: Mapping[str, Any], path: Path) -> None:
     medians = {name: statistics.median(parts["clip"]) for name, parts in result["seconds"].items()}
     last = list(medians)[-1]
     texts = {
-        name: f"{median:.1f} s" + ("" if name == last else f"  (bundle {median / medians[last]:.2f}x)")
+        name: f"{median:.1f} s" + ("" if name == last else f"  ({last} {median / medians[last]:.2f}x)")
         for name, median in medians.items()
     }
     _plot_clips(result, texts, path)

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 CONTESTANTS: Mapping[str, tuple[str, str]] = {
     "fp32, ONNX Runtime": ("fp32", "onnxruntime"),
     "fp32, OpenVINO": ("fp32", "openvino"),
+    "fp32, PyTorch": ("fp32", "torch"),
     "bf16, OpenVINO": ("bf16", "openvino"),
+    "bf16, PyTorch": ("bf16", "torch"),
     "int8, ONNX Runtime": ("int8", "onnxruntime"),
     "int8, OpenVINO": ("int8", "openvino"),
 }
@@ -126,8 +128,9 @@ def _bundles(model: LfdmModel, arguments: argparse.Namespace, scratch: Path) -> 
             print(f"exporting {precision}", file=sys.stderr, flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             bundle = export_bundle(
-                model, path, engine=precision, frames=wanted[0], image_size=wanted[1], reference=False
-            )
+                model, path, engine=precision, frames=wanted[0], image_size=wanted[1],
+                drive=False, reference=False, torch_weights=(precision, "torch") in CONTESTANTS.values(),
+            )  # fmt: skip
         manifest = bundle.manifest
         found = manifest.geometry.frames, manifest.geometry.image_size
         if (manifest.precision, found) != (precision, wanted):

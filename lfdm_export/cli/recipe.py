@@ -11,6 +11,7 @@ from lfdm_export.files.names import user_path
 from lfdm_export.recipe.characters64 import RECIPES
 from lfdm_export.recipe.parts import Recipe, steps_of
 from lfdm_export.recipe.record import Record
+from lfdm_models.memory import keep_freed_memory
 from lfdm_models.training.settings import DEVICES
 
 PROGRAM = "lfdm-train recipe"
@@ -67,6 +68,7 @@ def _recipe(args: argparse.Namespace) -> int:
 def _make(args: argparse.Namespace, recipe: Recipe) -> int:
     from lfdm_export.recipe.run import run_recipe
 
+    keep_freed_memory()
     with Bars(quiet=args.quiet) as progress:
         outcome = run_recipe(
             recipe,

@@ -19,7 +19,16 @@ from lfdm_export.recipe.parts import (
     Training,
 )
 from lfdm_export.sampling.options import SamplingOptions
-from lfdm_models.training.settings import SMALL, OptimizerSettings, Precision, RunSettings
+from lfdm_models.training.settings import (
+    LAST_BATCH,
+    LAST_EMA,
+    LAST_OPTIMIZER,
+    LAST_UPDATES,
+    SMALL,
+    OptimizerSettings,
+    Precision,
+    RunSettings,
+)
 
 _POOL = 4096
 #: Steps between checkpoints: some minutes on one core of a CPU.
@@ -34,6 +43,10 @@ def _lfae(rate: float, steps: int, *, batch: int, ema: float, seed: int, precisi
 def _dm(steps: int, *, batch: int, ema: float, seed: int) -> Training:
     optimizer = OptimizerSettings(1e-3, (0.9, 0.99), warm_up=50, clip_norm=1.0, cosine=True)
     return Training(optimizer, _run(steps, batch, ema, seed, "fp32"), pool=2400)
+
+
+def _last(*, seed: int) -> Training:
+    return Training(LAST_OPTIMIZER, _run(LAST_UPDATES, LAST_BATCH, LAST_EMA, seed, "fp32"), pool=0)
 
 
 def _run(steps: int, batch: int, ema: float, seed: int, precision: Precision) -> RunSettings:
@@ -90,7 +103,7 @@ CHARACTERS64 = Recipe(
             candidates=9,
             seed=0,
         ),
-        DistillPart("distilled", _dm(1, batch=4, ema=0.998, seed=4), lfae="all", dm="dm", steps=2),
+        DistillPart("distilled", _last(seed=4), lfae="all", dm="dm", steps=1),
         ModelPart("model", lfae="all", dm="dm", tuned="tuned", distilled="distilled"),
         BundlePart("bundle", lfae="all", dm="dm", tuned="tuned"),
         BundlePart("distilled-bundle", lfae="all", dm="distilled", distilled=True),
@@ -105,7 +118,7 @@ CHARACTERS64 = Recipe(
             clips=8,
         ),
         EvaluationPart(
-            "distilled-evaluation", bundle="distilled-bundle", settings=(SamplingOptions("tuned", 2),), clips=8
+            "distilled-evaluation", bundle="distilled-bundle", settings=(SamplingOptions("tuned", 1),), clips=8
         ),
     ),
 )

@@ -87,7 +87,7 @@ class Maker:
             part.training.optimizer,
             run,
             self.folder / part.name,
-            untrained=part.untrained,
+            learn=part.learn,
             resume=True,
             progress=self.on_step,
         )
@@ -153,7 +153,7 @@ class Maker:
             return (name,)
         distilled = next(one for one in self.recipe.parts if one.name == part.distilled)
         assert isinstance(distilled, DistillPart)  # the recipe checks kinds
-        few = f"{name}-{distilled.steps}-steps"
+        few = f"{name}-{distilled.steps}-step{'s' if distilled.steps > 1 else ''}"
         save_model(load_model(self._lfae(part.lfae), self._dm(part.distilled)), folder / few)
         return (name, few)
 

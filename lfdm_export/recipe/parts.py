@@ -8,7 +8,7 @@ from typing import ClassVar, TypeAlias
 
 from lfdm_export.sampling.options import SamplingOptions
 from lfdm_models.config import LfdmConfig
-from lfdm_models.training.settings import Learn, OptimizerSettings, RunSettings
+from lfdm_models.training.settings import DistillLearn, Learn, OptimizerSettings, RunSettings
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class DistillPart:
 
     Attributes:
         name: name of the part.
-        training: settings of the run; its steps do not count if `untrained`.
+        training: settings of the run.
         lfae: the LFAE part.
         dm: the DM part that is distilled.
         steps: sampling steps of the new DM.
-        untrained: keep the initial weights, as ``--updates 0`` does.
+        learn: what is trained.
     """
 
     kind: ClassVar[str] = "distill"
@@ -97,7 +97,7 @@ class DistillPart:
     lfae: str
     dm: str
     steps: int
-    untrained: bool = True
+    learn: DistillLearn = "last"
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -217,8 +217,6 @@ Part: TypeAlias = TrainedPart | BundlePart | SchedulePart | ModelPart | Evaluati
 
 def steps_of(part: Part) -> int:
     """Steps of the optimizer that a part takes; 0 for a part that trains nothing."""
-    if isinstance(part, DistillPart) and part.untrained:
-        return 0
     return part.training.run.steps if isinstance(part, TrainedPart) else 0
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lfdm_models.memory import keep_freed_memory
 from lfdm_models.training.arguments import PROGRAM, make_parser
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.settings import (
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler.setFormatter(_Formatter(f"{PROGRAM}: %(levelname)s: %(message)s"))
     logger = logging.getLogger("lfdm_models")
     logger.addHandler(handler)
+    keep_freed_memory()
     try:
         _use_threads(args.threads)
         if args.stage == "classifier":
