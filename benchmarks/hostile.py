@@ -80,7 +80,7 @@ class Clips:
         return int(np.abs(levels).max()) <= 1
 
 
-def send_all(doors: Doors, clips: Clips, count: int, ledger: Ledger) -> None:
+def send_all(doors: Doors, clips: Clips, count: int, record: Ledger) -> None:
     """Send hostile requests from several threads, each with a valid one every `_EVERY`."""
 
     def send(sender: int) -> None:
@@ -91,11 +91,11 @@ def send_all(doors: Doors, clips: Clips, count: int, ledger: Ledger) -> None:
                 end = kind(rng, doors)
             except Exception as error:  # noqa: BLE001 (what is looked for)
                 end = f"{type(error).__name__}: {error}"
-            ledger.end(f"{kind.__name__} {end.partition(':')[0]}")
+            record.end(f"{kind.__name__} {end.partition(':')[0]}")
             if end not in ("refused", "answered"):
-                ledger.violation(f"request {number}, {kind.__name__}: {end}")
+                record.violation(f"request {number}, {kind.__name__}: {end}")
             if (number // _SENDERS) % _EVERY == 0:
-                _send_valid(clips, ledger, number)
+                _send_valid(clips, record, number)
 
     threads = [threading.Thread(target=send, args=(sender,)) for sender in range(_SENDERS)]
     for thread in threads:
@@ -104,16 +104,16 @@ def send_all(doors: Doors, clips: Clips, count: int, ledger: Ledger) -> None:
         thread.join()
 
 
-def _send_valid(clips: Clips, ledger: Ledger, number: int) -> None:
+def _send_valid(clips: Clips, record: Ledger, number: int) -> None:
     try:
         with clips.alone:  # in a batch of one, as the expected clip
             equal = clips.frames() == clips.expected
     except grpc.RpcError as error:
-        ledger.violation(f"the valid clip after request {number}: {error.code().name}: {error.details()}")
+        record.violation(f"the valid clip after request {number}: {error.code().name}: {error.details()}")
         return
-    ledger.end("valid clip")
+    record.end("valid clip")
     if not equal:
-        ledger.violation(f"the valid clip after request {number} has other bytes")
+        record.violation(f"the valid clip after request {number} has other bytes")
 
 
 def measured_memory(served: Served) -> dict[str, int]:
@@ -123,35 +123,35 @@ def measured_memory(served: Served) -> dict[str, int]:
     return {"processes": sum(served.memory().values()), "shared": shared}
 
 
-def attack(served: Served, doors: Doors, clips: Clips, count: int, ledger: Ledger) -> dict[str, Any]:
+def attack(served: Served, doors: Doors, clips: Clips, count: int, record: Ledger) -> dict[str, Any]:
     """Send `count` hostile requests after a warm-up of a tenth, and compare memory and processes."""
     send_all(doors, clips, count // 10, Ledger())
     before, processes = measured_memory(served), set(served.processes())
     began = time.monotonic()
-    send_all(doors, clips, count, ledger)
+    send_all(doors, clips, count, record)
     seconds = time.monotonic() - began
     after = measured_memory(served)
     if set(served.processes()) != processes:
-        ledger.violation(f"processes were replaced: {processes - set(served.processes())} have ended")
+        record.violation(f"processes were replaced: {processes - set(served.processes())} have ended")
     for name, old in before.items():
         if after[name] > (1 + FLAT) * old:
-            ledger.violation(f"memory ({name}) went from {old / 1e6:.0f} to {after[name] / 1e6:.0f} MB")
-    return {"requests": count, "seconds": seconds, "ends": dict(ledger.ends), "before": before, "after": after}
+            record.violation(f"memory ({name}) went from {old / 1e6:.0f} to {after[name] / 1e6:.0f} MB")
+    return {"requests": count, "seconds": seconds, "ends": dict(record.ends), "before": before, "after": after}
 
 
 class Load:
     """Clients that ask for the clip again and again, until the context ends."""
 
-    def __init__(self, clips: Clips, what: str, ledger: Ledger) -> None:
+    def __init__(self, clips: Clips, what: str, record: Ledger) -> None:
         """Start them.
 
         Args:
             clips: what they ask for.
             what: what is done to the server meanwhile, for messages.
-            ledger: for what must not happen.
+            record: for what must not happen.
         """
         self.ends: Counter[str] = Counter()
-        self._clips, self._what, self._ledger, self._stop = clips, what, ledger, threading.Event()
+        self._clips, self._what, self._record, self._stop = clips, what, record, threading.Event()
         self._threads = [threading.Thread(target=self._work) for _ in range(_CLIENTS)]
 
     def __enter__(self) -> Load:
@@ -164,7 +164,7 @@ class Load:
         for thread in self._threads:
             thread.join(TIMEOUT)
             if thread.is_alive():
-                self._ledger.violation(f"{self._what}: a client never got an answer")
+                self._record.violation(f"{self._what}: a client never got an answer")
 
     def _work(self) -> None:
         while not self._stop.is_set():
@@ -174,32 +174,32 @@ class Load:
                 code = error.code().name
                 self.ends[code] += 1
                 if code != "UNAVAILABLE":
-                    self._ledger.violation(f"{self._what}: a client got {code}: {error.details()}")
+                    self._record.violation(f"{self._what}: a client got {code}: {error.details()}")
                 time.sleep(_PAUSE)
                 continue
             self.ends["clip"] += 1
             if not right:
-                self._ledger.violation(f"{self._what}: a clip is wrong")
+                self._record.violation(f"{self._what}: a clip is wrong")
 
 
-def kill_each(served: Served, doors: Doors, clips: Clips, rounds: int, ledger: Ledger) -> list[dict[str, Any]]:
+def kill_each(served: Served, doors: Doors, clips: Clips, rounds: int, record: Ledger) -> list[dict[str, Any]]:
     """Kill each process but `lfdm-serve` itself and its guard under load, and wait until clips come again."""
     names = sorted({name for pid, name in served.processes().items() if pid != served.pid and name != GUARD})
-    return [_kill(served, doors, clips, name, ledger) for _ in range(rounds) for name in names]
+    return [_kill(served, doors, clips, name, record) for _ in range(rounds) for name in names]
 
 
-def _kill(served: Served, doors: Doors, clips: Clips, name: str, ledger: Ledger) -> dict[str, Any]:
+def _kill(served: Served, doors: Doors, clips: Clips, name: str, record: Ledger) -> dict[str, Any]:
     what = f"{name} killed"
-    with Load(clips, what, ledger) as load:
+    with Load(clips, what, record) as load:
         time.sleep(1.0)
         (pid,) = (pid for pid, one in served.processes().items() if one == name)
         os.kill(pid, signal.SIGKILL)
         began = time.monotonic()
         again = _until(lambda: _replaced(served, name, pid) and _serves(doors, clips), began)
     if again is None:
-        ledger.violation(f"{what}: it did not serve again within {TIMEOUT:.0f} s")
+        record.violation(f"{what}: it did not serve again within {TIMEOUT:.0f} s")
     elif again > AGAIN:
-        ledger.violation(f"{what}: it took {again:.1f} s until clips came again, expected at most {AGAIN:.0f} s")
+        record.violation(f"{what}: it took {again:.1f} s until clips came again, expected at most {AGAIN:.0f} s")
     print(f"{what}: serves again after {again} s; clients: {dict(load.ends)}", flush=True)
     return {"killed": name, "seconds": again, "clients": dict(load.ends)}
 
@@ -230,13 +230,13 @@ def _serves(doors: Doors, clips: Clips) -> bool:
     return True
 
 
-def end_with_parent(served: Served, ledger: Ledger) -> float | None:
+def end_with_parent(served: Served, record: Ledger) -> float | None:
     """Kill `lfdm-serve` itself; returns seconds until none of its processes is left."""
     processes = set(served.processes()) - {served.pid}
     os.kill(served.pid, signal.SIGKILL)
     seconds = _until(lambda: not any(map(_alive, processes)), time.monotonic())
     if seconds is None:
-        ledger.violation(f"lfdm-serve killed: {sum(map(_alive, processes))} processes are left")
+        record.violation(f"lfdm-serve killed: {sum(map(_alive, processes))} processes are left")
     return seconds
 
 
@@ -258,25 +258,25 @@ def main() -> int:
     parser.add_argument("--slots", type=int, default=4, help="samples that share a step (4)")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args()
-    bundle, ledger = Bundle.open(args.bundle), Ledger()
+    bundle, record = Bundle.open(args.bundle), Ledger()
     options = [f"--threads={args.threads}", f"--slots={args.slots}"]
     result: dict[str, Any] = {"machine": describe()}
     with tempfile.TemporaryDirectory(prefix="lfdm-hostile-") as name:
         with serve(bundle.path, Path(name) / "serve.log", options) as served:
             doors = Doors.at(served.http_address, served.address)
             clips = Clips(doors, bundle.manifest.labels[0])
-            result["requests"] = attack(served, doors, clips, args.requests, ledger)
+            result["requests"] = attack(served, doors, clips, args.requests, record)
             print(json.dumps(result["requests"], indent=1), flush=True)
-            result["kills"] = kill_each(served, doors, clips, args.rounds, ledger)
-            result["seconds_after_kill_of_lfdm_serve"] = end_with_parent(served, ledger)
+            result["kills"] = kill_each(served, doors, clips, args.rounds, record)
+            result["seconds_after_kill_of_lfdm_serve"] = end_with_parent(served, record)
             print(f"lfdm-serve killed: no process is left after {result['seconds_after_kill_of_lfdm_serve']} s")
-        if ledger.wrong:
+        if record.wrong:
             print_logs(Path(name))
-    result["violations"] = ledger.wrong
+    result["violations"] = record.wrong
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(ledger.wrong)} violations")
-    return int(bool(ledger.wrong))
+    print(f"{len(record.wrong)} violations")
+    return int(bool(record.wrong))
 
 
 if __name__ == "__main__":
