@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -34,7 +33,7 @@ _PHOTO = Path(__file__).resolve().parents[1] / "tests" / "data" / "astronaut.jpg
 def main() -> int:
     """Measure and print; returns 1 if a clip differs."""
     arguments = _arguments()
-    result: dict[str, Any] = {**machine.describe(), "warning": machine.busy()}
+    result = machine.at_start()
     with _bundle(arguments) as bundle, tempfile.TemporaryDirectory(prefix="lfdm-animate-") as folder:
         pipeline = Pipeline.open(bundle, threads=arguments.threads, target=arguments.target)
         geometry = pipeline.bundle.manifest.geometry

@@ -55,7 +55,7 @@ _BLOCKS = 5
 def main() -> int:
     """Measure and print; returns 1 if a clip was wrong or missing."""
     arguments = _arguments()
-    result: dict[str, Any] = {**machine.describe(), "warning": machine.busy()}
+    result = machine.at_start()
     names = ("bundle", "rows", "kills", "workers", "steps", "target", "seed")
     result["settings"] = {name: str(getattr(arguments, name)) for name in names}
     with tempfile.TemporaryDirectory(prefix="lfdm-bulk-") as folder:

@@ -34,9 +34,7 @@ Seconds = Mapping[int, Mapping[str, Sequence[float]]]
 def main() -> int:
     """Measure and print."""
     arguments = _arguments()
-    facts, warning = machine.describe(), machine.busy()
-    if warning:
-        print(f"WARNING: {warning}", file=sys.stderr)
+    facts = machine.at_start()
     from lfdm_export.bundle.reader import Bundle
 
     try:
@@ -47,7 +45,6 @@ def main() -> int:
         return 1
     result = {
         **facts,
-        "warning": warning,
         "settings": {"threads": arguments.threads, "rounds": arguments.rounds},
         "bundles": [
             {

@@ -23,7 +23,6 @@ import time
 import urllib.request
 import uuid
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -40,7 +39,7 @@ _POLL = 0.05
 def main() -> int:
     """Measure and print."""
     arguments = _arguments()
-    result: dict[str, Any] = {**machine.describe(), "warning": machine.busy(), "first_clip": {}}
+    result = machine.at_start() | {"first_clip": {}}
     with tempfile.TemporaryDirectory(prefix="lfdm-first-") as folder:
         build: list[str | Path] = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, _ROOT]
         subprocess.run(build, check=True)

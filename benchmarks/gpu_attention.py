@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.gpu_errors import WrongResultError, relative_error
 from benchmarks.gpu_records import Record
 from benchmarks.gpu_timing import captured, measure
 from benchmarks.gpu_work import Bench
@@ -25,10 +25,6 @@ _BACKENDS = ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 #: rotation, of weights, and of the result.
 LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
-class WrongAttentionError(Exception):
-    """A kernel's result is wrong."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +116,10 @@ def check_cores(device: torch.device, *, toy: bool) -> Record:
         for shape in _TOYS if toy else (*_PUBLISHED, *special):
             case = make_case(shape, dtype, device)
             key = f"temporal core {shape.batch}x{shape.frames}x{shape.pixels}x{shape.heads}x{shape.width} {name}"
-            found[key] = {"error": _error(_by_kernel(case, *case.tables()), case.expected), "limit": LIMITS[dtype]}
+            found[key] = {
+                "error": relative_error(_by_kernel(case, *case.tables()), case.expected),
+                "limit": LIMITS[dtype],
+            }
     return found
 
 
@@ -140,7 +139,7 @@ def attention(bench: Bench) -> Record:
     may refuse a shape. The kernel's bytes are the necessary transfers.
 
     Raises:
-        WrongAttentionError: a result is wrong; the message says which.
+        WrongResultError: a result is wrong; the message says which.
     """
     names = _BACKENDS if bench.device.type == "cuda" else ("MATH",)
     for pixels in (_TINY.pixels,) if bench.tiny else PIXELS:
@@ -155,7 +154,7 @@ def attention(bench: Bench) -> Record:
 
 def _by_kernel(case: Case, turns: Tensor, bias: Tensor) -> Tensor:
     if not suits_core(case.qkv, case.heads):
-        raise WrongAttentionError(f"there is no kernel for {tuple(case.qkv.shape)} {case.qkv.dtype} here")
+        raise WrongResultError(f"there is no kernel for {tuple(case.qkv.shape)} {case.qkv.dtype} here")
     return core_on_gpu(case.qkv, turns, bias, heads=case.heads)
 
 
@@ -192,14 +191,9 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
     return split
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
-    """The largest error, relative to the largest value; a value that was not written counts as infinite."""
-    return float((found.double() - expected).abs().nan_to_num(nan=math.inf).max() / expected.abs().max())
-
-
 def _timed(bench: Bench, run: Callable[[], Tensor], by_frame: Callable[[Tensor], Tensor], case: Case) -> Record:
-    error, limit = _error(by_frame(run()), case.expected), LIMITS[case.qkv.dtype]
+    error, limit = relative_error(by_frame(run()), case.expected), LIMITS[case.qkv.dtype]
     if not error <= limit:
-        raise WrongAttentionError(f"{error:.2e} from float64, at most {limit:.0e}")
+        raise WrongResultError(f"{error:.2e} from float64, at most {limit:.0e}")
     timing = measure(captured(run, bench.device), bench.device, seconds=0.1)
     return {"seconds": timing.plain(), "error": error}

@@ -7,9 +7,8 @@ how much can still be gained, on any GPU; the time alone does not.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-Record = dict[str, Any]
+from benchmarks.gpu_records import Record
 
 
 @dataclass(frozen=True)

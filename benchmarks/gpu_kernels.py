@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_attention import check_cores, run_cores_once
+from benchmarks.gpu_errors import WrongResultError, relative_error
 from benchmarks.gpu_norms import norm_checks, norms_once
+from benchmarks.gpu_records import Record
 from benchmarks.gpu_timing import Budget, Timing, captured, measure, synchronize
 from lfdm_export.ops.thresholded_step.gpu import noise_on_gpu
 from lfdm_export.ops.thresholded_step.kernels import PASSES
@@ -38,12 +40,6 @@ TOY_LEVELS = {"16x16x8": (8, 16, 1), "phase of 16": (8, 16, 2)}
 #: Largest allowed errors against float64, relative to the largest value: from rounding of the result, and from float32
 #: coordinates.
 LIMITS = {"fp32": 2e-5, "fp16": 1e-3, "bf16": 8e-3}
-
-Record = dict[str, Any]
-
-
-class WrongResultError(Exception):
-    """A kernel's result is wrong."""
 
 
 def chip(device: torch.device) -> Record:
@@ -158,10 +154,7 @@ def _check_warp(
     found = [warp(source, motion), warp_blend(source, motion, previous, stride=stride, phase=phase)]
     wide = (source.double(), motion.double())
     expected = [warp_in_torch(*wide), warp_blend_in_torch(*wide, previous.double(), stride=stride, phase=phase)]
-    errors = [
-        float((one.double() - other).abs().nan_to_num(nan=math.inf).max() / other.abs().max())
-        for one, other in zip(found, expected, strict=True)
-    ]
+    errors = [relative_error(one, other) for one, other in zip(found, expected, strict=True)]
     return {"error": max(errors), "warp": errors[0], "warp_blend": errors[1]}
 
 

@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 
 from benchmarks import gpu_kernels  # noqa: E402
+from benchmarks.gpu_errors import WrongResultError  # noqa: E402
 from benchmarks.gpu_timing import synchronize  # noqa: E402
 from benchmarks.gpu_work import Settings, build_host_kernels, kernels_for  # noqa: E402
 
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
                 return 0
             try:
                 print(f"{len(gpu_kernels.checks(device, toy=True))} checks: right")
-            except gpu_kernels.WrongResultError as error:
+            except WrongResultError as error:
                 print(error, file=sys.stderr)
                 return 1
             finally:

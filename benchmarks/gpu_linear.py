@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_errors import WrongResultError, relative_error
 from benchmarks.gpu_profile import kernel_table
 from benchmarks.gpu_records import Record
 from benchmarks.gpu_timing import captured, measure
@@ -24,15 +24,11 @@ _HEADS, _HEAD_WIDTH, _FRAMES = 8, 32, 40
 _LIMIT = 4e-3
 
 
-class WrongAttentionError(Exception):
-    """The result of one of the ways is wrong."""
-
-
 def linear_attention_speed(bench: Bench) -> Record:
     """Seconds, launches and error of a compiled block, per map and way.
 
     Raises:
-        WrongAttentionError: a result is wrong; the message says which.
+        WrongResultError: a result is wrong; the message says which.
     """
     for pixels, channels in TOY_MAPS if bench.tiny else MAPS:
         found: Record = {}
@@ -62,10 +58,9 @@ def _measured(bench: Bench, pixels: int, channels: int, width: int | None) -> Re
 
 
 def _error(result: Tensor, expected: Tensor) -> float:
-    difference = (result.double() - expected).abs().nan_to_num(nan=math.inf)
-    error = float(difference.max() / expected.abs().max())
+    error = relative_error(result, expected)
     if not error <= _LIMIT:
-        raise WrongAttentionError(f"linear attention is {error:.2e} from float64, at most {_LIMIT:.0e}")
+        raise WrongResultError(f"linear attention is {error:.2e} from float64, at most {_LIMIT:.0e}")
     return error
 
 

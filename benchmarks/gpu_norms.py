@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_errors import relative_error
 from benchmarks.gpu_records import Record
 from benchmarks.gpu_timing import Budget, captured, measure
 from lfdm_export.ops.group_norm_silu.reference import (
@@ -58,8 +59,7 @@ def _check(arguments: dict[str, Any]) -> Record:
         expected = group_norm_silu_in_torch(**wide)
         if residual is not None:
             expected = expected + residual.double()
-        difference = (result.double() - expected).abs().nan_to_num(nan=math.inf)
-        errors[kind] = float(difference.max() / expected.abs().max())
+        errors[kind] = relative_error(result, expected)
     again = [group_norm_silu(**arguments) for _ in range(2)]
     if not torch.equal(*again):
         errors["not the same twice"] = math.inf

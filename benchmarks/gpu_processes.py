@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.gpu_records import Record, read_record
+from benchmarks.processes import descendants
 
 #: Last lines of a failed part's output that its record keeps.
 LAST_LINES = 25
@@ -97,7 +98,7 @@ class Process:
         if self._ended:
             return
         self._ended = True
-        for process in _descendants(self._process.pid):
+        for process in descendants(self._process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
@@ -180,18 +181,3 @@ def _ending(code: int) -> str:
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
     return f"ended with exit status {code} and no result"
-
-
-def _descendants(ancestor: int) -> list[int]:
-    """Descendants of a process in any process group, from Linux's /proc."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            # "PID (NAME) STATE PARENT ...", where the name may contain anything.
-            parent = int(entry.read_text(errors="replace").rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(entry.parent.name))
-    found, left = [], [ancestor]
-    while left:
-        left = [child for parent in left for child in children.get(parent, [])]
-        found += left
-    return found

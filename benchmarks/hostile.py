@@ -21,7 +21,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2 as messages
 
 from benchmarks.hostile_requests import KINDS, SHARES, TIMEOUT, Doors
+from benchmarks.ledger import Ledger
 from benchmarks.machine import describe
 from benchmarks.served import GUARD, Served, print_logs, serve
 from lfdm_export.bundle.reader import Bundle
@@ -47,31 +47,6 @@ FLAT, _SETTLE = 0.05, 10.0
 _PAUSE = 0.1
 #: The largest time to serve again, in seconds.
 AGAIN = 5.0
-
-
-@dataclass
-class Record:
-    """What happened.
-
-    Attributes:
-        ends: number of requests by kind and end.
-        wrong: what must not happen.
-    """
-
-    ends: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def end(self, what: str) -> None:
-        """Count one end."""
-        with self._lock:
-            self.ends[what] += 1
-
-    def violation(self, what: str) -> None:
-        """Record and print what must not happen."""
-        with self._lock:
-            self.wrong.append(what)
-        print("VIOLATION", what, flush=True)
 
 
 class Clips:
@@ -105,7 +80,7 @@ class Clips:
         return int(np.abs(levels).max()) <= 1
 
 
-def send_all(doors: Doors, clips: Clips, count: int, record: Record) -> None:
+def send_all(doors: Doors, clips: Clips, count: int, record: Ledger) -> None:
     """Send hostile requests from several threads, each with a valid one every `_EVERY`."""
 
     def send(sender: int) -> None:
@@ -129,7 +104,7 @@ def send_all(doors: Doors, clips: Clips, count: int, record: Record) -> None:
         thread.join()
 
 
-def _send_valid(clips: Clips, record: Record, number: int) -> None:
+def _send_valid(clips: Clips, record: Ledger, number: int) -> None:
     try:
         with clips.alone:  # in a batch of one, as the expected clip
             equal = clips.frames() == clips.expected
@@ -148,9 +123,9 @@ def measured_memory(served: Served) -> dict[str, int]:
     return {"processes": sum(served.memory().values()), "shared": shared}
 
 
-def attack(served: Served, doors: Doors, clips: Clips, count: int, record: Record) -> dict[str, Any]:
+def attack(served: Served, doors: Doors, clips: Clips, count: int, record: Ledger) -> dict[str, Any]:
     """Send `count` hostile requests after a warm-up of a tenth, and compare memory and processes."""
-    send_all(doors, clips, count // 10, Record())
+    send_all(doors, clips, count // 10, Ledger())
     before, processes = measured_memory(served), set(served.processes())
     began = time.monotonic()
     send_all(doors, clips, count, record)
@@ -167,7 +142,7 @@ def attack(served: Served, doors: Doors, clips: Clips, count: int, record: Recor
 class Load:
     """Clients that ask for the clip again and again, until the context ends."""
 
-    def __init__(self, clips: Clips, what: str, record: Record) -> None:
+    def __init__(self, clips: Clips, what: str, record: Ledger) -> None:
         """Start them.
 
         Args:
@@ -207,13 +182,13 @@ class Load:
                 self._record.violation(f"{self._what}: a clip is wrong")
 
 
-def kill_each(served: Served, doors: Doors, clips: Clips, rounds: int, record: Record) -> list[dict[str, Any]]:
+def kill_each(served: Served, doors: Doors, clips: Clips, rounds: int, record: Ledger) -> list[dict[str, Any]]:
     """Kill each process but `lfdm-serve` itself and its guard under load, and wait until clips come again."""
     names = sorted({name for pid, name in served.processes().items() if pid != served.pid and name != GUARD})
     return [_kill(served, doors, clips, name, record) for _ in range(rounds) for name in names]
 
 
-def _kill(served: Served, doors: Doors, clips: Clips, name: str, record: Record) -> dict[str, Any]:
+def _kill(served: Served, doors: Doors, clips: Clips, name: str, record: Ledger) -> dict[str, Any]:
     what = f"{name} killed"
     with Load(clips, what, record) as load:
         time.sleep(1.0)
@@ -255,7 +230,7 @@ def _serves(doors: Doors, clips: Clips) -> bool:
     return True
 
 
-def end_with_parent(served: Served, record: Record) -> float | None:
+def end_with_parent(served: Served, record: Ledger) -> float | None:
     """Kill `lfdm-serve` itself; returns seconds until none of its processes is left."""
     processes = set(served.processes()) - {served.pid}
     os.kill(served.pid, signal.SIGKILL)
@@ -283,7 +258,7 @@ def main() -> int:
     parser.add_argument("--slots", type=int, default=4, help="samples that share a step (4)")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args()
-    bundle, record = Bundle.open(args.bundle), Record()
+    bundle, record = Bundle.open(args.bundle), Ledger()
     options = [f"--threads={args.threads}", f"--slots={args.slots}"]
     result: dict[str, Any] = {"machine": describe()}
     with tempfile.TemporaryDirectory(prefix="lfdm-hostile-") as name:

@@ -14,7 +14,7 @@ import dataclasses
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,16 +47,14 @@ class Disagreement(Exception):
 def main() -> int:
     """Measure and print."""
     arguments = _arguments()
-    plot = None if arguments.no_plot else _plotter()
+    if not arguments.no_plot:
+        figures.need_matplotlib()
     import torch
 
     from lfdm_export.checkpoints.load import load_model
     from lfdm_export.errors import LfdmExportError
 
-    facts = machine.describe()
-    warning = machine.busy()
-    if warning:
-        print(f"WARNING: {warning}", file=sys.stderr)
+    facts = machine.at_start()
     torch.set_num_threads(arguments.threads)
     try:
         with subject.checkpoints(arguments) as pair, tempfile.TemporaryDirectory(prefix="lfdm-latency-") as folder:
@@ -73,7 +71,6 @@ def main() -> int:
         return 1
     result: dict[str, Any] = {
         **facts,
-        "warning": warning,
         "settings": {
             name: getattr(arguments, name) for name in ("threads", "rounds", "frames", "image_size", "steps", "golden")
         },
@@ -82,14 +79,13 @@ def main() -> int:
     }
     machine.write_json(arguments.out, result)
     print("\n".join(_table(result["seconds"])))
-    if plot is not None:
-        plot(result, arguments.out.with_suffix(".png"))
+    if not arguments.no_plot:
+        plots.plot_latency(result, arguments.out.with_suffix(".png"))
     return 0
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time clips of PyTorch, a naive ONNX export and the bundle.")
-    subject.add_options(parser)
+    parser = clip_parser("Time clips of PyTorch, a naive ONNX export and the bundle.", "latency")
     parser.add_argument("--bundle", type=Path, help="a bundle of these checkpoints (else it is exported first)")
     parser.add_argument(
         "--target",
@@ -98,14 +94,26 @@ def _arguments() -> argparse.Namespace:
         choices=target_names(),
         help="run the bundle by it; repeat to compare (auto)",
     )
+    parser.add_argument("--skip", choices=("pytorch", "naive"), action="append", default=[], help="leave one out")
+    return parse(parser)
+
+
+def clip_parser(description: str, name: str) -> argparse.ArgumentParser:
+    """The parser of a benchmark that times clips of a checkpoint pair; its results are ``name``.json."""
+    parser = argparse.ArgumentParser(description=description)
+    subject.add_options(parser)
     parser.add_argument("--threads", type=int, default=available_cores(), help="threads of each contestant (all cores)")
     parser.add_argument("--rounds", type=int, default=5, help="clips of each contestant (5)")
     parser.add_argument("--frames", type=int, default=40, help="frames per clip (40)")
     parser.add_argument("--image-size", type=int, default=128, help="pixels (128)")
     parser.add_argument("--steps", type=int, default=10, help="DDIM steps (10)")
-    parser.add_argument("--skip", choices=("pytorch", "naive"), action="append", default=[], help="leave one out")
     parser.add_argument("--no-plot", action="store_true", help="write no picture")
-    parser.add_argument("--out", type=Path, default=machine.RESULTS / "latency.json", metavar="FILE", help="results")
+    parser.add_argument("--out", type=Path, default=machine.RESULTS / f"{name}.json", metavar="FILE", help="results")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments given to a `clip_parser`, checked."""
     arguments = parser.parse_args()
     if min(arguments.threads, arguments.rounds, arguments.frames, arguments.steps) < 1:
         parser.error("threads, rounds, frames and steps must be 1 or more")
@@ -232,12 +240,6 @@ def _table(seconds: dict[str, dict[str, list[float]]]) -> Iterator[str]:
         yield f"{names[-1]} against {name}: " + ", ".join(ratios)
     busy = [sum(seconds[name]["clip_cpu"]) / sum(seconds[name]["clip"]) for name in names]
     yield "cores in use: " + ", ".join(f"{name} {cores:.2f}" for name, cores in zip(names, busy, strict=True))
-
-
-def _plotter() -> Callable[[Mapping[str, Any], Path], None]:
-    """The plotting function; imported before the measurement, so that a missing library is found at once."""
-    figures.need_matplotlib()
-    return plots.plot_latency
 
 
 if __name__ == "__main__":

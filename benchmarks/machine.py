@@ -6,7 +6,9 @@ import datetime as dt
 import json
 import os
 import platform
+import sys
 from pathlib import Path
+from typing import Any
 
 from lfdm_export.files.atomic import write_file
 from lfdm_export.machine import available_cores, package_versions, processor_info, processor_name
@@ -37,12 +39,14 @@ def describe() -> dict[str, object]:
     }
 
 
-def busy() -> str | None:
-    """A warning if other programs use the machine (load average of the last minute), else None."""
+def at_start() -> dict[str, Any]:
+    """`describe`, with a ``warning``, also printed, if other programs use the machine; else it is None."""
     load, cores = os.getloadavg()[0], available_cores()
-    if load <= _QUIET * cores:
-        return None
-    return f"the machine is busy: load average {load:.2f} on {cores} cores before the run; times and ratios are noisy"
+    warning = None
+    if load > _QUIET * cores:
+        warning = f"the machine is busy: load average {load:.2f} on {cores} cores before the run; times are noisy"
+        print(f"WARNING: {warning}", file=sys.stderr)
+    return {**describe(), "warning": warning}
 
 
 def write_json(path: Path, content: object) -> None:

@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import figures, machine, plots, subject
-from benchmarks.latency import PARTS, make_task, samples
-from lfdm_export.machine import available_cores
+from benchmarks.latency import PARTS, clip_parser, make_task, parse, samples
 
 if TYPE_CHECKING:
     from benchmarks.contestants import Contestant, Made, Task
@@ -50,7 +49,8 @@ def main() -> int:
     arguments = _arguments()
     if arguments.isa:  # the libraries read it when loaded
         os.environ["ONEDNN_MAX_CPU_ISA"] = arguments.isa
-    plot = None if arguments.no_plot else _plotter()
+    if not arguments.no_plot:
+        figures.need_matplotlib()
     import torch
 
     from benchmarks import contestants
@@ -74,16 +74,13 @@ def main() -> int:
             ]
             for racer in racers:
                 racer.make(warm_up)
-            facts, warning = machine.describe(), machine.busy()
-            if warning:
-                print(f"WARNING: {warning}", file=sys.stderr)
+            facts = machine.at_start()
             seconds, errors = _measure(racers, task, expected, arguments.rounds)
     except LfdmExportError as error:
         print(f"precision: {error}", file=sys.stderr)
         return 1
     result: dict[str, Any] = {
         **facts,
-        "warning": warning,
         "settings": {
             name: getattr(arguments, name)
             for name in ("threads", "rounds", "frames", "image_size", "steps", "golden", "isa")
@@ -93,32 +90,21 @@ def main() -> int:
     }
     machine.write_json(arguments.out, result)
     print("\n".join(table(result["found"])))
-    if plot is not None:
-        plot(result, arguments.out.with_suffix(".png"))
+    if not arguments.no_plot:
+        plots.plot_precision(result, arguments.out.with_suffix(".png"))
     return 0
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time clips of bundles of fp32, bf16 and int8 on the CPU.")
-    subject.add_options(parser)
+    parser = clip_parser("Time clips of bundles of fp32, bf16 and int8 on the CPU.", "precision")
     parser.add_argument(
         "--bundles", type=Path, metavar="DIR", help="folder with bundles of these checkpoints: fp32, bf16 and int8; "
         "missing ones are exported into it (default: a temporary folder)",
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, default=available_cores(), help="threads of each contestant (all cores)")
-    parser.add_argument("--rounds", type=int, default=5, help="clips of each contestant (5)")
-    parser.add_argument("--frames", type=int, default=40, help="frames per clip (40)")
-    parser.add_argument("--image-size", type=int, default=128, help="pixels (128)")
-    parser.add_argument("--steps", type=int, default=10, help="DDIM steps (10)")
     parser.add_argument(
         "--isa", metavar="NAME", help="limit OpenVINO's instructions, by oneDNN's name: AVX512_CORE_BF16 excludes AMX"
     )
-    parser.add_argument("--no-plot", action="store_true", help="write no picture")
-    parser.add_argument("--out", type=Path, default=machine.RESULTS / "precision.json", metavar="FILE", help="results")
-    arguments = parser.parse_args()
-    if min(arguments.threads, arguments.rounds, arguments.frames, arguments.steps) < 1:
-        parser.error("threads, rounds, frames and steps must be 1 or more")
-    return arguments
+    return parse(parser)
 
 
 def _bundles(model: LfdmModel, arguments: argparse.Namespace, scratch: Path) -> dict[str, Bundle]:
@@ -212,12 +198,6 @@ def table(found: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
         cells += [f"{one[ratio]:.2f}" for ratio in ("ratio", "ratio_step", "ratio_decode")]
         cells += [f"{one['frames_psnr']:.1f} dB", f"{one['flow_mean']:.2g} px", f"{one['flow_99']:.2g} px"]
         yield f"| {name} | {' | '.join(cells)} |"
-
-
-def _plotter() -> Callable[[Mapping[str, Any], Path], None]:
-    """The plotting function; imported before the measurement, so that a missing library is found at once."""
-    figures.need_matplotlib()
-    return plots.plot_precision
 
 
 if __name__ == "__main__":

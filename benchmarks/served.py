@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.processes import descendants
 from lfdm_export.serving.server.control import open_directly
 
 #: Timeouts in seconds of a server's start and stop.
@@ -62,7 +63,7 @@ class Served:
     def processes(self) -> dict[int, str]:
         """Names of the server's processes by process id: the model that one runs, or its program."""
         found = {}
-        for pid in _descendants(self.pid):
+        for pid in (self.pid, *descendants(self.pid)):
             with contextlib.suppress(OSError):  # the process has ended
                 if name := _name(pid):
                     found[pid] = name
@@ -151,20 +152,6 @@ class MemoryWatch:
         began = time.monotonic()
         while not self._stop.wait(self._every):
             self.samples.append((time.monotonic() - began, self._served.memory()))
-
-
-def _descendants(pid: int) -> list[int]:
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                after_name = (entry / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-                parents.setdefault(int(after_name[1]), []).append(int(entry.name))
-    found, pending = [], [pid]
-    while pending:
-        found.append(pending.pop())
-        pending.extend(parents.get(found[-1], ()))
-    return found
 
 
 def _name(pid: int) -> str:

@@ -14,9 +14,8 @@ import random
 import statistics
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ import numpy as np
 
 from benchmarks.cells import GUIDED, SEED, connect, say
 from benchmarks.hostile_requests import KINDS, SHARES, Doors
+from benchmarks.ledger import Ledger
 from benchmarks.load import Order, make_orders
 from benchmarks.served import MemoryWatch, Served, print_logs, serve
 from lfdm_export.errors import DeadlineError, InputError, LfdmExportError, ServerError
@@ -41,31 +41,6 @@ _EVERY = 2.0
 _CLIENTS = 6
 #: Options of the server.
 _SLOTS, _QUEUE = 4, 64
-
-
-@dataclass
-class Ledger:
-    """Results of all clients' actions.
-
-    Attributes:
-        done: number of actions that ended as expected, by kind.
-        wrong: descriptions of those that did not.
-    """
-
-    done: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def right(self, kind: str) -> None:
-        """Count an action that ended as expected."""
-        with self._lock:
-            self.done[kind] += 1
-
-    def violation(self, what: str) -> None:
-        """Record an action that did not end as expected."""
-        with self._lock:
-            self.wrong.append(what)
-        say(f"VIOLATION {what}")
 
 
 def run_soak(bundle: Path, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -91,7 +66,7 @@ def run_soak(bundle: Path, folder: Path, arguments: argparse.Namespace) -> dict[
             thread.start()
         while time.monotonic() < end:
             time.sleep(min(30.0, max(0.1, end - time.monotonic())))
-            say(f"{seconds - end + time.monotonic():.0f} s: {dict(ledger.done)}, {len(ledger.wrong)} violations")
+            say(f"{seconds - end + time.monotonic():.0f} s: {dict(ledger.ends)}, {len(ledger.wrong)} violations")
         for thread in threads:
             thread.join(180.0)
             if thread.is_alive():
@@ -148,7 +123,7 @@ class _Client:
     def check(self, order: Order, frames: Any, kind: str) -> None:
         """Record whether the answer is the order's clip."""
         if order.fits(frames):
-            self.ledger.right(kind)
+            self.ledger.end(kind)
         else:
             others = [index for index, other in enumerate(self.orders) if other.fits(frames)]
             self.ledger.violation(f"{kind}: the clip is not the requested one, but that of order {others}")
@@ -175,7 +150,7 @@ def _cancelled(me: _Client) -> None:
     try:
         me.check(order, me.client.generate(order.image, **order.settings(), request_id=identity).frames, "clip")
     except RequestCancelledError:
-        me.ledger.right("cancelled")
+        me.ledger.end("cancelled")
     finally:
         canceller.cancel()
         canceller.join()
@@ -187,7 +162,7 @@ def _left(me: _Client) -> None:
     with me.client.stream(order.image, **order.settings(), preview_every=1, progress_every=1) as stream:
         for _count, _event in zip(range(events), stream, strict=False):
             pass
-    me.ledger.right("left")
+    me.ledger.end("left")
 
 
 def _broken_off(me: _Client) -> None:
@@ -200,7 +175,7 @@ def _broken_off(me: _Client) -> None:
         try:
             me.check(order, client.generate(order.image, **order.settings()).frames, "clip")
         except (RequestCancelledError, InputError):  # InputError: closed before the request was sent
-            me.ledger.right("broken off")
+            me.ledger.end("broken off")
         finally:
             closer.cancel()
             closer.join()
@@ -211,7 +186,7 @@ def _too_late(me: _Client) -> None:
     try:
         me.check(order, me.client.generate(order.image, **order.settings(), deadline=0.05).frames, "clip")
     except DeadlineError:
-        me.ledger.right("too late")
+        me.ledger.end("too late")
 
 
 def _wrong_request(me: _Client) -> None:
@@ -232,7 +207,7 @@ def _wrong_request(me: _Client) -> None:
     try:
         attempts[kind]()
     except InputError:
-        me.ledger.right(f"wrong: {kind}")
+        me.ledger.end(f"wrong: {kind}")
     else:
         me.ledger.violation(f"wrong: {kind}: it was not refused")
 
@@ -243,7 +218,7 @@ def _hostile(me: _Client) -> None:
     kind = rng.choices(KINDS, SHARES)[0]
     end = kind(rng, me.doors)
     if end in ("refused", "answered"):
-        me.ledger.right(f"hostile: {kind.__name__}")
+        me.ledger.end(f"hostile: {kind.__name__}")
     else:
         me.ledger.violation(f"hostile: {kind.__name__}: {end}")
 
@@ -304,16 +279,16 @@ def _result(ledger: Ledger, memory: MemoryWatch, seconds: float) -> dict[str, An
     third = max(1, len(totals) // 3)
     early, late = (statistics.median(size for _, size in part) for part in (totals[:third], totals[-third:]))
     growth = late / early - 1
-    violations, count = list(ledger.wrong), sum(ledger.done.values())
+    violations, count = list(ledger.wrong), sum(ledger.ends.values())
     if growth > FLAT:
         violations.append(f"memory grew by {100 * growth:.1f}% after the warm-up, expected at most {100 * FLAT:.0f}%")
     return {
         "settings": {"seconds": seconds, "clients": _CLIENTS, "slots": _SLOTS, "queue": _QUEUE},
-        "done": dict(ledger.done),
+        "done": dict(ledger.ends),
         "violations": violations,
         "memory": {"early_bytes": early, "late_bytes": late, "growth": growth, "samples": memory.samples},
         "report": [
-            f"{count} requests in {seconds / 60:.1f} minutes ended as they should: {dict(ledger.done)}",
+            f"{count} requests in {seconds / 60:.1f} minutes ended as they should: {dict(ledger.ends)}",
             f"memory of the server's processes: {early / 1e6:.0f} MB, later {late / 1e6:.0f} MB ({100 * growth:+.1f}%)",
             *(f"VIOLATION {line}" for line in violations),
         ],

@@ -55,19 +55,16 @@ def main() -> int:
     arguments = _arguments()
     from lfdm_export.errors import LfdmExportError
 
-    facts = machine.describe()
-    warning = machine.busy()
-    if warning:
-        print(f"WARNING: {warning}", file=sys.stderr)
+    facts = machine.at_start()
     try:
         with tempfile.TemporaryDirectory(prefix="lfdm-throughput-") as folder:
             bundle = arguments.bundle or _export(Path(folder) / "bundle", arguments.frames, arguments.image_size)
             if arguments.soak:
                 from benchmarks.soak import run_soak
 
-                result = {**facts, "warning": warning, **run_soak(bundle, Path(folder), arguments)}
+                result = facts | run_soak(bundle, Path(folder), arguments)
             else:
-                result = {**facts, "warning": warning, **_compare(bundle, Path(folder), arguments)}
+                result = facts | _compare(bundle, Path(folder), arguments)
     except (LfdmExportError, ServerFailed) as error:
         print(f"throughput: {error}", file=sys.stderr)
         return 1

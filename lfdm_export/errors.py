@@ -29,6 +29,13 @@ class EngineError(LfdmExportError):
     """An engine cannot be built or run on this machine."""
 
 
+def not_finite(what: str) -> EngineError:
+    """The error for NaN or infinite results of an engine; `what` gives them: "step 3 of 10 gave"."""
+    return EngineError(
+        f"{what} values that are not finite; the weights or the engine are at fault: check the bundle with lfdm-verify"
+    )
+
+
 class ParityError(LfdmExportError):
     """An export differs from its reference by more than its tolerance."""
 

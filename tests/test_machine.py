@@ -167,13 +167,14 @@ def test_every_engine_is_given_its_number_of_threads(
     import onnx
     import onnxruntime
 
+    from lfdm_export.engines import checks
     from lfdm_export.engines.onnxruntime import engine as ort_engine
     from lfdm_export.engines.openvino import engine as openvino_engine
     from tests.fake_bundle import SPECS, fake_graph
 
     path = tmp_path / "denoise.onnx"
     onnx.save(fake_graph(SPECS["denoise"]), path)
-    for module in (ort_engine, openvino_engine):
+    for module in (ort_engine, checks):
         monkeypatch.setattr(module, "available_cores", lambda: 3)
     real, given = onnxruntime.InferenceSession, []
 

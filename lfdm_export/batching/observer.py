@@ -49,16 +49,13 @@ class Observer(Protocol):
         """A job ended."""
 
 
-@dataclass(frozen=True)
-class Stats:
-    """What a sampler has done since its start, and does now.
+@dataclass
+class Counts:
+    """What the loop of a sampler has done since its start, and does now.
 
     Attributes:
-        slots: number of slots.
         running: jobs in a slot at the last tick.
-        waiting: jobs without a slot.
-        outstanding: jobs whose last callback has not returned, including running and waiting ones.
-        submitted, rejected, finished, failed, cancelled, expired: numbers of jobs.
+        finished, failed, cancelled, expired: numbers of jobs.
         ticks: number of ticks.
         steps: sum of the steps of all jobs.
         seconds, engine_seconds, noise_seconds: sums over all ticks.
@@ -66,12 +63,7 @@ class Stats:
         in_tick_since: clock at the start of the current tick; None between ticks. A long time ago means a hung engine.
     """
 
-    slots: int
     running: int = 0
-    waiting: int = 0
-    outstanding: int = 0
-    submitted: int = 0
-    rejected: int = 0
     finished: int = 0
     failed: int = 0
     cancelled: int = 0
@@ -83,6 +75,24 @@ class Stats:
     noise_seconds: float = 0.0
     queued_seconds: float = 0.0
     in_tick_since: float | None = None
+
+
+@dataclass(kw_only=True)
+class Stats(Counts):
+    """A snapshot of a sampler: the counts of its loop, and its queue.
+
+    Attributes:
+        slots: number of slots.
+        waiting: jobs without a slot.
+        outstanding: jobs whose last callback has not returned, including running and waiting ones.
+        submitted, rejected: numbers of jobs.
+    """
+
+    slots: int
+    waiting: int
+    outstanding: int
+    submitted: int
+    rejected: int
 
 
 def tell(event: Callable[[], None]) -> None:

@@ -17,7 +17,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import fields
 from types import TracebackType
 from typing import Any
 
@@ -32,7 +31,7 @@ from lfdm_export.batching.observer import Observer, Stats, tell
 from lfdm_export.batching.order import DueFirst, Policy
 from lfdm_export.batching.rows import Rows, Stages
 from lfdm_export.batching.seating import Seating
-from lfdm_export.batching.step_loop import Counts, StepLoop
+from lfdm_export.batching.step_loop import StepLoop
 from lfdm_export.engines.device_chain import DeviceChain, DeviceEncoded
 from lfdm_export.errors import EngineError, InputError
 from lfdm_export.protocol.contract import DRAINING_MESSAGE, QUEUE_FULL_MESSAGE
@@ -217,7 +216,6 @@ class StepBatcher:
     def stats(self) -> Stats:
         """What was done so far."""
         loop = self._loop
-        counts = {field.name: getattr(loop.counts, field.name) for field in fields(Counts)}
         with self._changed:
             waiting = max(0, len(loop.live) + len(self._arrivals) - loop.counts.running)
             return Stats(
@@ -226,7 +224,7 @@ class StepBatcher:
                 outstanding=self._outstanding,
                 submitted=self._submitted,
                 rejected=self._rejected,
-                **counts,
+                **vars(loop.counts),
             )
 
     @property

@@ -6,16 +6,15 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
 from lfdm_export.batching.jobs import DeadlineExceededError, Outcome, Sampled
 from lfdm_export.batching.live_job import LiveJob
-from lfdm_export.batching.observer import Observer, Tick, tell
+from lfdm_export.batching.observer import Counts, Observer, Tick, tell
 from lfdm_export.batching.order import Policy, Queue
 from lfdm_export.batching.seating import Ran, Seating
-from lfdm_export.errors import EngineError, LfdmExportError
+from lfdm_export.errors import EngineError, LfdmExportError, not_finite
 from lfdm_export.protocol.contract import DEADLINE_MESSAGE, RequestCancelledError
 
 logger = logging.getLogger(__name__)
@@ -26,24 +25,6 @@ _RECENT_STEPS = 256
 _ASK_EVERY = 0.1
 #: Passes a callback to the thread that calls it; the flag says whether it is the last one of the job.
 Deliver: TypeAlias = Callable[[Callable[[], None], bool], None]
-
-
-@dataclass
-class Counts:
-    """What was done, as in `lfdm_export.batching.observer.Stats`."""
-
-    running: int = 0
-    finished: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    expired: int = 0
-    ticks: int = 0
-    steps: int = 0
-    seconds: float = 0.0
-    engine_seconds: float = 0.0
-    noise_seconds: float = 0.0
-    queued_seconds: float = 0.0
-    in_tick_since: float | None = None
 
 
 class StepLoop:
@@ -213,11 +194,7 @@ class StepLoop:
         live.step += 1
         self.counts.steps += 1
         if not finite:
-            message = (
-                f"step {live.step} of {job.table.steps} gave values that are not finite; "
-                "the weights or the engine are at fault: check the bundle with lfdm-verify"
-            )
-            self._end(live, "failed", EngineError(message))
+            self._end(live, "failed", not_finite(f"step {live.step} of {job.table.steps} gave"))
         elif not live.steps_left:
             live.latent = rows.latent(row)
             live.ended = True

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from lfdm_export.bulk.sources import InFile, Source
 from lfdm_export.errors import InputError
+from lfdm_export.files.digests import json_digest
 from lfdm_export.files.json_codec import to_plain
 from lfdm_export.pictures.clip import DEFAULT_FPS, check_pictures
 from lfdm_export.pictures.clip_files import ARCHIVES, FORMATS, check_output
@@ -117,7 +117,7 @@ class Job:
             "settings": {**settings.pop("options"), **settings},  # flat, as in earlier versions
             "fault": self.fault,
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return json_digest(facts)
 
 
 def check_id(name: str) -> str:

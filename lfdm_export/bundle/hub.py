@@ -17,6 +17,7 @@ from typing import Any
 from lfdm_export.errors import BundleError, InputError, MissingDependencyError
 from lfdm_export.pictures.clip import Clip
 from lfdm_models.patience import within
+from lfdm_models.wording import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def _answers(hub: Any, api: Any, name: HubName) -> bool:
     except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError):
         raise
     except Exception as error:  # noqa: BLE001 (the client raises errors of its own, of its HTTP library, of the system)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error, 200)
         logger.warning("no answer from the Hugging Face hub about %s (%s); looking for a copy here", name, reason)
         return False
     return True
@@ -205,5 +206,5 @@ def _errors_as_sentences(hub: Any, name: HubName, done: str) -> Iterator[None]:
     except errors.EntryNotFoundError as error:
         raise BundleError(f"{name} is not a bundle: the repository has no manifest.json") from error
     except Exception as error:  # the client raises errors of its own, of its HTTP library and of the system
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        reason = first_line(error)
         raise BundleError(f"{name} cannot be {done}: {reason}") from error

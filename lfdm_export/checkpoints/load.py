@@ -25,6 +25,7 @@ from lfdm_models.diffusion import Diffusion
 from lfdm_models.lfae import Lfae
 from lfdm_models.model import LfdmModel
 from lfdm_models.schedule import Schedule, cosine_schedule
+from lfdm_models.wording import first_line
 
 N = TypeVar("N", bound=nn.Module)
 T = TypeVar("T")
@@ -239,9 +240,9 @@ def _without_memory(build: Callable[[], N], where: str) -> N:
         with torch.device("meta"):
             return build()
     except (RuntimeError, ValueError, OverflowError) as error:  # for sizes beyond 64 bits
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error, 160)
         raise CheckpointError(
-            f"{where}: no network of these shapes can be built ({reason[:160]}); the file is damaged"
+            f"{where}: no network of these shapes can be built ({reason}); the file is damaged"
         ) from error
 
 

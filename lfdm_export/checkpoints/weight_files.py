@@ -27,6 +27,7 @@ from lfdm_models.stored_values import (
     StoredFileError,
     StoredTensor,
 )
+from lfdm_models.wording import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -166,8 +167,7 @@ def _blaming(path: Path) -> Iterator[None]:
     except MemoryError as error:
         raise CheckpointError(f"{path} does not fit in memory, or is damaged") from error
     except (RuntimeError, ValueError, TypeError) as error:  # from torch, if it cannot view the bytes as this type
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} is truncated or damaged ({reason[:160]}); {_COPY_AGAIN}") from error
+        raise CheckpointError(f"{path} is truncated or damaged ({first_line(error, 160)}); {_COPY_AGAIN}") from error
 
 
 def sha256(path: Path) -> str:

@@ -6,7 +6,7 @@ import argparse
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lfdm_export.cli.console import Bars, say
 from lfdm_export.cli.making import Making
@@ -161,19 +161,20 @@ def _whole(client: Client, args: argparse.Namespace, planned: PlannedClip, progr
     if args.motion is not None:
         return client.animate(args.image, args.motion, crop=args.crop)
     more = args.panels or _is_archive(args)
-    return client.generate(
-        args.image,
-        crop=args.crop,
-        label=planned.label,
-        text=args.text,
-        text_embedding=_embedding(args),
-        seed=planned.seed,
-        warped=more,
-        latent=more,
-        priority=args.priority or 0,
-        progress=progress,
+    return client.generate(args.image, warped=more, latent=more, progress=progress, **_request(args, planned))
+
+
+def _request(args: argparse.Namespace, planned: PlannedClip) -> dict[str, Any]:
+    """What `Client.generate` and `Client.stream` take alike."""
+    return {
+        "crop": args.crop,
+        "label": planned.label,
+        "text": args.text,
+        "text_embedding": _embedding(args),
+        "seed": planned.seed,
+        "priority": args.priority or 0,
         **options_of(args).given(),
-    )
+    }
 
 
 def _streams(args: argparse.Namespace) -> bool:
@@ -190,18 +191,7 @@ def _streamed(client: Client, args: argparse.Namespace, planned: PlannedClip, pr
 
     have: set[int] = set()
     steps, total = 0, FrameChoice.of(frames_of(args), client.facts().frames).count
-    with client.stream(
-        args.image,
-        crop=args.crop,
-        label=planned.label,
-        text=args.text,
-        text_embedding=_embedding(args),
-        seed=planned.seed,
-        frames=frames_of(args),
-        progress_every=1,
-        priority=args.priority or 0,
-        **options_of(args).given(),
-    ) as stream:
+    with client.stream(args.image, frames=frames_of(args), progress_every=1, **_request(args, planned)) as stream:
         for event in stream:
             if isinstance(event, Progress):
                 steps = event.steps

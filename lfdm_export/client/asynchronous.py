@@ -191,7 +191,6 @@ class AsyncClient:
             warped=warped,
             latent=latent,
             priority=priority,
-            deadline=deadline,
             request_id=request_id,
         )
         # Scaling a large image takes some 100 ms; the event loop must not block for so long.
@@ -299,7 +298,6 @@ class AsyncClient:
                 options=SamplingOptions(sampler, steps, eta, guidance_scale, guidance_interval),
                 seed=seed,
                 priority=priority,
-                deadline=deadline,
                 request_id=request_id,
             )
             facts = await self.facts()

@@ -11,7 +11,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from lfdm_export.errors import InputError, ServerError
 from lfdm_export.files.json_codec import to_plain
-from lfdm_export.generate.arguments import common_batch, embedding_rows, per_sample, sample_seeds, seed_count
+from lfdm_export.generate.arguments import (
+    common_batch,
+    condition_name,
+    embedding_rows,
+    per_sample,
+    sample_seeds,
+    seed_count,
+)
 from lfdm_export.pictures.clip import Clip
 from lfdm_export.pictures.crop import Crop
 from lfdm_export.pictures.preprocess import ImageLike, prepare_images
@@ -34,7 +41,6 @@ class Arguments:
     warped: bool = False
     latent: bool = False
     priority: int = 0
-    deadline: float | None = None
     request_id: str | None = None
 
 
@@ -114,23 +120,15 @@ def make_plan(call: Arguments, facts: ModelFacts) -> Plan:
         words=None if words is None else words * (batch // len(words)),
         seeds=seeds,
         priority=call.priority,
-        settings=_settings(call, facts),
+        # About model and sampling, for the clip's metadata; the response adds the steps.
+        settings={
+            "made_by": "generate",
+            "bundle_id": facts.bundle_id,
+            "precision": facts.precision,
+            **to_plain(call.options.over(facts.sampler)),
+            "condition": name,
+        },
     )
-
-
-def _settings(call: Arguments, facts: ModelFacts) -> dict[str, object]:
-    """Return the clip's metadata about model and sampling; the response adds the steps."""
-    return {
-        "made_by": "generate",
-        "bundle_id": facts.bundle_id,
-        "precision": facts.precision,
-        **to_plain(call.options.over(facts.sampler)),
-        "condition": _condition_name(call),
-    }
-
-
-def _condition_name(call: Arguments) -> str:
-    return "label" if call.label is not None else "text" if call.text is not None else "text_embedding"
 
 
 def text_tensor(value: str) -> Array:
@@ -142,10 +140,7 @@ def text_tensor(value: str) -> Array:
 
 def _conditions(call: Arguments, facts: ModelFacts) -> tuple[str, tuple[str, ...] | None, list[Array]]:
     """Return the name of the conditioning input, its words if any, and its tensor per sample."""
-    given = {"label": call.label, "text": call.text, "text_embedding": call.text_embedding}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) != 1:
-        raise InputError(f"found {len(names)} of label, text and text_embedding, expected exactly one")
+    condition_name(call.label, call.text, call.text_embedding)
     if call.text_embedding is not None:
         return "text_embedding", None, list(embedding_rows(call.text_embedding, facts.text_width))
     if call.label is not None:

@@ -15,7 +15,7 @@ from lfdm_export.stages import StageSpec
 #: The outputs of a sampling stage, and the inputs that they become.
 STATE = {"next_latent": "noisy_latent", "next_history": "history"}
 #: Inputs that change at every step, besides the state.
-_EACH_STEP = ("timestep", "noise", "coefficients")
+EACH_STEP = ("timestep", "noise", "coefficients")
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,7 +239,7 @@ class DeviceBatch(Generic[A]):
 
 def fixed_inputs(spec: StageSpec) -> list[str]:
     """The inputs of a sampling stage that no step changes."""
-    return [one.name for one in spec.inputs if one.name not in (*_EACH_STEP, *STATE.values())]
+    return [one.name for one in spec.inputs if one.name not in (*EACH_STEP, *STATE.values())]
 
 
 def batch_sizes(slots: int) -> list[int]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lfdm_export.engines.checks import Array
 from lfdm_export.engines.device import PICTURES, A, Device, DeviceMemoryError, Layout, Pool
 from lfdm_export.engines.device_batch import DeviceBatch, DeviceLatent, DeviceSample, batch_sizes, fixed_inputs
-from lfdm_export.errors import EngineError
+from lfdm_export.errors import EngineError, not_finite
 from lfdm_export.sampling.noise import START
 from lfdm_export.sampling.rows import SamplerTable
 from lfdm_export.stages import COEFFICIENTS, Geometry, StageSpec
@@ -185,10 +185,7 @@ class DeviceChain(Generic[A]):
                 self._decode()
                 *pictures, flag = device.download([*(self._pictures[name] for name in wanted), self._flag])
             if flag[0]:
-                raise EngineError(
-                    "sampling or decoding gave values that are not finite; the weights or the engine are at fault: "
-                    "check the bundle with lfdm-verify"
-                )
+                raise not_finite("sampling or decoding gave")
             yield begin, [cast(UInt8, array.reshape(most, *array.shape[2:])[: len(some)]) for array in pictures]
 
     def latent(self, latent: DeviceLatent[A]) -> NDArray[np.float32]:

@@ -22,7 +22,18 @@ class Engine(Protocol):
     spec: StageSpec
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the stage once, on exactly its inputs, by name; returns its outputs, by name."""
+        """Run the stage once.
+
+        Args:
+            feeds: exactly the inputs of the stage, by name, with its dtypes and shapes.
+
+        Returns:
+            The outputs of the stage, by name.
+
+        Raises:
+            EngineError: the feeds do not match the stage, it cannot be compiled, or the run fails (for example, out of
+                memory).
+        """
 
 
 class StateLoop(Protocol):

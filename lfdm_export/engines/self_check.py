@@ -29,6 +29,7 @@ from lfdm_export.engines.target_spec import Target
 from lfdm_export.engines.targets import spec_of
 from lfdm_export.engines.tensorrt.plans import PlanFolder
 from lfdm_export.files.atomic import write_file
+from lfdm_export.files.digests import json_digest
 from lfdm_export.files.json_codec import from_plain, to_plain
 from lfdm_export.machine import environment, optional_cache, processor_facts
 from lfdm_export.pictures.preprocess import to_float
@@ -226,8 +227,7 @@ def _timed(runner: Runner, stage: str, feeds: list[NDArray[Any]]) -> float:
 
 def _path(key: Mapping[str, Any]) -> Path | None:
     cache = optional_cache()
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return None if cache is None else cache / "self-check" / f"{name}.json"
+    return None if cache is None else cache / "self-check" / f"{json_digest(key)}.json"
 
 
 def _read(key: Mapping[str, Any]) -> Finding | None:

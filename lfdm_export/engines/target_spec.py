@@ -1,6 +1,7 @@
 """What one backend declares about itself, in `target.py` of its folder.
 
-Declarations are read at every start of the toolkit, so they import heavy packages inside their functions.
+Declarations are read at every start of the toolkit, so they import nothing of their backend: they name its functions
+as "module:function" (an `Entry`), which are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -50,13 +51,16 @@ class Machine:
     processor: Collection[str] = ()
 
 
-#: Loads a stage of a bundle, given threads on a CPU (None: all cores) and a device, as in `TargetSpec.devices`. Raises
-#: EngineError if it cannot be loaded, MissingDependencyError if a package of the target is not installed.
-Loader: TypeAlias = Callable[["Bundle", str, int | None, str], "Engine"]
+#: A function of a backend, "module:function"; `pkgutil.resolve_name` imports it.
+Entry: TypeAlias = str
+#: Loads a stage of a bundle for a target, given threads on a CPU (None: all cores) and a device, as in
+#: `TargetSpec.devices`. Raises EngineError if it cannot be loaded, MissingDependencyError if a package of the target is
+#: not installed.
+Loader: TypeAlias = Callable[["Bundle", str, Target, int | None, str], "Engine"]
 #: Prepares whole clips of a bundle, for a sampling stage, a batch size and threads; None: single stages only.
 ClipMakerLoader: TypeAlias = Callable[["Bundle", str, int, int | None], "ClipMaker | None"]
-#: Prepares clips of a bundle that stay on the device, for threads on a CPU; raises as a `Loader` does.
-DeviceChainLoader: TypeAlias = Callable[["Bundle", int | None], "DeviceChain[Any]"]
+#: Prepares clips of a bundle that stay on the device of a target, for threads on a CPU; raises as a `Loader` does.
+DeviceChainLoader: TypeAlias = Callable[["Bundle", Target, int | None], "DeviceChain[Any]"]
 #: Why a target with its packages installed lacks a supported precision, for a purpose on a machine; "" if it does not.
 #: The last argument is the GPU architectures to build plans for; None for the default of the target.
 Lacks: TypeAlias = Callable[[Purpose, str, Machine, Collection[str] | None], str]
@@ -77,7 +81,7 @@ class TargetSpec:
         packages: import names that it needs, each with the distributions that provide it; its own comes first.
         takes: what it runs from a bundle: the "graphs", which are always there; "plans", which are built from them for
             a GPU; or the "weights" of the networks, from which it compiles its own programs.
-        load: loads a stage.
+        load: entry of the `Loader` of its stages.
         cpu_precisions: precisions that it runs on a CPU.
         gpu_precisions: precisions that it runs on a GPU that has them (`FIRST_CAPABILITY`).
         cpu_notes: by precision, how it computes what a CPU lacks.
@@ -85,8 +89,8 @@ class TargetSpec:
         devices: values of ``device``; a target without them selects its device itself.
         builds_anywhere: whether its plans can be built without a GPU.
         lacks: what else it lacks, and where.
-        clip_maker: makes whole clips, if it can.
-        device_chain: keeps clips of different steps on its device, if it can.
+        clip_maker: entry of the `ClipMakerLoader`, if it can make whole clips; else "".
+        device_chain: entry of the `DeviceChainLoader`, if it can keep clips of different steps on its device; else "".
         first_in: precisions in which "auto" tries it before other targets that run graphs.
         loads_together: whether several threads may load stages at the same time.
         auto_on_cpu: whether "auto" also uses it on a machine without a GPU.
@@ -98,7 +102,7 @@ class TargetSpec:
     extra: str
     packages: Mapping[str, tuple[str, ...]]
     takes: Takes
-    load: Loader
+    load: Entry
     cpu_precisions: tuple[str, ...] = ()
     gpu_precisions: tuple[str, ...] = ()
     cpu_notes: Mapping[str, str] = field(default_factory=dict)
@@ -106,8 +110,8 @@ class TargetSpec:
     devices: tuple[str, ...] = ()
     builds_anywhere: bool = False
     lacks: Lacks = _lacks_nothing
-    clip_maker: ClipMakerLoader | None = None
-    device_chain: DeviceChainLoader | None = None
+    clip_maker: Entry = ""
+    device_chain: Entry = ""
     first_in: tuple[str, ...] = ()
     loads_together: bool = False
     auto_on_cpu: bool = True

@@ -5,7 +5,6 @@ A target is a program that runs stages; its declaration says what it needs from 
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from lfdm_export.engines.pytorch.target import PYTORCH
 from lfdm_export.engines.target_spec import Machine, Purpose, Takes, Target, TargetSpec
 from lfdm_export.engines.tensorrt.target import TENSORRT, TENSORRT_RTX
 from lfdm_export.errors import EngineError, InputError
-from lfdm_export.machine import processor_features
+from lfdm_export.machine import package_versions, processor_features
 
 #: All targets. To add one, add its folder and a line here. Among targets with the same `takes`, "auto" tries them in
 #: this order.
@@ -97,7 +96,11 @@ def this_machine() -> Machine:
     """The facts of this machine; imports nothing heavy."""
     gpus, no_gpu = find_gpus()
     needed = {name: distributions for spec in TARGETS for name, distributions in spec.packages.items()}
-    found = {name: _version(distributions) for name, distributions in needed.items() if _is_there(name)}
+    found = {
+        name: next(iter(package_versions(distributions).values()), "of unknown version")
+        for name, distributions in needed.items()
+        if _is_there(name)
+    }
     return Machine(gpus, no_gpu, found, processor_features())
 
 
@@ -193,12 +196,3 @@ def _is_there(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return False
-
-
-def _version(distributions: tuple[str, ...]) -> str:
-    for name in distributions:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "of unknown version"

@@ -15,16 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.errors import InputError
+from lfdm_export.generate.driving import estimate_motion
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.pictures.preprocess import to_float
-from lfdm_export.stages import DRIVE_STAGE
 
 UInt8Array = NDArray[np.uint8]
 Float32Array = NDArray[np.float32]
 Float64Array = NDArray[np.float64]
-
-# Driving frames per run of `estimate_motion`.
-_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -60,13 +57,8 @@ def rebuild(pipeline: Pipeline, frames: UInt8Array) -> tuple[Float32Array, Float
     Raises:
         EngineError: an engine cannot be loaded or fails.
     """
-    clip = to_float(frames)  # (T, 3, H, W)
     encoded = pipeline.encode(frames[0])
-    motion = [
-        pipeline.stages.run(DRIVE_STAGE, np.repeat(clip[:1], len(part), axis=0), part)[0]
-        for part in (clip[start : start + _BATCH] for start in range(0, len(clip), _BATCH))
-    ]
-    latent = np.ascontiguousarray(np.concatenate(motion).transpose(1, 0, 2, 3))[None]
+    latent = estimate_motion(pipeline.stages, frames[:1], frames, None)
     rebuilt, warped = (pictures[0].transpose(1, 0, 2, 3) for pictures in pipeline.decode(encoded, latent))
     return rebuilt, warped
 

@@ -94,7 +94,8 @@ def tune_bundle(
         raise InputError(
             f"found {search.clips} clips of {conditions} conditions, expected 2 or more, of as many conditions"
         )
-    distilled = _distilled(pipeline)
+    sampler = TunedSampler.of_distilled(manifest.provenance, manifest.dm_sha256)
+    distilled = None if sampler is None else sampler.tables[0]
     if teacher is not None:
         _require_teacher(teacher, pipeline)
     elif distilled is not None:
@@ -138,20 +139,6 @@ def tune_bundle(
         found=f"CMA-ES against {long.name} of {long.steps} steps on {conditions} conditions, {search.clips} clips a "
         f"candidate, {search.generations} generations of {search.candidates}, seed {search.seed}",
     )
-
-
-def _distilled(pipeline: Pipeline) -> TunedSteps | None:
-    """The steps that the bundle's DM was distilled for; None if it was not.
-
-    Raises:
-        InputError: the provenance is wrong.
-    """
-    manifest = pipeline.bundle.manifest
-    try:
-        found = TunedSampler.of_distilled(manifest.provenance, manifest.dm_sha256)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    return None if found is None else found.tables[0]
 
 
 def _require_teacher(teacher: Pipeline, pipeline: Pipeline) -> None:

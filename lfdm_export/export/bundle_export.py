@@ -157,12 +157,9 @@ def _few_step_sampler(model: LfdmModel, tuned: TunedSampler | None) -> tuple[Tun
         InputError: `tuned` was learned for other weights, or the model's provenance is wrong.
     """
     found = dm_sha256_of(model.provenance)
-    try:
-        if tuned is not None:
-            tuned.require_weights(found)
-        distilled = TunedSampler.of_distilled(model.provenance, found)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    if tuned is not None:
+        tuned.require_weights(found)
+    distilled = TunedSampler.of_distilled(model.provenance, found)
     if distilled is None:
         return tuned, DEFAULTS
     defaults = SamplingOptions(TUNED, distilled.tables[0].steps, None, distilled.guidance_scale)

@@ -24,7 +24,7 @@ from lfdm_export.progress import Progress, report
 
 logger = logging.getLogger(__name__)
 
-How = Literal["built", "refitted", "kept"]
+How = Literal["built", "kept"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class PlanMade:
     Attributes:
         stage: name of the stage.
         path: path of the plan.
-        how: "built", "refitted" (an older plan got this graph's weights) or "kept" (it already existed).
+        how: "built", or "kept" (it already existed).
         record: the plan's record.
     """
 

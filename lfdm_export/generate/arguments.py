@@ -42,6 +42,19 @@ def per_sample(value: str | Sequence[str], name: str) -> tuple[str, ...]:
     return values
 
 
+def condition_name(label: object, text: object, text_embedding: object) -> str:
+    """Which of the three is given, not None: "label", "text" or "text_embedding".
+
+    Raises:
+        InputError: none is, or several are.
+    """
+    given = {"label": label, "text": text, "text_embedding": text_embedding}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
+        raise InputError(f"found {len(names)} of label, text and text_embedding, expected exactly one")
+    return names[0]
+
+
 def embedding_rows(embedding: ArrayLike, width: int) -> NDArray[np.float32]:
     """Convert one text embedding (width,) or several (B, width) to (B, width) float32.
 
@@ -101,10 +114,7 @@ def whole_number(value: object, name: str) -> int:
     Raises:
         InputError: it is not an integer.
     """
-    try:
-        number = int(value) if isinstance(value, str) else value
-    except ValueError:
-        number = value
+    number = _from_text(value, int)
     if isinstance(number, bool) or not isinstance(number, int):
         raise InputError(f"{name} is {repr(value)[:_SHOWN]}, expected a whole number")
     return number
@@ -116,13 +126,18 @@ def real_number(value: object, name: str) -> float:
     Raises:
         InputError: it is not a number.
     """
-    try:
-        number = float(value) if isinstance(value, str) else value
-    except ValueError:
-        number = value
+    number = _from_text(value, float)
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise InputError(f"{name} is {repr(value)[:_SHOWN]}, expected a number")
     return float(number)
+
+
+def _from_text(value: object, kind: type[int] | type[float]) -> object:
+    """Text as a number if it is one; any other value as it is."""
+    try:
+        return kind(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def seed_count(seed: int | Sequence[int] | None) -> int:

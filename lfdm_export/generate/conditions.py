@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from lfdm_export.bundle.manifest import TEXT_STAGE
 from lfdm_export.bundle.reader import TOKENIZER_FOLDER
 from lfdm_export.errors import InputError
-from lfdm_export.generate.arguments import embedding_rows, per_sample
+from lfdm_export.generate.arguments import condition_name, embedding_rows, per_sample
 from lfdm_export.generate.stage_runner import StageRunner
 from lfdm_export.generate.tokenizer import tokenize
 
@@ -37,9 +37,7 @@ def find_conditions(
         EngineError: the text encoder cannot be loaded or fails.
     """
     bundle = stages.bundle
-    given = [value is not None for value in (label, text, text_embedding)]
-    if sum(given) != 1:
-        raise InputError(f"found {sum(given)} of label, text and text_embedding, expected exactly one")
+    condition_name(label, text, text_embedding)
     if label is not None:
         rows = [bundle.label_index(one) for one in per_sample(label, "label")]
         return tuple(bundle.labels[row] for row in rows), bundle.embeddings[rows]

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.engines.interface import ClipRequest
-from lfdm_export.errors import EngineError, InputError
+from lfdm_export.errors import InputError, not_finite
 from lfdm_export.generate.arguments import embedding_rows
 from lfdm_export.generate.encoded import Encoded
 from lfdm_export.generate.stage_runner import OnEstimate, StageRunner
@@ -131,7 +131,4 @@ def _condition(bundle: Bundle, embedding: Float32, scale: float) -> tuple[str, d
 
 def _require_finite(latent: Float32, index: int, steps: int) -> None:
     if not np.isfinite(latent).all():
-        raise EngineError(
-            f"step {index + 1} of {steps} gave values that are not finite; "
-            "the weights or the engine are at fault: check the bundle with lfdm-verify"
-        )
+        raise not_finite(f"step {index + 1} of {steps} gave")

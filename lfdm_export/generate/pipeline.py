@@ -15,7 +15,7 @@ from lfdm_export.engines.onnxruntime.target import Device
 from lfdm_export.engines.targets import AUTO
 from lfdm_export.errors import InputError
 from lfdm_export.files.json_codec import to_plain
-from lfdm_export.generate.arguments import common_batch, find_noise, seed_count
+from lfdm_export.generate.arguments import common_batch, condition_name, find_noise, seed_count
 from lfdm_export.generate.clip_cache import ClipCache
 from lfdm_export.generate.conditions import embed_texts, find_conditions
 from lfdm_export.generate.decoding import decode_chunks, decode_clip
@@ -183,7 +183,7 @@ class Pipeline:
         settings = {
             **self._origin("generate"),
             **to_plain(options),
-            "condition": "label" if label is not None else "text" if text is not None else "text_embedding",
+            "condition": condition_name(label, text, text_embedding),
             **chosen.facts(),
         }
         seeds, source = find_noise(seed, noise, batch, self._noise_shape())

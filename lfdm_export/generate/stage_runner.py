@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pkgutil import resolve_name
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -19,7 +20,7 @@ from lfdm_export.engines.interface import ClipMaker, Engine, KeepsInputs, KeepsS
 from lfdm_export.engines.onnxruntime.target import Device
 from lfdm_export.engines.self_check import is_enabled
 from lfdm_export.engines.self_check_choice import choose_checked
-from lfdm_export.engines.target_spec import Target
+from lfdm_export.engines.target_spec import ClipMakerLoader, DeviceChainLoader, Loader, Target
 from lfdm_export.engines.targets import AUTO, TARGETS, Choice, check_target_name, device_target, find_targets, spec_of
 from lfdm_export.errors import EngineError
 from lfdm_export.machine import available_cores, package_versions, processor_facts
@@ -295,12 +296,13 @@ class StageRunner:
         Raises:
             EngineError: an engine cannot be loaded.
         """
-        prepare = spec_of(self.target).clip_maker
-        if prepare is None or batch > self._specs[stage].batch[2]:
+        entry = spec_of(self.target).clip_maker
+        if not entry or batch > self._specs[stage].batch[2]:
             return None
         key = stage, batch
         if key not in self._makers:
-            self._makers[key] = prepare(self.bundle, stage, batch, self._threads)
+            load: ClipMakerLoader = resolve_name(entry)
+            self._makers[key] = load(self.bundle, stage, batch, self._threads)
         return self._makers[key]
 
     @functools.cached_property
@@ -310,19 +312,20 @@ class StageRunner:
         Raises:
             EngineError: the target keeps no clips on a device, or a stage cannot be prepared there.
         """
-        prepare = spec_of(self.target).device_chain
-        if prepare is None:
-            able = [spec.name for spec in TARGETS if spec.device_chain is not None]
+        entry = spec_of(self.target).device_chain
+        if not entry:
+            able = [spec.name for spec in TARGETS if spec.device_chain]
             raise EngineError(
                 f"the target {self.target!r} keeps no clips on a device; take one of {', '.join(able)}, or turn "
                 "on_device off"
             )
-        return prepare(self.bundle, self._threads)
+        load: DeviceChainLoader = resolve_name(entry)
+        return load(self.bundle, self.target, self._threads)
 
     @property
     def prefers_device(self) -> bool:
         """Whether clips are better kept on the device: there is a GPU, and the target can."""
-        return spec_of(self.target).device_chain is not None and bool(find_gpus()[0])
+        return bool(spec_of(self.target).device_chain and find_gpus()[0])
 
     def state(self) -> str:
         """The target and the loaded stages, in one line; this loads and decides nothing."""
@@ -342,7 +345,6 @@ class StageRunner:
             EngineError: the engine cannot be loaded.
         """
         if stage not in self._engines:
-            self.bundle.stage_path(stage)
             self._engines[stage] = load_engine(
                 self.bundle, stage, self.target, threads=self._threads, device=self._device
             )
@@ -367,7 +369,8 @@ def load_engine(
         MissingDependencyError: the target's package is not installed.
     """
     bundle.stage_path(stage)
-    return spec_of(target).load(bundle, stage, threads, device)
+    load: Loader = resolve_name(spec_of(target).load)
+    return load(bundle, stage, target, threads, device)
 
 
 def _parts(batch: int, largest: int) -> list[slice]:

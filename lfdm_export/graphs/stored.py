@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 from lfdm_export.errors import EngineError
 from lfdm_export.graphs.file import check_graph
 from lfdm_export.stages import StageSpec
+from lfdm_export.wording import one_line
 
 
 def load_stage(path: Path, spec: StageSpec) -> onnx.ModelProto:
@@ -28,7 +29,7 @@ def load_stage(path: Path, spec: StageSpec) -> onnx.ModelProto:
         onnx.checker.check_model(_without_data(stored))
     except (DecodeError, onnx.checker.ValidationError, OSError, ValueError) as error:
         raise EngineError(
-            f"cannot load {path}, which is not valid ONNX: {' '.join(str(error).split())[:300]}; export again"
+            f"cannot load {path}, which is not valid ONNX: {one_line(error, 300)}; export again"
         ) from error
     return stored
 

@@ -17,7 +17,7 @@ from lfdm_export.engines.target_spec import Target
 from lfdm_export.errors import EngineError
 from lfdm_export.generate.encoded import Encoded
 from lfdm_export.generate.pipeline import Pipeline
-from lfdm_export.parity.report.model import CHAIN, Check, Pictures, StepError
+from lfdm_export.parity.report.checks import CHAIN, Check, Pictures, StepError
 from lfdm_export.pictures.panels import panels
 from lfdm_export.pictures.preprocess import to_uint8
 from lfdm_export.progress import Progress, report

@@ -19,8 +19,9 @@ from lfdm_export.bundle.reader import Bundle
 from lfdm_export.engines.interface import Engine
 from lfdm_export.engines.onnxruntime.engine import open_session
 from lfdm_export.errors import EngineError, MissingDependencyError
-from lfdm_export.parity.report.model import Check
+from lfdm_export.parity.report.checks import Check
 from lfdm_export.stages import StageSpec
+from lfdm_export.wording import one_line
 
 Array = NDArray[Any]
 
@@ -76,7 +77,7 @@ def compare_stage(
         try:
             results = Comparator.run(runners, data_loader=[feeds])
         except PolygraphyException as error:
-            raise EngineError(f"stage {spec.name!r} in Polygraphy: {' '.join(str(error).split())[:500]}") from error
+            raise EngineError(f"stage {spec.name!r} in Polygraphy: {one_line(error)}") from error
         expected = dict(results[_REFERENCE][0])
         scales = {tensor.name: _magnitude(expected[tensor.name]) for tensor in spec.outputs}
         allowed = {output: tolerance * max(1.0, scale) for output, scale in scales.items()}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lfdm_export.engines.interface import Engine
 from lfdm_export.errors import EngineError
-from lfdm_export.parity.report.model import Check
+from lfdm_export.parity.report.checks import Check
 from lfdm_export.reference.stored import Reference, positions
 from lfdm_export.stages import StageSpec
 

@@ -34,7 +34,8 @@ from lfdm_export.generate.stage_runner import StageRunner, load_engine
 from lfdm_export.machine import environment
 from lfdm_export.parity.chain import ChainResult, check_chain
 from lfdm_export.parity.polygraphy import compare_stage
-from lfdm_export.parity.report.model import Check, OtherEngine, Report
+from lfdm_export.parity.report.checks import Check, OtherEngine
+from lfdm_export.parity.report.model import Report
 from lfdm_export.parity.stages import check_stage
 from lfdm_export.progress import Progress, report
 from lfdm_export.reference.inputs import chain_words

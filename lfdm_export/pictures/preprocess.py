@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lfdm_export.errors import EngineError, InputError
+from lfdm_export.errors import InputError, not_finite
 from lfdm_export.files.json_codec import from_plain, to_plain
 from lfdm_export.files.names import user_path
 from lfdm_export.pictures.crop import Crop, crop_box
@@ -351,10 +351,7 @@ def to_uint8(frames: npt.NDArray[np.floating[Any]]) -> UInt8Array:
     for sample, index in np.ndindex(batch, length):  # frame by frame: no second float copy of the clip
         frame = frames[sample, :, index]
         if not np.isfinite(frame).all():
-            raise EngineError(
-                f"frame {index} of sample {sample} has values that are not finite; "
-                "the weights or the engine are at fault: check the bundle with lfdm-verify"
-            )
+            raise not_finite(f"frame {index} of sample {sample} has")
         # Parity: truncated, not rounded, as the published program does.
         video[sample, index] = (np.clip(frame, 0, 1) * frame.dtype.type(255)).astype(np.uint8).transpose(1, 2, 0)
     return video

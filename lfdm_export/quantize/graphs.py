@@ -16,13 +16,13 @@ from lfdm_export.quantize.layers import KEPT_STAGES
 from lfdm_export.quantize.qdq import insert_qdq
 from lfdm_export.quantize.ranges import Format, Method, activation_scale
 from lfdm_export.quantize.report import Correction, SensitivityReport, StageSensitivity
-from lfdm_export.quantize.sensitivity import FLOOR, measure_stage
+from lfdm_export.quantize.sensitivity import measure_stage
 from lfdm_export.quantize.states import STAGES, Calibrated, Calibration, Sources, calibrate
 from lfdm_export.stages import StageSpec, stage_specs
 
 logger = logging.getLogger(__name__)
 
-#: Method for scales; compared in docs/precision.md.
+#: Method for scales.
 METHOD: Mapping[Format, Method] = {"int8": "mse", "fp8": "max"}
 #: Seconds per stage for measuring single layers in an export, beyond the measurements that it needs.
 SECONDS = 30.0
@@ -47,10 +47,7 @@ def quantized_graphs(
     sources: Sources,
     form: Format,
     *,
-    method: Method | None = None,
     calibration: Calibration | None = None,
-    floor: float = FLOOR,
-    together: float | None = None,
     seconds: float | None = SECONDS,
     each_way: bool = False,
     threads: int | None = None,
@@ -61,10 +58,7 @@ def quantized_graphs(
     Args:
         sources: the float32 graphs of every stage, and the data for sampling states.
         form: "int8" or "fp8" (E4M3).
-        method: method for scales; default: METHOD.
         calibration: what to sample; default: `Calibration()`.
-        floor: layers below this ratio of signal to error, in dB, stay float; see `measure_stage`.
-        together: smallest ratio of a whole quantized stage, in dB; see `measure_stage`.
         seconds: time per stage for measuring single layers in the report; None for all layers.
         each_way: also report the gain if each layer stayed float.
         threads: threads of ONNX Runtime; None for all cores.
@@ -75,7 +69,7 @@ def quantized_graphs(
         InputError: a sampler of the calibration cannot be used.
     """
     begin = time.monotonic()
-    method = METHOD[form] if method is None else method
+    method = METHOD[form]
     seen = calibrate(sources, calibration, threads=threads, progress=progress)
     specs = stage_specs(sources.geometry)
     scales: dict[str, dict[str, np.float32]] = {}
@@ -85,7 +79,7 @@ def quantized_graphs(
         every = {name: activation_scale(observed, form, method) for name, observed in seen.observed[stage].items()}
         found = measure_stage(
             sources.graphs[stage], specs[stage], every, seen.held_out[stage], form,
-            seconds=seconds, floor=floor, together=together, each_way=each_way, threads=threads,
+            seconds=seconds, each_way=each_way, threads=threads,
         )  # fmt: skip
         scales[stage] = {name: scale for name, scale in every.items() if name not in found.kept}
         measured.append(found)

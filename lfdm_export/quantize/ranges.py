@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
@@ -12,16 +12,13 @@ from numpy.typing import NDArray
 
 Float32: TypeAlias = NDArray[np.float32]
 Format = Literal["int8", "fp8"]
-Method = Literal["max", "percentile", "mse", "entropy"]
+Method = Literal["max", "mse"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 #: The largest magnitude of each format; fp8 is E4M3, whose largest finite value is 448.
 LARGEST: Mapping[Format, float] = {"int8": 127.0, "fp8": 448.0}
-#: Share of the magnitudes within the range of "percentile".
-PERCENTILE = 0.9999
-# Scales that "mse" and "entropy" try, as shares of the scale that covers the largest value.
+# Scales that "mse" tries, as shares of the scale that covers the largest value.
 _SHARES = np.linspace(0.3, 1.0, 29)
-_BINS = 2048
 # Maximum number of values for the search of a scale; more change it by less than a step of the search.
 _SEARCHED = 65_536
 
@@ -54,18 +51,14 @@ def activation_scale(observed: Observed, form: Format, method: Method = "max") -
     Args:
         observed: the observed values.
         form: storage format.
-        method: "max": the range covers every observed value. "percentile": all but one in ten thousand. "mse": the
-            smallest squared error. "entropy": the distribution that differs least from the observed one.
+        method: "max": the range covers every observed value. "mse": the smallest squared error.
     """
     tiny = float(np.finfo(np.float32).tiny) * LARGEST[form]
     covering = max(observed.largest, tiny) / LARGEST[form]
     if method == "max":
         return np.float32(covering)
     values = np.concatenate(observed.samples)[:: max(1, sum(map(len, observed.samples)) // _SEARCHED)]
-    if method == "percentile":
-        return np.float32(max(float(np.quantile(np.abs(values), PERCENTILE)), tiny) / LARGEST[form])
-    loss: Callable[[Float32, np.float32, Format], float] = _squared_error if method == "mse" else _divergence
-    losses = [loss(values, np.float32(covering * share), form) for share in _SHARES]
+    losses = [_squared_error(values, np.float32(covering * share), form) for share in _SHARES]
     return np.float32(covering * _SHARES[int(np.argmin(losses))])
 
 
@@ -96,29 +89,3 @@ def rounded(values: Float32, scale: NDArray[np.float32] | np.float32, form: Form
 
 def _squared_error(values: Float32, scale: np.float32, form: Format) -> float:
     return float(np.square(rounded(values, scale, form) - values, dtype=np.float64).mean())
-
-
-def _divergence(values: Float32, scale: np.float32, form: Format) -> float:
-    """Kullback-Leibler divergence of the observed magnitudes from those after quantizing.
-
-    Source: Migacz, 8-bit Inference with TensorRT (GTC 2017): counts outside the range go to its last bin; a level's
-    count is spread over its bins that have observed values.
-    """
-    magnitudes = np.abs(values)
-    limit = float(scale) * LARGEST[form]
-    edges = np.linspace(0, max(float(magnitudes.max()), limit), _BINS + 1)
-    inside = int(np.searchsorted(edges, limit, side="right")) - 1
-    counts = np.histogram(magnitudes, edges)[0].astype(np.float64)
-    seen = counts[:inside].copy()
-    if not inside or not seen.any():
-        return float("inf")
-    seen[-1] += counts[inside:].sum()
-    centers = ((edges[:-1] + edges[1:]) / 2)[:inside].astype(np.float32)
-    _, level = np.unique(quantize(centers, scale, form).astype(np.float32), return_inverse=True)
-    occupied = counts[:inside] > 0
-    totals = np.bincount(level, counts[:inside])
-    bins = np.maximum(np.bincount(level, occupied), 1)
-    left = np.where(occupied, (totals / bins)[level], 0)
-    p, q = seen / seen.sum(), left / max(left.sum(), 1e-30)
-    within = p > 0
-    return float((p[within] * np.log(p[within] / np.maximum(q[within], 1e-12))).sum())

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from lfdm_export.evaluation.evaluate import Evaluation
-from lfdm_export.evaluation.report import JSON
+from lfdm_export.evaluation.report import JSON, table
 from lfdm_export.files.json_codec import from_plain
 from lfdm_export.recipe.parts import EvaluationPart, ModelPart, Recipe, steps_of
 from lfdm_export.recipe.record import Record
@@ -31,7 +31,7 @@ def _quality(recipe: Recipe, record: Record) -> Iterable[str]:
         rebuilt = found.reconstruction
         labels = sorted(rebuilt.by_label.items(), key=lambda pair: pair[1])
         yield f"`{part.bundle}`, on {found.data}; seed {found.seed}, {found.precision}."
-        yield _table(
+        yield _joined(
             [f"LFAE, {rebuilt.clips} clips", ""],
             [
                 ["L1 of reconstructed frames / copying the first frame", f"**{rebuilt.ratio:.3f}**"],
@@ -51,7 +51,7 @@ def _quality(recipe: Recipe, record: Record) -> Iterable[str]:
             for one in found.generations
         ]
         real = ["real clips", "", f"{found.real_accuracy:.0%}", f"{found.real_frechet:.2f}", "", str(rebuilt.clips)]
-        yield _table(["sampler", "steps", "label recognized", "Fréchet", "L1 on still parts", "clips"], [*rows, real])
+        yield _joined(["sampler", "steps", "label recognized", "Fréchet", "L1 on still parts", "clips"], [*rows, real])
 
 
 def _files(recipe: Recipe, record: Record) -> str:
@@ -61,7 +61,7 @@ def _files(recipe: Recipe, record: Record) -> str:
         if isinstance(part, ModelPart)
         for name in record.entries[part.name].files
     ]
-    return _table(["file", "MB"], rows)
+    return _joined(["file", "MB"], rows)
 
 
 def _making(recipe: Recipe, record: Record) -> Iterable[str]:
@@ -77,13 +77,12 @@ def _making(recipe: Recipe, record: Record) -> Iterable[str]:
         minutes = sum(one.seconds for one in sessions) / 60
         rows.append([part.name, str(steps_of(part) or ""), wall, cpu, f"{minutes:.1f}", str(len(sessions))])
     yield "\n".join(f"- {machine}" for machine in sorted(machines))
-    yield _table(["part", "steps", "s / step", "s of a core / step", "minutes", "sessions"], rows)
+    yield _joined(["part", "steps", "s / step", "s of a core / step", "minutes", "sessions"], rows)
 
 
 def _mean(weighted: Sequence[tuple[float, int]]) -> float:
     return sum(value * count for value, count in weighted) / sum(count for _, count in weighted)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def _joined(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(table(header, rows))

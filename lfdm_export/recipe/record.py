@@ -7,7 +7,6 @@ OUT/card.md        the tables of a model card, once everything is made
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 from lfdm_export.errors import InputError
 from lfdm_export.files.atomic import write_file
-from lfdm_export.files.digests import sha256_and_size
+from lfdm_export.files.digests import json_digest, sha256_and_size
 from lfdm_export.files.json_codec import from_plain, to_plain
 from lfdm_export.recipe.parts import Part, Recipe
 
@@ -115,7 +114,7 @@ class Record:
             "part": [part.kind, to_plain(part)],
             "inputs": {name: dict(self.entries[name].files) for name in part.inputs},
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return json_digest(content)
 
     def made(self, part: Part) -> bool:
         """Whether a part is there, whole, and made with today's settings and inputs, which must be there too."""

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.bundle.manifest import dm_sha256_of
-from lfdm_export.errors import InputError
 from lfdm_export.pictures.preprocess import to_float
 from lfdm_export.sampling.options import AS_TRAINED, SamplingOptions
 from lfdm_export.sampling.rows import X0_FROM_LATENT, X0_FROM_PREDICTED_NOISE, SamplerTable
@@ -108,10 +107,7 @@ def chain_table(schedule: Schedule, provenance: Mapping[str, object]) -> Sampler
     Raises:
         InputError: the provenance's steps are wrong.
     """
-    try:
-        distilled = TunedSampler.of_distilled(provenance, dm_sha256_of(provenance))
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    distilled = TunedSampler.of_distilled(provenance, dm_sha256_of(provenance))
     if distilled is None:
         return CHAIN_OPTIONS.table(schedule)
     return distilled.table(schedule, distilled.tables[0].steps)

@@ -180,7 +180,6 @@ def positions(seed: int, name: str, size: int, count: int) -> Int64:
 
     Returns:
         (count,) int64, increasing.
-        (count,) int64, rising.
     """
     if count == size:
         return np.arange(size)

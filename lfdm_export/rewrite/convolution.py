@@ -14,16 +14,24 @@ from lfdm_export.ops.cuda.dispatch import on_gpu
 PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
+def fixed_conv(
+    weight: Tensor, bias: Tensor | None, *, padding: tuple[int, int], stride: tuple[int, int] = (1, 1)
+) -> nn.Conv2d:
+    """A convolution with given weights (out, in, k, k), which are not trained."""
+    out_channels, in_channels, height, width = weight.shape
+    has_bias = bias is not None
+    conv = nn.Conv2d(in_channels, out_channels, (height, width), stride, padding, bias=has_bias, device="meta")
+    conv.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        conv.bias = nn.Parameter(bias, requires_grad=False)
+    return conv
+
+
 def fold_time(conv: nn.Conv3d) -> nn.Conv2d:
     """A 3-D convolution with a kernel of 1 in time, as the equal 2-D convolution on (B·T, C, h, w)."""
-    kernel, stride, padding = (
-        cast(tuple[int, int], tuple(t)[1:]) for t in (conv.kernel_size, conv.stride, conv.padding)
-    )
-    folded = nn.Conv2d(conv.in_channels, conv.out_channels, kernel, stride, padding, device="meta")
-    folded.weight = nn.Parameter(conv.weight.detach()[:, :, 0], requires_grad=False)
+    stride, padding = (cast(tuple[int, int], tuple(t)[1:]) for t in (conv.stride, conv.padding))
     assert conv.bias is not None
-    folded.bias = nn.Parameter(conv.bias.detach(), requires_grad=False)
-    return folded
+    return fixed_conv(conv.weight.detach()[:, :, 0], conv.bias.detach(), padding=padding, stride=stride)
 
 
 def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
@@ -35,16 +43,8 @@ def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     factor = norm.weight.detach().double() / torch.sqrt(norm.running_var.double() + norm.eps)
     weight = conv.weight.detach().double() * factor[:, None, None, None]
     bias = (conv.bias.detach().double() - norm.running_mean.double()) * factor + norm.bias.detach().double()
-    folded = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        cast(tuple[int, int], conv.kernel_size),
-        padding=cast(tuple[int, int], conv.padding),
-        device="meta",
-    )
-    folded.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
-    folded.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
-    return folded
+    dtype = conv.weight.dtype
+    return fixed_conv(weight.to(dtype), bias.to(dtype), padding=cast(tuple[int, int], conv.padding))
 
 
 def phase_kernels(weight: Tensor) -> Tensor:

@@ -27,27 +27,19 @@ class Encode(nn.Module):
 
 
 class Denoise(nn.Module):
-    """One evaluation of the UNet."""
-
-    def __init__(self, unet: DeployableUnet) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, noisy_latent: Tensor, context: Tensor, text_embedding: Tensor, timestep: Tensor) -> Tensor:
-        """-> predicted noise (B, 3, T, h, w)."""
-        predicted_noise: Tensor = self.unet(noisy_latent, context, text_embedding, timestep)
-        return predicted_noise
-
-
-class DenoiseGuided(nn.Module):
-    """One evaluation of the UNet with classifier-free guidance."""
+    """One evaluation of the UNet, with classifier-free guidance if the UNet is `guided`."""
 
     def __init__(self, unet: DeployableUnet) -> None:
         super().__init__()
         self.unet = unet
 
     def forward(
-        self, noisy_latent: Tensor, context: Tensor, text_embedding: Tensor, timestep: Tensor, guidance_scale: Tensor
+        self,
+        noisy_latent: Tensor,
+        context: Tensor,
+        text_embedding: Tensor,
+        timestep: Tensor,
+        guidance_scale: Tensor | None = None,
     ) -> Tensor:
         """-> predicted noise (B, 3, T, h, w)."""
         predicted_noise: Tensor = self.unet(noisy_latent, context, text_embedding, timestep, guidance_scale)
@@ -57,7 +49,7 @@ class DenoiseGuided(nn.Module):
 class Step(nn.Module):
     """One sampling step for either evaluation: UNet, thresholding, sampler update."""
 
-    def __init__(self, denoise: Denoise | DenoiseGuided) -> None:
+    def __init__(self, denoise: Denoise) -> None:
         super().__init__()
         self.denoise = denoise
 
@@ -103,7 +95,7 @@ def stage_modules(model: LfdmModel, frames: int) -> dict[str, nn.Module]:
         folded = fold_batch_norms(model.lfae)
         unet = model.diffusion.denoise_fn
         plain = Denoise(DeployableUnet(unet, frames))
-        guided = DenoiseGuided(DeployableUnet(unet, frames, guided=True))
+        guided = Denoise(DeployableUnet(unet, frames, guided=True))
         residual = model.config.residual_flow
         modules: dict[str, nn.Module] = {
             "encode": Encode(folded, unet.init_conv),

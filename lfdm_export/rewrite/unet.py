@@ -17,7 +17,14 @@ from lfdm_export.ops.group_norm_silu.reference import group_norm_silu
 from lfdm_export.ops.small_conv.reference import small_conv, suits_small_conv
 from lfdm_export.ops.temporal_attention.reference import goes_by_frame
 from lfdm_export.rewrite.attention import FoldedLinearAttention, FoldedSpatialAttention, FoldedTemporalAttention
-from lfdm_export.rewrite.convolution import fold_time, interleave, phase_convs, phase_kernels, transposed_phase_kernels
+from lfdm_export.rewrite.convolution import (
+    fixed_conv,
+    fold_time,
+    interleave,
+    phase_convs,
+    phase_kernels,
+    transposed_phase_kernels,
+)
 from lfdm_models.unet import LATENT_CHANNELS, ConvBlock, Level, ResBlock, Unet3D
 
 
@@ -244,22 +251,15 @@ class FoldedModulation(nn.Module):
 
 def latent_half(init_conv: nn.Conv3d) -> nn.Conv2d:
     """The part of `init_conv` for the noisy latent, without bias (which is in `context`)."""
-    weight = init_conv.weight.detach()[:, :LATENT_CHANNELS, 0]
-    size = weight.shape[-1]
-    conv = nn.Conv2d(LATENT_CHANNELS, weight.shape[0], size, padding=size // 2, bias=False, device="meta")
-    conv.weight = nn.Parameter(weight, requires_grad=False)
-    return conv
+    padding = cast(tuple[int, int], init_conv.padding[1:])
+    return fixed_conv(init_conv.weight.detach()[:, :LATENT_CHANNELS, 0], None, padding=padding)
 
 
 def context_half(init_conv: nn.Conv3d) -> nn.Conv2d:
     """The part of `init_conv` for the feature, with the bias: the same for every frame and step."""
-    weight = init_conv.weight.detach()[:, LATENT_CHANNELS:, 0]
-    size = weight.shape[-1]
-    conv = nn.Conv2d(weight.shape[1], weight.shape[0], size, padding=size // 2, device="meta")
-    conv.weight = nn.Parameter(weight, requires_grad=False)
+    padding = cast(tuple[int, int], init_conv.padding[1:])
     assert init_conv.bias is not None
-    conv.bias = nn.Parameter(init_conv.bias.detach(), requires_grad=False)
-    return conv
+    return fixed_conv(init_conv.weight.detach()[:, LATENT_CHANNELS:, 0], init_conv.bias.detach(), padding=padding)
 
 
 def _fold_resample(module: nn.Module) -> nn.Module:

@@ -143,13 +143,16 @@ class TunedSampler:
         """The sampler that a DM was distilled for, if its provenance has one.
 
         Raises:
-            ValueError: the entry is wrong, or the checkpoint's SHA-256 is missing.
+            InputError: the entry is wrong, or the checkpoint's SHA-256 is missing.
         """
         if FEW_STEPS not in provenance:
             return None
-        steps = from_plain(TunedSteps, provenance[FEW_STEPS], FEW_STEPS)
-        # Guidance was distilled into the weights: they run once per step.
-        return cls(dm_sha256 or "", 1.0, (steps,), "distilled into these weights by lfdm-train distill")
+        try:
+            steps = from_plain(TunedSteps, provenance[FEW_STEPS], FEW_STEPS)
+            # Guidance was distilled into the weights: they run once per step.
+            return cls(dm_sha256 or "", 1.0, (steps,), "distilled into these weights by lfdm-train distill")
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
     def save(self, path: Path) -> None:
         """Write the tables as a JSON file. `lfdm-export --tuned` adds it to other bundles of these weights.
@@ -182,11 +185,11 @@ class TunedSampler:
             dm_sha256: SHA-256 of the DM checkpoint, if known.
 
         Raises:
-            ValueError: it does not match; the message says what to do.
+            InputError: it does not match; the message says what to do.
         """
         if dm_sha256 != self.dm_sha256:
             found = "unknown" if dm_sha256 is None else dm_sha256[:12]
-            raise ValueError(
+            raise InputError(
                 f"the tuned sampler was learned for the DM of SHA-256 {self.dm_sha256[:12]}, this model's is {found}; "
                 "tune it for these weights: lfdm-train schedule"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -17,6 +16,7 @@ from lfdm_export.engines.cuda_driver import find_gpus
 from lfdm_export.engines.device import DeviceMemoryError
 from lfdm_export.engines.device_batch import RowStep
 from lfdm_export.errors import EngineError
+from lfdm_export.files.digests import json_digest
 from lfdm_export.generate.stage_runner import StageRunner
 from lfdm_export.sampling.options import takes_both_branches
 from lfdm_export.sampling.rows import SamplerTable
@@ -54,7 +54,7 @@ def measured_slots(runner: StageRunner, *, on_device: bool) -> tuple[int, Curve]
         "on_device": on_device,
         "sizes": sizes,
     }
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    key = json_digest(facts)
     cache = user_compiled_cache(_CACHE)
     curve = None if cache is None else parse_curve(cache.read(_NAME, key), sizes)
     if curve is None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lfdm_models.plain_pickle import PlainUnpickler
 from lfdm_models.stored_values import DamagedFileError, Storage, StoredFileError, StoredTensor
+from lfdm_models.wording import first_line
 
 #: First bytes of every zip archive, and the pickled magic number of older torch.save files.
 ZIP_MAGIC = b"PK\x03\x04"
@@ -219,5 +220,5 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except (StoredFileError, OSError):
         raise
     except Exception as error:  # from json, from a header of another type, and from the library
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
-        raise DamagedFileError(f"its header is damaged ({reason[:160]})") from error
+        reason = first_line(error, 160).split(". ")[0]
+        raise DamagedFileError(f"its header is damaged ({reason})") from error

@@ -27,6 +27,7 @@ from lfdm_models.text_files import (
     read_config,
     read_weights,
 )
+from lfdm_models.wording import first_line
 
 __all__ = ["DEFAULT_ENCODER", "BertTextEncoder", "TextEncoderError"]
 
@@ -77,10 +78,9 @@ class BertTextEncoder(nn.Module):
             raise
         # transformers raises many types for invalid files, including the system's errors.
         except Exception as error:
-            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
             raise TextEncoderError(
-                f"the text encoder {str(folder)!r} cannot be loaded ({reason[:200]}); it must be a folder with "
-                "config.json, weights and tokenizer files"
+                f"the text encoder {str(folder)!r} cannot be loaded ({first_line(error, 200)}); it must be a folder "
+                "with config.json, weights and tokenizer files"
             ) from error
         finally:
             transformers_logging.set_verbosity(loud)

@@ -16,6 +16,7 @@ from torch import Tensor
 from lfdm_models.patience import within
 from lfdm_models.stored_files import TorchFile, read_safetensors
 from lfdm_models.stored_values import StoredFileError, StoredTensor
+from lfdm_models.wording import first_line
 
 CONFIG = "config.json"
 VOCABULARY = "vocab.txt"
@@ -86,7 +87,7 @@ def find_folder(source: str | os.PathLike[str]) -> Path:
                 wanted.append(f"{stem}-*.{ending}")
             return Path(snapshot_download(name, allow_patterns=wanted))
         except Exception as error:  # noqa: BLE001  # the client raises its own errors, those of httpx and the system's
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            reason = first_line(error, 200)
     raise TextEncoderError(
         f"the text encoder {name!r} cannot be loaded ({reason}): it is not on this machine, and the Hugging Face hub "
         "did not provide it; try again with access to the hub, give the folder of its files (--text-encoder FOLDER), "
@@ -209,7 +210,7 @@ def _read_part(path: Path) -> dict[str, Tensor]:
         return weights
     except (StoredFileError, RuntimeError) as error:
         raise TextEncoderError(
-            f"the text encoder's weights {path} cannot be loaded: {str(error).splitlines()[0]}; fetch them again"
+            f"the text encoder's weights {path} cannot be loaded: {first_line(error)}; fetch them again"
         ) from error
     except OSError as error:
         raise TextEncoderError(

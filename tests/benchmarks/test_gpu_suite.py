@@ -236,7 +236,7 @@ def test_a_wrong_attention_fails_its_part(
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", wrong)
     record = gpu_part.run(PARTS["attention"], bench_for("wrong", trial[0]))
-    assert (record["status"], record["error"].partition(":")[0]) == ("failed", "WrongAttentionError")
+    assert (record["status"], record["error"].partition(":")[0]) == ("failed", "WrongResultError")
 
 
 def test_a_wrong_core_fails_the_checks_and_its_part(
@@ -252,7 +252,7 @@ def test_a_wrong_core_fails_the_checks_and_its_part(
     assert record["status"] == "failed"
     assert "differ from float64: temporal core" in record["error"]
     record = gpu_part.run(PARTS["attention"], bench_for("wrong", trial[0]))
-    assert (record["status"], record["error"].partition(":")[0]) == ("failed", "WrongAttentionError")
+    assert (record["status"], record["error"].partition(":")[0]) == ("failed", "WrongResultError")
 
 
 def test_no_checked_pixel_lies_on_a_pixel_of_the_motion() -> None:

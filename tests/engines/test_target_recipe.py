@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import onnx
@@ -43,7 +44,7 @@ class ReferenceEngine:
         return dict(zip(names, self._evaluator.run(names, dict(feeds)), strict=True))
 
 
-def load(bundle: Bundle, stage: str, _threads: int | None, _device: str) -> Engine:
+def load(bundle: Bundle, stage: str, _target: str, _threads: int | None, _device: str) -> Engine:
     return ReferenceEngine(bundle.stage_path(stage), bundle.stages[stage])
 
 
@@ -57,7 +58,7 @@ TOY = TargetSpec(
     extra="export",
     packages={"onnx": ("onnx",)},
     takes="graphs",
-    load=load,
+    load=f"{__name__}:load",
     cpu_precisions=("fp32",),
     devices=("abacus",),
     lacks=lacks,
@@ -144,6 +145,8 @@ def test_what_is_declared_exists():
     for spec in TARGETS:
         assert f"\n{spec.extra} = [" in extras, spec.name
         assert spec.bodies in BODIES, spec.name
+        for entry in filter(None, (spec.load, spec.clip_maker, spec.device_chain)):
+            assert callable(resolve_name(entry)), entry
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -103,7 +103,7 @@ def test_a_bundle_without_weights_says_so(small_bundle: Bundle, torch_bundle: Bu
     assert "export it again from its checkpoints with --target torch" in why_not_held(small_bundle, "torch")
     assert (held_targets(torch_bundle), why_not_held(torch_bundle, "torch")) == (("torch",), "")
     with pytest.raises(EngineError, match=r"holds no weights for PyTorch: export it again"):
-        open_engine(small_bundle, "encode")
+        open_engine(small_bundle, "encode", "torch")
 
 
 def cut(path: Path) -> None:
@@ -144,7 +144,7 @@ def test_weights_of_something_else_are_refused(
     damage(folder / TORCH_WEIGHTS)
     bundle = listed(folder, torch_bundle.manifest)
     with pytest.raises(EngineError, match=said):
-        open_engine(bundle, "encode")
+        open_engine(bundle, "encode", "torch")
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -163,7 +163,7 @@ def test_clips_are_those_of_onnx_runtime(torch_bundle: Bundle, picture: np.ndarr
 
 @pytest.mark.usefixtures("uncompiled")
 def test_a_sample_depends_on_no_other(torch_bundle: Bundle) -> None:
-    engine = open_engine(torch_bundle, "denoise", threads=1)
+    engine = open_engine(torch_bundle, "denoise", "torch", threads=1)
     rng = np.random.default_rng(0)
     feeds = {
         tensor.name: rng.integers(0, 999, 3) if tensor.dtype == "int64" else rng.standard_normal(
@@ -249,7 +249,7 @@ def test_a_machine_without_a_compiler_gets_the_remedy(
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", no_compiler)
     # Its own session: that of the other tests may have run this stage already.
-    engine = open_engine(Bundle.open(torch_bundle.path), "encode", threads=1)
+    engine = open_engine(Bundle.open(torch_bundle.path), "encode", "torch", threads=1)
     with pytest.raises(EngineError, match=r"No working C\+\+ compiler found; .* LFDM_TORCH_COMPILE=0 runs it"):
         engine.run({"image": np.zeros((1, 3, 64, 64), np.float32)})
 

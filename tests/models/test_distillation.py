@@ -24,7 +24,7 @@ from lfdm_models.training import recipes
 from lfdm_models.training.centering import center, constant_of
 from lfdm_models.training.cli import main
 from lfdm_models.training.conditions import label_table
-from lfdm_models.training.distill import Teacher, distill, no_samples_report
+from lfdm_models.training.distill import Teacher, distill
 from lfdm_models.training.distill_stage import DRAWS, DistillStage, distance, energy_score
 from lfdm_models.training.dm import DmStage, new_diffusion
 from lfdm_models.training.errors import TrainingError
@@ -313,7 +313,7 @@ def test_the_exported_last_level_gives_the_trained_latents(times: tuple[int, ...
             head.conv.weight.normal_(0, 0.2, generator=torch.Generator().manual_seed(0))
             head.conv.bias.normal_(0, 0.2, generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([0, 1, -1, 2])
-    kept = stage.keep(latents, features, labels, 7, no_samples_report)
+    kept = stage.keep(latents, features, labels, 7, no_report)
     exported = new_diffusion(CONFIG, 0)
     exported.load_state_dict(stage.checkpoint(stage.last_level.state_dict())["diffusion"])
     seen: list[Tensor] = []
@@ -366,7 +366,7 @@ def test_later_steps_see_the_data_with_the_noise_of_their_time():
 
 def test_an_epoch_has_each_picture_at_each_step():
     stage = last_stage((80, 40), noise(3, *SHAPE), features_with_a_constant()[:3])
-    kept = stage.keep(noise(3, *SHAPE), features_with_a_constant()[:3], torch.tensor([0, 1, 2]), 0, no_samples_report)
+    kept = stage.keep(noise(3, *SHAPE), features_with_a_constant()[:3], torch.tensor([0, 1, 2]), 0, no_report)
     assert kept.inputs.shape == (3, 2, DRAWS, 2 * CONFIG.dm.width, FRAMES, 8, 8)
     assert kept.inputs.nbytes + kept.first.nbytes == 3 * bytes_kept(CONFIG, 2, SHAPE)
     examples = [kept[number] for number in range(12)]
@@ -391,7 +391,7 @@ def test_the_last_level_learns_labels_and_scatter(tmp_path: Path):
     latents = latents.contiguous() + 0.01 * noise(64, *SHAPE)
     features = features_with_a_constant()[:1].expand(64, -1, -1, -1).contiguous()
     stage = last_stage((70,), latents, features)
-    kept = stage.keep(latents, features, labels, 0, no_samples_report)
+    kept = stage.keep(latents, features, labels, 0, no_report)
     optimizer = OptimizerSettings(1e-2, (0.9, 0.95), clip_norm=2.0, cosine=True)
     outcome = train(
         stage,
@@ -474,7 +474,7 @@ def test_processes_share_the_drawing(tmp_path: Path):
         if rank:  # it waits for the first one's file, which is not there yet
             processes.wait = killed  # type: ignore[method-assign]
         settings = Sampling(5, steps=2)
-        return draw_samples(stage, lambda _: picture, FRAMES, settings, tmp_path, processes, no_samples_report)
+        return draw_samples(stage, lambda _: picture, FRAMES, settings, tmp_path, processes, no_report)
 
     def killed() -> None:
         raise Killed

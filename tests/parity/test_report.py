@@ -16,7 +16,8 @@ from rich.console import Console
 
 from lfdm_export.errors import BundleError, InputError
 from lfdm_export.parity.report.charts import bar, step_chart
-from lfdm_export.parity.report.model import CHAIN, Check, Pictures, Report, StepError, number, percent
+from lfdm_export.parity.report.checks import CHAIN, Check, Pictures, StepError, number, percent
+from lfdm_export.parity.report.model import Report
 from lfdm_export.parity.report.page import MAGNIFIED, page
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}

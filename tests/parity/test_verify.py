@@ -16,7 +16,8 @@ from lfdm_export.bundle.reader import Bundle, fingerprint
 from lfdm_export.bundle.writer import BundleWriter
 from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from lfdm_export.errors import BundleError, EngineError, InputError
-from lfdm_export.parity.report.model import CHAIN, Check, Report
+from lfdm_export.parity.report.checks import CHAIN, Check
+from lfdm_export.parity.report.model import Report
 from lfdm_export.parity.verify import verify_bundle
 from lfdm_export.reference.inputs import CHAIN_OPTIONS
 from lfdm_export.stages import stage_specs

@@ -22,7 +22,8 @@ from lfdm_export.engines.target_spec import Machine
 from lfdm_export.errors import EngineError, InputError, MissingDependencyError
 from lfdm_export.parity import verify
 from lfdm_export.parity.chain import ChainResult
-from lfdm_export.parity.report.model import OtherEngine, Report
+from lfdm_export.parity.report.checks import OtherEngine, nearest
+from lfdm_export.parity.report.model import Report
 from lfdm_export.parity.report.page import page
 from lfdm_export.parity.verify import verify_bundle
 from lfdm_export.stages import stage_specs
@@ -139,7 +140,7 @@ def test_a_wrong_engine_fails_with_its_name(bundle: Bundle, monkeypatch: pytest.
     assert not any(stage.startswith(("encode", "ONNX Runtime")) for stage in stages)
     assert "OpenVINO, CPU: encode" in report.verdict
     assert "✗" in page(report)
-    assert of(report, "OpenVINO, CPU").nearest is not None
+    assert nearest(of(report, "OpenVINO, CPU").checks) is not None
 
 
 def test_an_engine_error_also_fails_polygraphys_comparison(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):

@@ -20,7 +20,7 @@ from lfdm_export.export import precisions
 from lfdm_export.export.bundle_export import export_bundle
 from lfdm_export.generate.pipeline import Pipeline
 from lfdm_export.parity.chain import check_chain
-from lfdm_export.parity.report.model import Check
+from lfdm_export.parity.report.checks import Check
 from lfdm_export.parity.verify import verify_bundle
 from lfdm_export.quantize.graphs import quantized_graphs
 from lfdm_export.quantize.ranges import FORMATS, Format

@@ -16,6 +16,7 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
+from benchmarks.processes import descendants
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.protocol.contract import CLIP_MODEL, CONDITION_MODEL, ENCODE_MODEL, SAMPLE_MODEL, STREAM_MODEL
 from lfdm_export.serving.server.files import install_server
@@ -23,21 +24,6 @@ from tests.running_server import DEADLINE, RunningServer, ServeCommand, eventual
 
 PIXELS = np.arange(64 * 64 * 3, dtype=np.uint32).reshape(64, 64, 3).astype(np.uint8)
 REQUEST = {"image": PIXELS, "label": "fear", "seed": 5, "steps": 2}
-
-
-def descendants(pid: int) -> dict[int, list[str]]:
-    """All descendants of a process with their arguments."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue  # it has ended
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return {child: arguments(child) for child in found - {pid}}
 
 
 def arguments(pid: int) -> list[str]:
@@ -134,7 +120,7 @@ def command(small_bundle: Bundle) -> Iterator[ServeCommand]:
 def test_what_a_local_user_sees_and_what_remains_after_a_kill(command: ServeCommand):
     """One server for both tests: its start takes longer than either."""
     pid = command.process.pid
-    processes = descendants(pid)
+    processes = {child: arguments(child) for child in descendants(pid)}
     stubs = {child for child, words in processes.items() if "triton_python_backend_stub" in words[0]}
     (server,) = (child for child, words in processes.items() if words[0].endswith("tritonserver"))
     assert len(stubs) == 6

@@ -5,46 +5,28 @@ Works on any device of ONNX Runtime; on a CPU it saves two copies per step. Not 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lfdm_export.bundle.reader import Bundle
 from lfdm_export.engines.checks import Array, check_feeds
-from lfdm_export.engines.device_batch import STATE
+from lfdm_export.engines.device_batch import EACH_STEP, STATE, fixed_inputs
 from lfdm_export.engines.onnxruntime.engine import MEMORY, OnnxRuntimeEngine
 from lfdm_export.engines.onnxruntime.target import Device
+from lfdm_export.engines.target_spec import Target
 from lfdm_export.errors import EngineError
 from lfdm_export.sampling.rows import SamplerTable
-from lfdm_export.stages import BATCH, COEFFICIENTS, StageSpec
+from lfdm_export.stages import BATCH, COEFFICIENTS
+from lfdm_export.wording import one_line
 
 Float32: TypeAlias = NDArray[np.float32]
-
-_EACH_STEP = ("timestep", "noise", "coefficients")
 
 
 class BoundOnnxRuntimeEngine(OnnxRuntimeEngine):
     """An engine that can keep the sampling state on its device."""
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        spec: StageSpec,
-        *,
-        threads: int | None = None,
-        device: Device = "cuda",
-        tf32: bool = False,
-    ) -> None:
-        """Load a graph, as `OnnxRuntimeEngine` does.
-
-        Raises:
-            EngineError: the file cannot be loaded, is another stage, or the device is missing or cannot run all of it.
-            MissingDependencyError: onnxruntime is not installed.
-        """
-        super().__init__(path, spec, threads=threads, device=device, tf32=tf32)
-        self.device: Device = device
 
     def denoise_loop(self, batch: int) -> BoundLoop:
         """Make a loop for a batch size.
@@ -69,8 +51,8 @@ class BoundLoop:
         """Allocate the memory of all tensors."""
         self._engine, self._spec, self._session, self._batch = engine, engine.spec, session, batch
         self._inputs = {tensor.name: tensor for tensor in self._spec.inputs}
-        self._fixed = {name: self._empty(name) for name in self._inputs if name not in (*STATE.values(), *_EACH_STEP)}
-        self._each = {name: self._empty(name) for name in _EACH_STEP}
+        self._fixed = {name: self._empty(name) for name in fixed_inputs(self._spec)}
+        self._each = {name: self._empty(name) for name in EACH_STEP}
         self._silence = self._empty("noise")
         self._silence.update_inplace(self._zeros("noise"))
         self._state = [{name: self._empty(name) for name in STATE.values()} for _ in range(2)]
@@ -85,7 +67,7 @@ class BoundLoop:
             EngineError: the start or a fixed input does not match the stage.
         """
         state = {"noisy_latent": start, "history": self._zeros("history")}
-        changing = {name: self._zeros(name) for name in _EACH_STEP}
+        changing = {name: self._zeros(name) for name in EACH_STEP}
         axes = check_feeds(self._spec, {**fixed, **state, **changing})
         if axes[BATCH] != self._batch:
             raise EngineError(f"the loop is for a batch of {self._batch}, found {axes[BATCH]}; make another")
@@ -114,8 +96,7 @@ class BoundLoop:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # the exceptions of onnxruntime share no other base
-            text = " ".join(str(error).split())[:500]
-            raise EngineError(f"stage {self._spec.name!r} failed in ONNX Runtime: {text}") from error
+            raise EngineError(f"stage {self._spec.name!r} failed in ONNX Runtime: {one_line(error)}") from error
         self._turn = 1 - self._turn
 
     def latent(self) -> Float32:
@@ -150,3 +131,18 @@ class BoundLoop:
             return onnxruntime.OrtValue.ortvalue_from_shape_and_type(zeros.shape, zeros.dtype, memory, 0)
         except Exception as error:  # the exceptions of onnxruntime share no other base
             raise EngineError(f"stage {self._spec.name!r}: no memory for {name} on {memory!r}") from error
+
+
+def open_engine(bundle: Bundle, stage: str, _target: Target, threads: int | None, device: str) -> OnnxRuntimeEngine:
+    """The engine of a stage; on a GPU, one that keeps the state of sampling there.
+
+    Raises:
+        EngineError: the graph cannot be loaded, or the device is missing or cannot run all of it.
+        MissingDependencyError: a package is not installed.
+    """
+    path, spec = bundle.stage_path(stage), bundle.stages[stage]
+    # On a CPU it is better to stop a chain with non-finite values at once than to keep its state in place.
+    on_gpu = device != "cpu" and set(STATE) <= {tensor.name for tensor in spec.outputs}
+    kind = BoundOnnxRuntimeEngine if on_gpu else OnnxRuntimeEngine
+    tf32 = bundle.manifest.precision == "tf32"
+    return kind(path, spec, threads=threads, device=cast(Device, device), tf32=tf32)

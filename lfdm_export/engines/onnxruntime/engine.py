@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from lfdm_export.engines.checks import Array, check_feeds, check_outputs
+from lfdm_export.engines.checks import Array, check_feeds, check_outputs, thread_count
 from lfdm_export.engines.onnxruntime.gpu import gpu_graph, require_on_gpu
 from lfdm_export.engines.onnxruntime.target import PROVIDERS, Device
 from lfdm_export.errors import EngineError, MissingDependencyError
@@ -38,7 +38,6 @@ class OnnxRuntimeEngine:
         *,
         threads: int | None = None,
         device: Device = "cpu",
-        allow_spinning: bool = True,
         tf32: bool = False,
     ) -> None:
         """Load a graph and compare its interface with the stage.
@@ -49,32 +48,18 @@ class OnnxRuntimeEngine:
             threads: threads per run; None uses every core that this process may use.
             device: "cpu", "cuda", or an execution provider on it, "tensorrt" or "tensorrt-rtx". On a GPU, operators
                 use the bodies for a GPU, and none may run on the CPU.
-            allow_spinning: let idle threads busy-wait, which is faster while no other engine uses the cores;
-                ignored if there are more threads than cores.
             tf32: let CUDA compute matrix products in TF32, its default.
 
         Raises:
             EngineError: the file cannot be loaded, is another stage, or the device is missing or cannot run all of it.
             MissingDependencyError: onnxruntime is not installed.
         """
-        self.path, self.spec = Path(path), spec
+        self.path, self.spec, self.device = Path(path), spec, device
         check_graph(self.path, spec)
-        self._session = open_session(
-            self.path, threads=threads, device=device, allow_spinning=allow_spinning, tf32=tf32
-        )
+        self._session = open_session(self.path, threads=threads, device=device, tf32=tf32)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the stage once.
-
-        Args:
-            feeds: exactly the inputs of the stage, by name, with its dtypes and shapes.
-
-        Returns:
-            The outputs of the stage, by name.
-
-        Raises:
-            EngineError: the feeds do not match the stage, or the run fails (for example, out of memory).
-        """
+        """Run the stage once; see `lfdm_export.engines.interface.Engine`."""
         axes = check_feeds(self.spec, feeds)
         names = [tensor.name for tensor in self.spec.outputs]
         contiguous = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
@@ -87,27 +72,18 @@ class OnnxRuntimeEngine:
         return outputs
 
 
-def open_session(
-    path: Path,
-    *,
-    threads: int | None = None,
-    device: Device = "cpu",
-    allow_spinning: bool = True,
-    tf32: bool = False,
-) -> Any:
+def open_session(path: Path, *, threads: int | None = None, device: Device = "cpu", tf32: bool = False) -> Any:
     """Open an `onnxruntime.InferenceSession` with the options for every graph in a bundle; see `OnnxRuntimeEngine`.
 
     Raises:
         EngineError: the file cannot be loaded, or the device is not available or cannot run all of it.
         MissingDependencyError: onnxruntime is not installed.
     """
-    if threads is not None and threads < 1:
-        raise EngineError(f"threads is {threads}, expected 1 or more, or None for all cores")
-    options = _options(available_cores() if threads is None else threads, allow_spinning)
+    options = _options(thread_count(threads))
     return _load(path, options, _providers(device), on_gpu=device != "cpu", tf32=tf32)
 
 
-def _options(threads: int, allow_spinning: bool) -> Any:
+def _options(threads: int) -> Any:
     ort = _onnxruntime()
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -117,7 +93,7 @@ def _options(threads: int, allow_spinning: bool) -> Any:
     options.log_severity_level = _ERRORS_ONLY
     # By default it counts the processors of the machine, and pins its threads to them whether this is allowed or not.
     options.intra_op_num_threads = threads
-    spins = allow_spinning and threads <= available_cores()
+    spins = threads <= available_cores()  # with more threads than cores, those that spin block the others
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spins else "0")
     # Else its idle threads busy-wait while the engine of the next stage runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -142,8 +118,6 @@ def _providers(device: Device) -> tuple[str, ...]:
 
 
 def _load(path: Path, options: Any, providers: Sequence[str], *, on_gpu: bool, tf32: bool) -> Any:
-    if not path.is_file():
-        raise EngineError(f"there is no graph at {path}; export again")
     name = require_utf8(path, "ONNX Runtime")
     graph = gpu_graph(path, options) if on_gpu else name
     # Source: options of the CUDA provider of ONNX Runtime.

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lfdm_export.engines.checks import Array, check_feeds, check_outputs
-from lfdm_export.engines.compiled_cache import CompiledCache
+from lfdm_export.bundle.reader import Bundle
+from lfdm_export.engines.checks import Array, check_feeds, check_outputs, thread_count
+from lfdm_export.engines.compiled_cache import CompiledCache, user_compiled_cache
 from lfdm_export.engines.openvino.cache import cache_key
 from lfdm_export.engines.openvino.target import OPENVINO
+from lfdm_export.engines.target_spec import Target
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.graphs.file import walk
-from lfdm_export.machine import available_cores
 from lfdm_export.stages import BATCH, StageSpec
 from lfdm_export.telemetry import import_openvino
 from lfdm_export.wording import one_line
@@ -68,29 +69,16 @@ class OpenVinoEngine:
             MissingDependencyError: OpenVINO, or a package that prepares graphs for it, is not installed.
         """
         self.path, self.spec = Path(path), spec
-        if threads is not None and threads < 1:
-            raise EngineError(f"threads is {threads}, expected 1 or more, or None for all cores")
+        threads = thread_count(threads)
         self._core = shared_core()
-        self._options = _options(self._core, available_cores() if threads is None else threads, precision)
-        if not self.path.is_file():
-            raise EngineError(f"there is no graph at {self.path}; export again")
+        self._options = _options(self._core, threads, precision)
         self._graph, self._weights, self._identity = _graph_and_weights(self.path, spec)
         self._used = {name for port in self._model(batch=None).inputs for name in port.get_names()}
         self._cache = cache
         self._requests: dict[int | None, Any] = {}
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the stage once.
-
-        Args:
-            feeds: exactly the inputs of the stage, by name, with its dtypes and shapes.
-
-        Returns:
-            The outputs of the stage, by name.
-
-        Raises:
-            EngineError: the feeds do not match the stage, or the run fails (for example, out of memory).
-        """
+        """Run the stage once; see `lfdm_export.engines.interface.Engine`."""
         axes = check_feeds(self.spec, feeds)
         contiguous = {name: np.ascontiguousarray(array) for name, array in feeds.items() if name in self._used}
         try:
@@ -134,6 +122,23 @@ class OpenVinoEngine:
             model.reshape({name: shape for name, shape in shapes.items() if name in self._used})
         keep_coordinates(model)
         return model
+
+
+def open_engine(bundle: Bundle, stage: str, target: Target, threads: int | None, _device: str) -> OpenVinoEngine:
+    """The engine of a stage, with the user's cache of compiled graphs.
+
+    Raises:
+        EngineError: the graph cannot be loaded, or the processor lacks its precision.
+        InputError: LFDM_CACHE_SIZE is not a size.
+        MissingDependencyError: a package is not installed.
+    """
+    return OpenVinoEngine(
+        bundle.stage_path(stage),
+        bundle.stages[stage],
+        threads=threads,
+        precision=bundle.manifest.precision,
+        cache=user_compiled_cache(target),
+    )
 
 
 def keep_coordinates(model: Any) -> None:
@@ -195,7 +200,7 @@ def _graph_and_weights(path: Path, spec: StageSpec) -> tuple[bytes, dict[str, ND
             continue
         mapped += 1
         entries = {entry.key: entry.value for entry in tensor.external_data}
-        name, start, length = entries["location"], int(entries.get("offset", 0)), int(entries["length"])
+        name, start, length = entries["location"], int(entries.get("offset", 0)), int(entries.get("length", -1))
         if name not in weights:
             weights[name] = _mapped(path, name)
         if start < 0 or length < 0 or start + length > len(weights[name]):

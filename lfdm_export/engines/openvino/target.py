@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 from lfdm_export.engines.target_spec import Machine, Purpose, TargetSpec
-
-if TYPE_CHECKING:
-    from lfdm_export.bundle.reader import Bundle
-    from lfdm_export.engines.interface import Engine
 
 # Without one of these it has no bf16, or only an emulation that is slower than float32.
 _BF16_PROCESSORS = ("avx512_bf16", "amx_bf16")
 # Without one of these it adds pairs of 8-bit products in 16 bits, which saturate: see docs/precision.md.
 _INT8_PROCESSORS = ("avx512_vnni", "avx_vnni", "amx_int8")
-
-
-def _load(bundle: Bundle, stage: str, threads: int | None, _device: str) -> Engine:
-    from lfdm_export.engines.compiled_cache import user_compiled_cache
-    from lfdm_export.engines.openvino.engine import OpenVinoEngine
-
-    return OpenVinoEngine(
-        bundle.stage_path(stage),
-        bundle.stages[stage],
-        threads=threads,
-        precision=bundle.manifest.precision,
-        cache=user_compiled_cache(OPENVINO.name),
-    )
 
 
 def _lacks(_purpose: Purpose, precision: str, machine: Machine, _gpus: Collection[str] | None) -> str:
@@ -53,7 +35,7 @@ OPENVINO = TargetSpec(
     extra="openvino",
     packages={"openvino": ("openvino",), "onnx": ("onnx",)},
     takes="graphs",
-    load=_load,
+    load="lfdm_export.engines.openvino.engine:open_engine",
     # Tested with 2026.4.
     cpu_precisions=("fp32", "tf32", "fp16", "bf16", "int8"),
     bodies="openvino",

@@ -15,7 +15,7 @@ from lfdm_export.engines.interface import ClipRequest, Float32, MadeClips
 from lfdm_export.engines.pytorch.interfaces import PictureDecode
 from lfdm_export.engines.pytorch.loop import TorchLoop
 from lfdm_export.engines.pytorch.session import TorchSession, torch_session
-from lfdm_export.errors import EngineError
+from lfdm_export.errors import EngineError, not_finite
 from lfdm_export.rewrite.lfae import Decode
 from lfdm_export.stages import StageSpec
 from lfdm_export.wording import one_line
@@ -106,14 +106,11 @@ class TorchClipMaker:
         frames, warped = (pictures.numpy()[:, chosen] for pictures in self._pictures)
         found: Float32 = self._latent.numpy()[:, :, chosen]
         if not np.isfinite(found).all():
-            raise EngineError(
-                "sampling gave values that are not finite; the weights or the engine are at fault: check the bundle "
-                "with lfdm-verify"
-            )
+            raise not_finite("sampling gave")
         return MadeClips(frames, warped, found)
 
 
-def clip_maker(bundle: Bundle, stage: str, batch: int, *, threads: int | None = None) -> TorchClipMaker | None:
+def clip_maker(bundle: Bundle, stage: str, batch: int, threads: int | None) -> TorchClipMaker | None:
     """What makes whole clips if the bundle runs on a GPU; None on a CPU, where single stages are as fast.
 
     Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import os
 import tempfile
@@ -20,7 +19,9 @@ import lfdm_export
 import lfdm_models
 from lfdm_export.engines.compiled_cache import CompiledCache
 from lfdm_export.errors import EngineError, InputError
+from lfdm_export.files.digests import json_digest
 from lfdm_export.machine import package_versions, processor_facts
+from lfdm_models.wording import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -132,10 +133,9 @@ def _compile(module: nn.Module, examples: tuple[Tensor, ...], package: Path, nam
 
 
 def _cannot_compile(name: str, error: Exception) -> EngineError:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
     return EngineError(
-        f"PyTorch cannot compile {name} here: {reason[0][:300]}; it needs a C++ compiler (Debian: apt-get install g++) "
-        f"and, on a GPU, Triton, which comes with PyTorch for CUDA; {VARIABLE}=0 runs it uncompiled, slower"
+        f"PyTorch cannot compile {name} here: {first_line(error)}; it needs a C++ compiler (Debian: apt-get install "
+        f"g++) and, on a GPU, Triton, which comes with PyTorch for CUDA; {VARIABLE}=0 runs it uncompiled, slower"
     )
 
 
@@ -148,7 +148,7 @@ def _key(examples: Sequence[Tensor], identity: Mapping[str, object]) -> str:
         "sources": _sources(),
         "processor": processor_facts(),
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return json_digest(facts)
 
 
 @functools.cache

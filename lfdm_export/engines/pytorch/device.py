@@ -16,6 +16,7 @@ from lfdm_export.engines.device import PICTURES, DeviceMemoryError, Layout
 from lfdm_export.engines.device_chain import DeviceChain
 from lfdm_export.engines.pytorch.interfaces import PictureDecode
 from lfdm_export.engines.pytorch.session import TorchSession, torch_session
+from lfdm_export.engines.target_spec import Target
 from lfdm_export.errors import EngineError
 from lfdm_export.ops.cuda.dispatch import on_gpu
 from lfdm_export.ops.thresholded_step.gpu import noise_on_gpu
@@ -152,12 +153,12 @@ class TorchDevice:
         return lambda: compiled(*tensors)
 
 
-def device_chain(bundle: Bundle, *, threads: int | None = None) -> DeviceChain[Tensor]:
+def device_chain(bundle: Bundle, _target: Target, threads: int | None) -> DeviceChain[Tensor]:
     """Whole clips of a bundle on PyTorch's device.
 
     Args:
         bundle: a bundle exported for the target torch.
-        threads: threads of the session, which the engines of the bundle share.
+        threads: threads of the session, which the engines of the bundle share; None for all cores.
 
     Raises:
         EngineError: a stage cannot be compiled, or there is not enough memory.

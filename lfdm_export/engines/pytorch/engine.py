@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.engines.checks import Array, check_feeds, check_outputs
 from lfdm_export.engines.interface import Engine
+from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
 from lfdm_export.engines.pytorch.compiled import Program
 from lfdm_export.engines.pytorch.interfaces import FloatDecode
 from lfdm_export.engines.pytorch.loop import TorchLoop
 from lfdm_export.engines.pytorch.session import TorchSession, torch_session
+from lfdm_export.engines.target_spec import Target
 from lfdm_export.errors import EngineError
 from lfdm_export.rewrite.lfae import Decode
 from lfdm_export.stages import StageSpec
@@ -45,17 +47,7 @@ class TorchEngine:
         self._program: Program | None = None
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the stage once.
-
-        Args:
-            feeds: exactly the inputs of the stage, by name, with its dtypes and shapes.
-
-        Returns:
-            The outputs of the stage, by name.
-
-        Raises:
-            EngineError: the feeds do not match the stage, it cannot be compiled, or the run fails.
-        """
+        """Run the stage once; see `lfdm_export.engines.interface.Engine`."""
         axes = check_feeds(self.spec, feeds)
         batch = len(next(iter(feeds.values())))
         try:
@@ -98,7 +90,9 @@ class TorchSampler(TorchEngine):
         return TorchLoop(self._session, self.spec, batch)
 
 
-def open_engine(bundle: Bundle, stage: str, *, threads: int | None = None) -> Engine:
+def open_engine(
+    bundle: Bundle, stage: str, _target: Target, threads: int | None = None, _device: str = "cpu"
+) -> Engine:
     """The engine of a stage; the text encoder, which runs once per clip, uses ONNX Runtime.
 
     Raises:
@@ -107,8 +101,6 @@ def open_engine(bundle: Bundle, stage: str, *, threads: int | None = None) -> En
     """
     spec = bundle.stages[stage]
     if "input_ids" in {tensor.name for tensor in spec.inputs}:
-        from lfdm_export.engines.onnxruntime.engine import OnnxRuntimeEngine
-
         return OnnxRuntimeEngine(bundle.stage_path(stage), spec, threads=threads)
     session = torch_session(bundle, threads=threads)
     whole = bundle.stages[_PART_OF[stage][0]] if stage in _PART_OF else spec

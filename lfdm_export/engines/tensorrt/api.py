@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import logging
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,11 +104,7 @@ def _load_rtx() -> Any:
 
 def _logger(module: Any) -> Any:
     severity = module.ILogger.Severity
-    levels: dict[Any, Callable[..., None]] = {
-        severity.INTERNAL_ERROR: _log.error,
-        severity.ERROR: _log.error,
-        severity.WARNING: _log.debug,  # hundreds per graph, about repeated names
-    }
+    errors = (severity.INTERNAL_ERROR, severity.ERROR)
 
     class Logger(module.ILogger):
         """Forwards messages to the logging of Python, and keeps errors for the exception that follows."""
@@ -119,9 +114,9 @@ def _logger(module: Any) -> Any:
             self.errors: list[str] = []
 
         def log(self, level: Any, message: str) -> None:
-            if level not in levels or _NOISE in message:
+            if level not in (*errors, severity.WARNING) or _NOISE in message:
                 return
-            if level != severity.WARNING:
+            if level in errors:
                 self.errors.append(message)
             _log.debug("%s: %s", level, message)
 

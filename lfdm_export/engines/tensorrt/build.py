@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lfdm_export.engines.cuda_driver import find_gpus
 from lfdm_export.engines.target_spec import Target
 from lfdm_export.engines.targets import spec_of
-from lfdm_export.engines.tensorrt.api import Api, load_api, refit_engine
+from lfdm_export.engines.tensorrt.api import Api, load_api
 from lfdm_export.engines.tensorrt.grid_samples import set_grid_sampling
 from lfdm_export.engines.tensorrt.plans import BuildOptions
 from lfdm_export.engines.tensorrt.target import TENSORRT, TENSORRT_RTX
@@ -51,7 +52,6 @@ class BuildRequest:
         gpus: architectures that RTX builds for.
         options: options of the builder, as `BuildOptions` describes.
         timing_cache: file to read and write; "" for none.
-        refit: a plan of the same structure that receives the weights of this graph instead of a build; "" to build.
     """
 
     target: Target
@@ -62,7 +62,6 @@ class BuildRequest:
     gpus: tuple[str, ...] = ()
     options: BuildOptions = field(default_factory=BuildOptions)
     timing_cache: str = ""
-    refit: str = ""
 
 
 @dataclass(frozen=True)
@@ -159,11 +158,7 @@ def _build(request: BuildRequest, work: Path) -> BuildResult:
     api = load_api(request.target)
     started = time.perf_counter()
     graph = (work / GRAPH).read_bytes()
-    if request.refit:
-        plan: Any = _refitted(api, Path(request.refit), graph, request.weights_beside)
-        layers: dict[str, object] = {}
-    else:
-        plan, layers = _built(api, request, graph)
+    plan, layers = _built(api, request, graph)
     with (work / PLAN).open("wb") as file:
         file.write(plan)
     seconds = time.perf_counter() - started
@@ -253,20 +248,8 @@ def _timing_cache(config: Any, path: str) -> Any:
     return cache
 
 
-def _refitted(api: Api, plan: Path, graph: bytes, weights_beside: str) -> Any:
-    """The plan with the weights of this graph."""
-    runtime = api.module.Runtime(api.logger)
-    engine = runtime.deserialize_cuda_engine(plan.read_bytes())
-    if engine is None:
-        raise EngineError(f"{plan} cannot be loaded: {api.take_errors()}")
-    refit_engine(api, engine, graph, weights_beside)
-    return engine.serialize()
-
-
 def _inspected(api: Api, plan: Any) -> str | None:
     """Inspector output for the plan, as JSON; None if the plan cannot be loaded, as for RTX without a GPU."""
-    from lfdm_export.engines.cuda_driver import find_gpus
-
     if not find_gpus()[0]:
         return None
     engine = api.module.Runtime(api.logger).deserialize_cuda_engine(plan)

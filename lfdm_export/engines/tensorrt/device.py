@@ -190,7 +190,7 @@ class GpuDevice:
         self._driver.launch_kernel(self._kernels[kernel.name], plan.grid, kernel.threads, arguments, self._stream)
 
 
-def device_chain(bundle: Bundle, target: Target) -> DeviceChain[GpuArray]:
+def device_chain(bundle: Bundle, target: Target, _threads: int | None) -> DeviceChain[GpuArray]:
     """Whole clips of a bundle on the GPU.
 
     Raises:

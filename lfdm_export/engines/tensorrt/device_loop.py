@@ -13,7 +13,7 @@ from lfdm_export.engines.checks import Array
 from lfdm_export.engines.cuda_driver import CudaDriver, Handle
 from lfdm_export.engines.device_batch import STATE
 from lfdm_export.engines.tensorrt.captured_run import CapturedRun
-from lfdm_export.engines.tensorrt.gpu_memory import DeviceBuffer, PinnedArray, PinnedRing, byte_count
+from lfdm_export.engines.tensorrt.gpu_memory import DeviceBuffer, PinnedArray, PinnedRing, byte_count, staged
 from lfdm_export.engines.tensorrt.gpu_session import GpuSession
 from lfdm_export.engines.tensorrt.plan_context import PlanContext
 from lfdm_export.sampling.rows import SamplerTable
@@ -125,7 +125,9 @@ class DeviceLoop:
         """Wait for all queued work; return the latent (batch, 3, T, h, w) after the last step."""
         memory = self._memory["noisy_latent"]
         with self._session.owned():
-            staging = self._staged("the latent", self._inputs["noisy_latent"], np.dtype(np.float32))
+            staging = staged(
+                self._staging, self._driver, "the latent", self._inputs["noisy_latent"], np.dtype(np.float32)
+            )
             self._driver.download(staging.address, memory.pointer, memory.size, self._stream)
             self._driver.synchronize(self._stream)
             return staging.array.copy()
@@ -145,15 +147,9 @@ class DeviceLoop:
             self._noise.settle()
 
     def _upload(self, name: str, target: DeviceBuffer, values: Array) -> None:
-        staging = self._staged(name, values.shape, values.dtype)
+        staging = staged(self._staging, self._driver, name, values.shape, values.dtype)
         staging.array[...] = values
         self._driver.upload(target.pointer, staging.address, staging.size, self._stream)
-
-    def _staged(self, name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> PinnedArray:
-        found = self._staging.get(name)
-        if found is None or found.array.shape != shape:
-            found = self._staging[name] = PinnedArray(self._driver, shape, dtype)
-        return found
 
 
 def _keep_state(driver: CudaDriver, stream: Handle, memory: Mapping[str, DeviceBuffer]) -> None:

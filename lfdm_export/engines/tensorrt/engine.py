@@ -13,10 +13,11 @@ from lfdm_export.engines.device import Pool
 from lfdm_export.engines.target_spec import Target
 from lfdm_export.engines.tensorrt.api import refit_engine
 from lfdm_export.engines.tensorrt.device_loop import DeviceLoop
-from lfdm_export.engines.tensorrt.gpu_memory import DeviceBuffer, PinnedArray, byte_count
+from lfdm_export.engines.tensorrt.gpu_memory import DeviceBuffer, PinnedArray, byte_count, staged
 from lfdm_export.engines.tensorrt.gpu_session import GpuSession, gpu_session
 from lfdm_export.engines.tensorrt.plan_checks import plan_to_run
 from lfdm_export.engines.tensorrt.plan_context import PlanContext
+from lfdm_export.engines.tensorrt.plan_graph import builder_graph
 from lfdm_export.engines.tensorrt.plans import remake
 from lfdm_export.errors import EngineError
 from lfdm_export.graphs.file import TYPES, Value, compare_interface
@@ -83,17 +84,7 @@ class TensorRtEngine:
         return DeviceLoop(self.session, self.context(), self.spec, batch)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the stage once: upload, compute, download.
-
-        Args:
-            feeds: exactly the inputs of the stage, by name, with its dtypes and shapes.
-
-        Returns:
-            The outputs of the stage, by name.
-
-        Raises:
-            EngineError: the feeds do not match the stage, or the run fails (for example, out of memory).
-        """
+        """Run the stage once; see `lfdm_export.engines.interface.Engine`."""
         axes = check_feeds(self.spec, feeds)
         with self.session.owned():
             return self._run(feeds, axes, {})
@@ -172,10 +163,7 @@ class TensorRtEngine:
         return DeviceBuffer(self.session.driver, byte_count(tensor.concrete(batch=batch), tensor.dtype))
 
     def _staged(self, name: str, shape: tuple[int, ...], dtype: str) -> PinnedArray:
-        found = self._staging.get(name)
-        if found is None or found.array.shape != shape:
-            found = self._staging[name] = PinnedArray(self.session.driver, shape, dtype)
-        return found
+        return staged(self._staging, self.session.driver, name, shape, dtype)
 
     def _pointer(self, name: str, size: int) -> int:
         found = self._buffers.get(name)
@@ -200,7 +188,9 @@ class KeptOnGpu:
         return self._engine.run_with(self._memory, feeds, self._batch)
 
 
-def open_engine(bundle: Bundle, stage: str, target: Target) -> TensorRtEngine:
+def open_engine(
+    bundle: Bundle, stage: str, target: Target, _threads: int | None = None, _device: str = "cpu"
+) -> TensorRtEngine:
     """The engine of a stage, if its plan is for this bundle, this version and this GPU.
 
     Raises:
@@ -212,8 +202,6 @@ def open_engine(bundle: Bundle, stage: str, target: Target) -> TensorRtEngine:
     options = record.fingerprint.options
     weights = None
     if options.strip:
-        from lfdm_export.engines.tensorrt.plan_graph import builder_graph
-
         graph, structure, _ = builder_graph(bundle, stage, target)
         if structure != record.fingerprint.structure:
             raise EngineError(

@@ -57,6 +57,16 @@ class PinnedArray:
         return self.array.nbytes
 
 
+def staged(
+    held: dict[str, PinnedArray], driver: CudaDriver, name: str, shape: tuple[int, ...], dtype: DTypeLike
+) -> PinnedArray:
+    """The array of this name in `held`; made again when its shape changes."""
+    found = held.get(name)
+    if found is None or found.array.shape != shape:
+        found = held[name] = PinnedArray(driver, shape, dtype)
+    return found
+
+
 class PinnedRing:
     """Pinned arrays of one shape, used in turn, so that a copy runs while the next array is filled.
 

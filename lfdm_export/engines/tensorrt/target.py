@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
 
-from lfdm_export.engines.target_spec import FIRST_CAPABILITY, Machine, Purpose, Target, TargetSpec, gpu_lacks
+from lfdm_export.engines.target_spec import FIRST_CAPABILITY, Machine, Purpose, TargetSpec, gpu_lacks
 from lfdm_export.errors import InputError
 
-if TYPE_CHECKING:
-    from lfdm_export.bundle.reader import Bundle
-    from lfdm_export.engines.device_chain import DeviceChain
-    from lfdm_export.engines.interface import Engine
-
+# Both run plans with the same functions, which get the target's name.
+_LOAD = "lfdm_export.engines.tensorrt.engine:open_engine"
+_DEVICE_CHAIN = "lfdm_export.engines.tensorrt.device:device_chain"
 #: The oldest TensorRT that supports every strongly typed graph of a bundle.
 OLDEST_TENSORRT = (10, 12)
 #: Bindings and libraries of TensorRT for RTX come in two packages, which must have the same version.
@@ -37,18 +33,6 @@ def rtx_architectures(precision: str, gpus: Collection[str] | None = None) -> tu
             raise InputError(f"{gpu} has no {precision}; leave it out, or choose another precision")
     wanted = gpus or RTX_DEFAULT
     return tuple(gpu for gpu in RTX_ARCHITECTURES if gpu in wanted and _has(gpu, precision))
-
-
-def _load(target: Target, bundle: Bundle, stage: str, _threads: int | None, _device: str) -> Engine:
-    from lfdm_export.engines.tensorrt.engine import open_engine
-
-    return open_engine(bundle, stage, target)
-
-
-def _device_chain(target: Target, bundle: Bundle, _threads: int | None) -> DeviceChain[Any]:
-    from lfdm_export.engines.tensorrt.device import device_chain
-
-    return device_chain(bundle, target)
 
 
 def _tensorrt_lacks(_purpose: Purpose, precision: str, machine: Machine, _gpus: Collection[str] | None) -> str:
@@ -99,8 +83,8 @@ TENSORRT = TargetSpec(
     extra="tensorrt",
     packages={"tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")},
     takes="plans",
-    load=functools.partial(_load, "tensorrt"),
-    device_chain=functools.partial(_device_chain, "tensorrt"),
+    load=_LOAD,
+    device_chain=_DEVICE_CHAIN,
     gpu_precisions=tuple(FIRST_CAPABILITY),
     bodies="tensorrt",
     lacks=_tensorrt_lacks,
@@ -115,8 +99,8 @@ TENSORRT_RTX = TargetSpec(
         RTX_LIBRARIES: ("onnxruntime-ep-nv-tensorrt-rtx-cu13",),
     },
     takes="plans",
-    load=functools.partial(_load, "tensorrt-rtx"),
-    device_chain=functools.partial(_device_chain, "tensorrt-rtx"),
+    load=_LOAD,
+    device_chain=_DEVICE_CHAIN,
     gpu_precisions=tuple(FIRST_CAPABILITY),
     bodies="tensorrt",
     builds_anywhere=True,

@@ -7,9 +7,9 @@ the result is rounded to the type of `x`.
 from __future__ import annotations
 
 import onnx
-import onnx.parser
 
-from lfdm_export.ops.domain import DOMAIN, EPSILON, OPSET
+from lfdm_export.ops.body import parse_body
+from lfdm_export.ops.domain import EPSILON
 
 _FLOAT32 = onnx.TensorProto.FLOAT
 
@@ -113,8 +113,9 @@ _WHOLE_MODULATION = """
 _WHOLE_PLAIN = "normed = Identity (x_normed)"
 
 
-#: The operators' names and inputs.
-_INPUTS = {"GroupNormSilu": "x, gamma, beta", "ModulatedGroupNormSilu": "x, gamma, beta, scale, shift"}
+#: The operators' attributes, and by name their inputs.
+ATTRIBUTES = "<grouped, per_group, per_channel, clip, flat>"
+INPUTS = {"GroupNormSilu": "x, gamma, beta", "ModulatedGroupNormSilu": "x, gamma, beta, scale, shift"}
 
 
 def group_norm_silu_function(name: str) -> onnx.FunctionProto:
@@ -129,10 +130,4 @@ def whole_group_norm_silu_function(name: str, groups: int) -> onnx.FunctionProto
 
 
 def _function(name: str, body: str) -> onnx.FunctionProto:
-    text = f"""
-<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
-{name} <grouped, per_group, per_channel, clip, flat> ({_INPUTS[name]}) => (y) {{
-    {body}
-}}
-"""
-    return onnx.parser.parse_function(text)
+    return parse_body(f"{name} {ATTRIBUTES} ({INPUTS[name]}) => (y)", body)

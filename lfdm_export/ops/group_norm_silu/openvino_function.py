@@ -7,16 +7,12 @@ by measurement on the published UNet, in float32 and with the bf16 hint.
 from __future__ import annotations
 
 import onnx
-import onnx.parser
 
-from lfdm_export.ops.domain import DOMAIN, EPSILON, OPSET
-from lfdm_export.ops.group_norm_silu.onnx_function import NORM, PLAIN
-
-_HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
+from lfdm_export.ops.body import parse_body
+from lfdm_export.ops.domain import EPSILON
+from lfdm_export.ops.group_norm_silu.onnx_function import ATTRIBUTES, INPUTS, NORM, PLAIN
 
 _GROUP_NORM = """
-{header}
-{name} <grouped, per_group, per_channel, clip, flat> ({inputs}) => (y) {{
     last = Constant <value_ints = [-1]> ()
     one = Constant <value_ints = [1]> ()
     map_axes = Constant <value_ints = [2, 3]> ()
@@ -59,7 +55,6 @@ _GROUP_NORM = """
     gate = Sigmoid (normed)
     activated = Mul (normed, gate)
     y = CastLike (activated, x)
-}}
 """
 
 _MODULATION = f"""
@@ -80,17 +75,12 @@ def openvino_group_norm_silu(name: str, frames: int, groups: int) -> onnx.Functi
         frames: T.
         groups: groups of channels that share statistics.
     """
-    modulated = name == "ModulatedGroupNormSilu"
-    return onnx.parser.parse_function(
-        _GROUP_NORM.format(
-            header=_HEADER,
-            name=name,
-            inputs="x, gamma, beta" + (", scale, shift" if modulated else ""),
-            frames=frames,
-            groups=groups,
-            epsilon=EPSILON,
-            float32=onnx.TensorProto.FLOAT,
-            norm=NORM,
-            modulation=_MODULATION if modulated else PLAIN,
-        )
+    body = _GROUP_NORM.format(
+        frames=frames,
+        groups=groups,
+        epsilon=EPSILON,
+        float32=onnx.TensorProto.FLOAT,
+        norm=NORM,
+        modulation=_MODULATION if name == "ModulatedGroupNormSilu" else PLAIN,
     )
+    return parse_body(f"{name} {ATTRIBUTES} ({INPUTS[name]}) => (y)", body)

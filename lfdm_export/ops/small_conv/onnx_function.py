@@ -10,16 +10,17 @@ Source: Lavin & Gray, Fast Algorithms for Convolutional Neural Networks (arXiv 1
 from __future__ import annotations
 
 import onnx
-import onnx.parser
 
-from lfdm_export.ops.domain import DOMAIN, OPSET
+from lfdm_export.ops.body import parse_body
+
+_SIGNATURE = "SmallConv <height, width> (x, weight, bias, kernel, spread, gather) => (y)"
 
 
 def small_conv_function() -> onnx.FunctionProto:
     """SmallConv(x, weight, bias, kernel, spread, gather), as in `reference`."""
-    text = f"""
-<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
-SmallConv <height, width> (x, weight, bias, kernel, spread, gather) => (y) {{
+    return parse_body(
+        _SIGNATURE,
+        """
     zero = Constant <value_ints = [0]> ()
     minus = Constant <value_ints = [-1]> ()
     sixteen = Constant <value_ints = [16]> ()
@@ -54,17 +55,10 @@ SmallConv <height, width> (x, weight, bias, kernel, spread, gather) => (y) {{
     out_first = Transpose <perm = [0, 2, 1]> (biased)
     y_shape = Concat <axis = 0> (zero, out_channels, height_1d, width_1d)
     y = Reshape (out_first, y_shape)
-}}
-"""
-    return onnx.parser.parse_function(text)
+""",
+    )
 
 
 def plain_small_conv_function() -> onnx.FunctionProto:
     """The same as one Conv, for backends that run it well on small maps; the transforms are unused."""
-    text = f"""
-<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
-SmallConv <height, width> (x, weight, bias, kernel, spread, gather) => (y) {{
-    y = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (x, weight, bias)
-}}
-"""
-    return onnx.parser.parse_function(text)
+    return parse_body(_SIGNATURE, "y = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (x, weight, bias)")

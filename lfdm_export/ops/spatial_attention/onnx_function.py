@@ -6,13 +6,12 @@ The bodies accept any floating type of `x` and its weights.
 from __future__ import annotations
 
 import onnx
-import onnx.parser
 
-from lfdm_export.ops.domain import DOMAIN, EPSILON, OPSET
+from lfdm_export.ops.body import parse_body
+from lfdm_export.ops.domain import EPSILON
 
+_SIGNATURE = "SpatialAttention <heads> (x, gamma, query, key, value, out) => (y)"
 _TEXT = f"""
-<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
-SpatialAttention <heads> (x, gamma, query, key, value, out) => (y) {{
     normed = LayerNormalization <axis = -1, epsilon = {EPSILON}> (x, gamma)
     q = MatMul (normed, query)
     k = MatMul (normed, key)
@@ -20,7 +19,6 @@ SpatialAttention <heads> (x, gamma, query, key, value, out) => (y) {{
     %s
     projected = MatMul (attended, out)
     y = Add (x, projected)
-}}
 """
 _OPERATOR = "attended = Attention <q_num_heads: int = @heads, kv_num_heads: int = @heads> (q, k, v)"
 _HEADS = """
@@ -31,14 +29,12 @@ _HEADS = """
 
 def spatial_attention_function() -> onnx.FunctionProto:
     """SpatialAttention(x, gamma, query, key, value, out), as in `reference`."""
-    return onnx.parser.parse_function(_TEXT % _OPERATOR)
+    return parse_body(_SIGNATURE, _TEXT % _OPERATOR)
 
 
 def explicit_spatial_attention_function(heads: int, head_width: int) -> onnx.FunctionProto:
     """The same function with attention written out, for H heads of D channels."""
-    return onnx.parser.parse_function(
-        _TEXT % (head_shapes(heads, head_width) + _HEADS + explicit_attention(head_width))
-    )
+    return parse_body(_SIGNATURE, _TEXT % (head_shapes(heads, head_width) + _HEADS + explicit_attention(head_width)))
 
 
 def head_shapes(heads: int, head_width: int) -> str:

@@ -6,13 +6,14 @@ The bodies accept any floating type of `x` and its weights; tables and bias are 
 from __future__ import annotations
 
 import onnx
-import onnx.parser
 
-from lfdm_export.ops.domain import DOMAIN, EPSILON, OPSET
+from lfdm_export.ops.body import parse_body
+from lfdm_export.ops.domain import EPSILON
 from lfdm_export.ops.spatial_attention.onnx_function import explicit_attention, head_shapes
 from lfdm_export.ops.temporal_attention import operator_name
 
-_INPUTS = "(x, gamma, query, key, value, out, cos, sin, bias, position)"
+#: Everything after the operator's name.
+INTERFACE = "<heads, rotary_width> (x, gamma, query, key, value, out, cos, sin, bias, position) => (y)"
 _ROTARY = "RotaryEmbedding <interleaved = 1, num_heads: int = @heads, rotary_embedding_dim: int = @rotary_width>"
 
 _CHUNK = """
@@ -81,8 +82,8 @@ def temporal_attention_function(chunks: int) -> onnx.FunctionProto:
     """The function that processes the pixels in `chunks` equal parts, so that one part fits in a core's cache."""
     parts = range(chunks)
     xs, ys = (", ".join(f"{name}_{i}" for i in parts) for name in "xy")
-    return _function(
-        chunks,
+    return parse_body(
+        f"{operator_name(chunks)} {INTERFACE}",
         f"""
     frames = Shape <start = 1, end = 2> (x)
     cos_like = CastLike (cos, x)
@@ -113,7 +114,7 @@ def explicit_temporal_attention_function(
         rotation=_TURN_BY_OPERATOR if rotary_operator else _turn_by_hand(heads, head_width, rotary_width),
         attention=explicit_attention(head_width, bias="bias"),
     )
-    return _function(chunks, body)
+    return parse_body(f"{operator_name(chunks)} {INTERFACE}", body)
 
 
 def _turn_by_hand(heads: int, head_width: int, rotary_width: int) -> str:
@@ -134,13 +135,3 @@ def _turn_by_hand(heads: int, head_width: int, rotary_width: int) -> str:
             give = f"{t}_heads = Concat <axis = -1> ({t}_turned, {t}_rest)"
         text += _TURN.format(t=t, take=take, give=give)
     return text
-
-
-def _function(chunks: int, body: str) -> onnx.FunctionProto:
-    text = f"""
-<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
-{operator_name(chunks)} <heads, rotary_width> {_INPUTS} => (y) {{
-    {body}
-}}
-"""
-    return onnx.parser.parse_function(text)

@@ -10,15 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import onnx
-import onnx.parser
 
-from lfdm_export.ops.domain import DOMAIN, EPSILON, OPSET
-
-_HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
+from lfdm_export.ops.body import parse_body
+from lfdm_export.ops.domain import EPSILON
+from lfdm_export.ops.temporal_attention.onnx_function import INTERFACE
 
 _TEMPORAL = """
-{header}
-{name} <heads, rotary_width> (x, gamma, query, key, value, out, cos, sin, bias, position) => (y) {{
     order = Constant <value_ints = [{order}]> ()
     split_heads = Constant <value_ints = [0, 0, {heads}, {width}]> ()
     join_heads = Constant <value_ints = [0, 0, {joined}]> ()
@@ -50,7 +47,6 @@ _TEMPORAL = """
     attended_joined = Reshape (attended_last, join_heads)
     projected = MatMul (attended_joined, out)
     y = Add (x, projected)
-}}
 """
 
 _TABLE = """
@@ -97,10 +93,9 @@ def openvino_temporal_attention(name: str, heads: int, head_width: int, rotary_w
         )
         for t in "qk"
     )
-    return onnx.parser.parse_function(
+    return parse_body(
+        f"{name} {INTERFACE}",
         _TEMPORAL.format(
-            header=_HEADER,
-            name=name,
             order=_integers(head * head_width + channel for head in range(heads) for channel in within),
             heads=heads,
             width=head_width,
@@ -112,7 +107,7 @@ def openvino_temporal_attention(name: str, heads: int, head_width: int, rotary_w
             epsilon=EPSILON,
             tables="".join(_TABLE.format(t=t) for t in ("cos", "sin")),
             turns="".join(turns),
-        )
+        ),
     )
 
 

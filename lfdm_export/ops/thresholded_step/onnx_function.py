@@ -10,9 +10,8 @@ for latents of some thousand values grows exponentially with the rounds.
 from __future__ import annotations
 
 import onnx
-import onnx.parser
 
-from lfdm_export.ops.domain import DOMAIN, OPSET
+from lfdm_export.ops.body import parse_body
 from lfdm_export.sampling import rows
 
 #: From 2^-126 .. 2^128, 8 bisections of the exponent range leave a factor of 2, and 24 more leave neighboring floats;
@@ -170,10 +169,10 @@ def thresholded_step_function(weight: float, *, pivots_at_once: bool = False) ->
         (rows.CARRY_FROM_X0, "x0"),
         (rows.CARRY_FROM_PREVIOUS_X0, "previous"),
     ]
-    text = f"""
-<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
-ThresholdedStep <lower_rank, weight>
-    (latent, predicted_noise, history, noise, coefficients) => (next_latent, next_history) {{
+    return parse_body(
+        "ThresholdedStep <lower_rank, weight> (latent, predicted_noise, history, noise, coefficients) "
+        "=> (next_latent, next_history)",
+        f"""
     one = Constant <value_ints = [1]> ()
     last = Constant <value_ints = [-1]> ()
     flat = Constant <value_ints = [0, -1]> ()
@@ -214,6 +213,5 @@ ThresholdedStep <lower_rank, weight>
     pair_next = Concat <axis = 1> (carry_row, x0_row)
     history_shape = Shape (history)
     next_history = Reshape (pair_next, history_shape)
-}}
-"""
-    return onnx.parser.parse_function(text)
+""",
+    )

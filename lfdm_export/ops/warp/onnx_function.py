@@ -7,13 +7,16 @@ result is rounded to the type of `source`.
 from __future__ import annotations
 
 import onnx
-import onnx.parser
 
-from lfdm_export.ops.domain import DOMAIN, OPSET
+from lfdm_export.ops.body import parse_body
 
 _FLOAT32 = onnx.TensorProto.FLOAT
-_HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
 
+#: The operators' interfaces, by name.
+SIGNATURES = {
+    "Warp": "Warp (source, motion) => (warped)",
+    "WarpBlend": "WarpBlend <stride, phase_y, phase_x> (source, motion, previous) => (blended)",
+}
 _RESIZE = f"""
     motion_32 = Cast <to = {_FLOAT32}> (motion)
     zero = Constant <value_ints = [0]> ()
@@ -63,18 +66,13 @@ _SAMPLE = f"""
 """
 
 _WARP = f"""
-{_HEADER}
-Warp (source, motion) => (warped) {{
     {_RESIZE}
     resized = Identity (full)
     {_SAMPLE}
     warped = CastLike (sampled, source)
-}}
 """
 
 _WARP_BLEND = f"""
-{_HEADER}
-WarpBlend <stride, phase_y, phase_x> (source, motion, previous) => (blended) {{
     {_RESIZE}
     {PHASE}
     {_SAMPLE}
@@ -86,10 +84,9 @@ WarpBlend <stride, phase_y, phase_x> (source, motion, previous) => (blended) {{
     hidden = Mul (previous_32, hidden_weight)
     mixed = Add (visible, hidden)
     blended = CastLike (mixed, source)
-}}
 """
 
 
 def warp_function(name: str) -> onnx.FunctionProto:
     """Warp(source, motion) or WarpBlend(source, motion, previous), as in `reference`."""
-    return onnx.parser.parse_function({"Warp": _WARP, "WarpBlend": _WARP_BLEND}[name])
+    return parse_body(SIGNATURES[name], {"Warp": _WARP, "WarpBlend": _WARP_BLEND}[name])

@@ -8,12 +8,9 @@ they are outputs of the model, as `lfdm_export.engines.openvino.engine` declares
 from __future__ import annotations
 
 import onnx
-import onnx.parser
 
-from lfdm_export.ops.domain import DOMAIN, OPSET
-from lfdm_export.ops.warp.onnx_function import GRID, PHASE
-
-_HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
+from lfdm_export.ops.body import parse_body
+from lfdm_export.ops.warp.onnx_function import GRID, PHASE, SIGNATURES
 
 # Pixel i of n is at (2 i + 1) / n - 1; sampling there with border padding equals ONNX's half_pixel Resize.
 _LINE = f"""
@@ -76,18 +73,13 @@ _SAMPLE = f"""
 """
 
 _WARP = f"""
-{_HEADER}
-Warp (source, motion) => (warped) {{
     {_FULL}
     resized = Identity (full)
     {_SAMPLE}
     warped = CastLike (sampled_frames, source)
-}}
 """
 
 _WARP_BLEND = f"""
-{_HEADER}
-WarpBlend <stride, phase_y, phase_x> (source, motion, previous) => (blended) {{
     {_FULL}
     {PHASE}
     {_SAMPLE}
@@ -99,10 +91,9 @@ WarpBlend <stride, phase_y, phase_x> (source, motion, previous) => (blended) {{
     visible = Mul (warped, occlusion)
     hidden = Mul (previous, hidden_weight)
     blended = Add (visible, hidden)
-}}
 """
 
 
 def openvino_warp_function(name: str) -> onnx.FunctionProto:
     """Warp(source, motion) or WarpBlend(source, motion, previous), for OpenVINO."""
-    return onnx.parser.parse_function({"Warp": _WARP, "WarpBlend": _WARP_BLEND}[name])
+    return parse_body(SIGNATURES[name], {"Warp": _WARP, "WarpBlend": _WARP_BLEND}[name])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from lfdm_export.parity.report.model import Check, StepError, number
+from lfdm_export.parity.report.checks import Check, StepError, number
 
 # Powers of ten of the bars' range: from a millionth of the allowed value to ten times it.
 _LOWEST, _HIGHEST = -6.0, 1.0

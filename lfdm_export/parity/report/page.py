@@ -12,13 +12,17 @@ from collections.abc import Mapping
 from html import escape
 from importlib.resources import files
 from string import Template
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from lfdm_export.parity.report.charts import bar, bar_scale, step_chart
-from lfdm_export.parity.report.model import CHAIN, Check, Pictures, Report, number, sentence
+from lfdm_export.parity.report.checks import CHAIN, Check, Pictures, nearest, number, output_rows, sentence
+
+if TYPE_CHECKING:
+    from lfdm_export.parity.report.model import Report
 
 #: Factor by which the shown difference of two frames is amplified.
 MAGNIFIED = 64
@@ -69,14 +73,10 @@ def _verdict(report: Report) -> str:
 
 
 def _stages(report: Report) -> str:
-    rows = []
-    stages = dict.fromkeys(check.stage for check in report.checks if check.stage != CHAIN)
-    for stage in stages:
-        checks = [check for check in report.checks if check.stage == stage]
-        shown = [check for check in checks if check.kind == "values" or (not check.passed and check.kind != "batch")]
-        alone = {check.subject: check for check in checks if check.kind == "batch"}
-        for index, check in enumerate(shown):
-            rows.append(_stage_row(check, alone.get(check.subject), first=index == 0))
+    rows, named = [], ""
+    for check, alone, bad in output_rows(report.checks):
+        rows.append(_stage_row(check, alone, first=check.stage != named, bad=bad))
+        named = check.stage
     head = (
         '<tr><th>stage</th><th>output</th><th class="n">largest</th><th class="n">mean</th><th class="n">relative</th>'
         f'<th class="n">allowed</th><th>{bar_scale()}</th><th class="n">alone</th><th></th></tr>'
@@ -89,8 +89,7 @@ def _stages(report: Report) -> str:
     )
 
 
-def _stage_row(check: Check, alone: Check | None, *, first: bool) -> str:
-    bad = not check.passed or (alone is not None and not alone.passed)
+def _stage_row(check: Check, alone: Check | None, *, first: bool, bad: bool) -> str:
     numbers = (check.max_abs, check.mean_abs, check.found, check.allowed)
     if check.kind != "values":
         numbers = (None, None, None, None)
@@ -124,12 +123,11 @@ def _clip(report: Report) -> str:
 def _clip_row(check: Check) -> str:
     unit = f" {check.unit}" if check.unit else ""
     found = check.meaning if check.found is None else f"{number(check.found)}{unit}"
-    mark = "" if not check.judged else "✓" if check.passed else "✗"
     return (
         f'<tr class="{"" if check.passed else "bad"}"><td>{_text(check.subject)}</td>'
         f'<td class="n{" wrap" if check.found is None else ""}">{_text(found)}</td>'
         f'<td class="n">{check.limit}</td><td class="wide">{bar(check)}</td>'
-        f'<td class="mark">{mark}</td></tr>'
+        f'<td class="mark">{check.mark}</td></tr>'
     )
 
 
@@ -139,12 +137,12 @@ def _others(report: Report) -> str:
         return ""
     rows = []
     for other in report.others:
-        nearest = other.nearest
+        worst = nearest(other.checks)
         if other.lacking:
             said, drawn, mark = f"not run: {other.lacking}", "", ""
         else:
-            said = "" if nearest is None else f"{nearest.stage} {nearest.subject}"
-            drawn, mark = "" if nearest is None else bar(nearest), "✓" if other.passed else "✗"
+            said = "" if worst is None else f"{worst.stage} {worst.subject}"
+            drawn, mark = "" if worst is None else bar(worst), "✓" if other.passed else "✗"
         rows.append(
             f'<tr class="{"" if other.passed else "bad"}"><td>{_text(other.name)}</td>'
             f'<td class="wrap">{_text(said)}</td><td class="wide">{drawn}</td><td class="mark">{mark}</td></tr>'

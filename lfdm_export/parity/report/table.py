@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lfdm_export.parity.report.model import CHAIN, Check, Report, number, percent, sentence
+from lfdm_export.parity.report.checks import CHAIN, Check, nearest, number, output_rows, percent, sentence
+
+if TYPE_CHECKING:
+    from lfdm_export.parity.report.model import Report
 
 _GOOD, _BAD, _DIM = "green", "bold red", "dim"
 # Shown instead of numbers if a stage has none.
@@ -34,15 +39,10 @@ def table(report: Report) -> RenderableType:
 def _stages(report: Report) -> Table:
     """One row per output, or a row with the reason why a stage's outputs could not be compared."""
     shown = _grid("stage", "output", "error", "mean", "allowed", "used", "alone", "")
-    alone = {(check.stage, check.subject): check for check in report.checks if check.kind == "batch"}
     named = ""
-    for check in report.checks:
-        if check.stage == CHAIN or not (check.kind == "values" or (not check.passed and check.kind != "batch")):
-            continue
-        beside = alone.get((check.stage, check.subject))
-        bad = not check.passed or (beside is not None and not beside.passed)
+    for check, alone, bad in output_rows(report.checks):
         cells = [check.stage if check.stage != named else "", check.subject, *_numbers(check)]
-        cells += ["–" if beside is None else number(beside.found), "✗" if bad else "✓"]
+        cells += ["–" if alone is None else number(alone.found), "✗" if bad else "✓"]
         shown.add_row(*_styled(cells, bad=bad))
         named = check.stage
     return shown
@@ -70,8 +70,7 @@ def _clip(report: Report) -> Table:
         unit = f" {check.unit}" if check.unit else ""
         found = check.meaning if check.found is None and check.passed else f"{number(check.found)}{unit}"
         share = check.share
-        mark = "" if not check.judged else "✓" if check.passed else "✗"
-        cells = [check.subject, found, check.limit, "" if share is None else percent(share), mark]
+        cells = [check.subject, found, check.limit, "" if share is None else percent(share), check.mark]
         shown.add_row(*_styled(cells, bad=not check.passed))
     return shown
 
@@ -83,9 +82,9 @@ def _others(report: Report) -> Table:
         if other.lacking:
             shown.add_row(Text(other.name, style=_DIM), Text(f"not run: {other.lacking}", style=_DIM), "", "")
             continue
-        nearest = other.nearest
-        subject = "" if nearest is None else f"{nearest.stage} {nearest.subject}"
-        share = None if nearest is None else nearest.share
+        worst = nearest(other.checks)
+        subject = "" if worst is None else f"{worst.stage} {worst.subject}"
+        share = None if worst is None else worst.share
         cells = [other.name, subject, "–" if share is None else percent(share), "✓" if other.passed else "✗"]
         shown.add_row(*_styled(cells, bad=not other.passed))
     return shown

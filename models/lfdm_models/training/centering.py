@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lfdm_models.diffusion import Diffusion
-from lfdm_models.training.few_steps import FewSteps, levels
+from lfdm_models.training.few_steps import FewSteps, levels_of_steps
 
 # Ridge of the least squares in `constant_of`, as a share of the features' mean square.
 _RIDGE = 1e-5
@@ -37,7 +37,7 @@ def center(diffusion: Diffusion, times: Sequence[int], mean: Tensor, features: T
         features: (N, C, h, w), features of pictures, for `constant_of`.
     """
     unet = diffusion.denoise_fn
-    signals, spreads = zip(*((float(a), float(b)) for a, b in (levels(diffusion, time) for time in times)), strict=True)
+    signals, spreads = levels_of_steps(diffusion, times)
     added = signals[0] * mean
     removed, amplitudes = _solve(signals, spreads)
     weight = unet.init_conv.weight

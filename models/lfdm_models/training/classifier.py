@@ -25,6 +25,7 @@ from lfdm_models.training.draws import Draws
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.files import write_whole
 from lfdm_models.training.procedural import LABELS, TRAINING_SEEDS, sample_clip
+from lfdm_models.wording import first_line
 
 SIZE, MOMENTS, FEATURES = 32, 8, 32
 SHIPPED = Path(__file__).parents[1] / "weights" / "motion_classifier.safetensors"
@@ -180,7 +181,7 @@ def load_classifier(path: Path) -> MotionClassifier:
             network = MotionClassifier(labels)
             network.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise TrainingError(f"{path} cannot be read as a classifier of motions ({reason}); make one") from error
     return network.eval().requires_grad_(False)
 

@@ -36,6 +36,11 @@ def choose_precision(precision: Precision, gpu_default: Precision, device: torch
     return precision
 
 
+def generator(seed: int, number: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A source of randomness on a device that depends only on the run's seed and a number."""
+    return torch.Generator(device).manual_seed((seed * 0x9E3779B97F4A7C15 + number) % 2**63)
+
+
 @contextmanager
 def matmul_precision(precision: Precision) -> Iterator[None]:
     """Use TF32 for products and convolutions inside the context if, and only if, requested."""

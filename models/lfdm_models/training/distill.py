@@ -53,10 +53,6 @@ class Teacher:
     text_encoder: str | None = None
 
 
-def no_samples_report(done: int, total: int) -> None:
-    """Report nothing."""
-
-
 def distill(
     teacher: Teacher,
     steps: int,
@@ -70,7 +66,7 @@ def distill(
     learn: DistillLearn = "all",
     resume: bool = False,
     progress: ReportProgress = no_report,
-    on_sample: ReportSamples = no_samples_report,
+    on_sample: ReportSamples = no_report,
 ) -> Outcome:
     """Train a DM that needs few steps; see `loop.train`.
 

@@ -70,18 +70,10 @@ class FewStepStage(DmStage):
 
     # In bfloat16, the network would copy the noise with 8 bits; few steps cannot correct such errors.
     gpu_precision: Precision = "tf32"
+    #: Facts of the kind of stage, beside those of every DM.
+    kind: Mapping[str, Any] = {"stage": "distill"}
 
     table_of_steps: FewSteps
-
-    def sample(self, diffusion: Diffusion, clips: Tensor, embedding: Tensor) -> Tensor:
-        """Latents for the first frames of `clips` from the chain of few steps; for previews."""
-        feature = self.lfae.generator.encode(clips[:, :, 0])[-1]
-        generator = torch.Generator(clips.device).manual_seed(0)
-        return run_chain(diffusion, self.table_of_steps, feature, embedding, clips.shape[2], generator)
-
-
-class DistillStage(FewStepStage):
-    """Training of a DM for few steps; see the module's docstring."""
 
     def __init__(
         self,
@@ -112,30 +104,53 @@ class DistillStage(FewStepStage):
         super().__init__(
             config,
             lfae,
-            copy.deepcopy(teacher).requires_grad_(True),
+            copy.deepcopy(teacher).requires_grad_(False),
             embeddings,
             examples=examples,
             null_probability=0.0,
             preview_clips=preview_clips,
         )
-        for name, weight in self.diffusion.named_parameters():
+        self.begin(times, *self.shown(first))
+        for name, weight in self.network.named_parameters():
             weight.requires_grad_(not name.endswith("rotary_emb.freqs"))
-        latent, feature = self.shown(first)
-        mean, deviation = spread_of(latent)
-        self.deviation = deviation.view(1, -1, 1, 1, 1)
-        self.table_of_steps = center(self.diffusion, times, mean, feature)
-        self.facts |= {"stage": "distill", "few_steps": self.table_of_steps.plain(), "guidance distilled": guidance}
+        self.facts |= {**self.kind, "few_steps": self.table_of_steps.plain(), "guidance distilled": guidance}
 
-    def to(self, device: torch.device) -> None:
-        """Move networks, embeddings and deviations."""
-        super().to(device)
-        self.deviation = self.deviation.to(device)
+    def begin(self, times: tuple[int, ...], latent: Tensor, feature: Tensor) -> None:
+        """Set the table, the initial weights and the scales of the losses.
+
+        Args:
+            times: (S,), times of the chain, falling.
+            latent: (N, 3, T, h, w), of the first examples.
+            feature: (N, C, h, w), of the same.
+        """
+        raise NotImplementedError
 
     def shown(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Target latents (B, 3, T, h, w) and features (B, C, h, w) of a batch of samples or clips."""
         if "latent" in batch:
             return batch["latent"], batch["feature"]
         return self.encode_once(batch["frames"], batch["clip"].tolist())
+
+    def sample(self, diffusion: Diffusion, clips: Tensor, embedding: Tensor) -> Tensor:
+        """Latents for the first frames of `clips` from the chain of few steps; for previews."""
+        feature = self.lfae.generator.encode(clips[:, :, 0])[-1]
+        generator = torch.Generator(clips.device).manual_seed(0)
+        return run_chain(diffusion, self.table_of_steps, feature, embedding, clips.shape[2], generator)
+
+
+class DistillStage(FewStepStage):
+    """Training of a DM for few steps; see the module's docstring."""
+
+    def begin(self, times: tuple[int, ...], latent: Tensor, feature: Tensor) -> None:
+        """See `FewStepStage.begin`."""
+        mean, deviation = spread_of(latent)
+        self.deviation = deviation.view(1, -1, 1, 1, 1)
+        self.table_of_steps = center(self.diffusion, times, mean, feature)
+
+    def to(self, device: torch.device) -> None:
+        """Move networks, embeddings and deviations."""
+        super().to(device)
+        self.deviation = self.deviation.to(device)
 
     def losses(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """The energy score of the chains, with each channel divided by its deviation."""

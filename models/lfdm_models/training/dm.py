@@ -20,8 +20,8 @@ from lfdm_models.diffusion import Diffusion
 from lfdm_models.lfae import Lfae, flow_to_latent, latent_to_flow
 from lfdm_models.training.conditions import Float32Array
 from lfdm_models.training.data import NO_CLIP
-from lfdm_models.training.errors import TrainingError
-from lfdm_models.training.files import load
+from lfdm_models.training.few_steps import levels
+from lfdm_models.training.files import load, load_weights
 from lfdm_models.training.lfae import plain
 from lfdm_models.training.previews import save_gif
 from lfdm_models.training.settings import Precision
@@ -56,11 +56,7 @@ def load_diffusion(diffusion: Diffusion, path: Path) -> None:
     """
     content = load(path, "a DM checkpoint")
     weights = {key.removeprefix("module."): value for key, value in content.get("diffusion", {}).items()}
-    try:
-        diffusion.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise TrainingError(f"{path} is not a DM of this architecture: {reason}") from error
+    load_weights(diffusion, weights, path, "a DM")
 
 
 def noise_weight(signal: Tensor, spread: Tensor, signal_std: float) -> Tensor:
@@ -192,13 +188,7 @@ class DmStage:
         count, device = len(latent), latent.device
         timestep = torch.randint(self.config.dm.training_steps, (count,), generator=generator, device=device)
         noise = torch.randn(latent.shape, generator=generator, device=device)
-        signal, spread = (
-            buffer[timestep].view(-1, 1, 1, 1, 1)
-            for buffer in (
-                self.diffusion.get_buffer("sqrt_alphas_cumprod"),
-                self.diffusion.get_buffer("sqrt_one_minus_alphas_cumprod"),
-            )
-        )
+        signal, spread = (factor.view(-1, 1, 1, 1, 1) for factor in levels(self.diffusion, timestep))
         unet = self.diffusion.denoise_fn
         dropped = torch.rand(count, generator=generator, device=device) < self.null_probability
         embedding = self.embedding_of(batch["label"].masked_fill(dropped, -1))

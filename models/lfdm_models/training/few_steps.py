@@ -5,6 +5,7 @@ The table of a short chain corresponds to `lfdm_export.sampling.tuned.TunedSteps
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +47,18 @@ def chosen_times(steps: int, training_steps: int) -> tuple[int, ...]:
     return times
 
 
-def levels(diffusion: Diffusion, timestep: int) -> tuple[Tensor, Tensor]:
-    """The factors of latent and noise at a time: sqrt(a) and sqrt(1 - a), scalars."""
+def levels(diffusion: Diffusion, timestep: int | Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of latent and noise at a time, or at times (B,): sqrt(a) and sqrt(1 - a), of the same shape."""
     return (
         diffusion.get_buffer("sqrt_alphas_cumprod")[timestep],
         diffusion.get_buffer("sqrt_one_minus_alphas_cumprod")[timestep],
     )
+
+
+def levels_of_steps(diffusion: Diffusion, times: Sequence[int]) -> tuple[list[float], list[float]]:
+    """The factors of latent and noise at each step of a chain."""
+    found = [levels(diffusion, time) for time in times]
+    return [float(signal) for signal, _ in found], [float(spread) for _, spread in found]
 
 
 def threshold(x0: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from lfdm_models.stored_files import TorchFile, read_safetensors
 from lfdm_models.training.errors import TrainingError
+from lfdm_models.wording import first_line
 
 _LONGEST_NAME = 255
 
@@ -148,11 +149,29 @@ def load(path: Path, what: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise TrainingError(f"{path} does not exist; give the path of {what}") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TrainingError(f"{path} cannot be read as {what} ({reason})") from error
+        raise TrainingError(f"{path} cannot be read as {what} ({first_line(error)})") from error
     if not isinstance(content, dict):
         raise TrainingError(f"{path} holds a {type(content).__name__}, expected {what}")
     return content
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], path: Path, what: str) -> None:
+    """Give a network the weights of a checkpoint.
+
+    Args:
+        network: a network of the checkpoint's architecture.
+        weights: by the network's own names.
+        path: the checkpoint, for messages.
+        what: expected kind of network, for messages.
+
+    Raises:
+        TrainingError: the checkpoint has another architecture.
+    """
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise TrainingError(f"{path} is not {what} of this architecture: {reason}") from error
 
 
 def _by_part(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

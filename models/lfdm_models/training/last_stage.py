@@ -16,8 +16,6 @@ Source: De Bortoli et al., Distributional Diffusion Models with Scoring Rules (a
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +26,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lfdm_models.config import LfdmConfig
-from lfdm_models.diffusion import Diffusion
-from lfdm_models.lfae import Lfae
 from lfdm_models.training.centering import center
-from lfdm_models.training.conditions import Float32Array
 from lfdm_models.training.data import permutation
+from lfdm_models.training.devices import generator
 from lfdm_models.training.distill_stage import DRAWS, FewStepStage, spread_of
-from lfdm_models.training.few_steps import FewSteps, levels
+from lfdm_models.training.few_steps import FewSteps, levels, levels_of_steps
 from lfdm_models.training.last_views import Score
 from lfdm_models.training.teacher import ReportSamples
 from lfdm_models.unet import Unet3D
@@ -44,7 +40,6 @@ from lfdm_models.unet import Unet3D
 _FACTOR = 1e-3
 # Pictures per run of the network; a batch is always the same examples, so that its bits do not depend on a resumption.
 _BATCH = 4
-_order = functools.lru_cache(maxsize=2)(permutation)
 
 
 class LastLevel(nn.Module):
@@ -85,7 +80,7 @@ class KeptFeatures(Dataset[dict[str, Tensor]]):
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         count, steps = self.inputs.shape[:2]
         epoch, place = divmod(number, count * steps)
-        clip, step = divmod(int(_order(count * steps, self.seed, epoch)[place]), steps)
+        clip, step = divmod(int(permutation(count * steps, self.seed, epoch)[place]), steps)
         return {
             "inputs": self.inputs[clip, step],
             "first": self.first[clip, step],
@@ -99,36 +94,14 @@ class KeptFeatures(Dataset[dict[str, Tensor]]):
 class LastStage(FewStepStage):
     """Training of the last level; see the module's docstring."""
 
-    def __init__(
-        self,
-        config: LfdmConfig,
-        lfae: Lfae,
-        teacher: Diffusion,
-        embeddings: Mapping[str, Float32Array],
-        *,
-        times: tuple[int, ...],
-        first: Mapping[str, Tensor],
-        examples: Mapping[str, Any],
-        guidance: float = 1.0,
-        preview_clips: Tensor | None = None,
-    ) -> None:
-        """Start from the teacher's weights and a last level that gives the mean latent; arguments as `DistillStage`."""
-        super().__init__(
-            config,
-            lfae,
-            copy.deepcopy(teacher).requires_grad_(False),
-            embeddings,
-            examples=examples,
-            null_probability=0.0,
-            preview_clips=preview_clips,
-        )
-        latent, feature = first["latent"], first["feature"]
+    kind: Mapping[str, Any] = {**FewStepStage.kind, "learn": "last"}
+
+    def begin(self, times: tuple[int, ...], latent: Tensor, feature: Tensor) -> None:
+        """See `FewStepStage.begin`; the last level initially gives the mean latent."""
         mean, deviation = spread_of(latent)
-        self.score = Score(latent, feature, mean, deviation, residual_flow=config.residual_flow)
+        self.score = Score(latent, feature, mean, deviation, residual_flow=self.config.residual_flow)
         center(self.diffusion, times, mean, feature)
-        signals, spreads = zip(
-            *((float(a), float(b)) for a, b in (levels(self.diffusion, t) for t in times)), strict=True
-        )
+        signals, spreads = levels_of_steps(self.diffusion, times)
         gains = tuple(_FACTOR * signal / spread for signal, spread in zip(signals, spreads, strict=True))
         self.table_of_steps = FewSteps(tuple(times), gains)
         # The first convolution adds the mean at every step, so the estimates before the last are without that much.
@@ -139,10 +112,6 @@ class LastStage(FewStepStage):
             nn.init.zeros_(head.conv.weight)
             assert head.conv.bias is not None
             nn.init.zeros_(head.conv.bias)
-        for name, weight in self.last_level.named_parameters():
-            weight.requires_grad_(not name.endswith("rotary_emb.freqs"))
-        self.facts |= {"stage": "distill", "learn": "last", "few_steps": self.table_of_steps.plain()}
-        self.facts |= {"guidance distilled": guidance}
 
     @property
     def network(self) -> nn.Module:
@@ -176,9 +145,9 @@ class LastStage(FewStepStage):
         try:
             for start in range(0, len(latents), _BATCH):
                 part = slice(start, start + _BATCH)
-                generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + start) % 2**63)
+                draws = generator(seed, start)
                 for step, time in enumerate(times):
-                    self._run(unet, latents[part], features[part], labels[part], step, time, generator)
+                    self._run(unet, latents[part], features[part], labels[part], step, time, draws)
                 report(min(start + _BATCH, len(latents)), len(latents))
         finally:
             for hook in hooks:

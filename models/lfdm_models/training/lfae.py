@@ -22,7 +22,7 @@ from lfdm_models.lfae import Lfae
 from lfdm_models.regions import RegionPredictor, Regions
 from lfdm_models.training.equivariance import PlaneMap, affine_loss, shift_loss
 from lfdm_models.training.errors import TrainingError
-from lfdm_models.training.files import load
+from lfdm_models.training.files import load, load_weights
 from lfdm_models.training.losses import PerceptualLoss, PyramidLoss
 from lfdm_models.training.previews import save_gif
 from lfdm_models.training.settings import Learn, Precision
@@ -300,11 +300,7 @@ def load_lfae(path: Path, config: LfaeConfig | None = None) -> tuple[Lfae, dict[
     weights = {
         f"{part}.{key.removeprefix('module.')}": value for part in PARTS for key, value in content.get(part, {}).items()
     }
-    try:
-        lfae.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise TrainingError(f"{path} is not an LFAE of this architecture: {reason}") from error
+    load_weights(lfae, weights, path, "an LFAE")
     return lfae.eval().requires_grad_(False), training
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lfdm_models.training.data import Examples, batches
-from lfdm_models.training.devices import choose_precision, matmul_precision
+from lfdm_models.training.devices import choose_precision, generator, matmul_precision
 from lfdm_models.training.ema import Ema
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.files import load, save
@@ -146,7 +146,7 @@ class _State:
         self.step = int(content["step"])
 
 
-def no_report(done: int, total: int, losses: Mapping[str, float]) -> None:
+def no_report(*_: object) -> None:
     """Report nothing."""
 
 
@@ -242,10 +242,8 @@ def _step(
     for part in range(run.accumulate):
         batch = {key: value.to(device, non_blocking=True) for key, value in next(data).items()}
         number = (state.step * run.accumulate + part) * processes.count + processes.rank
-        seed = (run.seed * 0x9E3779B97F4A7C15 + number) % 2**63
-        generator = torch.Generator(device).manual_seed(seed)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            losses = stage.losses(batch, generator)
+            losses = stage.losses(batch, generator(run.seed, number, device))
         total = torch.stack(list(losses.values())).sum()
         if processes.any(not bool(torch.isfinite(total))):
             raise TrainingError(

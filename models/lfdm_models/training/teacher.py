@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from lfdm_models.lfae import Lfae
 from lfdm_models.training.data import permutation
+from lfdm_models.training.devices import generator
 from lfdm_models.training.dm import DmStage
 from lfdm_models.training.drawing import UInt8Array
 from lfdm_models.training.errors import TrainingError
@@ -130,7 +131,7 @@ def draw_samples(
         batch = mine[len(drawn) : len(drawn) + _BATCH]
         shape = (1, 3, frames, *features.shape[2:])
         # Initial noise is drawn per sample; noise of the steps per batch, which always has the same samples.
-        starts = [torch.randn(shape, generator=_generator(sampling.seed, int(n))) for n in batch]
+        starts = [torch.randn(shape, generator=generator(sampling.seed, int(n) << 20)) for n in batch]
         made = long_chain(
             stage.diffusion,
             features[batch],
@@ -138,7 +139,7 @@ def draw_samples(
             torch.cat(starts).to(device),
             sampling.steps,
             sampling.guidance,
-            torch.Generator(device).manual_seed((sampling.seed * 0x9E3779B97F4A7C15 + int(batch[0]) + 1) % 2**63),
+            generator(sampling.seed, int(batch[0]) + 1, device),
         )
         drawn = torch.cat([drawn, made.cpu()]) if len(drawn) else made.cpu()
         save(path, {"facts": facts, "latents": drawn})
@@ -159,10 +160,6 @@ def _to_tensor(picture: UInt8Array) -> Tensor:
 def _feature(lfae: Lfae, images: Tensor) -> Tensor:
     found: Tensor = lfae.generator.encode(images)[-1]
     return found
-
-
-def _generator(seed: int, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + (number << 20)) % 2**63)
 
 
 def _kept(path: Path, facts: dict[str, Any]) -> Tensor:

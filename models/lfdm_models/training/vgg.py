@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lfdm_models.stored_files import TorchFile
 from lfdm_models.training.errors import TrainingError
+from lfdm_models.wording import first_line
 
 # Convolutions per block; 2x2 max-pooling separates the blocks.
 _BLOCKS = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
@@ -61,9 +62,8 @@ class Vgg19(nn.Module):
         except OSError as error:
             raise TrainingError(f"the weights of VGG-19 cannot be read: {path}: {error.strerror or error}") from error
         except Exception as error:  # torch raises many types for other files
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise TrainingError(
-                f"{path} is not a state dict of VGG-19 ({reason}); give torchvision's vgg19.pth"
+                f"{path} is not a state dict of VGG-19 ({first_line(error)}); give torchvision's vgg19.pth"
             ) from error
         own = network.state_dict()
         found = {key: value for key, value in state.items() if key in own} if isinstance(state, dict) else {}
