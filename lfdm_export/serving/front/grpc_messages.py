@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ class MessageDoor:
             RefusedError: no message comes in time, or it is too large.
         """
         seconds = self._limits.body_seconds
-        with _limited(seconds, f"no whole request came within {seconds:.0f} s; send it faster"):
+        with limited(seconds, f"no whole request came within {seconds:.0f} s; send it faster"):
             async with self._readers:
                 found = await context.read()
         if found is grpc.aio.EOF:
@@ -43,26 +43,39 @@ class MessageDoor:
         Raises:
             RefusedError: the client does not read it in time.
         """
-        with _limited(self._limits.write_seconds, "the answer was not taken in time; read it faster"):
+        with limited(self._limits.write_seconds, "the answer was not taken in time; read it faster"):
             await context.write(answer)
 
 
 @contextmanager
-def _limited(seconds: float, sentence: str) -> Iterator[None]:
+def limited(seconds: float, sentence: str, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Limit the time of a block of this task; `asyncio.wait_for` takes another task, and 0.1 ms.
+
+    Args:
+        seconds: the limit.
+        sentence: why the block ended.
+        unless: returns whether the block may take the time once more; called when it has taken it.
 
     Raises:
         RefusedError: the block has not ended in time.
     """
-    task, expired = asyncio.current_task(), False
+    loop, task, expired = asyncio.get_running_loop(), asyncio.current_task(), False
     assert task is not None
+    timer: asyncio.TimerHandle
+
+    def start() -> None:
+        nonlocal timer
+        timer = loop.call_later(seconds, expire)
 
     def expire() -> None:
         nonlocal expired
+        if unless():
+            start()
+            return
         expired = True
         task.cancel()
 
-    timer = asyncio.get_running_loop().call_later(seconds, expire)
+    start()
     try:
         yield
     except asyncio.CancelledError:

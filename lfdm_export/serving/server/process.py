@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that a model's process may take to load its engines.
 _STUB_TIMEOUT = 600
-#: Shared memory of each model at the start. A region never shrinks: with Triton's 1 MB, two pictures of 512 x 512 pixels
-#: at a time make it larger for good.
+#: Shared memory of each model at the start. A region never shrinks: with Triton's 1 MB, two pictures of 512 x 512
+#: pixels at a time make it larger for good.
 _REGION_BYTES = 2 << 20
 #: Models that are loaded at a time; there are fewer.
 _LOAD_THREADS = 8
