@@ -304,7 +304,8 @@ def test_a_grpc_message_that_does_not_come_ends_its_call(fake: FakeTriton):
 
 def test_a_silent_stream_ends_unless_it_waits_for_an_answer(fake: FakeTriton):
     sent: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    sent.put(infer_request(STREAM_MODEL, STREAM_INPUTS, {"image": PIXELS, "label": np.array([b"Anger"], np.object_)}))
+    seed, label = np.zeros(1, np.int64), np.array([b"Anger"], np.object_)
+    sent.put(infer_request(STREAM_MODEL, STREAM_INPUTS, {"image": PIXELS, "label": label, "seed": seed}))
     fake.gate.clear()
     with Doors(fake, QUICK) as doors:
         answers = doors.stub().ModelStreamInfer(iter(sent.get, None), timeout=DEADLINE)
