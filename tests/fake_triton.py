@@ -198,7 +198,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ModelStreamInfer(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
         self._check_token(context)
-        (request,) = requests
+        request = next(requests)
         try:
             parsed = self._take(request, context, STREAM_INPUTS)[1]
         except InputError as error:
@@ -216,6 +216,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             if self.change is not None:
                 self.change(response)
             yield service_pb2.ModelStreamInferResponse(infer_response=response)
+        assert not list(requests)  # as in Triton, the stream is open until its client ends it
 
     def _take(self, request: Any, context: Any, inputs: tuple[WireTensor, ...]) -> tuple[Seen, GenerationRequest]:
         seen = Seen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import gzip
 import http.client
@@ -299,6 +300,24 @@ def test_a_grpc_message_that_does_not_come_ends_its_call(fake: FakeTriton):
         sent.put(None)
     assert refused.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     assert "no whole request came" in refused.value.details()
+
+
+def test_a_silent_stream_ends_unless_it_waits_for_an_answer(fake: FakeTriton):
+    sent: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    seed, label = np.zeros(1, np.int64), np.array([b"Anger"], np.object_)
+    sent.put(infer_request(STREAM_MODEL, STREAM_INPUTS, {"image": PIXELS, "label": label, "seed": seed}))
+    fake.gate.clear()
+    with Doors(fake, QUICK) as doors:
+        answers = doors.stub().ModelStreamInfer(iter(sent.get, None), timeout=DEADLINE)
+        in_flight(fake)
+        doors.do(asyncio.sleep(3 * QUICK.idle_seconds))
+        fake.gate.set()
+        assert next(answers).infer_response.model_name == STREAM_MODEL
+        with pytest.raises(grpc.RpcError) as refused:
+            list(answers)
+        sent.put(None)
+    assert refused.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "silent for too long" in refused.value.details()
 
 
 @pytest.mark.parametrize("compression", [None, grpc.Compression.Gzip])

@@ -208,6 +208,14 @@ def test_the_environment_puts_the_servers_paths_first(monkeypatch: pytest.Monkey
     assert variables["LD_LIBRARY_PATH"] == "/s/libs:/old"
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("4", "4")])
+def test_the_servers_threads_share_heaps(monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str):
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    if given is not None:
+        monkeypatch.setenv("MALLOC_ARENA_MAX", given)
+    assert ServerFiles(Path("/s/tritonserver"), None, (), Path("/e/bin")).environment()["MALLOC_ARENA_MAX"] == expected
+
+
 @pytest.fixture
 def fake_pip(nothing_there: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """A pip that "downloads" a wheel of the same layout, and installs an empty module as NumPy."""

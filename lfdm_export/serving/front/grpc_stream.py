@@ -12,7 +12,7 @@ from lfdm_export.client.settings import import_protocol
 from lfdm_export.protocol.contract import STREAM_MODEL
 from lfdm_export.serving.front.checks import MOST_ID
 from lfdm_export.serving.front.flights import Flight
-from lfdm_export.serving.front.grpc_messages import MessageDoor, parsed
+from lfdm_export.serving.front.grpc_messages import MessageDoor, limited, parsed
 from lfdm_export.serving.front.inflate import inflated_message
 from lfdm_export.serving.front.refusal import RefusedError
 from lfdm_export.serving.front.service import Service, named
@@ -31,7 +31,7 @@ class StreamCall:
         self._messages, _ = import_protocol()
         self._call: Any = None
         self._outstanding: list[tuple[Flight, int]] = []
-        self._lost = asyncio.Event()
+        self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._writing = asyncio.Lock()
 
     async def run(self) -> None:
@@ -43,8 +43,7 @@ class StreamCall:
         with self._service.flights.holding() as hold:
             first = await self._door.read(self._context, self._service.limits.message_bytes)
             self._call = self._service.triton.stream(self._context.time_remaining())
-            work = (self._requests(first, hold), self._answers(hold), self._lost.wait())
-            tasks = [asyncio.ensure_future(one) for one in work]
+            tasks = [asyncio.ensure_future(one) for one in (self._requests(first, hold), self._answers(hold))]
             try:
                 await self._until_over(*tasks)
             finally:
@@ -56,11 +55,11 @@ class StreamCall:
                     if flight.fault is None and flight.model != STREAM_MODEL:  # it notices the end of its stream
                         self._service.abandon(flight.request_id)
 
-    async def _until_over(self, requests: asyncio.Future[Any], answers: Any, lost: asyncio.Future[Any]) -> None:
-        waiting = {requests, answers, lost}
+    async def _until_over(self, requests: asyncio.Future[Any], answers: asyncio.Future[Any]) -> None:
+        waiting = {requests, answers, self._lost}
         while waiting:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            if lost in done:
+            if self._lost in done:
                 return await self._send_lost()
             for task in done:
                 task.result()  # re-raises the task's error
@@ -93,12 +92,16 @@ class StreamCall:
     def _begin(self, request: Any, size: int, hold: Callable[[int], None]) -> Flight:
         hold(size)
         try:
-            flight = self._service.begin(request.model_name, request.id, self._lost.set)
+            flight = self._service.begin(request.model_name, request.id, self._lose)
         except RefusedError:
             hold(-size)
             raise
         self._outstanding.append((flight, size))
         return flight
+
+    def _lose(self) -> None:
+        if not self._lost.done():
+            self._lost.set_result(None)
 
     async def _next(self) -> Any:
         """The client's next message.
@@ -106,16 +109,12 @@ class StreamCall:
         Raises:
             RefusedError: the client has neither sent nor waited for anything for too long.
         """
-        reading = asyncio.ensure_future(self._context.read())
-        try:
-            while True:
-                await asyncio.wait((reading,), timeout=self._service.limits.idle_seconds)
-                if reading.done():
-                    return reading.result()
-                if not self._outstanding:
-                    raise RefusedError("DEADLINE_EXCEEDED", "the stream was silent for too long; open a new one")
-        finally:
-            reading.cancel()
+        with limited(
+            self._service.limits.idle_seconds,
+            "the stream was silent for too long; open a new one",
+            unless=lambda: bool(self._outstanding),
+        ):
+            return await self._context.read()
 
     async def _answers(self, hold: Callable[[int], None]) -> None:
         """Forward the server's answers until its stream ends."""

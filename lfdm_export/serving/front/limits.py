@@ -21,7 +21,7 @@ class FrontLimits:
         header_fields: header fields of one HTTP request.
         header_seconds: timeout for a request's head; a silent HTTP connection is closed after the same time.
         body_seconds: timeout for a request's body or a call's message.
-        write_seconds: timeout for the client to read a piece of the answer.
+        write_seconds: timeout for the client to read a piece of an answer over HTTP, or one answer of a stream.
         idle_seconds: how long a gRPC connection or stream without work is kept.
         readers: gRPC messages received at a time.
     """

@@ -20,7 +20,7 @@ from lfdm_export.serving.front.triton import HEALTH, SERVICE, answered
 
 logger = logging.getLogger(__name__)
 
-_Answer = Callable[[str, Any], Awaitable[None]]
+_Answer = Callable[[str, Any], Awaitable[bytes | None]]
 #: Methods that only report; forwarded unchanged.
 _REPORTING = frozenset(
     (
@@ -47,7 +47,7 @@ class GrpcDoor(grpc.GenericRpcHandler):
         self._messages = MessageDoor(service.limits)
 
     def service(self, handler_call_details: Any) -> Any:
-        """The handler of a call. Each is registered as a stream, so that the front itself waits for the message."""
+        """The handler of a call. Requests are registered as streams, so that the front itself waits for the message."""
         method = handler_call_details.method
         metadata = {key: value for key, value in handler_call_details.invocation_metadata if key == "authorization"}
         answer: _Answer
@@ -61,17 +61,17 @@ class GrpcDoor(grpc.GenericRpcHandler):
             answer = self._report
         else:
             answer = self._refuse
-        return grpc.stream_stream_rpc_method_handler(
-            partial(self._guarded, answer, method, metadata.get("authorization"))
-        )
+        guarded = partial(self._guarded, answer, method, metadata.get("authorization"))
+        if answer == self._stream:
+            return grpc.stream_stream_rpc_method_handler(guarded)
+        return grpc.stream_unary_rpc_method_handler(guarded)  # the status leaves with the answer
 
-    async def _guarded(self, answer: _Answer, method: str, token: Any, _: Any, context: Any) -> None:
+    async def _guarded(self, answer: _Answer, method: str, token: Any, _: Any, context: Any) -> bytes | None:
         """Answer or refuse a call."""
         try:
             if not method.startswith(f"/{HEALTH}/"):
                 self._service.access.check(token)
-            await answer(method, context)
-            return
+            return await answer(method, context)
         except RefusedError as refused:
             code, sentence = getattr(grpc.StatusCode, refused.code, grpc.StatusCode.UNKNOWN), str(refused)
             forget(refused)
@@ -83,16 +83,17 @@ class GrpcDoor(grpc.GenericRpcHandler):
             code, sentence = grpc.StatusCode.INTERNAL, "a fault of the server: see its log"
             forget(error)
         await context.abort(code, sentence)
+        return None  # not reached: `abort` raises
 
-    async def _report(self, method: str, context: Any) -> None:
+    async def _report(self, method: str, context: Any) -> bytes:
         question = await self._messages.read(context, _QUESTION)
         if method == _LIVE:  # the front is live; a server behind it that has ended is restarted
             messages, _ = import_protocol()
-            await context.write(messages.ServerLiveResponse(live=True).SerializeToString())
-            return
-        await context.write(await answered(self._service.triton.unary(method, question, _left(context))))
+            live: bytes = messages.ServerLiveResponse(live=True).SerializeToString()
+            return live
+        return await answered(self._service.triton.unary(method, question, _left(context)))
 
-    async def _ready(self, method: str, context: Any) -> None:
+    async def _ready(self, method: str, context: Any) -> bytes:
         question = await self._messages.read(context, _QUESTION)
         answer = _NOT_READY
         if self._service.open:
@@ -101,9 +102,9 @@ class GrpcDoor(grpc.GenericRpcHandler):
             except RefusedError as refused:
                 if refused.code != "UNAVAILABLE":
                     raise
-        await context.write(answer)
+        return answer
 
-    async def _infer(self, _method: str, context: Any) -> None:
+    async def _infer(self, _method: str, context: Any) -> bytes:
         service, (messages, _) = self._service, import_protocol()
         with service.flights.holding() as hold:
             message = await self._messages.read(context, service.limits.message_bytes)
@@ -112,9 +113,7 @@ class GrpcDoor(grpc.GenericRpcHandler):
             await service.check(request)
             model, request_id = request.model_name, request.id
             del request  # another copy of the picture
-            answer = await service.infer(model, request_id, message, _left(context))
-            del message
-        await self._messages.write(context, answer)
+            return await service.infer(model, request_id, message, _left(context))
 
     async def _stream(self, _method: str, context: Any) -> None:
         await StreamCall(self._service, self._messages, context).run()

@@ -20,6 +20,9 @@ _OPTIONS = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # A part of a stream arrives in one go: the window is 64 KB by default, and probing for a better one takes longer.
+    ("grpc.http2.lookahead_bytes", 512 << 10),
+    ("grpc.http2.bdp_probe", 0),
 )
 #: gRPC's own messages when no server answers or the connection ends.
 _LOST = re.compile(

@@ -75,6 +75,8 @@ class ServerFiles:
         paths = [*map(str, self.libraries), *filter(None, [variables.get("LD_LIBRARY_PATH")])]
         if paths:
             variables["LD_LIBRARY_PATH"] = os.pathsep.join(paths)
+        # One heap for all threads: with one per thread, free blocks of past requests pile up (glibc; see mallopt(3)).
+        variables.setdefault("MALLOC_ARENA_MAX", "1")
         return variables
 
 

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that a model's process may take to load its engines.
 _STUB_TIMEOUT = 600
+#: Shared memory of each model at the start. A region never shrinks: with Triton's 1 MB, two pictures of 512 x 512
+#: pixels at a time make it larger for good.
+_REGION_BYTES = 2 << 20
 #: Models that are loaded at a time; there are fewer.
 _LOAD_THREADS = 8
 #: Seconds that the server waits at SIGTERM for remaining requests (those of a killed process), and seconds until
@@ -201,6 +204,7 @@ def _command(recipe: Recipe, sockets: Sockets) -> list[str]:
         "--disable-auto-complete-config",  # else each Python process is started twice: once to ask for its interface
         *sockets.arguments(),
         f"--backend-config=python,shm-region-prefix-name={recipe.region_prefix}",
+        f"--backend-config=python,shm-default-byte-size={_REGION_BYTES}",
         f"--backend-config=python,stub-timeout-seconds={_STUB_TIMEOUT}",
         f"--exit-timeout-secs={_EXIT_TIMEOUT}",
     ]

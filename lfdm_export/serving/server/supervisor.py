@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from lfdm_export.errors import LfdmExportError, MissingDependencyError, ServerError
+from lfdm_export.serving.front.memory import share_heap
 from lfdm_export.serving.server.control import Control
 from lfdm_export.serving.server.files import ServerFiles
 from lfdm_export.serving.server.options import ServerOptions
@@ -63,6 +64,7 @@ class TritonServer:
             MissingDependencyError: a package that the front needs is not installed.
             ServerError: the server does not become ready; the message has its last log lines.
         """
+        share_heap()  # before gRPC starts its threads
         front_class, read_access = _import_front()
         self.options = options.with_ports()
         access = read_access(options.token_file, options.tls_certificate, options.tls_key)
