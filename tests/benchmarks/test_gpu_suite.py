@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from benchmarks import (
     gpu_attention,
     gpu_driver,
+    gpu_errors,
     gpu_kernels,
     gpu_kernels_once,
     gpu_norms,
@@ -292,7 +293,7 @@ def test_kernels_run_once_for_profilers(capsys: pytest.CaptureFixture[str], monk
     assert "6 launches" in capsys.readouterr().out
 
     def wrong(device: torch.device, toy: bool) -> Record:
-        raise gpu_kernels.WrongResultError("kernels differ")
+        raise gpu_errors.WrongResultError("kernels differ")
 
     monkeypatch.setattr(gpu_kernels, "checks", wrong)
     assert gpu_kernels_once.main(["checks", "--device", "cpu"]) == 1
