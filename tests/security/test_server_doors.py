@@ -291,10 +291,11 @@ def test_a_connection_over_the_maximum_is_refused(fake: FakeTriton):
             assert until_closed(third).startswith(b"HTTP/1.1 503")
 
 
-def test_a_grpc_message_that_does_not_come_ends_its_call(fake: FakeTriton):
+@pytest.mark.parametrize("method", ["ModelInfer", "ModelStreamInfer"])
+def test_a_grpc_message_that_does_not_come_ends_its_call(fake: FakeTriton, method: str):
     sent: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     with Doors(fake, QUICK) as doors, doors.channel() as channel:
-        call = channel.stream_stream("/inference.GRPCInferenceService/ModelInfer")
+        call = channel.stream_stream(f"/inference.GRPCInferenceService/{method}")
         with pytest.raises(grpc.RpcError) as refused:
             next(call(iter(sent.get, None), timeout=DEADLINE))
         sent.put(None)

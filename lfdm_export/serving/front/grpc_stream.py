@@ -40,11 +40,13 @@ class StreamCall:
         Raises:
             RefusedError: the call cannot be served.
         """
+        tasks: list[asyncio.Future[None]] = []
         with self._service.flights.holding() as hold:
-            first = await self._door.read(self._context, self._service.limits.message_bytes)
+            # Triton opens the stream while the first request is read: 1 ms. Any first message opens one anyway.
             self._call = self._service.triton.stream(self._context.time_remaining())
-            tasks = [asyncio.ensure_future(one) for one in (self._requests(first, hold), self._answers(hold))]
             try:
+                first = await self._door.read(self._context, self._service.limits.message_bytes)
+                tasks += map(asyncio.ensure_future, (self._requests(first, hold), self._answers(hold)))
                 await self._until_over(*tasks)
             finally:
                 for task in tasks:
