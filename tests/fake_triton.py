@@ -198,7 +198,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ModelStreamInfer(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
         self._check_token(context)
-        (request,) = requests
+        request = next(requests)
         try:
             parsed = self._take(request, context, STREAM_INPUTS)[1]
         except InputError as error:

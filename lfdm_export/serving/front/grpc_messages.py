@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import grpc.aio
@@ -11,48 +12,48 @@ from google.protobuf.message import DecodeError
 from lfdm_export.serving.front.inflate import inflated_message
 from lfdm_export.serving.front.limits import FrontLimits
 from lfdm_export.serving.front.refusal import RefusedError, invalid
+from lfdm_export.serving.front.waiting import Waiting
 
 
 class MessageDoor:
-    """Reads and writes the messages of all calls, a few at a time."""
+    """Reads and writes the messages of all calls."""
 
     def __init__(self, limits: FrontLimits) -> None:
         """Apply the limits of the front."""
         self._limits = limits
-        self._readers = asyncio.Semaphore(limits.readers)
+        self._waiting = Waiting(limits.connections, 2 * limits.held_bytes)
 
     async def read(self, context: Any, most: int) -> bytes:
         """Read the first message of a call.
 
         Raises:
-            RefusedError: no message comes in time, or it is too large.
+            RefusedError: no message comes in time, or it is too large, or other calls need the place.
         """
-
-        async def read() -> Any:
-            async with self._readers:
-                return await context.read()
-
-        seconds = self._limits.body_seconds
-        try:
-            found = await asyncio.wait_for(read(), seconds)
-        except asyncio.TimeoutError:
-            raise RefusedError(
-                "DEADLINE_EXCEEDED", f"no whole request came within {seconds:.0f} s; send it faster"
-            ) from None
+        found = await self._waiting.message(context, self._limits.body_seconds)
         if found is grpc.aio.EOF:
             raise invalid("the call has no request; send one")
         return inflated_message(found, most)
+
+    async def next(self, context: Any, working: Callable[[], object]) -> Any:
+        """The next message of a stream as it comes, or gRPC's mark for the end; see `Waiting.message`.
+
+        Raises:
+            RefusedError: the stream was silent for too long without requests in flight, or other calls need the place.
+        """
+        return await self._waiting.message(context, self._limits.idle_seconds, working)
 
     async def write(self, context: Any, answer: bytes) -> None:
         """Send a message.
 
         Raises:
-            RefusedError: the client does not read it in time.
+            RefusedError: the client does not read it in time, or is gone.
         """
         try:
             await asyncio.wait_for(context.write(answer), self._limits.write_seconds)
         except asyncio.TimeoutError:
             raise RefusedError("DEADLINE_EXCEEDED", "the answer was not taken in time; read it faster") from None
+        except grpc.aio.InternalError:
+            raise RefusedError("CANCELLED", "the client is gone") from None
 
 
 def parsed(kind: Any, message: bytes) -> Any:

@@ -108,10 +108,11 @@ class GrpcDoor(grpc.GenericRpcHandler):
         with service.flights.holding() as hold:
             message = await self._messages.read(context, service.limits.message_bytes)
             hold(len(message))
-            request = parsed(messages.ModelInferRequest, message)
-            await service.check(request)
-            model, request_id = request.model_name, request.id
-            del request  # another copy of the picture
+            async with service.checking(len(message)):
+                request = parsed(messages.ModelInferRequest, message)
+                await service.check(request)
+                model, request_id = request.model_name, request.id
+                del request  # another copy of the picture
             answer = await service.infer(model, request_id, message, _left(context))
             del message
         await self._messages.write(context, answer)
@@ -152,7 +153,7 @@ async def start_grpc(service: Service, address: str) -> Any:
     limits = service.limits
     server = grpc.aio.server(
         handlers=[GrpcDoor(service)],
-        maximum_concurrent_rpcs=limits.connections,
+        maximum_concurrent_rpcs=limits.calls,
         options=(
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", limits.message_bytes),
