@@ -127,12 +127,12 @@ class Doors:
 
     async def _open(self) -> None:
         self.service = Service(self._access, self.limits, MODELS)
-        self._server = HttpServer(HttpDoor(self.service).answer, self.limits)
-        await self._server.listen("127.0.0.1", self.http, self._access.ssl_context())
+        self.http_server = HttpServer(HttpDoor(self.service).answer, self.limits)
+        await self.http_server.listen("127.0.0.1", self.http, self._access.ssl_context())
         self._grpc = await start_grpc(self.service, self.grpc)
         await self.service.attach(self._triton.address)
 
     async def _close(self) -> None:
         await self.service.detach()
-        await self._server.close()
+        await self.http_server.close()
         await self._grpc.stop(0)

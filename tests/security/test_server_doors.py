@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import gzip
 import http.client
+import json
 import queue
 import socket
 import ssl
@@ -27,10 +29,12 @@ from lfdm_export.client.wire import infer_request
 from lfdm_export.errors import AuthenticationError, InputError
 from lfdm_export.protocol.contract import CLIP_MODEL, STREAM_INPUTS, STREAM_MODEL
 from lfdm_export.protocol.requests import Limits
+from lfdm_export.serving.front import http_server, waiting
 from lfdm_export.serving.front.access import read_access
 from lfdm_export.serving.front.limits import FrontLimits
+from lfdm_export.serving.front.refusal import RefusedError
 from tests.fake_triton import FakeTriton
-from tests.running_server import DEADLINE, eventually
+from tests.running_server import DEADLINE, DIRECT, eventually
 from tests.security.doors import PIXELS, Doors, clip_request, json_request
 
 LIMITS = FrontLimits(Limits())
@@ -282,13 +286,172 @@ def test_a_body_that_does_not_come_ends_the_request(fake: FakeTriton):
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 408")
 
 
+HEAD = b"POST /v2/models/lfdm/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+
+
 def test_a_connection_over_the_maximum_is_refused(fake: FakeTriton):
+    fake.gate.clear()
+    request = HEAD % len(json_request()) + json_request()
     with Doors(fake, replace(LIMITS, connections=2)) as doors, doors.connect() as one, doors.connect() as two:
-        for connection in (one, two):  # both are open
-            connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        one.sendall(request)
+        two.sendall(request)
+        in_flight(fake, 2)
         with doors.connect() as third:
             assert until_closed(third).startswith(b"HTTP/1.1 503")
+        fake.gate.set()
+        for connection in (one, two):
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /v2 HT", b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"])
+def test_the_longest_silent_connection_makes_room(fake: FakeTriton, sent: bytes):
+    with Doors(fake, replace(LIMITS, connections=2)) as doors, doors.connect() as silent, doors.connect() as other:
+        silent.sendall(sent)
+        if sent.endswith(b"\r\n\r\n"):
+            assert silent.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        else:
+            eventually(lambda: len(doors.http_server._silent_since) == 2, "both are open")
+        other.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert other.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        assert doors.infer(json_request())[0] == 200
+        assert until_closed(silent) == b""
+
+
+def test_a_body_that_does_not_come_makes_room(fake: FakeTriton, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(http_server, "_PATIENCE", 0.0)
+    with Doors(fake, replace(LIMITS, connections=1)) as doors, doors.connect() as slow:
+        slow.sendall(HEAD % 100 + b"{")
+        eventually(lambda: len(doors.http_server._answered_since) == 1, "its head has come")
+        assert doors.infer(json_request())[0] == 200
+        assert until_closed(slow) == b""
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"POST /v2/models/lfdm/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"GET /\x1b[31m HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET http://x:999999/v2 HTTP/1.1\r\nHost: x\r\n\r\n",
+    ],
+    ids=["two lengths", "a length of chunks", "control characters", "a port that is none"],
+)
+def test_invalid_http_gets_one_sentence_and_is_not_logged(doors: Doors, sent: bytes, caplog: pytest.LogCaptureFixture):
+    with doors.connect() as connection:
+        connection.sendall(sent)
+        head, _, body = until_closed(connection).partition(b"\r\n\r\n")
+    assert b" 400 " in head
+    assert b"aiohttp" not in head
+    sentence = json.loads(body)["error"]
+    assert sentence.startswith("the request is not valid HTTP (")
+    assert sentence.isprintable()
+    assert not caplog.records
+
+
+def test_a_client_that_asks_before_it_sends_is_answered(doors: Doors):
+    head = HEAD % len(json_request())
+    with doors.connect() as connection:
+        connection.sendall(head[:-2] + b"Expect: 100-continue\r\n\r\n")
+        assert connection.recv(1 << 16) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(json_request())
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+    with doors.connect() as connection:
+        connection.sendall(HEAD[:-2] % 10**12 + b"Expect: 100-continue\r\n\r\n")
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 413")
+    assert doors.infer(json_request(), Expect="a teapot")[0] == 417
+
+
+# --- Calls of gRPC that wait ----------------------------------------------------------------------
+
+
+class Call:
+    """A call whose messages are sent one by one."""
+
+    def __init__(self, doors: Doors, method: str) -> None:
+        self.sent: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self.channel = doors.channel([*DIRECT, ("grpc.use_local_subchannel_pool", 1)])
+        method = f"/inference.GRPCInferenceService/{method}"
+        self.answers = self.channel.stream_stream(method)(iter(self.sent.get, None), timeout=DEADLINE)
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sent.put(None)
+        self.channel.close()
+
+    def end(self) -> grpc.StatusCode:
+        """The status with which it ends."""
+        with pytest.raises(grpc.RpcError) as refused:
+            next(self.answers)
+        return refused.value.code()
+
+
+def stream_request(request_id: str) -> bytes:
+    tensors = {"image": PIXELS, "label": np.array([b"Anger"], np.object_)}
+    message: bytes = infer_request(STREAM_MODEL, STREAM_INPUTS, tensors, request_id=request_id).SerializeToString()
+    return message
+
+
+@pytest.mark.parametrize("method", ["ModelInfer", "ModelStreamInfer", "ModelMetadata"])
+def test_a_call_that_waits_makes_room(fake: FakeTriton, method: str):
+    with contextlib.ExitStack() as stack:
+        doors = stack.enter_context(Doors(fake, replace(LIMITS, connections=2)))
+        calls = [stack.enter_context(Call(doors, method)) for _ in range(3)]
+        eventually(lambda: any(call.answers.done() for call in calls), "one has ended")
+        (ended,) = (call for call in calls if call.answers.done())
+        assert ended.end() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert doors.stub().ModelInfer(clip_request(), timeout=DEADLINE).model_name == CLIP_MODEL
+
+
+class Silent:
+    """A call that never sends."""
+
+    async def read(self) -> Any:
+        await asyncio.Event().wait()
+
+
+def test_the_longest_wait_ends_first():
+    async def ends() -> list[int]:
+        calls, ended = waiting.Waiting(2, 1 << 60), []
+
+        async def wait(number: int) -> None:
+            with contextlib.suppress(RefusedError):
+                await calls.message(Silent(), DEADLINE, "late", lambda: number == 0)
+                return
+            ended.append(number)
+
+        tasks = [asyncio.ensure_future(wait(number)) for number in range(5)]
+        while len(ended) < 3:
+            await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return ended
+
+    assert asyncio.run(ends()) == [1, 2, 3], "0 has requests in flight"
+
+
+def test_a_stream_with_requests_in_flight_does_not_make_room(fake: FakeTriton):
+    fake.gate.clear()
+    with Doors(fake, replace(LIMITS, connections=2)) as doors, Call(doors, "ModelStreamInfer") as working:
+        working.sent.put(stream_request("mine"))
+        in_flight(fake)
+        with Call(doors, "ModelInfer") as one, Call(doors, "ModelInfer") as other:
+            eventually(lambda: one.answers.done() != other.answers.done(), "one of them has ended")
+        fake.gate.set()
+        answer = messages.ModelStreamInferResponse.FromString(next(working.answers))
+        assert answer.infer_response.id == "mine"
+
+
+def test_waiting_calls_end_when_memory_is_short(doors: Doors, monkeypatch: pytest.MonkeyPatch):
+    """What gRPC has received of their messages is theirs."""
+    with Call(doors, "ModelStreamInfer") as call:
+        call.sent.put(b"")
+        answer = messages.ModelStreamInferResponse.FromString(next(call.answers))
+        assert answer.error_message.startswith("[NOT_FOUND]")
+        monkeypatch.setattr(waiting, "resident_bytes", lambda: 1 << 60)
+        assert call.end() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 @pytest.mark.parametrize("method", ["ModelInfer", "ModelStreamInfer"])
@@ -301,6 +464,25 @@ def test_a_grpc_message_that_does_not_come_ends_its_call(fake: FakeTriton, metho
         sent.put(None)
     assert refused.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     assert "no whole request came" in refused.value.details()
+
+
+def test_a_call_whose_answer_is_not_read_gives_its_place_back(fake: FakeTriton, caplog: pytest.LogCaptureFixture):
+    def large(response: Any) -> None:
+        response.raw_output_contents[0] = bytes(8 << 20)
+        fake.change = None  # later answers are small
+
+    def served() -> bool:
+        with contextlib.suppress(grpc.RpcError):  # the only place is taken
+            return bool(doors.stub().ModelInfer(clip_request(), timeout=DEADLINE).model_name)
+        return False
+
+    fake.change = large
+    with Doors(fake, replace(LIMITS, write_seconds=0.2, calls=1)) as doors, Call(doors, "ModelInfer") as unread:
+        unread.sent.put(clip_request().SerializeToString())
+        eventually(lambda: fake.change is None, "its clip is made")
+        eventually(served, "its place is free")
+        assert not unread.answers.done()
+    assert not caplog.records
 
 
 def test_a_silent_stream_ends_unless_it_waits_for_an_answer(fake: FakeTriton):
@@ -356,26 +538,30 @@ def test_a_picture_that_cannot_be_decoded_is_not_forwarded(doors: Doors, fake: F
     assert not fake.seen
 
 
-@pytest.mark.parametrize("door", ["http", "grpc"])
+@pytest.mark.parametrize("door", ["http", "grpc", "stream"])
 def test_a_refused_request_leaves_no_memory(doors: Doors, door: str):
     """Not even until Python's garbage collector runs, which bytes do not trigger."""
     size, count = 8 << 20, 4
     bomb = gzip.compress(bytes(5 * size))
     request = noisy_picture(size)
-    gc.collect()
-    gc.disable()
-    tracemalloc.start()
-    try:
-        for _ in range(count):
+    serialized = request.SerializeToString()
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(Call(doors, "ModelStreamInfer")) for _ in range(count)]
+        gc.collect()
+        gc.disable()
+        stack.callback(gc.enable)
+        tracemalloc.start()
+        stack.callback(tracemalloc.stop)
+        for stream in streams:
             if door == "http":
                 assert doors.infer(bomb, Content_Encoding="gzip")[0] == 413
+            elif door == "stream":  # which stays open
+                stream.sent.put(serialized)
+                assert b"cannot be read as an image" in next(stream.answers)
             else:
                 with pytest.raises(grpc.RpcError, match="cannot be read as an image"):
                     doors.stub().ModelInfer(request, timeout=DEADLINE)
         eventually(lambda: tracemalloc.get_traced_memory()[0] < size, "less than one of them is left")
-    finally:
-        tracemalloc.stop()
-        gc.enable()
 
 
 # --- In flight ------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
+import random
 import struct
 import zlib
 from typing import Any
@@ -20,7 +22,14 @@ from lfdm_export.serving.front.json_requests import HttpRequest, read_request
 from lfdm_export.serving.front.limits import FrontLimits
 from lfdm_export.serving.front.refusal import RefusedError
 
-LIMITS = FrontLimits(Limits(image_bytes=1 << 20), json_values=50_000)
+LIMITS = FrontLimits(
+    Limits(image_bytes=1 << 20),
+    json_values=50_000,
+    json_lists=22_000,
+    json_fractions=1_000,
+    json_strings=2_000,
+    json_objects=500,
+)
 
 
 def metadata(name: str) -> Any:
@@ -164,6 +173,11 @@ def tensor(name: str, datatype: str, shape: Any, data: Any, **fields: Any) -> di
     return {"inputs": [{"name": name, "datatype": datatype, "shape": shape, "data": data, **fields}]}
 
 
+def test_a_picture_in_base64_is_no_list_of_exponents():
+    picture = base64.b64encode(random.Random(0).randbytes(1 << 20)).decode()
+    assert read(tensor("image_bytes", "BYTES", [1], [picture])).message.inputs[0].name == "image_bytes"
+
+
 def test_json_becomes_the_same_message():
     body = {
         "id": "mine",
@@ -193,6 +207,10 @@ BAD_JSON: dict[str, tuple[Any, str]] = {
     "deep data": (b'{"inputs":[{"data":' + b"[" * DEEP + b"]" * DEEP + b"}]}", "more than 50,000 values"),
     "deep data of few values": (b'{"a":' + b"[" * 20_000 + b"]" * 20_000 + b"}", "nested too deep"),
     "many values": (tensor("image", "UINT8", [1, 1, 3], [0] * 60_000), "more than 50,000 values"),
+    "many lists": (b'{"inputs":[' + b"[]," * 23_000 + b"1]}", "more than 22,000 lists"),
+    "many objects": (b'{"inputs":[' + b'{"a":1},' * 1000 + b"1]}", "more than 500 objects"),
+    "many names": (json.dumps({str(number): 1 for number in range(3000)}).encode(), "more than 2,000 strings"),
+    "many exponents": (b'{"inputs":[' + b"1e308," * 3000 + b"1]}", "more than 1,000 numbers with a point or an"),
     "nested deeper than its shape": (tensor("seed", "INT64", [1], [[[7]]]), "nested deeper than its shape"),
     "10^12 pixels": (tensor("image", "UINT8", [10**6, 10**6, 3], [0]), "image has 3,000,000,000,000 bytes"),
     "an axis beyond 64 bits": (tensor("image", "UINT8", [2**64, 1, 3], [0]), "beyond 64 bits"),
@@ -215,7 +233,7 @@ BAD_JSON: dict[str, tuple[Any, str]] = {
     "no JSON": (b"\xff\xfe", "not JSON"),
     "nothing": (b"", "not JSON"),
     "inputs that are not a list": ({"inputs": {"seed": 7}}, "expected a list of at most"),
-    "thousands of inputs": ({"inputs": [{}] * 1000}, "inputs is a list of 1000"),
+    "hundreds of inputs": ({"inputs": [{}] * 400}, "inputs is a list of 400"),
     "a parameter that is a list": ({"inputs": [], "parameters": {"a": [[[]]]}}, "expected a number, a string"),
     "a huge timeout": ({"inputs": [], "parameters": {"timeout": 10**30}}, "expected a number, a string"),
     "shared memory": (

@@ -149,10 +149,10 @@ def sampling(server: RunningServer, what: str = "lfdm_slots_busy") -> float:
     return server.metric(what, model=SAMPLE_MODEL)
 
 
-def kill(triton_process: TritonServer, model: str) -> int:
-    """Kill a model's process, as the kernel does when memory is exhausted."""
+def kill(triton_process: TritonServer, model: str, number: int = signal.SIGKILL) -> int:
+    """Kill a model's process, as the kernel does when memory is exhausted, or send it another signal."""
     (stub,) = [stub for stub in live_stubs(triton_process.region_prefix) if stub.model == model]
-    os.kill(stub.pid, signal.SIGKILL)
+    os.kill(stub.pid, number)
     return stub.pid
 
 
@@ -208,9 +208,12 @@ def test_a_full_queue_refuses_with_a_reason(server: RunningServer):
         assert wait_until_served(server, client)["frames"].shape == (10, 64, 64, 3)
 
 
-def test_a_killed_encoder_is_replaced(server: RunningServer, client: Any, triton_process: TritonServer):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_killed_or_stopped_encoder_is_replaced(
+    server: RunningServer, client: Any, triton_process: TritonServer, number: int
+):
     expected = server.infer(client, REQUEST)["frames"]
-    killed = kill(triton_process, ENCODE_MODEL)
+    killed = kill(triton_process, ENCODE_MODEL, number)
     wait_until_replaced(triton_process, ENCODE_MODEL, killed)
     assert_same_pictures(wait_until_served(server, client)["frames"], expected)
 

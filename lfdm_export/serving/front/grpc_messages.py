@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import grpc.aio
@@ -13,79 +11,51 @@ from google.protobuf.message import DecodeError
 from lfdm_export.serving.front.inflate import inflated_message
 from lfdm_export.serving.front.limits import FrontLimits
 from lfdm_export.serving.front.refusal import RefusedError, invalid
+from lfdm_export.serving.front.time_limit import limited
+from lfdm_export.serving.front.waiting import Waiting
 
 
 class MessageDoor:
-    """Reads and writes the messages of all calls, a few at a time."""
+    """Reads and writes the messages of all calls."""
 
     def __init__(self, limits: FrontLimits) -> None:
         """Apply the limits of the front."""
         self._limits = limits
-        self._readers = asyncio.Semaphore(limits.readers)
+        self._waiting = Waiting(limits.connections, 2 * limits.held_bytes)
 
     async def read(self, context: Any, most: int) -> bytes:
         """Read the first message of a call.
 
         Raises:
-            RefusedError: no message comes in time, or it is too large.
+            RefusedError: no message comes in time, or it is too large, or other calls need the place.
         """
         seconds = self._limits.body_seconds
-        with limited(seconds, f"no whole request came within {seconds:.0f} s; send it faster"):
-            async with self._readers:
-                found = await context.read()
+        late = f"no whole request came within {seconds:g} s; send it again, faster"
+        found = await self._waiting.message(context, seconds, late)
         if found is grpc.aio.EOF:
             raise invalid("the call has no request; send one")
         return inflated_message(found, most)
+
+    async def next(self, context: Any, working: Callable[[], object]) -> Any:
+        """The next message of a stream as it comes, or gRPC's mark for the end; see `Waiting.message`.
+
+        Raises:
+            RefusedError: the stream was silent for too long without requests in flight, or other calls need the place.
+        """
+        late = "the stream was silent for too long; open a new one"
+        return await self._waiting.message(context, self._limits.idle_seconds, late, working)
 
     async def write(self, context: Any, answer: bytes) -> None:
         """Send a message.
 
         Raises:
-            RefusedError: the client does not read it in time.
+            RefusedError: the client does not read it in time, or is gone.
         """
-        with limited(self._limits.write_seconds, "the answer was not taken in time; read it faster"):
-            await context.write(answer)
-
-
-@contextmanager
-def limited(seconds: float, sentence: str, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Limit the time of a block of this task; `asyncio.wait_for` takes another task, and 0.1 ms.
-
-    Args:
-        seconds: the limit.
-        sentence: why the block ended.
-        unless: returns whether the block may take the time once more; called when it has taken it.
-
-    Raises:
-        RefusedError: the block has not ended in time.
-    """
-    loop, task, expired = asyncio.get_running_loop(), asyncio.current_task(), False
-    assert task is not None
-    timer: asyncio.TimerHandle
-
-    def start() -> None:
-        nonlocal timer
-        timer = loop.call_later(seconds, expire)
-
-    def expire() -> None:
-        nonlocal expired
-        if unless():
-            start()
-            return
-        expired = True
-        task.cancel()
-
-    start()
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not expired:
-            raise
-        if hasattr(task, "uncancel"):  # Python 3.11 counts cancellations
-            task.uncancel()
-        raise RefusedError("DEADLINE_EXCEEDED", sentence) from None
-    finally:
-        timer.cancel()
+        try:
+            with limited(self._limits.write_seconds, "the answer was not taken in time; read it faster"):
+                await context.write(answer)
+        except grpc.aio.InternalError:
+            raise RefusedError("CANCELLED", "the client is gone") from None
 
 
 def parsed(kind: Any, message: bytes) -> Any:

@@ -12,9 +12,9 @@ from lfdm_export.client.settings import import_protocol
 from lfdm_export.protocol.contract import STREAM_MODEL
 from lfdm_export.serving.front.checks import MOST_ID
 from lfdm_export.serving.front.flights import Flight
-from lfdm_export.serving.front.grpc_messages import MessageDoor, limited, parsed
+from lfdm_export.serving.front.grpc_messages import MessageDoor, parsed
 from lfdm_export.serving.front.inflate import inflated_message
-from lfdm_export.serving.front.refusal import RefusedError
+from lfdm_export.serving.front.refusal import RefusedError, forget
 from lfdm_export.serving.front.service import Service, named
 from lfdm_export.serving.front.triton import LOST_SENTENCE, refused
 
@@ -30,6 +30,7 @@ class StreamCall:
         self._service, self._door, self._context = service, door, context
         self._messages, _ = import_protocol()
         self._call: Any = None
+        self._message: Any = b""
         self._outstanding: list[tuple[Flight, int]] = []
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._writing = asyncio.Lock()
@@ -45,13 +46,14 @@ class StreamCall:
             # Triton opens the stream while the first request is read: 1 ms. Any first message opens one anyway.
             self._call = self._service.triton.stream(self._context.time_remaining())
             try:
-                first = await self._door.read(self._context, self._service.limits.message_bytes)
-                tasks += map(asyncio.ensure_future, (self._requests(first, hold), self._answers(hold)))
+                self._message = await self._door.read(self._context, self._service.limits.message_bytes)
+                tasks += map(asyncio.ensure_future, (self._requests(hold), self._answers(hold)))
                 await self._until_over(*tasks)
             finally:
                 for task in tasks:
                     task.cancel()
                 self._call.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)  # one of them may have failed as well
                 for flight, _ in self._outstanding:
                     self._service.flights.end(flight)
                     if flight.fault is None and flight.model != STREAM_MODEL:  # it notices the end of its stream
@@ -69,54 +71,46 @@ class StreamCall:
                 return None
         return None
 
-    async def _requests(self, first: bytes, hold: Callable[[int], None]) -> None:
+    async def _requests(self, hold: Callable[[int], None]) -> None:
         """Forward the client's requests until it has sent all."""
-        message: Any = first
-        while message is not grpc.aio.EOF:
-            request_id = ""
-            try:
-                message = inflated_message(message, self._service.limits.message_bytes)
+        while self._message is not grpc.aio.EOF:
+            if not await self._forwarded(hold):
+                return  # the server has ended the call: its answers say why
+            self._message = await self._door.next(self._context, lambda: self._outstanding)
+        await self._call.done_writing()
+
+    async def _forwarded(self, hold: Callable[[int], None]) -> bool:
+        """Forward or refuse the last message, and let go of it; returns whether the server's call goes on."""
+        message, self._message = self._message, b""
+        request_id, size = "", 0
+        try:
+            message = inflated_message(message, self._service.limits.message_bytes)
+            hold(len(message))
+            size = len(message)
+            async with self._service.checking(size):
                 request = parsed(self._messages.ModelInferRequest, message)
                 request_id = request.id[:MOST_ID]
                 await self._service.check(request)
-                flight = self._begin(request, len(message), hold)
-            except RefusedError as error:
-                await self._refuse(str(error), error.code, request_id)
-            else:
-                message = named(message, flight.request_id) if flight.unnamed else message
-                try:
-                    await self._call.write(message)
-                except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                    return  # the server has ended the call: its answers say why
-            message = await self._next()
-        await self._call.done_writing()
-
-    def _begin(self, request: Any, size: int, hold: Callable[[int], None]) -> Flight:
-        hold(size)
-        try:
-            flight = self._service.begin(request.model_name, request.id, self._lose)
-        except RefusedError:
+            model, identity = request.model_name, request.id
+            del request  # another copy of the picture
+            flight = self._service.begin(model, identity, self._lose)
+        except RefusedError as error:
             hold(-size)
-            raise
-        self._outstanding.append((flight, size))
-        return flight
+            sentence, code = str(error), error.code
+            forget(error)
+        else:
+            self._outstanding.append((flight, size))
+            try:
+                await self._call.write(named(message, flight.request_id) if flight.unnamed else message)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                return False
+            return True
+        await self._refuse(sentence, code, request_id)
+        return True
 
     def _lose(self) -> None:
         if not self._lost.done():
             self._lost.set_result(None)
-
-    async def _next(self) -> Any:
-        """The client's next message.
-
-        Raises:
-            RefusedError: the client has neither sent nor waited for anything for too long.
-        """
-        with limited(
-            self._service.limits.idle_seconds,
-            "the stream was silent for too long; open a new one",
-            unless=lambda: bool(self._outstanding),
-        ):
-            return await self._context.read()
 
     async def _answers(self, hold: Callable[[int], None]) -> None:
         """Forward the server's answers until its stream ends."""

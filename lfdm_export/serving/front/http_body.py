@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from lfdm_export.serving.front.inflate import Inflater
@@ -27,6 +27,7 @@ async def read_body(request: web.BaseRequest, limits: FrontLimits, hold: Callabl
     announced = request.content_length
     if announced is not None and announced > limits.message_bytes:
         raise too_large(f"the body has {announced:,} bytes, expected at most {limits.message_bytes:,}; send less")
+    _ask_for_body(request)
     try:
         return await asyncio.wait_for(_read(request, limits, hold), limits.body_seconds)
     except asyncio.TimeoutError:
@@ -41,6 +42,24 @@ async def read_body(request: web.BaseRequest, limits: FrontLimits, hold: Callabl
     except RefusedError as refused:
         refused.closes = True  # the rest of the body is not read
         raise
+
+
+def _ask_for_body(request: web.BaseRequest) -> None:
+    """Answer ``Expect: 100-continue``: its client sends no body before.
+
+    Raises:
+        RefusedError: the client expects something else.
+    """
+    expected = request.headers.get("Expect", "").strip().lower()
+    if expected not in ("", "100-continue"):
+        raise RefusedError(
+            "INVALID_ARGUMENT",
+            f"the header Expect is {expected[:32]!r}, expected 100-continue; leave it out",
+            http_status=417,
+            closes=True,
+        )
+    if expected and request.version >= HttpVersion11 and request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 async def _read(request: web.BaseRequest, limits: FrontLimits, hold: Callable[[int], None]) -> bytes:

@@ -168,10 +168,7 @@ def _encoded(declared: Tensor, values: Sequence[Any]) -> bytes:
 
 def _json_object(text: bytes, limits: FrontLimits) -> dict[str, Any]:
     """Parse a JSON object of bounded size and depth."""
-    if sum(map(text.count, (b",", b"[", b"{"))) > limits.json_values:
-        raise invalid(
-            f"the JSON has more than {limits.json_values:,} values; send binary data, or a file as image_bytes"
-        )
+    _check_counts(text, limits)
     try:
         found = json.loads(text)
     except RecursionError:
@@ -181,6 +178,22 @@ def _json_object(text: bytes, limits: FrontLimits) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise invalid("the body is not a JSON object, expected one with inputs")
     return found
+
+
+def _check_counts(text: bytes, limits: FrontLimits) -> None:
+    """Refuse a text that takes too much memory or time to parse, by what occurs in it."""
+    commas, lists, objects, quotes = map(text.count, (b",", b"[", b"{", b'"'))
+    # One of 32 characters of base64 is a letter of exponents, too.
+    fractions = len(text) - len(text.translate(None, b".eE")) - len(text) // 28
+    for found, most, what in (
+        (commas + lists + objects, limits.json_values, "values"),
+        (lists, limits.json_lists, "lists"),
+        (objects, limits.json_objects, "objects"),
+        (quotes // 2, limits.json_strings, "strings"),
+        (fractions, limits.json_fractions, "numbers with a point or an exponent"),
+    ):
+        if found > most:
+            raise invalid(f"the JSON has more than {most:,} {what}; send binary data, or a file as image_bytes")
 
 
 def _string(entry: Mapping[str, Any], key: str, default: str | None = None) -> str:

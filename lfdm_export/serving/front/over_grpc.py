@@ -47,7 +47,7 @@ class GrpcDoor(grpc.GenericRpcHandler):
         self._messages = MessageDoor(service.limits)
 
     def service(self, handler_call_details: Any) -> Any:
-        """The handler of a call. Requests are registered as streams, so that the front itself waits for the message."""
+        """The handler of a call. Each is registered as a stream: the front itself limits how long messages take."""
         method = handler_call_details.method
         metadata = {key: value for key, value in handler_call_details.invocation_metadata if key == "authorization"}
         answer: _Answer
@@ -61,17 +61,19 @@ class GrpcDoor(grpc.GenericRpcHandler):
             answer = self._report
         else:
             answer = self._refuse
-        guarded = partial(self._guarded, answer, method, metadata.get("authorization"))
-        if answer == self._stream:
-            return grpc.stream_stream_rpc_method_handler(guarded)
-        return grpc.stream_unary_rpc_method_handler(guarded)  # the status leaves with the answer
+        return grpc.stream_stream_rpc_method_handler(
+            partial(self._guarded, answer, method, metadata.get("authorization"))
+        )
 
-    async def _guarded(self, answer: _Answer, method: str, token: Any, _: Any, context: Any) -> bytes | None:
+    async def _guarded(self, answer: _Answer, method: str, token: Any, _: Any, context: Any) -> None:
         """Answer or refuse a call."""
         try:
             if not method.startswith(f"/{HEALTH}/"):
                 self._service.access.check(token)
-            return await answer(method, context)
+            found = await answer(method, context)
+            if found is not None:
+                await self._messages.write(context, found)
+            return
         except RefusedError as refused:
             code, sentence = getattr(grpc.StatusCode, refused.code, grpc.StatusCode.UNKNOWN), str(refused)
             forget(refused)
@@ -82,8 +84,10 @@ class GrpcDoor(grpc.GenericRpcHandler):
             logger.exception("a call of %s failed", method)
             code, sentence = grpc.StatusCode.INTERNAL, "a fault of the server: see its log"
             forget(error)
-        await context.abort(code, sentence)
-        return None  # not reached: `abort` raises
+        try:
+            await context.abort(code, sentence)
+        except grpc.aio.InternalError:  # gRPC sends no status while the client leaves an answer unread
+            raise asyncio.CancelledError from None  # ends the call without a traceback in the log
 
     async def _report(self, method: str, context: Any) -> bytes:
         question = await self._messages.read(context, _QUESTION)
@@ -109,10 +113,11 @@ class GrpcDoor(grpc.GenericRpcHandler):
         with service.flights.holding() as hold:
             message = await self._messages.read(context, service.limits.message_bytes)
             hold(len(message))
-            request = parsed(messages.ModelInferRequest, message)
-            await service.check(request)
-            model, request_id = request.model_name, request.id
-            del request  # another copy of the picture
+            async with service.checking(len(message)):
+                request = parsed(messages.ModelInferRequest, message)
+                await service.check(request)
+                model, request_id = request.model_name, request.id
+                del request  # another copy of the picture
             return await service.infer(model, request_id, message, _left(context))
 
     async def _stream(self, _method: str, context: Any) -> None:
@@ -151,7 +156,7 @@ async def start_grpc(service: Service, address: str) -> Any:
     limits = service.limits
     server = grpc.aio.server(
         handlers=[GrpcDoor(service)],
-        maximum_concurrent_rpcs=limits.connections,
+        maximum_concurrent_rpcs=limits.calls,
         options=(
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", limits.message_bytes),

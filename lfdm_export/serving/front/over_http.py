@@ -16,6 +16,7 @@ from aiohttp import web
 
 from lfdm_export.client.settings import import_protocol
 from lfdm_export.serving.front.http_body import read_body
+from lfdm_export.serving.front.http_server import SERVER
 from lfdm_export.serving.front.json_answers import infer_answer, plain
 from lfdm_export.serving.front.json_requests import read_request
 from lfdm_export.serving.front.refusal import RefusedError, forget
@@ -163,7 +164,7 @@ class HttpDoor:
         return await self._send(request, pieces, length)
 
     async def _send(self, request: web.BaseRequest, pieces: list[bytes], head_length: int | None) -> web.StreamResponse:
-        headers = {"Content-Type": _JSON if head_length is None else "application/octet-stream"}
+        headers = {"Content-Type": _JSON if head_length is None else "application/octet-stream", "Server": SERVER}
         if head_length is not None:
             headers[_HEAD_LENGTH] = str(head_length)
         coding = _accepted_coding(request)

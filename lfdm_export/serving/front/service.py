@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
 from lfdm_export.client.calls import Calls
@@ -26,8 +27,9 @@ INFER = f"/{SERVICE}/ModelInfer"
 _UNNAMED = "unnamed-"
 #: Serialized field that sets a request's id to ""; protobuf keeps the last of two.
 _NO_ID = b"\x1a\x00"
+#: Bytes from which a message is large.
+_LARGE = 1 << 20
 #: Seconds in which an abandoned request is cancelled in the sampler, and seconds between two attempts.
-
 _CANCEL_SECONDS, _RETRY_SECONDS = 2.0, 0.25
 
 
@@ -59,6 +61,7 @@ class Service:
         self._numbers = itertools.count(1)
         self._background: set[asyncio.Task[None]] = set()
         self._calls = Calls("", Settings())
+        self._checks = asyncio.Semaphore(1)
 
     # --- The server -------------------------------------------------------------------------------
 
@@ -109,6 +112,13 @@ class Service:
         return sum(self.flights.lose(sentence, one) for one in served)
 
     # --- Requests ---------------------------------------------------------------------------------
+
+    def checking(self, size: int) -> AbstractAsyncContextManager[object]:
+        """A context in which a message of `size` bytes is parsed and checked; large ones one after the other.
+
+        Parts of a parsed message are copies.
+        """
+        return self._checks if size > _LARGE else nullcontext()
 
     async def check(self, request: Any) -> None:
         """Check a whole `ModelInferRequest`.

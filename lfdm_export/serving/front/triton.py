@@ -31,6 +31,8 @@ _LOST = re.compile(
 LOST_SENTENCE = "the server's process has ended and is started again; send the request again"
 #: Triton's messages while a model whose process died is loaded again, with status NOT_FOUND and INTERNAL.
 _RELOADED = re.compile(re.escape(RELOADED_MESSAGE) + r"|is not healthy")
+#: Characters of the server's sentence that are passed on: it may quote the request.
+_MOST_DETAILS = 1000
 _RELOADED_SENTENCE = "the process of a model has died and is started again; send the request again"
 
 
@@ -103,4 +105,4 @@ def refused(error: Any) -> RefusedError:
         return unavailable(LOST_SENTENCE)
     if code in ("NOT_FOUND", "INTERNAL") and _RELOADED.search(details):
         return unavailable(_RELOADED_SENTENCE)
-    return RefusedError(code, details)
+    return RefusedError(code, details if len(details) <= _MOST_DETAILS else details[:_MOST_DETAILS] + "…")

@@ -21,6 +21,7 @@ from lfdm_export.serving.server.process import Recipe, TritonProcess
 from lfdm_export.serving.server.run_folder import run_folder
 from lfdm_export.serving.server.shared_memory import own_prefix
 from lfdm_export.serving.server.sockets import Sockets
+from lfdm_export.serving.server.stopped import StoppedProcesses
 from lfdm_export.serving.server.watchdog import Watchdog, live_stubs
 
 if TYPE_CHECKING:
@@ -180,10 +181,11 @@ class TritonServer:
         """Restart the server whenever it ends; the thread must live as long as the process that it starts."""
         pause = 0.0
         while not self._stopping.is_set():
-            began = time.monotonic()
+            began, stopped = time.monotonic(), StoppedProcesses()
             while not self._process.wait(_LOOK):
                 if self._stopping.is_set():
                     return
+                stopped.end({self._process.process_id: "tritonserver"})
             lost = self._front.detach()
             logger.error(
                 "tritonserver has ended by itself (%s): it is started again; %d requests in flight get an error",

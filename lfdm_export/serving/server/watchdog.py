@@ -1,6 +1,7 @@
 """Finds Python models whose process died or hangs, and reloads them: the server itself does neither.
 
-A killed process is missing from the system's process list at once, which is cheap to read. A hanging process is found
+A killed process is missing from the system's process list at once, which is cheap to read, and one that a signal has
+stopped is marked there. A hanging process is found
 by small real requests, to those models that support such.
 """
 
@@ -22,6 +23,7 @@ from lfdm_export.errors import ServerError
 from lfdm_export.protocol.contract import CANCEL_INPUT, IMAGE_INPUTS, PREPROCESS_MODEL, SAMPLE_MODEL, Array, WireTensor
 from lfdm_export.serving.server.control import Control
 from lfdm_export.serving.server.shared_memory import make_private, remove_shared_memory
+from lfdm_export.serving.server.stopped import StoppedProcesses
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +111,9 @@ class Watchdog:
     def _watch(self) -> None:
         wait = dict.fromkeys(self._models, 0.0)
         not_before = dict.fromkeys(self._models, 0.0)
-        stubs = live_stubs(self._prefix)
+        stubs, stopped = live_stubs(self._prefix), StoppedProcesses()
         while not self._stop.wait(LOOK_EVERY):
+            stopped.end({stub.pid: stub.model for stub in stubs})
             if len(stubs) < len(self._models) or any(_stub(stub.pid) != stub for stub in stubs):
                 stubs = live_stubs(self._prefix)
             alive = {stub.model for stub in stubs}
