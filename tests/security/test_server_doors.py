@@ -471,7 +471,7 @@ def test_a_call_whose_answer_is_not_read_gives_its_place_back(fake: FakeTriton, 
         response.raw_output_contents[0] = bytes(8 << 20)
         fake.change = None  # later answers are small
 
-    def served() -> bool:
+    def served(doors: Doors) -> bool:
         with contextlib.suppress(grpc.RpcError):  # the only place is taken
             return bool(doors.stub().ModelInfer(clip_request(), timeout=DEADLINE).model_name)
         return False
@@ -480,7 +480,7 @@ def test_a_call_whose_answer_is_not_read_gives_its_place_back(fake: FakeTriton, 
     with Doors(fake, replace(LIMITS, write_seconds=0.2, calls=1)) as doors, Call(doors, "ModelInfer") as unread:
         unread.sent.put(clip_request().SerializeToString())
         eventually(lambda: fake.change is None, "its clip is made")
-        eventually(served, "its place is free")
+        eventually(lambda: served(doors), "its place is free")
         assert not unread.answers.done()
     assert not caplog.records
 
