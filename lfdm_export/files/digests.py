@@ -7,6 +7,8 @@ from pathlib import Path
 
 _CHUNK = 1 << 20
 
+_LFS = b"version https://git-lfs"
+
 
 def sha256_and_size(path: Path) -> tuple[str, int]:
     """SHA-256 of a file, hexadecimal, and its size in bytes.
@@ -20,3 +22,13 @@ def sha256_and_size(path: Path) -> tuple[str, int]:
             digest.update(block)
             size += len(block)
     return digest.hexdigest(), size
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is the small text that Git stores in place of a large file, as a clone without Git LFS has it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return file.read(len(_LFS)) == _LFS

@@ -15,7 +15,7 @@ from lfdm_export.engines.onnxruntime.target import PROVIDERS, Device
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.files.names import require_utf8
 from lfdm_export.graphs.file import check_graph
-from lfdm_export.machine import available_cores
+from lfdm_export.machine import available_cores, engine_threads
 from lfdm_export.stages import StageSpec
 from lfdm_export.wording import one_line
 
@@ -101,9 +101,7 @@ def open_session(
         EngineError: the file cannot be loaded, or the device is not available or cannot run all of it.
         MissingDependencyError: onnxruntime is not installed.
     """
-    if threads is not None and threads < 1:
-        raise EngineError(f"threads is {threads}, expected 1 or more, or None for all cores")
-    options = _options(available_cores() if threads is None else threads, allow_spinning)
+    options = _options(engine_threads(threads), allow_spinning)
     return _load(path, options, _providers(device), on_gpu=device != "cpu", tf32=tf32)
 
 

@@ -20,7 +20,7 @@ from lfdm_export.engines.openvino.cache import cache_key
 from lfdm_export.engines.openvino.target import OPENVINO
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.graphs.file import walk
-from lfdm_export.machine import available_cores
+from lfdm_export.machine import engine_threads
 from lfdm_export.stages import BATCH, StageSpec
 from lfdm_export.telemetry import import_openvino
 from lfdm_export.wording import one_line
@@ -68,10 +68,8 @@ class OpenVinoEngine:
             MissingDependencyError: OpenVINO, or a package that prepares graphs for it, is not installed.
         """
         self.path, self.spec = Path(path), spec
-        if threads is not None and threads < 1:
-            raise EngineError(f"threads is {threads}, expected 1 or more, or None for all cores")
         self._core = shared_core()
-        self._options = _options(self._core, available_cores() if threads is None else threads, precision)
+        self._options = _options(self._core, engine_threads(threads), precision)
         if not self.path.is_file():
             raise EngineError(f"there is no graph at {self.path}; export again")
         self._graph, self._weights, self._identity = _graph_and_weights(self.path, spec)

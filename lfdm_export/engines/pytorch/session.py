@@ -18,7 +18,7 @@ from lfdm_export.engines.pytorch.compiled import Program, make_program
 from lfdm_export.engines.pytorch.target import PYTORCH
 from lfdm_export.engines.pytorch.weights import load_modules
 from lfdm_export.errors import EngineError
-from lfdm_export.machine import available_cores
+from lfdm_export.machine import engine_threads
 from lfdm_export.rewrite.precision import channels_last
 
 # Algorithms that cuDNN tries per new convolution: 10 by default, of some 30 ms each.
@@ -46,11 +46,9 @@ class TorchSession:
         Raises:
             EngineError: the bundle has no weights for PyTorch, or there is a GPU but this PyTorch has no CUDA.
         """
-        if threads is not None and threads < 1:
-            raise EngineError(f"threads is {threads}, expected 1 or more, or None for all cores")
         self.manifest: Manifest = bundle.manifest
         self.device = find_device()
-        self._threads = available_cores() if threads is None else threads
+        self._threads = engine_threads(threads)
         self._modules = load_modules(bundle, self.device) if modules is None else modules
         channels_last(self._modules)
         self._identity = {"weights": str(bundle.manifest.files.get(TORCH_WEIGHTS)), "precision": self.precision}
