@@ -70,8 +70,8 @@ def engine_threads(threads: int | None) -> int:
         EngineError: the number is below 1, or far more than any processor has.
     """
     most = max(_MOST_THREADS, os.cpu_count() or 1)
-    if threads is not None and not 1 <= threads <= most:
-        raise EngineError(f"threads is {threads}, expected 1 or more (at most {most}), or None for all cores")
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= most):
+        raise EngineError(f"threads is {threads!r}, expected 1 or more (at most {most}), or None for all cores")
     return available_cores() if threads is None else threads
 
 

@@ -97,6 +97,8 @@ def run(program: str, args: argparse.Namespace, command: Callable[[], int], *, e
             return command()
         except KeyboardInterrupt as error:
             if args.debug:
+                if isinstance(error, Stopped):
+                    error.traceback = True
                 raise
             ended = isinstance(error, Stopped) and error.status != INTERRUPTED
             complain(program, f"ended by {error}" if ended else "interrupted")

@@ -182,12 +182,17 @@ def encode_clip(
 def _write_numbered(target: Path, frames: UInt8Array, text: str) -> None:
     """Write numbered frames into a new or an empty folder."""
     place = destination(target).path
+
+    def still_free() -> None:  # another run may have written its frames in the meantime
+        if place.exists() and any(place.iterdir()):
+            raise InputError(f"{target} was filled by another program; give a new folder for the numbered frames")
+
     with temporary_folder(place) as part:
         for index, frame in enumerate(frames):
             Image.fromarray(frame).save(
                 part / f"frame_{index:03d}.png", "PNG", pnginfo=png_text(text) if text else None
             )
-        publish(part, place)
+        publish(part, place, check=still_free)
 
 
 def _output_format(target: Path, requested: str | None) -> str:

@@ -344,6 +344,11 @@ def test_a_photograph_from_a_pipe_serves_all_clips(bundle: Bundle, photo: str, t
             np.testing.assert_array_equal(np.asarray(piped), np.asarray(filed))
 
 
+def test_a_wrong_number_of_threads_is_no_difference_to_the_model(bundle: Bundle, capsys: pytest.CaptureFixture[str]):
+    assert verify_main([str(bundle.path), "--threads", "0"]) == 1
+    assert "threads is 0, expected 1 or more" in one_line(capsys.readouterr().err)
+
+
 def test_a_dash_is_stdin_and_stdout():
     assert (input_file("-"), output_file("-")) == ("/dev/stdin", "/dev/stdout")
     assert (input_file("-a.png"), output_file("a-b.gif")) == ("-a.png", "a-b.gif")

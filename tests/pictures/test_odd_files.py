@@ -216,6 +216,18 @@ def test_a_contact_sheet_goes_into_a_pipe(tmp_path: Path):
     assert received[0].startswith(b"\x89PNG")
 
 
+def test_frames_of_another_run_are_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def save(picture: Image.Image, path: Path, *_: Any, **__: Any) -> None:
+        (tmp_path / "frames").mkdir(exist_ok=True)
+        (tmp_path / "frames" / "other.png").touch()
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(InputError, match="frames was filled by another program"):
+        save_clip(f"{tmp_path}/frames/", np.zeros((2, 16, 16, 3), np.uint8))
+    assert [path.name for path in tmp_path.iterdir()] == ["frames"]
+    assert [path.name for path in (tmp_path / "frames").iterdir()] == ["other.png"]
+
+
 def test_an_embedding_comes_through_a_pipe(tmp_path: Path):
     pipe, stream = tmp_path / "pipe", io.BytesIO()
     np.save(stream, np.ones(3, np.float32))
