@@ -9,10 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from lfdm_export.errors import EngineError
+
 #: NumPy's and PyTorch's math libraries read these when they are loaded.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 #: Name of this project's folder inside the user's cache folder.
 CACHE_NAME = "lfdm-export"
+# An engine starts the threads that it is given, however many.
+_MOST_THREADS = 256
 _PROCESS = Path("/proc/self")
 _CPUS = Path("/sys/devices/system/cpu")
 
@@ -57,6 +61,18 @@ def available_cores() -> int:
     """
     cores, quota = _cores_of_mask(), _cgroup_quota(_PROCESS)
     return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def engine_threads(threads: int | None) -> int:
+    """The number of an engine's threads: as requested, or `available_cores` for None.
+
+    Raises:
+        EngineError: the number is below 1, or far more than any processor has.
+    """
+    most = max(_MOST_THREADS, os.cpu_count() or 1)
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= most):
+        raise EngineError(f"threads is {threads!r}, expected 1 or more (at most {most}), or None for all cores")
+    return available_cores() if threads is None else threads
 
 
 def limit_math_threads() -> None:

@@ -29,7 +29,7 @@ from lfdm_export.bundle.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
 from lfdm_export.bundle.model_card import model_card
 from lfdm_export.errors import BundleError, EngineError, InputError
 from lfdm_export.files.arrays import read_arrays
-from lfdm_export.files.digests import sha256_and_size
+from lfdm_export.files.digests import is_lfs_pointer, sha256_and_size
 from lfdm_export.files.folders import give_back
 from lfdm_export.files.names import user_path
 from lfdm_export.graphs.file import check_external, read_graph
@@ -303,6 +303,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"cannot read {path}: {error.strerror or error}") from error
     if len(text) > MAX_MANIFEST_BYTES:
         raise BundleError(f"{path} is larger than any manifest; it is not one of a bundle")
+    if is_lfs_pointer(path):
+        raise BundleError(f"{path} is a Git LFS pointer; fetch the files themselves with: git lfs pull")
     try:
         return Manifest.from_json(text)
     except BundleError as error:
@@ -344,6 +346,8 @@ def _check_file(folder: Path, name: str, entry: FileEntry, *, check_hash: bool) 
         found = fingerprint(path) if check_hash else FileEntry(entry.sha256, path.stat().st_size)
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror or error}") from error
+    if found.bytes != entry.bytes and is_lfs_pointer(path):
+        raise BundleError(f"{folder}: {name} is a Git LFS pointer; fetch the files themselves with: git lfs pull")
     if found.bytes != entry.bytes:
         raise BundleError(
             f"{folder}: {name} was altered: found {found.bytes} bytes, expected {entry.bytes}; export again"

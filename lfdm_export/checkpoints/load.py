@@ -69,6 +69,8 @@ def load_model(
         InputError: `region_pad` is out of range, the data set is unknown, or an option contradicts the checkpoint's
             training.
     """
+    if residual_flow is not None and not isinstance(residual_flow, bool):
+        raise InputError(f"residual_flow is {residual_flow!r}, expected True, False or None")
     if region_pad is not None and (not isinstance(region_pad, int) or isinstance(region_pad, bool) or region_pad < 0):
         raise InputError(f"region_pad is {region_pad!r}, expected 3 (MUG), 0 (MHAD, NATOPS) or None")
     if region_pad is None and dataset is not None:

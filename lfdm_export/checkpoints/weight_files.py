@@ -39,7 +39,7 @@ Format = Literal["torch zip", "torch legacy", "safetensors"]
 # Wrappers of networks (DataParallel, torch.compile) add their own name to the keys.
 _PREFIXES = ("module", "_orig_mod")
 # Names that trainers give to the entry that holds the networks.
-_WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "checkpoint")
 _MOST_WRAPPERS = 3
 _TENSOR_KINDS = (Tensor, StoredTensor, OddTensor)
 _MEDIA = {
@@ -48,6 +48,12 @@ _MEDIA = {
     b"GIF8": "a GIF image",
     b"RIFF": "a RIFF file (WebP or AVI)",
     b"\x1f\x8b": "a gzip archive; unpack it first",
+    b"BZh": "a bzip2 archive; unpack it first",
+    b"\xfd7zXZ": "an xz archive; unpack it first",
+    b"\x28\xb5\x2f\xfd": "a zstd archive; unpack it first",
+    b"\x89HDF": "an HDF5 file (of Keras or h5py)",
+    b"\x93NUMPY": "a NumPy array",
+    b"GGUF": "a GGUF file",
     b"Rar!": "a RAR archive; unpack it first",
     b"7z\xbc\xaf": "a 7z archive; unpack it first",
 }
@@ -220,6 +226,10 @@ def _guess(head: bytes) -> str:
     for magic, name in _MEDIA.items():
         if head.startswith(magic):
             return f"{name}; give a checkpoint file (.pth or .safetensors)"
+    if head[257:262] == b"ustar":
+        return "a tar archive; unpack it first (PyTorch 0.1 saved such files too: load it there and save it again)"
+    if not head.strip(b"\0"):
+        return f"of an unknown kind: it begins with zeros only; {_COPY_AGAIN}"
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return (
             "a Python pickle that torch.save did not write; it could run code when loaded and was not opened; "
@@ -249,18 +259,22 @@ def _clean(key: str) -> str:
 
 
 def _networks(top: Mapping[Any, object], path: Path) -> Mapping[Any, object]:
-    """The level of a file that holds the networks: its top, or the entry in which a trainer wrapped them."""
+    """The level of a file that holds the networks: its top, or the entry in which a trainer wrapped them.
+
+    The names of `_WRAPPERS` come first: averaged weights ("ema"), for example, are often stored beside them.
+    """
     level = top
     for _ in range(_MOST_WRAPPERS):
         if _holds_networks(level):
-            break
-        inner = {name: value for name in _WRAPPERS if isinstance(value := level.get(name), Mapping)}
+            return level
+        inner = {name: value for name, value in level.items() if isinstance(name, str) and isinstance(value, Mapping)}
         holding = [name for name, value in inner.items() if _holds_networks(value)]
+        holding = [name for name in holding if name in _WRAPPERS] or holding
         if len(holding) > 1:
             raise CheckpointError(f"{path} holds networks under {' and under '.join(holding)}; keep one of them")
-        if not inner:
-            return top
-        name = holding[0] if holding else next(iter(inner))
+        name = next(iter([*holding, *(name for name in _WRAPPERS if name in inner)]), None)
+        if name is None:
+            return level
         logger.info("%s: taking the networks under %r", path, name)
         level = inner[name]
     return level

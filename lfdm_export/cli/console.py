@@ -20,7 +20,7 @@ from lfdm_export.dependencies import missing_dependency
 from lfdm_export.errors import LfdmExportError, ParityError
 from lfdm_export.files.names import visible
 from lfdm_export.wording import describe_error
-from lfdm_models.command_line import Parser
+from lfdm_models.command_line import Parser, cut_words
 
 OK, FAILED, PARITY_FAILED, INTERRUPTED = 0, 1, 3, 130
 
@@ -51,6 +51,16 @@ def make_parser(program: str, description: str, examples: str) -> argparse.Argum
         epilog="examples:\n" + examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def input_file(word: str) -> str:
+    """Convert the value of an option that names a file to read: ``-`` is stdin."""
+    return "/dev/stdin" if word == "-" else word
+
+
+def output_file(word: str) -> str:
+    """Convert the value of an option that names a file to write: ``-`` is stdout."""
+    return "/dev/stdout" if word == "-" else word
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +97,8 @@ def run(program: str, args: argparse.Namespace, command: Callable[[], int], *, e
             return command()
         except KeyboardInterrupt as error:
             if args.debug:
+                if isinstance(error, Stopped):
+                    error.traceback = True
                 raise
             ended = isinstance(error, Stopped) and error.status != INTERRUPTED
             complain(program, f"ended by {error}" if ended else "interrupted")
@@ -104,7 +116,7 @@ def run(program: str, args: argparse.Namespace, command: Callable[[], int], *, e
 
 def complain(program: str, message: str) -> None:
     """Print a line on stderr."""
-    text = f"{program}: {' '.join(message.split())}"
+    text = cut_words(f"{program}: {' '.join(message.split())}")
     _Console(stderr=True, soft_wrap=True).print(visible(text), markup=False, highlight=False)
 
 

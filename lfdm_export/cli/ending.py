@@ -25,7 +25,10 @@ class Stopped(KeyboardInterrupt):
 
     Attributes:
         number: number of the signal.
+        traceback: it shall leave the command as an exception (--debug).
     """
+
+    traceback = False
 
     def __init__(self, number: int) -> None:
         """Store the signal's number."""
@@ -92,6 +95,10 @@ def _stopping_signals() -> Iterator[None]:
                 before[number] = signal.signal(number, stop)
     try:
         yield
+    except Stopped as stopped:
+        if before and not stopped.traceback:  # it came outside of `console.run`, such as while arguments are parsed
+            raise SystemExit(stopped.status) from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -114,38 +121,59 @@ def _patient_output() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+def was_printed() -> bool:
+    """Whether everything that was printed within `orderly` went to stdout, or to a reader that had enough."""
+    stream: Any = sys.stdout
+    if stream is not None:
+        stream.flush()
+    while isinstance(stream, _Patient):  # one per nested context
+        if stream.lost:
+            return False
+        stream = stream.below
+    return True
+
+
 class _Patient:
-    """A text stream that survives a closed reader or a full disk."""
+    """A text stream that survives a closed reader or a full disk.
+
+    Attributes:
+        below: the stream that it writes to.
+        lost: some text is lost, not for want of a reader.
+    """
+
+    lost = False
 
     def __init__(self, stream: TextIO, complaints: _Patient | None) -> None:
         """Wrap `stream`; report once on `complaints`, unless None, why nothing more is printed."""
-        self._stream, self._complaints = stream, complaints
+        self.below, self._complaints = stream, complaints
 
     def write(self, text: str) -> int:
         """Write, if possible."""
         with self._until_it_fails():
-            self._stream.write(text)
+            self.below.write(text)
         return len(text)
 
     def flush(self) -> None:
         """Flush, if possible."""
         with self._until_it_fails():
-            self._stream.flush()
+            self.below.flush()
 
     @contextlib.contextmanager
     def _until_it_fails(self) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:  # ValueError: the stream was closed
-            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) and self._complaints is not None:
-                self._complaints.write(f"warning: results cannot be printed: {error.strerror or error}\n")
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                self.lost = True
+                if self._complaints is not None:
+                    self._complaints.write(f"warning: results cannot be printed: {error.strerror or error}\n")
             self._complaints = None
             # The buffered text would fail again, at the latest on interpreter exit.
             with contextlib.suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())
+                os.dup2(nowhere, self.below.fileno())
                 os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
         """Forward everything else to the stream."""
-        return getattr(self._stream, name)
+        return getattr(self.below, name)

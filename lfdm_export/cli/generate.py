@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lfdm_export.cli.bulk import add_bulk_options, check_bulk_options, generate_in_bulk
-from lfdm_export.cli.console import Bars, add_common_options, make_parser, run, say
+from lfdm_export.cli.console import Bars, add_common_options, input_file, make_parser, output_file, run, say
 from lfdm_export.cli.ending import orderly
 from lfdm_export.cli.making import Making
-from lfdm_export.cli.photograph import add_crop_options, check_crop_options, say_bars, settle_crop
+from lfdm_export.cli.photograph import add_crop_options, check_crop_options, read_pipe, say_bars, settle_crop
 from lfdm_export.cli.planned import (
     PlannedClip,
     example_name,
@@ -89,9 +89,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="BUNDLE",
         help="a folder, org/name on the Hugging Face hub, or characters: the shipped model; not with --url",
     )
-    parser.add_argument("--image", metavar="PHOTO", help=f"reference image: {FORMAT_NAMES}")
+    parser.add_argument(
+        "--image", type=input_file, metavar="PHOTO", help=f"reference image: {FORMAT_NAMES}; - for stdin"
+    )
     add_crop_options(parser)
-    parser.add_argument("-o", "--out", metavar="FILE", help=f"file of the clip: .{', .'.join(FORMATS)}, or FOLDER/")
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=output_file,
+        metavar="FILE",
+        help=f"file of the clip: .{', .'.join(FORMATS)}, or FOLDER/; - for stdout, with --format",
+    )
     _add_motion_options(parser)
     _add_sampling_options(parser)
     _add_clip_options(parser)
@@ -107,9 +115,9 @@ def _add_motion_options(parser: argparse.ArgumentParser) -> None:
         "--label", nargs="+", action="extend", metavar="LABEL", help="labels of the bundle; one clip per label"
     )
     motion.add_argument("--text", help="free text; requires a bundle with a text encoder")
-    motion.add_argument("--embedding", metavar="FILE.npy", help="a text embedding")
-    motion.add_argument("--drive", metavar="CLIP", help="clip whose motion is transferred")
-    motion.add_argument("--motion", metavar="FILE", help="motion of an earlier clip, saved as .motion")
+    motion.add_argument("--embedding", type=input_file, metavar="FILE.npy", help="a text embedding")
+    motion.add_argument("--drive", type=input_file, metavar="CLIP", help="clip whose motion is transferred")
+    motion.add_argument("--motion", type=input_file, metavar="FILE", help="motion of an earlier clip, saved as .motion")
     motion.add_argument("--labels-all", action="store_true", help="one clip per label of the bundle")
 
 
@@ -180,6 +188,7 @@ def _generate(args: argparse.Namespace) -> int:
         scale=args.scale,
         pasted=args.paste_back,
     )
+    read_pipe(args)
     settle_crop(args)
     if args.url is not None:
         return generate_remotely(args)

@@ -7,7 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lfdm_export.cli.console import OK, add_common_options, make_parser, run, say
+from lfdm_export.cli.console import FAILED, OK, add_common_options, make_parser, run, say
+from lfdm_export.cli.ending import orderly, was_printed
 from lfdm_export.wording import count
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ _EXAMPLES = """\
 """
 
 
+@orderly()
 def info_main(argv: Sequence[str] | None = None) -> int:
     """Run ``lfdm-info``; returns the exit status (see `lfdm_export.cli`)."""
     parser = make_parser(
@@ -45,7 +47,7 @@ def _info(args: argparse.Namespace) -> int:
         say(args, json.dumps(facts.to_json(), indent=2, ensure_ascii=False))
     else:
         say(args, _text(facts))
-    return OK
+    return OK if was_printed() else FAILED  # all that the command does is to print
 
 
 def _text(facts: BundleFacts) -> str:

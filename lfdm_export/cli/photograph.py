@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from lfdm_export.cli.console import say
 from lfdm_export.errors import InputError
+from lfdm_export.files.names import user_path
 from lfdm_export.pictures.crop import Crop, parse_crop
-from lfdm_export.pictures.preprocess import Preprocessing, find_face, picture_size
+from lfdm_export.pictures.preprocess import Preprocessing, find_face, picture_size, read_image
 
 
 def crop_of(text: str) -> Crop:
@@ -46,6 +46,17 @@ def check_crop_options(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error("--paste-back needs --crop, the region to put back")
 
 
+def read_pipe(args: argparse.Namespace) -> None:
+    """Replace an --image that is a pipe or a device by its picture: it can be read only once, and is needed often.
+
+    Raises:
+        InputError: the photograph cannot be used.
+    """
+    path = user_path(args.image)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        args.image = read_image(path)
+
+
 def settle_crop(args: argparse.Namespace) -> None:
     """Replace --crop face by the region around the face, once for all clips of the command, and print it.
 
@@ -63,9 +74,9 @@ def settle_crop(args: argparse.Namespace) -> None:
 
 def say_bars(args: argparse.Namespace, rule: Preprocessing) -> None:
     """Report black bars: added to an image that is neither square nor of the data set's aspect ratio."""
-    if args.crop is not None or rule.resize_first is not None or not Path(args.image).is_file():
+    if args.crop is not None or rule.resize_first is not None:
         return
-    size = picture_size(args.image)
+    size = picture_size(args.image) if isinstance(args.image, str) else args.image.shape[1::-1]
     if size[0] != size[1] and size != rule.frame_size:
         say(
             args, f"the photograph has {size[0]}x{size[1]} pixels: black bars make it square; --crop center avoids them"

@@ -76,10 +76,11 @@ def frames_of(args: argparse.Namespace) -> list[int] | slice | None:
     return None if args.frames is None else sorted({frame for part in args.frames for frame in part})
 
 
-def inputs_of(args: argparse.Namespace) -> dict[str, str | None]:
+def inputs_of(args: argparse.Namespace) -> dict[str, str]:
     """Return the files and folders that the command reads, which no clip may replace."""
     named = {f"--{name}": getattr(args, name) for name in ("image", "drive", "motion", "embedding")}
-    return {**named, "BUNDLE": args.bundle}
+    # The picture of a pipe has been read: it is no path.
+    return {name: path for name, path in {**named, "BUNDLE": args.bundle}.items() if isinstance(path, str)}
 
 
 def wants_many(args: argparse.Namespace) -> bool:

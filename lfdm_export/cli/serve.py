@@ -18,6 +18,7 @@ from lfdm_export.engines.targets import AUTO, Choice, device_names, target_names
 from lfdm_export.errors import InputError
 from lfdm_export.files.names import user_name
 from lfdm_export.generate.tokenizer import tokenizer_installed
+from lfdm_export.machine import engine_threads
 from lfdm_export.protocol.requests import Limits
 from lfdm_export.serving.server.files import SERVER_VARIABLE, find_server, install_server
 from lfdm_export.serving.server.options import ServerOptions
@@ -300,6 +301,7 @@ def _settings(args: argparse.Namespace) -> ServingSettings:
     )
     if args.threads < 0:
         raise InputError(f"--threads is {args.threads}, expected 1 or more, or 0 for all cores")
+    engine_threads(args.threads or None)
     return ServingSettings(
         slots=1 if args.slots is None else args.slots,
         queue_limit=args.queue,

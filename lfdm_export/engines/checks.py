@@ -1,4 +1,4 @@
-"""Checks of what every backend takes: tensors against a `StageSpec`, and the number of threads."""
+"""Checks of tensors against a `StageSpec`, which every backend makes."""
 
 from __future__ import annotations
 
@@ -8,21 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.errors import EngineError
-from lfdm_export.machine import available_cores
 from lfdm_export.stages import StageSpec, TensorSpec
 
 Array = NDArray[np.generic]
-
-
-def thread_count(threads: int | None) -> int:
-    """Threads per run on a CPU; None means every core that this process may use.
-
-    Raises:
-        EngineError: there are none.
-    """
-    if threads is not None and threads < 1:
-        raise EngineError(f"threads is {threads}, expected 1 or more, or None for all cores")
-    return available_cores() if threads is None else threads
 
 
 def check_feeds(spec: StageSpec, feeds: Mapping[str, Array]) -> dict[str, int]:

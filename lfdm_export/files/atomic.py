@@ -151,7 +151,8 @@ def hidden_name(place: Path, ending: str) -> Path:
     except (AttributeError, OSError, ValueError):
         longest = _LONGEST_NAME
     kept = os.fsencode(place.name)[: longest - len(_MARK) - len(ending) - 1].decode("utf-8", "ignore")
-    return place.with_name(f".{kept}{_MARK}{ending}")
+    # The locale's encoding, such as ASCII, may be smaller than the file system's names.
+    return place.with_name(f".{os.fsdecode(kept.encode())}{_MARK}{ending}")
 
 
 def part_name(place: Path) -> Path:

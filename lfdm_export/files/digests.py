@@ -8,6 +8,8 @@ from pathlib import Path
 
 _CHUNK = 1 << 20
 
+_LFS = b"version https://git-lfs"
+
 
 def sha256_and_size(path: Path) -> tuple[str, int]:
     """SHA-256 of a file, hexadecimal, and its size in bytes.
@@ -26,3 +28,13 @@ def sha256_and_size(path: Path) -> tuple[str, int]:
 def json_digest(facts: object) -> str:
     """SHA-256 of plain JSON values, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is the small text that Git stores in place of a large file, as a clone without Git LFS has it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return file.read(len(_LFS)) == _LFS

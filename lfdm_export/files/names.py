@@ -12,11 +12,15 @@ from lfdm_export.errors import InputError
 _CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 
 
+#: The scheme of an address, such as https:// or s3:// (`Path` removes a slash); one letter is a drive of Windows.
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:)/")
+
+
 def user_path(path: str | os.PathLike[str]) -> Path:
     """A path in which ``~`` and ``~name`` are replaced by home folders.
 
     Raises:
-        InputError: the home folder is unknown, or the path has a null character.
+        InputError: the home folder is unknown, or it is not a path: empty, an address, or with a null character.
     """
     return Path(user_name(path))
 
@@ -25,11 +29,18 @@ def user_name(path: str | os.PathLike[str]) -> str:
     """Like `user_path`, but a string, which keeps a slash at its end.
 
     Raises:
-        InputError: the home folder is unknown, or the path has a null character.
+        InputError: the home folder is unknown, or it is not a path: empty, an address, or with a null character.
     """
     name = os.fsdecode(path)
+    if not name:
+        raise InputError("a path is empty, as that of a variable that is not set; give the path of a file or a folder")
     if "\0" in name:
         raise InputError(f"{name!r} is not a path: it has a null character")
+    scheme = _SCHEME.match(name)
+    # Otherwise a folder named s3: would be created.
+    if scheme is not None and not os.path.lexists(scheme[1]):
+        remedy = "leave out file://" if scheme[1].lower() == "file:" else "download it first, or upload it afterwards"
+        raise InputError(f"{name} is an address, expected a file; {remedy}")
     expanded = os.path.expanduser(name)  # noqa: PTH111  (leaves names of unknown users, and the slash, as they are)
     first, slash, _ = expanded.partition("/")
     # Otherwise a folder of that name would be created, and invite `rm -r ~`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from lfdm_export.errors import InputError
 from lfdm_export.files.names import user_path
 from lfdm_export.sampling.noise import NoiseSource, check_seeds, draw_seed, handed_noise, seeded_noise
+from lfdm_models.pictures.errors import PictureError
+from lfdm_models.pictures.formats import open_stream
 
 #: Maximum characters of an invalid value in a message.
 _SHOWN = 42
@@ -83,23 +85,23 @@ def load_embedding(path: str | os.PathLike[str]) -> NDArray[np.generic]:
     Raises:
         InputError: the file does not exist or is not an array.
     """
-    return _embedding(lambda: np.load(user_path(path), allow_pickle=False), os.fspath(path))
+    source = user_path(path)
+    try:
+        with open_stream(source, str(source)) as stream:
+            return read_embedding(stream, str(source))
+    except PictureError as error:
+        reason = getattr(error.__context__, "strerror", None) or "it is not a file"
+        raise InputError(f"the embedding {source} cannot be read: {reason}; save it with numpy.save") from error
 
 
 def read_embedding(stream: BinaryIO, name: str) -> NDArray[np.generic]:
-    """Like `load_embedding`, from a stream.
+    """Like `load_embedding`, from a seekable stream.
 
     Raises:
         InputError: it is not an array.
     """
-    return _embedding(lambda: np.load(stream, allow_pickle=False), name)
-
-
-def _embedding(load: Callable[[], object], name: str) -> NDArray[np.generic]:
     try:
-        loaded = load()
-    except InputError:
-        raise
+        loaded = np.load(stream, allow_pickle=False)
     except Exception as error:  # NumPy and its parsers raise various errors on a damaged file
         reason = getattr(error, "strerror", None) or "it is not an .npy array"
         raise InputError(f"the embedding {name} cannot be read: {reason}; save it with numpy.save") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -66,6 +66,14 @@ class Pipeline:
 
     def __repr__(self) -> str:
         return f"<Pipeline {str(self.bundle.path)!r}: {self.bundle.manifest.summary()}; {self.stages.state()}>"
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled, as for another process.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("a Pipeline holds engines and cannot be pickled or copied; open the bundle in each process")
 
     @classmethod
     def open(

@@ -23,7 +23,7 @@ from lfdm_export.engines.self_check_choice import choose_checked
 from lfdm_export.engines.target_spec import ClipMakerLoader, DeviceChainLoader, Loader, Target
 from lfdm_export.engines.targets import AUTO, TARGETS, Choice, check_target_name, device_target, find_targets, spec_of
 from lfdm_export.errors import EngineError
-from lfdm_export.machine import available_cores, package_versions, processor_facts
+from lfdm_export.machine import available_cores, engine_threads, package_versions, processor_facts
 from lfdm_export.sampling.loop import sample as run_loop
 from lfdm_export.sampling.noise import START, NoiseSource
 from lfdm_export.sampling.rows import SamplerTable
@@ -65,6 +65,7 @@ class StageRunner:
         check_target_name(target, AUTO)
         self.bundle = bundle
         self._specs = bundle.stages
+        engine_threads(threads)  # else an error of each engine, later
         self._threads, self._device, self._asked = threads, device, target
         self._self_check = self_check
         self._engines: dict[str, Engine] = {}

@@ -31,7 +31,7 @@ from lfdm_export.engines.targets import AUTO, EVERY_TARGET, SIMULATION, find_tar
 from lfdm_export.errors import BundleError, EngineError, InputError
 from lfdm_export.files.json_codec import to_plain
 from lfdm_export.generate.stage_runner import StageRunner, load_engine
-from lfdm_export.machine import environment
+from lfdm_export.machine import engine_threads, environment
 from lfdm_export.parity.chain import ChainResult, check_chain
 from lfdm_export.parity.polygraphy import compare_stage
 from lfdm_export.parity.report.checks import Check, OtherEngine
@@ -89,9 +89,10 @@ def verify_bundle(
     Raises:
         BundleError: there is no complete bundle at the path, or it has no reference and no model is given.
         InputError: the model is not the bundle's, or an argument is missing or does not apply.
-        EngineError: a target requested by name is not available here, or no target is.
+        EngineError: a target requested by name is not available here, or no target is; or the number of threads.
         MissingDependencyError: onnxruntime is not installed, or Polygraphy, if requested.
     """
+    engine_threads(threads)  # else reported as a difference of each stage
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     manifest = opened.manifest
     # The program's own tolerances: the manifest's may come from an untrusted source.

@@ -32,6 +32,8 @@ Float32Array: TypeAlias = npt.NDArray[np.float32]
 ClipFormat = Literal["gif", "webp", "mp4", "png", "npz", "motion"]
 
 FORMATS: tuple[str, ...] = get_args(ClipFormat)
+#: GIF stores at most 655 s per frame, and MP4 no rate that is closer to 0 than 1/1001.
+MIN_FPS = 0.01
 #: Formats that hold arrays; all others hold pictures.
 ARCHIVES: tuple[str, ...] = ("npz", "motion")
 _CONTACT_SHEET_ASPECT = 1.6
@@ -67,7 +69,7 @@ def save_clip(
     Args:
         path: the file; missing folders are created, ``~`` is the home folder.
         frames: (T,H,W,3) uint8; for npz also (B,T,H,W,3).
-        fps: frames per second, above 0 and at most 240 (GIF: 50).
+        fps: frames per second, 0.01 to 240 (GIF: 50).
         format: overrides the ending.
         lossless: WebP without loss.
         latent: (B,3,T,h,w) for npz, (3,T,h,w) for motion; other formats ignore it.
@@ -109,11 +111,15 @@ def check_output(
         InputError: an unknown ending, fps out of range, or an existing folder of frames.
     """
     target = user_path(path)
-    as_folder = user_name(path).endswith(("/", os.sep)) or (format == "png" and not target.suffix)
+    with _naming(target):
+        device = target.exists() and not (target.is_file() or target.is_dir())
+    as_folder = user_name(path).endswith(("/", os.sep)) or (format == "png" and not target.suffix and not device)
     chosen = _output_format(target, "png" if as_folder and format is None else format)
     if not 0 < fps <= MAX_FPS or (chosen == "gif" and fps > MAX_GIF_FPS):
         limit = MAX_GIF_FPS if chosen == "gif" else MAX_FPS
         raise InputError(f"fps is {fps}, expected a number above 0 and at most {limit} for {chosen}")
+    if fps < MIN_FPS:
+        raise InputError(f"fps is {fps}, expected at least {MIN_FPS}; a clip file stores no longer frames")
     if as_folder and chosen != "png":
         raise InputError(
             f"{user_name(path)} names a folder, which only numbered png frames can fill; give a file for {chosen}"
@@ -176,10 +182,17 @@ def encode_clip(
 def _write_numbered(target: Path, frames: UInt8Array, text: str) -> None:
     """Write numbered frames into a new or an empty folder."""
     place = destination(target).path
+
+    def still_free() -> None:  # another run may have written its frames in the meantime
+        if place.exists() and any(place.iterdir()):
+            raise InputError(f"{target} was filled by another program; give a new folder for the numbered frames")
+
     with temporary_folder(place) as part:
         for index, frame in enumerate(frames):
-            Image.fromarray(frame).save(part / f"frame_{index:03d}.png", pnginfo=png_text(text) if text else None)
-        publish(part, place)
+            Image.fromarray(frame).save(
+                part / f"frame_{index:03d}.png", "PNG", pnginfo=png_text(text) if text else None
+            )
+        publish(part, place, check=still_free)
 
 
 def _output_format(target: Path, requested: str | None) -> str:

@@ -124,6 +124,8 @@ def read_footage(
 
 
 def _timed_frames(stream: BinaryIO, head: bytes, source: Path) -> Iterator[TimedFrame]:
+    if not head:
+        raise InputError(f"{source} is empty, expected a clip; copy it again")
     found = format_of(head)
     if found is not None and found.name in ANIMATED:
         return animation_frames(stream, str(source))

@@ -25,7 +25,7 @@ from lfdm_export.pictures.faces import Face, largest_face
 from lfdm_export.pictures.resize import area_resize, whole_array
 from lfdm_models.pictures.errors import PictureError
 from lfdm_models.pictures.formats import open_picture, open_stream
-from lfdm_models.pictures.raster import Box, Raster, on_black, read_picture, to_8_bits
+from lfdm_models.pictures.raster import Box, Raster, on_black, read_picture, to_8_bits, upright_size
 
 logger = logging.getLogger(__name__)
 
@@ -135,14 +135,15 @@ def read_image(image: ImageLike) -> UInt8Array:
 
 
 def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(width, height) of a picture file as stored, without decoding it.
+    """(width, height) of a picture file, upright, without decoding it.
 
     Raises:
         InputError: not a readable picture.
     """
     place = user_path(path)
     with _as_input_error(), open_stream(place, str(place)) as stream:
-        return open_picture(stream, str(place)).full_size
+        opened = open_picture(stream, str(place))
+        return upright_size(opened.image, opened.full_size)
 
 
 def read_stream(stream: BinaryIO, name: str, *, most_pixels: int | None = None) -> Raster:

@@ -27,6 +27,8 @@ from lfdm_models.schedule import Schedule
 WHOLE = (0.0, 1.0)
 #: The guidance scale that uses the conditional prediction alone.
 AS_TRAINED = 1.0
+#: Beyond it float32 overflows after a few steps; useful scales are below 20.
+LARGEST_GUIDANCE = 1000
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class SamplingOptions:
             "sampler": lambda name: known_sampler(name, sampler_names()),
             "steps": _some_steps,
             "eta": lambda eta: check_eta(finite_number(eta, "eta")),
-            "guidance_scale": lambda scale: finite_number(scale, "guidance_scale"),
+            "guidance_scale": _guidance,
             "guidance_interval": interval_ends,
         }
         for name, check in checks.items():
@@ -108,6 +110,13 @@ class SamplingOptions:
     def given(self) -> dict[str, Any]:
         """The options that are set, as keywords of `lfdm_export.generate.pipeline.Pipeline.generate`."""
         return {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
+
+
+def _guidance(scale: float) -> float:
+    number = finite_number(scale, "guidance_scale")
+    if abs(number) > LARGEST_GUIDANCE:
+        raise InputError(f"guidance_scale is {number:g}, expected -{LARGEST_GUIDANCE} to {LARGEST_GUIDANCE}")
+    return number
 
 
 def finite_number(value: float, name: str) -> float:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
+
+#: A path may have 4096 characters, but more than these are not read in a message.
+_LONG_WORD, _SHOWN = re.compile(r"\S{600,}"), 250
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line, and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: error: {cut_words(' '.join(message.split()))}; see {self.prog} --help\n")
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:
         for word in words:
@@ -51,6 +55,11 @@ class Parser(argparse.ArgumentParser):
             known = ", ".join(map(str, action.choices))
             hint = did_you_mean(str(value), map(str, action.choices))
             raise argparse.ArgumentError(action, f"invalid choice {value!r}{hint}, expected one of {known}")
+
+
+def cut_words(text: str) -> str:
+    """Text whose very long words, such as a value of thousands of digits, are cut in the middle."""
+    return _LONG_WORD.sub(lambda found: f"{found[0][:_SHOWN]}…{found[0][-_SHOWN:]}", text)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

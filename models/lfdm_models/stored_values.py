@@ -129,7 +129,12 @@ _UNREAD = frozenset(
         "builtins.str", *(f"{core}.multiarray._reconstruct" for core in ("numpy.core", "numpy._core")),
         *(f"{core}.numeric._frombuffer" for core in ("numpy.core", "numpy._core")),
         *(f"torch.{scheme}_{kind}" for scheme in ("per_tensor", "per_channel") for kind in ("affine", "symmetric")),
-        "torch.per_channel_affine_float_qparams",
+        "torch.per_channel_affine_float_qparams", "builtins.Ellipsis", "builtins.bool", "builtins.bytes",
+        "builtins.long", "builtins.range", "builtins.tuple", "builtins.unicode", "builtins.xrange",
+        "collections.deque", "datetime.date", "datetime.datetime", "datetime.time", "datetime.timedelta",
+        "datetime.timezone", "decimal.Decimal", "fractions.Fraction", "pathlib.PurePath", "pathlib.PureWindowsPath",
+        "pathlib._local.Path", "pathlib._local.PurePosixPath", "pathlib._local.WindowsPath", "types.SimpleNamespace",
+        "uuid.UUID",
     }
 )  # fmt: skip
 KEY_TYPES = (str, int, float, bytes, type(None))

@@ -192,6 +192,15 @@ def test_links_within_and_to_the_bundle_are_allowed(folder: Path, tmp_path: Path
     assert Bundle.open(tmp_path / "link").labels == LABELS
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "onnx/encode.onnx", "embeddings.npz"])
+def test_a_clone_without_git_lfs_is_said(folder: Path, name: str):
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", encoding="utf-8")
+    with pytest.raises(
+        BundleError, match=f"{name} is a Git LFS pointer; fetch the files themselves with: git lfs pull"
+    ):
+        Bundle.open(folder)
+
+
 def test_missing_file(folder: Path):
     (folder / "onnx" / "decode.onnx").unlink()
     with pytest.raises(BundleError, match=r"onnx/decode\.onnx is missing; export again"):

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import bz2
 import collections
+import datetime as dt
+import decimal
+import fractions
 import io
 import logging
+import lzma
 import os
 import pickle
 import struct
+import types
+import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -858,3 +865,71 @@ def test_golden_checkpoints_load(
     assert model.config == LfdmConfig(lfae, dm)
     tensors = torch.load(golden_checkpoints[name][1], weights_only=True, mmap=True)["diffusion"]
     assert_holds(model.diffusion, tensors)
+
+
+# What trainers add
+
+
+@pytest.mark.parametrize("wrapper", ["ema", "net", "params_ema", "G"])
+def test_networks_under_any_single_name(tmp_path: Path, states: dict[str, State], wrapper: str):
+    lfae, dm = tmp_path / "lfae.pth", tmp_path / "dm.pth"
+    torch.save({wrapper: {part: states[part] for part in LFAE_PARTS}, "epoch": 3}, lfae)
+    torch.save({"checkpoint": {"state_dict": {"diffusion": states["diffusion"]}}, "args": {}}, dm)
+    assert_holds(load_model(lfae, dm).diffusion, states["diffusion"])
+
+
+def test_averaged_weights_beside_the_model_are_left_alone(tmp_path: Path, states: dict[str, State]):
+    lfae, _ = save(tmp_path, states)
+    averaged = {key: tensor * 0 for key, tensor in states["diffusion"].items()}
+    torch.save({"ema": {"diffusion": averaged}, "model": {"diffusion": states["diffusion"]}}, tmp_path / "both.pth")
+    assert_holds(load_model(lfae, tmp_path / "both.pth").diffusion, states["diffusion"])
+    torch.save({"ema": {"diffusion": averaged}, "raw": {"diffusion": averaged}}, tmp_path / "two.pth")
+    assert "holds networks under ema and under raw; keep one of them" in error_of(lfae, tmp_path / "two.pth")
+
+
+def test_an_unknown_prefix_within_a_wrapper_is_named(tmp_path: Path, states: dict[str, State]):
+    lfae, _ = save(tmp_path, states)
+    lightning = {f"model.diffusion.{key}": tensor for key, tensor in states["diffusion"].items()}
+    torch.save({"state_dict": lightning}, tmp_path / "lightning.pth")
+    assert "its keys begin with 'model.', an unknown wrapper" in error_of(lfae, tmp_path / "lightning.pth")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        dt.datetime(2020, 1, 1),
+        dt.timedelta(days=1),
+        decimal.Decimal("1.5"),
+        fractions.Fraction(1, 2),
+        uuid.UUID(int=1),
+        types.SimpleNamespace(a=1),
+        collections.deque([1]),
+        range(3),
+        int,
+        ...,
+        PureWindowsPath("c:/x"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_plain_values_beside_the_weights_do_not_matter(
+    tmp_path: Path, states: dict[str, State], value: object, protocol: int
+):
+    lfae, dm = save(tmp_path, states)
+    torch.save({"diffusion": states["diffusion"], "settings": {"value": value}}, dm, pickle_protocol=protocol)
+    assert_holds(load_model(lfae, dm).diffusion, states["diffusion"])
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (bz2.compress(b"x"), "a bzip2 archive; unpack it first"),
+        (lzma.compress(b"x"), "an xz archive; unpack it first"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(9), "an HDF5 file"),
+        (bytes(257) + b"ustar" + bytes(99), "a tar archive; unpack it first"),
+        (bytes(2000), "of an unknown kind: it begins with zeros only; fetch it again"),
+    ],
+)
+def test_other_files_are_named(pair: tuple[Path, Path], data: bytes, kind: str):
+    pair[1].write_bytes(data)
+    assert f"{pair[1]} is not a checkpoint but {kind}" in error_of(*pair)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from lfdm_export import __version__
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.bundle.ready import MODEL
 from lfdm_export.cli import export_main, generate_main, info_main, serve_main, train_main, verify_main
-from lfdm_export.cli.console import Bars, OneBar
+from lfdm_export.cli.console import Bars, OneBar, input_file, output_file
 from lfdm_export.cli.export import read_labels
 from lfdm_export.errors import InputError, ParityError
 from lfdm_export.generate.pipeline import Pipeline
@@ -330,6 +331,29 @@ def test_generate_by_motion_transfer(bundle: Bundle, photo: str, tmp_path: Path)
         assert np.abs(archive["frames"].astype(int) - expected.frames).max() <= 1
 
 
+@pytest.mark.parametrize("more", [["--seeds", "1-9"], ["--crop", "center", "--paste-back", "--seed", "1"]])
+def test_a_photograph_from_a_pipe_serves_all_clips(bundle: Bundle, photo: str, tmp_path: Path, more: list[str]):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    arguments = ["--label", "Anger", "--steps", "1", *more]
+    threading.Thread(target=lambda: pipe.write_bytes(Path(photo).read_bytes())).start()
+    assert generate(bundle, str(pipe), *arguments, "-o", f"{tmp_path}/piped.gif") == 0
+    assert generate(bundle, photo, *arguments, "-o", f"{tmp_path}/filed.gif") == 0
+    for path in tmp_path.glob("piped*.gif"):
+        with Image.open(path) as piped, Image.open(path.with_name(path.name.replace("piped", "filed"))) as filed:
+            np.testing.assert_array_equal(np.asarray(piped), np.asarray(filed))
+
+
+def test_a_wrong_number_of_threads_is_no_difference_to_the_model(bundle: Bundle, capsys: pytest.CaptureFixture[str]):
+    assert verify_main([str(bundle.path), "--threads", "0"]) == 1
+    assert "threads is 0, expected 1 or more" in one_line(capsys.readouterr().err)
+
+
+def test_a_dash_is_stdin_and_stdout():
+    assert (input_file("-"), output_file("-")) == ("/dev/stdin", "/dev/stdout")
+    assert (input_file("-a.png"), output_file("a-b.gif")) == ("-a.png", "a-b.gif")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -339,6 +363,11 @@ def test_generate_by_motion_transfer(bundle: Bundle, photo: str, tmp_path: Path)
         (["--drive", "none.gif", "-o", "a.gif"], "none.gif does not exist"),
         (["--label", "Anger", "-o", "a.gif", "--steps", "0"], "steps: found 0"),
         (["--label", "Anger", "-o", "a.gif", "--threads", "0"], "threads is 0"),
+        (["--label", "Anger", "-o", "a.gif", "--threads", "100000"], "threads is 100000, expected 1 or more (at most"),
+        (["--label", "Anger", "-o", "a.gif", "--guidance", "1e39"], "guidance_scale is 1e+39, expected -1000 to 1000"),
+        (["--label", "x" * 9999, "-o", "a.gif"], "x…x"),
+        (["--label", "Anger", "-o", "s3://bucket/a.gif"], "s3://bucket/a.gif is an address, expected a file"),
+        (["--label", "Anger", "-o", ""], "a path is empty"),
         (["--label", "Anger", "-o", "a.txt"], "the ending of a.txt is not a clip format"),
         (["--label", "Anger", "-o", "clip"], "the ending of clip is not a clip format"),
         (["--label", "Anger", "-o", "a.gif", "--fps", "0"], "fps is 0"),

@@ -118,6 +118,38 @@ raise SystemExit(console.run("lfdm-test", args, work))
     assert (tmp_path / "cleaned").exists()
 
 
+def test_a_signal_before_the_work_shows_no_traceback(tmp_path: Path):
+    code = """
+import argparse, os, signal
+from lfdm_export.cli import generate_main
+def parse(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pause()
+argparse.ArgumentParser.parse_known_args = parse
+raise SystemExit(generate_main(["bundle"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "")
+
+
+def test_ctrl_c_while_modules_load_shows_no_traceback():
+    code = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "lfdm_export.cli.verify":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import lfdm_export.cli
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+    code = "import signal, lfdm_export.cli; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    command = [sys.executable, "-c", f"import signal; signal.signal(2, signal.default_int_handler); {code}"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "True\n"
+
+
 def test_handlers_are_given_back():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with pytest.raises(SystemExit):
@@ -156,6 +188,14 @@ def test_a_full_disk_for_what_is_printed(tmp_path: Path):
         _, errors = process.communicate()
     assert (process.returncode, errors) == (0, "warning: results cannot be printed: No space left on device\n")
     assert (tmp_path / "file").read_bytes() == b"done"
+
+
+def test_facts_that_cannot_be_printed_are_an_error(bundle: Bundle):
+    code = f"from lfdm_export.cli import info_main; raise SystemExit(info_main([{os.fspath(bundle.path)!r}, '--json']))"
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "warning: results cannot be printed: No space left on device\n")
 
 
 @pytest.mark.parametrize("closed", ["<&- >&-", ">&- 2>&-", "<&- >&- 2>&-"])

@@ -500,3 +500,11 @@ def test_digests(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"abc")
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sha256_and_size(tmp_path / "file") == (digest, 3)
+
+
+def test_a_locale_of_ascii_keeps_other_names(tmp_path: Path):
+    code = "import sys; from lfdm_export.files.atomic import write_file; write_file(sys.argv[1], b'1')"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    path = tmp_path / "клип é.gif"
+    subprocess.run([sys.executable, "-c", code, os.fsencode(path)], env=environment, check=True)
+    assert path.read_bytes() == b"1"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -597,3 +599,15 @@ def test_wrong_intervals(pipe: Pipeline, interval: Any):
 def test_the_unconditional_prediction_has_no_interval(pipe: Pipeline):
     with pytest.raises(InputError, match="which takes no guidance_interval"):
         pipe.generate(photo(), label="Anger", guidance_scale=0.0, guidance_interval=(0.3, 0.7))
+
+
+def test_a_pipeline_says_why_it_cannot_be_pickled(pipe: Pipeline):
+    for duplicate in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="holds engines and cannot be pickled or copied; open the bundle in each"):
+            duplicate(pipe)
+
+
+@pytest.mark.parametrize("threads", ["1", 1.5, True, 0])
+def test_threads_are_a_whole_number(bundle: Bundle, threads: Any):
+    with pytest.raises(EngineError, match=f"threads is {threads!r}, expected 1 or more"):
+        Pipeline.open(bundle, threads=threads).generate(photo(), label=LABELS[0], steps=1)

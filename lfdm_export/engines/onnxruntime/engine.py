@@ -9,13 +9,13 @@ from typing import Any, cast
 
 import numpy as np
 
-from lfdm_export.engines.checks import Array, check_feeds, check_outputs, thread_count
+from lfdm_export.engines.checks import Array, check_feeds, check_outputs
 from lfdm_export.engines.onnxruntime.gpu import gpu_graph, require_on_gpu
 from lfdm_export.engines.onnxruntime.target import PROVIDERS, Device
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.files.names import require_utf8
 from lfdm_export.graphs.file import check_graph
-from lfdm_export.machine import available_cores
+from lfdm_export.machine import available_cores, engine_threads
 from lfdm_export.stages import StageSpec
 from lfdm_export.wording import one_line
 
@@ -79,7 +79,7 @@ def open_session(path: Path, *, threads: int | None = None, device: Device = "cp
         EngineError: the file cannot be loaded, or the device is not available or cannot run all of it.
         MissingDependencyError: onnxruntime is not installed.
     """
-    options = _options(thread_count(threads))
+    options = _options(engine_threads(threads))
     return _load(path, options, _providers(device), on_gpu=device != "cpu", tf32=tf32)
 
 

@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfdm_export.bundle.reader import Bundle
-from lfdm_export.engines.checks import Array, check_feeds, check_outputs, thread_count
+from lfdm_export.engines.checks import Array, check_feeds, check_outputs
 from lfdm_export.engines.compiled_cache import CompiledCache, user_compiled_cache
 from lfdm_export.engines.openvino.cache import cache_key
 from lfdm_export.engines.openvino.target import OPENVINO
 from lfdm_export.engines.target_spec import Target
 from lfdm_export.errors import EngineError, MissingDependencyError
 from lfdm_export.graphs.file import walk
+from lfdm_export.machine import engine_threads
 from lfdm_export.stages import BATCH, StageSpec
 from lfdm_export.telemetry import import_openvino
 from lfdm_export.wording import one_line
@@ -69,9 +70,10 @@ class OpenVinoEngine:
             MissingDependencyError: OpenVINO, or a package that prepares graphs for it, is not installed.
         """
         self.path, self.spec = Path(path), spec
-        threads = thread_count(threads)
         self._core = shared_core()
-        self._options = _options(self._core, threads, precision)
+        self._options = _options(self._core, engine_threads(threads), precision)
+        if not self.path.is_file():
+            raise EngineError(f"there is no graph at {self.path}; export again")
         self._graph, self._weights, self._identity = _graph_and_weights(self.path, spec)
         self._used = {name for port in self._model(batch=None).inputs for name in port.get_names()}
         self._cache = cache

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from lfdm_export.bundle.manifest import Manifest
 from lfdm_export.bundle.reader import TORCH_WEIGHTS, Bundle
-from lfdm_export.engines.checks import thread_count
 from lfdm_export.engines.compiled_cache import user_compiled_cache
 from lfdm_export.engines.cuda_driver import find_gpus
 from lfdm_export.engines.pytorch.compiled import Program, make_program
 from lfdm_export.engines.pytorch.target import PYTORCH
 from lfdm_export.engines.pytorch.weights import load_modules
 from lfdm_export.errors import EngineError
+from lfdm_export.machine import engine_threads
 from lfdm_export.rewrite.precision import channels_last
 
 # Algorithms that cuDNN tries per new convolution: 10 by default, of some 30 ms each.
@@ -46,9 +46,9 @@ class TorchSession:
         Raises:
             EngineError: the bundle has no weights for PyTorch, or there is a GPU but this PyTorch has no CUDA.
         """
-        self._threads = thread_count(threads)
         self.manifest: Manifest = bundle.manifest
         self.device = find_device()
+        self._threads = engine_threads(threads)
         self._modules = load_modules(bundle, self.device) if modules is None else modules
         channels_last(self._modules)
         self._identity = {"weights": str(bundle.manifest.files.get(TORCH_WEIGHTS)), "precision": self.precision}

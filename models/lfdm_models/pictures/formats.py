@@ -25,6 +25,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from lfdm_models.pictures.errors import PictureError, decoding
 from lfdm_models.pictures.headers import MAX_SCANS, gif_facts, jpeg_facts
+from lfdm_models.pictures.png_chunks import without_extras
 
 #: A file, or an open binary stream.
 Source: TypeAlias = "str | os.PathLike[str] | BinaryIO"
@@ -68,6 +69,15 @@ PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 VIDEO_SIGNATURE = re.compile(rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", re.DOTALL)
 # Formats that are not supported, for a message that names them.
 _OTHERS = (
+    (re.compile(rb"\xef?\xbb?\xbf?\s*(<\?xml|<svg|<!DOCTYPE svg)", re.IGNORECASE), "SVG or another XML"),
+    (re.compile(rb"\xef?\xbb?\xbf?\s*<(!doctype html|html|head|!--)", re.IGNORECASE), "a web page (HTML)"),
+    (re.compile(rb"version https:/"), "a Git LFS pointer (fetch the file itself: git lfs pull)"),
+    (re.compile(rb"data:image/"), "a data URL"),
+    (re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"), "JPEG 2000"),
+    (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "), "JPEG XL"),
+    (re.compile(rb"8BPS"), "Photoshop"),
+    (re.compile(rb"\0\0[\x01\x02]\0"), "an icon"),
+    (re.compile(rb"\0{16}"), "unknown (it begins with zeros, as a file that was not copied completely)"),
     (re.compile(rb"%!PS|\xc5\xd0\xd3\xc6"), "PostScript"),
     (re.compile(rb"%PDF"), "a PDF"),
     (re.compile(rb"....ftyp(heic|heix|hevc|heim|mif1|msf1|avif|avis)", re.DOTALL), "HEIF or AVIF"),
@@ -152,7 +162,7 @@ def open_picture(stream: BinaryIO, name: str, *, most_pixels: int | None = None)
         PictureError: the format is not supported, or the picture is damaged or too large.
     """
     stream.seek(0)
-    head = stream.read(16)
+    head = stream.read(64)
     if not head:
         raise PictureError(f"{name} is empty, expected an image; copy it again")
     found = format_of(head)
@@ -166,6 +176,8 @@ def open_picture(stream: BinaryIO, name: str, *, most_pixels: int | None = None)
     with decoding(name, "an image"):
         if found.name == "GIF":
             _check_pixels(gif_facts(stream, 0).first_size, limit, found, name, least=0)
+        if found.name == "PNG":
+            stream = without_extras(stream, name)
         stream.seek(0)
         image = found.reader(stream)  # Pillow's own limit is global to the process, and higher
         full_size = image.size

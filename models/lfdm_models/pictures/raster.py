@@ -18,7 +18,7 @@ UInt8Array: TypeAlias = npt.NDArray[np.uint8]
 #: (left, top, right, bottom), in pixels of the upright picture.
 Box: TypeAlias = tuple[int, int, int, int]
 
-_ORIENTATION, _SAMPLE_FORMAT = 0x0112, 339
+_ORIENTATION, _SAMPLE_FORMAT, _PHOTOMETRIC = 0x0112, 339, 262
 _SIGNED = 2
 # EXIF orientation -> rows flipped, columns flipped, then axes swapped.
 _TURNS = {
@@ -80,6 +80,7 @@ class Raster:
             # After loading: in a PNG, the tag may follow the pixels, and Pillow rotates TIFF itself.
             self._turn = _turn(image)
             self._gray_range = _gray_range(image)
+            self._inverted = _is_inverted(image)
         self._image, self._name = image, name
         width, height = image.size
         across, down = full_size or image.size
@@ -142,8 +143,10 @@ class Raster:
         if unsigned:
             values = np.ascontiguousarray(values, np.int32).view(np.uint32)
         if most == _MOST_16_BITS:
-            return to_8_bits(values.clip(0, most).astype(np.uint16))
-        return np.rint(values.clip(0) * (255.0 / most)).astype(np.uint8)
+            gray = to_8_bits(values.clip(0, most).astype(np.uint16))
+        else:
+            gray = np.rint(values.clip(0) * (255.0 / most)).astype(np.uint8)
+        return ~gray if self._inverted else gray
 
 
 def _turn(image: Image.Image) -> tuple[bool, bool, bool]:
@@ -155,6 +158,21 @@ def _turn(image: Image.Image) -> tuple[bool, bool, bool]:
         return _TURNS.get(value, _UPRIGHT)
     except Exception:  # noqa: BLE001 (Pillow raises anything on damaged EXIF, which must not reject the picture)
         return _UPRIGHT
+
+
+def _is_inverted(image: Image.Image) -> bool:
+    """Whether a TIFF stores white as 0, which Pillow ignores for 16 and 32 bits."""
+    return image.mode.startswith("I") and (getattr(image, "tag_v2", None) or {}).get(_PHOTOMETRIC) == 0
+
+
+def upright_size(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of a picture that is not decoded yet, after its rotation.
+
+    Args:
+        image: the picture.
+        size: (width, height) as stored.
+    """
+    return size[::-1] if _turn(image)[2] else size
 
 
 def _gray_range(image: Image.Image) -> tuple[bool, int]:

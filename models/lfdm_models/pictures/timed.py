@@ -11,7 +11,7 @@ import numpy as np
 from lfdm_models.pictures.errors import PictureError, decoding
 from lfdm_models.pictures.formats import ANIMATED, MAX_ANIMATED_PIXELS, format_of, open_picture
 from lfdm_models.pictures.headers import gif_facts
-from lfdm_models.pictures.raster import Raster, UInt8Array
+from lfdm_models.pictures.raster import Raster, UInt8Array, on_black
 
 #: Maximum frames of a clip that are read, whatever is done with them.
 MAX_SOURCE_FRAMES = 40_000
@@ -114,13 +114,35 @@ def video_frames(stream: BinaryIO, name: str) -> Iterator[TimedFrame]:
         for index, frame in enumerate(container.decode(pictures)):
             _check_frame(frame.width, frame.height, name)
             _check_work(index + 1, (frame.width, frame.height), name, MAX_VIDEO_PIXELS)
-            # Cameras held upright store rotated pictures, with the counter-clockwise rotation as metadata.
-            pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+            pixels = _upright(_square_pixels(frame, pictures.sample_aspect_ratio, name), frame)
             if waiting is not None:
                 yield _shown(waiting, frame.time, default)
-            waiting = np.ascontiguousarray(pixels), frame.time, _own_seconds(frame)
+            waiting = pixels, frame.time, _own_seconds(frame)
     if waiting is not None:
         yield TimedFrame(waiting[0], waiting[2] or default)
+
+
+def _square_pixels(frame: Any, ratio: Any, name: str) -> UInt8Array:
+    """A frame's pixels, (H, W, 3), composited on black; stretched by the `ratio` of a pixel's sides."""
+    width = max(1, round(frame.width * float(ratio or 1)))
+    _check_frame(width, frame.height, name)
+    has_alpha = any(component.is_alpha for component in frame.format.components)
+    pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", width=width)
+    return on_black(pixels) if has_alpha else pixels
+
+
+def _upright(pixels: UInt8Array, frame: Any) -> UInt8Array:
+    """The frame as it is shown: cameras held upright store rotated pictures, front cameras mirrored ones."""
+    stored = frame.side_data.get("DISPLAYMATRIX")
+    if stored is None or len(bytes(stored)) < 36:
+        return pixels
+    a, b, _, c, d, *_ = np.frombuffer(bytes(stored), "=i4", 9).tolist()
+    # A stored pixel (x, y) is shown at (a x + c y, b x + d y): by quarter turns, one of the two axes counts.
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels, across, down = pixels.transpose(1, 0, 2), c, b
+    else:
+        across, down = a, d
+    return np.ascontiguousarray(pixels[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1])
 
 
 def video_comment(stream: BinaryIO, name: str) -> str | None:
