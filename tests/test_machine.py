@@ -167,14 +167,13 @@ def test_every_engine_is_given_its_number_of_threads(
     import onnx
     import onnxruntime
 
-    from lfdm_export.engines import checks
     from lfdm_export.engines.onnxruntime import engine as ort_engine
     from lfdm_export.engines.openvino import engine as openvino_engine
     from tests.fake_bundle import SPECS, fake_graph
 
     path = tmp_path / "denoise.onnx"
     onnx.save(fake_graph(SPECS["denoise"]), path)
-    for module in (ort_engine, checks):
+    for module in (ort_engine, machine):
         monkeypatch.setattr(module, "available_cores", lambda: 3)
     real, given = onnxruntime.InferenceSession, []
 

@@ -171,8 +171,6 @@ def _check_defaults(sampler: SamplingOptions) -> None:
     """Validate the default options: steps and eta may be unset; servers do not support a guidance interval."""
     if sampler.sampler is None or sampler.guidance_scale is None or sampler.guidance_interval != WHOLE:
         raise ValueError("sampler names no sampler, no guidance_scale, or a guidance_interval")
-    if abs(sampler.guidance_scale) > _LARGEST_WIDTH:
-        raise ValueError(f"sampler.guidance_scale is {sampler.guidance_scale}, expected a small finite number")
 
 
 def _check_geometry(geometry: Geometry, config: LfdmConfig) -> None:

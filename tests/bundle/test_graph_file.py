@@ -238,7 +238,7 @@ def test_a_bundle_in_the_hubs_cache(bundle: Path, tmp_path: Path):
         (lambda m: m["sampler"].update(eta=2.0), "eta: found 2.0, expected 0 to 1"),
         (lambda m: m["sampler"].update(steps=10**9), "steps: found 1000000000, expected 1 to"),
         (lambda m: m["sampler"].update(guidance_scale=float("nan")), "guidance_scale"),
-        (lambda m: m["sampler"].update(guidance_scale=1e9), "guidance_scale is 1000000000.0, expected a small finite"),
+        (lambda m: m["sampler"].update(guidance_scale=1e9), "guidance_scale is 1e\\+09, expected -1000 to 1000"),
         (lambda m: m["sampler"].update(guidance_scale=None), "sampler names no sampler, no guidance_scale"),
         (lambda m: m["sampler"].update(sampler=None), "sampler names no sampler"),
         (lambda m: m["sampler"].update(sampler="euler"), "sampler: found 'euler'"),
