@@ -63,14 +63,14 @@ def main() -> int:
         with subject.checkpoints(arguments) as pair, tempfile.TemporaryDirectory(prefix="lfdm-precision-") as folder:
             model = load_model(*pair)
             bundles, schedule = _bundles(model, arguments, Path(folder)), model.diffusion.schedule()
-            task, warm_up = (make_task(schedule, bundles["fp32"], steps) for steps in (arguments.steps, 1))
+            task, warm_up = (make_task(schedule, next(iter(bundles.values())), steps) for steps in (arguments.steps, 1))
             expected = contestants.eager(model).make(task)
             del model
             racers = [
                 contestants.Exported(
                     name, Pipeline(bundles[precision], threads=arguments.threads, target=target, self_check=False)
                 )
-                for name, (precision, target) in CONTESTANTS.items()
+                for name, (precision, target) in contestants_of(arguments).items()
             ]
             for racer in racers:
                 racer.make(warm_up)
@@ -97,6 +97,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = clip_parser("Time clips of bundles of fp32, bf16 and int8 on the CPU.", "precision")
+    parser.add_argument("--only", action="append", choices=CONTESTANTS, help="compare these; repeat for several (all)")
     parser.add_argument(
         "--bundles", type=Path, metavar="DIR", help="folder with bundles of these checkpoints: fp32, bf16 and int8; "
         "missing ones are exported into it (default: a temporary folder)",
@@ -105,6 +106,11 @@ def _arguments() -> argparse.Namespace:
         "--isa", metavar="NAME", help="limit OpenVINO's instructions, by oneDNN's name: AVX512_CORE_BF16 excludes AMX"
     )
     return parse(parser)
+
+
+def contestants_of(arguments: argparse.Namespace) -> dict[str, tuple[str, str]]:
+    """The requested contestants."""
+    return {name: CONTESTANTS[name] for name in arguments.only or CONTESTANTS}
 
 
 def _bundles(model: LfdmModel, arguments: argparse.Namespace, scratch: Path) -> dict[str, Bundle]:
@@ -120,7 +126,7 @@ def _bundles(model: LfdmModel, arguments: argparse.Namespace, scratch: Path) -> 
     folder = arguments.bundles or scratch
     wanted = arguments.frames, arguments.image_size
     bundles = {}
-    for precision in dict.fromkeys(precision for precision, _ in CONTESTANTS.values()):
+    for precision in dict.fromkeys(precision for precision, _ in contestants_of(arguments).values()):
         path = folder / precision
         if path.exists():
             bundle = Bundle.open(path)
