@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from lfdm_export.errors import LfdmExportError, MissingDependencyError, ServerError
 from lfdm_export.serving.server.control import Control
 from lfdm_export.serving.server.files import ServerFiles
+from lfdm_export.serving.server.open_files import allow_enough
 from lfdm_export.serving.server.options import ServerOptions
 from lfdm_export.serving.server.process import Recipe, TritonProcess
 from lfdm_export.serving.server.run_folder import run_folder
@@ -65,6 +66,7 @@ class TritonServer:
             ServerError: the server does not become ready; the message has its last log lines.
         """
         front_class, read_access = _import_front()
+        allow_enough()
         self.options = options.with_ports()
         access = read_access(options.token_file, options.tls_certificate, options.tls_key)
         self._stopping = threading.Event()
