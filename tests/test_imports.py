@@ -72,7 +72,9 @@ HEAVY = (
     # Run only inside Triton, whose package they import.
     "lfdm_export.serving.models",
     "lfdm_export.web.app",
+    "lfdm_export.web.connections",
     "lfdm_export.web.description",
+    "lfdm_export.web.guard",
     "lfdm_export.web.page.layout",
     "lfdm_export.web.page.site",
 )

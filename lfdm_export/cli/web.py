@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,6 +84,7 @@ def _serve(args: argparse.Namespace) -> int:
     from lfdm_export.client.settings import token_from_environment
     from lfdm_export.pictures.clips import import_av
     from lfdm_export.web.app import WebOptions
+    from lfdm_export.web.connections import Connection
 
     import_av("serving videos as MP4")
     if args.queue < 1 or not 0 <= args.port < 65536:
@@ -92,8 +94,15 @@ def _serve(args: argparse.Namespace) -> int:
     )
     app = _of_bundle(args, options) if args.url is None else _of_server(args, options)
     config = uvicorn.Config(
-        app, args.host, args.port, log_level="warning", server_header=False, timeout_graceful_shutdown=_GRACE
+        app,
+        args.host,
+        args.port,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=_GRACE,
+        http=Connection,
     )
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each invalid form
     server = uvicorn.Server(config)
     socket = server.config.bind_socket()
     socket.listen(_WAITING)  # from now on connections wait until the start is done
@@ -102,7 +111,11 @@ def _serve(args: argparse.Namespace) -> int:
         say(args, f"page    {address}")
     if args.url is None:
         say(args, f"videos  {address}/v1/videos")
-    server.run(sockets=[socket])
+    mask = os.umask(0o077)  # photographs and clips are their owner's
+    try:
+        server.run(sockets=[socket])
+    finally:
+        os.umask(mask)
     return OK
 
 
@@ -110,6 +123,7 @@ def _of_bundle(args: argparse.Namespace, options: WebOptions) -> FastAPI:
     """The API of a bundle, and the page over the same engines."""
     from lfdm_export.generate.pipeline import Pipeline
     from lfdm_export.web.app import make_app
+    from lfdm_export.web.guard import Guard
     from lfdm_export.web.store import Store
     from lfdm_export.web.turns import Turns
 
@@ -118,6 +132,7 @@ def _of_bundle(args: argparse.Namespace, options: WebOptions) -> FastAPI:
     turns = Turns()
     api = make_app(pipeline, Store(_state(args)), options, turns)
     if args.no_page:
+        api.add_middleware(Guard, here=_is_here(args.host))
         return api
     from lfdm_export.web.page.makers import LocalMaker
     from lfdm_export.web.page.site import make_site

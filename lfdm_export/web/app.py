@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 #: Formats of a sent clip; the first is the default.
 _TYPES = {"video/mp4": "mp4", "image/gif": "gif"}
 _MOST_LISTED = 100
+#: Values in the JSON of a request, and characters of a sentence: it may quote the request.
+_MOST_VALUES, _LONGEST_SENTENCE = 1000, 1000
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class _Videos:
         token, given = self.options.token, request.headers.get("Authorization", "").encode()
         known = token is None or hmac.compare_digest(given, f"Bearer {token}".encode())
         if request.url.path.startswith("/v1/") and not known:
-            return _error(401, "the token is missing or wrong; send it as Authorization: Bearer TOKEN")
+            return error_answer(401, "the token is missing or wrong; send it as Authorization: Bearer TOKEN")
         return await follow(request)
 
     def health(self) -> dict[str, str]:
@@ -219,6 +221,8 @@ async def _read_request(request: Request, most: int) -> tuple[dict[str, Any], by
             if not isinstance(upload, UploadFile):
                 raise InputError("input_reference is missing: send the photograph as a file")
             return fields, await upload.read()
+    if sum(map(body.count, (b",", b"[", b"{"))) > _MOST_VALUES:  # they would take a hundred times the body's memory
+        raise InputError(f"the request has more than {_MOST_VALUES:,} values in JSON; send the fields of a video")
     try:
         plain = await request.json()
     except (ValueError, RecursionError) as error:
@@ -268,16 +272,18 @@ def _accepted(header: str) -> str:
 
 def _answer_error(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, _ApiError):
-        return _error(error.status, str(error), error.headers)
+        return error_answer(error.status, str(error), error.headers)
     if isinstance(error, HTTPException):
-        return _error(error.status_code, str(error.detail), error.headers)
+        return error_answer(error.status_code, str(error.detail), error.headers)
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
-        return _error(400, f"{first['loc'][-1]}: {first['msg']}")
-    return _error(400, str(error))
+        return error_answer(400, f"{first['loc'][-1]}: {first['msg']}")
+    return error_answer(400, str(error))
 
 
-def _error(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def error_answer(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """An error in the form of the API."""
     kind = "server_error" if status >= 500 else "rate_limit_exceeded" if status == 429 else "invalid_request_error"
-    plain = {"error": {"message": visible(message), "type": kind, "param": None, "code": None}}
-    return JSONResponse(plain, status, dict(headers or {}))
+    sentence = visible(message if len(message) <= _LONGEST_SENTENCE else message[:_LONGEST_SENTENCE] + "…")
+    plain = {"error": {"message": sentence, "type": kind, "param": None, "code": None}}
+    return JSONResponse(plain, status, {"X-Content-Type-Options": "nosniff", **(headers or {})})

@@ -22,6 +22,7 @@ import grpc
 import numpy as np
 import pytest
 import trustme
+from cryptography.hazmat.primitives import serialization
 from tritonclient.grpc import service_pb2 as messages
 
 from lfdm_export.client import Client, Settings, Tls
@@ -198,6 +199,20 @@ def test_a_file_without_a_token_is_refused(tmp_path: Path, content: bytes):
     with pytest.raises(InputError, match="not a certificate with its key"):
         read_access(None, str(path), str(path))
     assert "abc" not in repr(read_access(str(path), None, None))
+
+
+def test_a_key_with_a_passphrase_is_refused_without_a_question(tmp_path: Path):
+    issued = trustme.CA().issue_cert("localhost")
+    key = serialization.load_pem_private_key(issued.private_key_pem.bytes(), None)
+    encrypted = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(b"nobody knows"),
+    )
+    (tmp_path / "key").write_bytes(encrypted)
+    issued.cert_chain_pems[0].write_to_path(str(tmp_path / "certificate"))
+    with pytest.raises(InputError, match="the private key is encrypted"):
+        read_access(None, str(tmp_path / "certificate"), str(tmp_path / "key"))
 
 
 @pytest.mark.parametrize(

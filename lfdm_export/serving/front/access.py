@@ -64,7 +64,7 @@ class Access:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
-            context.load_cert_chain(self.certificate, self.key)
+            context.load_cert_chain(self.certificate, self.key, _no_passphrase)
         except OSError as error:  # includes ssl.SSLError
             raise InputError(
                 f"{self.certificate} and {self.key} are not a certificate with its key ({error.strerror or error}); "
@@ -95,6 +95,14 @@ def read_access(token_file: str | None, certificate: str | None, key: str | None
     found = Access(None if token_file is None else _token(user_path(token_file)), *paths)
     found.ssl_context()  # a wrong file is reported at once
     return found
+
+
+def _no_passphrase() -> str:
+    """Refuse a key with a passphrase, for which OpenSSL would wait at the terminal."""
+    raise InputError(
+        "the private key is encrypted, and a server has nobody to enter its passphrase; write it without: "
+        "openssl pkey -in KEY -out PLAIN, of mode 0600"
+    )
 
 
 def _token(path: Path) -> bytes:

@@ -16,7 +16,7 @@ class FrontLimits:
         in_flight: requests for clips or streams forwarded at a time; more are refused at once.
         held_bytes: bytes of all requests that are being read or in flight.
         connections: HTTP connections; for gRPC, calls that wait for their client. Beyond that, the longest wait ends.
-        calls: concurrent calls of gRPC.
+        grpc_connections, calls: gRPC connections, and concurrent calls on all of them; more are refused.
         json_values: numbers, strings, lists and objects in one JSON text.
         json_lists, json_fractions, json_strings, json_objects: lists; numbers with a point or an exponent; strings and
             names; objects: they take more memory, and longer to parse.
@@ -32,6 +32,7 @@ class FrontLimits:
     in_flight: int = 96
     held_bytes: int = 256 << 20
     connections: int = 256
+    grpc_connections: int = 1024
     calls: int = 2048
     json_values: int = 4_000_000
     json_lists: int = 1_500_000

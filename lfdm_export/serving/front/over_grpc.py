@@ -162,6 +162,7 @@ async def start_grpc(service: Service, address: str) -> Any:
             ("grpc.max_receive_message_length", limits.message_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.max_concurrent_streams", limits.connections),
+            ("grpc.max_allowed_incoming_connections", limits.grpc_connections),
             ("grpc.max_metadata_size", 16 << 10),
             ("grpc.absolute_max_metadata_size", 16 << 10),
             ("grpc.server_handshake_timeout_ms", int(1000 * limits.header_seconds)),

@@ -16,6 +16,7 @@ from lfdm_export.errors import LfdmExportError, MissingDependencyError, ServerEr
 from lfdm_export.serving.front.memory import share_heap
 from lfdm_export.serving.server.control import Control
 from lfdm_export.serving.server.files import ServerFiles
+from lfdm_export.serving.server.open_files import allow_enough
 from lfdm_export.serving.server.options import ServerOptions
 from lfdm_export.serving.server.process import Recipe, TritonProcess
 from lfdm_export.serving.server.run_folder import run_folder
@@ -67,6 +68,7 @@ class TritonServer:
         """
         share_heap()  # before gRPC starts its threads
         front_class, read_access = _import_front()
+        allow_enough()
         self.options = options.with_ports()
         access = read_access(options.token_file, options.tls_certificate, options.tls_key)
         self._stopping = threading.Event()

@@ -7,6 +7,7 @@ by small real requests, to those models that support such.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -62,6 +63,9 @@ def live_stubs(region_prefix: str) -> list[Stub]:
 
     Args:
         region_prefix: prefix of the names of the server's shared memory regions.
+
+    Raises:
+        OSError: this process can open no more files.
     """
     processes = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
     return [stub for stub in map(_stub, processes) if stub is not None and stub.region.startswith(region_prefix)]
@@ -71,7 +75,9 @@ def _stub(pid: int) -> Stub | None:
     """The Python model that a process runs; None if it runs none, or has ended."""
     try:
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # it may well live
+            raise
         return None
     # A zombie process has no arguments.
     if len(arguments) < 3 or not arguments[0].endswith(_STUB):
@@ -114,8 +120,11 @@ class Watchdog:
         stubs, stopped = live_stubs(self._prefix), StoppedProcesses()
         while not self._stop.wait(LOOK_EVERY):
             stopped.end({stub.pid: stub.model for stub in stubs})
-            if len(stubs) < len(self._models) or any(_stub(stub.pid) != stub for stub in stubs):
-                stubs = live_stubs(self._prefix)
+            try:
+                if len(stubs) < len(self._models) or any(_stub(stub.pid) != stub for stub in stubs):
+                    stubs = live_stubs(self._prefix)
+            except OSError:  # no more files can be opened now: who lives is not known
+                continue
             alive = {stub.model for stub in stubs}
             for model in self._models:
                 if model in alive or time.monotonic() < not_before[model]:
@@ -135,7 +144,7 @@ class Watchdog:
             remove_shared_memory(self._prefix, [stub.region for stub in live_stubs(self._prefix)])
             self._control.load(model)
             make_private(self._prefix)
-        except ServerError as error:
+        except (ServerError, OSError) as error:
             logger.error("%s could not be loaded again: %s", model, error)
             return False
         logger.warning("%s serves again after %.1f s", model, time.monotonic() - began)
@@ -148,7 +157,10 @@ class Watchdog:
                     self._probe_model(model)
 
     def _probe_model(self, model: str) -> None:
-        stubs = [stub for stub in live_stubs(self._prefix) if stub.model == model]
+        try:
+            stubs = [stub for stub in live_stubs(self._prefix) if stub.model == model]
+        except OSError:  # as above
+            return
         try:
             self._control.infer(model, *_PROBES[model], timeout=PROBE_TIMEOUT)
         except ServerError as error:

@@ -21,14 +21,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lfdm_export.errors import InputError
 from lfdm_export.web.app import WebOptions
+from lfdm_export.web.guard import Guard
 from lfdm_export.web.page.makers import Maker
 from lfdm_export.web.page.markup import CLIPS
 from lfdm_export.web.page.shelf import Shelf
 from lfdm_export.web.page.studio import Studio
 
 _API = ("/v1", "/health", "/openapi.json")
-#: Names of this machine in a browser's address.
-_HERE = ("localhost", "127.0.0.1", "[::1]")
 # Most bytes of a request beside the uploaded file.
 _AROUND = 1 << 16
 #: Nothing from other hosts. Gradio has scripts and styles inside the page.
@@ -82,7 +81,8 @@ def make_site(maker: Maker, options: WebOptions, *, api: FastAPI | None, here: b
         pwa=False, theme=theme(), css_paths=STYLE, js=NAMES, show_error=True, enable_monitoring=False,
     )  # fmt: skip
     page.has_launched = True  # otherwise Gradio accepts any file of this machine as an upload
-    site.add_middleware(_Gate, api=api, options=options, here=here)
+    site.add_middleware(_Gate, api=api, options=options)
+    site.add_middleware(Guard, here=here)
     return site
 
 
@@ -102,8 +102,8 @@ def _fetch_nothing() -> None:
 class _Gate:
     """Passes requests for the API on unchanged, and checks all others."""
 
-    def __init__(self, app: ASGIApp, api: ASGIApp | None, options: WebOptions, here: bool) -> None:
-        self._app, self._api, self._token, self._here = app, api, options.token, here
+    def __init__(self, app: ASGIApp, api: ASGIApp | None, options: WebOptions) -> None:
+        self._app, self._api, self._token = app, api, options.token
         self._most = options.body_bytes + _AROUND
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -127,12 +127,6 @@ class _Gate:
 
     def _refused(self, scope: Scope, headers: Headers) -> PlainTextResponse | None:
         """The answer to a request that is refused; None if it is served."""
-        host = headers.get("Host", "")
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
-        if self._here and name not in _HERE:
-            return PlainTextResponse(f"this page answers to {', '.join(_HERE)} only", 421)
-        if scope["method"] not in ("GET", "HEAD") and headers.get("Sec-Fetch-Site") in ("cross-site", "same-site"):
-            return PlainTextResponse("pages of other sites may not use this page", 403)
         length = headers.get("Content-Length", "0")
         if "Transfer-Encoding" in headers or not length.isdecimal() or int(length) > self._most:
             return PlainTextResponse(f"a request has at most {self._most:,} bytes, and must state its length", 413)
