@@ -1,7 +1,8 @@
 // Warps: 32 lanes that compute together, with registers only. A kernel that uses warps is built twice, as `shim.cuh`
 // describes for blocks.
 //
-// A PerLane<T> holds one value per lane: on a GPU one T in each lane's registers, on the host all 32 of them.
+// A PerLane<T> holds one value per lane: on a GPU one T in each lane's registers, on the host all 32 of them. A
+// PerWarp<T, WARPS> likewise holds what each warp of a block keeps between calls of each_warp.
 // each_lane(f) runs f(lane) for each lane; f accesses only its own lane's values. Operations across lanes (matrix
 // products, transposition, maxima and sums over four lanes) are functions between these calls, written once for the GPU
 // as instructions, and once for the host, from the layouts that the PTX ISA defines for those instructions.
@@ -31,6 +32,12 @@ LFDM_INLINE void each_lane(Function function) {
     function(int(threadIdx.x) % LANES);
 }
 
+template <class T, int WARPS>
+struct PerWarp {
+    T value;
+    LFDM_INLINE T& operator[](int) { return value; }
+};
+
 // Runs f(warp) for every warp of a block; no barrier follows.
 template <int THREADS, class Function>
 LFDM_INLINE void each_warp(const Block<THREADS>&, Function function) {
@@ -47,6 +54,12 @@ struct PerLane {
     T values[LANES] = {};
     T& operator[](int lane) { return values[lane]; }
     const T& operator[](int lane) const { return values[lane]; }
+};
+
+template <class T, int WARPS>
+struct PerWarp {
+    T values[WARPS] = {};
+    T& operator[](int warp) { return values[warp]; }
 };
 
 template <class Function>
