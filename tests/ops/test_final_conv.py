@@ -90,10 +90,10 @@ def test_layout_of_the_kernel() -> None:
         (torch.float16, 3, 16, 2, 2),  # smaller than the kernel
         (torch.float16, 1, 16, 34, 30),  # no multiple of anything, several strips
         (torch.float16, 1, 16, 6, 130),  # two tiles, of which the second writes 5 pixels
-        (torch.float16, 2, 32, 2, 252),  # two tiles, whole warps and a part of one
-        (torch.float16, 1, 32, 20, 66),
+        (torch.float16, 2, 64, 2, 252),  # two tiles, whole warps and a part of one
+        (torch.float16, 1, 16, 20, 66),
         (torch.bfloat16, 1, 64, 6, 38),
-        (torch.bfloat16, 2, 32, 10, 2),
+        (torch.bfloat16, 2, 16, 10, 2),
         (torch.bfloat16, 1, 16, 18, 134),
     ],
 )
@@ -194,10 +194,10 @@ def test_kernel_refuses_tensors_of_the_host() -> None:
     ("dtype", "of_kernel", "shape", "fits"),
     [
         (torch.float16, torch.float16, (3, 64, 7, 7), True),
-        (torch.bfloat16, torch.bfloat16, (3, 32, 7, 7), True),
+        (torch.bfloat16, torch.bfloat16, (3, 16, 7, 7), True),
         (torch.float16, torch.float32, (3, 64, 7, 7), False),
         (torch.float32, torch.float32, (3, 64, 7, 7), False),
-        (torch.float16, torch.float16, (3, 48, 7, 7), False),
+        (torch.float16, torch.float16, (3, 32, 7, 7), False),
         (torch.float16, torch.float16, (3, 64, 5, 5), False),
         (torch.float16, torch.float16, (1, 64, 7, 7), False),
         (torch.float16, torch.float16, (4, 64, 7, 7), False),

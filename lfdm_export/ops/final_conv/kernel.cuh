@@ -12,14 +12,14 @@
 // DESIGN. A kernel with 3 outputs leaves matrix units idle: they compute 8 columns at once. So the 21 pairs of kernel
 // column and output are the columns of the product, and the sums over rows of the kernel and channels are its sums.
 // Only the sums over the 7 kernel columns remain, of values of neighboring pixels; they pass through shared memory.
-//  - A block goes down a strip of a tile of 128 pixels' width, row by row. A warp has 32 pixels. It reads each once,
-//    multiplies it with all 7 rows of the kernel, and adds to the sums of 7 rows of the result, which are in registers:
-//    168 per thread. When a row is complete, its sums move to shared memory, and each thread adds 21 of them for its
-//    pixel. Two buffers alternate, so that a row has one barrier.
-//  - The kernel lies in shared memory in the order in which lanes read it, 16 bytes at once; each read serves four
-//    products. A part of the next row is read as soon as the last product of this row's part is issued.
-//  - A lane reads 16 bytes of a pixel, and sums run over channels in the order in which lanes hold them. Rows g and
-//    g + 8 of a product are neighboring pixels of the map: the same place in two phases.
+//  - A block goes down a strip of a tile of 128 pixels' width, row by row. A warp has 32 pixels. It multiplies them
+//    with all 7 rows of the kernel, and adds to the sums of 7 rows of the result, which are in registers: 168 per
+//    thread. When a row is complete, its sums move to shared memory, and each thread adds 21 of them for its pixel.
+//  - The kernel lies in shared memory in the order in which lanes read it; each read serves two products. Pixels are
+//    copied there without passing through registers; a row's copies start when the last of the row before are read.
+//    Rows g and g + 8 of a product are neighboring pixels of the map: the same place in two phases.
+//  - The next row's sums take the place of the complete row's by their names alone: products are added to a register
+//    and stored in another.
 //  - A strip reads 6 rows more than it writes. `final_launch` chooses its height, so that few blocks wait for others.
 //    Tiles of wider maps overlap by 6 pixels.
 // For 40 frames of 128x128 there are 6 strips of 22 rows: 107 MB to read, at least in part from the L2 cache.
@@ -43,24 +43,23 @@ struct FinalShape {
     int rows;           // per strip
 };
 
-// A lane reads PACK registers of a pixel at once; a pixel has PARTS · 4 · PACK.
 template <int CHANNELS>
-constexpr int final_pack = CHANNELS < 32 ? 2 : 4;
-template <int CHANNELS>
-constexpr int final_parts = CHANNELS / (8 * final_pack<CHANNELS>);
-
-template <int CHANNELS>
-struct FinalShared {
-    // By row of the kernel, part, tile and lane.
-    Pack<uint32, final_pack<CHANNELS>> kernel[FINAL_SIZE * final_parts<CHANNELS> * FINAL_TILES * LANES];
-    float sums[2][FINAL_COLUMNS][FINAL_STRIDE];
+struct alignas(16) FinalShared {
+    // By row of the kernel, step of 16 channels, tile and lane: the lane's registers.
+    Pack<uint32, 2> kernel[FINAL_SIZE * (CHANNELS / 16) * FINAL_TILES * LANES];
+    // By warp, group, phase and pixel: packs of 8 channels, as `final_place` says.
+    uint32 pixels[FINAL_WARPS][FINAL_PIXELS * CHANNELS / 2];
+    float sums[FINAL_COLUMNS][FINAL_STRIDE];
 };
 
-// What a warp keeps from row to row. Pixels are in two groups of 16; rows g and g + 8 of a product are neighbors.
-template <int CHANNELS>
+// Sums of a warp's pixels, in two groups of 16, for a row of the result.
+struct FinalSums {
+    PerLane<Quad> tiles[FINAL_TILES][2];
+};
+
+// What a warp keeps from row to row: sums of the rows of the result that are not complete.
 struct FinalWarp {
-    PerLane<Quad> sums[FINAL_SIZE][FINAL_TILES][2];  // of the rows of the result, the next complete one first
-    PerLane<uint32> pixels[final_parts<CHANNELS>][2][2][final_pack<CHANNELS>];  // by part, group, phase
+    FinalSums rows[FINAL_SIZE - 1];
 };
 
 // A row of the map: a row of two of its phases.
@@ -69,6 +68,13 @@ struct FinalRow {
     const T* LFDM_RESTRICT phases[2];
     int width;  // of a phase; 0 for a row outside of the map
 };
+
+// Where a pack of pixel 0 … 7 lies among 8 pixels: those that lanes read together use different banks.
+template <int CHANNELS>
+LFDM_INLINE int final_place(int pixel, int pack) {
+    constexpr int PACKS = CHANNELS / 8;
+    return (pixel * PACKS + (pack ^ pixel * PACKS / 8)) * 4;
+}
 
 LFDM_INLINE float sigmoid(float value) {
     constexpr float LOG2_E = 1.44269504088896340736f;
@@ -79,76 +85,83 @@ LFDM_INLINE float sigmoid(float value) {
 template <int CHANNELS, class T>
 LFDM_INLINE void place_kernel(const Block<FINAL_THREADS>& block, FinalShared<CHANNELS>& shared,
                               const T* LFDM_RESTRICT kernel) {
-    constexpr int PACK = final_pack<CHANNELS>, PARTS = final_parts<CHANNELS>;
+    constexpr int STEPS = CHANNELS / 16;
+    const uint32* LFDM_RESTRICT pairs = reinterpret_cast<const uint32*>(kernel);
     block.phase([&](int thread) {
-        for (int i = thread; i < FINAL_SIZE * PARTS * FINAL_TILES * LANES; i += FINAL_THREADS) {
-            const int lane = i % LANES, tile = i / LANES % FINAL_TILES, part = i / (LANES * FINAL_TILES) % PARTS;
-            const int column = i / (LANES * FINAL_TILES * PARTS) * 8 * FINAL_TILES + 8 * tile + lane / 4;
-            const int channel = 2 * PACK * (4 * part + lane % 4);
-            shared.kernel[i] = read_pack<PACK>(reinterpret_cast<const uint32*>(kernel + column * CHANNELS + channel));
+        for (int i = thread; i < FINAL_SIZE * STEPS * FINAL_TILES * LANES; i += FINAL_THREADS) {
+            const int lane = i % LANES, tile = i / LANES % FINAL_TILES, step = i / (LANES * FINAL_TILES) % STEPS;
+            const int column = i / (LANES * FINAL_TILES * STEPS) * 8 * FINAL_TILES + 8 * tile + lane / 4;
+            const int pair = (column * CHANNELS + step * 16) / 2 + lane % 4;
+            shared.kernel[i] = {{pairs[pair], pairs[pair + 4]}};
         }
     });
 }
 
-// Reads a part of the warp's pixels, the first of which is the phases' pixel `first`.
+// Starts to copy the warp's pixels of a row, the first of which is the phases' pixel `first`.
 template <int CHANNELS, class T>
-LFDM_INLINE void read_pixels(FinalWarp<CHANNELS>& own, int part, const FinalRow<T>& row, int first) {
-    constexpr int PACK = final_pack<CHANNELS>;
+LFDM_INLINE void copy_pixels(uint32* pixels, const FinalRow<T>& row, int first) {
+    constexpr int PACKS = CHANNELS / 8;
+    constexpr int ROWS = LANES / PACKS < 8 ? LANES / PACKS : 8;  // pixels of 8 that a lane's turn copies
     each_lane([&](int lane) {
-        const int place = (first + lane / 4) * CHANNELS + lane % 4 * 2 * PACK;
+        const int pack = lane % PACKS;
 #pragma unroll
-        for (int phase = 0; phase < 2; ++phase) {
-            const T* LFDM_RESTRICT from = row.phases[phase] + place;
+        for (int i = 0; i < 8 / ROWS; ++i) {
+            const int pixel = i * ROWS + lane / PACKS % ROWS;
+            const int place = final_place<CHANNELS>(pixel, pack), column = first + pixel;
+            const int offset = column * CHANNELS + pack * 8;
 #pragma unroll
-            for (int group = 0; group < 2; ++group) {
-                Pack<uint32, PACK> moved = {};
-                if (first + lane / 4 + 8 * group < row.width)
-                    moved = read_once<PACK>(
-                        reinterpret_cast<const uint32*>(from + 8 * group * CHANNELS + part * 8 * PACK));
-#pragma unroll
-                for (int i = 0; i < PACK; ++i) own.pixels[part][group][phase][i][lane] = moved.values[i];
+            for (int eight = 0; eight < 4; ++eight) {
+                if (ROWS * PACKS < LANES && lane / (ROWS * PACKS) != eight % 2) continue;
+                copy_later(pixels + eight * 4 * CHANNELS + place,
+                           reinterpret_cast<const uint32*>(row.phases[eight % 2] + offset + eight / 2 * 8 * CHANNELS),
+                           column + eight / 2 * 8 < row.width);
             }
         }
     });
 }
 
-// Adds the products of a part of the pixels with a row of the kernel to the sums of a row of the result.
-template <class T, int CHANNELS>
-LFDM_INLINE void add_products(PerLane<Quad> (&sums)[FINAL_TILES][2], const FinalWarp<CHANNELS>& own,
-                              const FinalShared<CHANNELS>& shared, int kernel_row, int part) {
-    constexpr int PACK = final_pack<CHANNELS>, PARTS = final_parts<CHANNELS>;
-    PerLane<uint32> b[FINAL_TILES][PACK];
+// Reads the registers of a product's step for both groups of the warp's pixels.
+template <int CHANNELS>
+LFDM_INLINE void read_pixels(const uint32* pixels, int step, PerLane<uint32> (&a)[2][4]) {
+    each_lane([&](int lane) {
+#pragma unroll
+        for (int pack = 0; pack < 2; ++pack) {
+            const int place = final_place<CHANNELS>(lane / 4, 2 * step + pack) + lane % 4;
+#pragma unroll
+            for (int eight = 0; eight < 4; ++eight)
+                a[eight / 2][pack * 2 + eight % 2][lane] = pixels[eight * 4 * CHANNELS + place];
+        }
+    });
+}
+
+// Adds the products of a step of the pixels with that of a row of the kernel.
+template <class T>
+LFDM_INLINE void add_products(FinalSums& sums, const PerLane<uint32> (&a)[2][4], const Pack<uint32, 2>* kernel) {
+    PerLane<uint32> b[FINAL_TILES][2];
     each_lane([&](int lane) {
 #pragma unroll
         for (int tile = 0; tile < FINAL_TILES; ++tile) {
-            const int place = ((kernel_row * PARTS + part) * FINAL_TILES + tile) * LANES + lane;
-            const Pack<uint32, PACK> moved = shared.kernel[place];
-#pragma unroll
-            for (int i = 0; i < PACK; ++i) b[tile][i][lane] = moved.values[i];
+            const Pack<uint32, 2> moved = kernel[tile * LANES + lane];
+            b[tile][0][lane] = moved.values[0];
+            b[tile][1][lane] = moved.values[1];
         }
     });
 #pragma unroll
-    for (int step = 0; step < PACK; step += 2) {
+    for (int tile = 0; tile < FINAL_TILES; ++tile) {
 #pragma unroll
-        for (int tile = 0; tile < FINAL_TILES; ++tile) {
-#pragma unroll
-            for (int group = 0; group < 2; ++group) {
-                const auto& of = own.pixels[part][group];
-                const PerLane<uint32> a[4] = {of[0][step], of[1][step], of[0][step + 1], of[1][step + 1]};
-                multiply_add_16<T>(sums[tile][group], a, b[tile][step], b[tile][step + 1]);
-            }
-        }
+        for (int group = 0; group < 2; ++group)
+            multiply_add_16<T>(sums.tiles[tile][group], a[group], b[tile][0], b[tile][1]);
     }
 }
 
 // Moves the sums of the warp's pixels, from its first on, to shared memory.
-LFDM_INLINE void store_sums(const PerLane<Quad> (&sums)[FINAL_TILES][2], float (*columns)[FINAL_STRIDE], int first) {
+LFDM_INLINE void store_sums(const FinalSums& sums, float (*columns)[FINAL_STRIDE], int first) {
     each_lane([&](int lane) {
 #pragma unroll
         for (int tile = 0; tile < FINAL_TILES; ++tile) {
 #pragma unroll
             for (int group = 0; group < 2; ++group) {
-                const float* own = sums[tile][group][lane].values;
+                const float* own = sums.tiles[tile][group][lane].values;
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     const int column = 8 * tile + lane % 4 * 2 + i;
@@ -180,7 +193,7 @@ LFDM_INLINE void final_conv(const Block<FINAL_THREADS>& block, FinalShared<CHANN
                             const T* LFDM_RESTRICT phase00, const T* LFDM_RESTRICT phase01,
                             const T* LFDM_RESTRICT phase10, const T* LFDM_RESTRICT phase11,
                             const T* LFDM_RESTRICT kernel, const T* LFDM_RESTRICT bias, float* LFDM_RESTRICT result) {
-    constexpr int PARTS = final_parts<CHANNELS>;
+    constexpr int STEPS = CHANNELS / 16;
     const int begin = block.x * shape.rows;
     const int end = begin + shape.rows < shape.height ? begin + shape.rows : shape.height;
     const int first = block.y * (FINAL_TILE - 2 * FINAL_REACH);
@@ -194,42 +207,40 @@ LFDM_INLINE void final_conv(const Block<FINAL_THREADS>& block, FinalShared<CHANN
     };
     const int row0 = begin < FINAL_REACH ? 0 : begin - FINAL_REACH;  // rows above the map add nothing
     place_kernel<CHANNELS>(block, shared, kernel);
-    PerWarp<FinalWarp<CHANNELS>, FINAL_WARPS> of_warps = {};
+    PerWarp<FinalWarp, FINAL_WARPS> of_warps = {};
     each_warp(block, [&](int warp) {
-        const FinalRow<T> row = row_at(row0);
-#pragma unroll
-        for (int part = 0; part < PARTS; ++part)
-            read_pixels<CHANNELS>(of_warps[warp], part, row, first / 2 + warp * (FINAL_PIXELS / 2));
+        copy_pixels<CHANNELS>(shared.pixels[warp], row_at(row0), first / 2 + warp * (FINAL_PIXELS / 2));
     });
 #pragma unroll 1
     for (int row = row0; row < end + FINAL_REACH; ++row) {
         const bool complete = row >= begin + FINAL_REACH;
-        float(*columns)[FINAL_STRIDE] = shared.sums[row % 2];
         each_warp(block, [&](int warp) {
             if (warp * FINAL_PIXELS >= inside) return;
-            FinalWarp<CHANNELS>& own = of_warps[warp];
+            FinalWarp& own = of_warps[warp];
+            FinalSums sums[FINAL_SIZE];
 #pragma unroll
-            for (int i = 0; i < FINAL_SIZE; ++i) {
+            for (int i = 0; i < FINAL_SIZE; ++i) sums[i] = i + 1 < FINAL_SIZE ? own.rows[i] : FinalSums{};
+            await_copies();
 #pragma unroll
-                for (int tile = 0; tile < FINAL_TILES; ++tile) {
-#pragma unroll
-                    for (int group = 0; group < 2; ++group)
-                        own.sums[i][tile][group] =
-                            i + 1 < FINAL_SIZE ? own.sums[i + 1 < FINAL_SIZE ? i + 1 : 0][tile][group] : PerLane<Quad>{};
+            for (int step = 0; step < STEPS; ++step) {
+                PerLane<uint32> a[2][4];
+                read_pixels<CHANNELS>(shared.pixels[warp], step, a);
+                if (step + 1 == STEPS) {
+                    meet_lanes();
+                    copy_pixels<CHANNELS>(shared.pixels[warp], row_at(row + 1),
+                                          first / 2 + warp * (FINAL_PIXELS / 2));
                 }
-            }
-            const FinalRow<T> next = row_at(row + 1);
-#pragma unroll
-            for (int part = 0; part < PARTS; ++part) {
 #pragma unroll
                 for (int i = 0; i < FINAL_SIZE; ++i)
-                    add_products<T, CHANNELS>(own.sums[i], own, shared, FINAL_SIZE - 1 - i, part);
-                read_pixels<CHANNELS>(own, part, next, first / 2 + warp * (FINAL_PIXELS / 2));
+                    add_products<T>(sums[i], a,
+                                    shared.kernel + ((FINAL_SIZE - 1 - i) * STEPS + step) * FINAL_TILES * LANES);
             }
-            if (complete) store_sums(own.sums[0], columns, warp * FINAL_PIXELS);
+            if (complete) store_sums(sums[0], shared.sums, warp * FINAL_PIXELS);
+#pragma unroll
+            for (int i = 0; i + 1 < FINAL_SIZE; ++i) own.rows[i] = sums[i + 1];
         });
-        block.barrier();
         if (!complete) continue;
+        block.barrier();
         each_warp(block, [&](int warp) {
             each_lane([&](int lane) {
                 const int pixel = warp * FINAL_PIXELS + lane;
@@ -237,13 +248,14 @@ LFDM_INLINE void final_conv(const Block<FINAL_THREADS>& block, FinalShared<CHANN
                 float outputs[FINAL_OUTPUTS];
 #pragma unroll
                 for (int i = 0; i < FINAL_OUTPUTS; ++i) outputs[i] = load(bias[i]);
-                add_columns(columns, pixel, inside, outputs);
+                add_columns(shared.sums, pixel, inside, outputs);
 #pragma unroll
                 for (int i = 0; i < FINAL_OUTPUTS; ++i)
                     result[((int64(block.z) * FINAL_OUTPUTS + i) * shape.height + row - FINAL_REACH) * shape.width +
                            first + pixel] = sigmoid(outputs[i]);
             });
         });
+        block.barrier();
     }
 }
 

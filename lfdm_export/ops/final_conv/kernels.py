@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from lfdm_export.ops.cuda.source import SHORT_NAMES, Kernel, Launch, Storage
 
-#: Supported channels of the map and storage types; no supported kernel spills registers to memory.
-CHANNELS = (16, 32, 64)
+#: Supported channels of the map (the shipped and the published network's) and storage types; no supported kernel
+#: spills registers to memory.
+CHANNELS = (16, 64)
 STORAGES: tuple[Storage, ...] = ("float16", "bfloat16")
 #: Shape of a supported kernel, as `reference.lay_out_kernel` gives it, without its channels.
 LAID_OUT = (7, 24)
