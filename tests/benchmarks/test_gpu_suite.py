@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from benchmarks import (
     gpu_attention,
     gpu_driver,
+    gpu_final,
     gpu_kernels,
     gpu_kernels_once,
     gpu_norms,
@@ -47,7 +48,7 @@ TRIAL = ["--device", "cpu", "--tiny"]
 #: One part of each kind: the others differ only by the precision or an option.
 TRIED = (
     "checks", "ceilings", "faithful-fp32", "ours-fp16", "ours-fp16-compiled", "attention", "step", "warp",
-    "norm", "linear",
+    "norm", "linear", "final",
     "faithful-fp16-graphs", "batches-fp16", "ours-bf16",
 )  # fmt: skip
 
@@ -112,6 +113,7 @@ def test_times_are_medians_with_their_spread(trial: tuple[Settings, dict[str, An
         "warp",
         "norm",
         "linear",
+        "final",
     ):
         found = timings(trial[1][name]["data"])
         assert found, name
@@ -224,6 +226,23 @@ def test_a_wrong_norm_fails_the_checks(trial: tuple[Settings, dict[str, Any]], m
     record = gpu_part.run(PARTS["checks"], bench_for("wrong norm", trial[0]))
     assert record["status"] == "failed"
     assert "differ from float64: norm" in record["error"]
+
+
+def test_a_wrong_last_convolution_fails_the_checks(
+    trial: tuple[Settings, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = gpu_final.final_conv_on_gpu
+    monkeypatch.setattr(gpu_final, "final_conv_on_gpu", lambda *arguments: right(*arguments) * 1.001)
+    record = gpu_part.run(PARTS["checks"], bench_for("wrong last convolution", trial[0]))
+    assert record["status"] == "failed"
+    assert "differ from float64: final conv" in record["error"]
+
+
+def test_the_last_convolution_is_compared(trial: tuple[Settings, dict[str, Any]]) -> None:
+    data = trial[1]["final"]["data"]
+    # Both ways make the same pictures, one from rounded maps.
+    assert data["kernel"]["error"] < 1e-5 < data["columns, compiled"]["error"] < 5e-3
+    assert data["bytes"] == 2 * 20 * 20 * (2 * 16 + 12)
 
 
 def test_a_wrong_attention_fails_its_part(
