@@ -22,7 +22,7 @@
 //    and stored in another.
 //  - A strip reads 6 rows more than it writes. `final_launch` chooses its height, so that few blocks wait for others.
 //    Tiles of wider maps overlap by 6 pixels.
-// For 40 frames of 128x128 there are 6 strips of 22 rows: 107 MB to read, at least in part from the L2 cache.
+// For 40 frames of 128x128 there are 6 strips of 22 rows: 104 MB to read, at least in part from the L2 cache.
 //
 // Sums run over rows of the kernel, then channels, then its columns, whatever the strip: the same bits for any launch.
 #include "cuda/lanes.cuh"
