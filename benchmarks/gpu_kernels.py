@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.gpu_attention import check_cores, run_cores_once
 from benchmarks.gpu_errors import WrongResultError, relative_error
+from benchmarks.gpu_final import final_checks, final_once
 from benchmarks.gpu_norms import norm_checks, norms_once
 from benchmarks.gpu_records import Record
 from benchmarks.gpu_timing import Budget, Timing, captured, measure, synchronize
@@ -112,6 +113,7 @@ def checks(device: torch.device, *, toy: bool) -> Record:
         found[f"thresholded step {name}"] = _check_step(count, device)
     found |= check_cores(device, toy=toy)
     found |= norm_checks(device, toy=toy)
+    found |= final_checks(device, toy=toy)
     limits = {name: value.get("limit", _limit(name)) for name, value in found.items()}
     wrong = [
         f"{name}: {value['error']:.2e}, at most {limits[name]:.0e}"
@@ -191,12 +193,12 @@ def _check_noise(device: torch.device, count: int) -> Record:
 
 
 def run_once(device: torch.device, *, toy: bool) -> int:
-    """Launch WarpBlend, attention and group norm at the networks' sizes in float16, the step and the noise, once each.
+    """Launch the kernels at the networks' sizes in float16, the step and the noise, once each.
 
     Returns:
         The number of launches.
     """
-    launches = run_cores_once(device, toy=toy)
+    launches = run_cores_once(device, toy=toy) + final_once(device, toy=toy)
     frames = 2 if toy else 40
     for channels, side, stride in (TOY_LEVELS if toy else LEVELS).values():
         motion = _motion(frames, max(side // 4, 8) if toy else 32, device)

@@ -79,6 +79,12 @@ def _linear(bench: Bench) -> Record:
     return linear_attention_speed(bench)
 
 
+def _final(bench: Bench) -> Record:
+    from benchmarks.gpu_final import final_speed
+
+    return final_speed(bench)
+
+
 def _warp(bench: Bench) -> Record:
     from benchmarks.gpu_kernels import warp_speed
 
@@ -146,6 +152,7 @@ PARTS: dict[str, Part] = {
     "step": Part("step and noise kernels, and PyTorch's operators", _step, 8, 40, kernels=True),
     "norm": Part("group norm kernels, and PyTorch's operators", _norm, 6, 40, kernels=True),
     "linear": Part("linear attention, compiled, by fused attention and by products", _linear, 8, 45, kernels=True),
+    "final": Part("the decoder's last convolution: kernel, and columns compiled", _final, 8, 40, kernels=True),
     "product-fp16": _clip("the target torch, as users run it", _product("fp16", (1,)), 50, 170),
     "product-fp16-batch": _clip("the same for eight clips", _product("fp16", (8,)), 60, 200),
     "warp": Part("WarpBlend at the decoder's sizes, and PyTorch's operators", _warp, 8, 45, kernels=True),

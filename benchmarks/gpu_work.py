@@ -192,6 +192,7 @@ def kernels_for(settings: Settings) -> Iterator[None]:
 
 
 def _kernels() -> list[Kernel]:
+    from lfdm_export.ops.final_conv import kernels as final
     from lfdm_export.ops.group_norm_silu import kernels as norm
     from lfdm_export.ops.linear_attention import kernels as linear
     from lfdm_export.ops.temporal_attention.kernels import STORAGES as CORES
@@ -207,6 +208,7 @@ def _kernels() -> list[Kernel]:
     kernels += [core_kernel(storage, width, frames) for storage in CORES for width, frames in ((32, 40), (16, 8))]
     sizes = [*((channels, 32) for channels in (64, 128, 256)), *((channels, 16) for channels in (32, 64))]
     kernels += [linear.linear_kernel(storage, *size) for storage in linear.STORAGES for size in sizes]
+    kernels += [final.final_kernel(storage, channels) for storage in final.STORAGES for channels in (16, 64)]
     kernels += [norm.apply_kernel(*storages) for storages in norm.STORAGES]
     for storage in ("float32", "float16", "bfloat16"):
         kernels.append(norm.statistics_kernel(storage))

@@ -89,7 +89,8 @@ def count_launches() -> tuple[dict[str, Counter[str]], list[Kernel]]:
         real(kernel, *arguments)
 
     found = {}
-    for operator in ("group_norm_silu", "linear_attention", "temporal_attention", "thresholded_step", "warp"):
+    operators = ("final_conv", "group_norm_silu", "linear_attention", "temporal_attention", "thresholded_step", "warp")
+    for operator in operators:
         setattr(importlib.import_module(f"lfdm_export.ops.{operator}.gpu"), "launch", noted)  # noqa: B010
     for stage, run in (("step", modules["step"]), ("decode", PictureDecode(modules["decode"]))):  # type: ignore[arg-type]
         given = stage_specs(geometry)[stage].inputs

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from lfdm_export.ops.cuda.source import Kernel, Storage
+from lfdm_export.ops.final_conv.kernels import final_kernel
 from lfdm_export.ops.group_norm_silu import kernels as norm
 from lfdm_export.ops.linear_attention.kernels import linear_kernel
 from lfdm_export.ops.pictures.kernels import not_finite_kernel, pictures_kernel
@@ -41,6 +42,7 @@ KERNELS: tuple[Kernel, ...] = (
     *(core_kernel("float16", *sizes) for sizes in ((32, 40), (16, 8), (32, 16), (32, 64), (64, 40))),
     *(core_kernel("bfloat16", *sizes) for sizes in ((32, 40), (16, 8))),
     *(linear_kernel(storage, channels, 16) for storage in ("float16", "bfloat16") for channels in (32, 64)),
+    *(final_kernel(storage, 16) for storage in ("float16", "bfloat16")),
     *(norm.statistics_kernel(storage) for storage in TORCH),
     *(norm.apply_kernel(*storages) for storages in norm.STORAGES),
 )

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfdm_export.ops.cuda.dispatch import on_gpu
+from lfdm_export.ops.final_conv import gpu as final_conv
+from lfdm_export.ops.final_conv.reference import lay_out_kernel
 from lfdm_export.ops.warp.reference import warp, warp_blend
 from lfdm_export.rewrite.convolution import PHASES, fold_batch_norm, interleave, phase_convs, phase_kernels
 from lfdm_models.layers import DownBlock, ResidualBlock, SameBlock, UpBlock, coordinate_grid
@@ -121,6 +123,8 @@ class Decode(nn.Module):
 
     final: Tensor
     final_bias: Tensor
+    laid_out: Tensor
+    laid_out_bias: Tensor
 
     def __init__(self, folded: Lfae, *, residual_flow: bool) -> None:
         super().__init__()
@@ -132,6 +136,9 @@ class Decode(nn.Module):
         self.final_size = generator.final.weight.shape[-1]
         self.register_buffer("final", dephase_kernel(generator.final.weight.detach()))
         self.register_buffer("final_bias", generator.final.bias.detach().repeat_interleave(4))
+        # The same for the kernel on a GPU.
+        self.register_buffer("laid_out", lay_out_kernel(generator.final.weight.detach()))
+        self.register_buffer("laid_out_bias", generator.final.bias.detach().clone())
 
     def forward(self, image: Tensor, *skips_and_latent: Tensor) -> tuple[Tensor, Tensor]:
         """Decode F frames of each sample.
@@ -157,8 +164,10 @@ class Decode(nn.Module):
         blended = [
             warp_blend(skips[0], motion, x, stride=2, phase=phase) for x, phase in zip(phases, PHASES, strict=True)
         ]
-        if on_gpu(blended[0]):
-            final = conv_in_columns(blended, self.final, self.final_bias[::4], self.final_size)
+        if final_conv.suits(blended[0], self.laid_out):
+            picture = final_conv.final_conv_on_gpu(blended, self.laid_out, self.laid_out_bias).to(image.dtype)
+        elif on_gpu(blended[0]):
+            final = conv_in_columns(blended, self.final, self.laid_out_bias, self.final_size)
             # Three channels are blended fastest in planar layout, the layout of the image.
             picture = torch.sigmoid(final.to(image.dtype)).contiguous()
         else:

@@ -24,6 +24,7 @@ from benchmarks import (
     gpu_attention,
     gpu_driver,
     gpu_errors,
+    gpu_final,
     gpu_kernels,
     gpu_kernels_once,
     gpu_norms,
@@ -40,6 +41,7 @@ from benchmarks.gpu_timing import Budget, OutOfTimeError, Timing
 from benchmarks.gpu_verdicts import TARGETS, floors, verdicts
 from benchmarks.gpu_work import Bench, Settings, load_model
 from lfdm_export.engines.cuda_driver import CudaDriver
+from lfdm_export.ops.final_conv.gpu import final_conv_on_gpu
 from lfdm_export.ops.temporal_attention.gpu import core_on_gpu
 from tests.fake_gpu import FakeLibrary
 
@@ -48,7 +50,7 @@ TRIAL = ["--device", "cpu", "--tiny"]
 #: One part of each kind: the others differ only by the precision or an option.
 TRIED = (
     "checks", "ceilings", "faithful-fp32", "ours-fp16", "ours-fp16-compiled", "attention", "step", "warp",
-    "norm", "linear",
+    "norm", "linear", "final",
     "faithful-fp16-graphs", "batches-fp16", "ours-bf16",
 )  # fmt: skip
 
@@ -113,6 +115,7 @@ def test_times_are_medians_with_their_spread(trial: tuple[Settings, dict[str, An
         "warp",
         "norm",
         "linear",
+        "final",
     ):
         found = timings(trial[1][name]["data"])
         assert found, name
@@ -225,6 +228,22 @@ def test_a_wrong_norm_fails_the_checks(trial: tuple[Settings, dict[str, Any]], m
     record = gpu_part.run(PARTS["checks"], bench_for("wrong norm", trial[0]))
     assert record["status"] == "failed"
     assert "differ from float64: norm" in record["error"]
+
+
+def test_a_wrong_last_convolution_fails_the_checks(
+    trial: tuple[Settings, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_final, "final_conv_on_gpu", lambda *arguments: final_conv_on_gpu(*arguments) * 1.001)
+    record = gpu_part.run(PARTS["checks"], bench_for("wrong last convolution", trial[0]))
+    assert record["status"] == "failed"
+    assert "differ from float64: final conv" in record["error"]
+
+
+def test_the_last_convolution_is_compared(trial: tuple[Settings, dict[str, Any]]) -> None:
+    data = trial[1]["final"]["data"]
+    # Both ways make the same pictures, one from rounded maps.
+    assert data["kernel"]["error"] < 1e-5 < data["columns, compiled"]["error"] < 5e-3
+    assert data["bytes"] == 2 * 20 * 20 * (2 * 16 + 12)
 
 
 def test_a_wrong_attention_fails_its_part(

@@ -1,7 +1,8 @@
 // Warps: 32 lanes that compute together, with registers only. A kernel that uses warps is built twice, as `shim.cuh`
 // describes for blocks.
 //
-// A PerLane<T> holds one value per lane: on a GPU one T in each lane's registers, on the host all 32 of them.
+// A PerLane<T> holds one value per lane: on a GPU one T in each lane's registers, on the host all 32 of them. A
+// PerWarp<T, WARPS> likewise holds what each warp of a block keeps between calls of each_warp.
 // each_lane(f) runs f(lane) for each lane; f accesses only its own lane's values. Operations across lanes (matrix
 // products, transposition, maxima and sums over four lanes) are functions between these calls, written once for the GPU
 // as instructions, and once for the host, from the layouts that the PTX ISA defines for those instructions.
@@ -9,7 +10,7 @@
 // A matrix product rounds alike in both builds except for the order of its sums; exp2 and reciprocals are approximate
 // on a GPU.
 //
-// Needs compute capability 8.0. Source: PTX ISA 8.0, sections on mma.sync, movmatrix, shfl.sync, ld.global.nc.
+// Needs compute capability 8.0. Source: PTX ISA 8.0, sections on mma.sync, movmatrix, shfl.sync, ld.global.nc, cp.async.
 #pragma once
 #include "cuda/shim.cuh"
 
@@ -31,6 +32,12 @@ LFDM_INLINE void each_lane(Function function) {
     function(int(threadIdx.x) % LANES);
 }
 
+template <class T, int WARPS>
+struct PerWarp {
+    T value;
+    LFDM_INLINE T& operator[](int) { return value; }
+};
+
 // Runs f(warp) for every warp of a block; no barrier follows.
 template <int THREADS, class Function>
 LFDM_INLINE void each_warp(const Block<THREADS>&, Function function) {
@@ -47,6 +54,12 @@ struct PerLane {
     T values[LANES] = {};
     T& operator[](int lane) { return values[lane]; }
     const T& operator[](int lane) const { return values[lane]; }
+};
+
+template <class T, int WARPS>
+struct PerWarp {
+    T values[WARPS] = {};
+    T& operator[](int warp) { return values[warp]; }
 };
 
 template <class Function>
@@ -119,6 +132,34 @@ LFDM_INLINE Pack<uint32, COUNT> read_once(const uint32* LFDM_RESTRICT at) {
     return moved;
 #else
     return read_pack<COUNT>(at);
+#endif
+}
+
+// Copies 16 bytes to shared memory, or zeros if not `inside`, and does not wait for them.
+LFDM_INLINE void copy_later(uint32* to, const uint32* LFDM_RESTRICT from, bool inside) {
+#if defined(__CUDACC__)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(uint32(__cvta_generic_to_shared(to))), "l"(from), "r"(inside ? 16u : 0u)
+                 : "memory");
+#else
+    const Pack<uint32, 4> moved = inside ? read_pack<4>(from) : Pack<uint32, 4>{};
+    write_pack(to, moved);
+#endif
+}
+
+// Waits until all copies by the warp's lanes have come.
+LFDM_INLINE void await_copies() {
+#if defined(__CUDACC__)
+    asm volatile("cp.async.wait_all;" : : : "memory");
+    __syncwarp();
+#endif
+}
+
+// Waits for the warp's lanes: what they read before may be overwritten by any of them afterwards.
+LFDM_INLINE void meet_lanes() {
+#if defined(__CUDACC__)
+    __syncwarp();
 #endif
 }
 

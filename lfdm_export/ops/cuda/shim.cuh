@@ -204,6 +204,9 @@ struct Block {
         __syncthreads();
     }
 
+    // For work of warps, which ends without one.
+    LFDM_INLINE void barrier() const { __syncthreads(); }
+
     template <class T>
     LFDM_INLINE T read(const T& shared) const {
         const T value = shared;
@@ -248,6 +251,8 @@ struct Block {
             function(orders[launch().order]);
         }
     }
+
+    void barrier() const {}
 
     template <class T>
     T read(const T& shared) const {
