@@ -11,7 +11,6 @@ import dataclasses
 import importlib.metadata
 import io
 import logging
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lfdm_models.command_line import Parser
+from lfdm_models.paths import expanded
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.settings import (
     DATA,
@@ -68,12 +68,21 @@ _EXAMPLES = """\
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``lfdm-train``; returns the exit status."""
-    args = _parser().parse_args(argv)
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args = parser.parse_args(argv)
     for name in _PATHS:
         if getattr(args, name, None) is not None:
-            setattr(args, name, Path(os.path.expanduser(getattr(args, name))))  # noqa: PTH111  (no error for ~unknown)
+            try:
+                setattr(args, name, Path(expanded(getattr(args, name))))
+            except ValueError as error:
+                parser.error(f"--{name}: {error}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``lfdm-train``; returns the exit status."""
+    args = _parsed(argv)
     if args.stage in ("evaluate", "schedule", "recipe"):  # the toolkit's command handles these
         _complain(f"error: {args.stage} is for exported bundles, and comes with lfdm_export: run lfdm-train")
         return FAILED
@@ -120,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     lfae = stages.add_parser("lfae", help="train the autoencoder (LFAE), which learns motion from clips")
     dm = stages.add_parser("dm", help="train the diffusion model (DM), which generates motion for a label")
-    lfae.add_argument("--vgg", type=Path, metavar="FILE", help="torchvision's VGG-19, for the perceptual loss")
+    lfae.add_argument("--vgg", metavar="FILE", help="torchvision's VGG-19, for the perceptual loss")
     lfae.add_argument(
         "--learn",
         choices=LEARN,
@@ -136,17 +145,17 @@ def _parser() -> argparse.ArgumentParser:
     lfae.add_argument("--from-first", action="store_true", help="the source is always a clip's first frame")
     lfae.add_argument("--camera-still", action="store_true", help="fix the background, instead of learning its motion")
     lfae.add_argument("--freeze-norm", action="store_true", help="do not update batch norm's statistics")
-    lfae.add_argument("--start", type=Path, metavar="FILE", help="initial LFAE checkpoint")
+    lfae.add_argument("--start", metavar="FILE", help="initial LFAE checkpoint")
     lfae.add_argument(
         "--hold-out",
         type=float,
         metavar="X",
         help="--learn decoder: share of pictures and frames that is measured, not learned (0.2)",
     )
-    dm.add_argument("--lfae", type=Path, required=True, metavar="FILE", help="the trained autoencoder")
+    dm.add_argument("--lfae", required=True, metavar="FILE", help="the trained autoencoder")
     dm.add_argument("--released-lfae", action="store_true", help="--lfae is a released one, of the published size")
     dm.add_argument("--signal-std", type=float, default=0.0, metavar="X", help="weight errors by noise level; 0: off")
-    dm.add_argument("--start", type=Path, metavar="FILE", help="initial DM checkpoint")
+    dm.add_argument("--start", metavar="FILE", help="initial DM checkpoint")
     dm.add_argument("--text-encoder", metavar="FOLDER|NAME", help="a BERT for the labels (default: fixed vectors)")
     dm.add_argument(
         "--residual-flow",
@@ -172,8 +181,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_distill(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lfae", type=Path, required=True, metavar="FILE", help="the trained autoencoder")
-    parser.add_argument("--dm", type=Path, required=True, metavar="FILE", help="the trained diffusion model")
+    parser.add_argument("--lfae", required=True, metavar="FILE", help="the trained autoencoder")
+    parser.add_argument("--dm", required=True, metavar="FILE", help="the trained diffusion model")
     parser.add_argument(
         "--steps",
         type=int,
@@ -193,9 +202,7 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="learn from N samples of the trained model instead of the data's clips",
     )
-    parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="pictures for the samples (default: the data's first frames)"
-    )
+    parser.add_argument("--images", metavar="DIR", help="pictures for the samples (default: the data's first frames)")
     parser.add_argument(
         "--teacher-steps", type=int, default=25, metavar="N", help="DDIM steps per sample (%(default)s)"
     )
@@ -209,12 +216,12 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser, *, batch_size: int, updates: str = "--steps") -> None:
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    parser.add_argument("-o", "--out", required=True, metavar="DIR", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="continue the run in that folder")
     parser.add_argument("--size", choices=SIZES, default="small", help="size of the networks (%(default)s)")
     data = parser.add_argument_group("data")
     data.add_argument("--data", choices=DATA, default="procedural", help="the data set (%(default)s)")
-    data.add_argument("--root", type=Path, metavar="DIR", help="folder of the data set")
+    data.add_argument("--root", metavar="DIR", help="folder of the data set")
     data.add_argument("--image-size", type=int, default=64, metavar="N", help="pixels per side (%(default)s)")
     data.add_argument("--frames", type=int, default=16, metavar="T", help="frames per clip (%(default)s)")
     data.add_argument("--subjects", metavar="1,3,5", help="subjects to train on (mhad, natops)")
@@ -249,7 +256,7 @@ def _add_options(parser: argparse.ArgumentParser, *, batch_size: int, updates: s
 
 
 def _add_classifier(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
+    parser.add_argument("-o", "--out", required=True, metavar="FILE", help="the .safetensors file to write")
     parser.add_argument("--clips", type=int, default=1600, metavar="N", help="procedural clips (%(default)s)")
     parser.add_argument("--steps", type=int, default=1500, metavar="N", help="steps of the optimizer (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the training (%(default)s)")
