@@ -36,6 +36,10 @@ def one_line(error: Exception, most: int = 500) -> str:
     return " ".join(str(error).split())[:most]
 
 
+#: What PyTorch and the engines say instead of raising MemoryError.
+_NO_MEMORY = ("can't allocate memory", "bad_alloc", "Failed to allocate memory", "out of memory")
+
+
 def describe_error(error: Exception) -> str:
     """What went wrong, in one sentence."""
     if isinstance(error, LfdmExportError):
@@ -43,6 +47,6 @@ def describe_error(error: Exception) -> str:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}"
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
         return "out of memory; use fewer frames or a smaller image, or close other programs"
     return f"{type(error).__name__}: {error} (a fault of this program: run again with --debug, and report it)"

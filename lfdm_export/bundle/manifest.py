@@ -29,7 +29,7 @@ TEXT_STAGE = "text"
 #: Most labels of a bundle, and most characters of a label. Each label is a row of the table, and appears in messages.
 MOST_LABELS, LONGEST_LABEL = 10_000, 512
 #: Largest size of a geometry, batch or step count, and largest width.
-_LARGEST_SIZE, _LARGEST_WIDTH = 1 << 13, 1 << 16
+LARGEST_SIZE, _LARGEST_WIDTH = 1 << 13, 1 << 16
 #: Limit of most file systems for one part of a path, in bytes.
 _LONGEST_NAME = 255
 #: A manifest has some tens of kilobytes; a much larger file is not a manifest.
@@ -177,9 +177,9 @@ def _check_geometry(geometry: Geometry, config: LfdmConfig) -> None:
     g = geometry
     if min(g.image_size, g.latent_size, g.frames, g.chunk_frames, g.context_channels, g.text_width) < 1:
         raise ValueError(f"geometry holds a size below 1: {g}")
-    if max(g.image_size, g.frames) > _LARGEST_SIZE or max(g.context_channels, g.text_width) > _LARGEST_WIDTH:
+    if max(g.image_size, g.frames) > LARGEST_SIZE or max(g.context_channels, g.text_width) > _LARGEST_WIDTH:
         raise ValueError(
-            f"geometry holds a size beyond what this program runs (pixels a side and frames {_LARGEST_SIZE}, "
+            f"geometry holds a size beyond what this program runs (pixels a side and frames {LARGEST_SIZE}, "
             f"widths {_LARGEST_WIDTH}): {g}"
         )
     if g.chunk_frames > g.frames:
@@ -206,8 +206,8 @@ def _check_stages(stages: tuple[StageSpec, ...], geometry: Geometry, precision: 
                 raise ValueError(f"the {kind} of stage {spec.name!r} are not those that this program knows")
         if not 1 <= spec.batch[0] <= spec.batch[1] <= spec.batch[2]:
             raise ValueError(f"stage {spec.name!r} has the batch profile {spec.batch}, expected rising sizes from 1")
-        if spec.batch[2] > _LARGEST_SIZE:
-            raise ValueError(f"stage {spec.name!r} has batches up to {spec.batch[2]}, expected at most {_LARGEST_SIZE}")
+        if spec.batch[2] > LARGEST_SIZE:
+            raise ValueError(f"stage {spec.name!r} has batches up to {spec.batch[2]}, expected at most {LARGEST_SIZE}")
         if precision not in spec.tolerance:
             raise ValueError(f"stage {spec.name!r} has no tolerance for precision {precision!r}")
 

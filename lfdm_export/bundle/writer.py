@@ -72,6 +72,8 @@ class BundleWriter:
             self.target = destination(target).path
         except OSError as error:
             raise BundleError(f"cannot write to {target}: {error.strerror or error}") from error
+        if not self.target.name:
+            raise BundleError(f"{target} is the root of the file system; choose another place for the bundle")
         require_utf8(self.target, "ONNX Runtime")
         self._context = contextlib.ExitStack()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -199,7 +201,7 @@ def read_labels(value: str) -> tuple[str, ...]:
                 data = file.read(_LARGEST_LABEL_FILE + 1)
             if len(data) > _LARGEST_LABEL_FILE:
                 raise InputError(f"{value} has more than {_LARGEST_LABEL_FILE} bytes; give a file with a label a line")
-            names = data.decode("utf-8-sig").splitlines()
+            names = _lines_of(data.decode("utf-8-sig"), value)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"the labels in {value} cannot be read ({error}); give a text file in UTF-8") from error
     elif "," not in value and ("/" in value or value.lower().endswith(".txt")):
@@ -216,9 +218,25 @@ def read_labels(value: str) -> tuple[str, ...]:
     return labels
 
 
+def _lines_of(text: str, name: str) -> Sequence[str]:
+    """The labels in a file's text: its lines, or the strings of a JSON list."""
+    if re.match(r"version https://git-lfs|\s*<(!doctype|html)", text, re.IGNORECASE):
+        raise InputError(f"{name} is a Git LFS pointer or a web page, expected a label per line; fetch the file itself")
+    if not text.lstrip().startswith(("[", "{")):
+        return text.splitlines()
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        return text.splitlines()  # a label may begin with a bracket
+    if not isinstance(names, list) or not all(isinstance(label, str) for label in names):
+        raise InputError(f"the JSON in {name} is not a list of strings; give one, or a text file with a label per line")
+    return names
+
+
 def _is_file(value: str) -> bool:
     try:
-        return user_path(value).is_file()
+        path = user_path(value)
+        return path.exists() and not path.is_dir()  # a pipe too
     except (OSError, ValueError, RuntimeError):  # e.g. a list of labels longer than any file name
         return False
 

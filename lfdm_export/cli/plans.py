@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import TYPE_CHECKING
 
 from lfdm_export.cli.console import OneBar, say
@@ -18,6 +19,13 @@ NO_TARGET = "none"
 _COMPATIBLE = ("ampere+", "same-capability")
 # Options of the plan builders.
 _BUILDING = ("gpus", "optimization_level", "hardware_compatible", "version_compatible", "strip")
+
+
+def _gpus_of(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip().upper() for name in text.split(",") if name.strip())
+    if not all(re.fullmatch(r"SM\d{2,3}", name) for name in names) or not names:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of architectures such as SM89,SM120")
+    return names
 
 
 def add_target_option(parser: argparse._ActionsContainer) -> None:
@@ -46,7 +54,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--plans", metavar="BUNDLE", help="make plans for an existing bundle; export nothing")
     group.add_argument(
         "--gpus",
-        type=lambda text: tuple(name.strip().upper() for name in text.split(",")),
+        type=_gpus_of,
         metavar="SM89,...",
         help=f"TensorRT for RTX: architectures to build for, of {', '.join(RTX_ARCHITECTURES)} (default: all but SM75)",
     )

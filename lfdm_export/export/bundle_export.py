@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lfdm_export.bundle.manifest import TEXT_STAGE, Manifest, check_labels, dm_sha256_of
+from lfdm_export.bundle.manifest import LARGEST_SIZE, TEXT_STAGE, Manifest, check_labels, dm_sha256_of
 from lfdm_export.bundle.reader import ONNX_FOLDER, PARITY_FOLDER, TOKENIZER_FOLDER, TORCH_WEIGHTS, Bundle
 from lfdm_export.bundle.writer import BundleWriter
 from lfdm_export.checkpoints.datasets import NO_ENCODER, dataset_facts
@@ -183,6 +183,10 @@ def geometry_of(config: LfdmConfig, frames: int, image_size: int) -> Geometry:
     """
     if frames < 1:
         raise InputError(f"frames is {frames}, expected 1 or more")
+    if max(frames, image_size) > LARGEST_SIZE:
+        raise InputError(
+            f"found {frames} frames of {image_size} pixels per side, expected at most {LARGEST_SIZE} of each"
+        )
     try:
         latent_size = config.latent_size(image_size)
     except ValueError as error:

@@ -7,13 +7,10 @@ import re
 from pathlib import Path
 
 from lfdm_export.errors import InputError
+from lfdm_models.paths import expanded
 
 #: Control characters, line and paragraph separators, directional overrides, and unpaired surrogates.
 _CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
-
-
-#: The scheme of an address, such as https:// or s3:// (`Path` removes a slash); one letter is a drive of Windows.
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:)/")
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
@@ -31,22 +28,10 @@ def user_name(path: str | os.PathLike[str]) -> str:
     Raises:
         InputError: the home folder is unknown, or it is not a path: empty, an address, or with a null character.
     """
-    name = os.fsdecode(path)
-    if not name:
-        raise InputError("a path is empty, as that of a variable that is not set; give the path of a file or a folder")
-    if "\0" in name:
-        raise InputError(f"{name!r} is not a path: it has a null character")
-    scheme = _SCHEME.match(name)
-    # Otherwise a folder named s3: would be created.
-    if scheme is not None and not os.path.lexists(scheme[1]):
-        remedy = "leave out file://" if scheme[1].lower() == "file:" else "download it first, or upload it afterwards"
-        raise InputError(f"{name} is an address, expected a file; {remedy}")
-    expanded = os.path.expanduser(name)  # noqa: PTH111  (leaves names of unknown users, and the slash, as they are)
-    first, slash, _ = expanded.partition("/")
-    # Otherwise a folder of that name would be created, and invite `rm -r ~`.
-    if first.startswith("~") and (slash or first == "~") and not os.path.lexists(first):
-        raise InputError(f"the home folder {first} of {name} is not known; give the path in full, or ./{name}")
-    return expanded
+    try:
+        return expanded(os.fsdecode(path))
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def require_utf8(path: str | os.PathLike[str], library: str) -> str:

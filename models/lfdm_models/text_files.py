@@ -53,7 +53,7 @@ def find_folder(source: str | os.PathLike[str]) -> Path:
     Raises:
         TextEncoderError: there is no such folder, and the hub does not provide it.
     """
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))  # noqa: PTH111  (no error for ~unknown)
     name = os.fspath(source)
     if name and folder.is_dir():
         return folder

@@ -663,3 +663,58 @@ def test_an_encoder_that_is_not_available_shows_before_the_model_is_loaded(
 def test_a_misspelt_label_file_shows_before_the_model_is_loaded(calls: dict[str, Any]):
     assert export_main(["--lfae", "a.pth", "--dm", "b.pth", "--labels", "none.txt", "-q"]) == 1
     assert "load" not in calls
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a Git LFS pointer or a web page"),
+        ("<!DOCTYPE html>\n<html>", "is a Git LFS pointer or a web page"),
+        ('["a", 3]', "is not a list of strings"),
+        ('{"0": "a"}', "is not a list of strings"),
+    ],
+)
+def test_files_that_are_no_labels_are_refused(tmp_path: Path, content: str, message: str):
+    (tmp_path / "labels.txt").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        read_labels(str(tmp_path / "labels.txt"))
+
+
+def test_labels_as_json_and_from_a_pipe(tmp_path: Path):
+    (tmp_path / "labels.json").write_text('["jump", "run, fast"]', encoding="utf-8")
+    assert read_labels(str(tmp_path / "labels.json")) == ("jump", "run, fast")
+    (tmp_path / "odd.txt").write_text("[jump]\n(run)\n", encoding="utf-8")
+    assert read_labels(str(tmp_path / "odd.txt")) == ("[jump]", "(run)")
+    os.mkfifo(tmp_path / "pipe")
+    threading.Thread(target=lambda: (tmp_path / "pipe").write_text("a\nb\n")).start()
+    assert read_labels(str(tmp_path / "pipe")) == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "/"], "/ is the root of the file system; choose another place for the bundle"),
+        (["--frames", "1000000000"], "expected at most 8192 of each"),
+        (["--image-size", "1000000"], "expected at most 8192 of each"),
+        (["--text-encoder", "~nobody-of-this-name/bert"], "there is no folder '~nobody-of-this-name/bert'"),
+        (["--triton", "file"], "file exists and is not a model repository of this program"),
+    ],
+)
+def test_an_export_that_cannot_succeed_ends_at_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert export_main(["--model", "untrained", "--quiet", *arguments]) == 1
+    assert message in one_line(capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_empty_list_of_gpus_is_a_usage_error(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        export_main(["--plans", "b", "--target", "tensorrt-rtx", "--gpus", ","])
+    assert "',' is not a list of architectures such as SM89,SM120" in capsys.readouterr().err

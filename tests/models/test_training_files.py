@@ -105,3 +105,22 @@ def test_the_tilde_and_control_characters(
     said = capsys.readouterr().err
     assert f"{tmp_path}/no\\x1b[31m" in said
     assert "\x1b" not in said
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("", "--out: a path is empty"),
+        ("s3://bucket/run", "--out: s3://bucket/run is an address, expected a file"),
+        ("~nobody-of-this-name/run", "--out: the home folder ~nobody-of-this-name of"),
+    ],
+)
+def test_what_is_no_path_becomes_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: str, message: str
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["lfae", f"--out={out}", "--steps", "1"])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lfdm_export.bundle.reader import Bundle
 from lfdm_export.errors import ExportError
-from lfdm_export.files.atomic import temporary_folder
+from lfdm_export.files.atomic import rehearse, temporary_folder
 from lfdm_export.files.folders import publish
 from lfdm_export.files.names import user_path
 from lfdm_export.files.places import destination
@@ -98,23 +98,32 @@ def write_open_repository(target: str | os.PathLike[str]) -> Path:
 
 
 def require_apart(bundle: str | os.PathLike[str], repository: str | os.PathLike[str]) -> None:
-    """Refuse a repository that is, contains or is inside the bundle that it serves.
+    """Refuse a repository that is, contains or is inside the bundle that it serves, or that cannot be written.
 
     Raises:
-        ExportError: one folder is inside the other.
+        ExportError: one folder is inside the other, or the repository's place holds something else or is not writable.
     """
     here, there = user_path(bundle).resolve(), user_path(repository).resolve()
     if there == here or here in there.parents or there in here.parents:
         raise ExportError(
             f"the repository {there} and the bundle {here} must not contain each other; choose another folder"
         )
+    _require_own(user_path(repository))
+    try:
+        rehearse(repository, as_folder=True)
+    except OSError as error:
+        raise ExportError(f"the repository {there} cannot be written: {error.strerror or error}") from error
+
+
+def _require_own(target: Path) -> None:
+    if target.exists() and not (target / CLIP_MODEL / "config.pbtxt").is_file() and not _is_empty_folder(target):
+        raise ExportError(f"{target} exists and is not a model repository of this program; choose another folder")
 
 
 def _write(path: str | os.PathLike[str], fill: Callable[[Path], None]) -> Path:
     """Fill a folder beside the target, and move it to the target."""
     target = user_path(path)
-    if target.exists() and not (target / CLIP_MODEL / "config.pbtxt").is_file() and not _is_empty_folder(target):
-        raise ExportError(f"{target} exists and is not a model repository of this program; choose another folder")
+    _require_own(target)
     try:
         place = destination(target).path
         with temporary_folder(place) as part:

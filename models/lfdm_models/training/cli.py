@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import io
 import logging
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lfdm_models.memory import keep_freed_memory
+from lfdm_models.paths import expanded
 from lfdm_models.training.arguments import PROGRAM, make_parser
 from lfdm_models.training.errors import TrainingError
 from lfdm_models.training.settings import (
@@ -46,12 +46,21 @@ _HOLD_OUT = 0.2
 _PATHS = ("out", "root", "vgg", "start", "lfae", "dm", "images")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``lfdm-train``; returns the exit status."""
-    args = make_parser().parse_args(argv)
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser()
+    args = parser.parse_args(argv)
     for name in _PATHS:
         if getattr(args, name, None) is not None:
-            setattr(args, name, Path(os.path.expanduser(getattr(args, name))))  # noqa: PTH111  (no error for ~unknown)
+            try:
+                setattr(args, name, Path(expanded(getattr(args, name))))
+            except ValueError as error:
+                parser.error(f"--{name}: {error}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``lfdm-train``; returns the exit status."""
+    args = _parsed(argv)
     if args.stage in ("evaluate", "schedule", "recipe"):  # the toolkit's command handles these
         _complain(f"error: {args.stage} is for exported bundles, and comes with lfdm_export: run lfdm-train")
         return FAILED
