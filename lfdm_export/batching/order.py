@@ -109,6 +109,6 @@ def find_policy(name: str) -> Policy:
     module, _, made = name.partition(":")
     try:
         policy: Policy = getattr(importlib.import_module(module), made)()
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"policy is {name!r}, expected one of {STEP} or MODULE:CLASS that can be imported") from error
     return policy
