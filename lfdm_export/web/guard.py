@@ -68,7 +68,7 @@ class Guard:
         host = headers.get("Host", "")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
         if self._here and name not in HERE:
-            return 421, f"this server answers to {', '.join(HERE)} only"
+            return 421, f"this server answers to {', '.join(HERE)} only; a proxy has to send one of them as Host"
         if scope["method"] not in _SAFE and _of_other_site(headers, host):
             return 403, "pages of other sites may not use this server"
         return None
