@@ -222,8 +222,9 @@ def decoded(module: Decode) -> tuple[Tensor, list[str]]:
     dtype = module.final.dtype
     shapes = ((16, 32, 32), (32, 16, 16), (64, 8, 8))
     skips = [random(seed, 1, *shape).to(dtype) for seed, shape in enumerate(shapes, start=4)]
+    image = random(1, 1, 3, 32, 32).sigmoid()
     with torch.inference_mode(), Calls() as calls:
-        frames, _ = module(random(1, 1, 3, 32, 32).sigmoid(), *skips, random(2, 1, 3, 2, 8, 8) * 0.1)
+        frames, _ = module(image, *skips, random(2, 1, 3, 2, 8, 8) * 0.1)
     return frames, calls.names
 
 
