@@ -18,6 +18,7 @@ from PIL import Image
 
 from lfdm_export.errors import InputError
 from lfdm_export.generate.arguments import load_embedding
+from lfdm_export.machine import available_cores
 from lfdm_export.pictures import clips
 from lfdm_export.pictures.clip_files import save_clip
 from lfdm_export.pictures.clips import load_clip, own_rate, read_footage, resample
@@ -318,3 +319,20 @@ def test_a_damaged_embedding_is_one_sentence(tmp_path: Path):
         with pytest.raises(InputError, match=r"e\.npy cannot be read") as error:
             load_embedding(path)
         assert "\n" not in str(error.value)
+
+
+def test_a_decoded_frame_keeps_no_threads():
+    """A process that was forked from this one would wait for them forever when it frees the frame."""
+    frame = av.VideoFrame.from_ndarray(np.zeros((256, 256, 3), np.uint8), format="rgb24").reformat(format="yuv420p")
+
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))  # noqa: PTH208
+
+    before = threads()
+    pixels = timed._square_pixels(frame, None, "x.mp4")
+    assert pixels.shape == (256, 256, 3)
+    assert threads() == before
+    if available_cores() > 1:  # the measurement tells the two apart
+        other = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p", threads=1)
+        other.to_ndarray(format="rgb24", threads=0)
+        assert threads() > before

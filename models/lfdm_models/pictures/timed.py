@@ -127,7 +127,9 @@ def _square_pixels(frame: Any, ratio: Any, name: str) -> UInt8Array:
     width = max(1, round(frame.width * float(ratio or 1)))
     _check_frame(width, frame.height, name)
     has_alpha = any(component.is_alpha for component in frame.format.components)
-    pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", width=width)
+    # By default FFmpeg scales with a thread per core of the machine, which stay as long as the frame: a process that is
+    # forked then cannot free it.
+    pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", width=width, threads=1)
     return on_black(pixels) if has_alpha else pixels
 
 
