@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-from pathlib import Path
 
 from lfdm_models.command_line import Parser
 from lfdm_models.training.settings import (
@@ -49,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     lfae = stages.add_parser("lfae", help="train the autoencoder (LFAE), which learns motion from clips")
     dm = stages.add_parser("dm", help="train the diffusion model (DM), which generates motion for a label")
-    lfae.add_argument("--vgg", type=Path, metavar="FILE", help="torchvision's VGG-19, for the perceptual loss")
+    lfae.add_argument("--vgg", metavar="FILE", help="torchvision's VGG-19, for the perceptual loss")
     lfae.add_argument(
         "--learn",
         choices=LEARN,
@@ -65,17 +64,17 @@ def make_parser() -> argparse.ArgumentParser:
     lfae.add_argument("--from-first", action="store_true", help="the source is always a clip's first frame")
     lfae.add_argument("--camera-still", action="store_true", help="fix the background, instead of learning its motion")
     lfae.add_argument("--freeze-norm", action="store_true", help="do not update batch norm's statistics")
-    lfae.add_argument("--start", type=Path, metavar="FILE", help="initial LFAE checkpoint")
+    lfae.add_argument("--start", metavar="FILE", help="initial LFAE checkpoint")
     lfae.add_argument(
         "--hold-out",
         type=float,
         metavar="X",
         help="--learn decoder: share of pictures and frames that is measured, not learned (0.2)",
     )
-    dm.add_argument("--lfae", type=Path, required=True, metavar="FILE", help="the trained autoencoder")
+    dm.add_argument("--lfae", required=True, metavar="FILE", help="the trained autoencoder")
     dm.add_argument("--released-lfae", action="store_true", help="--lfae is a released one, of the published size")
     dm.add_argument("--signal-std", type=float, default=0.0, metavar="X", help="weight errors by noise level; 0: off")
-    dm.add_argument("--start", type=Path, metavar="FILE", help="initial DM checkpoint")
+    dm.add_argument("--start", metavar="FILE", help="initial DM checkpoint")
     dm.add_argument("--text-encoder", metavar="FOLDER|NAME", help="a BERT for the labels (default: fixed vectors)")
     dm.add_argument(
         "--residual-flow",
@@ -101,8 +100,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_distill(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lfae", type=Path, required=True, metavar="FILE", help="the trained autoencoder")
-    parser.add_argument("--dm", type=Path, required=True, metavar="FILE", help="the trained diffusion model")
+    parser.add_argument("--lfae", required=True, metavar="FILE", help="the trained autoencoder")
+    parser.add_argument("--dm", required=True, metavar="FILE", help="the trained diffusion model")
     parser.add_argument(
         "--steps",
         type=int,
@@ -122,9 +121,7 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="learn from N samples of the trained model instead of the data's clips",
     )
-    parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="pictures for the samples (default: the data's first frames)"
-    )
+    parser.add_argument("--images", metavar="DIR", help="pictures for the samples (default: the data's first frames)")
     parser.add_argument(
         "--teacher-steps", type=int, default=25, metavar="N", help="DDIM steps per sample (%(default)s)"
     )
@@ -138,12 +135,12 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser, *, batch_size: int, updates: str = "--steps") -> None:
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    parser.add_argument("-o", "--out", required=True, metavar="DIR", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="continue the run in that folder")
     parser.add_argument("--size", choices=SIZES, default="small", help="size of the networks (%(default)s)")
     data = parser.add_argument_group("data")
     data.add_argument("--data", choices=DATA, default="procedural", help="the data set (%(default)s)")
-    data.add_argument("--root", type=Path, metavar="DIR", help="folder of the data set")
+    data.add_argument("--root", metavar="DIR", help="folder of the data set")
     data.add_argument("--image-size", type=int, default=64, metavar="N", help="pixels per side (%(default)s)")
     data.add_argument("--frames", type=int, default=16, metavar="T", help="frames per clip (%(default)s)")
     data.add_argument("--subjects", metavar="1,3,5", help="subjects to train on (mhad, natops)")
@@ -177,7 +174,7 @@ def _add_options(parser: argparse.ArgumentParser, *, batch_size: int, updates: s
 
 
 def _add_classifier(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
+    parser.add_argument("-o", "--out", required=True, metavar="FILE", help="the .safetensors file to write")
     parser.add_argument("--clips", type=int, default=1600, metavar="N", help="procedural clips (%(default)s)")
     parser.add_argument("--steps", type=int, default=1500, metavar="N", help="steps of the optimizer (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the training (%(default)s)")
