@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -46,6 +47,11 @@ KERNELS: tuple[Kernel, ...] = (
     *(norm.statistics_kernel(storage) for storage in TORCH),
     *(norm.apply_kernel(*storages) for storages in norm.STORAGES),
 )
+
+
+def random(seed: int, *shape: int) -> torch.Tensor:
+    """Standard normal values, float32, from a seed."""
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
 
 
 def stored(tensor: torch.Tensor, storage: Storage, layout: Layout = "planar") -> NDArray[Any]:

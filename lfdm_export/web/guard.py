@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -11,6 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lfdm_export.web.app import error_answer
+from lfdm_models.memory import return_free_memory
 
 #: Names of this machine in a browser's address.
 HERE = ("localhost", "127.0.0.1", "[::1]")
@@ -20,7 +20,6 @@ PAUSE_SECONDS, BODY_SECONDS = 8.0, 120.0
 MOST_BYTES = 128 << 20
 #: Bytes of a body after which free memory is returned to the system: glibc's allocator would keep it.
 _LARGE = 1 << 20
-_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _OTHER_SITES = ("cross-site", "same-site")
 
@@ -57,8 +56,8 @@ class Guard:
             pass
         finally:
             self._held -= body.held
-            if body.held > _LARGE and _TRIM is not None:
-                asyncio.get_running_loop().run_in_executor(None, _TRIM, 0)
+            if body.held > _LARGE:
+                asyncio.get_running_loop().run_in_executor(None, return_free_memory)
         if body.refused is not None and not body.answered:
             await error_answer(*body.refused, {"Connection": "close"})(scope, receive, send)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from lfdm_export.rewrite.lfae import Decode
 from lfdm_export.rewrite.precision import in_precision
 from lfdm_export.rewrite.stage_modules import stage_modules
 from lfdm_models.model import LfdmModel
-from tests.kernel_arrays import addresses, empty, stored
+from tests.kernel_arrays import addresses, empty, random, stored
 from tests.torch_calls import Calls
 
 #: Largest error: inputs are those of the type, sums and results are float32. Measured: 4e-7.
@@ -39,10 +38,6 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
 def gpu(kernels: HostKernels) -> Iterator[None]:
     with standing_in(kernels):
         yield
-
-
-def random(seed: int, *shape: int) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
 
 
 def phases_of(whole: Tensor) -> list[Tensor]:

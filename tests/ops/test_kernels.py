@@ -28,7 +28,7 @@ from lfdm_export.pictures.preprocess import to_uint8
 from lfdm_export.sampling import rows
 from lfdm_export.sampling.loop import apply_step, quantile_rank
 from lfdm_export.sampling.noise import START, noise_for
-from tests.kernel_arrays import KERNELS, LAYOUTS, TORCH, addresses, empty, stored, values_of
+from tests.kernel_arrays import KERNELS, LAYOUTS, TORCH, addresses, empty, random, stored, values_of
 
 STORAGE_TYPES = tuple(TORCH)
 #: Half of the distance between neighboring values at 1.
@@ -79,10 +79,6 @@ def run_warp(
 def rounded(tensor: Tensor, storage: Storage) -> Tensor:
     """To the storage type and on to float64: what the kernel is given."""
     return tensor.to(TORCH[storage]).double()
-
-
-def random(seed: int, *shape: int) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
 
 
 def random_motion(seed: int, frames: int, height: int, width: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from lfdm_export.ops.linear_attention.kernels import linear_kernel, linear_launc
 from lfdm_export.ops.linear_attention.reference import head_weights
 from lfdm_export.rewrite.attention import FoldedLinearAttention
 from lfdm_models.attention import PreNorm, Residual, SpatialLinearAttention
-from tests.kernel_arrays import addresses, empty, stored, values_of
+from tests.kernel_arrays import addresses, empty, random, stored, values_of
 from tests.torch_calls import Calls
 
 #: Largest errors of what is added to x, relative to its largest value: rounding of weights and of the result. Measured:
@@ -41,10 +40,6 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
 def gpu(kernels: HostKernels) -> Iterator[None]:
     with standing_in(kernels):
         yield
-
-
-def random(seed: int, *shape: int) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
 
 
 def case(

@@ -24,7 +24,7 @@ from lfdm_export.ops.temporal_attention.reference import (
     temporal_attention_by_frame,
 )
 from lfdm_export.ops.temporal_attention.tables import lay_out_bias, lay_out_turns
-from tests.kernel_arrays import addresses, empty, stored, values_of
+from tests.kernel_arrays import addresses, empty, random, stored, values_of
 from tests.torch_calls import Calls
 
 #: Largest errors relative to the largest value, against float64 on rotated queries and keys of the storage type:
@@ -36,10 +36,6 @@ LIMITS = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 def gpu(host_kernels: HostKernels) -> Iterator[None]:
     with standing_in(host_kernels):
         yield
-
-
-def random(seed: int, *shape: int) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
 
 
 def tables(frames: int, rotary_width: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:

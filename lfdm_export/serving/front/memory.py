@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 from collections.abc import Callable
 
-# Source: mallopt(3), malloc_trim(3); setting either threshold turns off their dynamic adjustment.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+from lfdm_models.memory import ARENA_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD, return_free_memory, set_allocator
+
 #: Blocks of at least this many bytes are mapped one by one, and unmapped when freed: large pictures, but not clips of
 #: the published size (2 MB), whose pages would cost more time than everything else that the front does (4 of 7 ms).
 #: With 8 MB, 2,000 hostile requests left the front 21 MB larger, not 11.
@@ -25,19 +24,14 @@ def share_heap() -> None:
 
     With a heap per thread, 2,000 hostile requests left the front 12 MB larger: each thread kept its own free blocks.
     """
-    _set(_ARENA_MAX, 1)
+    set_allocator(ARENA_MAX, 1)
 
 
 def map_large_blocks() -> None:
-    """Map this process's largest blocks one by one; does nothing with a C library other than glibc."""
-    _set(_MMAP_THRESHOLD, _LARGE)
-    _set(_TRIM_THRESHOLD, _KEPT)
-
-
-def _set(option: int, value: int) -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(option, value)
+    """Map this process's largest blocks one by one."""
+    # Setting either turns off the dynamic adjustment of both.
+    set_allocator(MMAP_THRESHOLD, _LARGE)
+    set_allocator(TRIM_THRESHOLD, _KEPT)
 
 
 async def give_back(bytes_read: Callable[[], int]) -> None:
@@ -46,12 +40,11 @@ async def give_back(bytes_read: Callable[[], int]) -> None:
     Args:
         bytes_read: returns the total bytes of all requests so far.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     seen, quiet = bytes_read(), True
-    while trim is not None:
+    while True:
         await asyncio.sleep(_LOOK)
         read = bytes_read()
         if read - seen > _MANY or not quiet:  # once more when requests pause: gRPC frees later than the front
             quiet = read == seen
-            await asyncio.to_thread(trim, 0)
+            await asyncio.to_thread(return_free_memory)
         seen = read
