@@ -28,7 +28,7 @@ FORMER = ("bundle_writer", "media", "preprocess")
 #: Modules of `lfdm_models` with plain facts, which import no network.
 FACTS = (
     "lfdm_models.command_line", "lfdm_models.config", "lfdm_models.labels", "lfdm_models.memory",
-    "lfdm_models.pictures", "lfdm_models.schedule", "lfdm_models.wording",
+    "lfdm_models.paths", "lfdm_models.pictures", "lfdm_models.schedule", "lfdm_models.wording",
 )  # fmt: skip
 
 #: Packages outside the core's dependencies; no light module may import them.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lfdm_export.errors import CheckpointError
 from lfdm_export.files.digests import sha256_and_size
+from lfdm_models.paths import LFS_POINTER
 from lfdm_models.stored_files import LARGEST_SAFETENSORS_HEADER, LEGACY_MAGIC, ZIP_MAGIC, TorchFile, read_safetensors
 from lfdm_models.stored_values import (
     DamagedFileError,
@@ -246,7 +247,7 @@ def _guess(head: bytes) -> str:
             "a web page (HTML): the download gave a page instead of the file; "
             "open the link in a browser, confirm the download and use the file that it gives"
         )
-    if text.startswith("version https://git-lfs"):
+    if text.startswith(LFS_POINTER):
         return "a Git LFS pointer; fetch the file itself with: git lfs pull"
     if all(character.isprintable() or character.isspace() for character in text[:-4]):
         return "a text file; give a file that torch.save wrote, or safetensors"

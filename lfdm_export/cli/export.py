@@ -21,6 +21,7 @@ from lfdm_export.engines.targets import target_names
 from lfdm_export.errors import InputError
 from lfdm_export.files.names import user_path
 from lfdm_export.stages import PRECISIONS
+from lfdm_models.paths import LFS_POINTER
 
 if TYPE_CHECKING:
     from lfdm_export.bundle.reader import Bundle
@@ -220,7 +221,7 @@ def read_labels(value: str) -> tuple[str, ...]:
 
 def _lines_of(text: str, name: str) -> Sequence[str]:
     """The labels in a file's text: its lines, or the strings of a JSON list."""
-    if re.match(r"version https://git-lfs|\s*<(!doctype|html)", text, re.IGNORECASE):
+    if re.match(rf"{re.escape(LFS_POINTER)}|\s*<(!doctype|html)", text, re.IGNORECASE):
         raise InputError(f"{name} is a Git LFS pointer or a web page, expected a label per line; fetch the file itself")
     if not text.lstrip().startswith(("[", "{")):
         return text.splitlines()

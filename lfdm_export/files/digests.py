@@ -6,9 +6,9 @@ import hashlib
 import json
 from pathlib import Path
 
-_CHUNK = 1 << 20
+from lfdm_models.paths import LFS_POINTER
 
-_LFS = b"version https://git-lfs"
+_CHUNK = 1 << 20
 
 
 def sha256_and_size(path: Path) -> tuple[str, int]:
@@ -31,10 +31,10 @@ def json_digest(facts: object) -> str:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is the small text that Git stores in place of a large file, as a clone without Git LFS has it.
+    """Whether a file is a pointer of Git LFS (`LFS_POINTER`).
 
     Raises:
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
-        return file.read(len(_LFS)) == _LFS
+        return file.read(len(LFS_POINTER)) == LFS_POINTER.encode()

@@ -1,10 +1,12 @@
-"""Paths as users write them."""
+"""Paths as users write them, and what they may hold by mistake."""
 
 from __future__ import annotations
 
 import os
 import re
 
+#: First words of the small text that Git stores in place of a large file: a clone without Git LFS has it.
+LFS_POINTER = "version https://git-lfs"
 #: The scheme of an address, such as https:// or s3:// (`Path` removes a slash); one letter is a drive of Windows.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:)/")
 

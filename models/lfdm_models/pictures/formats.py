@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from lfdm_models.paths import LFS_POINTER
 from lfdm_models.pictures.errors import PictureError, decoding
 from lfdm_models.pictures.headers import MAX_SCANS, gif_facts, jpeg_facts
 from lfdm_models.pictures.png_chunks import without_extras
@@ -71,7 +72,7 @@ VIDEO_SIGNATURE = re.compile(rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", re.DOTALL)
 _OTHERS = (
     (re.compile(rb"\xef?\xbb?\xbf?\s*(<\?xml|<svg|<!DOCTYPE svg)", re.IGNORECASE), "SVG or another XML"),
     (re.compile(rb"\xef?\xbb?\xbf?\s*<(!doctype html|html|head|!--)", re.IGNORECASE), "a web page (HTML)"),
-    (re.compile(rb"version https:/"), "a Git LFS pointer (fetch the file itself: git lfs pull)"),
+    (re.compile(LFS_POINTER.encode()), "a Git LFS pointer (fetch the file itself: git lfs pull)"),
     (re.compile(rb"data:image/"), "a data URL"),
     (re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"), "JPEG 2000"),
     (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "), "JPEG XL"),
