@@ -1,8 +1,7 @@
 """Finds Python models whose process died or hangs, and reloads them: the server itself does neither.
 
 A killed process is missing from the system's process list at once, which is cheap to read, and one that a signal has
-stopped is marked there. A hanging process is found
-by small real requests, to those models that support such.
+stopped is marked there. A hanging process is found by small real requests, to those models that support such.
 """
 
 from __future__ import annotations
